@@ -1,0 +1,216 @@
+"""What the report knows of a grokking run: its files, and the cells aggregated per arm."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CONFIG_KEYS = ("tasks", "softmax", "optimizers", "epochs")
+EPOCH_KEYS = ("task", "softmax", "optimizer", "seed", "epoch", "train_accuracy")
+ROW_KEYS = (
+    "task", "softmax", "optimizer", "seed", "memorized_epoch", "first_crossing_epoch",
+    "grok_epoch", "grok_epoch_sustained", "delay", "censored", "diverged", "epochs_run",
+    "seconds", "steps_per_second", "seconds_to_grok", "flops_to_grok", "step_flops", "parameters",
+)  # fmt: skip
+
+Row = dict[str, Any]
+
+
+class Median(NamedTuple):
+    """A median; `at_least` says that censored cells leave only a lower bound of it."""
+
+    value: float
+    at_least: bool = False
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What the seeds of one (task, softmax, optimizer) did."""
+
+    task: str
+    softmax: str
+    optimizer: str
+    n: int
+    censored: int
+    diverged: int
+    memorized: Median
+    grok_first: Median
+    grok_sustained: Median
+    delay: Median
+    seconds_to_grok: Median
+    flops_to_grok: Median
+    steps_per_second: Median
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's files; `rows` are its finished cells, `traces` the epochs of every cell begun."""
+
+    config: dict[str, Any]
+    version: str
+    machine: dict[str, Any]
+    total: int
+    rows: list[Row]
+    traces: dict[tuple[str, str, str, int], list[Row]]
+
+    @property
+    def budget(self) -> int:
+        return int(self.config["epochs"])
+
+    def optimizers(self) -> list[str]:
+        """The optimizers with a finished or begun cell, in the settings' order."""
+        return list(dict.fromkeys(key[2] for key in [*map(cell_key, self.rows), *self.traces]))
+
+    def panels(self) -> list[tuple[str, str]]:
+        """The (task, softmax) pairs with a finished or begun cell, in the settings' order."""
+        keys = sorted([*map(cell_key, self.rows), *self.traces], key=_rank(self.config))
+        return list(dict.fromkeys(key[:2] for key in keys))
+
+
+def cell_key(row: Row) -> tuple[str, str, str, int]:
+    """The cell that a row or an epoch line belongs to."""
+    return row["task"], row["softmax"], row["optimizer"], row["seed"]
+
+
+def _rank(config: dict[str, Any]) -> Callable[[tuple], tuple]:
+    """A sort key that orders cells as the settings name them, names unknown to them last."""
+    orders = [config["tasks"], config["softmax"], config["optimizers"]]
+
+    def rank(key: tuple) -> tuple:
+        places = zip(orders, key, strict=False)
+        return *(names.index(n) if n in names else len(names) for names, n in places), key[3]
+
+    return rank
+
+
+def _parse(text: str, path: Path, keys: Sequence[str], line: int | None = None) -> dict[str, Any]:
+    """One JSON object; a fault names the file and the line."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}, line {line or error.lineno}: no valid JSON: {error.msg}"
+        ) from None
+    where = f"{path}, line {line}" if line else f"{path}"
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: a JSON object is wanted, found {type(value).__name__}")
+    # A line with "cell" is the runner's bookkeeping and has keys of its own.
+    missing = [] if line and "cell" in value else [key for key in keys if key not in value]
+    if missing:
+        raise ValueError(f"{where}: lacks {', '.join(missing)}")
+    return value
+
+
+def load_run(folder: Path) -> Run:
+    """Read the files of a finished or partly finished run.
+
+    Args:
+        folder: The run's folder, with config.json, summary.json and metrics.jsonl.
+
+    Raises:
+        FileNotFoundError: The folder or one of its files is missing.
+        ValueError: A file is not what it should be; the message names the file and the line.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no run folder {folder}")
+    for name in ("config.json", "summary.json", "metrics.jsonl"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}: is it a run of experiments.grok?")
+    path = folder / "config.json"
+    config = _parse(path.read_text("utf-8"), path, CONFIG_KEYS)
+    path = folder / "summary.json"
+    summary = _parse(path.read_text("utf-8"), path, ("cells_total", "cells"))
+    for number, row in enumerate(summary["cells"], start=1):
+        if missing := [key for key in ROW_KEYS if key not in row]:
+            raise ValueError(f"{path}: cell {number} lacks {', '.join(missing)}")
+
+    path = folder / "metrics.jsonl"
+    traces: dict[tuple[str, str, str, int], list[Row]] = {}
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        row = _parse(line, path, (*EPOCH_KEYS, "validation_accuracy"), number)
+        if "cell" in row:
+            continue
+        trace = traces.setdefault(cell_key(row), [])
+        if trace and row["epoch"] <= trace[-1]["epoch"]:
+            trace.clear()  # a cell that was cut off and then trained again from its start
+        trace.append(row)
+    rank = _rank(config)
+    return Run(
+        config=config,
+        version=str(summary.get("version", "unknown")),
+        machine=summary.get("machine") or {},
+        total=summary["cells_total"],
+        rows=sorted(summary["cells"], key=lambda row: rank(cell_key(row))),
+        traces=dict(sorted(traces.items(), key=lambda item: rank(item[0]))),
+    )
+
+
+def censored_median(values: Iterable[float | None], bounds: Iterable[float]) -> Median:
+    """The median where some values are known only to lie above a bound.
+
+    A missing value ranks as infinite. If the median is then finite it is exact. If not, it is
+    bounded from below by the median with each missing value at its bound.
+
+    Args:
+        values: The values, None for a missing one.
+        bounds: For each value, what it exceeds if it is missing.
+    """
+    values = list(values)
+    if not values:
+        return Median(math.nan)
+    exact = statistics.median(math.inf if v is None else v for v in values)
+    if math.isfinite(exact):
+        return Median(exact)
+    pairs = zip(values, bounds, strict=True)
+    return Median(statistics.median(b if v is None else v for v, b in pairs), at_least=True)
+
+
+def sustained_median(rows: Sequence[Row], budget: int) -> Median:
+    """The median sustained grokking epoch of some cells, censored ones at the budget."""
+    return censored_median((row["grok_epoch_sustained"] for row in rows), [budget] * len(rows))
+
+
+def aggregate(rows: Sequence[Row], budget: int | None = None) -> list[Arm]:
+    """The finished cells per (task, softmax, optimizer), in the order they first appear.
+
+    Args:
+        rows: The rows of summary.json.
+        budget: The epoch budget; by default the most epochs that a cell ran.
+    """
+    if budget is None:
+        budget = max((row["epochs_run"] for row in rows), default=0)
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(cell_key(row)[:3], []).append(row)
+
+    def arm(key: tuple[str, str, str], cells: list[Row]) -> Arm:
+        def median(name: str, bound: Callable[[Row], float]) -> Median:
+            return censored_median((row[name] for row in cells), map(bound, cells))
+
+        def seconds(row: Row) -> float:
+            return row["seconds"] or 0.0
+
+        def flops(row: Row) -> float:
+            return seconds(row) * (row["steps_per_second"] or 0.0) * (row["step_flops"] or 0.0)
+
+        speeds = [row["steps_per_second"] for row in cells if row["steps_per_second"] is not None]
+        return Arm(
+            *key,
+            n=len(cells),
+            censored=sum(row["censored"] for row in cells),
+            diverged=sum(row["diverged"] for row in cells),
+            memorized=median("memorized_epoch", lambda _: budget),
+            grok_first=median("grok_epoch", lambda _: budget),
+            grok_sustained=sustained_median(cells, budget),
+            delay=median("delay", lambda row: budget - (row["memorized_epoch"] or budget)),
+            seconds_to_grok=median("seconds_to_grok", seconds),
+            flops_to_grok=median("flops_to_grok", flops),
+            steps_per_second=censored_median(speeds, speeds),
+        )
+
+    return [arm(key, cells) for key, cells in groups.items()]

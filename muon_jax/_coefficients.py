@@ -1,0 +1,191 @@
+"""The named Newton-Schulz schedules: which odd quintic is applied at which step."""
+
+import dataclasses
+import numbers
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Row = tuple[float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    r"""A Newton-Schulz schedule: row $k$ maps $\sigma \mapsto a\sigma + b\sigma^3 + c\sigma^5$.
+
+    Attributes:
+        rows: one `(a, b, c)` per step.
+        tail: the row repeated after `rows` for as long as more steps are asked for; `None` means
+            that the schedule has exactly `len(rows)` steps.
+        steps: the number of steps when none is asked for; defaults to `len(rows)`.
+        normalization: how singular values are brought into (0, 1] first: `"frobenius"` divides by
+            the Frobenius norm, `"aol"` rescales along the short side (Boissin et al., 2512.04632).
+        safety: the normalised matrix is divided by this too, to leave room for rounding.
+        low_precision_slack: in bfloat16 and float16 every fitted row is evaluated at
+            `sigma / low_precision_slack`, for rows that diverge just outside their interval.
+
+    Example:
+        >>> from muon_jax import Schedule
+        >>> Schedule(rows=((2.0, -1.5, 0.5),)).resolve()
+        ((2.0, -1.5, 0.5),)
+    """
+
+    rows: tuple[Row, ...]
+    tail: Row | None = None
+    steps: int | None = None
+    normalization: Literal["frobenius", "aol"] = "frobenius"
+    safety: float = 1.0
+    low_precision_slack: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.normalization not in ("frobenius", "aol"):
+            raise ValueError(
+                f"Schedule.normalization must be 'frobenius' or 'aol', got {self.normalization!r}."
+            )
+        if not self.rows and self.tail is None:
+            raise ValueError("Schedule needs at least one (a, b, c) row, got none.")
+
+    def resolve(
+        self, steps: int | None = None, dtype: jax.typing.DTypeLike = jnp.float32
+    ) -> tuple[Row, ...]:
+        """The rows of a run of `steps` steps in `dtype`.
+
+        Raises:
+            TypeError: `steps` is no static Python int.
+            ValueError: `steps` is below 1, or disagrees with a schedule of fixed length.
+        """
+        if steps is None:
+            steps = self.steps or len(self.rows)
+        if isinstance(steps, bool) or not isinstance(steps, numbers.Integral):
+            raise TypeError(
+                f"Newton-Schulz steps must be a static Python int, got {type(steps).__name__}. "
+                "Under optax.inject_hyperparams name it in static_args."
+            )
+        steps, rows = int(steps), self.rows
+        if self.low_precision_slack != 1 and jnp.finfo(dtype).bits < 32:
+            rows = _slack(rows, self.low_precision_slack)
+        if steps < 1:
+            raise ValueError(f"Newton-Schulz needs at least 1 step, got steps={steps}.")
+        if self.tail is not None:
+            return (rows + (self.tail,) * steps)[:steps]
+        if steps != len(rows):
+            raise ValueError(
+                f"This schedule has {len(rows)} coefficient rows, one a step, but "
+                f"steps={steps}. Leave steps out, or give {steps} rows."
+            )
+        return rows
+
+
+_JORDAN = (3.4445, -4.7750, 2.0315)
+_EXACT = (2.0, -1.5, 0.5)
+
+
+def _slack(rows: tuple[Row, ...], safety: float) -> tuple[Row, ...]:
+    """p(sigma) -> p(sigma / safety), so that rounding above 1 stays inside the fitted interval."""
+    return tuple((a / safety, b / safety**3, c / safety**5) for a, b, c in rows)
+
+
+SCHEDULES: dict[str, Schedule] = {
+    # Jordan (2024), kellerjordan.github.io/posts/muon: steepest slope at 0, values in [0.68, 1.13].
+    "jordan": Schedule((), tail=_JORDAN, steps=5),
+    # YouJiacheng's six-digit search, known as "dion" in optax.
+    "you": Schedule(
+        (
+            (4.0848, -6.8946, 2.9270),
+            (3.9505, -6.3029, 2.6377),
+            (3.7418, -5.5913, 2.3037),
+            (2.8769, -3.1427, 1.2046),
+            (2.8366, -3.0525, 1.2012),
+        )
+    ),
+    # Amsel et al. (2505.16932): greedily minimax-optimal, so every prefix is optimal as well; the
+    # tail is the fifth-order Newton-Schulz polynomial, and each fitted row has slack 1.05.
+    "polar_express": Schedule(
+        _slack(
+            (
+                (8.287212, -23.595887, 17.300387),
+                (4.107059, -2.947850, 0.544843),
+                (3.948691, -2.908902, 0.551819),
+                (3.318420, -2.488488, 0.510049),
+                (2.300652, -1.668904, 0.418807),
+            ),
+            1.05,
+        ),
+        tail=(1.875, -1.25, 0.375),
+        steps=5,
+    ),
+    # The same method refitted with slack 1.02 inside the rows; the input is scaled by it too.
+    "polar_express_1.02": Schedule(
+        (
+            (8.156555, -22.483293, 15.878770),
+            (4.042930, -2.808917, 0.500018),
+            (3.891668, -2.772484, 0.506065),
+            (3.285754, -2.368129, 0.464490),
+            (2.346541, -1.709783, 0.423236),
+        ),
+        safety=1.02,
+    ),
+    # Grishina et al. (2506.10935): Chebyshev-optimal rows, without slack: in bfloat16 a rounding
+    # error above the interval's end is blown up to infinity by the rows as published.
+    "cans": Schedule(
+        (
+            (8.4703, -25.1081, 18.6293),
+            (4.1828, -3.1087, 0.5806),
+            (3.9619, -2.9541, 0.5630),
+            (3.2866, -2.4647, 0.5074),
+            (2.2737, -1.6447, 0.4162),
+        ),
+        low_precision_slack=1.05,
+    ),
+    # Boissin et al. (2512.04632), Turbo-Muon: a tighter start saves one step.
+    "aol": Schedule(
+        (
+            (4.0098, -7.0585, 2.4635),
+            (3.4585, -5.5479, 2.5959),
+            (2.7573, -3.2939, 1.4254),
+            (2.7215, -3.0494, 1.3169),
+        ),
+        normalization="aol",
+    ),
+    # DeepSeek-V4: eight steep steps, then two that settle at 1.
+    "deepseek_v4": Schedule((_JORDAN,) * 8 + (_EXACT,) * 2),
+    # Converges to the true polar factor: each step doubles a small singular value.
+    "exact": Schedule((), tail=_EXACT, steps=30),
+}
+
+
+def as_schedule(coeffs: "str | Schedule | Row | Sequence[Row]") -> Schedule:
+    """A name, one `(a, b, c)` repeated five times, or one row a step -> `Schedule`.
+
+    Raises:
+        ValueError: an unknown name, or rows that are not triples of numbers.
+    """
+    if isinstance(coeffs, Schedule):
+        return coeffs
+    if isinstance(coeffs, str):
+        if coeffs not in SCHEDULES:
+            raise ValueError(
+                f"Unknown Newton-Schulz schedule {coeffs!r}. Known: {', '.join(SCHEDULES)}; "
+                "or pass (a, b, c), or one (a, b, c) a step."
+            )
+        return SCHEDULES[coeffs]
+    try:
+        if len(coeffs) == 3 and all(_is_number(value) for value in coeffs):
+            return Schedule((), tail=_as_row(coeffs), steps=5)
+        return Schedule(tuple(_as_row(row) for row in coeffs))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "Newton-Schulz coefficients must be a schedule's name, three numbers (a, b, c), or a "
+            f"sequence of such triples, all static; got {coeffs!r}."
+        ) from error
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, numbers.Real)
+
+
+def _as_row(row) -> Row:
+    a, b, c = row
+    return float(a), float(b), float(c)

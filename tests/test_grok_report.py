@@ -1,0 +1,266 @@
+import base64
+import io
+import json
+import math
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from experiments.figures import Curve, median_curve, optimizer_color
+from experiments.grok.report import abstract, load_run, main, terminal_table, write_report
+from experiments.grok.report_data import aggregate, censored_median
+
+SPEED = {"adamw": 210.0, "muon": 130.0}
+
+
+def cell(task, softmax, optimizer, seed, memorized, grok, sustained=None, budget=200, **changes):
+    """A row of summary.json; `grok` None makes a censored cell."""
+    sustained = grok if sustained is None else sustained
+    speed = SPEED.get(optimizer, 100.0)
+
+    def seconds(epoch):
+        return None if epoch is None else epoch * 10 / speed
+
+    return {
+        "task": task,
+        "softmax": softmax,
+        "optimizer": optimizer,
+        "seed": seed,
+        "memorized_epoch": memorized,
+        "first_crossing_epoch": grok,
+        "grok_epoch": grok,
+        "grok_epoch_sustained": sustained,
+        "delay": None if grok is None or memorized is None else grok - memorized,
+        "censored": sustained is None,
+        "diverged": False,
+        "epochs_run": budget,
+        "seconds": seconds(budget),
+        "steps_per_second": speed,
+        "seconds_to_grok": seconds(grok),
+        "flops_to_grok": None if grok is None else grok * 10 * 4.1e9,
+        "step_flops": 4.1e9,
+        "parameters": 223_000,
+    } | changes
+
+
+def epochs(row, count):
+    """Epoch lines whose accuracies are logistic in log(epoch), as in grokking."""
+    noise = zlib.crc32(repr((row["task"], row["softmax"], row["seed"])).encode()) % 7
+    memorized = row["memorized_epoch"] or 12
+    grok = row["grok_epoch_sustained"] or 260
+    for epoch in range(1, count + 1):
+        train = 1 / (1 + (0.55 * memorized / epoch) ** 6)
+        share = 1 / (1 + math.exp(-(14 * math.log(epoch / grok) + 3)))
+        validation = min(1.0, 0.02 + 0.98 * share + 0.006 * math.sin(epoch * 1.7 + noise))
+        yield {key: row[key] for key in ("task", "softmax", "optimizer", "seed")} | {
+            "epoch": epoch,
+            "step": epoch * 10,
+            "seconds": epoch * 10 / row["steps_per_second"],
+            "train_loss": 1 - train,
+            "train_accuracy": min(1.0, train),
+            "validation_loss": 1 - validation,
+            "validation_accuracy": max(0.0, validation),
+        }
+
+
+def make_run(folder: Path, rows, total=None, budget=200, begun=()) -> Path:
+    """A run folder as experiments.grok writes it; `begun` are cells not yet finished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = [*rows, *begun]
+    names = {k: list(dict.fromkeys(c[k] for c in cells)) for k in ("task", "softmax", "optimizer")}
+    config = {
+        "tasks": names["task"] or ["add"],
+        "softmax": names["softmax"] or ["standard"],
+        "optimizers": names["optimizer"] or ["adamw", "muon"],
+        "seeds": 3,
+        "epochs": budget,
+        "width": 128,
+        "train_fraction": None,
+    }
+    summary = {
+        "version": "0.1.0",
+        "machine": {"device": "TFRT_CPU_0", "jax": "0.0"},
+        "cells_total": len(cells) if total is None else total,
+        "cells": list(rows),
+    }
+    lines = [json.dumps({"cell": "begin"})]
+    lines += [json.dumps(line) for row in rows for line in epochs(row, budget)]
+    lines += [json.dumps(line) for row in begun for line in epochs(row, budget // 4)]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def three_seeds(optimizer, epochs_to_grok, memorized=10, task="add", **changes):
+    return [
+        cell(task, "standard", optimizer, seed, memorized, grok, **changes)
+        for seed, grok in enumerate(epochs_to_grok)
+    ]
+
+
+ADAMW = three_seeds("adamw", [90, 97, 110])
+MUON = three_seeds("muon", [15, 17, 21])
+
+
+def text_of(tmp_path, rows, **options) -> str:
+    return " ".join(abstract(load_run(make_run(tmp_path / "run", rows, **options))))
+
+
+def test_abstract_of_a_whole_run(tmp_path):
+    assert text_of(tmp_path, ADAMW + MUON) == (
+        "Muon reached 95 % validation accuracy, and held it, in 3 of 3 cells, at a median of"
+        " 17 epochs; AdamW in 3 of 3 cells, at a median of 97 epochs."
+        " The ratio of medians, AdamW over Muon, is 5.7."
+        " Median training time to grok: Muon 1.31 s; AdamW 4.62 s."
+    )
+
+
+def test_abstract_counts_the_panels(tmp_path):
+    rows = [*ADAMW, *MUON]
+    rows += [row | {"task": "gcd", "optimizer": "adamw"} for row in MUON]
+    rows += [row | {"task": "gcd", "optimizer": "muon"} for row in ADAMW]
+    for optimizer in ("adamw", "muon"):
+        rows += three_seeds(optimizer, [None] * 3, task="exp")
+    text = text_of(tmp_path, rows)
+    assert "Muon has the lower median in 1 of 3 pairs of task and softmax, and in 1 neither" in text
+
+
+def test_abstract_with_censored_cells(tmp_path):
+    one = three_seeds("adamw", [90, 97, None])
+    text = text_of(tmp_path, one + MUON)
+    assert "AdamW in 2 of 3 cells, at a median of 97 epochs" in text and "is 5.7." in text
+
+    two = three_seeds("adamw", [90, None, None])
+    text = text_of(tmp_path, two + MUON)
+    assert "AdamW in 1 of 3 cells, so at a median beyond 200 epochs" in text
+    assert "is at least 12." in text
+
+    slow = three_seeds("muon", [None, None, 30])
+    assert "is at most 0.48." in text_of(tmp_path, ADAMW + slow)
+
+
+def test_abstract_where_nothing_grokked(tmp_path):
+    text = text_of(tmp_path, three_seeds("adamw", [None] * 3) + three_seeds("muon", [None] * 3))
+    assert "in 0 of 3 cells within the budget of 200 epochs; AdamW in 0 of 3" in text
+    assert "No ratio AdamW over Muon: both medians lie beyond the budget." in text
+
+
+def test_abstract_of_a_partial_run(tmp_path):
+    text = text_of(tmp_path, [*ADAMW, MUON[0]], total=6, begun=[MUON[1]])
+    assert text.startswith("4 of 6 cells finished so far.")
+    # Only seed 0 has both optimizers: 90 / 15.
+    assert "is 6 (over the 1 cell that both finished)." in text
+    assert "No cell has finished yet: 0 of 6 cells" in text_of(tmp_path, [], total=6)
+
+
+def test_abstract_of_one_optimizer_and_of_divergence(tmp_path):
+    text = text_of(tmp_path, MUON)
+    assert "AdamW" not in text and "ratio" not in text and "in 3 of 3 cells" in text
+    text = text_of(tmp_path, [*MUON[:2], MUON[2] | {"diverged": True}])
+    assert "1 cell diverged." in text
+
+
+def test_censored_medians():
+    assert censored_median([3, None, 1], [9, 9, 9]) == (3, False)
+    assert censored_median([3, None, None], [9, 9, 9]) == (9, True)
+    # One of the two middle values is known: the median exceeds their mean, not the budget.
+    assert censored_median([1, 3, None, None], [9, 9, 9, 9]) == (6, True)
+    assert math.isnan(censored_median([], []).value)
+    # A low bound must not lower the rank of what is missing.
+    assert censored_median([10, 12, None], [9, 9, 1]) == (12, False)
+
+
+def test_aggregate():
+    adamw, muon = aggregate(three_seeds("adamw", [90, None, None]) + MUON)
+    assert (adamw.n, adamw.censored, muon.censored) == (3, 2, 0)
+    assert adamw.grok_sustained == (200, True) and adamw.delay == (190, True)
+    assert muon.grok_sustained == (17, False) and muon.delay == (7, False)
+    assert muon.seconds_to_grok.value == pytest.approx(170 / 130)
+    assert adamw.seconds_to_grok == (pytest.approx(2000 / 210), True)
+    assert adamw.memorized == (10, False)
+
+
+def test_terminal_table_is_the_html_table(tmp_path):
+    rows = three_seeds("adamw", [90, None, None]) + three_seeds("[red]x", [15, 17, 21])
+    console = Console(file=io.StringIO(), width=200)
+    console.print(terminal_table(rows))
+    text = console.file.getvalue()
+    assert "> 200" in text and "2 of 3" in text and "[red]x" in text
+    page = write_report(make_run(tmp_path / "run", rows)).read_text()
+    assert "<td>&gt; 200</td>" in page and "<td>2 of 3</td>" in page
+
+
+def test_report_stands_alone_and_holds_every_row(tmp_path):
+    rows = ADAMW + MUON + three_seeds("muon", [31, None, 33], task="gcd")
+    folder = make_run(tmp_path / "run", rows, total=12)
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    page = path.read_text()
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == 2 and page.count("alt=") == 2
+    for source, name in zip(sources, ("curves.png", "grok_epochs.png"), strict=True):
+        png = base64.b64decode(source.removeprefix("data:image/png;base64,"), validate=True)
+        assert png == (folder / name).read_bytes() and png.startswith(b"\x89PNG\r\n\x1a\n")
+        width, height = struct.unpack(">II", png[16:24])
+        assert width > 500 and height > 500
+    assert not re.search(r"(src|href)\s*=\s*\W?(http|//)|url\(|@import|<script", page)
+    body = page.split('id="cells"')[1].split("</section>")[0]
+    found = re.findall(r"<tr>\s*<td>(.*?)</td>\s*<td>.*?</td>\s*<td>(.*?)</td>\s*<td>(.*?)<", body)
+    labels = {"adamw": "AdamW", "muon": "Muon"}
+    wanted = [(row["task"], labels[row["optimizer"]], str(row["seed"])) for row in rows]
+    assert found == wanted
+    assert "1 censored, drawn as open triangles" in re.sub(r"\s+", " ", page)
+    assert "width" in page and "TFRT_CPU_0" in page and "9 of 12 cells finished" in page
+
+
+def test_report_of_a_run_with_nothing_finished(tmp_path):
+    page = write_report(make_run(tmp_path / "a", [], total=6, begun=[MUON[0]])).read_text()
+    assert "no cell has finished yet" in page
+    assert write_report(make_run(tmp_path / "b", [], total=6)).is_file()
+
+
+def test_names_are_escaped(tmp_path):
+    rows = [*ADAMW, *three_seeds("<b>$x_", [15, 17, 21], task="<i>")]
+    page = write_report(make_run(tmp_path / "run", rows)).read_text()
+    assert "<b>" not in page and "<i>" not in page
+    assert "&lt;b&gt;$x_" in page
+
+
+def test_faults_name_the_file_and_the_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run folder"):
+        write_report(tmp_path / "missing")
+    folder = make_run(tmp_path / "run", MUON, budget=5)
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    for line, message in (('{"task": "a', "no valid JSON"), ("[]", "object"), ("{}", "lacks task")):
+        path.write_text("\n".join([*lines[:6], line, *lines[7:]]))
+        with pytest.raises(ValueError, match=f"metrics.jsonl, line 7: .*{message}"):
+            write_report(folder)
+    with pytest.raises(SystemExit, match="line 7"):
+        main(folder)
+    (folder / "summary.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"summary\.json"):
+        write_report(folder)
+
+
+def test_cell_trained_again_replaces_its_first_attempt(tmp_path):
+    folder = make_run(tmp_path / "run", [], begun=[MUON[0]], budget=40)
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text() + "\n".join(path.read_text().splitlines()[1:4]))
+    (trace,) = load_run(folder).traces.values()
+    assert [line["epoch"] for line in trace] == [1, 2, 3]
+
+
+def test_median_curve_stops_where_the_first_seed_stops():
+    curves = [Curve([1, 2], [0.1, 0.2], [0.0, 0.1]), Curve([1], [0.3], [0.2])]
+    assert median_curve(curves) == Curve([1], [pytest.approx(0.2)], [pytest.approx(0.1)])
+
+
+def test_colors_are_stable():
+    assert optimizer_color("adamw") != optimizer_color("muon")
+    assert optimizer_color("anything at all") == "#882255"
