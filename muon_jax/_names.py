@@ -140,7 +140,7 @@ def _scan_axes(names: Sequence[LeafName]) -> dict[str, int]:
     subtrees = defaultdict(list)
     for name in names:
         components = name.path.split("/")
-        for depth in range(1, len(components)):
+        for depth in range(len(components)):
             subtrees["/".join(components[:depth])].append(name)
     found: dict[str, int] = {}
     for subtree in sorted(subtrees, key=len):
@@ -161,7 +161,9 @@ def _is_scan(leaves: Sequence[LeafName], axis: int) -> bool:
     if any(len(leaf.shape) == 2 and (leaf.is_gain or leaf.is_bias) for leaf in plain):
         return True
     kernels = all(len(leaf.shape) >= 3 and not leaf.is_bias for leaf in leaves)
-    return axis == 0 and kernels and bool(plain) and len({leaf.shape for leaf in leaves}) > 1
+    # Windows of a bias-free convolutional net agree on their first axis too.
+    stacks = [leaf for leaf in plain if len(leaf.shape) == 3 and not leaf.within(_set("conv"))]
+    return axis == 0 and kernels and bool(stacks) and len({leaf.shape for leaf in leaves}) > 1
 
 
 def _core(name: LeafName, scan_axis: int | None) -> tuple[int, ...]:

@@ -125,7 +125,8 @@ def _gram_form(x: jax.Array, rows: tuple[Row, ...], restarts: tuple[int, ...]) -
     for step, (a, b, c) in enumerate(rows, start=1):
         z = (b * r + c * _matmul(r, r)).astype(dtype)
         if q is None:
-            q = (z + a * jnp.eye(z.shape[-1], dtype=dtype)).astype(dtype)
+            identity = jnp.eye(z.shape[-1], dtype=dtype)
+            q = (z + a * jnp.expand_dims(identity, range(z.ndim - 2))).astype(dtype)
         else:
             q = (a * q + _matmul(q, z)).astype(dtype)
         if step in restarts or step == len(rows):
@@ -142,7 +143,9 @@ def _normalize(x: jax.Array, dtype: jnp.dtype, safety: float, eps) -> jax.Array:
     """Singular values into [0, 1] without overflow or underflow, then into `dtype`."""
     x = x.astype(_accumulator(x.dtype))
     largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
-    x = x / jnp.where(largest == 0, 1, largest)
+    # XLA turns division into a product with 1 / largest, which above 2^126 is flushed to zero.
+    root = jax.lax.rsqrt(jnp.where(largest == 0, 1, largest))
+    x = x * root * root
     norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
     return (x / (safety * norm + eps)).astype(dtype)
 

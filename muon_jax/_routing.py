@@ -157,7 +157,7 @@ def _overrides(
     params: Any, leaves: dict[KeyPath, Any], rules: Routing
 ) -> dict[KeyPath, tuple[Choice | None, str]]:
     """What the user's rules say, by key path, each with the name of the rule that says it."""
-    if rules is None:
+    if rules is None or (isinstance(rules, (list, tuple, dict)) and not rules):
         return {}
     pairs = _regex_pairs(rules, params)
     if pairs is not None:

@@ -1,0 +1,142 @@
+"""`python -m experiments.grok`: trains the grid's cells and writes the report."""
+
+import importlib.metadata
+import signal
+import sys
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from experiments.grok.config import GRID, Cell, Config
+from experiments.grok.report import terminal_table, write_report
+from experiments.grok.train import Epoch, train_cell
+from experiments.runs import Run, RunError, machine, write_json
+
+INTERRUPTED = 130
+
+
+def main() -> int:
+    """Runs the command; returns its exit code."""
+    console = Console()
+    try:
+        config = tyro.cli(Config, prog="python -m experiments.grok")
+        run = Run(config.folder(), config.as_json(), GRID)
+    except (ValueError, RunError) as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False)
+        return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return study(config, run, console)
+    except OSError as error:
+        console.print(
+            f"[red]error:[/red] {error}. {len(run.finished)} finished cells are safe in "
+            f"{run.folder}; the same command goes on from there.",
+            highlight=False,
+        )
+        return 1
+    finally:
+        run.close()
+
+
+def study(config: Config, run: Run, console: Console) -> int:
+    """Trains what is missing of the grid, and reports on what there is."""
+    cells = config.cells()
+    finished = {cell_of(row) for row in run.finished}
+    missing = [cell for cell in cells if cell not in finished]
+    if run.dropped:
+        console.print(f"{run.dropped} lines of an unfinished or damaged cell were cut away.")
+    console.print(
+        f"[bold]{run.folder}[/bold]: {len(cells)} cells of at most {config.epochs} epochs, "
+        f"{len(cells) - len(missing)} of them finished.",
+        highlight=False,
+    )
+    total = len(finished | set(cells))
+    interrupted = False
+    try:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("epochs at most,"),
+            TimeElapsedColumn(),
+            TextColumn("gone,"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left at most"),
+            console=console,
+        ) as progress:
+            bar = progress.add_task("compiling", total=len(missing) * config.epochs)
+            for i, cell in enumerate(missing):
+                train(config, cell, run, progress, bar)
+                progress.update(bar, completed=(i + 1) * config.epochs)
+                summarize(run, total)
+    except KeyboardInterrupt:
+        interrupted = True
+    summarize(run, total)
+    if run.finished:
+        report = write_report(run.folder)
+        console.print(terminal_table(run.finished, budget=config.epochs))
+        console.print(f"Report: {report}", highlight=False, soft_wrap=True)
+    if interrupted:
+        left = sum(cell not in {cell_of(row) for row in run.finished} for cell in cells)
+        console.print(f"Interrupted with {left} cells to go; the same command goes on from there.")
+        return INTERRUPTED
+    return 0
+
+
+def train(config: Config, cell: Cell, run: Run, progress: Progress, bar: TaskID) -> None:
+    """One cell, with its progress, into the run's log."""
+
+    def show(epoch: Epoch) -> None:
+        progress.update(
+            bar,
+            advance=1,
+            description=f"{cell}: train {epoch.train_accuracy:4.0%}, "
+            f"validation {epoch.validation_accuracy:4.0%}",
+        )
+
+    history, row = train_cell(config, cell, show)
+    run.append([{**cell._asdict(), **epoch._asdict()} for epoch in history], row)
+    grokked = row["grok_epoch_sustained"]
+    outcome = (
+        f"grokked at epoch {grokked}"
+        if grokked
+        else "loss no longer finite"
+        if row["diverged"]
+        else f"not grokked in {row['epochs_run']} epochs"
+    )
+    progress.console.print(
+        f"{cell}: {outcome}, {row['seconds']:.1f} s, {row['steps_per_second']:.0f} steps/s",
+        highlight=False,
+    )
+
+
+def cell_of(row: dict[str, Any]) -> Cell:
+    """The cell that a row of the summary is of."""
+    return Cell(*(row[field] for field in Cell._fields))
+
+
+def summarize(run: Run, total: int) -> None:
+    """Writes `summary.json`: one row for each finished cell."""
+    write_json(
+        run.folder / "summary.json",
+        {
+            "version": importlib.metadata.version("muon-jax"),
+            "machine": machine(),
+            "cells_total": total,
+            "cells": run.finished,
+        },
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

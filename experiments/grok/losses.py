@@ -1,0 +1,44 @@
+"""The three output functions, each with its own loss over logits `(batch, classes)`."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+SoftmaxName = Literal["softmax", "stablemax", "sparsemax"]
+SOFTMAXES: tuple[SoftmaxName, ...] = get_args(SoftmaxName)
+
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def softmax_loss(logits: jax.Array, answers: jax.Array) -> jax.Array:
+    """Cross-entropy of the softmax, `(batch,)`."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, answers)
+
+
+def stablemax_loss(logits: jax.Array, answers: jax.Array) -> jax.Array:
+    """Cross-entropy of stablemax, `(batch,)`: s(z) in place of exp(z) (2501.04697, eq. 4).
+
+    s(z) is z + 1 from 0 on and 1 / (1 - z) below; it grows linearly, so that it is not absorbed
+    in float32 as exp is.
+    """
+    positive = logits >= 0
+    # Each branch sees only its own side, so that neither gradient is 0 * inf.
+    above, below = jnp.where(positive, logits, 0.0), jnp.where(positive, 0.0, logits)
+    log_s = jnp.where(positive, jnp.log1p(above), -jnp.log1p(-below))
+    total = jnp.sum(jnp.where(positive, above + 1, 1 / (1 - below)), axis=-1)
+    return jnp.log(total) - jnp.take_along_axis(log_s, answers[:, None], axis=-1)[:, 0]
+
+
+def sparsemax_loss(logits: jax.Array, answers: jax.Array) -> jax.Array:
+    """The sparsemax loss of Martins & Astudillo (1602.02068), `(batch,)`."""
+    return optax.losses.multiclass_sparsemax_loss(logits, answers)
+
+
+LOSSES: dict[SoftmaxName, Loss] = {
+    "softmax": softmax_loss,
+    "stablemax": stablemax_loss,
+    "sparsemax": sparsemax_loss,
+}

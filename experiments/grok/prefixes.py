@@ -1,0 +1,136 @@
+"""The transformer's forward pass with every distinct prefix computed once.
+
+In a causal model an activation depends on its prefix alone. The rows of a table share theirs: all
+that start with `a op` agree in two of four positions. A prefix tree gives each position the nodes
+that are distinct there: the table's own prefixes where these are fewer than the rows of a batch,
+and one node a row from then on. Two more savings are exact: the first layer's projections are made
+once a vocabulary entry, and in the last layer only the final position is needed past its keys and
+values.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.grok.model import Block, Transformer
+from experiments.grok.tasks import Table
+from experiments.layers import Attention, rotate
+
+
+class PrefixTree(NamedTuple):
+    """The distinct prefixes of a table at its leading positions.
+
+    Attributes:
+        tokens: for each shared position, the last token of every distinct prefix `(nodes,)`.
+        parents: for each shared position after the first, the node of the prefix one token
+            shorter `(nodes,)`; None where the nodes are the same.
+        nodes: every table row's node at the last shared position `(rows,)`.
+    """
+
+    tokens: list[np.ndarray]
+    parents: list[np.ndarray | None]
+    nodes: np.ndarray
+
+    @classmethod
+    def of(cls, table: Table, batch: int) -> "PrefixTree":
+        """Shares the positions that have at most as many distinct prefixes as a batch has rows."""
+        tokens, parents, nodes = [], [], np.zeros(len(table.tokens), np.int32)
+        for position in range(table.tokens.shape[1] - 1):
+            prefixes, first, node = np.unique(
+                table.tokens[:, : position + 1], axis=0, return_index=True, return_inverse=True
+            )
+            if len(prefixes) > batch:
+                break
+            parent = nodes[first]
+            if position:
+                parents.append(None if np.array_equal(parent, np.arange(len(parent))) else parent)
+            tokens.append(prefixes[:, -1])
+            nodes = node.reshape(-1).astype(np.int32)
+        return cls(tokens, parents, nodes)
+
+
+def logits(model: Transformer, tree: PrefixTree, tokens: jax.Array, rows: jax.Array) -> jax.Array:
+    """What `model(tokens[rows])` gives without dropout, `(batch, vocabulary)`.
+
+    Args:
+        model: the plain model.
+        tree: of the whole table.
+        tokens: `(rows of the table, positions)`.
+        rows: `(batch,)` row numbers.
+    """
+    shared, positions = len(tree.tokens), tokens.shape[1]
+    level_tokens = [*tree.tokens, *(tokens[rows, t] for t in range(shared, positions))]
+    parents = [*tree.parents, jnp.asarray(tree.nodes)[rows]] + [None] * (positions - shared - 1)
+
+    vocabulary = model.embedding.embedding[...]
+    x = [lookup(vocabulary, t) for t in level_tokens]
+    for depth, block in enumerate(model.blocks):
+        if depth == 0:
+            qkv = [[lookup(y, t) for t in level_tokens] for y in _project(block, vocabulary)]
+        else:
+            qkv = [_split(y, x) for y in _project(block, jnp.concatenate(x))]
+        final = depth + 1 == len(model.blocks)
+        mixed = _mix(block.attention, *qkv, parents, only_last=final)
+        x = x[-1:] if final else x
+        flat = jnp.concatenate(x) + block.attention.out(jnp.concatenate(mixed))
+        flat = flat + block.feed_forward(block.feed_forward_norm(flat))
+        x = _split(flat, x)
+    return model.head(model.norm(x[-1]))
+
+
+def _project(block: Block, x: jax.Array) -> list[jax.Array]:
+    """Query, key and value of every node, each `(nodes, heads, head_dim)`."""
+    x, attention = block.attention_norm(x), block.attention
+    maps = (attention.query, attention.key, attention.value)
+    return [attention.split_heads(linear(x)) for linear in maps]
+
+
+def _split(x: jax.Array, like: list[jax.Array]) -> list[jax.Array]:
+    return jnp.split(x, np.cumsum([len(y) for y in like])[:-1])
+
+
+def _mix(
+    attention: Attention,
+    queries: list[jax.Array],
+    keys: list[jax.Array],
+    values: list[jax.Array],
+    parents: list[Any],
+    only_last: bool,
+) -> list[jax.Array]:
+    """Attention of every node to its prefix; for each position `(nodes, width)`."""
+    mixed, context = [], ()  # keys and values so far, each (nodes, positions, heads, head_dim)
+    for position, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
+        k = rotate(k, position, attention.rope_base)
+        own = k[:, None], v[:, None]
+        if position:
+            parent = parents[position - 1]
+            before = context if parent is None else [lookup(y, parent) for y in context]
+            own = [jnp.concatenate(pair, axis=1) for pair in zip(before, own, strict=True)]
+        context = own
+        if not only_last or position + 1 == len(queries):
+            q = rotate(q, position, attention.rope_base)
+            scores = jnp.einsum("nhk,nthk->nth", q, context[0]) * q.shape[-1] ** -0.5
+            weights = jax.nn.softmax(scores, axis=1)
+            mixed.append(jnp.einsum("nth,nthk->nhk", weights, context[1]).reshape(len(q), -1))
+    return mixed
+
+
+@jax.custom_vjp
+def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
+    """`table[index]`, whose gradient is a matrix product and not a scatter, slow on CPU."""
+    return jnp.take(table, index, axis=0)
+
+
+def _lookup_forward(table, index):
+    return lookup(table, index), (index, len(table))
+
+
+def _lookup_backward(residual, cotangent):
+    index, entries = residual
+    chosen = jax.nn.one_hot(index, entries, dtype=cotangent.dtype)
+    return jnp.einsum("ne,n...->e...", chosen, cotangent), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)

@@ -1,0 +1,68 @@
+"""Transformer parts that the studies share: linear maps, RoPE, SwiGLU, causal attention."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def fan_in_uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    """PyTorch's default for a kernel `(fan_in, fan_out)`: uniform in ±1/sqrt(fan_in)."""
+    bound = shape[0] ** -0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Linear(nnx.Linear):
+    """`nnx.Linear` without a bias."""
+
+    def __init__(self, fan_in: int, fan_out: int, *, rngs: nnx.Rngs):
+        super().__init__(fan_in, fan_out, use_bias=False, kernel_init=fan_in_uniform, rngs=rngs)
+
+
+class SwiGLU(nnx.Module):
+    """`down(silu(gate(x)) * up(x))` (Shazeer, 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
+        self.gate = Linear(width, hidden, rngs=rngs)
+        self.up = Linear(width, hidden, rngs=rngs)
+        self.down = Linear(hidden, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(nnx.silu(self.gate(x)) * self.up(x))
+
+
+def rotate(x: jax.Array, position: int | jax.Array, base: float) -> jax.Array:
+    """RoPE (Su et al., 2104.09864), pairing each half of the head with the other.
+
+    Args:
+        x: `(..., heads, head_dim)`, head_dim even.
+        position: of each vector, broadcastable to `x.shape[:-2]`.
+        base: of the geometric series of wavelengths.
+    """
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half) / half)
+    angle = jnp.asarray(position)[..., None, None] * frequency
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    first, second = x[..., :half], x[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention, in two steps: projections of each token, then causal mixing."""
+
+    def __init__(self, width: int, heads: int, rope_base: float, *, rngs: nnx.Rngs):
+        self.heads, self.rope_base = heads, rope_base
+        self.query = Linear(width, width, rngs=rngs)
+        self.key = Linear(width, width, rngs=rngs)
+        self.value = Linear(width, width, rngs=rngs)
+        self.out = Linear(width, width, rngs=rngs)
+
+    def split_heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], self.heads, -1)
+
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        positions = jnp.arange(x_BxTxD.shape[1])
+        q = rotate(self.split_heads(self.query(x_BxTxD)), positions, self.rope_base)
+        k = rotate(self.split_heads(self.key(x_BxTxD)), positions, self.rope_base)
+        v = self.split_heads(self.value(x_BxTxD))
+        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed.reshape(x_BxTxD.shape))

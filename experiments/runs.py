@@ -1,0 +1,173 @@
+"""A run's folder: its config, its log of finished pieces of work, and files written whole."""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+class RunError(Exception):
+    """A folder that cannot be used as asked; the message says why and what to do."""
+
+
+class Run:
+    """A folder that one process at a time writes, and that any kill leaves usable.
+
+    `metrics.jsonl` is the source of truth. A finished piece of work is appended to it as a block:
+    its records, then one record `{"cell": ..., "sha256": ...}` that seals them. Opening a folder
+    keeps the sealed blocks and cuts everything else away.
+
+    Args:
+        folder: made if missing.
+        config: JSON-able settings; a folder that holds others is refused.
+        grid: keys of `config` that may differ from the folder's: they say which pieces are wanted,
+            not what a piece is.
+
+    Attributes:
+        finished: the sealed records, oldest first.
+        dropped: lines cut away because they were unsealed or damaged.
+
+    Raises:
+        RunError: another process writes the folder, or it holds a run with other settings.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], grid: tuple[str, ...] = ()):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(folder / ".lock", "w")  # noqa: SIM115 - held for the run's lifetime
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"Another process is writing {folder}. Wait for it, or give another --name."
+            ) from None
+        self._check_config(config, grid)
+        write_json(folder / "config.json", config)
+        self.finished, self.dropped = self._recover()
+
+    def append(self, records: list[dict[str, Any]], cell: dict[str, Any]) -> None:
+        """Adds a finished piece of work, durably: after this returns no kill loses it."""
+        lines = [_line(record) for record in records]
+        seal = {"cell": cell, "sha256": _digest(lines, cell)}
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write("".join([*lines, _line(seal)]))
+            file.flush()
+            os.fsync(file.fileno())
+        self.finished.append(cell)
+
+    def close(self) -> None:
+        """Lets another process have the folder."""
+        self._lock.close()
+
+    def _check_config(self, config: dict[str, Any], grid: tuple[str, ...]) -> None:
+        path = self.folder / "config.json"
+        if not path.exists():
+            return
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(
+                f"{path} is damaged ({error}), so what its run trained is unknown. Give another "
+                "--name, or remove the folder."
+            ) from None
+        new = json.loads(json.dumps(config))
+        changed = sorted(
+            key
+            for key in old.keys() | new.keys()
+            if key not in grid and old.get(key) != new.get(key)
+        )
+        if changed:
+            differences = "; ".join(
+                f"{key}: there {old.get(key)!r}, here {new.get(key)!r}" for key in changed
+            )
+            raise RunError(
+                f"{self.folder} holds a run with other settings ({differences}). Give another "
+                "--name, or the same settings."
+            )
+
+    def _recover(self) -> tuple[list[dict[str, Any]], int]:
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return [], 0
+        finished, kept, block, dropped = [], [], [], 0
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            record = _parse(line)
+            if record is None or "cell" not in record:
+                block.append(line)
+            elif record.get("sha256") == _digest(block, record["cell"]):
+                finished.append(record["cell"])
+                kept += [*block, line]
+                block = []
+            else:
+                dropped += len(block) + 1
+                block = []
+        dropped += len(block)
+        if dropped:
+            write_text(path, "".join(kept))
+        return finished, dropped
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file at once: a reader, or a kill, sees the old text or the new."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of JSON; NaN is refused, since it is none."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def machine() -> dict[str, str]:
+    """What a figure was measured on."""
+    device = jax.devices()[0]
+    return {
+        "device": f"{jax.device_count()} × {device.device_kind} ({device.platform})",
+        "processor": platform.processor() or platform.machine(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "optax": importlib.metadata.version("optax"),
+        "flax": importlib.metadata.version("flax"),
+        "command": " ".join(["python -m", *_command()]),
+    }
+
+
+def _command() -> list[str]:
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    name = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
+    return [name, *sys.argv[1:]]
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _digest(lines: list[str], cell: dict[str, Any]) -> str:
+    return hashlib.sha256("".join([*lines, _line(cell)]).encode()).hexdigest()

@@ -1,0 +1,396 @@
+"""Which leaf goes where: 40 published families, live models, overrides, errors and the table."""
+
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from trees import FAMILIES
+
+from muon_jax import MatrixAxes, label_params, routing_table
+from muon_jax._routing import route
+
+
+def struct(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def nested(shapes):
+    """`{"a/b": shape}` as nested dicts."""
+    tree = {}
+    for path, shape in shapes.items():
+        *above, last = path.split("/")
+        node = tree
+        for key in above:
+            node = node.setdefault(key, {})
+        node[last] = struct(*shape)
+    return tree
+
+
+def routes_by_path(params, rules=None):
+    return {leaf.path: leaf for leaf in route(params, rules).values()}
+
+
+def muon_shapes(params, rules=None):
+    """`{path: (batch, fan_in, fan_out)}` of the Muon leaves."""
+    return {
+        path: leaf.axes.matrix_shape(leaf.shape)
+        for path, leaf in routes_by_path(params, rules).items()
+        if leaf.label == "muon"
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_published_families(family):
+    rows = [(path.removesuffix("/value"), *rest) for path, *rest in family()]
+    found = routes_by_path(nested({path: shape for path, shape, *_ in rows}))
+    assert set(found) == {path for path, *_ in rows}
+    wrong = {}
+    for path, shape, label, fan_in, fan_out in rows:
+        axes = found[path].axes
+        read = None if axes is None else axes.split(shape)[1:]
+        accepted = {(fan_in, fan_out)} if label == "muon" else {None}
+        if label == "muon" and shape[fan_in[0]] == shape[fan_out[0]] and len(fan_in + fan_out) == 2:
+            accepted.add((fan_out, fan_in))
+        if found[path].label != label or read not in accepted:
+            wrong[path] = (shape, found[path].label, read)
+    assert wrong == {}
+    assert {path: leaf.doubt for path, leaf in found.items() if leaf.doubt} == {}
+
+
+# --- Live models -----------------------------------------------------------------------------
+
+
+class NnxBlock(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.RMSNorm(8, rngs=rngs)
+        self.attn = nnx.MultiHeadAttention(num_heads=2, in_features=8, rngs=rngs, decode=False)
+        self.up = nnx.Linear(8, 32, rngs=rngs)
+        self.down = nnx.Linear(32, 8, use_bias=False, rngs=rngs)
+
+
+class NnxModel(nnx.Module):
+    def __init__(self, rngs):
+        stack = nnx.split_rngs(splits=5)(nnx.vmap(NnxBlock, in_axes=0, out_axes=0))
+        self.embed = nnx.Embed(50, 8, rngs=rngs)
+        self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.first = NnxBlock(rngs)
+        self.layers = stack(rngs)
+        self.lora = nnx.LoRA(8, 2, 8, rngs=rngs)
+        self.final = nnx.LayerNorm(8, rngs=rngs)
+        self.lm_head = nnx.Linear(8, 50, rngs=rngs)
+
+
+class LinenBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "tp"))
+        h = nn.LayerNorm()(x)
+        h = nn.MultiHeadDotProductAttention(2)(h, h)
+        h = nn.Dense(32, kernel_init=init, name="up")(h)
+        return x + nn.Dense(8, use_bias=False, name="down")(h), None
+
+
+class LinenModel(nn.Module):
+    @nn.compact
+    def __call__(self, tokens, image):
+        x = nn.Embed(50, 8)(tokens) + nn.Conv(8, (3, 3))(image).mean((1, 2))[:, None]
+        x, _ = LinenBlock(name="first")(x)
+        scanned = nn.scan(
+            LinenBlock,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=5,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, _ = scanned(name="layers")(x, None)
+        return nn.Dense(50, name="lm_head")(x)
+
+
+def nnx_params():
+    return nnx.state(nnx.eval_shape(lambda: NnxModel(nnx.Rngs(0))), nnx.Param)
+
+
+def linen_params():
+    tokens, image = jnp.ones((1, 4), jnp.int32), jnp.ones((1, 4, 4, 3))
+    return jax.eval_shape(LinenModel().init, jax.random.key(0), tokens, image)["params"]
+
+
+def equinox_params(stacked=False):
+    make = lambda key: eqx.nn.MLP(4, 3, 16, 2, key=key)  # noqa: E731
+    model = eqx.filter_vmap(make)(jax.random.split(jax.random.key(0), 5)) if stacked else None
+    return eqx.filter(model or make(jax.random.key(0)), eqx.is_array)
+
+
+BLOCK = {
+    "{attn}/query/kernel": (8, 8),
+    "{attn}/key/kernel": (8, 8),
+    "{attn}/value/kernel": (8, 8),
+    "{attn}/out/kernel": (8, 8),
+    "up/kernel": (8, 32),
+    "down/kernel": (32, 8),
+}
+
+
+def both_blocks(attn):
+    names = {path.format(attn=attn): fans for path, fans in BLOCK.items()}
+    first = {f"first/{path}": ((), *fans) for path, fans in names.items()}
+    return first | {f"layers/{path}": ((5,), *fans) for path, fans in names.items()}
+
+
+LIVE = {
+    "nnx": (
+        nnx_params,
+        both_blocks("attn")
+        | {"conv/kernel": ((), 27, 8), "lora/lora_a": ((), 8, 2), "lora/lora_b": ((), 2, 8)},
+    ),
+    "linen": (
+        linen_params,
+        both_blocks("MultiHeadDotProductAttention_0") | {"Conv_0/kernel": ((), 27, 8)},
+    ),
+    "equinox": (
+        equinox_params,
+        {f"layers/{n}/weight": ((), i, o) for n, (i, o) in enumerate([(4, 16), (16, 16), (16, 3)])},
+    ),
+    "equinox stack": (
+        lambda: equinox_params(stacked=True),
+        {
+            f"layers/{n}/weight": ((5,), i, o)
+            for n, (i, o) in enumerate([(4, 16), (16, 16), (16, 3)])
+        },
+    ),
+    "scanned stack alone": (
+        lambda: nnx.to_pure_dict(nnx_params())["layers"],
+        {path.format(attn="attn"): ((5,), *fans) for path, fans in BLOCK.items()},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_live_models(name):
+    make, expected = LIVE[name]
+    params = make()
+    assert muon_shapes(params) == expected
+    assert {leaf.label for leaf in route(params).values()} == {"muon", "adamw"}
+    assert "ambiguous" not in routing_table(params)
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_labels_are_a_tree_and_a_routing(name):
+    params = LIVE[name][0]()
+    labels = label_params(params)
+    assert jax.tree.structure(labels) == jax.tree.structure(params)
+    frozen = jax.tree.map(lambda label: "frozen" if label == "adamw" else label, labels)
+    assert jax.tree.leaves(label_params(params, labels)) == jax.tree.leaves(labels)
+    assert jax.tree.leaves(label_params(params, frozen)) == jax.tree.leaves(frozen)
+    assert muon_shapes(params, labels) == muon_shapes(params)
+
+
+# --- Shapes that mislead ---------------------------------------------------------------------
+
+HEADS = {
+    f"attn/{name}/{leaf}": shape
+    for name in ("query", "key", "value")
+    for leaf, shape in {"kernel": (16, 4, 4), "bias": (4, 4)}.items()
+} | {"attn/out/kernel": (4, 4, 16), "attn/out/bias": (16,)}
+
+TRAPS = {
+    "heads == head_dim": (
+        HEADS | {"norm/scale": (16,)},
+        {path: ((), 16, 16) for path in HEADS if "kernel" in path},
+    ),
+    "square attention without biases": (
+        {f"attn/{name}_proj/kernel": (16, 16) for name in "qkvo"},
+        {f"attn/{name}_proj/kernel": ((), 16, 16) for name in "qkvo"},
+    ),
+    "as many layers as the width": (
+        {"layers/norm/scale": (16, 16), "layers/q_proj/kernel": (16, 16, 16)},
+        {"layers/q_proj/kernel": ((16,), 16, 16)},
+    ),
+    "scanned biases": (
+        {"layers/up/kernel": (5, 16, 64), "layers/up/bias": (5, 64), "layers/ln/scale": (5, 16)},
+        {"layers/up/kernel": ((5,), 16, 64)},
+    ),
+    "convolutions without biases": (
+        {"net/conv_1/kernel": (3, 3, 4, 8), "net/conv_2/kernel": (3, 3, 8, 16)},
+        {"net/conv_1/kernel": ((), 36, 8), "net/conv_2/kernel": ((), 72, 16)},
+    ),
+    "an expert stack": (
+        {"moe/experts/up": (4, 16, 64), "moe/experts/down": (4, 64, 16), "norm/scale": (16,)},
+        {"moe/experts/up": ((4,), 16, 64), "moe/experts/down": ((4,), 64, 16)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_misleading_shapes(name):
+    shapes, expected = TRAPS[name]
+    assert muon_shapes(nested(shapes)) == expected
+
+
+@pytest.mark.parametrize(
+    "path,shape,label,doubt",
+    [
+        ("query/kernel", (5, 16, 16), "muon", "could be a stack of 2-D kernels"),
+        ("mystery", (16, 24), "muon", "could be an embedding or a head"),
+        ("mystery", (500, 16), "adamw", "could be a hidden matrix"),
+        ("up/kernel", (5, 16, 64), "muon", "leading axes are read as a stack"),
+        ("patches/kernel", (2, 3, 3, 8), "muon", "could be a stack of matrices"),
+    ],
+)
+def test_ambiguous_shapes_are_said_to_be(path, shape, label, doubt):
+    params = nested({path: shape, "head/bias": (3,)})
+    assert routes_by_path(params)[path].label == label
+    warnings = re.findall(r"^ambiguous: (.*)$", routing_table(params), re.MULTILINE)
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"{path} {shape}: ") and doubt in warnings[0]
+
+
+# --- Overrides -------------------------------------------------------------------------------
+
+PARAMS = nested({"embed": (50, 8), "mlp/kernel": (8, 8), "mlp/bias": (8,), "out/kernel": (2, 4, 8)})
+BUILT_IN = {
+    "embed": "adamw",
+    "mlp/bias": "adamw",
+    "mlp/kernel": "muon",
+    "out/kernel": "muon",
+}
+WHOLE = {
+    "embed": "frozen",
+    "mlp": {"kernel": "adamw", "bias": "frozen"},
+    "out": {"kernel": "muon"},
+}
+
+
+@pytest.mark.parametrize(
+    "rules,changed",
+    [
+        (None, {}),
+        ([], {}),
+        ({}, {}),
+        ([("mlp/kernel", "adamw")], {"mlp/kernel": "adamw"}),
+        (
+            [("kernel$", "adamw"), ("^embed", "muon")],
+            {"embed": "muon", "mlp/kernel": "adamw", "out/kernel": "adamw"},
+        ),
+        ([("mlp/k", "frozen"), ("mlp", "adamw")], {"mlp/kernel": "frozen", "mlp/bias": "adamw"}),
+        (
+            [(re.compile("MLP", re.IGNORECASE), "frozen")],
+            {"mlp/kernel": "frozen", "mlp/bias": "frozen"},
+        ),
+        ({"embed|out": "frozen"}, {"embed": "frozen", "out/kernel": "frozen"}),
+        ({"^embed$": "muon"}, {"embed": "muon"}),
+        ([("embed", MatrixAxes())], {"embed": "muon"}),
+        (lambda path, leaf: "frozen" if leaf.ndim == 3 else None, {"out/kernel": "frozen"}),
+        (lambda path, leaf: "adamw" if "mlp" in path else None, {"mlp/kernel": "adamw"}),
+        (WHOLE, {"embed": "frozen", "mlp/kernel": "adamw", "mlp/bias": "frozen"}),
+        (
+            {"embed": "adamw", "mlp": "adamw", "out": MatrixAxes((0, 1), 2)},
+            {"mlp/kernel": "adamw"},
+        ),
+    ],
+)
+def test_overrides(rules, changed):
+    expected = BUILT_IN | changed
+    found = routes_by_path(PARAMS, rules)
+    assert {path: leaf.label for path, leaf in found.items()} == expected
+    assert all(leaf.axes is not None for leaf in found.values() if leaf.label == "muon")
+    reasons = {path: leaf.why for path, leaf in routes_by_path(PARAMS).items()}
+    for path in changed:
+        assert found[path].why != reasons[path]
+
+
+@pytest.mark.parametrize(
+    "axes", [MatrixAxes(0, (1, 2)), optax.contrib.MuonDimensionNumbers(0, (1, 2))]
+)
+def test_axes_as_a_choice_send_the_leaf_to_muon_along_them(axes):
+    assert muon_shapes(PARAMS)["out/kernel"] == ((), 8, 8)
+    assert muon_shapes(PARAMS, [("out", axes)])["out/kernel"] == ((), 2, 32)
+    tree = {"embed": "adamw", "mlp": "adamw", "out": axes}
+    assert muon_shapes(PARAMS, tree) == {"out/kernel": ((), 2, 32)}
+
+
+INTEGER = {"mlp": {"kernel": struct(8, 8)}, "steps": struct(3, dtype=jnp.int32)}
+
+
+@pytest.mark.parametrize(
+    "params,rules,words",
+    [
+        (PARAMS, [("mpl", "adamw")], ["'mpl'", "no leaf", "mlp/kernel", "out/kernel"]),
+        (PARAMS, {"mlp": "adamw", "head": "adamw"}, ["'head'", "no leaf", "mlp/kernel"]),
+        (PARAMS, {"embed": "adamw", "mlp": {"kernel": "muon"}, "out": "muon"}, ["'mlp/bias'"]),
+        (PARAMS, WHOLE | {"lora": {"a": "muon"}}, ["'lora/a'", "no leaf"]),
+        (PARAMS, WHOLE | {"mlp": {"kernel": "adam", "bias": "adamw"}}, ["'adam'", "'mlp/kernel'"]),
+        (PARAMS, [("mlp", "sgd")], ["'sgd'", "'mlp/", "adamw", "MatrixAxes"]),
+        (PARAMS, lambda path, leaf: "Muon", ["'Muon'", "known are muon"]),
+        (PARAMS, [("bias", "muon")], ["'mlp/bias'", "(8,)", "'adamw'"]),
+        (PARAMS, [("mlp/bias", MatrixAxes())], ["(8,)", "does not fit"]),
+        (PARAMS, [("out", MatrixAxes(0, 5))], ["(2, 4, 8)", "does not fit"]),
+        (PARAMS, [("out", MatrixAxes(0, -3))], ["(2, 4, 8)", "twice"]),
+        (PARAMS, 3, ["3", "(regex, label)"]),
+        (INTEGER, None, ["'steps'", "int32", "'frozen'"]),
+        (INTEGER, [("steps", "adamw")], ["'steps'", "int32", "'frozen'"]),
+    ],
+)
+def test_errors_name_the_path_and_the_remedy(params, rules, words):
+    with pytest.raises(ValueError) as raised:
+        label_params(params, rules)
+    assert [word for word in words if word not in str(raised.value)] == []
+
+
+def test_an_integer_leaf_may_be_frozen():
+    labels = label_params(INTEGER, [("steps", "frozen")])
+    assert labels == {"mlp": {"kernel": "muon"}, "steps": "frozen"}
+
+
+def test_many_paths_are_cut_short_in_an_error():
+    with pytest.raises(ValueError, match="and 38 more") as raised:
+        label_params(nested({f"layer_{n}/kernel": (4, 4) for n in range(50)}), [("x", "muon")])
+    assert len(str(raised.value)) < 500
+
+
+# --- The table -------------------------------------------------------------------------------
+
+TABLE = """\
+path               shape      matrices  label   why
+attn/key/bias      (2, 4)     -         adamw   a bias
+attn/key/kernel    (8, 2, 4)  8 × 8     muon    an attention kernel split into heads
+attn/out/bias      (8,)       -         adamw   a bias
+attn/out/kernel    (2, 4, 8)  8 × 8     muon    an attention kernel split into heads
+attn/query/bias    (2, 4)     -         adamw   a bias
+attn/query/kernel  (8, 2, 4)  8 × 8     muon    an attention kernel split into heads
+attn/value/bias    (2, 4)     -         adamw   a bias
+attn/value/kernel  (8, 2, 4)  8 × 8     muon    an attention kernel split into heads
+down/kernel        (32, 8)    32 × 8    muon    a kernel (fan_in, fan_out)
+norm/scale         (8,)       -         adamw   a norm or gain
+up/bias            (32,)      -         frozen  rule 'up/bias'
+up/kernel          (8, 32)    8 × 32    muon    a kernel (fan_in, fan_out)
+
+muon: 6 leaves, 768 parameters (91.4 %)
+adamw: 5 leaves, 40 parameters (4.8 %)
+frozen: 1 leaf, 32 parameters (3.8 %)
+"""
+
+
+def test_the_table_of_a_flax_block():
+    params = nnx.state(nnx.eval_shape(lambda: NnxBlock(nnx.Rngs(0))), nnx.Param)
+    assert routing_table(params, [("up/bias", "frozen")]) + "\n" == TABLE
+
+
+def test_the_table_counts_a_stack():
+    table = routing_table(nested({"moe/experts/up": (2, 3, 4, 8)}))
+    assert "2 × 3 × (4 × 8)" in table and table.endswith("muon: 1 leaf, 192 parameters (100.0 %)")
+
+
+def test_arrays_and_structs_are_labelled_alike():
+    arrays = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), PARAMS)
+    assert label_params(arrays) == label_params(PARAMS)
+    assert jax.jit(lambda p: p["mlp"]["kernel"] if label_params(p) else None)(arrays).shape == (
+        8,
+        8,
+    )
