@@ -40,7 +40,8 @@ def rotate(x: jax.Array, position: int | jax.Array, base: float) -> jax.Array:
     """
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half) / half)
-    angle = jnp.asarray(position)[..., None, None] * frequency
+    angle = jnp.multiply.outer(jnp.asarray(position), frequency)[..., None, :]
+    angle = jnp.expand_dims(angle, range(x.ndim - angle.ndim))
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     first, second = x[..., :half], x[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,14 +1,17 @@
 """The optimizers that the studies compare, each a word on the command line."""
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import optax
 
 import muon_jax
 
 OptimizerName = Literal["adamw", "muon"]
-OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
+ScheduleName = Literal[
+    "jordan", "you", "polar_express", "polar_express_1.02", "cans", "aol", "deepseek_v4", "exact"
+]
+ScaleName = Literal["spectral", "match_rms_adamw", "mup", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,10 +19,15 @@ class AdamW:
     """AdamW for all parameters; in the Muon arm, for those that are no hidden matrices."""
 
     learning_rate: float = 1e-3
+    """After warm-up."""
     weight_decay: float = 1.0
+    """Decoupled: a step shrinks weights by learning rate × this."""
     b1: float = 0.9
+    """Decay of the first moment."""
     b2: float = 0.98
+    """Decay of the second moment."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +35,17 @@ class Muon:
     """Muon for the hidden matrices."""
 
     learning_rate: float = 0.02
+    """After warm-up."""
     weight_decay: float = 0.1
+    """Decoupled, as AdamW's."""
     beta: float = 0.95
+    """Decay of the momentum."""
     nesterov: bool = True
-    ns_coeffs: str = "jordan"
-    scale: str = "spectral"
+    """Look one step ahead."""
+    ns_coeffs: ScheduleName = "jordan"
+    """Newton-Schulz schedule."""
+    scale: ScaleName = "spectral"
+    """Size of the update by fan_in and fan_out."""
 
 
 def build(

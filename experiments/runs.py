@@ -45,13 +45,17 @@ class Run:
         self._lock = open(folder / ".lock", "w")  # noqa: SIM115 - held for the run's lifetime
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._check_config(config, grid)
+            write_json(folder / "config.json", config)
+            self.finished, self.dropped = self._recover()
         except BlockingIOError:
+            self.close()
             raise RunError(
                 f"Another process is writing {folder}. Wait for it, or give another --name."
             ) from None
-        self._check_config(config, grid)
-        write_json(folder / "config.json", config)
-        self.finished, self.dropped = self._recover()
+        except BaseException:
+            self.close()
+            raise
 
     def append(self, records: list[dict[str, Any]], cell: dict[str, Any]) -> None:
         """Adds a finished piece of work, durably: after this returns no kill loses it."""

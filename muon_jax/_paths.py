@@ -72,6 +72,8 @@ def broadcast_prefix(
     positions = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda x: x is None or is_masked(x)
     )[0]
+    if not positions:  # the stand-in for params with which optax.tree_map_params calls `init`
+        return {}
     for path, leaf in positions:
         key = covering(path)
         used.add(key)

@@ -183,7 +183,7 @@ def _match(
     present = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_masked)[0]
     paths = [path_string(path) for path, _ in present]
     for regex, _ in pairs:
-        if not any(re.search(regex, path) for path in paths):
+        if paths and not any(re.search(regex, path) for path in paths):
             raise ValueError(
                 f"The routing rule {regex!r} matches no leaf. The paths are: {_some(paths)}."
             )

@@ -3,6 +3,7 @@
 import importlib.metadata
 import signal
 import sys
+import threading
 from typing import Any
 
 import tyro
@@ -27,6 +28,7 @@ INTERRUPTED = 130
 
 def main() -> int:
     """Runs the command; returns its exit code."""
+    stop = stop_on_signals()
     console = Console()
     try:
         config = tyro.cli(Config, prog="python -m experiments.grok")
@@ -34,9 +36,8 @@ def main() -> int:
     except (ValueError, RunError) as error:
         console.print(f"[red]error:[/red] {error}", highlight=False)
         return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return study(config, run, console)
+        return study(config, run, stop, console)
     except OSError as error:
         console.print(
             f"[red]error:[/red] {error}. {len(run.finished)} finished cells are safe in "
@@ -48,7 +49,23 @@ def main() -> int:
         run.close()
 
 
-def study(config: Config, run: Run, console: Console) -> int:
+def stop_on_signals() -> threading.Event:
+    """Set by Ctrl-C and SIGTERM, and read between epochs; a second Ctrl-C stops at once.
+
+    An exception raised in the middle of XLA's work can crash the process on its way out.
+    """
+    stop = threading.Event()
+
+    def ask(signum, frame):
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGTERM, ask)
+    return stop
+
+
+def study(config: Config, run: Run, stop: threading.Event, console: Console) -> int:
     """Trains what is missing of the grid, and reports on what there is."""
     cells = config.cells()
     finished = {cell_of(row) for row in run.finished}
@@ -61,7 +78,6 @@ def study(config: Config, run: Run, console: Console) -> int:
         highlight=False,
     )
     total = len(finished | set(cells))
-    interrupted = False
     try:
         with Progress(
             TextColumn("{task.description}"),
@@ -76,27 +92,34 @@ def study(config: Config, run: Run, console: Console) -> int:
         ) as progress:
             bar = progress.add_task("compiling", total=len(missing) * config.epochs)
             for i, cell in enumerate(missing):
-                train(config, cell, run, progress, bar)
+                train(config, cell, run, stop, progress, bar)
                 progress.update(bar, completed=(i + 1) * config.epochs)
                 summarize(run, total)
     except KeyboardInterrupt:
-        interrupted = True
+        stop.set()
     summarize(run, total)
     if run.finished:
         report = write_report(run.folder)
         console.print(terminal_table(run.finished, budget=config.epochs))
         console.print(f"Report: {report}", highlight=False, soft_wrap=True)
-    if interrupted:
-        left = sum(cell not in {cell_of(row) for row in run.finished} for cell in cells)
+    left = len(set(cells) - {cell_of(row) for row in run.finished})
+    if left:
         console.print(f"Interrupted with {left} cells to go; the same command goes on from there.")
-        return INTERRUPTED
-    return 0
+    return INTERRUPTED if left else 0
 
 
-def train(config: Config, cell: Cell, run: Run, progress: Progress, bar: TaskID) -> None:
-    """One cell, with its progress, into the run's log."""
+def train(
+    config: Config, cell: Cell, run: Run, stop: threading.Event, progress: Progress, bar: TaskID
+) -> None:
+    """One cell, with its progress, into the run's log.
+
+    Raises:
+        KeyboardInterrupt: `stop` was set before the cell ended.
+    """
 
     def show(epoch: Epoch) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
         progress.update(
             bar,
             advance=1,

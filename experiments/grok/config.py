@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.grok.losses import SoftmaxName
-from experiments.grok.tasks import TRAIN_FRACTION, TaskName
+from experiments.grok.tasks import TRAIN_FRACTION, TaskName, split, table
 from experiments.optimizers import AdamW, Muon, OptimizerName
 
 
@@ -68,9 +68,9 @@ class Config:
     """The hidden matrices of the Muon arm."""
     full_length: bool = False
     """Train every cell for all epochs; by default one ends once it has grokked for good."""
-    out: Path = Path("runs/grok")
+    out: Path = dataclasses.field(default=Path("runs/grok"), compare=False)
     """Where run folders are."""
-    name: str | None = None
+    name: str | None = dataclasses.field(default=None, compare=False)
     """The run's folder; by default made of the settings."""
 
     def __post_init__(self) -> None:
@@ -89,11 +89,8 @@ class Config:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout must be in [0, 1), got {self.dropout}.")
-        if self.train_fraction is not None and not 0 < self.train_fraction < 1:
-            raise ValueError(
-                f"--train-fraction must be between 0 and 1, both left out, got "
-                f"{self.train_fraction}."
-            )
+        for task in self.tasks:
+            split(len(table(task).tokens), self.fraction(task), seed=0)
         if self.warmup < 0:
             raise ValueError(f"--warmup must not be negative, got {self.warmup}.")
 

@@ -1,14 +1,13 @@
 """The three output functions, each with its own loss over logits `(batch, classes)`."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 SoftmaxName = Literal["softmax", "stablemax", "sparsemax"]
-SOFTMAXES: tuple[SoftmaxName, ...] = get_args(SoftmaxName)
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 

@@ -62,7 +62,9 @@ def logits(model: Transformer, tree: PrefixTree, tokens: jax.Array, rows: jax.Ar
     """
     shared, positions = len(tree.tokens), tokens.shape[1]
     level_tokens = [*tree.tokens, *(tokens[rows, t] for t in range(shared, positions))]
-    parents = [*tree.parents, jnp.asarray(tree.nodes)[rows]] + [None] * (positions - shared - 1)
+    parents = [*tree.parents, *[None] * (positions - 1 - len(tree.parents))]
+    if shared:
+        parents[shared - 1] = jnp.asarray(tree.nodes)[rows]
 
     vocabulary = model.embedding.embedding[...]
     x = [lookup(vocabulary, t) for t in level_tokens]

@@ -1,5 +1,6 @@
 """The seven tasks: every row of an operation's table as tokens and an answer, and its split."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
@@ -54,6 +55,7 @@ class Split(NamedTuple):
     validation: np.ndarray
 
 
+@functools.cache
 def table(task: TaskName) -> Table:
     """The whole table: `a op b =` modulo 97, or ten bits and `=`.
 
@@ -82,8 +84,8 @@ def split(rows: int, train_fraction: float, seed: int) -> Split:
     cut = round(rows * train_fraction)
     if not 0 < cut < rows:
         raise ValueError(
-            f"train_fraction={train_fraction} of {rows} rows leaves {cut} for training and "
-            f"{rows - cut} for validation; choose a fraction strictly between 0 and 1."
+            f"--train-fraction {train_fraction} of {rows} rows leaves {cut} for training and "
+            f"{rows - cut} for validation; both sides need a row."
         )
     order = np.random.default_rng(seed).permutation(rows).astype(np.int32)
     return Split(np.sort(order[:cut]), np.sort(order[cut:]))

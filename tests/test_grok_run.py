@@ -1,0 +1,268 @@
+"""A grokking run as a user sees it: it groks, survives, resumes to the same bits, refuses well."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.grok import __main__ as command
+from experiments.grok.config import Config
+from experiments.grok.train import Epoch, milestones
+
+ROOT = Path(__file__).parent.parent
+# Seconds a run: four cells of three epochs of a narrow model.
+TINY = ["--tasks", "gcd", "--seeds", "2", "--epochs", "3", "--width", "16", "--batch", "1024"]
+
+
+def run(*options, out):
+    """The command in this process, as `python -m experiments.grok` would run it."""
+    arguments = ["grok", *map(str, options), "--out", str(out), "--name", "run"]
+    patch = pytest.MonkeyPatch()
+    with patch.context() as context:
+        context.setattr(sys, "argv", arguments)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return command.main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def start(*options, out):
+    """The command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.grok", *options, "--out", str(out), "--name", "run"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # As many devices as the tests have: XLA splits its sums by them.
+        env={**os.environ, "COLUMNS": "200", "JAX_NUM_CPU_DEVICES": "8"},
+    )
+
+
+def results(out):
+    """Every cell's row and every epoch's line, without what a clock measured."""
+    folder = out / "run"
+    rows = json.loads((folder / "summary.json").read_text())["cells"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clocked = {"seconds", "steps_per_second", "seconds_to_grok"}
+
+    def timeless(record):
+        return {key: value for key, value in record.items() if key not in clocked}
+
+    epochs = [timeless(line) for line in lines if "cell" not in line]
+    return [timeless(row) for row in rows], epochs
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The results of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole")
+    assert run(*TINY, out=out) == 0
+    return results(out)
+
+
+def test_the_files_of_a_run(whole, tmp_path):
+    assert run(*TINY, "--seeds", 1, out=tmp_path) == 0
+    folder = tmp_path / "run"
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "metrics.jsonl", "summary.json", "report.html"} <= names
+    assert (folder / "curves.png").stat().st_size > 10_000
+    rows = json.loads((folder / "summary.json").read_text())["cells"]
+    assert [(row["optimizer"], row["seed"]) for row in rows] == [("adamw", 0), ("muon", 0)]
+    wanted = (
+        "task softmax optimizer seed memorized_epoch grok_epoch grok_epoch_sustained censored "
+        "epochs_run seconds steps_per_second"
+    )
+    assert set(wanted.split()) <= rows[0].keys()
+    assert rows[0]["params_sha256"] != rows[1]["params_sha256"]
+    # A cell is a pure function of its settings: more seeds around it change nothing.
+    assert results(tmp_path)[0] == whole[0][:2]
+
+
+def test_ctrl_c_keeps_finished_cells_and_the_rest_follows_bit_for_bit(whole, tmp_path, monkeypatch):
+    train_cell, calls = command.train_cell, []
+
+    def interrupted(config, cell, on_epoch):
+        calls.append(cell)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train_cell(config, cell, on_epoch)
+
+    monkeypatch.setattr(command, "train_cell", interrupted)
+    assert run(*TINY, out=tmp_path) == command.INTERRUPTED
+    assert len(results(tmp_path)[0]) == 1 and (tmp_path / "run" / "report.html").exists()
+    first = list(calls)
+    calls[:] = [None, None]
+    assert run(*TINY, out=tmp_path) == 0
+    assert first[0] not in calls[2:]
+    assert results(tmp_path) == whole
+
+
+def test_kill_9_in_the_middle_of_a_write_costs_one_cell(whole, tmp_path):
+    assert run(*TINY, "--seeds", 1, out=tmp_path) == 0
+    log = tmp_path / "run" / "metrics.jsonl"
+    text = log.read_text()
+    log.write_text(text[: text.index("\n", len(text) - 200) - 60])
+    assert run(*TINY, out=tmp_path) == 0
+    assert sorted(map(str, results(tmp_path)[0])) == sorted(map(str, whole[0]))
+
+
+def test_kill_9_of_the_process_leaves_a_folder_that_goes_on(whole, tmp_path):
+    process = start(*TINY, out=tmp_path)
+    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not (log.exists() and '"cell"' in log.read_text()) and time.monotonic() < deadline:
+        assert process.poll() is None or process.returncode == 0, process.stdout.read()
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert run(*TINY, out=tmp_path) == 0
+    assert results(tmp_path) == whole
+
+
+def test_a_flipped_byte_is_noticed_and_its_cell_trained_again(whole, tmp_path, capsys):
+    assert run(*TINY, out=tmp_path) == 0
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_text(
+        log.read_text().replace('"validation_accuracy": 0.', '"validation_accuracy": 1.', 1)
+    )
+    assert run(*TINY, out=tmp_path) == 0
+    assert "damaged cell were cut away" in capsys.readouterr().out
+    assert sorted(map(str, results(tmp_path)[0])) == sorted(map(str, whole[0]))
+
+
+def test_a_full_disk_stops_with_the_finished_cells_whole(whole, tmp_path, monkeypatch, capsys):
+    append, calls = command.Run.append, []
+
+    def full(self, records, cell):
+        calls.append(cell)
+        if len(calls) == 2:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write('{"task": "gcd", "soft')
+            raise OSError(28, "No space left on device")
+        append(self, records, cell)
+
+    monkeypatch.setattr(command.Run, "append", full)
+    assert run(*TINY, out=tmp_path) == 1
+    assert "No space left on device" in capsys.readouterr().out
+    assert run(*TINY, out=tmp_path) == 0
+    assert results(tmp_path) == whole
+
+
+def test_sigterm_ends_like_ctrl_c(tmp_path):
+    process = start(*TINY, "--epochs", "2000", "--full-length", out=tmp_path)
+    while not (tmp_path / "run" / "config.json").exists():
+        time.sleep(0.02)
+    time.sleep(2)
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == command.INTERRUPTED, output
+    assert "the same command goes on" in re.sub(r"\s+", " ", output)
+
+
+def test_a_second_process_on_the_same_folder_is_refused(tmp_path, capsys):
+    held = command.Run(tmp_path / "run", {}, ())
+    assert run(*TINY, out=tmp_path) == 2
+    assert "Another process is writing" in capsys.readouterr().out
+    held.close()
+
+
+def test_other_settings_in_the_same_folder_are_refused_by_name(tmp_path, capsys):
+    assert run(*TINY, "--seeds", 1, "--epochs", 1, out=tmp_path) == 0
+    assert run(*TINY, "--epochs", 1, "--width", 32, out=tmp_path) == 2
+    assert "width: there 16, here 32" in re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        (["--taks", "mul"], "--tasks"),
+        (["--tasks", "mull"], "'mul'"),
+        (["--optimizers", "adam"], "'adamw'"),
+        (["--width", "17"], "try --width 16"),
+        (["--width", "30", "--heads", "4"], "try --width 24"),
+        (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--tasks", "mul", "mul"], "different values"),
+        (["--train-fraction", "1.5"], "both sides need a row"),
+        (["--dropout", "1"], "must be in [0, 1)"),
+        (["--muon.scale", "huge"], "'spectral'"),
+    ],
+)
+def test_wrong_options_are_refused_with_a_hint(options, hint, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*options, out=tmp_path)
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    words = re.sub(r"[\s│]+", " ", captured.err + captured.out)
+    assert hint in words
+    assert not (tmp_path / "run").exists()
+
+
+def test_equal_settings_share_a_folder_and_others_do_not():
+    assert Config().folder() == Config().folder()
+    assert Config(seeds=5).folder() == Config().folder()
+    assert Config(layers=2).folder() != Config().folder()
+    assert Config(dropout=0.1).folder() != Config().folder()
+
+
+def history(train, validation):
+    pairs = enumerate(zip(train, validation, strict=True), start=1)
+    return [Epoch(i, i, 0.0, 0.0, t, 0.0, v) for i, (t, v) in pairs]
+
+
+def test_milestones_tell_the_three_epochs_apart():
+    train = [0.5, 0.98, 0.995] + [1.0] * 9
+    validation = [0.96, 0.1, 0.2, 0.95, 0.5] + [0.96] * 7
+    assert milestones(history(train, validation)) == {
+        "memorized_epoch": 3,
+        "first_crossing_epoch": 1,
+        "grok_epoch": 4,
+        "grok_epoch_sustained": 6,
+    }
+    # Four evaluations are no sustained generalisation, and none counts before memorisation.
+    assert milestones(history(train[:9], validation[:9]))["grok_epoch_sustained"] is None
+    never = milestones(history([0.9] * 9, [1.0] * 9))
+    assert never["first_crossing_epoch"] == 1 and never["grok_epoch"] is None
+
+
+def test_a_loss_that_is_no_longer_finite_ends_the_cell_and_says_so(tmp_path):
+    options = [*TINY, "--seeds", 1, "--optimizers", "adamw", "--adamw.learning-rate", "1e30"]
+    assert run(*options, out=tmp_path) == 0
+    (row,) = results(tmp_path)[0]
+    assert row["diverged"] and row["censored"] and row["grok_epoch"] is None
+
+
+def test_dropout_and_the_other_losses_train(tmp_path):
+    options = [
+        "--softmax",
+        "stablemax",
+        "sparsemax",
+        "--dropout",
+        "0.2",
+        "--seeds",
+        "1",
+        "--optimizers",
+        "muon",
+    ]
+    assert run(*TINY, *options, out=tmp_path) == 0
+    rows, epochs = results(tmp_path)
+    assert [row["softmax"] for row in rows] == ["stablemax", "sparsemax"]
+    for softmax in ("stablemax", "sparsemax"):
+        losses = [line["train_loss"] for line in epochs if line["softmax"] == softmax]
+        assert losses[-1] < losses[0]
+
+
+def test_it_really_groks_and_muon_first(tmp_path):
+    """Addition, one layer, one seed: about 13 epochs with Muon; AdamW has 30 and is not there."""
+    assert run("--tasks", "add", "--seeds", 1, "--epochs", 30, out=tmp_path) == 0
+    rows = {row["optimizer"]: row for row in results(tmp_path)[0]}
+    assert rows["muon"]["grok_epoch_sustained"] <= 25
+    assert rows["muon"]["memorized_epoch"] <= rows["muon"]["grok_epoch"]
+    assert rows["adamw"]["censored"]
