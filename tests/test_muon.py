@@ -297,7 +297,7 @@ def test_an_nd_kernel_is_one_matrix(path, shape, fan_in, fan_out):
     np.testing.assert_allclose(updates[module]["kernel"], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("axes", [MatrixAxes(), MatrixAxes(-1, -2), MatrixAxes(0, (2, 3))])
+@pytest.mark.parametrize("axes", [MatrixAxes(), MatrixAxes(1, 2), MatrixAxes((0, -1), -2)])
 def test_a_stack_is_its_matrices(axes):
     shape = (2, 3, 4, 5)
     batch, fan_in, fan_out = axes.split(shape)
