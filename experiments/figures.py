@@ -155,7 +155,7 @@ class Curve(NamedTuple):
 
 
 class Milestones(NamedTuple):
-    """The epochs a panel marks on an optimizer's median curve, None for one not reached."""
+    """The median epochs that a panel marks for an optimizer, None for one not reached."""
 
     memorised: float | None = None
     grokked: float | None = None
@@ -213,14 +213,10 @@ def draw_curves(
         axes.plot(middle.epochs, _percent(middle.train), color=color, lw=1.1, alpha=0.55)
         axes.plot(middle.epochs, _percent(middle.validation), color=color, lw=2, ls=DASHES)
         marks = milestones.get(optimizer, Milestones())
-        for epoch, values, mark in (
-            (marks.memorised, middle.train, MEMORISED_MARK),
-            (marks.grokked, middle.validation, GROKKED_MARK),
-        ):
-            if epoch is not None:
-                height = 100 * np.interp(epoch, middle.epochs, values)
-                face = color if mark is GROKKED_MARK else "white"
-                axes.plot(epoch, height, color=color, mfc=face, zorder=5, **mark)
+        if marks.memorised is not None:
+            axes.plot(marks.memorised, 100, color=color, mfc="white", zorder=5, **MEMORISED_MARK)
+        if marks.grokked is not None:
+            axes.plot(marks.grokked, 100 * threshold, color=color, zorder=5, **GROKKED_MARK)
     axes.set_ylim(-3, 105)
     axes.set_yticks(range(0, 101, 25))
     plain_log_axis(axes, "x")

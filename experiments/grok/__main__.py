@@ -10,7 +10,6 @@ import tyro
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
@@ -81,14 +80,12 @@ def study(config: Config, run: Run, stop: threading.Event, console: Console) -> 
     try:
         with Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("epochs at most,"),
+            BarColumn(bar_width=None),
             TimeElapsedColumn(),
-            TextColumn("gone,"),
-            TimeRemainingColumn(compact=True),
             TextColumn("left at most"),
+            TimeRemainingColumn(),
             console=console,
+            transient=True,
         ) as progress:
             bar = progress.add_task("compiling", total=len(missing) * config.epochs)
             for i, cell in enumerate(missing):
@@ -123,8 +120,8 @@ def train(
         progress.update(
             bar,
             advance=1,
-            description=f"{cell}: train {epoch.train_accuracy:4.0%}, "
-            f"validation {epoch.validation_accuracy:4.0%}",
+            description=f"{cell} train {epoch.train_accuracy:4.0%} "
+            f"val {epoch.validation_accuracy:4.0%}",
         )
 
     history, row = train_cell(config, cell, show)

@@ -277,7 +277,8 @@ def boxes_figure(run: Run) -> Figure:
             groups.append((task, samples))
         draw_boxes(axes, groups, run.budget, log=max(epochs) > 10 * min(epochs))
         axes.set_ylabel("grokking epoch")
-        axes.set_title(f"softmax: {softmax}", loc="left")
+        if len(kinds) > 1:
+            axes.set_title(softmax, loc="left")
     censored = sum(row["censored"] for row in run.rows)
     handles = [legend_line(optimizer_label(n), optimizer_color(n), lw=4) for n in names]
     handles += [
