@@ -1,0 +1,83 @@
+"""The README's Python runs, and its routing table is what the code prints."""
+
+import ast
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import muon_jax
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+class Layer(nnx.Module):
+    """The model of the README's table."""
+
+    def __init__(self, rngs):
+        self.embedding = nnx.Embed(512, 64, rngs=rngs)
+        self.attention_norm = nnx.RMSNorm(64, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(4, 64, use_bias=True, rngs=rngs)
+        self.mlp_norm = nnx.RMSNorm(64, rngs=rngs)
+        self.up = nnx.Linear(64, 256, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(256, 64, use_bias=False, rngs=rngs)
+        self.lm_head = nnx.Linear(64, 512, use_bias=False, rngs=rngs)
+
+
+def test_the_routing_table_is_what_a_flax_model_prints():
+    params = nnx.state(nnx.eval_shape(lambda: Layer(nnx.Rngs(0))), nnx.Param)
+    (shown,) = (block for block in blocks("text") if "adamw" in block and "why" in block)
+    assert muon_jax.routing_table(params) == shown.rstrip("\n")
+
+
+def test_the_first_example_runs():
+    params = {"wte": jnp.ones((32, 8)), "mlp": {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)}}
+    names = {"params": params}
+    exec(blocks("python")[0], names)
+    updates, _ = names["tx"].update(params, names["state"], params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+PARAMS = {
+    "encoder": {"kernel": jnp.ones((4, 4))},
+    "lora_a": jnp.ones((8, 2)),
+    "gate": {"kernel": jnp.ones((8, 8))},
+    "fused": {"kernel": jnp.ones((8, 3, 8))},
+    "backbone": {"kernel": jnp.ones((4, 4))},
+    "head": {"kernel": jnp.ones((4, 2))},
+}
+
+
+@pytest.mark.parametrize("example", range(4))
+def test_the_routing_examples_run(example):
+    calls = [ast.unparse(call) for call in ast.parse(blocks("python")[1]).body]
+    tx = eval(calls[example], {"muon_jax": muon_jax})
+    params = PARAMS
+    if "backbone" in calls[example]:
+        params = {name: PARAMS[name] for name in ("backbone", "head")}
+    tx.update(params, tx.init(params), params)
+
+
+def test_the_replacement_for_optax_dimension_numbers():
+    number = optax.contrib.MuonDimensionNumbers
+    dims = {"w": number(0, (1, 2)), "b": None, "e": None}
+    params = {"w": jnp.ones((8, 2, 4)), "b": jnp.ones(8), "e": jnp.ones((16, 8))}
+    (routing,) = re.findall(r"`routing=(jax\.tree\.map\(.*?Numbers\)\))`", README)
+    names = {"jax": jax, "optax": optax, "dims": dims}
+    ours = muon_jax.muon(0.1, matrix_axes=dims, routing=eval(routing, names))
+    assert ours.init(params) is not None
+    labels = muon_jax.label_params(params, eval(routing, names))
+    assert labels == {"w": "muon", "b": "adamw", "e": "adamw"}
+
+
+def test_the_test_command_is_one_line_that_ci_can_find():
+    commands = re.findall(r"^pip install .*pytest.*$", README, flags=re.MULTILINE)
+    assert len(commands) == 1
