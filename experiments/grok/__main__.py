@@ -13,7 +13,6 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -32,7 +31,7 @@ def main() -> int:
     try:
         config = tyro.cli(Config, prog="python -m experiments.grok")
         run = Run(config.folder(), config.as_json(), GRID)
-    except (ValueError, RunError) as error:
+    except (ValueError, RunError, OSError) as error:
         console.print(f"[red]error:[/red] {error}", highlight=False)
         return 2
     try:
@@ -80,14 +79,13 @@ def study(config: Config, run: Run, stop: threading.Event, console: Console) -> 
     try:
         with Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TimeElapsedColumn(),
-            TextColumn("left at most"),
+            BarColumn(bar_width=10),
+            TextColumn("left ≤"),
             TimeRemainingColumn(),
             console=console,
             transient=True,
         ) as progress:
-            bar = progress.add_task("compiling", total=len(missing) * config.epochs)
+            bar = progress.add_task("starting", total=len(missing) * config.epochs)
             for i, cell in enumerate(missing):
                 train(config, cell, run, stop, progress, bar)
                 progress.update(bar, completed=(i + 1) * config.epochs)
@@ -124,6 +122,7 @@ def train(
             f"val {epoch.validation_accuracy:4.0%}",
         )
 
+    progress.update(bar, description=f"{cell} starting")
     history, row = train_cell(config, cell, show)
     run.append([{**cell._asdict(), **epoch._asdict()} for epoch in history], row)
     grokked = row["grok_epoch_sustained"]

@@ -116,8 +116,7 @@ def compile_arm(config: Config, cell: Cell) -> Program:
         return State(optax.apply_updates(state.params, updates), opt_state), loss
 
     def epoch(state, train_rows, seed, number):
-        # rbg: dropout masks in a third of threefry's time on CPU.
-        key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), number)
+        key = jax.random.fold_in(jax.random.key(seed), number)
         order_key, dropout_key = jax.random.split(key)
         order = jax.random.permutation(order_key, train_rows)[: steps * batch]
         scanned = order.reshape(steps, batch), jax.random.split(dropout_key, steps)
@@ -141,7 +140,7 @@ def compile_arm(config: Config, cell: Cell) -> Program:
     eval_rows = jax.ShapeDtypeStruct(evaluation_rows(rows).shape, jnp.int32)
     one = (
         jax.ShapeDtypeStruct((batch,), jnp.int32),
-        jax.eval_shape(lambda: jax.random.key(0, impl="rbg")),
+        jax.eval_shape(lambda: jax.random.key(0)),
     )
     return Program(
         start=jax.jit(start),
