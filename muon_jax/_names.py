@@ -17,7 +17,7 @@ def _set(words: str) -> frozenset[str]:
 # The last component of a path may only say that this is an array; then the one above names it.
 _ARRAY = _set("kernel weight weights w embedding embeddings table scale bias b g offset")
 
-_BIAS = _set("bias biases beta b")
+_BIAS = _set("bias biases")
 _GAIN = _set("scale gain gamma g ls")
 _NORM = _set("ln bn gn rms")
 _EMBEDDING = _set("emb wte wpe vocab codebook lookup")
@@ -89,7 +89,7 @@ class LeafName(NamedTuple):
     @property
     def is_bias(self) -> bool:
         single = self.leaf in (("b",), ("beta",))
-        return single or "bias" in self.leaf + self.words or "biases" in self.leaf
+        return single or bool(_BIAS & set(self.leaf + self.words))
 
     @property
     def is_gain(self) -> bool:

@@ -81,3 +81,21 @@ def test_the_replacement_for_optax_dimension_numbers():
 def test_the_test_command_is_one_line_that_ci_can_find():
     commands = re.findall(r"^pip install .*pytest.*$", README, flags=re.MULTILINE)
     assert len(commands) == 1
+
+
+def test_the_static_arguments_of_inject_hyperparams():
+    (call,) = re.findall(r"`(optax\.inject_hyperparams\(.*?\)\))`", README)
+    tx = eval(call, {"optax": optax, "muon_jax": muon_jax})(
+        learning_rate=optax.linear_schedule(0.1, 0.0, 10),
+        ns_steps=3,
+        orthogonalizer=None,
+        routing=lambda path, leaf: None,
+        scale=lambda fan_in, fan_out: 0.5,
+        weight_decay_mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree),
+    )
+    state = tx.init(PARAMS)
+    step = jax.jit(tx.update)
+    for _ in range(2):
+        _, state = step(PARAMS, state, PARAMS)
+    assert float(state.hyperparams["learning_rate"]) < 0.1
+    assert step._cache_size() == 1
