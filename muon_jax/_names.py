@@ -208,7 +208,7 @@ def _is_head(name: LeafName) -> bool:
         return True
     if any("unembed" in word for word in words):
         return True
-    above = [part.lower() for part in name.parts[: name.parts.index(name.parts[-1])]]
+    above = [part.lower() for part in name.parts[:-1]]
     if name.module == "decoder" and "predictions" in above:
         return True
     outer = [part for part in above[:-1] if part not in ("params", "model")]

@@ -90,7 +90,7 @@ def routing_table(params: Any, rules: Routing = None) -> str:
     routes = list(route(params, rules).values())
     rows = [("path", "shape", "matrices", "label", "why")]
     for leaf in routes:
-        rows.append((leaf.path, str(leaf.shape), _matrices(leaf), leaf.label, leaf.why))
+        rows.append((leaf.path or "(root)", str(leaf.shape), _matrices(leaf), leaf.label, leaf.why))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -106,7 +106,11 @@ def routing_table(params: Any, rules: Routing = None) -> str:
             lines.append(
                 f"{label}: {len(sizes)} {leaves}, {sum(sizes):,} parameters ({share:.1f} %)"
             )
-    lines += [f"ambiguous: {leaf.path} {leaf.shape}: {leaf.doubt}" for leaf in routes if leaf.doubt]
+    lines += [
+        f"ambiguous: {leaf.path or '(root)'} {leaf.shape}: {leaf.doubt}"
+        for leaf in routes
+        if leaf.doubt
+    ]
     return "\n".join(lines)
 
 

@@ -343,6 +343,14 @@ def test_errors_name_the_path_and_the_remedy(params, rules, words):
     assert [word for word in words if word not in str(raised.value)] == []
 
 
+def test_trees_without_names_are_routed_by_shape_with_a_doubt():
+    bare, layers = struct(64, 64), [(struct(64, 32), struct(32)), (struct(32, 64), struct(64))]
+    assert label_params(bare) == "muon"
+    assert label_params(layers) == [("muon", "adamw"), ("muon", "adamw")]
+    assert "ambiguous: (root) (64, 64)" in routing_table(bare)
+    assert routing_table(layers).count("ambiguous: ") == 2
+
+
 def test_an_integer_leaf_may_be_frozen():
     labels = label_params(INTEGER, [("steps", "frozen")])
     assert labels == {"mlp": {"kernel": "muon"}, "steps": "frozen"}
