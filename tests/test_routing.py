@@ -10,6 +10,8 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from trees import FAMILIES
 
 from muon_jax import MatrixAxes, label_params, routing_table
@@ -402,3 +404,28 @@ def test_arrays_and_structs_are_labelled_alike():
         8,
         8,
     )
+
+
+WORDS = "kernel weight w bias scale embed head query out c_attn conv experts norm layers 0 foo a.b"
+LEAVES = st.lists(st.sampled_from([0, 1, 2, 4, 8, 97]), max_size=5).map(lambda s: struct(*s))
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(WORDS.split()), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(TREES)
+def test_every_tree_has_a_route_for_every_leaf(params):
+    routes = route(params).values()
+    assert len(routes) == len(jax.tree.leaves(params))
+    for leaf in routes:
+        assert leaf.label in ("muon", "adamw")
+        if leaf.label == "muon":
+            batch, fan_in, fan_out = leaf.axes.matrix_shape(leaf.shape)
+            assert np.prod([*batch, fan_in, fan_out]) == np.prod(leaf.shape)
+    assert all(leaf.path in routing_table(params) for leaf in routes)
