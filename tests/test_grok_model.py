@@ -112,7 +112,7 @@ def test_shared_prefixes_equal_the_plain_forward(task, layers, heads, batch):
 
 
 def test_sharing_saves_what_it_promises():
-    """Two layers, batch 512: 6.5 GFLOP a step at every position, 2.6 with shared prefixes."""
+    """Two layers, batch 512: 6.6 GFLOP a step at every position, 2.7 with shared prefixes."""
     table = tasks.table("mul")
     graph, params = make("mul", 2, 1, width=128)
     tree = prefixes.PrefixTree.of(table, 512)
@@ -124,7 +124,7 @@ def test_sharing_saves_what_it_promises():
 
     plain = flops(lambda model: model(tokens[rows]))
     shared = flops(lambda model: prefixes.logits(model, tree, tokens, rows))
-    assert shared < 0.45 * plain
+    assert shared < 0.42 * plain
 
 
 def test_the_published_size():

@@ -67,10 +67,10 @@ def logits(model: Transformer, tree: PrefixTree, tokens: jax.Array, rows: jax.Ar
         parents[shared - 1] = jnp.asarray(tree.nodes)[rows]
 
     vocabulary = model.embedding.embedding[...]
-    x = [lookup(vocabulary, t) for t in level_tokens]
+    x = [vocabulary[t] for t in level_tokens]
     for depth, block in enumerate(model.blocks):
         if depth == 0:
-            qkv = [[lookup(y, t) for t in level_tokens] for y in _project(block, vocabulary)]
+            qkv = [[y[t] for t in level_tokens] for y in _project(block, vocabulary)]
         else:
             qkv = [_split(y, x) for y in _project(block, jnp.concatenate(x))]
         final = depth + 1 == len(model.blocks)
@@ -108,7 +108,7 @@ def _mix(
         own = k[:, None], v[:, None]
         if position:
             parent = parents[position - 1]
-            before = context if parent is None else [lookup(y, parent) for y in context]
+            before = context if parent is None else [y[parent] for y in context]
             own = [jnp.concatenate(pair, axis=1) for pair in zip(before, own, strict=True)]
         context = own
         if not only_last or position + 1 == len(queries):
@@ -117,22 +117,3 @@ def _mix(
             weights = jax.nn.softmax(scores, axis=1)
             mixed.append(jnp.einsum("nth,nthk->nhk", weights, context[1]).reshape(len(q), -1))
     return mixed
-
-
-@jax.custom_vjp
-def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
-    """`table[index]`, whose gradient is a matrix product and not a scatter, slow on CPU."""
-    return jnp.take(table, index, axis=0)
-
-
-def _lookup_forward(table, index):
-    return lookup(table, index), (index, len(table))
-
-
-def _lookup_backward(residual, cotangent):
-    index, entries = residual
-    chosen = jax.nn.one_hot(index, entries, dtype=cotangent.dtype)
-    return jnp.einsum("ne,n...->e...", chosen, cotangent), None
-
-
-lookup.defvjp(_lookup_forward, _lookup_backward)

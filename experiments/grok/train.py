@@ -169,8 +169,8 @@ def train_cell(
     """
     program = compile_arm(config, cell._replace(seed=0))
     rows = split(config, cell)
-    sample = len(evaluation_rows(rows)) - len(rows.validation)
     train_rows, eval_rows = jnp.asarray(rows.train), jnp.asarray(evaluation_rows(rows))
+    sample = len(eval_rows) - len(rows.validation)
     seed = jnp.int32(cell.seed)
     state = jax.block_until_ready(program.start(seed))
 
