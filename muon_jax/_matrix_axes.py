@@ -47,6 +47,11 @@ class MatrixAxes(NamedTuple):
         batch = tuple(axis for axis in range(ndim) if axis not in fan_in + fan_out)
         return batch, fan_in, fan_out
 
+    def normalized(self, ndim: int) -> "MatrixAxes":
+        """The same axes as tuples, none negative."""
+        _, fan_in, fan_out = self.split((1,) * ndim)
+        return MatrixAxes(fan_in, fan_out)
+
     def matrix_shape(self, shape: Sequence[int]) -> tuple[tuple[int, ...], int, int]:
         """`(batch shape, fan_in, fan_out)` of a leaf of this shape."""
         batch, fan_in, fan_out = self.split(shape)

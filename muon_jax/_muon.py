@@ -10,11 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from muon_jax._coefficients import Schedule, as_schedule
+from muon_jax._coefficients import Schedule
+from muon_jax._layout import (
+    AnyMesh,
+    Layout,
+    Placing,
+    as_layout,
+    as_spec,
+    check_layout,
+    find_placing,
+    is_sharding,
+)
 from muon_jax._matrix_axes import MatrixAxes, as_matrix_axes, is_matrix_axes
 from muon_jax._momentum import MOMENTA, update_momentum
-from muon_jax._newton_schulz import newton_schulz
-from muon_jax._paths import KeyPath, broadcast_prefix, is_tree_of, map_paths
+from muon_jax._newton_schulz import NewtonSchulz, as_newton_schulz
+from muon_jax._paths import KeyPath, broadcast_prefix, is_tree_of, map_paths, path_string
+from muon_jax._placement import orthogonalize_leaves
 from muon_jax._routing import ADAMW, FROZEN, MUON, Routing, route
 from muon_jax._shape_scale import ShapeScale, as_shape_scale
 
@@ -42,6 +53,9 @@ def scale_by_muon(
     scale: str | ShapeScale | None = "spectral",
     mu_dtype: jax.typing.DTypeLike | None = None,
     matrix_axes: Any = None,
+    mesh: AnyMesh | None = None,
+    shardings: Any = None,
+    chunk_size: int | None = None,
 ) -> optax.GradientTransformation:
     """Momentum, orthogonalised and scaled by shape, for trees whose every leaf is a matrix stack.
 
@@ -57,6 +71,17 @@ def scale_by_muon(
         matrix_axes: `MatrixAxes` or optax's `MuonDimensionNumbers` for all leaves, a tree of them
             (or a prefix of one), or a callable from the updates to such a tree; `None` takes the
             last two axes as `(fan_in, fan_out)` and the rest as batch.
+        mesh: over all of whose devices the matrices are spread, each orthogonalised once; `None` is
+            the mesh of `jax.set_mesh`, or else of the arrays. Where none of these tells of a mesh,
+            the spreading is left to XLA, which repeats much of the work on every device.
+        shardings: a tree of `NamedSharding` or `PartitionSpec` (or a prefix of one), the params'
+            own. Explicit axes tell it by themselves. Auto axes do not: without it the updates are
+            first moved to where the optimizer knows them, which costs nothing in the usual layouts
+            and more where experts lie over some axes of the mesh and their matrices over others.
+            Inside `shard_map` it says over which axes a leaf is a part; by default leaves are whole
+            there.
+        chunk_size: how many matrices of a bucket a device holds at once, to bound memory; `None`
+            is all.
 
     Returns:
         A transformation whose state is `MuonState`.
@@ -74,16 +99,30 @@ def scale_by_muon(
     """
     if momentum not in MOMENTA:
         raise ValueError(f"Unknown momentum {momentum!r}. Known: {', '.join(MOMENTA)}.")
-    orthogonalizer = orthogonalizer or newton_schulz
+    orthogonalizer = as_newton_schulz(orthogonalizer)
     shape_scale = as_shape_scale(scale)
 
-    def orthogonal_update(u: jax.Array, axes: MatrixAxes) -> jax.Array:
-        _, fan_in, fan_out = axes.matrix_shape(u.shape)
-        if u.size == 0:
-            return u
-        factor = orthogonalizer(axes.to_matrices(u))
-        scaled = (shape_scale(fan_in, fan_out) * factor).astype(u.dtype)
-        return axes.from_matrices(scaled, u.shape)
+    def orthogonalize(tree: optax.Updates, mu: optax.Updates) -> optax.Updates:
+        axes = _axes_by_path(MatrixAxes() if matrix_axes is None else matrix_axes, tree)
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        filled = [(path, u) for path, u in leaves if u.size]
+        momenta = dict(jax.tree_util.tree_leaves_with_path(mu))
+        placing = find_placing(mesh, [u for _, u in filled])
+        layouts = _layouts_by_path(shardings, tree, placing)
+        factors = orthogonalize_leaves(
+            [u for _, u in filled],
+            [axes[path] for path, _ in filled],
+            orthogonalizer,
+            placing=placing,
+            layouts=[layouts.get(path) for path, _ in filled],
+            like=[momenta[path] for path, _ in filled],
+            chunk_size=chunk_size,
+        )
+        scaled = {}
+        for (path, u), factor in zip(filled, factors, strict=True):
+            _, fan_in, fan_out = axes[path].matrix_shape(u.shape)
+            scaled[path] = (shape_scale(fan_in, fan_out) * factor).astype(u.dtype)
+        return jax.tree_util.tree_map_with_path(lambda path, u: scaled.get(path, u), tree)
 
     def init(params):
         return MuonState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params, dtype=mu_dtype))
@@ -94,11 +133,7 @@ def scale_by_muon(
         used, mu = update_momentum(
             updates, state.mu, beta=beta, nesterov=nesterov, kind=momentum, count=count
         )
-        axes = _axes_by_path(MatrixAxes() if matrix_axes is None else matrix_axes, updates)
-        orthogonal = jax.tree_util.tree_map_with_path(
-            lambda path, u: orthogonal_update(u, axes[path]), used
-        )
-        return orthogonal, MuonState(count, mu)
+        return orthogonalize(used, state.mu), MuonState(count, mu)
 
     return optax.GradientTransformation(init, update)
 
@@ -125,6 +160,9 @@ def muon(
     adam_nesterov: bool = False,
     routing: Routing = None,
     matrix_axes: Any = None,
+    mesh: AnyMesh | None = None,
+    shardings: Any = None,
+    chunk_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for the hidden matrices, AdamW for the rest, in one `optax.multi_transform`.
 
@@ -145,6 +183,7 @@ def muon(
         routing: which leaf goes where, if not by the built-in rules; see `label_params`.
         matrix_axes: axes for the Muon leaves, if not by the built-in rules; as in `scale_by_muon`,
             where `None` in place of axes keeps the built-in choice for that leaf.
+        mesh, shardings, chunk_size: as in `scale_by_muon`, for the Muon leaves.
 
     Returns:
         A transformation that takes (and needs) `params` in `update`.
@@ -164,10 +203,7 @@ def muon(
         >>> updates, state = tx.update(params, tx.init(params), params)
     """
     if orthogonalizer is None:
-        as_schedule(ns_coeffs).resolve(ns_steps)
-        orthogonalizer = functools.partial(
-            newton_schulz, coeffs=ns_coeffs, steps=ns_steps, dtype=ns_dtype
-        )
+        orthogonalizer = NewtonSchulz(ns_coeffs, ns_steps, ns_dtype)
     elif ns_coeffs != "jordan" or ns_steps is not None or ns_dtype is not None:
         raise ValueError(
             "Give either an orthogonalizer or ns_coeffs, ns_steps and ns_dtype, which configure "
@@ -192,6 +228,9 @@ def muon(
                         scale=scale,
                         mu_dtype=mu_dtype,
                         matrix_axes=functools.partial(map_paths, axes),
+                        mesh=mesh,
+                        shardings=shardings,
+                        chunk_size=chunk_size,
                     ),
                     optax.add_decayed_weights(weight_decay, mask),
                     optax.scale_by_learning_rate(learning_rate),
@@ -229,6 +268,19 @@ def _axes_by_path(matrix_axes: Any, tree: Any, partial: bool = False) -> dict[Ke
         matrix_axes, tree, what="matrix_axes", is_value=is_matrix_axes, partial=partial
     )
     return {path: as_matrix_axes(axes) for path, axes in found.items()}
+
+
+def _layouts_by_path(shardings: Any, tree: Any, placing: Placing) -> dict[KeyPath, Layout]:
+    if shardings is None or placing.mesh is None:
+        return {}
+    found = broadcast_prefix(shardings, tree, what="shardings", is_value=is_sharding, partial=True)
+    shapes = {path: x.shape for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    layouts = {}
+    for path, sharding in found.items():
+        layouts[path] = as_layout(as_spec(sharding), len(shapes[path]), placing)
+        if placing.free:
+            check_layout(layouts[path], shapes[path], placing, path_string(path))
+    return layouts
 
 
 def _decay_mask(mask: Any, tree: Any) -> Callable[[Any], Any] | None:

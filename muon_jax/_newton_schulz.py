@@ -1,7 +1,9 @@
 """Newton-Schulz orthogonalisation of the last two axes, in its standard and Gram forms."""
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,134 @@ METHODS = ("auto", "standard", "gram")
 # value, on Gaussian, 1/k, exponential and rank-1 spectra in float32, bfloat16 and float16; with
 # 0.1, 2.0 in float16.
 _NOISE_LIMIT = 0.065
+
+# The same where float32 must agree with the standard form to 1e-5 on square matrices too: their
+# small singular values lie below the noise that the limit above tolerates.
+_SQUARE_NOISE_LIMIT = 5e-5
+
+
+class Share(NamedTuple):
+    """How devices that hold different columns of the same matrices combine what they know.
+
+    Attributes:
+        sum: `(..., n, n)` or `(..., 1, 1)` partial sums -> their totals.
+        max: `(..., 1, 1)` -> the largest.
+    """
+
+    sum: Callable[[jax.Array], jax.Array]
+    max: Callable[[jax.Array], jax.Array]
+
+
+ALONE = Share(sum=lambda x: x, max=lambda x: x)
+
+
+@dataclasses.dataclass(frozen=True)
+class NewtonSchulz:
+    """`newton_schulz` with its settings checked and fixed: what placement and plans reason about.
+
+    Attributes as the arguments of `newton_schulz`.
+    """
+
+    coeffs: Any = "jordan"
+    steps: int | None = None
+    dtype: Any = None
+    method: str = "auto"
+    eps: Any = 1e-7
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}.")
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+            _require_floating("dtype", self.dtype)
+        schedule = as_schedule(self.coeffs)
+        schedule.resolve(self.steps)
+        object.__setattr__(self, "coeffs", schedule)
+
+    def compute_dtype(self, dtype: jax.typing.DTypeLike) -> jnp.dtype:
+        """The dtype of the matrix products for updates of `dtype`."""
+        return jnp.dtype(dtype) if self.dtype is None else self.dtype
+
+    def rows(self, dtype: jax.typing.DTypeLike) -> tuple[Row, ...]:
+        """The `(a, b, c)` of each step for updates of `dtype`."""
+        return self.coeffs.resolve(self.steps, self.compute_dtype(dtype))
+
+    def form(self, m: int, n: int, dtype: jax.typing.DTypeLike) -> "Form":
+        """How `m × n` matrices of `dtype` are orthogonalised: the form, and where it restarts."""
+        rows, dtype = self.rows(dtype), self.compute_dtype(dtype)
+        method = cheapest_method(m, n, rows, dtype) if self.method == "auto" else self.method
+        return Form(method, gram_restarts(rows, dtype) if method == "gram" else ())
+
+    def shared_form(self, dtype: jax.typing.DTypeLike, square: bool) -> "Form":
+        """The Gram form of matrices whose columns lie on several devices.
+
+        `square`: some are so close to square that their small singular values feel the Gram
+        matrix's rounding.
+        """
+        rows, dtype = self.rows(dtype), self.compute_dtype(dtype)
+        limit = _SQUARE_NOISE_LIMIT if square and jnp.finfo(dtype).bits >= 32 else _NOISE_LIMIT
+        return Form("gram", gram_restarts(rows, dtype, limit))
+
+    def flops(
+        self, short: int, long: int, dtype: jax.typing.DTypeLike, form: "Form | None" = None
+    ) -> int:
+        """FLOPs of the matrix products for one matrix; `form` is `form()`'s by default."""
+        rows = self.rows(dtype)
+        form = form or self.form(short, long, dtype)
+        if form.method == "gram":
+            return gram_flops(short, long, rows, form.restarts)
+        return standard_flops(short, long, rows)
+
+    def __call__(
+        self, x: jax.Array, *, form: "Form | None" = None, share: Share = ALONE
+    ) -> jax.Array:
+        """Orthogonalises `(..., m, n)`; with `share`, n is this device's part of the long side."""
+        x = jnp.asarray(x)
+        if x.ndim < 2:
+            raise ValueError(
+                "newton_schulz needs a matrix or a stack of them, (..., m, n); got shape "
+                f"{x.shape}."
+            )
+        _require_floating("x", x.dtype)
+        form = form or self.form(x.shape[-2], x.shape[-1], x.dtype)
+        run = _jitted if share is ALONE else _orthogonalize
+        return run(
+            x,
+            rows=self.rows(x.dtype),
+            normalization=self.coeffs.normalization,
+            safety=self.coeffs.safety,
+            dtype=self.compute_dtype(x.dtype),
+            form=form,
+            share=share,
+            eps=self.eps,
+        )
+
+
+def as_newton_schulz(orthogonalizer: Callable | None) -> Callable:
+    """`NewtonSchulz` for None, `newton_schulz` and partials of it; any other callable as it is."""
+    if orthogonalizer is None or orthogonalizer is newton_schulz:
+        return NewtonSchulz()
+    match orthogonalizer:
+        case functools.partial(func=function, args=(), keywords=settings):
+            return NewtonSchulz(**settings) if function is newton_schulz else orthogonalizer
+    return orthogonalizer
+
+
+class Form(NamedTuple):
+    """The arithmetic chosen for a shape.
+
+    Attributes:
+        method: `"standard"` or `"gram"`.
+        restarts: the steps after which the Gram form forms XXᵀ anew.
+    """
+
+    method: str
+    restarts: tuple[int, ...] = ()
+
+
+def _require_floating(what: str, dtype: jnp.dtype) -> None:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"newton_schulz works on real floating point; {what} is {dtype}.")
 
 
 def newton_schulz(
@@ -65,48 +195,30 @@ def newton_schulz(
         Array([[ 1.,  0.],
                [ 0., -1.]], dtype=float32)
     """
-    x = jnp.asarray(x)
-    if x.ndim < 2:
-        raise ValueError(
-            f"newton_schulz needs a matrix or a stack of them, (..., m, n); got shape {x.shape}."
-        )
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
-    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
-    for what, kind in (("x", x.dtype), ("dtype", dtype)):
-        if not jnp.issubdtype(kind, jnp.floating):
-            raise TypeError(f"newton_schulz works on real floating point; {what} is {kind}.")
-    schedule = as_schedule(coeffs)
-    rows = schedule.resolve(steps, dtype)
-    if method == "auto":
-        method = cheapest_method(x.shape[-2], x.shape[-1], rows, dtype)
-    return _orthogonalize(
-        x,
-        rows=rows,
-        normalization=schedule.normalization,
-        safety=schedule.safety,
-        dtype=dtype,
-        method=method,
-        eps=eps,
-    )
+    return NewtonSchulz(coeffs, steps, dtype, method, eps)(x)
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "normalization", "safety", "dtype", "method"))
-def _orthogonalize(x, *, rows, normalization, safety, dtype, method, eps):
+def _orthogonalize(x, *, rows, normalization, safety, dtype, form, share=ALONE, eps):
     if x.size == 0:
         return x
     out_dtype = x.dtype
-    tall = x.shape[-2] > x.shape[-1]
+    tall = x.shape[-2] > x.shape[-1] and share is ALONE
     if tall:
         x = x.mT
-    x = _normalize(x, dtype, safety, eps)
+    x = _normalize(x, dtype, safety, eps, share)
     if normalization == "aol":
-        x = _rescale_short_side(x, eps)
-    if method == "gram":
-        x = _gram_form(x, rows, gram_restarts(rows, dtype))
+        x = _rescale_short_side(x, eps, share)
+    if form.method == "gram":
+        x = _gram_form(x, rows, form.restarts, share)
     else:
         x = _standard_form(x, rows)
     return (x.mT if tall else x).astype(out_dtype)
+
+
+_jitted = jax.jit(
+    _orthogonalize,
+    static_argnames=("rows", "normalization", "safety", "dtype", "form", "share"),
+)
 
 
 def _standard_form(x: jax.Array, rows: tuple[Row, ...]) -> jax.Array:
@@ -117,10 +229,12 @@ def _standard_form(x: jax.Array, rows: tuple[Row, ...]) -> jax.Array:
     return x
 
 
-def _gram_form(x: jax.Array, rows: tuple[Row, ...], restarts: tuple[int, ...]) -> jax.Array:
+def _gram_form(
+    x: jax.Array, rows: tuple[Row, ...], restarts: tuple[int, ...], share: Share = ALONE
+) -> jax.Array:
     """The same polynomial, iterated on R = XXᵀ; Q collects the factor that X still lacks."""
     dtype = x.dtype
-    r = _matmul(x, x.mT).astype(dtype)
+    r = share.sum(_matmul(x, x.mT).astype(dtype))
     q: jax.Array | None = None  # the identity
     for step, (a, b, c) in enumerate(rows, start=1):
         z = (b * r + c * _matmul(r, r)).astype(dtype)
@@ -132,27 +246,29 @@ def _gram_form(x: jax.Array, rows: tuple[Row, ...], restarts: tuple[int, ...]) -
         if step in restarts or step == len(rows):
             x = _matmul(q, x).astype(dtype)
         if step in restarts:
-            r, q = _matmul(x, x.mT).astype(dtype), None
+            r, q = share.sum(_matmul(x, x.mT).astype(dtype)), None
         elif step < len(rows):
             w = (a * r + _matmul(r, z)).astype(dtype)
             r = (a * w + _matmul(z, w)).astype(dtype)
     return x
 
 
-def _normalize(x: jax.Array, dtype: jnp.dtype, safety: float, eps) -> jax.Array:
+def _normalize(
+    x: jax.Array, dtype: jnp.dtype, safety: float, eps, share: Share = ALONE
+) -> jax.Array:
     """Singular values into [0, 1] without overflow or underflow, then into `dtype`."""
     x = x.astype(_accumulator(x.dtype))
-    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    largest = share.max(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
     # XLA turns division into a product with 1 / largest, which above 2^126 is flushed to zero.
     root = jax.lax.rsqrt(jnp.where(largest == 0, 1, largest))
     x = x * root * root
-    norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
+    norm = jnp.sqrt(share.sum(jnp.sum(x * x, axis=(-2, -1), keepdims=True)))
     return (x / (safety * norm + eps)).astype(dtype)
 
 
-def _rescale_short_side(x: jax.Array, eps) -> jax.Array:
+def _rescale_short_side(x: jax.Array, eps, share: Share) -> jax.Array:
     """AOL: row i is divided by sqrt(sum_j |XXᵀ|_ij), which bounds the spectral norm by 1."""
-    bound = jnp.sum(jnp.abs(_matmul(x, x.mT)), axis=-1, keepdims=True)
+    bound = jnp.sum(jnp.abs(share.sum(_matmul(x, x.mT))), axis=-1, keepdims=True)
     return (x * jax.lax.rsqrt(jnp.where(bound == 0, 1, bound + eps))).astype(x.dtype)
 
 
@@ -169,7 +285,9 @@ def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def gram_restarts(rows: tuple[Row, ...], dtype: jnp.dtype) -> tuple[int, ...]:
+def gram_restarts(
+    rows: tuple[Row, ...], dtype: jnp.dtype, limit: float = _NOISE_LIMIT
+) -> tuple[int, ...]:
     """The steps after which the Gram form forms XXᵀ anew.
 
     A step multiplies the small eigenvalues of XXᵀ, rounding noise included, by a². The restart
@@ -179,21 +297,22 @@ def gram_restarts(rows: tuple[Row, ...], dtype: jnp.dtype) -> tuple[int, ...]:
     restarts, growth = [], 1.0
     for step, (a, _, _) in enumerate(rows[:-1], start=1):
         growth *= a * a
-        if noise * growth > _NOISE_LIMIT:
+        if noise * growth > limit:
             restarts.append(step)
             growth = 1.0
     return tuple(restarts)
 
 
-def standard_flops(m: int, n: int, rows: tuple[Row, ...]) -> int:
-    """FLOPs of the matrix products of the standard form, for one m × n matrix."""
-    short, long = sorted((m, n))
+def standard_flops(short: int, long: int, rows: tuple[Row, ...]) -> int:
+    """FLOPs of the matrix products of the standard form, for one short × long matrix."""
     return len(rows) * (4 * long * short**2 + 2 * short**3)
 
 
-def gram_flops(m: int, n: int, rows: tuple[Row, ...], restarts: tuple[int, ...]) -> int:
-    """FLOPs of the matrix products of the Gram form, for one m × n matrix."""
-    short, long = sorted((m, n))
+def gram_flops(short: int, long: int, rows: tuple[Row, ...], restarts: tuple[int, ...]) -> int:
+    """FLOPs of the matrix products of the Gram form, for one short × long matrix.
+
+    Or for a cell of one, whose `long` may be below `short`.
+    """
     passes = len(restarts) + 1
     square_products = 4 * len(rows) - 3 * passes
     return passes * 4 * long * short**2 + square_products * 2 * short**3
@@ -201,5 +320,6 @@ def gram_flops(m: int, n: int, rows: tuple[Row, ...], restarts: tuple[int, ...])
 
 def cheapest_method(m: int, n: int, rows: tuple[Row, ...], dtype: jnp.dtype) -> str:
     """`"gram"` or `"standard"`, by FLOPs with the restarts that `dtype` needs."""
-    gram = gram_flops(m, n, rows, gram_restarts(rows, dtype))
-    return "gram" if gram < standard_flops(m, n, rows) else "standard"
+    short, long = sorted((m, n))
+    gram = gram_flops(short, long, rows, gram_restarts(rows, dtype))
+    return "gram" if gram < standard_flops(short, long, rows) else "standard"

@@ -1,0 +1,145 @@
+"""Leaves under Auto axes: only XLA knows where they lie, so they are moved to where we know.
+
+Matrices of one shape are stacked. Full rounds of them go whole to the devices that will
+orthogonalise them; what is left lies along its long side over all devices. XLA moves them one mesh
+axis at a time, since of a direct move over two axes it makes a full replication.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from muon_jax._buckets import exchange_dtype
+from muon_jax._layout import Entry, Placing
+from muon_jax._matrix_axes import MatrixAxes
+from muon_jax._newton_schulz import NewtonSchulz
+
+_FREE = PartitionSpec.UNCONSTRAINED
+
+
+class Group:
+    """Leaves that move together.
+
+    Attributes:
+        members: their indices.
+        arrays, entries: what takes their place in the exchange.
+    """
+
+    members: list[int]
+    arrays: list[jax.Array]
+    entries: list[Entry]
+
+    def restore(self, results: Sequence[jax.Array]) -> Sequence[jax.Array]:
+        """The members' updates from those of `arrays`."""
+        raise NotImplementedError
+
+
+def assume_layouts(
+    leaves: Sequence[jax.Array],
+    axes: Sequence[MatrixAxes],
+    solver: NewtonSchulz | None,
+    placing: Placing,
+) -> list[Group]:
+    """Groups that cover all leaves."""
+    shared: dict[tuple, list[int]] = defaultdict(list)
+    stacked: dict[tuple, list[int]] = defaultdict(list)
+    for i, (x, a) in enumerate(zip(leaves, axes, strict=True)):
+        dtype, at = exchange_dtype(x.dtype, solver), _shared_batch_axis(x.shape, a, placing)
+        if at is not None:
+            shared[x.shape, dtype, a.normalized(x.ndim), at].append(i)
+        else:
+            stacked[a.matrix_shape(x.shape)[1:], dtype].append(i)
+    groups: list[Group] = []
+    for (_, dtype, a, at), members in shared.items():
+        groups.append(_Shared(members, [leaves[i] for i in members], a, at, dtype, placing))
+    for (_, dtype), members in stacked.items():
+        own = [leaves[i] for i in members], [axes[i] for i in members]
+        groups.append(_Stack(members, *own, dtype, placing))
+    return groups
+
+
+def _shared_batch_axis(shape: tuple[int, ...], axes: MatrixAxes, placing: Placing) -> int | None:
+    """The batch axis that probably carries the whole mesh already: that of the experts.
+
+    Of several that the devices divide, the largest, and the first of equals. With one batch axis
+    and a mesh of several axes, layers with sharded matrices are likelier.
+    """
+    batch, _, _ = axes.split(shape)
+    if len(batch) < 2 and len(placing.free) > 1:
+        return None
+    fit = [axis for axis in batch if shape[axis] and shape[axis] % placing.devices == 0]
+    return max(fit, key=lambda axis: shape[axis], default=None)
+
+
+class _Shared(Group):
+    """Equal leaves whose batch axis `at` the whole mesh shares out: a new axis in front."""
+
+    def __init__(self, members, leaves, axes: MatrixAxes, at: int, dtype, placing: Placing):
+        self.members = members
+        stack = jnp.stack([x.astype(dtype) for x in leaves])
+        layout = tuple(placing.free if axis == at + 1 else () for axis in range(stack.ndim))
+        _, *fans = axes.split(leaves[0].shape)
+        fans = [tuple(axis + 1 for axis in fan) for fan in fans]
+        self.arrays = [stack]
+        self.entries = [Entry(stack.shape, dtype, layout, MatrixAxes(*fans))]
+
+    def restore(self, results: Sequence[jax.Array]) -> Sequence[jax.Array]:
+        return list(results[0])
+
+
+class _Stack(Group):
+    """Matrices of one shape: full rounds whole on their devices, the rest along their long side."""
+
+    def __init__(self, members, leaves, axes: Sequence[MatrixAxes], dtype, placing: Placing):
+        self.members = members
+        self.leaves, self.axes, self.placing = leaves, axes, placing
+        self.arrays, self.entries = [], []
+        parts = [a.to_matrices(x).astype(dtype) for x, a in zip(leaves, axes, strict=True)]
+        parts = [x.reshape(-1, *x.shape[-2:]) for x in parts]
+        stack = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+        count, m, n = stack.shape
+        full = count - count % placing.devices
+        if full:
+            self._enter(stack[:full], 0)
+        if full < count:
+            long = 1 if m >= n else 2
+            pad = -stack.shape[long] % placing.devices
+            widths = [(0, pad if axis == long else 0) for axis in range(3)]
+            self._enter(jnp.pad(stack[full:], widths), long)
+
+    def _enter(self, stack: jax.Array, at: int) -> None:
+        """Moves `(matrices, fan_in, fan_out)` so that the whole mesh lies along axis `at`."""
+        free = self.placing.free
+        for end in range(1, len(free) + 1):
+            stack = self._constrain(stack, at, end)
+        layout = tuple(free if axis == at else () for axis in range(3))
+        self.arrays.append(stack)
+        self.entries.append(Entry(stack.shape, stack.dtype, layout, MatrixAxes((1,), (2,))))
+
+    def _constrain(self, x: jax.Array, at: int, end: int) -> jax.Array:
+        assert self.placing.mesh is not None
+        spec = [self.placing.free[:end] if axis == at else _FREE for axis in range(3)]
+        return lax.with_sharding_constraint(
+            x, NamedSharding(self.placing.mesh, PartitionSpec(*spec))
+        )
+
+    def restore(self, results: Sequence[jax.Array]) -> Sequence[jax.Array]:
+        _, m, n = self.axes[0].matrix_shape(self.leaves[0].shape)
+        moved = []
+        for y, entry in zip(results, self.entries, strict=True):
+            at = next(axis for axis in range(3) if entry.layout[axis])
+            for end in range(len(self.placing.free) - 1, 0, -1):
+                y = self._constrain(y, at, end)
+            moved.append(y[:, :m, :n])
+        stack = jnp.concatenate(moved) if len(moved) > 1 else moved[0]
+        updates, start = [], 0
+        for x, a in zip(self.leaves, self.axes, strict=True):
+            batch, m, n = a.matrix_shape(x.shape)
+            stop = start + x.size // (m * n)
+            updates.append(a.from_matrices(stack[start:stop].reshape(*batch, m, n), x.shape))
+            start = stop
+        return updates

@@ -1,0 +1,396 @@
+"""Which device orthogonalises which matrix: decided from shapes and mesh, before anything runs.
+
+Matrices with the same exchange (the mesh axes that do not already share out their batch) form
+buckets. A bucket deals cells to devices: a cell is a whole matrix, or some of its columns where
+there are fewer matrices than devices. Every device holds the same number of equal cells, so one
+program serves all.
+"""
+
+import functools
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from muon_jax._newton_schulz import Form, NewtonSchulz, standard_flops
+
+Axes = tuple[str, ...]
+Sizes = tuple[tuple[str, int], ...]
+
+# FLOPs that a device does while one byte crosses the network: between 500 and 4000 on the TPUs and
+# GPUs of today. It only breaks ties between spreading a matrix thinner and moving less.
+FLOPS_PER_BYTE = 1000
+
+# Up to this many shapes the choice of which to split is exhaustive.
+_EXHAUSTIVE = 8
+
+
+class Block(NamedTuple):
+    """The matrices of one array.
+
+    Attributes:
+        matrices: on one device: the product of its local batch axes.
+        fan_in, fan_out: of the whole matrix.
+        batch_axes, in_axes, out_axes: the mesh axes along the batch and along each fan, major
+            first; along all others the array is replicated.
+        dtype: of the exchange.
+    """
+
+    matrices: int
+    fan_in: int
+    fan_out: int
+    batch_axes: Axes
+    in_axes: Axes
+    out_axes: Axes
+    dtype: np.dtype
+
+    @property
+    def tall(self) -> bool:
+        """Whether fan_in is the long side; of a square matrix, the side that is cut."""
+        if self.fan_in == self.fan_out:
+            return len(self.in_axes) >= len(self.out_axes)
+        return self.fan_in > self.fan_out
+
+
+class Part(NamedTuple):
+    """The matrices `start:stop` of a block, each cut into `cells` cells."""
+
+    block: int
+    start: int
+    stop: int
+    tall: bool
+    cells: int = 1
+
+    @property
+    def matrices(self) -> int:
+        return self.stop - self.start
+
+
+class Bucket(NamedTuple):
+    """Cells of one shape, dealt to the devices along `axes`.
+
+    Attributes:
+        axes: mesh axes of the exchange, in mesh order; none for matrices that are whole on the
+            device where they lie.
+        devices: the product of their sizes.
+        parts: the matrices.
+        short: the short side of all of them.
+        length: columns of a cell: the long side, or less, or more where zeros fill it up.
+        short_axes, long_axes: the mesh axes along which tiles lie when they are dealt.
+        width: devices in a group; a matrix of several cells stays within one group.
+        slots: cells a device holds.
+        form: the arithmetic, where it is not left to the orthogonalizer.
+        dtype: of the exchange.
+        alignment: numbers that collectives bring to a device so that matrices to be cut lie along
+            their long side first, and back.
+    """
+
+    axes: Axes
+    devices: int
+    parts: tuple[Part, ...]
+    short: int
+    length: int
+    short_axes: Axes
+    long_axes: Axes
+    width: int
+    slots: int
+    form: Form | None
+    dtype: np.dtype
+    alignment: int = 0
+
+    @property
+    def matrices(self) -> int:
+        return sum(part.matrices for part in self.parts)
+
+    @property
+    def resident(self) -> bool:
+        """Whether every matrix is cut where it lies, so that no cell has to move."""
+        return self.width == self.devices and all(p.cells == self.width for p in self.parts)
+
+    @property
+    def reductions(self) -> int:
+        """How often XXᵀ is summed within groups."""
+        return len(self.form.restarts) + 1 if self.form and self.width > 1 else 0
+
+    def flops(self, solver: NewtonSchulz | None) -> int:
+        """FLOPs of the matrix products on each device."""
+        if solver is None:
+            return self.slots * 5 * standard_flops(self.short, self.length, ((0.0, 0.0, 0.0),))
+        return self.slots * solver.flops(self.short, self.length, self.dtype, self.form)
+
+    def exchanged_bytes(self, sizes: Sizes) -> int:
+        """Bytes that the collectives of the bucket bring to each device."""
+        if not self.axes:
+            return 0
+        size = dict(sizes)
+        cells = self.slots * self.short * self.length
+        replicas = math.prod(
+            size[a] for a in self.axes if a not in self.long_axes + self.short_axes
+        )
+        moved = self.alignment
+        if not self.resident:
+            moved += 2 * cells * (replicas < self.devices)
+        if replicas > 1:
+            moved += replicas * cells
+        triangle = self.short * (self.short + 1) // 2
+        return (moved + self.reductions * self.slots * triangle) * self.dtype.itemsize
+
+    def cost(self, solver: NewtonSchulz | None, sizes: Sizes) -> float:
+        return self.flops(solver) + FLOPS_PER_BYTE * self.exchanged_bytes(sizes)
+
+    def deal(self) -> tuple[np.ndarray, np.ndarray]:
+        """The cell in each slot of each device, -1 if none, and whether its matrix is shared.
+
+        Both `(devices, slots)`; cells are counted through the parts, matrix by matrix.
+        """
+        groups = self.devices // self.width
+        table = np.full((groups * self.slots, self.width), -1)
+        shared = np.zeros_like(table, dtype=bool)
+        whole: list[int] = []
+        row = cell = 0
+        for part in self.parts:
+            for _ in range(part.matrices):
+                if part.cells == 1:
+                    whole.append(cell)
+                else:
+                    table[row, : part.cells] = range(cell, cell + part.cells)
+                    shared[row, : part.cells] = True
+                    row += 1
+                cell += part.cells
+        empty = np.flatnonzero(table.ravel() < 0)[: len(whole)]
+        table.reshape(-1)[empty] = whole
+
+        def by_device(x):
+            rows = x.reshape(groups, self.slots, self.width)
+            return rows.transpose(0, 2, 1).reshape(self.devices, self.slots)
+
+        return by_device(table), by_device(shared)
+
+
+@functools.lru_cache(maxsize=256)
+def plan_buckets(
+    blocks: tuple[Block, ...], sizes: Sizes, solver: NewtonSchulz | None
+) -> tuple[Bucket, ...]:
+    """The buckets of these blocks on a mesh with axes of these sizes.
+
+    Args:
+        blocks: one an array.
+        sizes: `(name, size)` of the mesh axes, major first.
+        solver: knows its FLOPs and may be cut; `None` for any other orthogonalizer, whose matrices
+            stay whole and keep their orientation.
+    """
+    buckets = []
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    for index, block in enumerate(blocks):
+        axes = tuple(a for a, n in sizes if n > 1 and a not in block.batch_axes)
+        if axes:
+            groups[axes, block.dtype].append(index)
+        elif block.matrices:
+            buckets.append(_local(index, block))
+    for (axes, dtype), members in groups.items():
+        buckets += _Exchange(axes, dtype, sizes, solver).buckets(blocks, members)
+    return tuple(buckets)
+
+
+def _local(index: int, block: Block) -> Bucket:
+    short, long = sorted((block.fan_in, block.fan_out))
+    part = Part(index, 0, block.matrices, block.tall)
+    return Bucket((), 1, (part,), short, long, (), (), 1, block.matrices, None, block.dtype)
+
+
+class _Class(NamedTuple):
+    """Matrices of one shape that lie in the same way."""
+
+    short: int
+    long: int
+    short_axes: Axes
+    long_axes: Axes
+    parts: tuple[Part, ...]
+
+    @property
+    def matrices(self) -> int:
+        return sum(part.matrices for part in self.parts)
+
+
+class _Exchange(NamedTuple):
+    axes: Axes
+    dtype: np.dtype
+    sizes: Sizes
+    solver: NewtonSchulz | None
+
+    @property
+    def devices(self) -> int:
+        return self._product(self.axes)
+
+    def buckets(self, blocks: Sequence[Block], members: Iterable[int]) -> list[Bucket]:
+        """Full rounds of whole matrices; what is left over whole or cut, whichever is cheaper."""
+        found, rest = [], defaultdict(list)
+        for shape in self._classes(blocks, members):
+            full = shape.matrices - shape.matrices % self.devices
+            rounds, remainder = _divide(shape, full)
+            if not remainder.parts:
+                found.append(self._whole(rounds))
+            else:
+                rest[shape.short].append((rounds, remainder))
+        for shapes in rest.values():
+            found += self._place_remainders(shapes)
+        return found
+
+    def _classes(self, blocks: Sequence[Block], members: Iterable[int]) -> list[_Class]:
+        classes: dict[tuple, list[Part]] = defaultdict(list)
+        for index in members:
+            block = blocks[index]
+            if not block.matrices:
+                continue
+            short, long = sorted((block.fan_in, block.fan_out))
+            fans = block.in_axes, block.out_axes
+            short_axes, long_axes = reversed(fans) if block.tall else fans
+            orientation = None if self.solver else block.tall
+            key = (short, long, short_axes, long_axes, orientation)
+            classes[key].append(Part(index, 0, block.matrices, block.tall))
+        return [
+            _Class(short, long, short_axes, long_axes, tuple(parts))
+            for (short, long, short_axes, long_axes, _), parts in classes.items()
+        ]
+
+    def _place_remainders(self, shapes: list[tuple[_Class, _Class]]) -> list[Bucket]:
+        """Of each shape `(full rounds, remainder)`: a padded round more, or cut and merged."""
+        padded = [self._whole(_join(rounds, rest)) for rounds, rest in shapes]
+        if self.solver is None or self.solver.method == "standard":
+            return padded
+        full = [self._whole(rounds) if rounds.parts else None for rounds, _ in shapes]
+        if len(shapes) <= _EXHAUSTIVE:
+            choices: Iterable = itertools.product((False, True), repeat=len(shapes))
+        else:
+            choices = [(False,) * len(shapes), (True,) * len(shapes)]
+        best, least = padded, math.inf
+        for cut in choices:
+            buckets = [p for p, c in zip(padded, cut, strict=True) if not c]
+            buckets += [f for f, c in zip(full, cut, strict=True) if c and f]
+            merged = [rest for (_, rest), c in zip(shapes, cut, strict=True) if c]
+            if merged:
+                buckets.append(self._cut(tuple(merged)))
+            cost = sum(bucket.cost(self.solver, self.sizes) for bucket in buckets)
+            if cost < least:
+                best, least = buckets, cost
+        return best
+
+    def _whole(self, shape: _Class) -> Bucket:
+        slots = -(-shape.matrices // self.devices)
+        return Bucket(
+            axes=self.axes,
+            devices=self.devices,
+            parts=shape.parts,
+            short=shape.short,
+            length=shape.long,
+            short_axes=shape.short_axes,
+            long_axes=shape.long_axes,
+            width=1,
+            slots=slots,
+            form=None,
+            dtype=self.dtype,
+        )
+
+    def _cut(self, shapes: tuple[_Class, ...]) -> Bucket:
+        """The cheapest bucket that takes all of these, which have one short side.
+
+        Every matrix first lies along its long side over all devices; a cell takes `piece` columns
+        of each device's share.
+        """
+        assert self.solver is not None
+        short = shapes[0].short
+        square = any(shape.long < 2 * short for shape in shapes)
+        form = self.solver.shared_form(self.dtype, square)
+        columns = [self.columns(shape) for shape in shapes]
+        pieces = {
+            -(-own // cells) for own in columns for cells in range(1, min(own, self.devices) + 1)
+        }
+        best, least = None, math.inf
+        for piece in sorted(pieces):
+            cells = [-(-own // piece) for own in columns]
+            width = next(
+                (d for d in range(max(cells), self.devices + 1) if self.devices % d == 0), None
+            )
+            if width is None:
+                continue
+            counts = [shape.matrices for shape in shapes]
+            total = sum(n * c for n, c in zip(counts, cells, strict=True))
+            shared = sum(n for n, c in zip(counts, cells, strict=True) if c > 1)
+            rows = max(shared, -(-total // width))
+            bucket = Bucket(
+                axes=self.axes,
+                devices=self.devices,
+                parts=tuple(
+                    part._replace(cells=c)
+                    for shape, c in zip(shapes, cells, strict=True)
+                    for part in shape.parts
+                ),
+                short=short,
+                length=max(columns) if min(cells) == self.devices else piece * self.devices,
+                short_axes=(),
+                long_axes=self.axes,
+                width=width,
+                slots=-(-rows // (self.devices // width)),
+                form=form,
+                dtype=self.dtype,
+                alignment=sum(map(self._alignment, shapes)),
+            )
+            cost = bucket.cost(self.solver, self.sizes)
+            if cost < least:
+                best, least = bucket, cost
+        assert best is not None
+        return best
+
+    def columns(self, shape: _Class) -> int:
+        """A device's share of the long side once that alone is split over all devices."""
+        held = -(-shape.long // self._product(shape.long_axes))
+        others = self.devices // self._product(shape.long_axes)
+        return -(-held // others)
+
+    def _alignment(self, shape: _Class) -> int:
+        tile = shape.matrices * shape.short * self.columns(shape)
+        over_short = self._product(shape.short_axes)
+        replicas = self.devices // over_short // self._product(shape.long_axes)
+        moved = 2 * tile * replicas if over_short > 1 else 0
+        return moved + (tile * replicas if replicas > 1 else 0)
+
+    def _product(self, axes: Axes) -> int:
+        size = dict(self.sizes)
+        return math.prod(size[axis] for axis in axes)
+
+
+def _divide(shape: _Class, at: int) -> tuple[_Class, _Class]:
+    """The first `at` matrices, and the others."""
+    first, second = [], []
+    for part in shape.parts:
+        here = min(part.matrices, at)
+        at -= here
+        if here:
+            first.append(part._replace(stop=part.start + here))
+        if here < part.matrices:
+            second.append(part._replace(start=part.start + here))
+    return shape._replace(parts=tuple(first)), shape._replace(parts=tuple(second))
+
+
+def _join(first: _Class, second: _Class) -> _Class:
+    parts = list(first.parts)
+    for part in second.parts:
+        if parts and parts[-1].block == part.block and parts[-1].stop == part.start:
+            parts[-1] = parts[-1]._replace(stop=part.stop)
+        else:
+            parts.append(part)
+    return first._replace(parts=tuple(parts))
+
+
+def exchange_dtype(dtype, solver: NewtonSchulz | None) -> np.dtype:
+    """The dtype in which updates cross the network: bfloat16 if that is what is orthogonalised."""
+    dtype = jnp.dtype(dtype)
+    if solver is None or solver.dtype is None:
+        return dtype
+    # float16 would overflow before it is normalised.
+    smaller = solver.dtype == jnp.bfloat16 and dtype.itemsize > 2
+    return jnp.dtype(solver.dtype) if smaller else dtype

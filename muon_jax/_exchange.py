@@ -1,0 +1,316 @@
+"""The exchange on one device: tiles → cells → orthogonalised cells → tiles.
+
+Everything here runs on local arrays, inside `shard_map` or on a single device.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from muon_jax._buckets import Axes, Block, Bucket, Part, Sizes
+from muon_jax._newton_schulz import ALONE, NewtonSchulz, Share
+
+Orthogonalizer = Callable[[jax.Array], jax.Array]
+
+
+def orthogonalize_local(
+    arrays: Sequence[jax.Array],
+    blocks: Sequence[Block],
+    buckets: Sequence[Bucket],
+    sizes: Sizes,
+    orthogonalizer: Orthogonalizer,
+    chunk: int | None = None,
+) -> list[jax.Array]:
+    """Orthogonalises the matrices of every block, each of them on one device or one group.
+
+    Args:
+        arrays: a block each, `(count, local fan_in, local fan_out)`.
+        blocks, buckets, sizes: what `plan_buckets` took and gave.
+        orthogonalizer: `(..., fan_in, fan_out) -> (..., fan_in, fan_out)`.
+        chunk: how many cells of a bucket a device holds at once; `None` is all.
+
+    Returns:
+        Arrays like `arrays`.
+    """
+    done: dict[int, list[tuple[int, jax.Array]]] = defaultdict(list)
+    size = dict(sizes)
+    previous = None
+    for bucket in buckets:
+        tiles = [arrays[p.block][p.start : p.stop] for p in bucket.parts]
+        if chunk is not None and previous is not None:
+            tiles, _ = lax.optimization_barrier((tiles, previous))
+        run = _Run(bucket, size, orthogonalizer, chunk)
+        results = run.exchange(tiles, blocks) if bucket.axes else run.whole_here(tiles)
+        for part, result in zip(bucket.parts, results, strict=True):
+            done[part.block].append((part.start, result.astype(arrays[part.block].dtype)))
+        previous = results[-1]
+    outputs = []
+    for index, array in enumerate(arrays):
+        pieces = [piece for _, piece in sorted(done[index], key=lambda item: item[0])]
+        joined = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces) if pieces else array
+        outputs.append(joined)
+    return outputs
+
+
+class _Run:
+    def __init__(self, bucket: Bucket, size: dict[str, int], orthogonalizer, chunk: int | None):
+        self.bucket = bucket
+        self.size = size
+        self.orthogonalizer = orthogonalizer
+        self.chunk = chunk or max(bucket.slots, 1)
+
+    def whole_here(self, tiles: list[jax.Array]) -> list[jax.Array]:
+        """Matrices that this device has whole: nothing moves."""
+        [tile] = tiles
+        chunks = [tile[i : i + self.chunk] for i in range(0, tile.shape[0], self.chunk)]
+        return [_one_after_another(self.orthogonalizer, chunks)]
+
+    def exchange(self, tiles: list[jax.Array], blocks: Sequence[Block]) -> list[jax.Array]:
+        bucket = self.bucket
+        cut = [
+            self._to_cells(tile.astype(bucket.dtype), part, blocks[part.block])
+            for tile, part in zip(tiles, bucket.parts, strict=True)
+        ]
+        cells = jnp.concatenate(cut) if len(cut) > 1 else cut[0]
+        table, shared = bucket.deal()
+        results: list[jax.Array] = []
+        for i in range(0, bucket.slots, self.chunk):
+            if results:
+                cells, _ = lax.optimization_barrier((cells, results[-1]))
+            slots = slice(i, i + self.chunk)
+            if bucket.resident:
+                results.append(self._solve(cells[slots], shared[:, slots]))
+            else:
+                results.append(self._round(cells, table[:, slots], shared[:, slots]))
+        if bucket.resident:
+            cells = _joined(results, axis=0)
+        else:
+            tiles_of_all = _joined(results, axis=1)
+            flat = tiles_of_all.reshape(-1, *tiles_of_all.shape[2:])
+            cells = _undo_take(flat, table.ravel(), len(cells))
+        found, start = [], 0
+        for tile, part, piece in zip(tiles, bucket.parts, cut, strict=True):
+            own = cells[start : start + len(piece)]
+            found.append(self._from_cells(own, part, blocks[part.block], tile.shape))
+            start += len(piece)
+        return found
+
+    def _round(self, cells: jax.Array, table: np.ndarray, shared: np.ndarray) -> jax.Array:
+        """Tiles `(cells, ...)` -> orthogonalised `(devices, slots, ...)`, for the table's slots."""
+        tiles = _take(cells, table.ravel()).reshape(*table.shape, *cells.shape[1:])
+        x = self._solve(self._gather(tiles), shared)
+        return self._scatter(x, tiles.shape)
+
+    def _solve(self, x: jax.Array, shared: np.ndarray) -> jax.Array:
+        """`(slots, short, length)`, whole cells."""
+        bucket = self.bucket
+        if bucket.form is not None:
+            y = self.orthogonalizer(x, form=bucket.form, share=self._share(shared))
+        elif isinstance(self.orthogonalizer, NewtonSchulz) or not bucket.parts[0].tall:
+            y = self.orthogonalizer(x)
+        else:
+            y = self.orthogonalizer(x.mT).mT
+        return y.astype(bucket.dtype)
+
+    # Tiles to whole cells and back. `tiles` is (devices, slots, short here, long here): what this
+    # device holds of every cell; a cell is (short, length).
+
+    def _gather(self, tiles: jax.Array) -> jax.Array:
+        moving, still = self._moving(), self._still()
+        tiles = self._drop_replicas(tiles, still)
+        if moving:
+            tiles = lax.all_to_all(tiles, moving, 0, 0)
+        _, slots, short, long = tiles.shape
+        x = tiles.reshape(*(self.size[a] for a in moving), slots, short, long)
+        n = len(moving)
+        over = [moving.index(a) for a in self.bucket.short_axes]
+        along = [moving.index(a) for a in self.bucket.long_axes]
+        x = x.transpose(n, *over, n + 1, *along, n + 2)
+        return x.reshape(slots, self.bucket.short, self.bucket.length)
+
+    def _scatter(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        moving, still = self._moving(), self._still()
+        _, slots, short, long = shape
+        over = [self.size[a] for a in self.bucket.short_axes]
+        along = [self.size[a] for a in self.bucket.long_axes]
+        x = x.reshape(slots, *over, short, *along, long)
+        names = [None, *self.bucket.short_axes, "short", *self.bucket.long_axes, "long"]
+        order = [names.index(a) for a in moving]
+        x = x.transpose(*order, 0, names.index("short"), names.index("long"))
+        x = x.reshape(-1, slots, short, long)
+        if moving:
+            x = lax.all_to_all(x, moving, 0, 0)
+        return self._restore_replicas(x, moving, still)
+
+    def _moving(self) -> Axes:
+        lie = self.bucket.short_axes + self.bucket.long_axes
+        return tuple(a for a in self.bucket.axes if a in lie)
+
+    def _still(self) -> Axes:
+        lie = self.bucket.short_axes + self.bucket.long_axes
+        return tuple(a for a in self.bucket.axes if a not in lie)
+
+    def _drop_replicas(self, tiles: jax.Array, still: Axes) -> jax.Array:
+        """Of the cells, those for devices whose place along the replicated axes is this one's."""
+        if not still:
+            return tiles
+        x = tiles.reshape(*(self.size[a] for a in self.bucket.axes), *tiles.shape[1:])
+        for axis in reversed(self.bucket.axes):
+            if axis in still:
+                at = self.bucket.axes.index(axis)
+                x = lax.dynamic_index_in_dim(x, lax.axis_index(axis), at, keepdims=False)
+        return x.reshape(-1, *tiles.shape[1:])
+
+    def _restore_replicas(self, x: jax.Array, moving: Axes, still: Axes) -> jax.Array:
+        if not still:
+            return x
+        everyone = lax.all_gather(x, still, axis=0)
+        sizes = [self.size[a] for a in (*still, *moving)]
+        y = everyone.reshape(*sizes, *x.shape[1:])
+        order = [(*still, *moving).index(a) for a in self.bucket.axes]
+        rest = range(len(order), y.ndim)
+        return y.transpose(*order, *rest).reshape(self.bucket.devices, *x.shape[1:])
+
+    # A matrix's tile to the tiles of its cells, and back.
+
+    def _to_cells(self, tile: jax.Array, part: Part, block: Block) -> jax.Array:
+        """`(matrices, local fan_in, local fan_out)` -> `(cells, short here, columns here)`."""
+        x = tile.mT if part.tall else tile
+        if self.bucket.form is None:
+            return x
+        x = self._align(x, part, block)
+        if self.bucket.resident:
+            return jnp.pad(x, ((0, 0), (0, 0), (0, self.bucket.length - x.shape[2])))
+        piece = self.bucket.length // self.bucket.devices
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, part.cells * piece - x.shape[2])))
+        x = x.reshape(x.shape[0], x.shape[1], part.cells, piece)
+        return jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], piece)
+
+    def _from_cells(
+        self, cells: jax.Array, part: Part, block: Block, shape: tuple[int, ...]
+    ) -> jax.Array:
+        x = cells
+        if self.bucket.form is not None:
+            if not self.bucket.resident:
+                x = x.reshape(-1, part.cells, *x.shape[1:])
+                x = jnp.moveaxis(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
+            x = self._unalign(x, part, block, shape[1] if part.tall else shape[2])
+        return x.mT if part.tall else x
+
+    def _align(self, x: jax.Array, part: Part, block: Block) -> jax.Array:
+        """Moves `(matrices, short, long)` so that all axes of the exchange lie along long."""
+        over_short, still, columns = self._alignment(part, block, x.shape[2])
+        parts = math.prod(self.size[a] for a in over_short + still)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, columns * parts - x.shape[2])))
+        if over_short:
+            x = lax.all_to_all(x, over_short, 2, 1, tiled=True)
+        if still:
+            x = lax.dynamic_slice_in_dim(x, lax.axis_index(still) * columns, columns, 2)
+        return x
+
+    def _unalign(self, x: jax.Array, part: Part, block: Block, long: int) -> jax.Array:
+        over_short, still, columns = self._alignment(part, block, long)
+        x = x[:, :, :columns]
+        if still:
+            x = lax.all_gather(x, still, axis=2, tiled=True)
+        if over_short:
+            x = lax.all_to_all(x, over_short, 1, 2, tiled=True)
+        return x[:, :, :long]
+
+    def _alignment(self, part: Part, block: Block, long: int) -> tuple[Axes, Axes, int]:
+        over_short = block.out_axes if part.tall else block.in_axes
+        lie = block.in_axes + block.out_axes
+        still = tuple(a for a in self.bucket.axes if a not in lie)
+        parts = math.prod(self.size[a] for a in over_short + still)
+        return over_short, still, -(-long // parts)
+
+    def _share(self, shared: np.ndarray) -> Share:
+        """Sums and maxima over the devices that hold cells of the same matrix."""
+        bucket = self.bucket
+        if bucket.width == 1:
+            return ALONE
+        groups = np.arange(bucket.devices).reshape(-1, bucket.width).tolist()
+        within = None if bucket.width == bucket.devices else groups
+        here = jnp.asarray(shared)[lax.axis_index(bucket.axes)][:, None, None]
+
+        def total(x):
+            packed = _pack_symmetric(x) if x.shape[-1] > 1 else x
+            # Rounding adds up along the ring, so only a few devices sum in low precision.
+            wide = packed.astype(jnp.float32) if bucket.width > 8 else packed
+            summed = lax.psum(jnp.where(here, wide, 0), bucket.axes, axis_index_groups=within)
+            summed = summed.astype(packed.dtype)
+            summed = _unpack_symmetric(summed) if x.shape[-1] > 1 else summed
+            return jnp.where(here, summed, x)
+
+        def largest(x):
+            found = lax.pmax(jnp.where(here, x, 0), bucket.axes, axis_index_groups=within)
+            return jnp.where(here, found, x)
+
+        return Share(total, largest)
+
+
+def _one_after_another(function: Orthogonalizer, chunks: list[jax.Array]) -> jax.Array:
+    results: list[jax.Array] = []
+    for x in chunks:
+        if results:
+            x, _ = lax.optimization_barrier((x, results[-1]))
+        results.append(function(x))
+    return _joined(results, axis=0)
+
+
+def _joined(arrays: list[jax.Array], axis: int) -> jax.Array:
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=axis)
+
+
+def _take(x: jax.Array, index: np.ndarray) -> jax.Array:
+    """Rows of `x` by index, zeros where it is negative."""
+    empty = int((index < 0).sum())
+    full = len(index) - empty
+    if np.array_equal(index[:full], np.arange(full)) and full == len(x):
+        return jnp.pad(x, ((0, empty), *[(0, 0)] * (x.ndim - 1))) if empty else x
+    padded = jnp.pad(x, ((0, 1), *[(0, 0)] * (x.ndim - 1))) if empty else x
+    return padded[np.where(index < 0, len(x), index)]
+
+
+def _undo_take(x: jax.Array, index: np.ndarray, count: int) -> jax.Array:
+    inverse = np.zeros(count, dtype=int)
+    inverse[index[index >= 0]] = np.flatnonzero(index >= 0)
+    return x[:count] if np.array_equal(inverse, np.arange(count)) else x[inverse]
+
+
+def _pack_symmetric(x: jax.Array) -> jax.Array:
+    """`(..., n, n)` symmetric -> `(..., n + 1, n / 2)`, every number once; odd n stays.
+
+    Rectangular full packed storage: the two diagonal blocks share one square, one as its lower and
+    the other as its upper triangle.
+    """
+    n = x.shape[-1]
+    if n % 2:
+        return x
+    half = n // 2
+    first, corner, second = x[..., :half, :half], x[..., half:, :half], x[..., half:, half:]
+    lower = np.tri(half, dtype=bool)
+    diagonal = jnp.diagonal(second, axis1=-2, axis2=-1)[..., None, :]
+    return jnp.concatenate([corner, jnp.where(lower, first, second), diagonal], axis=-2)
+
+
+def _unpack_symmetric(packed: jax.Array) -> jax.Array:
+    if packed.shape[-1] == packed.shape[-2]:
+        return packed
+    half = packed.shape[-1]
+    corner, square, diagonal = jnp.split(packed, [half, 2 * half], axis=-2)
+    lower, eye = np.tri(half, dtype=bool), np.eye(half, dtype=bool)
+    first = jnp.where(lower, square, square.mT)
+    second = jnp.where(eye, diagonal, jnp.where(lower, square.mT, square))
+    return jnp.concatenate(
+        [
+            jnp.concatenate([first, corner.mT], axis=-1),
+            jnp.concatenate([corner, second], axis=-1),
+        ],
+        axis=-2,
+    )

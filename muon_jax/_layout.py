@@ -1,0 +1,163 @@
+"""Where arrays lie: the mesh in force, and the mesh axes along each axis of an array."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from muon_jax._buckets import Axes, Block, Sizes
+from muon_jax._matrix_axes import MatrixAxes
+
+AnyMesh: TypeAlias = Mesh | AbstractMesh
+Layout = tuple[Axes, ...]
+
+
+class Placing(NamedTuple):
+    """The mesh that an update runs on.
+
+    Attributes:
+        mesh: `None` for one device, or where nothing tells of a mesh.
+        inherited: it is the context's (`jax.set_mesh`, `shard_map`).
+        free: its axes larger than 1 that no `shard_map` around us has taken.
+        taken: those that one has.
+    """
+
+    mesh: AnyMesh | None
+    inherited: bool
+    free: Axes
+    taken: Axes
+
+    @property
+    def sizes(self) -> Sizes:
+        """`(name, size)` of the axes that the update may use, major first."""
+        shape = self.mesh.shape if self.mesh is not None else {}
+        return tuple((name, shape[name]) for name in (self.free or self.taken))
+
+    @property
+    def devices(self) -> int:
+        return math.prod(size for _, size in self.sizes)
+
+
+class Entry(NamedTuple):
+    """An array as it enters the exchange.
+
+    Attributes:
+        shape, dtype: of the whole array.
+        layout: the mesh axes along each of its axes.
+        axes: which of its axes make the matrix.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    layout: Layout
+    axes: MatrixAxes
+
+    @property
+    def spec(self) -> PartitionSpec:
+        return PartitionSpec(*(names or None for names in self.layout))
+
+    def block(self, sizes: Sizes, dtype: np.dtype) -> Block:
+        """Its matrices, as each device sees them; `dtype` is that of the exchange."""
+        batch, fan_in, fan_out = (
+            tuple(name for axis in group for name in self.layout[axis])
+            for group in self.axes.split(self.shape)
+        )
+        shape, m, n = self.axes.matrix_shape(self.shape)
+        size = dict(sizes)
+        count = math.prod(shape) // math.prod(size[name] for name in batch)
+        return Block(count, m, n, batch, fan_in, fan_out, dtype)
+
+
+def find_placing(mesh: AnyMesh | None, leaves: Sequence[jax.Array]) -> Placing:
+    """The mesh of the context, or else the one given, or else that of the leaves.
+
+    Raises:
+        ValueError: the one given is not the context's.
+    """
+    context = jax.sharding.get_abstract_mesh()
+    if not context.empty:
+        if mesh is not None and dict(mesh.shape) != dict(context.shape):
+            raise ValueError(
+                f"mesh= has the axes {dict(mesh.shape)}, but the context (jax.set_mesh or "
+                f"shard_map) has {dict(context.shape)}. Give the same, or leave mesh= out."
+            )
+        found: Any = context
+    else:
+        found = mesh or next(filter(None, map(_mesh_of, leaves)), None)
+    if found is None:
+        return Placing(None, False, (), ())
+    types = dict(zip(found.axis_names, found.axis_types, strict=True))
+    large = tuple(name for name in found.axis_names if found.shape[name] > 1)
+    free = tuple(name for name in large if types[name] != AxisType.Manual)
+    taken = tuple(name for name in large if types[name] == AxisType.Manual)
+    return Placing(found, not context.empty, free, taken)
+
+
+def _mesh_of(x: Any) -> AnyMesh | None:
+    if isinstance(x, jax.core.Tracer):
+        mesh = getattr(jax.typeof(x).sharding, "mesh", None)
+        return None if mesh is None or mesh.empty else mesh
+    sharding = getattr(x, "sharding", None)
+    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+
+def layout_of(x: Any, placing: Placing) -> Layout | None:
+    """The layout of an array, or of a tracer over Explicit axes; `None` where only XLA knows.
+
+    On a mesh with both kinds a tracer tells of its Explicit axes, and counts as whole along others.
+    """
+    assert placing.mesh is not None
+    if isinstance(x, jax.core.Tracer):
+        types = dict(zip(placing.mesh.axis_names, placing.mesh.axis_types, strict=True))
+        if all(types[name] == AxisType.Auto for name in placing.free):
+            return None
+        spec = jax.typeof(x).sharding.spec
+    else:
+        sharding = getattr(x, "sharding", None)
+        spec = sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+    return as_layout(spec, x.ndim, placing)
+
+
+def as_layout(spec: PartitionSpec, ndim: int, placing: Placing) -> Layout:
+    """A spec as the names along each axis, those of size 1 left out."""
+    size = dict(placing.sizes)
+    named = [(part,) if isinstance(part, str) else tuple(part or ()) for part in spec]
+    named += [()] * (ndim - len(named))
+    return tuple(tuple(name for name in names if name in size) for names in named)
+
+
+def check_layout(layout: Layout, shape: tuple[int, ...], placing: Placing, path: str) -> None:
+    """Raises ValueError if an axis of the leaf is not divided evenly, or a mesh axis used twice."""
+    size = dict(placing.sizes)
+    for axis, names in enumerate(layout):
+        parts = math.prod(size[name] for name in names)
+        if shape[axis] % parts:
+            raise ValueError(
+                f"shardings= splits axis {axis} of {path!r}, of size {shape[axis]}, over the mesh "
+                f"axes {names} of {parts} devices, which do not divide it."
+            )
+    used = [name for names in layout for name in names]
+    if len(set(used)) != len(used):
+        raise ValueError(f"shardings= uses a mesh axis twice for {path!r}: {layout}.")
+
+
+def as_spec(sharding: Any) -> PartitionSpec:
+    """A `PartitionSpec` or the spec of a `NamedSharding`.
+
+    Raises:
+        TypeError: neither of the two.
+    """
+    if isinstance(sharding, PartitionSpec):
+        return sharding
+    if isinstance(sharding, NamedSharding):
+        return sharding.spec
+    raise TypeError(
+        f"shardings= takes NamedSharding or PartitionSpec for a leaf, got {sharding!r}."
+    )
+
+
+def is_sharding(x: Any) -> bool:
+    return isinstance(x, (PartitionSpec, NamedSharding))

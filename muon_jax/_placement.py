@@ -1,0 +1,157 @@
+"""Every matrix of a tree orthogonalised once, on any mesh: where leaves lie → exchange → back."""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.shard_alike import shard_alike
+
+from muon_jax._assumed_layout import assume_layouts
+from muon_jax._buckets import Block, Bucket, Sizes, exchange_dtype, plan_buckets
+from muon_jax._exchange import Orthogonalizer, orthogonalize_local
+from muon_jax._layout import Entry, Layout, Placing, layout_of
+from muon_jax._matrix_axes import MatrixAxes
+from muon_jax._newton_schulz import NewtonSchulz
+
+
+def orthogonalize_leaves(
+    leaves: Sequence[jax.Array],
+    axes: Sequence[MatrixAxes],
+    orthogonalizer: Orthogonalizer,
+    *,
+    placing: Placing,
+    layouts: Sequence[Layout | None],
+    like: Sequence[jax.Array],
+    chunk_size: int | None = None,
+) -> list[jax.Array]:
+    """Orthogonalises every matrix of every leaf once, wherever the leaves lie.
+
+    Args:
+        leaves: arrays or tracers.
+        axes: the matrix axes of each.
+        orthogonalizer: `(..., fan_in, fan_out) -> (..., fan_in, fan_out)`.
+        placing: the mesh.
+        layouts: where the caller knows the mesh axes along each axis of a leaf.
+        like: arrays that lie like the leaves, and like which the results shall lie.
+        chunk_size: how many matrices of a bucket a device holds at once; `None` is all.
+
+    Returns:
+        Arrays like `leaves`, sharded like them.
+    """
+    if not placing.free and not (placing.taken and any(layouts)):
+        return [
+            _orthogonalize_here(x, a, orthogonalizer, chunk_size)
+            for x, a in zip(leaves, axes, strict=True)
+        ]
+    found: dict[int, Layout] = {}
+    for i, (x, layout) in enumerate(zip(leaves, layouts, strict=True)):
+        if layout is None:
+            layout = layout_of(x, placing) if placing.free else ((),) * x.ndim
+        if layout is not None:
+            found[i] = layout
+    known = list(found)
+    unknown = [i for i in range(len(leaves)) if i not in found]
+    # Else XLA might move the momentum and the gradient apart, before they are added.
+    alike = {i: shard_alike(leaves[i], like[i]) for i in unknown}
+    groups = assume_layouts(
+        [alike[i][0] for i in unknown],
+        [axes[i] for i in unknown],
+        as_solver(orthogonalizer),
+        placing,
+    )
+    arrays = [leaves[i] for i in known]
+    entries = [
+        Entry(leaves[i].shape, jnp.dtype(leaves[i].dtype), found[i], axes[i].normalized(x.ndim))
+        for i, x in zip(known, arrays, strict=True)
+    ]
+    for group in groups:
+        arrays += group.arrays
+        entries += group.entries
+    results = iter(_exchange(tuple(entries), placing, orthogonalizer, chunk_size)(*arrays))
+    updates = {i: next(results) for i in known}
+    for group in groups:
+        own = [next(results) for _ in group.arrays]
+        for i, update in zip(group.members, group.restore(own), strict=True):
+            updates[unknown[i]] = shard_alike(update, alike[unknown[i]][1])[0]
+    return [updates[i].astype(x.dtype) for i, x in enumerate(leaves)]
+
+
+def _orthogonalize_here(
+    x: jax.Array, axes: MatrixAxes, orthogonalizer: Orthogonalizer, chunk_size: int | None
+) -> jax.Array:
+    """A leaf that is whole here, or whose spreading is left to XLA: batch axes are not merged."""
+    matrices = axes.to_matrices(x)
+    if chunk_size is None or matrices.ndim < 3:
+        return axes.from_matrices(orthogonalizer(matrices), x.shape)
+    step = max(1, chunk_size // math.prod(matrices.shape[1:-2]))
+    done: list[jax.Array] = []
+    for i in range(0, matrices.shape[0], step):
+        chunk = matrices[i : i + step]
+        if done:
+            chunk, _ = lax.optimization_barrier((chunk, done[-1]))
+        done.append(orthogonalizer(chunk))
+    return axes.from_matrices(jnp.concatenate(done), x.shape)
+
+
+def _exchange(entries, placing, orthogonalizer, chunk_size):
+    """The exchange as a function of the entries' arrays, the same object for the same arguments."""
+    try:
+        return _built_exchange(entries, placing, orthogonalizer, chunk_size)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        return _built_exchange.__wrapped__(entries, placing, orthogonalizer, chunk_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _built_exchange(
+    entries: tuple[Entry, ...],
+    placing: Placing,
+    orthogonalizer: Orthogonalizer,
+    chunk_size: int | None,
+):
+    blocks, buckets = plan_entries(entries, placing.sizes, as_solver(orthogonalizer))
+
+    def local(*arrays):
+        matrices = [entry.axes.to_matrices(x) for entry, x in zip(entries, arrays, strict=True)]
+        results = orthogonalize_local(
+            [x.reshape(-1, *x.shape[-2:]) for x in matrices],
+            blocks,
+            buckets,
+            placing.sizes,
+            orthogonalizer,
+            chunk_size,
+        )
+        return tuple(
+            entry.axes.from_matrices(y.reshape(x.shape), array.shape)
+            for entry, array, x, y in zip(entries, arrays, matrices, results, strict=True)
+        )
+
+    if not placing.free:
+        return local
+    specs = tuple(entry.spec for entry in entries)
+    return jax.jit(
+        jax.shard_map(
+            local,
+            mesh=None if placing.inherited else placing.mesh,
+            in_specs=specs,
+            out_specs=specs,
+            axis_names=set(placing.free),
+            check_vma=False,
+        )
+    )
+
+
+def plan_entries(
+    entries: Sequence[Entry], sizes: Sizes, solver: NewtonSchulz | None
+) -> tuple[tuple[Block, ...], tuple[Bucket, ...]]:
+    """The blocks of these entries, and the buckets that they fall into."""
+    blocks = tuple(entry.block(sizes, exchange_dtype(entry.dtype, solver)) for entry in entries)
+    return blocks, plan_buckets(blocks, sizes, solver)
+
+
+def as_solver(orthogonalizer: Orthogonalizer) -> NewtonSchulz | None:
+    return orthogonalizer if isinstance(orthogonalizer, NewtonSchulz) else None
