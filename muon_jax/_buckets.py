@@ -11,12 +11,12 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from muon_jax._newton_schulz import Form, NewtonSchulz, standard_flops
+from muon_jax._newton_schulz import Form, NewtonSchulz
 
 Axes = tuple[str, ...]
 Sizes = tuple[tuple[str, int], ...]
@@ -49,20 +49,23 @@ class Block(NamedTuple):
     dtype: np.dtype
 
     @property
-    def tall(self) -> bool:
-        """Whether fan_in is the long side; of a square matrix, the side that is cut."""
-        if self.fan_in == self.fan_out:
-            return len(self.in_axes) >= len(self.out_axes)
-        return self.fan_in > self.fan_out
+    def flip(self) -> bool:
+        """Whether fan_out leads: the side that is split over more devices, or else fan_in."""
+        return len(self.out_axes) > len(self.in_axes)
 
 
 class Part(NamedTuple):
-    """The matrices `start:stop` of a block, each cut into `cells` cells."""
+    """The matrices `start:stop` of a block.
+
+    Attributes:
+        flip: they are transposed, so that fan_out leads.
+        cells: how many each is cut into.
+    """
 
     block: int
     start: int
     stop: int
-    tall: bool
+    flip: bool
     cells: int = 1
 
     @property
@@ -71,16 +74,18 @@ class Part(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """Cells of one shape, dealt to the devices along `axes`.
+    """Cells `(lead, other)` of one shape, dealt to the devices along `axes`.
+
+    The leading side is the one to be put together from many devices' tiles: that is a mere reshape.
 
     Attributes:
         axes: mesh axes of the exchange, in mesh order; none for matrices that are whole on the
             device where they lie.
         devices: the product of their sizes.
         parts: the matrices.
-        short: the short side of all of them.
-        length: columns of a cell: the long side, or less, or more where zeros fill it up.
-        short_axes, long_axes: the mesh axes along which tiles lie when they are dealt.
+        lead, other: the sides of a cell. Of matrices that are cut, `other` is the short side and
+            `lead` a part of the long one, or more than it where zeros fill it up.
+        lead_axes, other_axes: the mesh axes along which tiles lie when they are dealt.
         width: devices in a group; a matrix of several cells stays within one group.
         slots: cells a device holds.
         form: the arithmetic, where it is not left to the orthogonalizer.
@@ -92,10 +97,10 @@ class Bucket(NamedTuple):
     axes: Axes
     devices: int
     parts: tuple[Part, ...]
-    short: int
-    length: int
-    short_axes: Axes
-    long_axes: Axes
+    lead: int
+    other: int
+    lead_axes: Axes
+    other_axes: Axes
     width: int
     slots: int
     form: Form | None
@@ -118,25 +123,25 @@ class Bucket(NamedTuple):
 
     def flops(self, solver: NewtonSchulz | None) -> int:
         """FLOPs of the matrix products on each device."""
-        if solver is None:
-            return self.slots * 5 * standard_flops(self.short, self.length, ((0.0, 0.0, 0.0),))
-        return self.slots * solver.flops(self.short, self.length, self.dtype, self.form)
+        if self.form is not None and solver is not None:
+            return self.slots * solver.flops(self.other, self.lead, self.dtype, self.form)
+        short, long = sorted((self.lead, self.other))
+        return self.slots * (solver or NewtonSchulz()).flops(short, long, self.dtype)
 
     def exchanged_bytes(self, sizes: Sizes) -> int:
         """Bytes that the collectives of the bucket bring to each device."""
         if not self.axes:
             return 0
         size = dict(sizes)
-        cells = self.slots * self.short * self.length
-        replicas = math.prod(
-            size[a] for a in self.axes if a not in self.long_axes + self.short_axes
-        )
+        cells = self.slots * self.lead * self.other
+        lie = self.lead_axes + self.other_axes
+        replicas = math.prod(size[a] for a in self.axes if a not in lie)
         moved = self.alignment
         if not self.resident:
             moved += 2 * cells * (replicas < self.devices)
         if replicas > 1:
             moved += replicas * cells
-        triangle = self.short * (self.short + 1) // 2
+        triangle = self.other * (self.other + 1) // 2
         return (moved + self.reductions * self.slots * triangle) * self.dtype.itemsize
 
     def cost(self, solver: NewtonSchulz | None, sizes: Sizes) -> float:
@@ -184,7 +189,7 @@ def plan_buckets(
             stay whole and keep their orientation.
     """
     buckets = []
-    groups: dict[tuple, list[int]] = defaultdict(list)
+    groups: dict[Any, list[int]] = defaultdict(list)
     for index, block in enumerate(blocks):
         axes = tuple(a for a, n in sizes if n > 1 and a not in block.batch_axes)
         if axes:
@@ -197,19 +202,31 @@ def plan_buckets(
 
 
 def _local(index: int, block: Block) -> Bucket:
-    short, long = sorted((block.fan_in, block.fan_out))
-    part = Part(index, 0, block.matrices, block.tall)
-    return Bucket((), 1, (part,), short, long, (), (), 1, block.matrices, None, block.dtype)
+    part = Part(index, 0, block.matrices, False)
+    fans = block.fan_in, block.fan_out
+    return Bucket((), 1, (part,), *fans, (), (), 1, block.matrices, None, block.dtype)
 
 
 class _Class(NamedTuple):
     """Matrices of one shape that lie in the same way."""
 
-    short: int
-    long: int
-    short_axes: Axes
-    long_axes: Axes
+    lead: int
+    other: int
+    lead_axes: Axes
+    other_axes: Axes
     parts: tuple[Part, ...]
+
+    @property
+    def short(self) -> int:
+        return min(self.lead, self.other)
+
+    @property
+    def turned(self) -> "_Class":
+        """The same with the long side leading."""
+        if self.lead >= self.other:
+            return self
+        parts = tuple(part._replace(flip=not part.flip) for part in self.parts)
+        return _Class(self.other, self.lead, self.other_axes, self.lead_axes, parts)
 
     @property
     def matrices(self) -> int:
@@ -241,20 +258,20 @@ class _Exchange(NamedTuple):
         return found
 
     def _classes(self, blocks: Sequence[Block], members: Iterable[int]) -> list[_Class]:
-        classes: dict[tuple, list[Part]] = defaultdict(list)
+        classes: dict[Any, list[Part]] = defaultdict(list)
         for index in members:
             block = blocks[index]
             if not block.matrices:
                 continue
-            short, long = sorted((block.fan_in, block.fan_out))
-            fans = block.in_axes, block.out_axes
-            short_axes, long_axes = reversed(fans) if block.tall else fans
-            orientation = None if self.solver else block.tall
-            key = (short, long, short_axes, long_axes, orientation)
-            classes[key].append(Part(index, 0, block.matrices, block.tall))
+            fans = [(block.fan_in, block.in_axes), (block.fan_out, block.out_axes)]
+            (lead, lead_axes), (other, other_axes) = reversed(fans) if block.flip else fans
+            # Any other orthogonalizer may tell fan_in from fan_out.
+            orientation = None if self.solver else block.flip
+            part = Part(index, 0, block.matrices, block.flip)
+            classes[lead, other, lead_axes, other_axes, orientation].append(part)
         return [
-            _Class(short, long, short_axes, long_axes, tuple(parts))
-            for (short, long, short_axes, long_axes, _), parts in classes.items()
+            _Class(lead, other, lead_axes, other_axes, tuple(parts))
+            for (lead, other, lead_axes, other_axes, _), parts in classes.items()
         ]
 
     def _place_remainders(self, shapes: list[tuple[_Class, _Class]]) -> list[Bucket]:
@@ -285,10 +302,10 @@ class _Exchange(NamedTuple):
             axes=self.axes,
             devices=self.devices,
             parts=shape.parts,
-            short=shape.short,
-            length=shape.long,
-            short_axes=shape.short_axes,
-            long_axes=shape.long_axes,
+            lead=shape.lead,
+            other=shape.other,
+            lead_axes=shape.lead_axes,
+            other_axes=shape.other_axes,
             width=1,
             slots=slots,
             form=None,
@@ -298,20 +315,21 @@ class _Exchange(NamedTuple):
     def _cut(self, shapes: tuple[_Class, ...]) -> Bucket:
         """The cheapest bucket that takes all of these, which have one short side.
 
-        Every matrix first lies along its long side over all devices; a cell takes `piece` columns
-        of each device's share.
+        Every matrix first lies along its long side over all devices; a cell takes `piece` of each
+        device's share.
         """
         assert self.solver is not None
-        short = shapes[0].short
-        square = any(shape.long < 2 * short for shape in shapes)
+        shapes = tuple(shape.turned for shape in shapes)
+        short = shapes[0].other
+        square = any(shape.lead < 2 * short for shape in shapes)
         form = self.solver.shared_form(self.dtype, square)
-        columns = [self.columns(shape) for shape in shapes]
+        shares = [self._share(shape) for shape in shapes]
         pieces = {
-            -(-own // cells) for own in columns for cells in range(1, min(own, self.devices) + 1)
+            -(-own // cells) for own in shares for cells in range(1, min(own, self.devices) + 1)
         }
         best, least = None, math.inf
         for piece in sorted(pieces):
-            cells = [-(-own // piece) for own in columns]
+            cells = [-(-own // piece) for own in shares]
             width = next(
                 (d for d in range(max(cells), self.devices + 1) if self.devices % d == 0), None
             )
@@ -329,10 +347,10 @@ class _Exchange(NamedTuple):
                     for shape, c in zip(shapes, cells, strict=True)
                     for part in shape.parts
                 ),
-                short=short,
-                length=max(columns) if min(cells) == self.devices else piece * self.devices,
-                short_axes=(),
-                long_axes=self.axes,
+                lead=max(shares) if min(cells) == self.devices else piece * self.devices,
+                other=short,
+                lead_axes=self.axes,
+                other_axes=(),
                 width=width,
                 slots=-(-rows // (self.devices // width)),
                 form=form,
@@ -345,16 +363,16 @@ class _Exchange(NamedTuple):
         assert best is not None
         return best
 
-    def columns(self, shape: _Class) -> int:
+    def _share(self, shape: _Class) -> int:
         """A device's share of the long side once that alone is split over all devices."""
-        held = -(-shape.long // self._product(shape.long_axes))
-        others = self.devices // self._product(shape.long_axes)
-        return -(-held // others)
+        lying = self._product(shape.lead_axes)
+        held = -(-shape.lead // lying)
+        return -(-held // (self.devices // lying))
 
     def _alignment(self, shape: _Class) -> int:
-        tile = shape.matrices * shape.short * self.columns(shape)
-        over_short = self._product(shape.short_axes)
-        replicas = self.devices // over_short // self._product(shape.long_axes)
+        tile = shape.matrices * shape.other * self._share(shape)
+        over_short = self._product(shape.other_axes)
+        replicas = self.devices // over_short // self._product(shape.lead_axes)
         moved = 2 * tile * replicas if over_short > 1 else 0
         return moved + (tile * replicas if replicas > 1 else 0)
 

@@ -107,52 +107,52 @@ class _Run:
         return self._scatter(x, tiles.shape)
 
     def _solve(self, x: jax.Array, shared: np.ndarray) -> jax.Array:
-        """`(slots, short, length)`, whole cells."""
+        """Cells `(slots, lead, other)`."""
         bucket = self.bucket
         if bucket.form is not None:
-            y = self.orthogonalizer(x, form=bucket.form, share=self._share(shared))
-        elif isinstance(self.orthogonalizer, NewtonSchulz) or not bucket.parts[0].tall:
+            y = self.orthogonalizer(x.mT, form=bucket.form, share=self._share(shared)).mT
+        elif isinstance(self.orthogonalizer, NewtonSchulz) or not bucket.parts[0].flip:
             y = self.orthogonalizer(x)
         else:
             y = self.orthogonalizer(x.mT).mT
         return y.astype(bucket.dtype)
 
-    # Tiles to whole cells and back. `tiles` is (devices, slots, short here, long here): what this
-    # device holds of every cell; a cell is (short, length).
+    # Tiles to whole cells and back. `tiles` is (devices, slots, lead here, other here): what this
+    # device holds of every cell; a cell is (lead, other).
 
     def _gather(self, tiles: jax.Array) -> jax.Array:
         moving, still = self._moving(), self._still()
         tiles = self._drop_replicas(tiles, still)
         if moving:
             tiles = lax.all_to_all(tiles, moving, 0, 0)
-        _, slots, short, long = tiles.shape
-        x = tiles.reshape(*(self.size[a] for a in moving), slots, short, long)
+        _, slots, lead, other = tiles.shape
+        x = tiles.reshape(*(self.size[a] for a in moving), slots, lead, other)
         n = len(moving)
-        over = [moving.index(a) for a in self.bucket.short_axes]
-        along = [moving.index(a) for a in self.bucket.long_axes]
-        x = x.transpose(n, *over, n + 1, *along, n + 2)
-        return x.reshape(slots, self.bucket.short, self.bucket.length)
+        leading = [moving.index(a) for a in self.bucket.lead_axes]
+        others = [moving.index(a) for a in self.bucket.other_axes]
+        x = x.transpose(n, *leading, n + 1, *others, n + 2)
+        return x.reshape(slots, self.bucket.lead, self.bucket.other)
 
     def _scatter(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         moving, still = self._moving(), self._still()
-        _, slots, short, long = shape
-        over = [self.size[a] for a in self.bucket.short_axes]
-        along = [self.size[a] for a in self.bucket.long_axes]
-        x = x.reshape(slots, *over, short, *along, long)
-        names = [None, *self.bucket.short_axes, "short", *self.bucket.long_axes, "long"]
+        _, slots, lead, other = shape
+        leading = [self.size[a] for a in self.bucket.lead_axes]
+        others = [self.size[a] for a in self.bucket.other_axes]
+        x = x.reshape(slots, *leading, lead, *others, other)
+        names = [None, *self.bucket.lead_axes, "lead", *self.bucket.other_axes, "other"]
         order = [names.index(a) for a in moving]
-        x = x.transpose(*order, 0, names.index("short"), names.index("long"))
-        x = x.reshape(-1, slots, short, long)
+        x = x.transpose(*order, 0, names.index("lead"), names.index("other"))
+        x = x.reshape(-1, slots, lead, other)
         if moving:
             x = lax.all_to_all(x, moving, 0, 0)
         return self._restore_replicas(x, moving, still)
 
     def _moving(self) -> Axes:
-        lie = self.bucket.short_axes + self.bucket.long_axes
+        lie = self.bucket.lead_axes + self.bucket.other_axes
         return tuple(a for a in self.bucket.axes if a in lie)
 
     def _still(self) -> Axes:
-        lie = self.bucket.short_axes + self.bucket.long_axes
+        lie = self.bucket.lead_axes + self.bucket.other_axes
         return tuple(a for a in self.bucket.axes if a not in lie)
 
     def _drop_replicas(self, tiles: jax.Array, still: Axes) -> jax.Array:
@@ -179,55 +179,49 @@ class _Run:
     # A matrix's tile to the tiles of its cells, and back.
 
     def _to_cells(self, tile: jax.Array, part: Part, block: Block) -> jax.Array:
-        """`(matrices, local fan_in, local fan_out)` -> `(cells, short here, columns here)`."""
-        x = tile.mT if part.tall else tile
+        """`(matrices, local fan_in, local fan_out)` -> `(cells, lead here, other here)`."""
+        x = tile.mT if part.flip else tile
         if self.bucket.form is None:
             return x
         x = self._align(x, part, block)
         if self.bucket.resident:
-            return jnp.pad(x, ((0, 0), (0, 0), (0, self.bucket.length - x.shape[2])))
-        piece = self.bucket.length // self.bucket.devices
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, part.cells * piece - x.shape[2])))
-        x = x.reshape(x.shape[0], x.shape[1], part.cells, piece)
-        return jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], piece)
+            return _pad(x, self.bucket.lead)
+        piece = self.bucket.lead // self.bucket.devices
+        return _pad(x, part.cells * piece).reshape(-1, piece, x.shape[2])
 
     def _from_cells(
         self, cells: jax.Array, part: Part, block: Block, shape: tuple[int, ...]
     ) -> jax.Array:
         x = cells
         if self.bucket.form is not None:
-            if not self.bucket.resident:
-                x = x.reshape(-1, part.cells, *x.shape[1:])
-                x = jnp.moveaxis(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
-            x = self._unalign(x, part, block, shape[1] if part.tall else shape[2])
-        return x.mT if part.tall else x
+            x = x.reshape(part.matrices, -1, x.shape[2])
+            x = self._unalign(x, part, block, shape[2] if part.flip else shape[1])
+        return x.mT if part.flip else x
 
     def _align(self, x: jax.Array, part: Part, block: Block) -> jax.Array:
-        """Moves `(matrices, short, long)` so that all axes of the exchange lie along long."""
-        over_short, still, columns = self._alignment(part, block, x.shape[2])
-        parts = math.prod(self.size[a] for a in over_short + still)
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, columns * parts - x.shape[2])))
-        if over_short:
-            x = lax.all_to_all(x, over_short, 2, 1, tiled=True)
+        """Moves `(matrices, lead, other)` so that all axes of the exchange lie along lead."""
+        over_other, still, share = self._alignment(part, block, x.shape[1])
+        x = _pad(x, share * math.prod(self.size[a] for a in over_other + still))
+        if over_other:
+            x = lax.all_to_all(x, over_other, 1, 2, tiled=True)
         if still:
-            x = lax.dynamic_slice_in_dim(x, lax.axis_index(still) * columns, columns, 2)
+            x = lax.dynamic_slice_in_dim(x, lax.axis_index(still) * share, share, 1)
         return x
 
-    def _unalign(self, x: jax.Array, part: Part, block: Block, long: int) -> jax.Array:
-        over_short, still, columns = self._alignment(part, block, long)
-        x = x[:, :, :columns]
+    def _unalign(self, x: jax.Array, part: Part, block: Block, lead: int) -> jax.Array:
+        over_other, still, share = self._alignment(part, block, lead)
+        x = x[:, :share]
         if still:
-            x = lax.all_gather(x, still, axis=2, tiled=True)
-        if over_short:
-            x = lax.all_to_all(x, over_short, 1, 2, tiled=True)
-        return x[:, :, :long]
+            x = lax.all_gather(x, still, axis=1, tiled=True)
+        if over_other:
+            x = lax.all_to_all(x, over_other, 2, 1, tiled=True)
+        return x[:, :lead]
 
-    def _alignment(self, part: Part, block: Block, long: int) -> tuple[Axes, Axes, int]:
-        over_short = block.out_axes if part.tall else block.in_axes
+    def _alignment(self, part: Part, block: Block, lead: int) -> tuple[Axes, Axes, int]:
+        over_other = block.in_axes if part.flip else block.out_axes
         lie = block.in_axes + block.out_axes
         still = tuple(a for a in self.bucket.axes if a not in lie)
-        parts = math.prod(self.size[a] for a in over_short + still)
-        return over_short, still, -(-long // parts)
+        return over_other, still, -(-lead // math.prod(self.size[a] for a in over_other + still))
 
     def _share(self, shared: np.ndarray) -> Share:
         """Sums and maxima over the devices that hold cells of the same matrix."""
@@ -265,6 +259,10 @@ def _one_after_another(function: Orthogonalizer, chunks: list[jax.Array]) -> jax
 
 def _joined(arrays: list[jax.Array], axis: int) -> jax.Array:
     return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=axis)
+
+
+def _pad(x: jax.Array, lead: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, lead - x.shape[1]), (0, 0))) if lead > x.shape[1] else x
 
 
 def _take(x: jax.Array, index: np.ndarray) -> jax.Array:

@@ -1,0 +1,321 @@
+"""What a step of Muon costs, told before anything runs: FLOPs, bytes exchanged, memory."""
+
+import dataclasses
+import math
+from collections import defaultdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from muon_jax._buckets import Block, Bucket
+from muon_jax._layout import (
+    AnyMesh,
+    Entry,
+    Placing,
+    as_layout,
+    as_spec,
+    check_layout,
+    find_placing,
+    is_sharding,
+)
+from muon_jax._matrix_axes import MatrixAxes, as_matrix_axes, is_matrix_axes
+from muon_jax._newton_schulz import NewtonSchulz
+from muon_jax._paths import KeyPath, broadcast_prefix, is_tree_of, path_string
+from muon_jax._placement import plan_entries
+from muon_jax._routing import ADAMW, FROZEN, MUON, Routing, route
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanRow:
+    """Leaves that are treated together: a bucket of Muon's, or all of another route.
+
+    Attributes:
+        route: `"muon"`, `"adamw"` or `"frozen"`.
+        leaves: their paths.
+        matrices: how many, over all devices.
+        shape: `(fan_in, fan_out)` of the first; `()` where the route knows no matrices.
+        form: of Newton-Schulz, with its restarts.
+        placing: how the matrices are spread over the devices.
+        standard_flops: what the standard form takes for the matrices, each of them once.
+        flops: of all devices together, padding included.
+        device_flops: of one device.
+        exchanged_bytes: that collectives bring to one device.
+        momentum_bytes: optimizer state of one device.
+        working_bytes: of one device: cells before and after, and the square matrices beside them.
+    """
+
+    route: str
+    leaves: tuple[str, ...]
+    matrices: int = 0
+    shape: tuple[int, ...] = ()
+    form: str = ""
+    placing: str = ""
+    standard_flops: int = 0
+    flops: int = 0
+    device_flops: int = 0
+    exchanged_bytes: int = 0
+    momentum_bytes: int = 0
+    working_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `plan` returns; `print` shows a table, `to_dict` is ready for JSON.
+
+    Attributes:
+        rows: of each bucket and each other route.
+        devices: of the mesh.
+        model_flops: of a training step, 6 × active parameters × tokens; `None` without tokens.
+    """
+
+    rows: tuple[PlanRow, ...]
+    devices: int
+    model_flops: int | None
+
+    def total(self, field: str) -> int:
+        """The sum of a field over rows; of `working_bytes` the largest."""
+        values = [getattr(row, field) for row in self.rows]
+        return max(values, default=0) if field == "working_bytes" else sum(values)
+
+    @property
+    def overhead(self) -> float | None:
+        """Muon's FLOPs as a share of the model's."""
+        return self.total("flops") / self.model_flops if self.model_flops else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Rows and totals as plain numbers and strings."""
+        fields = [f.name for f in dataclasses.fields(PlanRow) if f.type is int]
+        return {
+            "devices": self.devices,
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "total": {name: self.total(name) for name in fields},
+            "model_flops": self.model_flops,
+            "overhead": self.overhead,
+        }
+
+    def __str__(self) -> str:
+        memory = ("exchanged", "momentum", "working")
+        lines: list[tuple[str, ...]] = [
+            ("route", "leaves", "matrices", "form", "placing", "FLOPs", "per device", *memory)
+        ]
+        for row in self.rows:
+            shape = " × ".join(map(str, row.shape))
+            lines.append(
+                (
+                    row.route,
+                    _leaves(row.leaves),
+                    f"{row.matrices} × ({shape})" if shape else "-",
+                    row.form or "-",
+                    row.placing or "-",
+                    _count(row.flops),
+                    _count(row.device_flops),
+                    *(_bytes(getattr(row, f"{name}_bytes")) for name in memory),
+                )
+            )
+        lines.append(
+            (
+                "total",
+                "",
+                str(self.total("matrices")),
+                "",
+                f"{self.devices} device{'s' * (self.devices > 1)}",
+                _count(self.total("flops")),
+                _count(self.total("device_flops")),
+                *(_bytes(self.total(f"{name}_bytes")) for name in memory),
+            )
+        )
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        ]
+        standard = self.total("standard_flops")
+        text.append("")
+        if standard:
+            share = self.total("flops") / standard
+            text.append(
+                f"Newton-Schulz: {_count(self.total('flops'))}FLOP a step, {share:.2f} of the "
+                f"standard form's {_count(standard)}FLOP"
+            )
+        if self.overhead is not None:
+            text.append(
+                f"Muon's overhead: {100 * self.overhead:.2f} % of the model's "
+                f"{_count(self.model_flops or 0)}FLOP a step"
+            )
+        return "\n".join(text)
+
+
+def plan(
+    params: Any,
+    *,
+    mesh: AnyMesh | None = None,
+    shardings: Any = None,
+    tokens_per_step: int | None = None,
+    active_params: int | None = None,
+    ns_coeffs: Any = "jordan",
+    ns_steps: int | None = None,
+    ns_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    routing: Routing = None,
+    matrix_axes: Any = None,
+) -> Plan:
+    """What a step of `muon` costs on a mesh, from shapes alone.
+
+    Args:
+        params: arrays or `jax.ShapeDtypeStruct`s; their shardings count if `shardings` is None.
+        mesh: as in `muon`.
+        shardings: as in `muon`: where the params lie. Under Auto axes, where `muon` is not told
+            them, XLA moves a leaf once for each mesh axis that splits it, in place of once.
+        tokens_per_step: of the whole batch; needed for the overhead.
+        active_params: parameters that a token passes through; `None` is all of them.
+        ns_coeffs, ns_steps, ns_dtype, mu_dtype, routing, matrix_axes: as in `muon`.
+
+    Returns:
+        A `Plan`: per bucket and in total FLOPs, bytes exchanged and memory.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, muon_jax
+        >>> params = {"mlp": {"kernel": jax.ShapeDtypeStruct((64, 256, 256), jnp.float32)}}
+        >>> muon_jax.plan(params).total("standard_flops") == 64 * 5 * (4 + 2) * 256**3
+        True
+    """
+    solver = NewtonSchulz(ns_coeffs, ns_steps, ns_dtype)
+    routes = route(params, routing)
+    leaves: dict[KeyPath, Any] = dict(jax.tree_util.tree_leaves_with_path(params))
+    placing = find_placing(mesh, list(leaves.values()))
+    axes = {path: found.axes for path, found in routes.items()}
+    if matrix_axes is not None:
+        if not is_tree_of(matrix_axes, is_matrix_axes):
+            matrix_axes = matrix_axes(params)
+        given = broadcast_prefix(
+            matrix_axes, params, what="matrix_axes", is_value=is_matrix_axes, partial=True
+        )
+        axes |= {path: as_matrix_axes(value) for path, value in given.items()}
+    layouts = _layouts(leaves, params, shardings, placing)
+    size = dict(placing.sizes)
+
+    def state_bytes(path: KeyPath, moments: int) -> int:
+        x = leaves[path]
+        parts = math.prod(size[name] for names in layouts[path] for name in names)
+        width = jnp.dtype(x.dtype).itemsize
+        first = width if mu_dtype is None else jnp.dtype(mu_dtype).itemsize
+        return math.prod(x.shape) // parts * (first + width * (moments - 1))
+
+    hidden = [path for path, found in routes.items() if found.label == MUON and leaves[path].size]
+    entries = [
+        Entry(
+            leaves[path].shape,
+            jnp.dtype(leaves[path].dtype),
+            layouts[path],
+            (axes[path] or MatrixAxes()).normalized(len(leaves[path].shape)),
+        )
+        for path in hidden
+    ]
+    blocks, buckets = plan_entries(entries, placing.sizes, solver)
+
+    def muon_row(group: list[Bucket]) -> PlanRow:
+        parts = [part for bucket in group for part in bucket.parts]
+        copies = placing.devices // group[0].devices
+        flops = sum(bucket.flops(solver) for bucket in group)
+        momentum = sum(
+            state_bytes(hidden[part.block], 1) * part.matrices // blocks[part.block].matrices
+            for part in parts
+        )
+        first = blocks[parts[0].block]
+        return PlanRow(
+            route=MUON,
+            leaves=tuple(dict.fromkeys(routes[hidden[part.block]].path for part in parts)),
+            matrices=copies * sum(bucket.matrices for bucket in group),
+            shape=(first.fan_in, first.fan_out),
+            form=_form(group[0], solver),
+            placing=_placing(group[0]),
+            standard_flops=copies
+            * sum(p.matrices * _standard(blocks[p.block], solver) for p in parts),
+            flops=flops * placing.devices,
+            device_flops=flops,
+            exchanged_bytes=sum(bucket.exchanged_bytes(placing.sizes) for bucket in group),
+            momentum_bytes=momentum,
+            working_bytes=max(_working(bucket, solver) for bucket in group),
+        )
+
+    alike: dict[Any, list[Bucket]] = defaultdict(list)
+    for bucket in buckets:  # without a mesh each leaf is a bucket: equal ones share a row
+        alike[bucket._replace(parts=()) if not bucket.axes else bucket].append(bucket)
+    rows = [muon_row(group) for group in alike.values()]
+    for label, moments in ((ADAMW, 2), (FROZEN, 0)):
+        others = [path for path, found in routes.items() if found.label == label]
+        if others:
+            held = sum(state_bytes(path, moments) for path in others) if moments else 0
+            names = tuple(routes[path].path for path in others)
+            rows.append(PlanRow(label, names, momentum_bytes=held))
+    tokens = tokens_per_step
+    if tokens is not None:
+        active = active_params or sum(math.prod(x.shape) for x in leaves.values())
+        tokens = 6 * active * tokens
+    return Plan(tuple(rows), placing.devices, tokens)
+
+
+def _layouts(leaves: dict[KeyPath, Any], tree: Any, shardings: Any, placing: Placing):
+    specs = {path: PartitionSpec() for path in leaves}
+    if shardings is not None:
+        found = broadcast_prefix(
+            shardings, tree, what="shardings", is_value=is_sharding, partial=True
+        )
+        specs |= {path: as_spec(value) for path, value in found.items()}
+    else:
+        for path, x in leaves.items():
+            if isinstance(getattr(x, "sharding", None), NamedSharding):
+                specs[path] = x.sharding.spec
+    layouts = {}
+    for path, spec in specs.items():
+        layouts[path] = as_layout(spec, len(leaves[path].shape), placing)
+        check_layout(layouts[path], leaves[path].shape, placing, path_string(path))
+    return layouts
+
+
+def _standard(block: Block, solver: NewtonSchulz) -> int:
+    short, long = sorted((block.fan_in, block.fan_out))
+    return len(solver.rows(block.dtype)) * (4 * long * short**2 + 2 * short**3)
+
+
+def _form(bucket: Bucket, solver: NewtonSchulz) -> str:
+    form = bucket.form or solver.form(bucket.lead, bucket.other, bucket.dtype)
+    restarts = ", ".join(map(str, form.restarts))
+    return f"{form.method}, restart after {restarts}" if restarts else form.method
+
+
+def _placing(bucket: Bucket) -> str:
+    if not bucket.axes:
+        return "where it lies"
+    if bucket.form is None:
+        return f"whole, {bucket.slots} a device"
+    if bucket.width == 1:
+        return f"whole, padded to {bucket.lead} × {bucket.other}, {bucket.slots} a device"
+    cells = " or ".join(map(str, sorted({part.cells for part in bucket.parts})))
+    return f"cut in {cells}, {bucket.slots} a device"
+
+
+def _working(bucket: Bucket, solver: NewtonSchulz) -> int:
+    """Cells as they arrive and as they leave, and four square matrices as they accumulate."""
+    dtype = solver.compute_dtype(bucket.dtype)
+    cells = 2 * bucket.lead * bucket.other * max(dtype.itemsize, bucket.dtype.itemsize)
+    squares = 4 * min(bucket.lead, bucket.other) ** 2 * max(4, dtype.itemsize)
+    return bucket.slots * (cells + squares)
+
+
+def _leaves(paths: tuple[str, ...]) -> str:
+    return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+
+
+def _count(x: float) -> str:
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if abs(x) < 1000 or unit == "P":
+            return f"{x:.3g} {unit}" if unit else f"{x:.0f} "
+        x /= 1000
+    raise AssertionError
+
+
+def _bytes(x: float) -> str:
+    return _count(x) + "B"
