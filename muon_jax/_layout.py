@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
+from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from muon_jax._buckets import Axes, Block, Sizes
@@ -21,7 +22,7 @@ class Placing(NamedTuple):
     Attributes:
         mesh: `None` for one device, or where nothing tells of a mesh.
         inherited: it is the context's (`jax.set_mesh`, `shard_map`).
-        free: its axes larger than 1 that no `shard_map` around us has taken.
+        free: its axes that no `shard_map` around us has taken, if they matter.
         taken: those that one has.
     """
 
@@ -90,9 +91,10 @@ def find_placing(mesh: AnyMesh | None, leaves: Sequence[jax.Array]) -> Placing:
     if found is None:
         return Placing(None, False, (), ())
     types = dict(zip(found.axis_names, found.axis_types, strict=True))
-    large = tuple(name for name in found.axis_names if found.shape[name] > 1)
-    free = tuple(name for name in large if types[name] != AxisType.Manual)
-    taken = tuple(name for name in large if types[name] == AxisType.Manual)
+    # Explicit axes are part of an array's type even where one device is all they have.
+    used = [a for a in found.axis_names if found.shape[a] > 1 or types[a] == AxisType.Explicit]
+    free = tuple(name for name in used if types[name] != AxisType.Manual)
+    taken = tuple(name for name in used if types[name] == AxisType.Manual)
     return Placing(found, not context.empty, free, taken)
 
 
@@ -121,42 +123,67 @@ def layout_of(x: Any, placing: Placing) -> Layout | None:
     return as_layout(spec, x.ndim, placing)
 
 
+def lie_like(x: jax.Array, like: jax.Array, placing: Placing) -> jax.Array:
+    """`x`, which XLA shall lay out as it does `like`, where the layout is for XLA to choose."""
+    if not placing.free or not isinstance(x, jax.core.Tracer) or layout_of(x, placing) is not None:
+        return x
+    return shard_alike(x, like)[0]
+
+
+def whole_shape(shape: tuple[int, ...], layout: Layout, placing: Placing) -> tuple[int, ...]:
+    """The shape of the whole array, of which we see a part inside `shard_map`."""
+    if placing.free:
+        return shape
+    size = dict(placing.sizes)
+    return tuple(
+        n * math.prod(size[name] for name in names) for n, names in zip(shape, layout, strict=True)
+    )
+
+
 def as_layout(spec: PartitionSpec, ndim: int, placing: Placing) -> Layout:
-    """A spec as the names along each axis, those of size 1 left out."""
+    """A spec as the names along each axis, those left out over which nothing is spread."""
     size = dict(placing.sizes)
     named = [(part,) if isinstance(part, str) else tuple(part or ()) for part in spec]
     named += [()] * (ndim - len(named))
     return tuple(tuple(name for name in names if name in size) for names in named)
 
 
-def check_layout(layout: Layout, shape: tuple[int, ...], placing: Placing, path: str) -> None:
-    """Raises ValueError if an axis of the leaf is not divided evenly, or a mesh axis used twice."""
+def told_layout(sharding: Any, shape: tuple[int, ...], placing: Placing, path: str) -> Layout:
+    """The layout that a user's `NamedSharding` or `PartitionSpec` gives a leaf.
+
+    Raises:
+        TypeError: neither of the two.
+        ValueError: it does not fit the leaf or the mesh.
+    """
+    if not is_sharding(sharding):
+        raise TypeError(
+            f"shardings= takes NamedSharding or PartitionSpec for a leaf, got {sharding!r}."
+        )
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
+    if len(spec) > len(shape):
+        raise ValueError(
+            f"{path!r} has {len(shape)} axes, but shardings= gives it {len(spec)}: {spec}."
+        )
+    used = [name for part in spec for name in ((part,) if isinstance(part, str) else part or ())]
+    assert placing.mesh is not None
+    for name in used:
+        if name not in placing.mesh.axis_names:
+            raise ValueError(
+                f"shardings= names the mesh axis {name!r} for {path!r}; the mesh has "
+                f"{', '.join(placing.mesh.axis_names)}."
+            )
+    if len(set(used)) != len(used):
+        raise ValueError(f"shardings= uses a mesh axis twice for {path!r}: {spec}.")
+    layout = as_layout(spec, len(shape), placing)
     size = dict(placing.sizes)
     for axis, names in enumerate(layout):
         parts = math.prod(size[name] for name in names)
-        if shape[axis] % parts:
+        if placing.free and shape[axis] % parts:
             raise ValueError(
                 f"shardings= splits axis {axis} of {path!r}, of size {shape[axis]}, over the mesh "
                 f"axes {names} of {parts} devices, which do not divide it."
             )
-    used = [name for names in layout for name in names]
-    if len(set(used)) != len(used):
-        raise ValueError(f"shardings= uses a mesh axis twice for {path!r}: {layout}.")
-
-
-def as_spec(sharding: Any) -> PartitionSpec:
-    """A `PartitionSpec` or the spec of a `NamedSharding`.
-
-    Raises:
-        TypeError: neither of the two.
-    """
-    if isinstance(sharding, PartitionSpec):
-        return sharding
-    if isinstance(sharding, NamedSharding):
-        return sharding.spec
-    raise TypeError(
-        f"shardings= takes NamedSharding or PartitionSpec for a leaf, got {sharding!r}."
-    )
+    return layout
 
 
 def is_sharding(x: Any) -> bool:

@@ -15,11 +15,10 @@ from muon_jax._layout import (
     AnyMesh,
     Layout,
     Placing,
-    as_layout,
-    as_spec,
-    check_layout,
     find_placing,
     is_sharding,
+    told_layout,
+    whole_shape,
 )
 from muon_jax._matrix_axes import MatrixAxes, as_matrix_axes, is_matrix_axes
 from muon_jax._momentum import MOMENTA, update_momentum
@@ -99,28 +98,29 @@ def scale_by_muon(
     """
     if momentum not in MOMENTA:
         raise ValueError(f"Unknown momentum {momentum!r}. Known: {', '.join(MOMENTA)}.")
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
+        raise ValueError(f"chunk_size is a number of matrices, at least 1; got {chunk_size!r}.")
     orthogonalizer = as_newton_schulz(orthogonalizer)
     shape_scale = as_shape_scale(scale)
 
-    def orthogonalize(tree: optax.Updates, mu: optax.Updates) -> optax.Updates:
+    def orthogonalize(tree: optax.Updates, mu: optax.Updates, placing: Placing) -> optax.Updates:
         axes = _axes_by_path(MatrixAxes() if matrix_axes is None else matrix_axes, tree)
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        filled = [(path, u) for path, u in leaves if u.size]
-        momenta = dict(jax.tree_util.tree_leaves_with_path(mu))
-        placing = find_placing(mesh, [u for _, u in filled])
         layouts = _layouts_by_path(shardings, tree, placing)
+        momenta = dict(jax.tree_util.tree_leaves_with_path(mu))
+        leaves = {path: u for path, u in jax.tree_util.tree_leaves_with_path(tree) if u.size}
         factors = orthogonalize_leaves(
-            [u for _, u in filled],
-            [axes[path] for path, _ in filled],
+            list(leaves.values()),
+            [axes[path] for path in leaves],
             orthogonalizer,
             placing=placing,
-            layouts=[layouts.get(path) for path, _ in filled],
-            like=[momenta[path] for path, _ in filled],
+            layouts=[layouts.get(path) for path in leaves],
+            like=[momenta[path] for path in leaves],
             chunk_size=chunk_size,
         )
         scaled = {}
-        for (path, u), factor in zip(filled, factors, strict=True):
-            _, fan_in, fan_out = axes[path].matrix_shape(u.shape)
+        for (path, u), factor in zip(leaves.items(), factors, strict=True):
+            shape = whole_shape(u.shape, layouts.get(path, ((),) * u.ndim), placing)
+            _, fan_in, fan_out = axes[path].matrix_shape(shape)
             scaled[path] = (shape_scale(fan_in, fan_out) * factor).astype(u.dtype)
         return jax.tree_util.tree_map_with_path(lambda path, u: scaled.get(path, u), tree)
 
@@ -133,7 +133,8 @@ def scale_by_muon(
         used, mu = update_momentum(
             updates, state.mu, beta=beta, nesterov=nesterov, kind=momentum, count=count
         )
-        return orthogonalize(used, state.mu), MuonState(count, mu)
+        placing = find_placing(mesh, jax.tree.leaves(updates))
+        return orthogonalize(used, state.mu, placing), MuonState(count, mu)
 
     return optax.GradientTransformation(init, update)
 
@@ -250,7 +251,8 @@ def muon(
             functools.partial(map_paths, {path: leaf.label for path, leaf in routes.items()}),
         )
 
-    scale_by_muon(momentum=momentum, scale=scale)  # names are checked here, not at the first step
+    # Checked here, not at the first step.
+    scale_by_muon(momentum=momentum, scale=scale, chunk_size=chunk_size)
 
     def init(params):
         return hybrid(params).init(params)
@@ -274,13 +276,11 @@ def _layouts_by_path(shardings: Any, tree: Any, placing: Placing) -> dict[KeyPat
     if shardings is None or placing.mesh is None:
         return {}
     found = broadcast_prefix(shardings, tree, what="shardings", is_value=is_sharding, partial=True)
-    shapes = {path: x.shape for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
-    layouts = {}
-    for path, sharding in found.items():
-        layouts[path] = as_layout(as_spec(sharding), len(shapes[path]), placing)
-        if placing.free:
-            check_layout(layouts[path], shapes[path], placing, path_string(path))
-    return layouts
+    shapes = {path: x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        path: told_layout(sharding, shapes[path], placing, path_string(path))
+        for path, sharding in found.items()
+    }
 
 
 def _decay_mask(mask: Any, tree: Any) -> Callable[[Any], Any] | None:

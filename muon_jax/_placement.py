@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.shard_alike import shard_alike
 
 from muon_jax._assumed_layout import assume_layouts
 from muon_jax._buckets import Block, Bucket, Sizes, exchange_dtype, plan_buckets
 from muon_jax._exchange import Orthogonalizer, orthogonalize_local
-from muon_jax._layout import Entry, Layout, Placing, layout_of
+from muon_jax._layout import Entry, Layout, Placing, layout_of, lie_like, whole_shape
 from muon_jax._matrix_axes import MatrixAxes
 from muon_jax._newton_schulz import NewtonSchulz
 
@@ -54,17 +53,20 @@ def orthogonalize_leaves(
             found[i] = layout
     known = list(found)
     unknown = [i for i in range(len(leaves)) if i not in found]
-    # Else XLA might move the momentum and the gradient apart, before they are added.
-    alike = {i: shard_alike(leaves[i], like[i]) for i in unknown}
     groups = assume_layouts(
-        [alike[i][0] for i in unknown],
+        [lie_like(leaves[i], like[i], placing) for i in unknown],
         [axes[i] for i in unknown],
         as_solver(orthogonalizer),
         placing,
     )
     arrays = [leaves[i] for i in known]
     entries = [
-        Entry(leaves[i].shape, jnp.dtype(leaves[i].dtype), found[i], axes[i].normalized(x.ndim))
+        Entry(
+            whole_shape(x.shape, found[i], placing),
+            jnp.dtype(x.dtype),
+            found[i],
+            axes[i].normalized(x.ndim),
+        )
         for i, x in zip(known, arrays, strict=True)
     ]
     for group in groups:
@@ -75,7 +77,7 @@ def orthogonalize_leaves(
     for group in groups:
         own = [next(results) for _ in group.arrays]
         for i, update in zip(group.members, group.restore(own), strict=True):
-            updates[unknown[i]] = shard_alike(update, alike[unknown[i]][1])[0]
+            updates[unknown[i]] = lie_like(update, like[unknown[i]], placing)
     return [updates[i].astype(x.dtype) for i, x in enumerate(leaves)]
 
 

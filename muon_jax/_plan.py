@@ -7,18 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from muon_jax._buckets import Block, Bucket
 from muon_jax._layout import (
     AnyMesh,
     Entry,
+    Layout,
     Placing,
-    as_layout,
-    as_spec,
-    check_layout,
     find_placing,
     is_sharding,
+    told_layout,
 )
 from muon_jax._matrix_axes import MatrixAxes, as_matrix_axes, is_matrix_axes
 from muon_jax._newton_schulz import NewtonSchulz
@@ -258,20 +256,18 @@ def plan(
 
 
 def _layouts(leaves: dict[KeyPath, Any], tree: Any, shardings: Any, placing: Placing):
-    specs = {path: PartitionSpec() for path in leaves}
+    found = {}
     if shardings is not None:
         found = broadcast_prefix(
             shardings, tree, what="shardings", is_value=is_sharding, partial=True
         )
-        specs |= {path: as_spec(value) for path, value in found.items()}
-    else:
-        for path, x in leaves.items():
-            if isinstance(getattr(x, "sharding", None), NamedSharding):
-                specs[path] = x.sharding.spec
-    layouts = {}
-    for path, spec in specs.items():
-        layouts[path] = as_layout(spec, len(leaves[path].shape), placing)
-        check_layout(layouts[path], leaves[path].shape, placing, path_string(path))
+    layouts: dict[KeyPath, Layout] = {}
+    for path, x in leaves.items():
+        sharding = found.get(path, getattr(x, "sharding", None))
+        if placing.mesh is None or not is_sharding(sharding):
+            layouts[path] = ((),) * len(x.shape)
+        else:
+            layouts[path] = told_layout(sharding, x.shape, placing, path_string(path))
     return layouts
 
 

@@ -1,4 +1,4 @@
-"""Settings that must stand before JAX starts: eight CPU devices, and no silent rank promotion."""
+"""Settings that must stand before JAX starts: sixteen CPU devices, and no silent rank promotion."""
 
 import os
 
@@ -6,5 +6,5 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_num_cpu_devices", 16)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -23,6 +23,11 @@ TREES = {
 RATE = optax.cosine_decay_schedule(0.02, 100)
 DECAY = optax.linear_schedule(0.1, 0.0, 100)
 
+
+def mesh():
+    return jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
 # One Newton-Schulz step, which compiles faster than five.
 TRANSFORMATIONS = {
     "muon": lambda: muon_jax.muon(0.02, weight_decay=0.1, ns_steps=1),
@@ -35,6 +40,7 @@ TRANSFORMATIONS = {
         ns_steps=1,
     ),
     "muon with trees": lambda: muon_jax.muon(0.02, weight_decay=DECAY, ns_steps=1, **TREES),
+    "muon on a mesh": lambda: muon_jax.muon(0.02, weight_decay=0.1, ns_steps=1, mesh=mesh()),
     "scale_by_muon": lambda: optax.chain(
         muon_jax.scale_by_muon(
             momentum="heavy_ball",
@@ -62,12 +68,30 @@ def params_for(name, seed=0):
     if name in MATRICES_ONLY:
         return params
     params["block"]["up"]["bias"] = normal((6,), seed + 3)
-    return params | {"embed": normal((8, 4), seed + 4)}
+    params |= {"embed": normal((8, 4), seed + 4)}
+    return jax.tree.map(on_mesh, params) if "mesh" in name else params
+
+
+def on_its_mesh(x, params):
+    """Counters, which start on one device, on the mesh of the params."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if x.ndim or not isinstance(sharding, jax.sharding.NamedSharding):
+        return x
+    return jax.device_put(
+        x, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    )
+
+
+def on_mesh(x):
+    spec = jax.sharding.PartitionSpec(*(None,) * (x.ndim - 1), "model")
+    return jax.device_put(x, jax.sharding.NamedSharding(mesh(), spec))
 
 
 def gradients(params, seed):
     leaves, tree = jax.tree.flatten(params)
-    return tree.unflatten([normal(x.shape, seed + n) for n, x in enumerate(leaves)])
+    drawn = [normal(x.shape, seed + n) for n, x in enumerate(leaves)]
+    shardings = [getattr(x, "sharding", None) for x in leaves]
+    return tree.unflatten(jax.device_put(drawn, shardings))
 
 
 def signature(tree):
@@ -90,6 +114,7 @@ def make_step(tx):
 
 def train(tx, params, steps=4, step=None):
     step, state = step or make_step(tx), tx.init(params)
+    state = jax.tree.map(lambda x: on_its_mesh(x, params), state)
     for seed in range(steps):
         params, state = step(params, state, gradients(params, 10 * seed))
     return params, state
