@@ -1,0 +1,250 @@
+"""`python -m experiments.bench`: our optimizer beside its rivals, in tables and figures."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from experiments.bench import sharding, spectra, speed
+from experiments.bench.cases import Case, simulated_cases, topology_cases
+from experiments.bench.topology import TopologyError, topology_devices
+from experiments.figures import save_png
+from experiments.runs import machine, write_json
+
+Row = dict[str, Any]
+PartName = Literal["sharding", "speed", "spectra"]
+
+INTERRUPTED = 130
+# XLA's partitioner has one thread a program.
+COMPILER_THREADS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Muon beside its rivals: what a step costs each device of a mesh, how long an update takes on
+    one device, and what Newton-Schulz does to singular values.
+
+    `sharding` compiles and runs nothing: FLOPs, bytes exchanged, collectives and memory are read
+    from the program, so they are exact, and equal on every machine. `speed` measures on the
+    device that JAX finds (two CPU cores are enough; on a GPU it takes larger trees), optimizers
+    taking turns. `spectra` compares the standard and the Gram form. All together take minutes.
+
+    With --topology only `sharding` runs, compiled for a TPU that need not be there:
+    `python -m experiments.bench --topology v5e:16x16`.
+    """
+
+    parts: tuple[PartName, ...] = ("sharding", "speed", "spectra")
+    """Which parts to run."""
+    topology: str | None = None
+    """Compile for this TPU: v5e:16x16, v5p:8x8x8, v6e:16x16, ... Needs libtpu (extra `tpu`)."""
+    devices: int = 16
+    """Simulated CPU devices of the sharding part; an even number, at least 4."""
+    layers: int | None = None
+    """Layers of the sharding part; by default 16, and 64 for a topology."""
+    width: int | None = None
+    """D, fan_in and fan_out of its square kernels; by default 256, and 2048 for a topology."""
+    hidden: int | None = None
+    """F, of its up (D, F) and down (F, D); by default 4 × width."""
+    rounds: int = 7
+    """Updates of each optimizer in the speed part."""
+    out: Path = Path("runs/bench")
+    """Where result folders are."""
+    name: str | None = None
+    """The folder of the results; by default the topology, or `cpu` or `gpu`. What is in it is
+    replaced."""
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("--parts needs at least one of sharding, speed, spectra.")
+        for field in ("layers", "width", "hidden", "rounds"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"--{field} must be at least 1, got {value}.")
+        if self.devices < 4 or self.devices % 2:
+            raise ValueError(f"--devices must be even and at least 4, got {self.devices}.")
+
+    def folder(self) -> Path:
+        """Where the results go."""
+        name = self.name or (self.topology or jax.default_backend()).replace(":", "-")
+        return self.out / name
+
+    def as_json(self) -> Row:
+        """The settings, without where results are kept."""
+        settings = dataclasses.asdict(self)
+        del settings["out"], settings["name"]
+        return json.loads(json.dumps(settings))
+
+
+class Part(NamedTuple):
+    """Pieces of work that give rows, and how the rows are shown.
+
+    Attributes:
+        name: of the part.
+        work: a description and what gives its rows, for each piece.
+        table: of all rows.
+        figure: of all rows.
+        threads: pieces that run at once; one where time is measured.
+    """
+
+    name: str
+    work: list[tuple[str, Callable[[], list[Row]]]]
+    table: Callable[[Sequence[Row]], Any]
+    figure: Callable[[Sequence[Row]], Any]
+    threads: int = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    console = Console()
+    try:
+        config = tyro.cli(Config, prog="python -m experiments.bench", args=arguments)
+        chosen = parts(config)
+        folder = config.folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        run(config, chosen, folder, console)
+    except (ValueError, OSError, TopologyError) as error:
+        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print("Interrupted; finished parts are kept.")
+        return INTERRUPTED
+    return 0
+
+
+def parts(config: Config) -> list[Part]:
+    """The parts asked for, their work not yet begun."""
+    if config.topology is not None:
+        # Whatever accelerator is here stays untouched.
+        jax.config.update("jax_platforms", "cpu")
+        return [sharding_part(topology_table(config), jnp.bfloat16)]
+    if "sharding" in config.parts:
+        # Only before JAX has looked for devices can it be told how many to simulate.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", config.devices)
+    made = {
+        "sharding": lambda: sharding_part(simulated_table(config), jnp.float32),
+        "speed": lambda: speed_part(config.rounds),
+        "spectra": spectra_part,
+    }
+    return [made[name]() for name in dict.fromkeys(config.parts)]
+
+
+def topology_table(config: Config) -> list[Case]:
+    """The cases on a TPU that is not there."""
+    width = config.width or 2048
+    hidden = config.hidden or 4 * width
+    devices = topology_devices(config.topology)
+    return topology_cases(devices, config.topology, config.layers or 64, width, hidden)
+
+
+def simulated_table(config: Config) -> list[Case]:
+    """The cases on simulated CPU devices."""
+    width = config.width or 256
+    hidden = config.hidden or 4 * width
+    devices = jax.devices("cpu")
+    if len(devices) < config.devices:
+        raise ValueError(
+            f"--devices {config.devices} needs as many CPU devices, and JAX has {len(devices)}: it "
+            "was started or told so before."
+        )
+    return simulated_cases(devices[: config.devices], config.layers or 16, width, hidden)
+
+
+def sharding_part(cases: Sequence[Case], dtype: Any) -> Part:
+    """Every optimizer compiled for every case."""
+    work = [
+        (f"{case.name} · {arm}", lambda case=case, arm=arm: [sharding.cost(case, arm, dtype)])
+        for case in cases
+        for arm in case.arms
+    ]
+    return Part("sharding", work, sharding.table, sharding.figure, COMPILER_THREADS)
+
+
+def speed_part(rounds: int) -> Part:
+    """Every optimizer timed on every tree."""
+    # PyTorch takes turns on the same GPU and needs some of its memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    backend = jax.default_backend()
+    work = [
+        (f"updates of {tree.name}", lambda tree=tree: speed.compare(tree, rounds, backend))
+        for tree in speed.trees(backend)
+    ]
+    return Part("speed", work, speed.table, speed.figure)
+
+
+def spectra_part() -> Part:
+    """Singular values for every spectrum, shape, schedule and dtype."""
+    work = [
+        (
+            f"singular values, {setting[0]}, {setting[2]}, {setting[3]}",
+            lambda setting=setting: spectra.singular_values(*setting),
+        )
+        for setting in spectra.settings()
+    ]
+    return Part("spectra", work, spectra.table, spectra.figure)
+
+
+def run(config: Config, chosen: Sequence[Part], folder: Path, console: Console) -> None:
+    """Prints each part's table when it is done, and writes what there is so far."""
+    summary: Row = {"machine": machine() | versions(), "config": config.as_json()}
+    for part in chosen:
+        rows = finish(part, console)
+        summary[part.name] = rows
+        write_json(folder / "summary.json", summary)
+        save_png(part.figure(rows), folder / f"{part.name}.png")
+        console.print(part.table(rows))
+    console.print(f"Figures and summary.json: {folder}", highlight=False, soft_wrap=True)
+
+
+def finish(part: Part, console: Console) -> list[Row]:
+    """All rows of a part, in the order of its work, with a bar that shows how far it is."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=10),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+
+    def show(piece: tuple[str, Callable[[], list[Row]]]) -> list[Row]:
+        description, work = piece
+        progress.update(bar, description=description)
+        rows = work()
+        progress.advance(bar)
+        return rows
+
+    with progress, ThreadPoolExecutor(part.threads) as pool:
+        bar = progress.add_task("", total=len(part.work))
+        try:
+            return [row for rows in pool.map(show, part.work) for row in rows]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def versions() -> dict[str, str]:
+    """Of what else took part."""
+    found = {}
+    for package in ("jaxlib", "libtpu", "torch"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Our optimizer and its rivals, made for a case."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import muon_jax
+from experiments.bench.cases import OPTAX, OURS, PLAIN, TOLD, Case, make_mesh
+from experiments.figures import optimizer_color
+
+RATE = 0.02
+
+Arm = Callable[[Case, Any], optax.GradientTransformation]
+
+
+def ours(case: Case, dtype: jax.typing.DTypeLike) -> optax.GradientTransformation:
+    """muon_jax, told the mesh alone."""
+    return muon_jax.muon(RATE, ns_dtype=dtype, mesh=case.mesh)
+
+
+def ours_told(case: Case, dtype: jax.typing.DTypeLike) -> optax.GradientTransformation:
+    """muon_jax, told the layout too, which under Auto axes it cannot see."""
+    return muon_jax.muon(RATE, ns_dtype=dtype, mesh=case.mesh, shardings=case.shardings)
+
+
+def propagated(case: Case, dtype: jax.typing.DTypeLike) -> optax.GradientTransformation:
+    """muon_jax as on one device; XLA's propagation decides what crosses the network."""
+    # Left without a mesh it would find the one that the arrays lie on.
+    alone = make_mesh(case.mesh.devices.ravel(), {"alone": 1})
+    return muon_jax.muon(RATE, ns_dtype=dtype, mesh=alone)
+
+
+def optax_muon(case: Case, dtype: jax.typing.DTypeLike) -> optax.GradientTransformation:
+    """optax.contrib.muon, told which axes of a stack are its matrix; its dtype is the leaf's."""
+    del dtype
+    return optax.contrib.muon(RATE, muon_weight_dimension_numbers=matrix_dimensions(case.params))
+
+
+def matrix_dimensions(params: Any) -> Any:
+    """For every leaf its last two axes, as optax writes them."""
+    return jax.tree.map(
+        lambda leaf: optax.contrib.MuonDimensionNumbers((leaf.ndim - 2,), (leaf.ndim - 1,)), params
+    )
+
+
+ARMS: dict[str, Arm] = {
+    OURS: ours,
+    TOLD: ours_told,
+    PLAIN: propagated,
+    OPTAX: optax_muon,
+}
+
+COLORS = {
+    OURS: optimizer_color("muon"),
+    TOLD: "#F2A56B",
+    PLAIN: optimizer_color("plain"),
+    OPTAX: optimizer_color("optax"),
+}
+
+
+def update_step(tx: optax.GradientTransformation) -> Callable:
+    """`(grads, state, params) -> (params, state)`: what a training step does with gradients."""
+
+    def step(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def random_like(params: Any, seed: int) -> Any:
+    """A tree of Gaussian arrays of the shapes and dtypes of `params`."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return structure.unflatten(
+        [
+            jax.random.normal(key, leaf.shape, jnp.float32).astype(leaf.dtype)
+            for key, leaf in zip(keys, leaves, strict=True)
+        ]
+    )

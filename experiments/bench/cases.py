@@ -1,0 +1,171 @@
+"""The parameter trees and meshes that the tables are about, as shapes and layouts alone."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+NS_STEPS = 5
+
+OURS, TOLD = "muon_jax", "muon_jax, shardings="
+PLAIN, OPTAX = "plain propagation", "optax.contrib"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A tree of kernels on a mesh.
+
+    Attributes:
+        name: of the row.
+        mesh: the devices.
+        params: `jax.ShapeDtypeStruct`s, each the last two axes (fan_in, fan_out), the others
+            batch, each with its sharding.
+        arms: the optimizers worth comparing on it.
+    """
+
+    name: str
+    mesh: Mesh
+    params: Any
+    arms: tuple[str, ...]
+
+    @property
+    def explicit(self) -> bool:
+        """Whether the mesh has Explicit axes."""
+        return AxisType.Explicit in self.mesh.axis_types
+
+    def standard_flops(self) -> int:
+        """FLOPs of the standard Newton-Schulz, each matrix once, on all devices together."""
+        return standard_flops([leaf.shape for leaf in jax.tree.leaves(self.params)])
+
+    @property
+    def shardings(self) -> Any:
+        """The params' shardings."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.params)
+
+    def shard_bytes(self) -> int:
+        """Bytes of one device's shard of the params, were they bfloat16."""
+        leaves = jax.tree.leaves(self.params)
+        return sum(2 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+
+
+def standard_flops(shapes: Any) -> int:
+    """FLOPs of the standard Newton-Schulz over a tree of `(..., fan_in, fan_out)` shapes."""
+    total = 0
+    for *batch, fan_in, fan_out in jax.tree.leaves(shapes, is_leaf=is_shape):
+        short, long = sorted((fan_in, fan_out))
+        total += math.prod(batch) * NS_STEPS * (4 * long * short**2 + 2 * short**3)
+    return total
+
+
+def is_shape(x: Any) -> bool:
+    """The `is_leaf` of trees of shapes."""
+    return isinstance(x, tuple)
+
+
+def layer(squares: int, width: int, hidden: int) -> dict[str, tuple[int, int]]:
+    """(fan_in, fan_out) of a layer's kernels: attention's, then the feed-forward's two."""
+    names = ("query", "key", "value", "out")[:squares]
+    shapes = dict.fromkeys(names, (width, width))
+    return shapes | {"up": (width, hidden), "down": (hidden, width)}
+
+
+def stacked(shapes: dict[str, tuple[int, int]], layers: int) -> Any:
+    """One leaf a kernel, `(layers, fan_in, fan_out)`, as a scan over layers keeps them."""
+    return {"layers": {name: {"kernel": (layers, *shape)} for name, shape in shapes.items()}}
+
+
+def separate(shapes: dict[str, tuple[int, int]], layers: int) -> Any:
+    """One leaf a kernel and layer."""
+    layer = {name: {"kernel": shape} for name, shape in shapes.items()}
+    return {"layers": {str(i): dict(layer) for i in range(layers)}}
+
+
+def on_mesh(
+    name: str,
+    mesh: Mesh,
+    shapes: Any,
+    spec: Any,
+    arms: tuple[str, ...] = (OURS, PLAIN, OPTAX),
+) -> Case:
+    """A case of float32 kernels that are all laid out alike.
+
+    Args:
+        name: of the row.
+        mesh: the devices.
+        shapes: a tree of shapes.
+        spec: the mesh axes along (fan_in, fan_out), or along them and the batch axes before them.
+        arms: the optimizers.
+    """
+
+    def leaf(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        axes = P(*[None] * (len(shape) - len(spec)), *spec)
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, axes))
+
+    return Case(name, mesh, jax.tree.map(leaf, shapes, is_leaf=is_shape), arms)
+
+
+def make_mesh(devices: Any, sizes: dict[str, int], explicit: bool = False) -> Mesh:
+    """A mesh of the first devices, in their order."""
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    chosen = np.array(devices[: math.prod(sizes.values())]).reshape(tuple(sizes.values()))
+    return Mesh(chosen, tuple(sizes), axis_types=(kind,) * len(sizes))
+
+
+def simulated_cases(devices: Any, layers: int, width: int, hidden: int) -> list[Case]:
+    """The issue's cases, on CPU devices.
+
+    A layer has three square kernels, up and down; the experts have up and down alone.
+
+    Args:
+        devices: an even number of them, at least four.
+        layers: of the deep trees.
+        width: D.
+        hidden: F.
+    """
+    count = len(devices)
+    tp = 4 if count % 4 == 0 and count >= 16 else 2
+    line = make_mesh(devices, {"fsdp": count})
+    explicit = make_mesh(devices, {"fsdp": count}, explicit=True)
+    plane = make_mesh(devices, {"fsdp": count // tp, "tp": tp})
+    shapes = layer(3, width, hidden)
+    deep, leaves = stacked(shapes, layers), separate(shapes, layers)
+    few, expert = separate(shapes, 2), layer(0, width, hidden)
+    experts_first = {"experts": {k: {"kernel": (count, 4, *s)} for k, s in expert.items()}}
+    layers_first = {"experts": {k: {"kernel": (4, count, *s)} for k, s in expert.items()}}
+    grid, everything = f"fsdp {count // tp} × tp {tp}", ("fsdp", "tp")
+    rows, blocks = ("fsdp", None), ("fsdp", "tp")
+    on_experts, inside = (everything, None, None, None), (None, everything, None, None)
+    return [
+        on_mesh(f"fsdp {count}, {layers} layers stacked", line, deep, rows),
+        on_mesh(f"fsdp {count}, {layers} layers separate", line, leaves, rows, (OURS, OPTAX)),
+        on_mesh(
+            f"{grid}, {layers} layers stacked", plane, deep, blocks, (OURS, TOLD, PLAIN, OPTAX)
+        ),
+        on_mesh(f"{grid}, {layers} layers separate", plane, leaves, blocks, (OURS, TOLD, OPTAX)),
+        on_mesh(f"fsdp {count} Explicit, stacked", explicit, deep, rows, (OURS, OPTAX)),
+        on_mesh(f"fsdp {count} Explicit, separate", explicit, leaves, rows, (OURS, OPTAX)),
+        on_mesh(f"fsdp {count}, 2 layers (10 matrices)", line, few, rows),
+        on_mesh(f"{grid}, experts [E, L, D, F]", plane, experts_first, on_experts),
+        on_mesh(f"{grid}, experts [L, E, D, F]", plane, layers_first, inside),
+    ]
+
+
+def topology_cases(devices: Any, name: str, layers: int, width: int, hidden: int) -> list[Case]:
+    """Stacked layers of two squares, up and down, their fan_in over all devices."""
+    tree = stacked(layer(2, width, hidden), layers)
+    kinds = {"Auto": (False, (OURS, PLAIN, OPTAX)), "Explicit": (True, (OURS, OPTAX))}
+    return [
+        on_mesh(
+            f"{name}, {layers} layers stacked, {kind}",
+            make_mesh(devices, {"fsdp": len(devices)}, explicit),
+            tree,
+            ("fsdp", None),
+            arms,
+        )
+        for kind, (explicit, arms) in kinds.items()
+    ]

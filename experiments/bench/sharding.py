@@ -1,0 +1,141 @@
+"""What one optimizer step costs each device of a mesh, read from its compiled program."""
+
+import contextlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from rich.table import Table
+
+from experiments.bench.arms import ARMS, COLORS, update_step
+from experiments.bench.cases import Case
+from experiments.compiled import measure
+from experiments.figures import figure_style, legend_line, new_figure
+
+Row = dict[str, Any]
+
+
+def compile_step(case: Case, tx: optax.GradientTransformation) -> Any:
+    """One donated step with params, gradients and momentum laid out as the case says."""
+    with jax.set_mesh(case.mesh) if case.explicit else contextlib.nullcontext():
+        state = laid_out(case, jax.eval_shape(tx.init, case.params))
+        layouts = jax.tree.map(lambda leaf: leaf.sharding, (case.params, state, case.params))
+        step = jax.jit(
+            update_step(tx),
+            in_shardings=layouts,
+            out_shardings=(layouts[2], layouts[1]),
+            donate_argnums=(1, 2),
+        )
+        return step.lower(case.params, state, case.params).compile()
+
+
+def laid_out(case: Case, state: Any) -> Any:
+    """The state's shapes, those that mirror a param laid out like it, the others replicated."""
+    params = jax.tree_util.tree_flatten_with_path(case.params)[0]
+    replicated = NamedSharding(case.mesh, P())
+
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        mirrored = (p.sharding for end, p in params if path[-len(end) :] == end)
+        sharding = next(mirrored, replicated) if leaf.ndim else replicated
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def cost(case: Case, arm: str, dtype: jax.typing.DTypeLike) -> Row:
+    """The row of one arm on one case; an arm that raises has a row that says so.
+
+    `flops_ratio` is FLOPs per device ÷ (those of the standard Newton-Schulz, each matrix once ÷
+    devices); `bytes_ratio` is bytes exchanged per device ÷ its bfloat16 shard of the params.
+    """
+    row: Row = {"case": case.name, "arm": arm, "ns_dtype": jnp.dtype(dtype).name, "raises": None}
+    row |= {"devices": case.mesh.size, "explicit": case.explicit, "shard_bytes": case.shard_bytes()}
+    began = time.perf_counter()
+    try:
+        program = measure(compile_step(case, ARMS[arm](case, dtype)))
+    except Exception as error:  # whatever a rival raises is its result
+        return row | {"raises": type(error).__name__, "message": str(error).split("\n")[0]}
+    return row | {
+        "flops_ratio": program.flops * case.mesh.size / case.standard_flops(),
+        "bytes_ratio": program.exchanged_bytes / case.shard_bytes(),
+        "collectives": {kind: c.count for kind, c in program.collectives.items()},
+        "collectives_in_loops": program.in_loops,
+        "flops": program.flops,
+        "exchanged_bytes": program.exchanged_bytes,
+        "temp_bytes": program.temp_bytes,
+        "argument_bytes": program.argument_bytes,
+        "unread": list(program.unread),
+        "compile_seconds": time.perf_counter() - began,
+    }
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Cases downwards, the arms of each together."""
+    result = Table(
+        title="One step, per device",
+        caption="FLOPs ÷ (standard Newton–Schulz, each matrix once, ÷ devices). Bytes exchanged "
+        "and temp ÷ the device's bfloat16 shard of the parameters.",
+    )
+    for heading in ("case", "optimizer", "FLOPs", "bytes", "temp", "temp MB", "collectives"):
+        plain = heading in ("case", "optimizer", "collectives")
+        result.add_column(heading, justify="left" if plain else "right")
+    for row, last in zip(rows, [*rows[1:], None], strict=True):
+        if row["raises"]:
+            figures = ["-"] * 4 + [f"raises {row['raises']}"]
+        else:
+            figures = [
+                f"{row['flops_ratio']:.2f}",
+                f"{row['bytes_ratio']:.2f}",
+                f"{row['temp_bytes'] / row['shard_bytes']:.1f}",
+                f"{row['temp_bytes'] / 1e6:.1f}",
+                collectives(row),
+            ]
+        end = last is None or last["case"] != row["case"]
+        result.add_row(row["case"], row["arm"], *figures, end_section=end)
+    return result
+
+
+def collectives(row: Row) -> str:
+    """As in "3 all-gather, 2 all-to-all (2 in loops)"."""
+    counts = ", ".join(f"{count} {kind}" for kind, count in row["collectives"].items())
+    inside = row["collectives_in_loops"]
+    return (counts or "none") + f" ({inside} in loops)" * bool(inside)
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """FLOPs, bytes and temporary memory of every arm on every case, as bars."""
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    present = [arm for arm in COLORS if any(row["arm"] == arm for row in rows)]
+    height = 0.8 / len(present)
+    panels = {
+        "FLOPs ÷ (standard ÷ devices)": lambda row: row["flops_ratio"],
+        "bytes exchanged ÷ shard": lambda row: row["bytes_ratio"],
+        "temporary memory ÷ shard": lambda row: row["temp_bytes"] / row["shard_bytes"],
+    }
+    with figure_style():
+        drawing = new_figure(11, 1.2 + 0.6 * len(cases))
+        grid = drawing.subplots(1, len(panels), sharey=True)
+        for axes, (title, value) in zip(grid, panels.items(), strict=True):
+            for row in rows:
+                place = cases.index(row["case"]) + (present.index(row["arm"]) + 0.5) * height - 0.4
+                label = f" raises {row['raises']}" if row["raises"] else f" {value(row):.3g}"
+                width = 0 if row["raises"] else value(row)
+                axes.barh(place, width, 0.9 * height, color=COLORS[row["arm"]])
+                axes.annotate(label, (width, place), va="center", fontsize=6.5)
+            axes.set_xscale("symlog", linthresh=1)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:,.10g}"))
+            axes.set_xlim(0, 4 * max([1, *(value(row) for row in rows if not row["raises"])]))
+            axes.set_title(title)
+            axes.set_yticks(range(len(cases)), cases)
+            axes.grid(axis="y", visible=False)
+        drawing.axes[0].invert_yaxis()
+        handles = [legend_line(arm, COLORS[arm], lw=5) for arm in present]
+        drawing.legend(handles=handles, loc="outside lower center", ncols=len(present))
+    return drawing

@@ -1,0 +1,230 @@
+"""`experiments.compiled` on programs whose FLOPs and exchanged bytes are known."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments.bench.cases import make_mesh
+from experiments.bench.topology import topology_devices
+from experiments.compiled import Collective, Program, measure, read
+
+DEVICES = 8
+FLOAT = 4  # bytes
+
+
+def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def measured(function, *arguments) -> Program:
+    return measure(jax.jit(function).lower(*arguments).compile())
+
+
+def repeat(function, times):
+    return lambda x: jax.lax.fori_loop(0, times, lambda _, y: function(y), x)
+
+
+def square(x):
+    return x @ x
+
+
+def scanned(x):
+    return jax.lax.scan(lambda carry, _: (carry @ carry, carry.sum()), x, length=6)[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "flops"),
+    [
+        (jnp.matmul, [(64, 96), (96, 32)], 2 * 64 * 96 * 32),
+        (jnp.matmul, [(5, 64, 96), (5, 96, 32)], 5 * 2 * 64 * 96 * 32),
+        (lambda x: x @ x.T, [(16, 96)], 2 * 16 * 96 * 16),
+        (functools.partial(jnp.einsum, "abc,bcd->ad"), [(8, 16, 24), (16, 24, 40)], 2 * 122880),
+        (lambda x: jnp.sin(x) + 1, [(64, 64)], 0),
+    ],
+)
+def test_flops_equal_those_of_xla(function, shapes, flops):
+    compiled = jax.jit(function).lower(*(array(*shape) for shape in shapes)).compile()
+    assert measure(compiled).flops == flops
+    if flops:
+        assert compiled.cost_analysis()["flops"] == pytest.approx(flops, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("function", "products"),
+    [
+        (repeat(square, 5), 5),
+        (scanned, 6),
+        (repeat(lambda x: repeat(square, 4)(x) @ x, 3), 15),
+        (lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, square, x), 2),
+        (lambda x: jax.lax.switch(2, [square, jnp.sin, lambda x: x @ x @ x @ x], x), 3),
+    ],
+    ids=["loop", "scan", "nested", "cond", "known branch"],
+)
+def test_loops_count_their_trips_and_conditionals_their_dearest_branch(function, products):
+    assert measured(function, array(64, 64)).flops == products * 2 * 64**3
+
+
+def test_a_loop_that_data_end_is_refused():
+    with pytest.raises(ValueError, match="ends when its data say so"):
+        measured(lambda x: jax.lax.while_loop(lambda x: x.sum() < 3, square, x), array(64, 64))
+
+
+def exchange(function, out_spec) -> dict[str, Collective]:
+    """Of a (64, 32) float32 array whose fan_in is spread over the devices."""
+    mesh = make_mesh(jax.devices(), {"d": DEVICES})
+    sharded = jax.shard_map(
+        function, mesh=mesh, in_specs=P("d"), out_specs=out_spec, check_vma=False
+    )
+    return measured(sharded, array(64, 32)).collectives
+
+
+WHOLE = 64 * 32 * FLOAT
+SHARD = WHOLE // DEVICES
+
+
+@pytest.mark.parametrize(
+    ("function", "out_spec", "expected"),
+    [
+        (
+            lambda x: jax.lax.all_gather(x, "d", tiled=True),
+            P(),
+            {"all-gather": Collective(1, 0, WHOLE, SHARD)},
+        ),
+        (lambda x: jax.lax.psum(x, "d"), P(), {"all-reduce": Collective(1, 0, SHARD, SHARD)}),
+        (
+            lambda x: jax.lax.psum_scatter(x, "d", tiled=True),
+            P("d"),
+            {"reduce-scatter": Collective(1, 0, SHARD // DEVICES, SHARD)},
+        ),
+        (
+            lambda x: jax.lax.all_to_all(x, "d", 1, 0, tiled=True),
+            P(None, "d"),
+            {"all-to-all": Collective(1, 0, SHARD, SHARD)},
+        ),
+        (
+            lambda x: jax.lax.ppermute(x, "d", [(i, (i + 1) % DEVICES) for i in range(DEVICES)]),
+            P("d"),
+            {"collective-permute": Collective(1, 0, SHARD, SHARD)},
+        ),
+        (
+            repeat(lambda x: 0.5 * jax.lax.psum(x, "d"), 3),
+            P("d"),
+            {"all-reduce": Collective(3, 3, 3 * SHARD, 3 * SHARD)},
+        ),
+        (jnp.sin, P("d"), {}),
+    ],
+    ids=["all-gather", "psum", "psum-scatter", "all-to-all", "permute", "in a loop", "none"],
+)
+def test_collectives_have_exact_bytes(function, out_spec, expected):
+    assert exchange(function, out_spec) == expected
+
+
+def test_sums_over_kinds():
+    program = Program(
+        0, {"all-gather": Collective(2, 1, 100, 10), "all-to-all": Collective(3, 3, 20, 20)}
+    )
+    assert (program.exchanged_bytes, program.in_loops) == (120, 4)
+
+
+def test_memory_is_of_one_device():
+    mesh = make_mesh(jax.devices(), {"d": DEVICES})
+    sharding = NamedSharding(mesh, P("d"))
+    step = jax.jit(lambda x: jnp.fft.fft(x).real, in_shardings=sharding, out_shardings=sharding)
+    program = measure(step.lower(array(64, 32)).compile())
+    assert (program.argument_bytes, program.output_bytes) == (SHARD, SHARD)
+    assert program.temp_bytes >= SHARD  # the spectrum is complex
+
+
+ASYNCHRONOUS = """HloModule pairs
+
+%send (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %all-to-all.1 = f32[8]{0} all-to-all(%p), channel_id=2, dimensions={0}
+}
+
+%first (p.1: f32[8]) -> f32[16] {
+  %p.1 = f32[8]{0:T(128)} parameter(0)
+  ROOT %all-gather.1 = f32[16]{0:T(128)S(1)} all-gather(%p.1), channel_id=3, dimensions={0}
+}
+
+%second (p.2: f32[8]) -> f32[16] {
+  %p.2 = f32[8]{0:T(128)} parameter(0)
+  ROOT %all-gather.2 = f32[16]{0:T(128)S(1)} all-gather(%p.2), channel_id=3, dimensions={0}
+}
+
+%all-reduce-scatter (input: bf16[16]) -> bf16[4] {
+  %input = bf16[16]{0} parameter(0)
+  %all-reduce.3 = bf16[16]{0} all-reduce(%input), channel_id=4, to_apply=%add
+  %zero = u32[] constant(0)
+  ROOT %slice = bf16[4]{0} dynamic-slice(%all-reduce.3, %zero), dynamic_slice_sizes={4}
+}
+
+ENTRY %main (x: f32[8], y: bf16[16]) -> (f32[8], f32[16], bf16[4]) {
+  %x = f32[8]{0} parameter(0)
+  %y = bf16[16]{0} parameter(1)
+  %permute-start = (f32[8]{0}, f32[8]{0}, u32[], /*index=3*/u32[]) collective-permute-start(%x)
+  %permute-done = f32[8]{0} collective-permute-done(%permute-start)
+  %start = ((f32[8]{0}), f32[8]{0}, u32[]) async-start(%permute-done), calls=%send
+  %update = ((f32[8]{0}), f32[8]{0}, u32[]) async-update(%start), calls=%send
+  %done = f32[8]{0} async-done(%update), calls=%send
+  %fusion.1 = f32[16]{0} fusion(%done), kind=kCustom, calls=%first
+  %fusion.2 = f32[16]{0} fusion(%done), kind=kCustom, calls=%second
+  %fusion.3 = bf16[4]{0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter
+  %call = f32[8]{0} custom-call(%x), custom_call_target="__cublas$gemm", backend_config={}
+  ROOT %tuple = (f32[8]{0}, f32[16]{0}, bf16[4]{0}) tuple(%done, %fusion.2, %fusion.3)
+}
+"""
+
+
+def test_an_asynchronous_collective_counts_once_however_it_is_spelled():
+    assert read(ASYNCHRONOUS) == Program(
+        flops=0,
+        collectives={
+            "all-gather": Collective(1, 0, 64, 32),
+            "all-to-all": Collective(1, 0, 32, 32),
+            "collective-permute": Collective(1, 0, 32, 32),
+            "reduce-scatter": Collective(1, 0, 8, 32),
+        },
+        unread=("__cublas$gemm",),
+    )
+
+
+@pytest.fixture(scope="module")
+def tpu_mesh():
+    """Sixteen TPU chips that are not there."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: pip install -e '.[tpu]'")
+    return make_mesh(topology_devices("v5e:4x4"), {"d": 16})
+
+
+def measured_on(mesh, function, spec, *arguments):
+    shardings = (NamedSharding(mesh, spec),) * len(arguments)
+    compiled = jax.jit(function, in_shardings=shardings).lower(*arguments).compile()
+    return measure(compiled), compiled.cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (jnp.matmul, [(256, 512), (512, 1024)]),
+        (jnp.matmul, [(4, 256, 512), (4, 512, 1024)]),
+        (functools.partial(jnp.einsum, "abik,abjk->abij"), [(3, 4, 256, 512), (3, 4, 128, 512)]),
+    ],
+)
+def test_flops_equal_those_of_xla_on_a_tpu(tpu_mesh, function, shapes):
+    arguments = [array(*shape, dtype=jnp.bfloat16) for shape in shapes]
+    program, flops = measured_on(tpu_mesh, function, P(), *arguments)
+    assert program.flops == flops > 0
+
+
+def test_a_loop_on_a_tpu(tpu_mesh):
+    x = array(2048, 1024, dtype=jnp.bfloat16)
+    program, one_trip = measured_on(tpu_mesh, repeat(lambda x: x @ x.T @ x, 7), P("d"), x)
+    gather = Collective(7, 7, 7 * 2048 * 1024 * 2, 7 * 128 * 1024 * 2)
+    assert program.flops == 7 * one_trip == 7 * 4 * 128 * 2048 * 1024
+    assert program.collectives == {"all-gather": gather}
