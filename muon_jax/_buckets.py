@@ -88,7 +88,9 @@ class Bucket(NamedTuple):
         lead_axes, other_axes: the mesh axes along which tiles lie when they are dealt.
         width: devices in a group; a matrix of several cells stays within one group.
         slots: cells a device holds.
-        form: the arithmetic, where it is not left to the orthogonalizer.
+        form: the arithmetic; `None` leaves it to the orthogonalizer.
+        cut: whether the cells are such that only the Gram form may take them, with `other` as the
+            short side.
         dtype: of the exchange.
         alignment: numbers that collectives bring to a device so that matrices to be cut lie along
             their long side first, and back.
@@ -105,6 +107,7 @@ class Bucket(NamedTuple):
     slots: int
     form: Form | None
     dtype: np.dtype
+    cut: bool = False
     alignment: int = 0
 
     @property
@@ -119,14 +122,13 @@ class Bucket(NamedTuple):
     @property
     def reductions(self) -> int:
         """How often XXᵀ is summed within groups."""
-        return len(self.form.restarts) + 1 if self.form and self.width > 1 else 0
+        return len(self.form.restarts) + 1 if self.form is not None and self.width > 1 else 0
 
     def flops(self, solver: NewtonSchulz | None) -> int:
-        """FLOPs of the matrix products on each device."""
-        if self.form is not None and solver is not None:
-            return self.slots * solver.flops(self.other, self.lead, self.dtype, self.form)
-        short, long = sorted((self.lead, self.other))
-        return self.slots * (solver or NewtonSchulz()).flops(short, long, self.dtype)
+        """FLOPs of the matrix products on each device; a guess for other orthogonalizers."""
+        short, long = (self.other, self.lead) if self.cut else sorted((self.lead, self.other))
+        form = self.form or Form("standard")
+        return self.slots * form.flops(short, long, (solver or NewtonSchulz()).rows(self.dtype))
 
     def exchanged_bytes(self, sizes: Sizes) -> int:
         """Bytes that the collectives of the bucket bring to each device."""
@@ -178,7 +180,7 @@ class Bucket(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def plan_buckets(
-    blocks: tuple[Block, ...], sizes: Sizes, solver: NewtonSchulz | None
+    blocks: tuple[Block, ...], sizes: Sizes, solver: NewtonSchulz | None, platform: str
 ) -> tuple[Bucket, ...]:
     """The buckets of these blocks on a mesh with axes of these sizes.
 
@@ -187,6 +189,7 @@ def plan_buckets(
         sizes: `(name, size)` of the mesh axes, major first.
         solver: knows its FLOPs and may be cut; `None` for any other orthogonalizer, whose matrices
             stay whole and keep their orientation.
+        platform: of the devices: `"cpu"`, `"gpu"`, `"tpu"`.
     """
     buckets = []
     groups: dict[Any, list[int]] = defaultdict(list)
@@ -195,16 +198,17 @@ def plan_buckets(
         if axes:
             groups[axes, block.dtype].append(index)
         elif block.matrices:
-            buckets.append(_local(index, block))
+            buckets.append(_local(index, block, solver, platform))
     for (axes, dtype), members in groups.items():
-        buckets += _Exchange(axes, dtype, sizes, solver).buckets(blocks, members)
+        buckets += _Exchange(axes, dtype, sizes, solver, platform).buckets(blocks, members)
     return tuple(buckets)
 
 
-def _local(index: int, block: Block) -> Bucket:
+def _local(index: int, block: Block, solver: NewtonSchulz | None, platform: str) -> Bucket:
     part = Part(index, 0, block.matrices, False)
     fans = block.fan_in, block.fan_out
-    return Bucket((), 1, (part,), *fans, (), (), 1, block.matrices, None, block.dtype)
+    form = None if solver is None else solver.form(*fans, block.dtype, platform)
+    return Bucket((), 1, (part,), *fans, (), (), 1, block.matrices, form, block.dtype)
 
 
 class _Class(NamedTuple):
@@ -238,6 +242,7 @@ class _Exchange(NamedTuple):
     dtype: np.dtype
     sizes: Sizes
     solver: NewtonSchulz | None
+    platform: str
 
     @property
     def devices(self) -> int:
@@ -298,6 +303,8 @@ class _Exchange(NamedTuple):
 
     def _whole(self, shape: _Class) -> Bucket:
         slots = -(-shape.matrices // self.devices)
+        sides = shape.lead, shape.other
+        solver, platform = self.solver, self.platform
         return Bucket(
             axes=self.axes,
             devices=self.devices,
@@ -308,7 +315,7 @@ class _Exchange(NamedTuple):
             other_axes=shape.other_axes,
             width=1,
             slots=slots,
-            form=None,
+            form=None if solver is None else solver.form(*sides, self.dtype, platform),
             dtype=self.dtype,
         )
 
@@ -321,8 +328,8 @@ class _Exchange(NamedTuple):
         assert self.solver is not None
         shapes = tuple(shape.turned for shape in shapes)
         short = shapes[0].other
-        square = any(shape.lead < 2 * short for shape in shapes)
-        form = self.solver.shared_form(self.dtype, square)
+        near_square = any(shape.lead < 2 * short for shape in shapes)
+        form = self.solver.cut_form(short, self.dtype, self.platform, near_square)
         shares = [self._share(shape) for shape in shapes]
         pieces = {
             -(-own // cells) for own in shares for cells in range(1, min(own, self.devices) + 1)
@@ -355,6 +362,7 @@ class _Exchange(NamedTuple):
                 slots=-(-rows // (self.devices // width)),
                 form=form,
                 dtype=self.dtype,
+                cut=True,
                 alignment=sum(map(self._alignment, shapes)),
             )
             cost = bucket.cost(self.solver, self.sizes)

@@ -3,6 +3,7 @@
 Everything here runs on local arrays, inside `shard_map` or on a single device.
 """
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -13,9 +14,9 @@ import numpy as np
 from jax import lax
 
 from muon_jax._buckets import Axes, Block, Bucket, Part, Sizes
-from muon_jax._newton_schulz import ALONE, NewtonSchulz, Share
+from muon_jax._newton_schulz import ALONE, Share
 
-Orthogonalizer = Callable[[jax.Array], jax.Array]
+Orthogonalizer = Callable[..., jax.Array]
 
 
 def orthogonalize_local(
@@ -68,7 +69,9 @@ class _Run:
         """Matrices that this device has whole: nothing moves."""
         [tile] = tiles
         chunks = [tile[i : i + self.chunk] for i in range(0, tile.shape[0], self.chunk)]
-        return [_one_after_another(self.orthogonalizer, chunks)]
+        run, form = self.orthogonalizer, self.bucket.form
+        whole = functools.partial(run, form=form) if form is not None else run
+        return [_one_after_another(whole, chunks)]
 
     def exchange(self, tiles: list[jax.Array], blocks: Sequence[Block]) -> list[jax.Array]:
         bucket = self.bucket
@@ -108,13 +111,13 @@ class _Run:
 
     def _solve(self, x: jax.Array, shared: np.ndarray) -> jax.Array:
         """Cells `(slots, lead, other)`."""
-        bucket = self.bucket
-        if bucket.form is not None:
-            y = self.orthogonalizer(x.mT, form=bucket.form, share=self._share(shared)).mT
-        elif isinstance(self.orthogonalizer, NewtonSchulz) or not bucket.parts[0].flip:
-            y = self.orthogonalizer(x)
+        bucket, run = self.bucket, self.orthogonalizer
+        if bucket.cut:
+            y = run(x.mT, form=bucket.form, share=self._share(shared)).mT
+        elif bucket.form is not None:
+            y = run(x, form=bucket.form)
         else:
-            y = self.orthogonalizer(x.mT).mT
+            y = run(x.mT).mT if bucket.parts[0].flip else run(x)
         return y.astype(bucket.dtype)
 
     # Tiles to whole cells and back. `tiles` is (devices, slots, lead here, other here): what this
@@ -181,7 +184,7 @@ class _Run:
     def _to_cells(self, tile: jax.Array, part: Part, block: Block) -> jax.Array:
         """`(matrices, local fan_in, local fan_out)` -> `(cells, lead here, other here)`."""
         x = tile.mT if part.flip else tile
-        if self.bucket.form is None:
+        if not self.bucket.cut:
             return x
         x = self._align(x, part, block)
         if self.bucket.resident:
@@ -193,7 +196,7 @@ class _Run:
         self, cells: jax.Array, part: Part, block: Block, shape: tuple[int, ...]
     ) -> jax.Array:
         x = cells
-        if self.bucket.form is not None:
+        if self.bucket.cut:
             x = x.reshape(part.matrices, -1, x.shape[2])
             x = self._unalign(x, part, block, shape[2] if part.flip else shape[1])
         return x.mT if part.flip else x

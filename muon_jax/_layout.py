@@ -41,6 +41,14 @@ class Placing(NamedTuple):
     def devices(self) -> int:
         return math.prod(size for _, size in self.sizes)
 
+    @property
+    def platform(self) -> str:
+        """Of the mesh's devices, `"cpu"`, `"gpu"` or `"tpu"`, or else of JAX's default ones."""
+        if isinstance(self.mesh, Mesh):
+            return self.mesh.devices.flat[0].platform
+        device = self.mesh.abstract_device if self.mesh is not None else None
+        return getattr(device, "platform", None) or jax.default_backend()
+
 
 class Entry(NamedTuple):
     """An array as it enters the exchange.

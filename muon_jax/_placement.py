@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from muon_jax._assumed_layout import assume_layouts
-from muon_jax._buckets import Block, Bucket, Sizes, exchange_dtype, plan_buckets
+from muon_jax._buckets import Block, Bucket, exchange_dtype, plan_buckets
 from muon_jax._exchange import Orthogonalizer, orthogonalize_local
 from muon_jax._layout import Entry, Layout, Placing, layout_of, lie_like, whole_shape
 from muon_jax._matrix_axes import MatrixAxes
@@ -115,7 +115,7 @@ def _built_exchange(
     orthogonalizer: Orthogonalizer,
     chunk_size: int | None,
 ):
-    blocks, buckets = plan_entries(entries, placing.sizes, as_solver(orthogonalizer))
+    blocks, buckets = plan_entries(entries, placing, as_solver(orthogonalizer))
 
     def local(*arrays):
         matrices = [entry.axes.to_matrices(x) for entry, x in zip(entries, arrays, strict=True)]
@@ -148,11 +148,12 @@ def _built_exchange(
 
 
 def plan_entries(
-    entries: Sequence[Entry], sizes: Sizes, solver: NewtonSchulz | None
+    entries: Sequence[Entry], placing: Placing, solver: NewtonSchulz | None
 ) -> tuple[tuple[Block, ...], tuple[Bucket, ...]]:
     """The blocks of these entries, and the buckets that they fall into."""
+    sizes = placing.sizes
     blocks = tuple(entry.block(sizes, exchange_dtype(entry.dtype, solver)) for entry in entries)
-    return blocks, plan_buckets(blocks, sizes, solver)
+    return blocks, plan_buckets(blocks, sizes, solver, placing.platform)
 
 
 def as_solver(orthogonalizer: Orthogonalizer) -> NewtonSchulz | None:

@@ -19,7 +19,7 @@ from muon_jax._layout import (
     told_layout,
 )
 from muon_jax._matrix_axes import MatrixAxes, as_matrix_axes, is_matrix_axes
-from muon_jax._newton_schulz import NewtonSchulz
+from muon_jax._newton_schulz import Form, NewtonSchulz
 from muon_jax._paths import KeyPath, broadcast_prefix, is_tree_of, path_string
 from muon_jax._placement import plan_entries
 from muon_jax._routing import ADAMW, FROZEN, MUON, Routing, route
@@ -211,7 +211,7 @@ def plan(
         )
         for path in hidden
     ]
-    blocks, buckets = plan_entries(entries, placing.sizes, solver)
+    blocks, buckets = plan_entries(entries, placing, solver)
 
     def muon_row(group: list[Bucket]) -> PlanRow:
         parts = [part for bucket in group for part in bucket.parts]
@@ -227,7 +227,7 @@ def plan(
             leaves=tuple(dict.fromkeys(routes[hidden[part.block]].path for part in parts)),
             matrices=copies * sum(bucket.matrices for bucket in group),
             shape=(first.fan_in, first.fan_out),
-            form=_form(group[0], solver),
+            form=_form(group[0].form),
             placing=_placing(group[0]),
             standard_flops=copies
             * sum(p.matrices * _standard(blocks[p.block], solver) for p in parts),
@@ -276,16 +276,18 @@ def _standard(block: Block, solver: NewtonSchulz) -> int:
     return len(solver.rows(block.dtype)) * (4 * long * short**2 + 2 * short**3)
 
 
-def _form(bucket: Bucket, solver: NewtonSchulz) -> str:
-    form = bucket.form or solver.form(bucket.lead, bucket.other, bucket.dtype)
-    restarts = ", ".join(map(str, form.restarts))
-    return f"{form.method}, restart after {restarts}" if restarts else form.method
+def _form(form: Form | None) -> str:
+    assert form is not None
+    text = form.method
+    if form.restarts:
+        text += f", restart after {', '.join(map(str, form.restarts))}"
+    return text + (f", {form.panels} panels" if form.panels > 1 else "")
 
 
 def _placing(bucket: Bucket) -> str:
     if not bucket.axes:
         return "where it lies"
-    if bucket.form is None:
+    if not bucket.cut:
         return f"whole, {bucket.slots} a device"
     if bucket.width == 1:
         return f"whole, padded to {bucket.lead} × {bucket.other}, {bucket.slots} a device"

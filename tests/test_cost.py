@@ -4,158 +4,111 @@ import json
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import muon_jax
+from experiments.bench.cases import OURS, layer, make_mesh, on_mesh, separate, stacked
+from experiments.bench.sharding import compile_step
+from experiments.bench.topology import TopologyError, topology_devices
 from experiments.compiled import measure
 
-DEVICES, WIDTH, HIDDEN = 16, 256, 1024
-AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+# Three square kernels a layer, up and down: 16 layers, or 2 of 5 matrices.
+LAYER = layer(3, 256, 1024)
+DEEP, DEEP_LEAVES = stacked(LAYER, 16), separate(LAYER, 16)
+FEW, FEW_LEAVES = stacked(LAYER, 2), separate(LAYER, 2)
+EXPERTS = {"experts": {"up": (16, 3, 64, 128), "down": (16, 3, 128, 64)}}
+TURNED = {"experts": {"up": (3, 16, 64, 128), "down": (3, 16, 128, 64)}}
 
+LINE, PLANE, EVERY = {"fsdp": 16}, {"fsdp": 4, "tp": 4}, ("fsdp", "tp")
+FAN_IN, BOTH = ("fsdp", None), ("fsdp", "tp")
+FIRST, SECOND = (EVERY, None, None, None), (None, EVERY, None, None)
+MOVED, CUT = {"all-to-all"}, {"all-to-all", "all-reduce"}
 
-def mesh_of(kind, **sizes):
-    devices = np.array(jax.devices()[:DEVICES]).reshape(tuple(sizes.values()))
-    return Mesh(devices, tuple(sizes), axis_types=(kind,) * len(sizes))
-
-
-def abstract(shape):
-    return {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
-
-
-def layers(count, stacked):
-    """Three square kernels a layer, up and down."""
-    kernels = dict.fromkeys(("query", "key", "out"), (WIDTH, WIDTH))
-    kernels |= {"up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
-    if stacked:
-        return {name: abstract((count, *shape)) for name, shape in kernels.items()}
-    return {
-        f"layer_{i}": {name: abstract(shape) for name, shape in kernels.items()}
-        for i in range(count)
-    }
-
-
-def experts(first, second):
-    up, down = (first, second, 64, 128), (first, second, 128, 64)
-    return {"experts": {"up": abstract(up), "down": abstract(down)}}
-
-
-def trailing(*spec):
-    return lambda x: P(*(None,) * (len(x.shape) - 2), *spec)
-
-
-# kind, mesh, params, specs; at most: FLOPs against an even share of the standard form's, bytes
-# against the bfloat16 shard of the params, collectives for each shape of matrix; and which.
-LINE, PLANE = {"fsdp": 16}, {"fsdp": 4, "tp": 4}
-ON_FAN_IN, ON_BOTH = trailing("fsdp", None), trailing("fsdp", "tp")
-ROUNDS = {"all-to-all"}
-CUT = {"all-to-all", "all-reduce"}
+# Explicit axes?, mesh, shapes, spec; at most: FLOPs against an even share of the standard form's,
+# bytes against the bfloat16 shard of the params, collectives for each shape; and which.
 BARS = {
-    "stacked": (AUTO, LINE, layers(16, True), ON_FAN_IN, 1.05, 4.5, 4, ROUNDS),
-    "separate": (AUTO, LINE, layers(16, False), ON_FAN_IN, 1.05, 4.5, 4, ROUNDS),
-    "fsdp × tp": (AUTO, PLANE, layers(16, True), ON_BOTH, 1.05, 8.5, 4, ROUNDS),
-    "fsdp × tp, separate": (AUTO, PLANE, layers(16, False), ON_BOTH, 1.05, 8.5, 4, ROUNDS),
-    "explicit": (EXPLICIT, LINE, layers(16, True), ON_FAN_IN, 1.05, 4.5, 4, ROUNDS),
-    "explicit, separate": (EXPLICIT, LINE, layers(16, False), ON_FAN_IN, 1.05, 4.5, 4, ROUNDS),
-    "explicit, fsdp × tp": (EXPLICIT, PLANE, layers(16, True), ON_BOTH, 1.05, 4.5, 2, ROUNDS),
-    "10 matrices": (AUTO, LINE, layers(2, True), ON_FAN_IN, 1.3, 30, 4, CUT),
-    "10 matrices, separate": (AUTO, LINE, layers(2, False), ON_FAN_IN, 1.3, 30, 4, CUT),
-    "10 matrices, explicit": (EXPLICIT, LINE, layers(2, True), ON_FAN_IN, 1.3, 30, 4, CUT),
-    "experts [E, L]": (AUTO, PLANE, experts(16, 3), lambda x: P(("fsdp", "tp")), 1, 0, 0, set()),
-    "experts [L, E]": (
-        AUTO,
-        PLANE,
-        experts(3, 16),
-        lambda x: P(None, ("fsdp", "tp")),
-        1,
-        0,
-        0,
-        set(),
-    ),
-    "experts, explicit": (
-        EXPLICIT,
-        PLANE,
-        experts(16, 3),
-        lambda x: P(("fsdp", "tp")),
-        1,
-        0,
-        0,
-        set(),
-    ),
+    "stacked": (False, LINE, DEEP, FAN_IN, 1.05, 4.5, 4, MOVED),
+    "separate": (False, LINE, DEEP_LEAVES, FAN_IN, 1.05, 4.5, 4, MOVED),
+    "fsdp × tp": (False, PLANE, DEEP, BOTH, 1.05, 8.5, 4, MOVED),
+    "fsdp × tp, separate": (False, PLANE, DEEP_LEAVES, BOTH, 1.05, 8.5, 4, MOVED),
+    "explicit": (True, LINE, DEEP, FAN_IN, 1.05, 4.5, 4, MOVED),
+    "explicit, separate": (True, LINE, DEEP_LEAVES, FAN_IN, 1.05, 4.5, 4, MOVED),
+    "explicit, fsdp × tp": (True, PLANE, DEEP, BOTH, 1.05, 4.5, 2, MOVED),
+    "10 matrices": (False, LINE, FEW, FAN_IN, 1.3, 30, 4, CUT),
+    "10 matrices, separate": (False, LINE, FEW_LEAVES, FAN_IN, 1.3, 30, 4, CUT),
+    "10 matrices, explicit": (True, LINE, FEW, FAN_IN, 1.3, 30, 4, CUT),
+    "experts [E, L]": (False, PLANE, EXPERTS, FIRST, 1, 0, 0, set()),
+    "experts [L, E]": (False, PLANE, TURNED, SECOND, 1, 0, 0, set()),
+    "experts, explicit": (True, PLANE, EXPERTS, FIRST, 1, 0, 0, set()),
 }
 
 
-def standard_flops(params):
-    total = 0
-    for x in jax.tree.leaves(params):
-        short, long = sorted(x.shape[-2:])
-        total += np.prod(x.shape[:-2]) * 5 * (4 * long * short**2 + 2 * short**3)
-    return total
+def on_line(devices, explicit):
+    return make_mesh(devices, {"fsdp": len(devices)}, explicit)
 
 
-def compiled_step(tx, params, shardings):
-    """A training step's optimizer part, nothing of it told but where params and state lie."""
-
-    def step(params, grads, state):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    state = jax.eval_shape(tx.init, params)
-    mesh = jax.tree.leaves(shardings)[0].mesh
-    by_shape = dict(
-        zip([x.shape for x in jax.tree.leaves(params)], jax.tree.leaves(shardings), strict=True)
-    )
-    in_state = jax.tree.map(lambda x: by_shape.get(x.shape, NamedSharding(mesh, P())), state)
-
-    def placed(x, sharding):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    args = jax.tree.map(placed, (params, params, state), (shardings, shardings, in_state))
-    out = (shardings, in_state)
-    return jax.jit(step, out_shardings=out, donate_argnums=(0, 2)).lower(*args).compile()
+def case_of(row):
+    explicit, sizes, shapes, spec = BARS[row][:4]
+    mesh = make_mesh(jax.devices(), sizes, explicit)
+    return on_mesh(row, mesh, shapes, spec, (OURS,))
 
 
 @pytest.mark.parametrize("row", BARS)
 def test_a_step_meets_its_bars_and_its_plan(row):
-    kind, sizes, params, specs, most_flops, most_bytes, most_collectives, kinds = BARS[row]
-    mesh = mesh_of(kind, **sizes)
-    shardings = jax.tree.map(lambda x: NamedSharding(mesh, specs(x)), params)
-    tx = muon_jax.muon(0.02, mesh=mesh)
-    program = measure(compiled_step(tx, params, shardings))
-    shard = 2 * sum(x.size for x in jax.tree.leaves(params)) / DEVICES
-    shapes = {tuple(sorted(x.shape[-2:])) for x in jax.tree.leaves(params)}
-
-    assert program.flops <= most_flops * standard_flops(params) / DEVICES
-    assert program.exchanged_bytes <= most_bytes * shard
+    explicit, sizes, _, _, most_flops, most_bytes, most_collectives, kinds = BARS[row]
+    case = case_of(row)
+    program = measure(compile_step(case, muon_jax.muon(0.02, mesh=case.mesh)))
+    assert program.flops <= most_flops * case.standard_flops() / case.mesh.size
+    assert program.exchanged_bytes <= most_bytes * case.shard_bytes()
     assert set(program.collectives) <= kinds
-    count = sum(collective.count for collective in program.collectives.values())
-    orientations = {x.shape[-2:] for x in jax.tree.leaves(params)}
-    assert count <= most_collectives * (len(orientations) if kinds == ROUNDS else len(shapes))
     assert program.in_loops == 0
+    shapes = {x.shape[-2:] for x in jax.tree.leaves(case.params)}
+    count = sum(collective.count for collective in program.collectives.values())
+    assert count <= most_collectives * len(shapes)
 
-    plan = muon_jax.plan(params, mesh=mesh, shardings=shardings)
-    moves = len(sizes) if kind == AUTO else 1  # untold, XLA moves a leaf axis by axis
+    plan = muon_jax.plan(case.params, mesh=case.mesh)
+    moves = 1 if explicit else len(sizes)  # untold, XLA moves a leaf once for each mesh axis
+    told = plan.total("exchanged_bytes") * moves
     assert plan.total("device_flops") == pytest.approx(program.flops, rel=0.05)
-    assert plan.total("exchanged_bytes") * moves == pytest.approx(program.exchanged_bytes, rel=0.05)
-    assert plan.total("standard_flops") == standard_flops(params)
-    assert plan.total("momentum_bytes") == 2 * shard
+    assert told == pytest.approx(program.exchanged_bytes, rel=0.05)
+    assert plan.total("standard_flops") == case.standard_flops()
+    assert plan.total("momentum_bytes") == 2 * case.shard_bytes()
 
 
 def test_rivals_stand_where_the_table_says():
-    """optax.contrib.muon on the first row, so that the bars keep their meaning."""
-    params = layers(16, False)
-    mesh = mesh_of(AUTO, **LINE)
-    shardings = jax.tree.map(lambda x: NamedSharding(mesh, ON_FAN_IN(x)), params)
-    program = measure(compiled_step(optax.contrib.muon(0.02), params, shardings))
-    shard = 2 * sum(x.size for x in jax.tree.leaves(params)) / DEVICES
-    assert 1.5 < program.flops / (standard_flops(params) / DEVICES) < 1.6
-    assert program.exchanged_bytes / shard > 100
+    """optax.contrib.muon on the second row, so that the bars keep their meaning."""
+    case = case_of("separate")
+    program = measure(compile_step(case, optax.contrib.muon(0.02)))
+    assert 1.5 < program.flops * case.mesh.size / case.standard_flops() < 1.6
+    assert 250 < program.exchanged_bytes / case.shard_bytes() < 300
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["Auto", "Explicit"])
+@pytest.mark.parametrize("name", ["v5e:16x16", "v5p:8x8x8"])
+def test_a_step_on_a_tpu_that_is_not_there_meets_its_bars(name, explicit):
+    try:
+        mesh = on_line(topology_devices(name), explicit)
+    except TopologyError as error:
+        pytest.skip(str(error))
+    case = on_mesh(name, mesh, stacked(layer(2, 2048, 8192), 64), FAN_IN, (OURS,))
+    tx = muon_jax.muon(0.02, mesh=mesh, ns_dtype=jnp.bfloat16)
+    program = measure(compile_step(case, tx))
+    plan = muon_jax.plan(case.params, mesh=mesh, ns_dtype=jnp.bfloat16)
+    assert program.flops <= 1.15 * case.standard_flops() / mesh.size
+    assert program.exchanged_bytes <= 4.5 * case.shard_bytes()
+    assert set(program.collectives) <= CUT
+    assert program.temp_bytes <= 2 * case.shard_bytes() + plan.total("working_bytes")
+    assert plan.total("device_flops") == pytest.approx(program.flops, rel=0.05)
+    assert plan.total("exchanged_bytes") == pytest.approx(program.exchanged_bytes, rel=0.05)
 
 
 # --- Plans -----------------------------------------------------------------------------------
+
+
+def abstract(shape):
+    return {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
 
 def moonlight():

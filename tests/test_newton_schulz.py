@@ -15,7 +15,7 @@ from jax.extend import core as jax_core
 
 import muon_jax
 from muon_jax._coefficients import SCHEDULES
-from muon_jax._newton_schulz import gram_flops, gram_restarts, standard_flops
+from muon_jax._newton_schulz import Form, gram_restarts
 
 FORMS = ("standard", "gram")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -237,8 +237,8 @@ def test_flops_are_those_of_the_compiled_program(shape, name, dtype):
     restarts = gram_restarts(rows, jnp.dtype(dtype))
     assert bool(restarts) == (dtype != jnp.float32)
     formulas = {
-        "standard": standard_flops(*sorted(shape), rows),
-        "gram": gram_flops(*sorted(shape), rows, restarts),
+        "standard": Form("standard").flops(*sorted(shape), rows),
+        "gram": Form("gram", restarts).flops(*sorted(shape), rows),
     }
     m = min(shape)
     rescaling = 2 * m * m * max(shape) if name == "aol" else 0

@@ -348,7 +348,7 @@ blocks = st.builds(
 def test_every_matrix_is_dealt_once_and_stays_in_one_group(found, size):
     sizes = (("a", size), ("b", 2), ("c", 2))
     seen = {i: [] for i in range(len(found))}
-    for bucket in plan_buckets(tuple(found), sizes, NewtonSchulz()):
+    for bucket in plan_buckets(tuple(found), sizes, NewtonSchulz(), "cpu"):
         for part in bucket.parts:
             seen[part.block] += range(part.start, part.stop)
         table, shared = bucket.deal()

@@ -117,7 +117,7 @@ def make_mesh(devices: Any, sizes: dict[str, int], explicit: bool = False) -> Me
 
 
 def simulated_cases(devices: Any, layers: int, width: int, hidden: int) -> list[Case]:
-    """The issue's cases, on CPU devices.
+    """The cases of the table, on CPU devices.
 
     A layer has three square kernels, up and down; the experts have up and down alone.
 

@@ -1,0 +1,151 @@
+"""Matrix products whose result is symmetric, computed on and below the diagonal and mirrored.
+
+A symmetric n × n matrix is held as `Panels`: its rows cut into consecutive slices. Only the blocks
+on and below the diagonal are computed: two panels take 75 % of the FLOPs of the plain product,
+four 62.5 %, with ordinary matrix products on every backend. Panels and not whole matrices travel
+from product to product, since panels are what the next one reads.
+"""
+
+import functools
+import itertools
+import operator
+
+import jax
+import jax.numpy as jnp
+
+Panels = tuple[jax.Array, ...]
+
+# Panels end at multiples of this: the tile of a TPU's matrix unit.
+_TILE = 128
+
+
+def panel_count(n: int, dtype: jax.typing.DTypeLike, platform: str) -> int:
+    """How many panels pay for a symmetric `n × n` matrix of operands of `dtype`: 1, 2 or 4."""
+    if platform == "cpu":
+        # Measured on two cores, float32 and bfloat16, Newton-Schulz as a whole: two panels cost
+        # 5 to 20 % at 128 to 256, nothing at 384, and gain 10 to 20 % from 768; four gain another
+        # 5 to 10 % from 2048, for twice the time to compile.
+        return 1 if n < 512 else 2 if n < 2048 else 4
+    # Not measured. A quarter of the FLOPs is n³/2; to write the blocks and read them back moves
+    # 6 n² bytes. A TPU does 170 to 240 FLOPs a byte in bfloat16, a GPU 300; 10 to 40 in float32.
+    least = 1024 if jnp.dtype(dtype).itemsize >= 4 else 2048 if platform == "tpu" else 4096
+    return 2 if n >= least else 1
+
+
+def panel_stops(n: int, count: int) -> tuple[int, ...]:
+    """The last row, exclusive, of each of at most `count` panels of `n` rows."""
+    height = -(-n // (count * _TILE)) * _TILE if count > 1 else max(n, 1)
+    return tuple(min(start + height, n) for start in range(0, n, height))
+
+
+def symmetric_flops(n: int, k: int, count: int) -> int:
+    """FLOPs of `gram` on `(n, k)`, and of `product` on `n × n` matrices where `k` is `n`."""
+    stops = panel_stops(n, count)
+    return sum(2 * (stop - start) * stop * k for start, stop in itertools.pairwise((0, *stops)))
+
+
+def gram(x: jax.Array, count: int) -> Panels:
+    """XXᵀ of `(..., n, k)`: at most `count` panels of `(..., n, n)`, in `accumulator(x.dtype)`."""
+    panels = cut(x, count)
+    return _mirror(_lower_blocks(panels, panels), x.dtype)
+
+
+def square(p: Panels) -> Panels:
+    """PP of a symmetric matrix, in `accumulator(p[0].dtype)`."""
+    if len(p) == 1:
+        return (matmul(p[0], p[0]),)
+    return _mirror(_lower_blocks(p, p), p[0].dtype)
+
+
+def product(p: Panels, q: Panels) -> Panels:
+    """PQ of symmetric matrices that commute, so that it is symmetric too.
+
+    Args:
+        p, q: panels of `(..., n, n)`, of one dtype.
+
+    Returns:
+        Panels of `(..., n, n)` in `accumulator(p[0].dtype)`.
+    """
+    if len(p) == 1:
+        return (matmul(p[0], q[0]),)
+    return _mirror(_lower_blocks(p, q), p[0].dtype, exactly=True)
+
+
+def cut(x: jax.Array, count: int) -> Panels:
+    """The rows of `(..., n, k)` as the panels of a symmetric `n × n` matrix."""
+    stops = panel_stops(x.shape[-2], count)
+    return tuple(x[..., start:stop, :] for start, stop in itertools.pairwise((0, *stops)))
+
+
+def whole(panels: Panels) -> jax.Array:
+    """The panels as one matrix."""
+    return jnp.concatenate(panels, axis=-2) if len(panels) > 1 else panels[0]
+
+
+def matmul(x: jax.Array, y: jax.Array, *, transposed: bool = False) -> jax.Array:
+    """XY, or XYᵀ if `transposed`, in `accumulator(x.dtype)`.
+
+    The transpose is part of the product: XLA:CPU runs bfloat16 products with an operand that was
+    transposed before in float32, at half the rate. Its bfloat16 kernels are fast where the result
+    is float32.
+    """
+    batch = tuple(range(x.ndim - 2))
+    contracted = ((x.ndim - 1,), (y.ndim - 1 if transposed else y.ndim - 2,))
+    return jax.lax.dot_general(
+        x,
+        y,
+        (contracted, (batch, batch)),
+        precision=jax.lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else None,
+        preferred_element_type=accumulator(x.dtype),
+    )
+
+
+def accumulator(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _lower_blocks(p: Panels, q: Panels) -> Panels:
+    """Blocks (0, 0), (1, 0), (1, 1), (2, 0), ... of PQᵀ."""
+    return tuple(matmul(p[i], q[j], transposed=True) for i in range(len(p)) for j in range(i + 1))
+
+
+def _mirror(blocks: Panels, dtype: jnp.dtype, *, exactly: bool = False) -> Panels:
+    """The panels whose blocks on and below the diagonal these are.
+
+    `exactly`: the diagonal blocks are mirrored too. They are PQᵀ, and where Q is symmetric up to
+    rounding only, PQᵀ turns the sign of what is not: an iteration would amplify that.
+    """
+    if len(blocks) == 1:
+        return blocks
+    count = int((2 * len(blocks)) ** 0.5)
+
+    def block(i: int, j: int) -> jax.Array:
+        if j > i:
+            return block(j, i).mT
+        lower = blocks[i * (i + 1) // 2 + j]
+        if i == j and exactly:
+            lower = jnp.where(jnp.tri(lower.shape[-1], dtype=bool), lower, lower.mT)
+        return lower
+
+    return tuple(_beside([block(i, j) for j in range(count)], dtype) for i in range(count))
+
+
+def _beside(blocks: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
+    """The blocks as one row of blocks, on their way to products in `dtype`.
+
+    XLA:CPU fuses a sum of padded arrays, or a stack, with the arithmetic around it, but not a
+    concatenation: half of the kernels to compile. Padding costs a few per cent in the low
+    precisions, where the cast comes in between.
+    """
+    if dtype.itemsize < 4 and len({block.shape for block in blocks}) == 1:
+        return jnp.stack(blocks, axis=-2).reshape(*blocks[0].shape[:-1], -1)
+    widths = [block.shape[-1] for block in blocks]
+    rest = [(0, 0, 0)] * (blocks[0].ndim - 1)
+    zero = jnp.zeros((), blocks[0].dtype)
+    return functools.reduce(
+        operator.add,
+        (
+            jax.lax.pad(block, zero, [*rest, (sum(widths[:i]), sum(widths[i + 1 :]), 0)])
+            for i, block in enumerate(blocks)
+        ),
+    )
