@@ -67,7 +67,8 @@ def singular_values(spectrum: str, shape: tuple[int, int], schedule: str, dtype:
     """
     whole = matrix(spectrum, *shape)
     x = whole.u * whole.sigma @ whole.v.T
-    restarts = NewtonSchulz(schedule, dtype=dtype, method="gram").form(*shape, jnp.float32).restarts
+    solver = NewtonSchulz(schedule, dtype=dtype, method="gram")
+    restarts = solver.form(*shape, jnp.float32, "cpu").restarts
     rows = []
     for form in FORMS:
         y = orthogonalized(x, form, schedule, dtype)
