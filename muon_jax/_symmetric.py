@@ -15,9 +15,6 @@ import jax.numpy as jnp
 
 Panels = tuple[jax.Array, ...]
 
-# Panels end at multiples of this: the tile of a TPU's matrix unit.
-_TILE = 128
-
 
 def panel_count(n: int, dtype: jax.typing.DTypeLike, platform: str) -> int:
     """How many panels pay for a symmetric `n × n` matrix of operands of `dtype`: 1, 2 or 4."""
@@ -34,7 +31,8 @@ def panel_count(n: int, dtype: jax.typing.DTypeLike, platform: str) -> int:
 
 def panel_stops(n: int, count: int) -> tuple[int, ...]:
     """The last row, exclusive, of each of at most `count` panels of `n` rows."""
-    height = -(-n // (count * _TILE)) * _TILE if count > 1 else max(n, 1)
+    tile = 128 if n >= 1024 else 16  # a TPU's matrix unit, where it is a small part; a CPU's vector
+    height = -(-n // (count * tile)) * tile if count > 1 else max(n, 1)
     return tuple(min(start + height, n) for start in range(0, n, height))
 
 
