@@ -90,8 +90,9 @@ def on_mesh(x):
 def gradients(params, seed):
     leaves, tree = jax.tree.flatten(params)
     drawn = [normal(x.shape, seed + n) for n, x in enumerate(leaves)]
-    shardings = [getattr(x, "sharding", None) for x in leaves]
-    return tree.unflatten(jax.device_put(drawn, shardings))
+    if isinstance(leaves[0].sharding, jax.sharding.NamedSharding):
+        drawn = jax.device_put(drawn, [x.sharding for x in leaves])
+    return tree.unflatten(drawn)
 
 
 def signature(tree):
