@@ -157,7 +157,7 @@ def test_settings_that_cannot_be_run_are_refused(settings, complaint):
 def test_more_devices_than_there_are_is_an_error(tmp_path, capsys):
     arguments = ["--parts", "sharding", "--devices", "4096", "--out", str(tmp_path)]
     assert bench.main(arguments) == 2
-    assert "needs as many CPU devices, and JAX has 8" in capsys.readouterr().out
+    assert f"and JAX has {jax.device_count()}" in capsys.readouterr().out
 
 
 def test_help_teaches(capsys):
