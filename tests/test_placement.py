@@ -84,6 +84,7 @@ CASES = {
     "fsdp × tp": (PLANE, layers(8, True), trailing("fsdp", "tp")),
     "fsdp × tp, long over tp": (PLANE, layers(3, True), wide_out),
     "both axes on fan_in": (PLANE, layers(8, True), trailing(("fsdp", "tp"), None)),
+    "fsdp alone": (PLANE, layers(8, True), trailing("fsdp", None)),
     "tp alone": (PLANE, layers(8, True), trailing(None, "tp")),
     "data × fsdp × tp": (CUBE, layers(8, True), trailing("fsdp", "tp")),
     "data × fsdp × tp, a remainder": (CUBE, layers(3, True), trailing("tp", "fsdp")),
