@@ -7,6 +7,7 @@ axis at a time, since of a direct move over two axes it makes a full replication
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from muon_jax._newton_schulz import NewtonSchulz
 _FREE = PartitionSpec.UNCONSTRAINED
 
 
-class Group:
+class Group(Protocol):
     """Leaves that move together.
 
     Attributes:
@@ -35,7 +36,6 @@ class Group:
 
     def restore(self, results: Sequence[jax.Array]) -> Sequence[jax.Array]:
         """The members' updates from those of `arrays`."""
-        raise NotImplementedError
 
 
 def assume_layouts(
