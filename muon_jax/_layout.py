@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from muon_jax._buckets import Axes, Block, Sizes
 from muon_jax._matrix_axes import MatrixAxes
+from muon_jax._paths import KeyPath, broadcast_prefix, path_string
 
 AnyMesh: TypeAlias = Mesh | AbstractMesh
 Layout = tuple[Axes, ...]
@@ -192,6 +193,18 @@ def told_layout(sharding: Any, shape: tuple[int, ...], placing: Placing, path: s
                 f"axes {names} of {parts} devices, which do not divide it."
             )
     return layout
+
+
+def layouts_by_path(shardings: Any, tree: Any, placing: Placing) -> dict[KeyPath, Layout]:
+    """The layouts that a user's `shardings` give the leaves of `tree`, by key path."""
+    if shardings is None or placing.mesh is None:
+        return {}
+    found = broadcast_prefix(shardings, tree, what="shardings", is_value=is_sharding, partial=True)
+    shapes = {path: x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        path: told_layout(sharding, shapes[path], placing, path_string(path))
+        for path, sharding in found.items()
+    }
 
 
 def is_sharding(x: Any) -> bool:

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+
+from muon_jax._paths import KeyPath, broadcast_prefix, is_tree_of
 
 
 class MatrixAxes(NamedTuple):
@@ -93,3 +95,13 @@ def as_matrix_axes(axes) -> MatrixAxes:
 def is_matrix_axes(x) -> bool:
     """Whether `as_matrix_axes` would take it; the `is_leaf` of trees of axes."""
     return isinstance(x, MatrixAxes) or (hasattr(x, "reduction_axis") and hasattr(x, "output_axis"))
+
+
+def axes_by_path(matrix_axes: Any, tree: Any, partial: bool = False) -> dict[KeyPath, MatrixAxes]:
+    """The axes of each leaf of `tree`, by key path, from what a user gives as `matrix_axes`."""
+    if not is_tree_of(matrix_axes, is_matrix_axes):
+        matrix_axes = matrix_axes(tree)
+    found = broadcast_prefix(
+        matrix_axes, tree, what="matrix_axes", is_value=is_matrix_axes, partial=partial
+    )
+    return {path: as_matrix_axes(axes) for path, axes in found.items()}

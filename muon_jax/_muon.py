@@ -13,17 +13,15 @@ import optax
 from muon_jax._coefficients import Schedule
 from muon_jax._layout import (
     AnyMesh,
-    Layout,
     Placing,
     find_placing,
-    is_sharding,
-    told_layout,
+    layouts_by_path,
     whole_shape,
 )
-from muon_jax._matrix_axes import MatrixAxes, as_matrix_axes, is_matrix_axes
+from muon_jax._matrix_axes import MatrixAxes, axes_by_path
 from muon_jax._momentum import MOMENTA, update_momentum
 from muon_jax._newton_schulz import NewtonSchulz, as_newton_schulz
-from muon_jax._paths import KeyPath, broadcast_prefix, is_tree_of, map_paths, path_string
+from muon_jax._paths import broadcast_prefix, is_tree_of, map_paths
 from muon_jax._placement import orthogonalize_leaves
 from muon_jax._routing import ADAMW, FROZEN, MUON, Routing, route
 from muon_jax._shape_scale import ShapeScale, as_shape_scale
@@ -104,8 +102,8 @@ def scale_by_muon(
     shape_scale = as_shape_scale(scale)
 
     def orthogonalize(tree: optax.Updates, mu: optax.Updates, placing: Placing) -> optax.Updates:
-        axes = _axes_by_path(MatrixAxes() if matrix_axes is None else matrix_axes, tree)
-        layouts = _layouts_by_path(shardings, tree, placing)
+        axes = axes_by_path(MatrixAxes() if matrix_axes is None else matrix_axes, tree)
+        layouts = layouts_by_path(shardings, tree, placing)
         momenta = dict(jax.tree_util.tree_leaves_with_path(mu))
         leaves = {path: u for path, u in jax.tree_util.tree_leaves_with_path(tree) if u.size}
         factors = orthogonalize_leaves(
@@ -216,7 +214,7 @@ def muon(
         routes = route(tree, routing)
         axes = {path: leaf.axes for path, leaf in routes.items()}
         if matrix_axes is not None:
-            axes |= _axes_by_path(matrix_axes, tree, partial=True)
+            axes |= axes_by_path(matrix_axes, tree, partial=True)
         mask = _decay_mask(weight_decay_mask, tree)
         return optax.multi_transform(
             {
@@ -261,26 +259,6 @@ def muon(
         return hybrid(updates).update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _axes_by_path(matrix_axes: Any, tree: Any, partial: bool = False) -> dict[KeyPath, MatrixAxes]:
-    if not is_tree_of(matrix_axes, is_matrix_axes):
-        matrix_axes = matrix_axes(tree)
-    found = broadcast_prefix(
-        matrix_axes, tree, what="matrix_axes", is_value=is_matrix_axes, partial=partial
-    )
-    return {path: as_matrix_axes(axes) for path, axes in found.items()}
-
-
-def _layouts_by_path(shardings: Any, tree: Any, placing: Placing) -> dict[KeyPath, Layout]:
-    if shardings is None or placing.mesh is None:
-        return {}
-    found = broadcast_prefix(shardings, tree, what="shardings", is_value=is_sharding, partial=True)
-    shapes = {path: x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-    return {
-        path: told_layout(sharding, shapes[path], placing, path_string(path))
-        for path, sharding in found.items()
-    }
 
 
 def _decay_mask(mask: Any, tree: Any) -> Callable[[Any], Any] | None:

@@ -16,11 +16,12 @@ from muon_jax._layout import (
     Placing,
     find_placing,
     is_sharding,
+    layouts_by_path,
     told_layout,
 )
-from muon_jax._matrix_axes import MatrixAxes, as_matrix_axes, is_matrix_axes
+from muon_jax._matrix_axes import MatrixAxes, axes_by_path
 from muon_jax._newton_schulz import Form, NewtonSchulz
-from muon_jax._paths import KeyPath, broadcast_prefix, is_tree_of, path_string
+from muon_jax._paths import KeyPath, path_string
 from muon_jax._placement import plan_entries
 from muon_jax._routing import ADAMW, FROZEN, MUON, Routing, route
 
@@ -185,12 +186,7 @@ def plan(
     placing = find_placing(mesh, list(leaves.values()))
     axes = {path: found.axes for path, found in routes.items()}
     if matrix_axes is not None:
-        if not is_tree_of(matrix_axes, is_matrix_axes):
-            matrix_axes = matrix_axes(params)
-        given = broadcast_prefix(
-            matrix_axes, params, what="matrix_axes", is_value=is_matrix_axes, partial=True
-        )
-        axes |= {path: as_matrix_axes(value) for path, value in given.items()}
+        axes |= axes_by_path(matrix_axes, params, partial=True)
     layouts = _layouts(leaves, params, shardings, placing)
     size = dict(placing.sizes)
 
@@ -256,18 +252,16 @@ def plan(
 
 
 def _layouts(leaves: dict[KeyPath, Any], tree: Any, shardings: Any, placing: Placing):
-    found = {}
-    if shardings is not None:
-        found = broadcast_prefix(
-            shardings, tree, what="shardings", is_value=is_sharding, partial=True
-        )
+    told = layouts_by_path(shardings, tree, placing)
     layouts: dict[KeyPath, Layout] = {}
     for path, x in leaves.items():
-        sharding = found.get(path, getattr(x, "sharding", None))
-        if placing.mesh is None or not is_sharding(sharding):
-            layouts[path] = ((),) * len(x.shape)
-        else:
+        sharding = getattr(x, "sharding", None)
+        if path in told:
+            layouts[path] = told[path]
+        elif placing.mesh is not None and is_sharding(sharding):
             layouts[path] = told_layout(sharding, x.shape, placing, path_string(path))
+        else:
+            layouts[path] = ((),) * len(x.shape)
     return layouts
 
 
