@@ -1,6 +1,7 @@
 """Muon for JAX: momentum orthogonalised by Newton-Schulz, as an Optax transformation."""
 
 from muon_jax._coefficients import Schedule
+from muon_jax._hybrid import hybrid
 from muon_jax._matrix_axes import MatrixAxes
 from muon_jax._muon import MuonState, muon, scale_by_muon
 from muon_jax._newton_schulz import newton_schulz
@@ -12,6 +13,7 @@ __all__ = [
     "MuonState",
     "Plan",
     "Schedule",
+    "hybrid",
     "label_params",
     "muon",
     "newton_schulz",

@@ -8,6 +8,8 @@ import jax
 
 from muon_jax._paths import KeyPath, broadcast_prefix, is_tree_of
 
+Parts = int | tuple[int, ...]
+
 
 class MatrixAxes(NamedTuple):
     """Which axes of a leaf are contracted with the input, and which are the output.
@@ -18,6 +20,10 @@ class MatrixAxes(NamedTuple):
     Attributes:
         fan_in: an axis or several, e.g. `(0, 1, 2)` for a conv kernel `(kh, kw, in, out)`.
         fan_out: an axis or several, e.g. `(-2, -1)` for a query kernel `(d, heads, head_dim)`.
+        fan_in_parts, fan_out_parts: into how many equal parts the (first) axis of the fan is split,
+            or into parts of which sizes; each part is a matrix of its own. `fan_out_parts=2` for
+            gate and up in one kernel, `(2048, 512, 512)` for query, key and value in one, the
+            number of heads to orthogonalise each head by itself.
 
     Example:
         >>> import jax.numpy as jnp
@@ -28,6 +34,8 @@ class MatrixAxes(NamedTuple):
 
     fan_in: int | Sequence[int] = -2
     fan_out: int | Sequence[int] = -1
+    fan_in_parts: Parts = 1
+    fan_out_parts: Parts = 1
 
     def split(self, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """`(batch, fan_in, fan_out)` axes of a leaf of this shape, none negative.
@@ -52,10 +60,10 @@ class MatrixAxes(NamedTuple):
     def normalized(self, ndim: int) -> "MatrixAxes":
         """The same axes as tuples, none negative."""
         _, fan_in, fan_out = self.split((1,) * ndim)
-        return MatrixAxes(fan_in, fan_out)
+        return MatrixAxes(fan_in, fan_out, self.fan_in_parts, self.fan_out_parts)
 
     def matrix_shape(self, shape: Sequence[int]) -> tuple[tuple[int, ...], int, int]:
-        """`(batch shape, fan_in, fan_out)` of a leaf of this shape."""
+        """`(batch shape, fan_in, fan_out)` of a leaf of this shape, before it is split in parts."""
         batch, fan_in, fan_out = self.split(shape)
         return (
             tuple(shape[axis] for axis in batch),

@@ -1,9 +1,10 @@
 """Momentum by name: gradients and the running average -> what is orthogonalised."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -54,18 +55,69 @@ MOMENTA = {
 }
 
 
+class Int8(NamedTuple):
+    """Momentum in one byte an entry: `values * scales`.
+
+    An entry is off by at most 1/254 of the largest of its row (the leaf's last axis) for each
+    rounding.
+
+    Attributes:
+        values: int8, shaped like the params.
+        scales: float32, the same with a last axis of 1.
+    """
+
+    values: Any
+    scales: Any
+
+    @classmethod
+    def encode(cls, mu: optax.Updates) -> "Int8":
+        scales = jax.tree.map(
+            lambda m: (
+                jnp.max(jnp.abs(m), axis=-1, keepdims=True, initial=0).astype(jnp.float32) / 127
+            ),
+            mu,
+        )
+        values = jax.tree.map(
+            lambda m, s: jnp.round(m / jnp.where(s == 0, 1, s)).astype(jnp.int8), mu, scales
+        )
+        return cls(values, scales)
+
+    def decode(self) -> optax.Updates:
+        return jax.tree.map(lambda v, s: v * s, self.values, self.scales)
+
+
+def init_momentum(params: optax.Params, dtype: jax.typing.DTypeLike | None) -> Any:
+    """Zeros in `dtype`; `None` is each parameter's own, `int8` makes it an `Int8`.
+
+    Raises:
+        ValueError: any other dtype that is no real floating point.
+    """
+    if dtype is None or jnp.issubdtype(dtype, jnp.floating):
+        return optax.tree.zeros_like(params, dtype=dtype)
+    if jnp.dtype(dtype) != jnp.int8:
+        raise ValueError(f"mu_dtype must be real floating point or int8, got {jnp.dtype(dtype)}.")
+    return Int8.encode(optax.tree.zeros_like(params))
+
+
+def as_array_tree(mu: Any) -> optax.Updates:
+    """Momentum as numbers, however it is stored."""
+    return mu.decode() if isinstance(mu, Int8) else mu
+
+
 def update_momentum(
-    updates: optax.Updates, mu: optax.Updates, *, beta, nesterov: bool, kind: str, count: jax.Array
-) -> tuple[optax.Updates, optax.Updates]:
+    updates: optax.Updates, mu: Any, *, beta, nesterov: bool, kind: str, count: jax.Array
+) -> tuple[optax.Updates, Any]:
     """Returns the average to orthogonalise, in the gradients' dtypes, and the new `mu` in its own.
 
     `count` is the number of this step, from 1.
     """
     momentum = MOMENTA[kind]
-    new_mu = jax.tree.map(lambda g, m: momentum.accumulate(g, m, beta), updates, mu)
+    new_mu = jax.tree.map(lambda g, m: momentum.accumulate(g, m, beta), updates, as_array_tree(mu))
     used = jax.tree.map(
         lambda g, m: momentum.look_ahead(g, m, beta, nesterov, count).astype(g.dtype),
         updates,
         new_mu,
     )
+    if isinstance(mu, Int8):
+        return used, Int8.encode(new_mu)
     return used, jax.tree.map(lambda new, old: new.astype(old.dtype), new_mu, mu)

@@ -1,0 +1,182 @@
+"""A leaf in pieces, and back: heads, fused projections and tiles are matrices of their own."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from muon_jax._layout import Layout
+from muon_jax._matrix_axes import MatrixAxes, Parts
+
+
+class Run(NamedTuple):
+    """Equal slices of an axis that follow each other; in a piece, a new axis in front of it.
+
+    Attributes:
+        axis: of the leaf.
+        start: where they begin.
+        slices, size: how many, and how long each is.
+        whole: they are all of the axis.
+    """
+
+    axis: int
+    start: int
+    slices: int
+    size: int
+    whole: bool
+
+
+class Piece(NamedTuple):
+    """Matrices of one shape within a leaf.
+
+    Attributes:
+        along_in, along_out: the slices of either fan; `None` where it is not split.
+        axes: of the array that `take` gives.
+        shape: of that array, where the leaf is whole.
+        layout: the mesh axes along its axes, where those along the leaf's are known.
+    """
+
+    along_in: Run | None
+    along_out: Run | None
+    axes: MatrixAxes
+    shape: tuple[int, ...]
+    layout: Layout | None
+
+    @property
+    def runs(self) -> list[Run]:
+        return sorted(run for run in (self.along_in, self.along_out) if run is not None)
+
+    @property
+    def fans(self) -> tuple[int, int]:
+        """`(fan_in, fan_out)`."""
+        _, fan_in, fan_out = self.axes.matrix_shape(self.shape)
+        return fan_in, fan_out
+
+    def take(self, x: jax.Array) -> jax.Array:
+        """The piece of a leaf; inside `shard_map`, what this device holds of it."""
+        for run in reversed(self.runs):
+            count = x.shape[run.axis] // run.size if run.whole else run.slices
+            if not (run.whole and _in_whole_slices(x, run.axis, count)):
+                x = _gathered(x, run.axis)
+            if not run.whole:
+                stop = run.start + count * run.size
+                x = jax.lax.slice_in_dim(x, run.start, stop, axis=run.axis)
+            x = x.reshape(*x.shape[: run.axis], count, run.size, *x.shape[run.axis + 1 :])
+        return x
+
+    def give(self, y: jax.Array) -> jax.Array:
+        """What `take` has taken, as it lies in the leaf."""
+        for run in self.runs:
+            y = y.reshape(*y.shape[: run.axis], -1, *y.shape[run.axis + 2 :])
+        return y
+
+
+def cut(
+    shape: tuple[int, ...],
+    axes: MatrixAxes,
+    layout: Layout | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> list[Piece]:
+    """The pieces of a leaf: those along fan_out, for each along fan_in.
+
+    Args:
+        shape: of the whole leaf.
+        axes: its matrix axes, with their parts.
+        layout: the mesh axes along each axis of the leaf, where they are known.
+        sizes: of these mesh axes.
+
+    Raises:
+        ValueError: parts that do not add up to the axis.
+    """
+    _, *fans = axes.split(shape)
+    runs_in = _runs(fans[0][0], shape, axes.fan_in_parts)
+    runs_out = _runs(fans[1][0], shape, axes.fan_out_parts)
+    pieces = []
+    for pair in itertools.product(runs_in, runs_out):
+        run_at = {run.axis: run for run in pair if run is not None}
+        lengths: list[int] = []
+        names: list[tuple[str, ...]] = []
+        at = {}
+        for axis, length in enumerate(shape):
+            along = layout[axis] if layout is not None else ()
+            if axis in run_at:
+                run = run_at[axis]
+                ways = math.prod((sizes or {})[name] for name in along)
+                lengths.append(run.slices)
+                names.append(along if run.whole and run.slices % ways == 0 else ())
+                length, along = run.size, ()
+            at[axis] = len(lengths)
+            lengths.append(length)
+            names.append(along)
+        fan_in, fan_out = (tuple(at[axis] for axis in fan) for fan in fans)
+        known = None if layout is None else tuple(names)
+        pieces.append(Piece(*pair, MatrixAxes(fan_in, fan_out), tuple(lengths), known))
+    return pieces
+
+
+def join(pieces: Sequence[Piece], arrays: Sequence[jax.Array]) -> jax.Array:
+    """The leaf of which these are the pieces."""
+    taken = list(zip(pieces, map(Piece.give, pieces, arrays), strict=True))
+    bands = []
+    for along_in, band in itertools.groupby(taken, key=lambda pair: pair[0].along_in):
+        members = list(band)
+        bands.append((along_in, _concatenate([(p.along_out, y) for p, y in members])))
+    return _concatenate(bands)
+
+
+def _concatenate(parts: Sequence[tuple[Run | None, jax.Array]]) -> jax.Array:
+    run, only = parts[0]
+    return (
+        only if run is None or len(parts) == 1 else jnp.concatenate([y for _, y in parts], run.axis)
+    )
+
+
+def _runs(axis: int, shape: tuple[int, ...], parts: Parts) -> list[Run | None]:
+    if parts == 1:
+        return [None]
+    size = shape[axis]
+    if isinstance(parts, int):
+        if parts < 1 or size % parts:
+            raise ValueError(
+                f"Axis {axis} of a leaf of shape {shape} does not split into {parts} equal parts. "
+                "Give the sizes of the parts instead."
+            )
+        return [Run(axis, 0, parts, size // parts, True)]
+    if sum(parts) != size or min(parts) < 1:
+        raise ValueError(
+            f"Parts of the sizes {tuple(parts)} add up to {sum(parts)}, but axis {axis} of a leaf "
+            f"of shape {shape} has {size}."
+        )
+    runs: list[Run | None] = []
+    start = 0
+    for length, same in itertools.groupby(parts):
+        count = len(list(same))
+        runs.append(Run(axis, start, count, length, count == len(parts)))
+        start += count * length
+    return runs
+
+
+def _in_whole_slices(x: jax.Array, axis: int, count: int) -> bool:
+    """Whether Explicit axes, which a reshape must respect, split `axis` between slices."""
+    names = _spec(x)[axis] if axis < len(_spec(x)) else None
+    mesh = jax.typeof(x).sharding.mesh
+    ways = [mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ())]
+    return count % math.prod(ways) == 0
+
+
+def _gathered(x: jax.Array, axis: int) -> jax.Array:
+    """`x`, which Explicit axes shall not split along `axis`."""
+    spec = list(_spec(x))
+    if axis >= len(spec) or spec[axis] is None:
+        return x
+    spec[axis] = None
+    return jax.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec)))
+
+
+def _spec(x: jax.Array) -> PartitionSpec:
+    """Over Explicit axes; empty over others."""
+    return getattr(jax.typeof(x).sharding, "spec", PartitionSpec())

@@ -1,0 +1,229 @@
+"""The stages that Muon and its variants share: momentum, orthogonalisation, shape scale.
+
+A variant is an update that calls them and adds its own formula in between. Between the stages a
+tree is a list of arrays, one for each piece: `(*batch, fan_in, fan_out)` up to the order of axes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from muon_jax._buckets import Axes
+from muon_jax._layout import (
+    AnyMesh,
+    Layout,
+    find_placing,
+    layout_of,
+    layouts_by_path,
+    whole_shape,
+)
+from muon_jax._matrix_axes import MatrixAxes, axes_by_path
+from muon_jax._momentum import MOMENTA, as_array_tree, init_momentum, update_momentum
+from muon_jax._newton_schulz import as_newton_schulz
+from muon_jax._paths import KeyPath, path_string
+from muon_jax._pieces import Piece, cut, join
+from muon_jax._placement import orthogonalize_leaves
+from muon_jax._shape_scale import ShapeScale, as_shape_scale
+
+Orthogonalizer = Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """The settings of the stages, checked; see `scale_by_muon` for each."""
+
+    beta: Any = 0.95
+    nesterov: bool = True
+    momentum: str = "ema"
+    orthogonalizer: Any = None
+    scale: str | ShapeScale | None = "spectral"
+    mu_dtype: Any = None
+    matrix_axes: Any = None
+    mesh: AnyMesh | None = None
+    shardings: Any = None
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.momentum not in MOMENTA:
+            raise ValueError(f"Unknown momentum {self.momentum!r}. Known: {', '.join(MOMENTA)}.")
+        chunk = self.chunk_size
+        if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
+            raise ValueError(f"chunk_size is a number of matrices, at least 1; got {chunk!r}.")
+        if self.mu_dtype is not None:
+            init_momentum({}, self.mu_dtype)
+        object.__setattr__(self, "orthogonalizer", as_newton_schulz(self.orthogonalizer))
+        object.__setattr__(self, "scale", as_shape_scale(self.scale))
+
+    def init_momentum(self, params: optax.Params) -> Any:
+        """The momentum before the first step."""
+        return init_momentum(params, self.mu_dtype)
+
+    def average(
+        self, updates: optax.Updates, mu: Any, count: jax.Array
+    ) -> tuple[optax.Updates, Any]:
+        """The average to orthogonalise at step `count`, from 1, and the new momentum."""
+        return update_momentum(
+            updates, mu, beta=self.beta, nesterov=self.nesterov, kind=self.momentum, count=count
+        )
+
+    def matrices(self, tree: Any, axes: Any = None) -> "Matrices":
+        """How the leaves of a tree are matrices, and where they lie."""
+        return Matrices(tree, self, axes)
+
+
+class Matrices:
+    """The leaves of a tree as lists of arrays, one for each piece; empty leaves have none.
+
+    Attributes:
+        pieces: all of them, in the tree's order.
+    """
+
+    def __init__(self, tree: Any, stages: Stages, axes: Any = None):
+        self._tree, self._stages = tree, stages
+        self._placing = find_placing(stages.mesh, jax.tree.leaves(tree))
+        self._told = layouts_by_path(stages.shardings, tree, self._placing)
+        axes = axes if axes is not None else stages.matrix_axes
+        self._axes = axes_by_path(MatrixAxes() if axes is None else axes, tree)
+        self._pieces: dict[KeyPath, list[Piece]] = {}
+        size = dict(self._placing.sizes)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            if math.prod(x.shape):
+                told = self._told.get(path)
+                shape = whole_shape(x.shape, told or ((),) * x.ndim, self._placing)
+                self._pieces[path] = cut(shape, self._axes[path], told, size)
+                if self._placing.taken and not self._placing.free and told:
+                    _check_slices(path, x.shape, told, self._pieces[path])
+        self.pieces = [piece for pieces in self._pieces.values() for piece in pieces]
+
+    def in_blocks(self, blocks: tuple[int, int] | None) -> "Matrices":
+        """The same leaves with every matrix in blocks; `None` is one for each device that has some.
+
+        Raises:
+            ValueError: nothing tells which devices have which part of a leaf.
+        """
+
+        def parts(path: KeyPath, x: jax.Array) -> MatrixAxes:
+            axes = self._axes[path]
+            if (axes.fan_in_parts, axes.fan_out_parts) != (1, 1) or path not in self._pieces:
+                return axes
+            if blocks is not None:
+                return axes._replace(fan_in_parts=blocks[0], fan_out_parts=blocks[1])
+            layout = self._told.get(path)
+            if layout is None and self._placing.free:
+                layout = layout_of(x, self._placing)
+                if layout is None:
+                    raise ValueError(
+                        f"Nothing tells how {path_string(path)!r} is split over the mesh: under "
+                        "Auto axes a traced array does not. Give shardings=, or blocks=."
+                    )
+            size = dict(self._placing.sizes)
+            _, *fans = axes.split(x.shape)
+            names = [layout[fan[0]] if layout is not None else () for fan in fans]
+            ways = [math.prod(size[name] for name in along) for along in names]
+            return axes._replace(fan_in_parts=ways[0], fan_out_parts=ways[1])
+
+        axes = jax.tree_util.tree_map_with_path(parts, self._tree)
+        return Matrices(self._tree, self._stages, axes)
+
+    def take(self, tree: Any) -> list[jax.Array]:
+        """The pieces of a tree whose leaves have the same shapes."""
+        leaves = dict(jax.tree_util.tree_leaves_with_path(tree))
+        return [p.take(leaves[path]) for path, pieces in self._pieces.items() for p in pieces]
+
+    def give(self, arrays: Sequence[jax.Array], tree: Any) -> Any:
+        """A tree from its pieces, in dtypes and layouts of `tree`, whose empty leaves it keeps."""
+        rest = iter(arrays)
+
+        def leaf(path, x):
+            if path not in self._pieces:
+                return x
+            pieces = self._pieces[path]
+            y = join(pieces, [next(rest) for _ in pieces]).astype(x.dtype)
+            sharding = getattr(jax.typeof(x), "sharding", None)
+            moved = sharding is not None and jax.typeof(y).sharding != sharding
+            return jax.reshard(y, sharding) if moved and any(sharding.spec) else y
+
+        return jax.tree_util.tree_map_with_path(leaf, tree)
+
+    def pack(self, arrays: Sequence[Any], tree: Any) -> Any:
+        """What is kept for each piece as a tree like `tree`; a tuple where a leaf has several."""
+        rest = iter(arrays)
+
+        def leaf(path, x):
+            kept = tuple(next(rest) for _ in self._pieces.get(path, ()))
+            return kept[0] if len(kept) == 1 else kept
+
+        return jax.tree_util.tree_map_with_path(leaf, tree)
+
+    def unpack(self, packed: Any, tree: Any) -> list[Any]:
+        """Undoes `pack`."""
+        kept: list[Any] = []
+
+        def leaf(path, _, value):
+            pieces = self._pieces.get(path, ())
+            kept.extend([value] if len(pieces) == 1 else value)
+
+        jax.tree_util.tree_map_with_path(leaf, tree, packed)
+        return kept
+
+    def orthogonalize(
+        self, arrays: Sequence[jax.Array], like: Any, orthogonalizer: Orthogonalizer | None = None
+    ) -> list[jax.Array]:
+        """The pieces orthogonalised, each matrix once, wherever they lie.
+
+        `like` is a tree that lies as the leaves of these pieces do: the momentum.
+        """
+        return orthogonalize_leaves(
+            list(arrays),
+            [piece.axes for piece in self.pieces],
+            orthogonalizer or self._stages.orthogonalizer,
+            placing=self._placing,
+            layouts=[piece.layout for piece in self.pieces],
+            like=self.take(as_array_tree(like)),
+            chunk_size=self._stages.chunk_size,
+        )
+
+    def scale(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        """Times the shape scale of each piece's fan_in and fan_out."""
+        factor = self._stages.scale
+        assert callable(factor)
+        return [factor(*p.fans) * x for p, x in zip(self.pieces, arrays, strict=True)]
+
+    def sum(self, arrays: Iterable[jax.Array], over: str) -> list[jax.Array]:
+        """Sums in float32 over `"fan_in"`, `"fan_out"` or `"matrix"`; the axes stay, of size 1."""
+        return [self._sum(piece, x, over) for piece, x in zip(self.pieces, arrays, strict=True)]
+
+    def _sum(self, piece: Piece, x: jax.Array, over: str) -> jax.Array:
+        _, fan_in, fan_out = piece.axes.split(piece.shape)
+        axes = {"fan_in": fan_in, "fan_out": fan_out, "matrix": fan_in + fan_out}[over]
+        total = jnp.sum(x, axis=axes, keepdims=True, dtype=jnp.promote_types(x.dtype, jnp.float32))
+        if self._placing.free or piece.layout is None:
+            return total
+        names: Axes = tuple(name for axis in axes for name in piece.layout[axis])
+        return jax.lax.psum(total, names) if names else total
+
+    def norms(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        """Frobenius norms of the matrices, in float32."""
+        wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in arrays]
+        return [jnp.sqrt(total) for total in self.sum([x * x for x in wide], over="matrix")]
+
+    def __iter__(self) -> Iterator[Piece]:
+        return iter(self.pieces)
+
+
+def _check_slices(
+    path: KeyPath, shape: tuple[int, ...], layout: Layout, pieces: Sequence[Piece]
+) -> None:
+    """Inside `shard_map` nothing is moved to split it: each device must hold whole parts."""
+    for run in (run for piece in pieces for run in piece.runs):
+        if layout[run.axis] and (shape[run.axis] % run.size or not run.whole):
+            raise ValueError(
+                f"Inside shard_map, a device has {shape[run.axis]} entries of axis {run.axis} of "
+                f"{path_string(path)!r}, which are not whole parts of {run.size}. Split it into as "
+                "many equal parts as its mesh axes divide."
+            )

@@ -1,0 +1,117 @@
+"""AdaMuon: the sign of the momentum, orthogonalised, then an elementwise second moment."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import chex
+import jax.numpy as jnp
+import optax
+
+from muon_jax._muon import hybrid_muon, scale_by_muon
+from muon_jax._options import takes_options_of
+from muon_jax._shape_scale import ShapeScale
+from muon_jax._stages import Stages
+
+
+class AdaMuonState(NamedTuple):
+    """State of `scale_by_adamuon`.
+
+    Attributes:
+        count: steps taken, int32 scalar.
+        mu: momentum, shaped like the params.
+        nu: average square of the orthogonal factor, shaped like the params, float32.
+    """
+
+    count: chex.Array
+    mu: optax.Updates
+    nu: optax.Updates
+
+
+@takes_options_of(scale_by_muon)
+def scale_by_adamuon(
+    *,
+    beta2: float = 0.95,
+    eps: float = 1e-8,
+    scale: str | ShapeScale | None = "match_rms_adamw",
+    **options: Any,
+) -> optax.GradientTransformation:
+    r"""Muon with Adam's adaptive step on the orthogonal factor, for trees of matrix stacks.
+
+    $O = NS(\mathrm{sign}(u))$, $V \leftarrow \beta_2 V + (1-\beta_2) O^2$,
+    $\hat O = O / (\sqrt V + \epsilon)$, brought to the Frobenius norm of a semi-orthogonal matrix;
+    then the shape scale. With the default one the RMS of every update is 0.2, AdamW's, whose rate
+    can be reused.
+
+    Args:
+        beta2: decay of the second moment.
+        eps: added to its root, and to the norm.
+        scale: as in `scale_by_muon`.
+        options: those of `scale_by_muon`.
+
+    Returns:
+        A transformation whose state is `AdaMuonState`.
+
+    References:
+        Si et al., 2025, AdaMuon, arXiv 2507.11005, algorithm 1.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.scale_by_adamuon()
+        >>> params = {"kernel": jnp.eye(4, 8)}
+        >>> updates, _ = tx.update(params, tx.init(params))
+        >>> print(f"{jnp.sqrt(jnp.mean(updates['kernel'] ** 2)):.2f}")
+        0.20
+    """
+    stages = Stages(scale=scale, **options)
+
+    def init(params):
+        nu = optax.tree.zeros_like(params, dtype=jnp.float32)
+        return AdaMuonState(jnp.zeros([], jnp.int32), stages.init_momentum(params), nu)
+
+    def update(updates, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        used, mu = stages.average(updates, state.mu, count)
+        matrices = stages.matrices(updates)
+        signs = [jnp.sign(x) for x in matrices.take(used)]
+        factors = [o.astype(jnp.float32) for o in matrices.orthogonalize(signs, like=state.mu)]
+        nu = [
+            beta2 * v + (1 - beta2) * o * o
+            for v, o in zip(matrices.take(state.nu), factors, strict=True)
+        ]
+        adapted = [o / (jnp.sqrt(v) + eps) for o, v in zip(factors, nu, strict=True)]
+        adapted = [
+            math.sqrt(min(piece.fans)) * y / (norm + eps)
+            for piece, y, norm in zip(matrices, adapted, matrices.norms(adapted), strict=True)
+        ]
+        state = AdaMuonState(count, mu, matrices.give(nu, state.nu))
+        return matrices.give(matrices.scale(adapted), updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+@takes_options_of(hybrid_muon)
+def adamuon(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    beta2: float = 0.95,
+    eps: float = 1e-8,
+    scale: str | ShapeScale | None = "match_rms_adamw",
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_adamuon` for the hidden matrices, AdamW for the rest.
+
+    Args:
+        learning_rate: of the hidden matrices; a number or a schedule. AdamW's size, not Muon's.
+        beta2, eps, scale: as in `scale_by_adamuon`.
+        options: those of `muon`.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.adamuon(1e-3, weight_decay=0.1)
+        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    scale_by = functools.partial(scale_by_adamuon, beta2=beta2, eps=eps)
+    return hybrid_muon(scale_by, learning_rate, scale=scale, **options)

@@ -1,0 +1,165 @@
+"""Orthogonalizers by singular values: the exact polar factor, and that of the top k triplets."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from muon_jax._muon import muon
+from muon_jax._options import takes_options_of
+
+# Directions beyond the rank that the iteration carries, so that the last wanted ones converge.
+_OVERSAMPLING = 8
+
+
+def polar_factor(x: jax.Array) -> jax.Array:
+    r"""The polar factor $UV^\top$ of $x = U \Sigma V^\top$ by SVD: what Newton-Schulz approximates.
+
+    Null directions stay zero, so a zero matrix gives zeros.
+
+    Args:
+        x: `(..., m, n)`, floating point.
+
+    Returns:
+        `(..., m, n)` in `x.dtype`; computed in float32 or wider.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> print(muon_jax.polar_factor(jnp.array([[3.0, 0.0], [0.0, -4.0]])).round(6) + 0)
+        [[ 1.  0.]
+         [ 0. -1.]]
+        >>> tx = muon_jax.muon(0.02, orthogonalizer=muon_jax.polar_factor)
+    """
+    return _truncated(x, min(x.shape[-2:]))
+
+
+@dataclasses.dataclass(frozen=True)
+class TruncatedPolar:
+    r"""The orthogonalizer $U_k V_k^\top$ of the top k singular triplets.
+
+    Attributes:
+        rank: k, or a share of the short side in (0, 1] as a float. More than the short side is the
+            short side, which is the polar factor.
+        method: `"svd"`, exact, or `"subspace"`: block power iteration from a fixed random start,
+            whose cost grows with k, and whose error with the ratio of the singular values around k.
+        iterations: of `"subspace"`, each two products with `x` and a QR.
+
+    Raises:
+        ValueError: an unknown method, or a rank or a number of iterations below 1.
+
+    References:
+        Essential AI, 2025, the rank study; Halko et al., 2011, arXiv 0909.4061, algorithm 4.4.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> top = muon_jax.TruncatedPolar(rank=1)
+        >>> print(top(jnp.array([[3.0, 0.0], [0.0, 4.0]])).round(6) + 0)
+        [[0. 0.]
+         [0. 1.]]
+    """
+
+    rank: int | float
+    method: str = "svd"
+    iterations: int = 2
+
+    def __post_init__(self) -> None:
+        if self.method not in ("svd", "subspace"):
+            raise ValueError(f"method must be svd or subspace, got {self.method!r}.")
+        rank_of(self.rank, 1, 1)
+        if self.iterations < 1:
+            raise ValueError(f"iterations must be at least 1, got {self.iterations}.")
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        m, n = x.shape[-2:]
+        rank = rank_of(self.rank, m, n)
+        carried = rank + _OVERSAMPLING
+        if self.method == "svd" or carried >= min(m, n):
+            return _truncated(x, rank)
+        if m > n:
+            return self(x.mT).mT
+        wide, largest = _relative(x)
+        q = jax.random.normal(jax.random.key(0), (n, carried), wide.dtype)
+        q = jnp.broadcast_to(q, (*x.shape[:-2], n, carried))
+        for _ in range(self.iterations):
+            p, _ = jnp.linalg.qr(_product(wide, q))
+            q, r = jnp.linalg.qr(_product(wide.mT, p))
+        # p qᵀ-coordinates of x: x ≈ p rᵀ qᵀ, whose SVD is that of the small r.
+        left, values, right = jnp.linalg.svd(r.mT, full_matrices=False)
+        kept = _kept(values, rank)
+        p, q = _product(p, left[..., :rank] * kept), _product(q, right.mT[..., :rank])
+        factor = _product(p, q.mT)
+        return jnp.where(largest == 0, 0, factor).astype(x.dtype)
+
+
+@takes_options_of(muon, without=("orthogonalizer", "ns_coeffs", "ns_steps", "ns_dtype"))
+def low_rank(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int | float,
+    *,
+    method: str = "svd",
+    iterations: int = 2,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """`muon` whose update is `TruncatedPolar`: the k strongest directions of the momentum.
+
+    Args:
+        learning_rate: of the hidden matrices; a number or a schedule.
+        rank, method, iterations: as in `TruncatedPolar`.
+        options: those of `muon`, but for the orthogonalizer.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.low_rank(0.02, rank=2, adam_learning_rate=3e-4)
+        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    factor = TruncatedPolar(rank, method, iterations)
+    return muon(learning_rate, orthogonalizer=factor, **options)
+
+
+def rank_of(rank: int | float, m: int, n: int) -> int:
+    """A rank, or a share of the short side, for `m × n` matrices.
+
+    Raises:
+        ValueError: neither an integer from 1 nor a float in (0, 1].
+    """
+    short = min(m, n)
+    if isinstance(rank, float) and 0 < rank <= 1:
+        return max(1, math.ceil(rank * short))
+    if isinstance(rank, int) and rank >= 1:
+        return min(rank, short)
+    raise ValueError(
+        f"rank must be an integer from 1, or a share of the short side in (0, 1]; got {rank!r}."
+    )
+
+
+def _truncated(x: jax.Array, rank: int) -> jax.Array:
+    if not x.size:
+        return x
+    wide, largest = _relative(x)
+    u, values, vt = jnp.linalg.svd(wide, full_matrices=False)
+    factor = _product(u[..., :rank] * _kept(values, rank), vt[..., :rank, :])
+    return jnp.where(largest == 0, 0, factor).astype(x.dtype)
+
+
+def _relative(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`x` with a largest entry of 1, in float32 or wider, and what it was."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    root = jax.lax.rsqrt(jnp.where(largest == 0, 1, largest))
+    return x * root * root, largest
+
+
+def _kept(values: jax.Array, rank: int) -> jax.Array:
+    """`(..., 1, rank)`: 1 for singular values above rounding, 0 for those below."""
+    noise = values[..., :1] * values.shape[-1] * jnp.finfo(values.dtype).eps
+    values = values[..., :rank]
+    kept = jnp.where(jnp.isnan(values), values, (values > noise).astype(values.dtype))
+    return kept[..., None, :]
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision="highest")

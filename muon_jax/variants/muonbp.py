@@ -1,0 +1,108 @@
+"""MuonBP: the blocks that devices hold are orthogonalised, and whole matrices now and then."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from muon_jax._muon import MuonState, hybrid_muon, scale_by_muon
+from muon_jax._options import takes_options_of
+from muon_jax._stages import Stages
+
+
+@takes_options_of(scale_by_muon)
+def scale_by_muonbp(
+    *,
+    period: int = 5,
+    block_ratio: float = 1.0,
+    blocks: tuple[int, int] | None = None,
+    **options: Any,
+) -> optax.GradientTransformation:
+    """Muon that orthogonalises blocks, and whole matrices every `period` steps, from the first on.
+
+    Between these steps no matrix is moved: on a mesh the blocks are what the devices hold. The
+    shape scale is that of the block.
+
+    Args:
+        period: 1 is Muon.
+        block_ratio: factor of the updates of the other steps, for the second rate of the paper.
+        blocks: `(along fan_in, along fan_out)`, into how many blocks every matrix is cut, wherever
+            it lies. `None` is as the mesh does; under Auto axes inside `jit` that needs
+            `shardings=`. Leaves with parts of their own (`MatrixAxes`) keep these.
+        options: those of `scale_by_muon`.
+
+    Returns:
+        A transformation whose state is `MuonState`.
+
+    Raises:
+        ValueError: a period below 1, blocks that do not divide a matrix, or a mesh that does not
+            tell where the leaves lie.
+
+    References:
+        Khaled et al., 2025, MuonBP, arXiv 2510.16981, algorithm 1.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.scale_by_muonbp(period=2, blocks=(1, 2))
+        >>> params = {"kernel": jnp.eye(4, 8)}
+        >>> updates, state = tx.update(params, tx.init(params))
+    """
+    if not isinstance(period, int) or period < 1:
+        raise ValueError(f"period is a number of steps, at least 1; got {period!r}.")
+    stages = Stages(**options)
+
+    def init(params):
+        return MuonState(jnp.zeros([], jnp.int32), stages.init_momentum(params))
+
+    def update(updates, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        used, mu = stages.average(updates, state.mu, count)
+
+        def orthogonalized(matrices, used, ratio=1.0):
+            factors = matrices.orthogonalize(matrices.take(used), like=state.mu)
+            return matrices.give([ratio * x for x in matrices.scale(factors)], updates)
+
+        matrices = stages.matrices(updates)
+        in_blocks = matrices.in_blocks(blocks)
+        if period == 1:
+            return orthogonalized(matrices, used), MuonState(count, mu)
+        out = jax.lax.cond(
+            (count - 1) % period == 0,
+            functools.partial(orthogonalized, matrices),
+            functools.partial(orthogonalized, in_blocks, ratio=block_ratio),
+            used,
+        )
+        return out, MuonState(count, mu)
+
+    return optax.GradientTransformation(init, update)
+
+
+@takes_options_of(hybrid_muon)
+def muonbp(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    period: int = 5,
+    block_ratio: float = 1.0,
+    blocks: tuple[int, int] | None = None,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_muonbp` for the hidden matrices, AdamW for the rest.
+
+    Args:
+        learning_rate: of the hidden matrices; a number or a schedule.
+        period, block_ratio, blocks: as in `scale_by_muonbp`.
+        options: those of `muon`.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.muonbp(0.02, period=4, blocks=(1, 2), adam_learning_rate=3e-4)
+        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    scale_by = functools.partial(
+        scale_by_muonbp, period=period, block_ratio=block_ratio, blocks=blocks
+    )
+    return hybrid_muon(scale_by, learning_rate, **options)

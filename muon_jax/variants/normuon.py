@@ -1,0 +1,110 @@
+"""NorMuon: Muon, then a second moment for each output neuron."""
+
+import functools
+from typing import Any, NamedTuple
+
+import chex
+import jax.numpy as jnp
+import optax
+
+from muon_jax._muon import hybrid_muon, scale_by_muon
+from muon_jax._options import takes_options_of
+from muon_jax._stages import Stages
+
+
+class NorMuonState(NamedTuple):
+    """State of `scale_by_normuon`.
+
+    Attributes:
+        count: steps taken, int32 scalar.
+        mu: momentum, shaped like the params.
+        nu: mean square of the orthogonal factor for each output neuron, float32; shaped like the
+            params with fan_in axes of 1.
+    """
+
+    count: chex.Array
+    mu: optax.Updates
+    nu: optax.Updates
+
+
+@takes_options_of(scale_by_muon)
+def scale_by_normuon(
+    *, beta2: float = 0.95, eps: float = 1e-10, **options: Any
+) -> optax.GradientTransformation:
+    r"""Muon whose output neurons get steps of equal size, for trees of matrix stacks.
+
+    $O = NS(u)$, $v \leftarrow \beta_2 v + (1-\beta_2)\,\mathrm{mean}_{fan\_in}(O^2)$,
+    $\hat O = O / (\sqrt v + \epsilon)$, brought back to $\|O\|_F$; then the shape scale.
+
+    Args:
+        beta2: decay of the second moment.
+        eps: added to its root.
+        options: those of `scale_by_muon`.
+
+    Returns:
+        A transformation whose state is `NorMuonState`.
+
+    References:
+        Li et al., 2025, NorMuon, arXiv 2510.05491, algorithm 1; the norm as in its code (the
+        paper's 0.2 · sqrt(fan_in · fan_out) is `scale="match_rms_adamw"`, for full-rank O).
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.scale_by_normuon(beta2=0.9)
+        >>> tx.init({"kernel": jnp.ones((4, 8))}).nu["kernel"].shape
+        (1, 8)
+    """
+    stages = Stages(**options)
+
+    def init(params):
+        matrices = stages.matrices(params)
+        zeros = (jnp.zeros_like(x, jnp.float32) for x in matrices.take(params))
+        nu = matrices.pack(matrices.sum(zeros, over="fan_in"), params)
+        return NorMuonState(jnp.zeros([], jnp.int32), stages.init_momentum(params), nu)
+
+    def update(updates, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        used, mu = stages.average(updates, state.mu, count)
+        matrices = stages.matrices(updates)
+        factors = matrices.orthogonalize(matrices.take(used), like=state.mu)
+        factors = [o.astype(jnp.float32) for o in factors]
+        squares = matrices.sum([o * o for o in factors], over="fan_in")
+        nu = [
+            beta2 * v + (1 - beta2) * s / piece.fans[0]
+            for piece, v, s in zip(
+                matrices, matrices.unpack(state.nu, updates), squares, strict=True
+            )
+        ]
+        even = [o / (jnp.sqrt(v) + eps) for o, v in zip(factors, nu, strict=True)]
+        norms = zip(matrices.norms(factors), matrices.norms(even), strict=True)
+        even = [y * old / (new + eps) for y, (old, new) in zip(even, norms, strict=True)]
+        state = NorMuonState(count, mu, matrices.pack(nu, updates))
+        return matrices.give(matrices.scale(even), updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+@takes_options_of(hybrid_muon)
+def normuon(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    beta2: float = 0.95,
+    eps: float = 1e-10,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_normuon` for the hidden matrices, AdamW for the rest.
+
+    Args:
+        learning_rate: of the hidden matrices; a number or a schedule.
+        beta2, eps: as in `scale_by_normuon`.
+        options: those of `muon`.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.normuon(0.02, weight_decay=0.1, adam_learning_rate=3e-4)
+        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    scale_by = functools.partial(scale_by_normuon, beta2=beta2, eps=eps)
+    return hybrid_muon(scale_by, learning_rate, **options)
