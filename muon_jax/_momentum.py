@@ -118,6 +118,11 @@ def update_momentum(
         updates,
         new_mu,
     )
-    if isinstance(mu, Int8):
-        return used, Int8.encode(new_mu)
-    return used, jax.tree.map(lambda new, old: new.astype(old.dtype), new_mu, mu)
+    return used, stored_like(new_mu, mu)
+
+
+def stored_like(mu: optax.Updates, old: Any) -> Any:
+    """Momentum stored as `old` is."""
+    if isinstance(old, Int8):
+        return Int8.encode(mu)
+    return jax.tree.map(lambda new, like: new.astype(like.dtype), mu, old)

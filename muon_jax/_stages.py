@@ -202,15 +202,93 @@ class Matrices:
         _, fan_in, fan_out = piece.axes.split(piece.shape)
         axes = {"fan_in": fan_in, "fan_out": fan_out, "matrix": fan_in + fan_out}[over]
         total = jnp.sum(x, axis=axes, keepdims=True, dtype=jnp.promote_types(x.dtype, jnp.float32))
-        if self._placing.free or piece.layout is None:
-            return total
-        names: Axes = tuple(name for axis in axes for name in piece.layout[axis])
-        return jax.lax.psum(total, names) if names else total
+        names = [name for axis, along in self._split_fans(piece) if axis in axes for name in along]
+        return jax.lax.psum(total, tuple(names)) if names else total
 
     def norms(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """Frobenius norms of the matrices, in float32."""
         wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in arrays]
         return [jnp.sqrt(total) for total in self.sum([x * x for x in wide], over="matrix")]
+
+    def whole(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        """Pieces as `(*batch, fan_in, fan_out)`; inside `shard_map` gathered along their fans."""
+        matrices = []
+        for piece, x in zip(self.pieces, arrays, strict=True):
+            for axis, names in self._split_fans(piece):
+                x = jax.lax.all_gather(x, names, axis=axis, tiled=True)
+            matrices.append(piece.axes.to_matrices(x))
+        return matrices
+
+    def local(self, matrices: Sequence[jax.Array]) -> list[jax.Array]:
+        """Undoes `whole`."""
+        arrays = []
+        for piece, y in zip(self.pieces, matrices, strict=True):
+            batch, *_ = piece.axes.split(piece.shape)
+            own = dict(zip(batch, y.shape, strict=False))  # in shard_map less than piece.shape
+            shape = [own.get(axis, size) for axis, size in enumerate(piece.shape)]
+            x = piece.axes.from_matrices(y, shape)
+            for axis, names in self._split_fans(piece):
+                size = x.shape[axis] // jax.lax.axis_size(names)
+                start = jax.lax.axis_index(names) * size
+                x = jax.lax.dynamic_slice_in_dim(x, start, size, axis=axis)
+            arrays.append(x)
+        return arrays
+
+    def own_batch(self, piece: Piece, x: jax.Array) -> jax.Array:
+        """Of `(*batch, ...)` for the whole leaf, what belongs to the piece that we see."""
+        if self._placing.free or piece.layout is None:
+            return x
+        batch, *_ = piece.axes.split(piece.shape)
+        for at, names in enumerate(piece.layout[axis] for axis in batch):
+            if names:
+                size = x.shape[at] // jax.lax.axis_size(names)
+                start = jax.lax.axis_index(names) * size
+                x = jax.lax.dynamic_slice_in_dim(x, start, size, axis=at)
+        return x
+
+    def _split_fans(self, piece: Piece) -> list[tuple[int, Axes]]:
+        """The fan axes of which `shard_map` shows us a part, with their mesh axes."""
+        if self._placing.free or piece.layout is None:
+            return []
+        _, fan_in, fan_out = piece.axes.split(piece.shape)
+        return [(axis, piece.layout[axis]) for axis in fan_in + fan_out if piece.layout[axis]]
+
+    def each_once(self, matrices: Sequence[jax.Array], function: Orthogonalizer) -> list[jax.Array]:
+        """`function` of `(*batch, m, n)` for each piece, every matrix on one device."""
+
+        def layout(piece: Piece) -> Layout | None:
+            if self._placing.free or piece.layout is None:
+                return None
+            batch, *_ = piece.axes.split(piece.shape)
+            return (*(piece.layout[axis] for axis in batch), (), ())
+
+        return orthogonalize_leaves(
+            list(matrices),
+            [MatrixAxes()] * len(matrices),
+            function,
+            placing=self._placing,
+            layouts=[layout(piece) for piece in self.pieces],
+            like=matrices,
+        )
+
+    def own_batch(self, piece: Piece, x: jax.Array) -> jax.Array:
+        """Of `(*batch, ...)` for the whole leaf, what belongs to the piece that we see."""
+        if self._placing.free or piece.layout is None:
+            return x
+        batch, *_ = piece.axes.split(piece.shape)
+        for at, names in enumerate(piece.layout[axis] for axis in batch):
+            if names:
+                size = x.shape[at] // jax.lax.axis_size(names)
+                start = jax.lax.axis_index(names) * size
+                x = jax.lax.dynamic_slice_in_dim(x, start, size, axis=at)
+        return x
+
+    def _split_fans(self, piece: Piece) -> list[tuple[int, Axes]]:
+        """The fan axes of which `shard_map` shows us a part, with their mesh axes."""
+        if self._placing.free or piece.layout is None:
+            return []
+        _, fan_in, fan_out = piece.axes.split(piece.shape)
+        return [(axis, piece.layout[axis]) for axis in fan_in + fan_out if piece.layout[axis]]
 
     def __iter__(self) -> Iterator[Piece]:
         return iter(self.pieces)

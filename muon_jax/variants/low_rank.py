@@ -80,17 +80,17 @@ class TruncatedPolar:
             return _truncated(x, rank)
         if m > n:
             return self(x.mT).mT
-        wide, largest = _relative(x)
+        wide, largest = relative(x)
         q = jax.random.normal(jax.random.key(0), (n, carried), wide.dtype)
         q = jnp.broadcast_to(q, (*x.shape[:-2], n, carried))
         for _ in range(self.iterations):
-            p, _ = jnp.linalg.qr(_product(wide, q))
-            q, r = jnp.linalg.qr(_product(wide.mT, p))
+            p, _ = jnp.linalg.qr(product(wide, q))
+            q, r = jnp.linalg.qr(product(wide.mT, p))
         # p qᵀ-coordinates of x: x ≈ p rᵀ qᵀ, whose SVD is that of the small r.
         left, values, right = jnp.linalg.svd(r.mT, full_matrices=False)
         kept = _kept(values, rank)
-        p, q = _product(p, left[..., :rank] * kept), _product(q, right.mT[..., :rank])
-        factor = _product(p, q.mT)
+        p, q = product(p, left[..., :rank] * kept), product(q, right.mT[..., :rank])
+        factor = product(p, q.mT)
         return jnp.where(largest == 0, 0, factor).astype(x.dtype)
 
 
@@ -139,13 +139,13 @@ def rank_of(rank: int | float, m: int, n: int) -> int:
 def _truncated(x: jax.Array, rank: int) -> jax.Array:
     if not x.size:
         return x
-    wide, largest = _relative(x)
+    wide, largest = relative(x)
     u, values, vt = jnp.linalg.svd(wide, full_matrices=False)
-    factor = _product(u[..., :rank] * _kept(values, rank), vt[..., :rank, :])
+    factor = product(u[..., :rank] * _kept(values, rank), vt[..., :rank, :])
     return jnp.where(largest == 0, 0, factor).astype(x.dtype)
 
 
-def _relative(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def relative(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`x` with a largest entry of 1, in float32 or wider, and what it was."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
@@ -161,5 +161,6 @@ def _kept(values: jax.Array, rank: int) -> jax.Array:
     return kept[..., None, :]
 
 
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a @ b`, with float32 meaning float32 on every platform."""
     return jnp.matmul(a, b, precision="highest")

@@ -1,0 +1,22 @@
+"""Updates whose products XLA may spread as it likes, on meshes with Explicit axes too."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType
+
+
+def over_auto_axes(update: Callable[[Any, Any], Any], updates: Any, state: Any) -> Any:
+    """`update(updates, state)`, whose results lie as its arguments do."""
+    mesh = next(
+        (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(updates) if _is_explicit(x)), None
+    )
+    if mesh is None:
+        return update(updates, state)
+    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
+    return jax.sharding.auto_axes(update, out_sharding=shardings)(updates, state)
+
+
+def _is_explicit(x: jax.Array) -> bool:
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
