@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from muon_jax.variants.max_logits import max_attention_logits
+
 
 def fan_in_uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
     """PyTorch's default for a kernel `(fan_in, fan_out)`: uniform in ±1/sqrt(fan_in)."""
@@ -60,10 +62,14 @@ class Attention(nnx.Module):
     def split_heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.heads, -1)
 
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+    def __call__(
+        self, x_BxTxD: jax.Array, *, return_max_logits: bool = False
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """The mixed tokens, and where asked for each head's largest logit `(heads,)`."""
         positions = jnp.arange(x_BxTxD.shape[1])
         q = rotate(self.split_heads(self.query(x_BxTxD)), positions, self.rope_base)
         k = rotate(self.split_heads(self.key(x_BxTxD)), positions, self.rope_base)
         v = self.split_heads(self.value(x_BxTxD))
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        return self.out(mixed.reshape(x_BxTxD.shape))
+        out = self.out(mixed.reshape(x_BxTxD.shape))
+        return (out, max_attention_logits(q, k, is_causal=True)) if return_max_logits else out

@@ -7,17 +7,67 @@ from muon_jax._muon import MuonState, muon, scale_by_muon
 from muon_jax._newton_schulz import newton_schulz
 from muon_jax._plan import Plan, plan
 from muon_jax._routing import label_params, routing_table
+from muon_jax.variants.adamuon import AdaMuonState, adamuon, scale_by_adamuon
+from muon_jax.variants.attention_specs import GroupedQuery, MultiHeadLatent
+from muon_jax.variants.dion import DionState, dion, scale_by_dion
+from muon_jax.variants.evaluation_average import (
+    EvaluationAverageState,
+    evaluation_average,
+    evaluation_params,
+)
+from muon_jax.variants.gluon import gluon
+from muon_jax.variants.lmo import LmoState, scale_by_lmo
+from muon_jax.variants.low_rank import TruncatedPolar, low_rank, polar_factor
+from muon_jax.variants.max_logits import max_attention_logits
+from muon_jax.variants.muonbp import muonbp, scale_by_muonbp
+from muon_jax.variants.muonclip import muonclip
+from muon_jax.variants.normuon import NorMuonState, normuon, scale_by_normuon
+from muon_jax.variants.oracles import Ball
+from muon_jax.variants.qk_clip import clip_qk, qk_clip
+from muon_jax.variants.scion import scion
+from muon_jax.variants.splus import SPlusState, scale_by_splus, splus
 
 __all__ = [
+    "AdaMuonState",
+    "Ball",
+    "DionState",
+    "EvaluationAverageState",
+    "GroupedQuery",
+    "LmoState",
     "MatrixAxes",
+    "MultiHeadLatent",
     "MuonState",
+    "NorMuonState",
     "Plan",
+    "SPlusState",
     "Schedule",
+    "TruncatedPolar",
+    "adamuon",
+    "clip_qk",
+    "dion",
+    "evaluation_average",
+    "evaluation_params",
+    "gluon",
     "hybrid",
     "label_params",
+    "low_rank",
+    "max_attention_logits",
     "muon",
+    "muonbp",
+    "muonclip",
     "newton_schulz",
+    "normuon",
     "plan",
+    "polar_factor",
+    "qk_clip",
     "routing_table",
+    "scale_by_adamuon",
+    "scale_by_dion",
+    "scale_by_lmo",
     "scale_by_muon",
+    "scale_by_muonbp",
+    "scale_by_normuon",
+    "scale_by_splus",
+    "scion",
+    "splus",
 ]

@@ -14,7 +14,7 @@ from muon_jax._matrix_axes import axes_by_path
 from muon_jax._paths import map_paths
 from muon_jax._routing import ADAMW, FROZEN, MUON, Routing, route
 
-RESTS = ("adamw", "sgd", "lion", "frozen")
+RESTS = ("adamw", "sgd", "lion", "sign", "frozen")
 
 
 def hybrid(
@@ -56,7 +56,8 @@ def hybrid(
             parameter's own. `jnp.int8` stores Muon's in one byte and a scale a row, each entry
             within 1/254 of the largest of its row, and leaves AdamW's as it is.
         rest: what takes the other leaves: `"adamw"`, `"sgd"` (heavy-ball momentum `adam_b1`),
-            `"lion"` (`adam_b1` and 0.99), `"frozen"`, or any Optax optimizer with its own rate.
+            `"lion"` (`adam_b1` and 0.99), `"sign"` (0.001 of the sign of the momentum, decay
+            `adam_b1`), `"frozen"`, or any Optax optimizer with its own rate.
         adam_learning_rate: of the other leaves; `None` is `learning_rate`.
         adam_b1, adam_b2, adam_eps: AdamW's own.
         adam_weight_decay: of the other leaves; `None` is `weight_decay`.
@@ -104,6 +105,11 @@ def hybrid(
             ),
             "sgd": lambda: optax.trace(adam_b1, accumulator_dtype=dtype),
             "lion": lambda: optax.scale_by_lion(adam_b1, 0.99, mu_dtype=dtype),
+            "sign": lambda: optax.chain(
+                optax.ema(adam_b1, debias=False, accumulator_dtype=dtype),
+                optax.stateless(lambda updates, _: jax.tree.map(jnp.sign, updates)),
+                optax.scale(0.001),
+            ),
         }[rest]()
         return optax.chain(
             first,

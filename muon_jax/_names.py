@@ -52,6 +52,10 @@ _TABLE_ASPECT = 16
 _LARGEST_WINDOW = 11
 
 
+BIAS, GAIN, VECTOR = VECTORS = ("a bias", "a norm or gain", "a vector or scalar")
+EMBEDDING = "an embedding"
+
+
 class Reading(NamedTuple):
     """Why a leaf is read so, and what speaks for another reading."""
 
@@ -175,15 +179,15 @@ def reason_for_adamw(name: LeafName, tree: Survey) -> Reading | None:
     """Why a leaf is no hidden matrix; None if it is one."""
     core = _core(name, tree.scan_axis.get(name.path))
     if name.is_bias:
-        return Reading("a bias")
+        return Reading(BIAS)
     if name.is_gain:
-        return Reading("a norm or gain")
+        return Reading(GAIN)
     if _is_embedding(name):
-        return Reading("an embedding")
+        return Reading(EMBEDDING)
     if _is_head(name):
         return Reading("an output head")
     if len(core) < 2:
-        return Reading("a vector or scalar" + (" a layer" if len(core) < len(name.shape) else ""))
+        return Reading(VECTOR + (" a layer" if len(core) < len(name.shape) else ""))
     known = name.is_array_name or _HIDDEN & set(name.words)
     short, long = sorted(name.shape[axis] for axis in core[-2:])
     if not known and long >= _TABLE_ASPECT * max(short, 1):

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -165,7 +165,7 @@ def _overrides(
         return {}
     pairs = _regex_pairs(rules, params)
     if pairs is not None:
-        return _match(pairs, params, leaves)
+        return match_rules(pairs, params, leaves)
     if is_tree_of(rules, _is_choice):
         found = broadcast_prefix(rules, params, what="The label tree", is_value=_is_choice)
         return {path: (choice, "the label tree") for path, choice in found.items()}
@@ -181,17 +181,20 @@ def _overrides(
     )
 
 
-def _match(
-    pairs: Sequence[tuple[str, Choice]], params: Any, leaves: dict[KeyPath, Any]
-) -> dict[KeyPath, tuple[Choice | None, str]]:
+def match_rules(
+    pairs: Sequence[tuple[str, Any]], params: Any, leaves: Iterable[KeyPath]
+) -> dict[KeyPath, tuple[Any, str]]:
+    """What the first regex found in a leaf's path gives it, and the name of that rule.
+
+    Raises:
+        ValueError: a regex that matches no leaf.
+    """
     present = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_masked)[0]
     paths = [path_string(path) for path, _ in present]
     for regex, _ in pairs:
         if paths and not any(re.search(regex, path) for path in paths):
-            raise ValueError(
-                f"The routing rule {regex!r} matches no leaf. The paths are: {_some(paths)}."
-            )
-    found: dict[KeyPath, tuple[Choice | None, str]] = {}
+            raise ValueError(f"The rule {regex!r} matches no leaf. The paths are: {_some(paths)}.")
+    found: dict[KeyPath, tuple[Any, str]] = {}
     for path in leaves:
         for regex, choice in pairs:
             if re.search(regex, path_string(path)):

@@ -205,6 +205,19 @@ class Matrices:
         names = [name for axis, along in self._split_fans(piece) if axis in axes for name in along]
         return jax.lax.psum(total, tuple(names)) if names else total
 
+    def relative(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        """In float32 or wider, each matrix with a largest entry of 1: its square is a number."""
+        found = []
+        for piece, x in zip(self.pieces, arrays, strict=True):
+            x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            _, fan_in, fan_out = piece.axes.split(piece.shape)
+            largest = jnp.max(jnp.abs(x), axis=fan_in + fan_out, keepdims=True)
+            names = tuple(name for _, along in self._split_fans(piece) for name in along)
+            largest = jax.lax.pmax(largest, names) if names else largest
+            root = jax.lax.rsqrt(jnp.where(largest == 0, 1, largest))
+            found.append(x * root * root)
+        return found
+
     def norms(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """Frobenius norms of the matrices, in float32."""
         wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in arrays]
@@ -253,8 +266,11 @@ class Matrices:
         _, fan_in, fan_out = piece.axes.split(piece.shape)
         return [(axis, piece.layout[axis]) for axis in fan_in + fan_out if piece.layout[axis]]
 
-    def each_once(self, matrices: Sequence[jax.Array], function: Orthogonalizer) -> list[jax.Array]:
-        """`function` of `(*batch, m, n)` for each piece, every matrix on one device."""
+    def each_once(self, matrices: Sequence[Any], function: Orthogonalizer) -> list[Any]:
+        """`function` of a stack `(*batch, m, n)` for each piece, every matrix on one device.
+
+        A piece may have None.
+        """
 
         def layout(piece: Piece) -> Layout | None:
             if self._placing.free or piece.layout is None:
@@ -262,33 +278,17 @@ class Matrices:
             batch, *_ = piece.axes.split(piece.shape)
             return (*(piece.layout[axis] for axis in batch), (), ())
 
-        return orthogonalize_leaves(
-            list(matrices),
-            [MatrixAxes()] * len(matrices),
+        present = [i for i, x in enumerate(matrices) if x is not None]
+        results = orthogonalize_leaves(
+            [matrices[i] for i in present],
+            [MatrixAxes()] * len(present),
             function,
             placing=self._placing,
-            layouts=[layout(piece) for piece in self.pieces],
-            like=matrices,
+            layouts=[layout(self.pieces[i]) for i in present],
+            like=[matrices[i] for i in present],
         )
-
-    def own_batch(self, piece: Piece, x: jax.Array) -> jax.Array:
-        """Of `(*batch, ...)` for the whole leaf, what belongs to the piece that we see."""
-        if self._placing.free or piece.layout is None:
-            return x
-        batch, *_ = piece.axes.split(piece.shape)
-        for at, names in enumerate(piece.layout[axis] for axis in batch):
-            if names:
-                size = x.shape[at] // jax.lax.axis_size(names)
-                start = jax.lax.axis_index(names) * size
-                x = jax.lax.dynamic_slice_in_dim(x, start, size, axis=at)
-        return x
-
-    def _split_fans(self, piece: Piece) -> list[tuple[int, Axes]]:
-        """The fan axes of which `shard_map` shows us a part, with their mesh axes."""
-        if self._placing.free or piece.layout is None:
-            return []
-        _, fan_in, fan_out = piece.axes.split(piece.shape)
-        return [(axis, piece.layout[axis]) for axis in fan_in + fan_out if piece.layout[axis]]
+        found = dict(zip(present, results, strict=True))
+        return [found.get(i) for i in range(len(matrices))]
 
     def __iter__(self) -> Iterator[Piece]:
         return iter(self.pieces)

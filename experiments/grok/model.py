@@ -9,6 +9,13 @@ RMS_EPSILON = 1e-5
 ROPE_BASE = 1e6
 FEED_FORWARD_RATIO = 4
 
+MaxLogits = dict[str, jax.Array]  # path of the attention module -> (heads,)
+
+
+def attention_path(depth: int) -> str:
+    """Where the params of a block's attention are."""
+    return f"blocks/{depth}/attention"
+
 
 class Block(nnx.Module):
     """One layer: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
@@ -20,12 +27,18 @@ class Block(nnx.Module):
         self.feed_forward = SwiGLU(width, FEED_FORWARD_RATIO * width, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
 
-    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, rngs: nnx.Rngs | None, *, return_max_logits: bool = False
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         train = rngs is None
-        x = x + self.dropout(self.attention(self.attention_norm(x)), deterministic=train, rngs=rngs)
-        return x + self.dropout(
+        mixed = self.attention(self.attention_norm(x), return_max_logits=return_max_logits)
+        if return_max_logits:
+            mixed, max_logits = mixed
+        x = x + self.dropout(mixed, deterministic=train, rngs=rngs)
+        x = x + self.dropout(
             self.feed_forward(self.feed_forward_norm(x)), deterministic=train, rngs=rngs
         )
+        return (x, max_logits) if return_max_logits else x
 
 
 class Transformer(nnx.Module):
@@ -51,8 +64,18 @@ class Transformer(nnx.Module):
         self.norm = nnx.RMSNorm(width, epsilon=RMS_EPSILON, rngs=rngs)
         self.head = Linear(width, vocabulary, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array, *, dropout_rngs: nnx.Rngs | None = None) -> jax.Array:
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, dropout_rngs)
-        return self.head(self.norm(x[:, -1]))
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        dropout_rngs: nnx.Rngs | None = None,
+        return_max_logits: bool = False,
+    ) -> jax.Array | tuple[jax.Array, MaxLogits]:
+        """The logits, and where asked for the largest attention logits of every module."""
+        x, max_logits = self.embedding(tokens), {}
+        for depth, block in enumerate(self.blocks):
+            x = block(x, dropout_rngs, return_max_logits=return_max_logits)
+            if return_max_logits:
+                x, max_logits[attention_path(depth)] = x
+        logits = self.head(self.norm(x[:, -1]))
+        return (logits, max_logits) if return_max_logits else logits

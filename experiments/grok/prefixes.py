@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.grok.model import Block, Transformer
+from experiments.grok.model import Block, MaxLogits, Transformer, attention_path
 from experiments.grok.tasks import Table
 from experiments.layers import Attention, rotate
 
@@ -51,7 +51,14 @@ class PrefixTree(NamedTuple):
         return cls(tokens, parents, nodes)
 
 
-def logits(model: Transformer, tree: PrefixTree, tokens: jax.Array, rows: jax.Array) -> jax.Array:
+def logits(
+    model: Transformer,
+    tree: PrefixTree,
+    tokens: jax.Array,
+    rows: jax.Array,
+    *,
+    return_max_logits: bool = False,
+) -> jax.Array | tuple[jax.Array, MaxLogits]:
     """What `model(tokens[rows])` gives without dropout, `(batch, vocabulary)`.
 
     Args:
@@ -59,6 +66,7 @@ def logits(model: Transformer, tree: PrefixTree, tokens: jax.Array, rows: jax.Ar
         tree: of the whole table.
         tokens: `(rows of the table, positions)`.
         rows: `(batch,)` row numbers.
+        return_max_logits: as in the model: the largest attention logits of these rows, too.
     """
     shared, positions = len(tree.tokens), tokens.shape[1]
     level_tokens = [*tree.tokens, *(tokens[rows, t] for t in range(shared, positions))]
@@ -68,18 +76,22 @@ def logits(model: Transformer, tree: PrefixTree, tokens: jax.Array, rows: jax.Ar
 
     vocabulary = model.embedding.embedding[...]
     x = [vocabulary[t] for t in level_tokens]
+    max_logits: MaxLogits = {}
     for depth, block in enumerate(model.blocks):
         if depth == 0:
             qkv = [[y[t] for t in level_tokens] for y in _project(block, vocabulary)]
         else:
             qkv = [_split(y, x) for y in _project(block, jnp.concatenate(x))]
         final = depth + 1 == len(model.blocks)
-        mixed = _mix(block.attention, *qkv, parents, only_last=final)
+        mixed, largest = _mix(block.attention, *qkv, parents, only_last=final)
+        if return_max_logits:
+            max_logits[attention_path(depth)] = _over_rows(largest, tree, rows)
         x = x[-1:] if final else x
         flat = jnp.concatenate(x) + block.attention.out(jnp.concatenate(mixed))
         flat = flat + block.feed_forward(block.feed_forward_norm(flat))
         x = _split(flat, x)
-    return model.head(model.norm(x[-1]))
+    answers = model.head(model.norm(x[-1]))
+    return (answers, max_logits) if return_max_logits else answers
 
 
 def _project(block: Block, x: jax.Array) -> list[jax.Array]:
@@ -100,9 +112,14 @@ def _mix(
     values: list[jax.Array],
     parents: list[Any],
     only_last: bool,
-) -> list[jax.Array]:
-    """Attention of every node to its prefix; for each position `(nodes, width)`."""
-    mixed, context = [], ()  # keys and values so far, each (nodes, positions, heads, head_dim)
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Attention of every node to its prefix; for each position `(nodes, width)`.
+
+    Also the largest attention logits `(nodes, heads)`, of all positions even with `only_last`: XLA
+    drops them where they are not used.
+    """
+    mixed, largest = [], []
+    context = ()  # keys and values so far, each (nodes, positions, heads, head_dim)
     for position, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
         k = rotate(k, position, attention.rope_base)
         own = k[:, None], v[:, None]
@@ -111,9 +128,24 @@ def _mix(
             before = context if parent is None else [y[parent] for y in context]
             own = [jnp.concatenate(pair, axis=1) for pair in zip(before, own, strict=True)]
         context = own
+        q = rotate(q, position, attention.rope_base)
+        scores = jnp.einsum("nhk,nthk->nth", q, context[0]) * q.shape[-1] ** -0.5
+        largest.append(jax.lax.stop_gradient(scores).max(axis=1))
         if not only_last or position + 1 == len(queries):
-            q = rotate(q, position, attention.rope_base)
-            scores = jnp.einsum("nhk,nthk->nth", q, context[0]) * q.shape[-1] ** -0.5
             weights = jax.nn.softmax(scores, axis=1)
             mixed.append(jnp.einsum("nth,nthk->nhk", weights, context[1]).reshape(len(q), -1))
-    return mixed
+    return mixed, largest
+
+
+def _over_rows(largest: list[jax.Array], tree: PrefixTree, rows: jax.Array) -> jax.Array:
+    """The maximum `(heads,)` over the nodes that are prefixes of these rows.
+
+    The tree has those of the whole table, validation rows too, which the batch may not have.
+    """
+    shared, node = len(tree.tokens), jnp.asarray(tree.nodes)[rows]
+    found = [x.max(axis=0) for x in largest[shared:]]
+    for position in reversed(range(shared)):
+        found.append(largest[position][node].max(axis=0))
+        if position and (parents := tree.parents[position - 1]) is not None:
+            node = jnp.asarray(parents)[node]
+    return jnp.stack(found).max(axis=0)

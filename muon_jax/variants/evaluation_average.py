@@ -1,0 +1,90 @@
+"""An average of the params to evaluate at, as the last link of a chain."""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class EvaluationAverageState(NamedTuple):
+    """State of `evaluation_average`.
+
+    Attributes:
+        weight: what the averaged params weigh in all, 1 - decay^steps; float32 scalar.
+        mean: moving average of the params from zero, float32, shaped like them.
+    """
+
+    weight: chex.Array
+    mean: optax.Params
+
+
+def evaluation_average(decay: float = 0.999) -> optax.GradientTransformation:
+    """Averages what the params become; the last link of a chain, whose updates it leaves alone.
+
+    Args:
+        decay: of the exponential moving average.
+
+    Returns:
+        A transformation that needs `params` in `update`, and whose average `evaluation_params`
+        finds in the state of any chain around it.
+
+    Raises:
+        ValueError: `update` without params.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax, optax
+        >>> tx = optax.chain(muon_jax.muon(0.02), muon_jax.evaluation_average(0.99))
+        >>> params = {"mlp": {"kernel": jnp.ones((8, 32))}}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> averaged = muon_jax.evaluation_params(state, params)
+    """
+
+    def init(params):
+        mean = optax.tree.zeros_like(params, dtype=jnp.float32)
+        return EvaluationAverageState(jnp.zeros([], jnp.float32), mean)
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("evaluation_average averages params: give them to update().")
+        mean = jax.tree.map(
+            lambda a, w, u: decay * a + (1 - decay) * (w + u).astype(a.dtype),
+            state.mean,
+            params,
+            updates,
+        )
+        weight = decay * state.weight + (1 - decay)
+        return updates, EvaluationAverageState(weight, mean)
+
+    return optax.GradientTransformation(init, update)
+
+
+def evaluation_params(state: Any, params: optax.Params) -> optax.Params:
+    """The average in an optimizer's state, corrected for its start, in the params' dtypes.
+
+    Args:
+        state: of a chain with `evaluation_average` in it, `splus` for one.
+        params: the present ones, returned where no step has been taken yet.
+
+    Raises:
+        ValueError: the state has no average, or several.
+    """
+    found = [
+        node
+        for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, EvaluationAverageState))
+        if isinstance(node, EvaluationAverageState)
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"The state has {len(found)} averages of the params, where one is needed: end the "
+            "chain with evaluation_average()."
+        )
+    weight, mean = found[0]
+    return jax.tree.map(
+        lambda w, a: jnp.where(weight == 0, w, a / jnp.where(weight == 0, 1, weight)).astype(
+            w.dtype
+        ),
+        params,
+        mean,
+    )

@@ -1,0 +1,68 @@
+"""Gluon: Scion's oracles, with the step that layer-wise smoothness gives."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import optax
+
+from muon_jax._options import takes_options_of
+from muon_jax._paths import path_string
+from muon_jax._routing import match_rules
+from muon_jax.variants.lmo import Layer, balls_of, by_layer, checked, scale_by_lmo
+from muon_jax.variants.oracles import Ball, Oracle
+
+
+@takes_options_of(by_layer)
+def gluon(
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    *,
+    smoothness: tuple[float, float] | Sequence[tuple[str, tuple[float, float]]],
+    oracles: Sequence[tuple[str, str | Oracle]] = (),
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scion's oracles with the step that layer-wise smoothness gives each matrix.
+
+    $t = \|d\|_* / (L_0 + L_1 \|d\|_*)$ where
+    $\|\nabla f(w) - \nabla f(v)\|_* \le (L_0 + L_1 \|\nabla f(w)\|_*) \|w - v\|$; $L_0 = 0$ is
+    Scion with radius $1 / L_1$.
+
+    Args:
+        learning_rate: factor of the steps; a number or a schedule.
+        smoothness: $(L_0, L_1)$ of all layers, or `(regex, (L0, L1))` pairs that cover every leaf.
+        oracles: `(regex, oracle)` pairs in place of Scion's choice of them.
+        options: those of `scion`.
+
+    Raises:
+        ValueError: a leaf that no smoothness covers, a rule that matches no leaf, or a smoothness
+            that is negative or zero.
+
+    References:
+        Riabinin et al., 2025, Gluon, arXiv 2505.13416, theorem 1, which is of full gradients and
+        without momentum; with `alpha` below 1 the norm is that of the average.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.gluon(smoothness=[("embed", (0.1, 1.0)), ("", (0.0, 70.0))])
+        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    rules = checked([(regex, Ball(oracle)) for regex, oracle in oracles])
+    pairs: Any = smoothness
+    if all(isinstance(x, (int, float)) for x in smoothness):
+        pairs = [("", tuple(smoothness))]
+    for _, pair in pairs:
+        scale_by_lmo(smoothness=pair)
+
+    def layers(tree, routes):
+        found = match_rules(pairs, tree, routes)
+        chosen = {}
+        for path, ball in balls_of(tree, routes, rules).items():
+            if path not in found:
+                raise ValueError(
+                    f"No smoothness covers {path_string(path)!r}: add a rule for it, or "
+                    '("", (L0, L1)) at the end for all others.'
+                )
+            chosen[path] = Layer(ball, found[path][0])
+        return chosen
+
+    return by_layer(learning_rate, layers, **options)

@@ -1,0 +1,258 @@
+"""Steps along linear minimisation oracles, each leaf in a ball of its own: of Scion and Gluon."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+
+from muon_jax._decay import add_decayed_weights, as_decay_mask
+from muon_jax._layout import AnyMesh, is_sharding
+from muon_jax._matrix_axes import MatrixAxes, axes_by_path
+from muon_jax._momentum import as_array_tree
+from muon_jax._names import EMBEDDING, VECTORS
+from muon_jax._newton_schulz import NewtonSchulz
+from muon_jax._paths import KeyPath, broadcast_prefix, map_paths
+from muon_jax._routing import FROZEN, MUON, Route, Routing, match_rules, route
+from muon_jax._stages import Orthogonalizer, Stages
+from muon_jax.variants.oracles import Ball, as_oracle
+
+# The setting of the authors' nanoGPT runs; their gains and biases have none.
+HIDDEN, CONV = Ball("spectral", 50.0), Ball("spectral_conv", 50.0)
+TABLE, VECTOR = Ball("sign", 3000.0), Ball("bias_rms", 1.0)
+
+
+class Layer(NamedTuple):
+    """What decides the steps of a leaf."""
+
+    ball: Ball
+    smoothness: tuple[float, float] | None = None
+
+
+class LmoState(NamedTuple):
+    """State of `scale_by_lmo`.
+
+    Attributes:
+        count: steps taken, int32 scalar.
+        mu: average gradient, shaped like the params.
+    """
+
+    count: chex.Array
+    mu: optax.Updates
+
+
+def scale_by_lmo(
+    ball: Ball = HIDDEN,
+    *,
+    alpha: float = 0.1,
+    smoothness: tuple[float, float] | None = None,
+    orthogonalizer: Orthogonalizer | None = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    matrix_axes: Any = None,
+    mesh: AnyMesh | None = None,
+    shardings: Any = None,
+    chunk_size: int | None = None,
+) -> optax.GradientTransformation:
+    r"""The oracle of the average gradient, for trees whose leaves share one ball.
+
+    $d \leftarrow (1-\alpha) d + \alpha g$; the update is $\rho L(d)$ with the ball's oracle $L$ and
+    radius $\rho$.
+
+    Args:
+        ball: oracle and radius.
+        alpha: weight of the new gradient.
+        smoothness: Gluon's $(L_0, L_1)$: the update is $t L(d)$ then, with
+            $t = \|d\|_* / (L_0 + L_1 \|d\|_*)$, where $\|d\|_* = \langle d, L(d)\rangle$.
+        orthogonalizer: of the spectral oracles; default `newton_schulz`.
+        mu_dtype, mesh, shardings, chunk_size: as in `scale_by_muon`.
+        matrix_axes: as in `scale_by_muon`; not for `"bias_rms"`, whose leaves are vectors along
+            their last axis.
+
+    Returns:
+        A transformation whose state is `LmoState`.
+
+    Raises:
+        ValueError: an unknown oracle, or a smoothness that is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.scale_by_lmo(muon_jax.Ball("sign", radius=2.0))
+        >>> params = {"kernel": jnp.ones((4, 8))}
+        >>> updates, _ = tx.update(params, tx.init(params))
+        >>> print(updates["kernel"][0, 0])
+        0.5
+    """
+    ball = Ball(*ball)
+    oracle = as_oracle(ball.oracle)
+    if smoothness is not None and not (min(smoothness) >= 0 and max(smoothness) > 0):
+        raise ValueError(
+            f"smoothness is (L0, L1), neither negative and not both zero; got {smoothness}."
+        )
+    vectors = ball.oracle == "bias_rms"
+    stages = Stages(
+        beta=1 - alpha,
+        nesterov=False,
+        orthogonalizer=orthogonalizer,
+        mu_dtype=mu_dtype,
+        matrix_axes=None if vectors else matrix_axes,
+        mesh=mesh,
+        shardings=None if vectors else shardings,
+        chunk_size=chunk_size,
+    )
+
+    def init(params):
+        return LmoState(jnp.zeros([], jnp.int32), stages.init_momentum(params))
+
+    def lengths(matrices, steps, d):
+        """Gluon's step for each matrix."""
+        assert smoothness is not None
+        l0, l1 = smoothness
+        products = [x.astype(jnp.float32) * y for x, y in zip(steps, d, strict=True)]
+        norms = [jnp.maximum(total, 0) for total in matrices.sum(products, over="matrix")]
+        return [norm / jnp.where(norm == 0, 1, l0 + l1 * norm) for norm in norms]
+
+    def direct(used, mu):
+        own = stages
+        if vectors:
+            used, mu = jax.tree.map(_as_row, used), jax.tree.map(_as_row, as_array_tree(mu))
+            own = dataclasses.replace(stages, shardings=_row_shardings(shardings, used))
+        matrices = own.matrices(used)
+        d = matrices.take(used)
+        steps = oracle(matrices, d, mu)
+        sizes = [ball.radius] * len(d) if smoothness is None else lengths(matrices, steps, d)
+        return matrices.give([t * x for t, x in zip(sizes, steps, strict=True)], used)
+
+    def update(updates, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        used, mu = stages.average(updates, state.mu, count)
+        steps = direct(used, state.mu)
+        if vectors:
+            steps = jax.tree.map(lambda x, like: x.reshape(like.shape), steps, updates)
+        return steps, LmoState(count, mu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _as_row(x: jax.Array) -> jax.Array:
+    return x.reshape(1, 1) if x.ndim == 0 else x[..., None, :]
+
+
+def _row_shardings(shardings: Any, rows: Any) -> Any:
+    """The shardings of the vectors, for the rows that `_as_row` makes of them."""
+    if shardings is None:
+        return None
+    found = broadcast_prefix(shardings, rows, what="shardings", is_value=is_sharding, partial=True)
+
+    def of_row(path, x):
+        sharding = found.get(path, PartitionSpec())
+        spec = getattr(sharding, "spec", sharding)
+        names = [*spec, *(None,) * (x.ndim - 1 - len(spec))]
+        return PartitionSpec(*names[:-1], None, *names[-1:])
+
+    return jax.tree_util.tree_map_with_path(of_row, rows)
+
+
+def by_layer(
+    learning_rate: optax.ScalarOrSchedule,
+    layers_of: Callable[[Any, dict[KeyPath, Route]], dict[KeyPath, Layer]],
+    *,
+    alpha: float = 0.1,
+    ns_coeffs: Any = "jordan",
+    ns_steps: int | None = None,
+    ns_dtype: jax.typing.DTypeLike | None = None,
+    orthogonalizer: Orthogonalizer | None = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Any = None,
+    cautious_weight_decay: bool = False,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    routing: Routing = None,
+    matrix_axes: Any = None,
+    mesh: AnyMesh | None = None,
+    shardings: Any = None,
+    chunk_size: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_lmo`, decay and rate for every leaf with the ball that `layers_of` gives it."""
+    orthogonalizer = orthogonalizer or NewtonSchulz(ns_coeffs, ns_steps, ns_dtype)
+
+    def routed(tree):
+        routes = route(tree, routing)
+        axes = {path: _axes_of(found) for path, found in routes.items()}
+        if matrix_axes is not None:
+            axes |= axes_by_path(matrix_axes, tree, partial=True)
+        layers = layers_of(tree, routes)
+        names = {
+            layer: f"{n} {layer.ball.oracle}"
+            for n, layer in enumerate(dict.fromkeys(layers.values()))
+        }
+        mask = as_decay_mask(weight_decay_mask, tree)
+
+        def optimizer(layer: Layer) -> optax.GradientTransformation:
+            return optax.chain(
+                scale_by_lmo(
+                    layer.ball,
+                    alpha=alpha,
+                    smoothness=layer.smoothness,
+                    orthogonalizer=orthogonalizer,
+                    mu_dtype=mu_dtype,
+                    matrix_axes=functools.partial(map_paths, axes),
+                    mesh=mesh,
+                    shardings=shardings,
+                    chunk_size=chunk_size,
+                ),
+                add_decayed_weights(weight_decay, mask, cautious_weight_decay),
+                optax.scale_by_learning_rate(learning_rate),
+            )
+
+        optimizers = {name: optimizer(layer) for layer, name in names.items()}
+        labels = {path: names[layers[path]] if path in layers else FROZEN for path in routes}
+        return optax.multi_transform(
+            optimizers | {FROZEN: optax.set_to_zero()}, functools.partial(map_paths, labels)
+        )
+
+    def init(params):
+        return routed(params).init(params)
+
+    def update(updates, state, params=None, **extra_args):
+        return routed(updates).update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def checked(balls: Sequence[tuple[str, Ball]]) -> list[tuple[str, Ball]]:
+    for _, ball in balls:
+        as_oracle(ball.oracle)
+    return [(regex, Ball(*ball)) for regex, ball in balls]
+
+
+def balls_of(
+    tree: Any, routes: dict[KeyPath, Route], rules: Sequence[tuple[str, Ball]]
+) -> dict[KeyPath, Ball]:
+    chosen = match_rules(rules, tree, routes)
+    return {
+        path: chosen[path][0] if path in chosen else _ball_of(found)
+        for path, found in routes.items()
+        if found.label != FROZEN
+    }
+
+
+def _ball_of(found: Route) -> Ball:
+    if found.label == MUON:
+        return CONV if "conv" in found.why else HIDDEN
+    return VECTOR if _is_vector(found) else TABLE
+
+
+def _axes_of(found: Route) -> MatrixAxes:
+    """Of a table, the width of the model is fan_in: the last axis of an embedding."""
+    if found.axes is not None:
+        return found.axes
+    return MatrixAxes(-1, -2) if found.why == EMBEDDING else MatrixAxes()
+
+
+def _is_vector(found: Route) -> bool:
+    return len(found.shape) < 2 or found.why.startswith(VECTORS)

@@ -1,0 +1,52 @@
+"""MuonClip: Muon, and QK-clip after it."""
+
+from typing import Any
+
+import jax
+import optax
+
+from muon_jax._muon import muon
+from muon_jax._shape_scale import ShapeScale
+from muon_jax.variants.qk_clip import Specs, qk_clip
+
+
+def muonclip(
+    learning_rate: optax.ScalarOrSchedule,
+    specs: Specs,
+    *,
+    threshold: float | jax.Array = 100.0,
+    alpha: float | jax.Array = 0.5,
+    scale: str | ShapeScale | None = "match_rms_adamw",
+    weight_decay: optax.ScalarOrSchedule = 0.1,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon with Moonlight's scale and weight decay, followed by `qk_clip`: Kimi K2's optimizer.
+
+    Args:
+        learning_rate, scale, weight_decay: of `muon`.
+        specs, threshold, alpha: of `qk_clip`.
+        **options: any other argument of `muon`.
+
+    Returns:
+        A transformation that takes (and needs) `params` in `update`, and there clips by
+        `max_logits=`, as `qk_clip` does.
+
+    Raises:
+        ValueError: as `muon` and `qk_clip` do.
+
+    References:
+        Kimi Team, 2025, "Kimi K2", arXiv 2507.20534; Liu et al., 2025, arXiv 2502.16982.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from muon_jax.variants.attention_specs import GroupedQuery
+        >>> tx = muonclip(4e-4, GroupedQuery(heads=2), adam_b2=0.98)
+        >>> kernels = {"query": {"kernel": jnp.ones((8, 8))}, "key": {"kernel": jnp.ones((8, 8))}}
+        >>> params = {"blocks": [{"attention": kernels}]}
+        >>> max_logits = {"blocks/0/attention": jnp.array([80.0, 130.0])}
+        >>> updates, state = tx.update(params, tx.init(params), params, max_logits=max_logits)
+    """
+    return optax.chain(
+        muon(learning_rate, scale=scale, weight_decay=weight_decay, **options),
+        qk_clip(specs, threshold=threshold, alpha=alpha),
+    )

@@ -1,0 +1,68 @@
+"""Scion: every layer steps to the steepest point of a ball of its own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import optax
+
+from muon_jax._options import takes_options_of
+from muon_jax.variants.lmo import Layer, balls_of, by_layer, checked
+from muon_jax.variants.oracles import Ball
+
+
+@takes_options_of(by_layer)
+def scion(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    balls: Sequence[tuple[str, Ball]] = (),
+    constrained: bool = False,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Every leaf steps to the steepest point of its ball: no AdamW, one state, one rate.
+
+    $w \leftarrow w - \gamma \rho L(d)$, or constrained
+    $w \leftarrow (1-\gamma) w - \gamma \rho L(d)$, which keeps $w$ in its ball. Hidden matrices
+    have `Ball("spectral", 50)` (`"spectral_conv"` for convolutions), embeddings and heads
+    `Ball("sign", 3000)`, vectors `Ball("bias_rms", 1)`.
+
+    Args:
+        learning_rate: $\gamma$; a number or a schedule; about 2^-12 with these balls.
+        balls: `(regex, Ball)` pairs in place of these: the first regex found in a leaf's path
+            decides, and each must match some leaf.
+        constrained: in place of a weight decay.
+        weight_decay: as in `hybrid`.
+        options: `alpha`, the weight of the new gradient in the average; `ns_coeffs`, `ns_steps`,
+            `ns_dtype` and `orthogonalizer` of the spectral oracles as in `muon`;
+            `weight_decay_mask`, `cautious_weight_decay`, `mu_dtype`, `matrix_axes`, `mesh`,
+            `shardings` and `chunk_size` as in `hybrid`; `routing`, whose labels only choose the
+            ball here, but for `"frozen"`.
+
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    Raises:
+        ValueError: an unknown oracle, a rule that matches no leaf, or both `constrained` and a
+            weight decay.
+
+    References:
+        Pethick et al., 2025, arXiv 2502.07529, algorithms 1 and 2.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.scion(2**-12, balls=[("embed", muon_jax.Ball("col_norm", 1.0))])
+        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    if constrained and (callable(weight_decay) or weight_decay != 0):
+        raise ValueError(
+            "constrained=True shrinks the weights by the learning rate itself: leave weight_decay "
+            f"at 0, got {weight_decay}."
+        )
+    rules = checked(balls)
+
+    def layers(tree, routes):
+        return {path: Layer(ball) for path, ball in balls_of(tree, routes, rules).items()}
+
+    decay = 1.0 if constrained else weight_decay
+    return by_layer(learning_rate, layers, weight_decay=decay, **options)
