@@ -30,7 +30,17 @@ NAMED_COLORS = {
 # For any other name: darker ones after Tol's muted scheme, told from the above by lightness.
 OTHER_COLORS = ("#332288", "#117733", "#882255", "#999933", "#661100", "#777777")
 
-LABELS = {"adamw": "AdamW", "sgd": "SGD", "soap": "SOAP"}
+LABELS = {
+    "adamw": "AdamW",
+    "adamuon": "AdaMuon",
+    "low_rank": "Low-rank",
+    "muonbp": "MuonBP",
+    "muonclip": "MuonClip",
+    "normuon": "NorMuon",
+    "sgd": "SGD",
+    "soap": "SOAP",
+    "splus": "SPlus",
+}
 
 DASHES = (0, (3.2, 1.2))
 MEMORISED_MARK: dict[str, Any] = {"marker": "o", "ms": 6, "mew": 1.4, "ls": "none"}

@@ -1,22 +1,26 @@
 """The optimizers that the studies compare, each a word on the command line."""
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
+import tyro
 
 import muon_jax
 
-OptimizerName = Literal["adamw", "muon"]
 ScheduleName = Literal[
     "jordan", "you", "polar_express", "polar_express_1.02", "cans", "aol", "deepseek_v4", "exact"
 ]
 ScaleName = Literal["spectral", "match_rms_adamw", "mup", "none"]
+DecayName = Literal["linear", "cosine"]
 
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """AdamW for all parameters; in the Muon arm, for those that are no hidden matrices."""
+    """AdamW for all parameters; in the other arms, for those that are no hidden matrices."""
 
     learning_rate: float = 1e-3
     """After warm-up."""
@@ -48,39 +52,229 @@ class Muon:
     """Size of the update by fan_in and fan_out."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Variants:
+    """What single optimizers of the family have to set."""
+
+    rank: float = 0.25
+    """Of dion and low_rank: share of the short side."""
+    blocks: tuple[int, int] = (2, 2)
+    """Of muonbp: blocks along fan_in and fan_out."""
+    period: int = 5
+    """Of muonbp: steps from one whole matrix to the next."""
+    clip_threshold: float = 100.0
+    """Of muonclip: largest attention logit."""
+    eigenbases_every: int = 100
+    """Of splus: steps between eigendecompositions."""
+    gluon_norm: float = 1.0
+    """Of gluon: dual norm of a gradient at which the step is half of its largest, L0 / L1."""
+    sgd_learning_rate: float = 0.1
+    """Of muon_sgd, for what is no hidden matrix."""
+    lion_learning_rate: float = 1e-3
+    """Of muon_lion, for what is no hidden matrix."""
+
+
+class Arm(NamedTuple):
+    """One optimizer of the comparison.
+
+    Attributes:
+        about: what it is, in a few words.
+        build: `(settings, rate, rest) -> transformation`: `rate` is the schedule of its learning
+            rate, `rest` the arguments that say what AdamW does with the other leaves.
+        rate: its default learning rate; None where a group of settings has it.
+        eval_params: `(state, params) -> params` to evaluate, where these are not what it trains.
+    """
+
+    about: str
+    build: Callable[["Settings", optax.Schedule, dict[str, Any]], optax.GradientTransformation]
+    rate: float | None = None
+    eval_params: Callable[[Any, Any], Any] = lambda state, params: params
+
+
+def _adamw(
+    settings: "Settings", rate: optax.Schedule, rest: dict[str, Any]
+) -> optax.GradientTransformation:
+    return optax.adamw(**dataclasses.asdict(settings.adamw) | {"learning_rate": rate})
+
+
+def _like_muon(variant: Callable[..., optax.GradientTransformation], **own: Any) -> Callable:
+    """An arm with Muon's settings, but for its `own` arguments."""
+
+    def build(settings: "Settings", rate: optax.Schedule, rest: dict[str, Any]):
+        muon = dataclasses.asdict(settings.muon) | {"learning_rate": rate} | rest
+        if "orthogonalizer" in own:
+            del muon["ns_coeffs"]
+        return variant(**muon | own)
+
+    return build
+
+
+def _low_rank(method: str) -> Callable:
+    def build(settings: "Settings", rate: optax.Schedule, rest: dict[str, Any]):
+        polar = muon_jax.TruncatedPolar(settings.variants.rank, method)
+        return _like_muon(muon_jax.muon, orthogonalizer=polar)(settings, rate, rest)
+
+    return build
+
+
+def _rest(name: Literal["sgd", "lion"]) -> Callable:
+    def build(settings: "Settings", rate: optax.Schedule, rest: dict[str, Any]):
+        other = getattr(settings.variants, f"{name}_learning_rate")
+        scheduled = rest["adam_learning_rate"]
+        factor = other / settings.adamw.learning_rate
+        own = {"rest": name, "adam_learning_rate": lambda step: factor * scheduled(step)}
+        return _like_muon(muon_jax.muon, **own)(settings, rate, rest)
+
+    return build
+
+
+def _muonbp(settings: "Settings", rate: optax.Schedule, rest: dict[str, Any]):
+    variants = settings.variants
+    own = {"blocks": variants.blocks, "period": variants.period}
+    return _like_muon(muon_jax.muonbp, **own)(settings, rate, rest)
+
+
+def _muonclip(settings: "Settings", rate: optax.Schedule, rest: dict[str, Any]):
+    specs = muon_jax.GroupedQuery(heads=settings.attention_heads)
+    own = {"specs": specs, "threshold": settings.variants.clip_threshold}
+    return _like_muon(muon_jax.muonclip, **own)(settings, rate, rest)
+
+
+def _dion(settings: "Settings", rate: optax.Schedule, rest: dict[str, Any]):
+    decay = settings.muon.weight_decay
+    return muon_jax.dion(rate, rank=settings.variants.rank, weight_decay=decay, **rest)
+
+
+def _splus(settings: "Settings", rate: optax.Schedule, rest: dict[str, Any]):
+    every = settings.variants.eigenbases_every
+    return muon_jax.splus(rate, every=every, average=0.99)
+
+
+def _scion(settings: "Settings", rate: optax.Schedule, rest: dict[str, Any]):
+    return muon_jax.scion(rate, ns_coeffs=settings.muon.ns_coeffs)
+
+
+def _gluon(settings: "Settings", rate: optax.Schedule, rest: dict[str, Any]):
+    """The largest steps are Scion's: L1 is one over its radius."""
+    half = settings.variants.gluon_norm
+    radii = {"norm": 1.0, "embedding|head": 3000.0, "": 50.0}
+    smoothness = [(regex, (half / radius, 1 / radius)) for regex, radius in radii.items()]
+    return muon_jax.gluon(rate, smoothness=smoothness, ns_coeffs=settings.muon.ns_coeffs)
+
+
+ARMS: dict[str, Arm] = {
+    "adamw": Arm("AdamW for all parameters", _adamw),
+    "muon": Arm("Muon for the hidden matrices", _like_muon(muon_jax.muon)),
+    "muon_only": Arm(
+        "Muon, and nothing else learns", _like_muon(muon_jax.muon, rest="frozen"), 0.04
+    ),
+    "muon_sgd": Arm("Muon, and SGD for the rest", _rest("sgd"), 0.04),
+    "muon_lion": Arm("Muon, and Lion for the rest", _rest("lion"), 0.04),
+    "muon_bf16": Arm(
+        "Muon with momentum in bfloat16", _like_muon(muon_jax.muon, mu_dtype=jnp.bfloat16), 0.04
+    ),
+    "muon_int8": Arm(
+        "Muon with momentum in int8", _like_muon(muon_jax.muon, mu_dtype=jnp.int8), 0.04
+    ),
+    "muon_cautious": Arm(
+        "Muon with cautious decay", _like_muon(muon_jax.muon, cautious_weight_decay=True), 0.04
+    ),
+    "polar": Arm(
+        "Muon with the exact polar factor",
+        _like_muon(muon_jax.muon, orthogonalizer=muon_jax.polar_factor),
+        0.04,
+    ),
+    "low_rank": Arm("Muon of the top singular triplets, by SVD", _low_rank("svd"), 0.04),
+    "low_rank_subspace": Arm("the same by subspace iteration", _low_rank("subspace"), 0.04),
+    "normuon": Arm("NorMuon", _like_muon(muon_jax.normuon), 0.04),
+    "adamuon": Arm("AdaMuon", _like_muon(muon_jax.adamuon, scale="match_rms_adamw"), 0.02),
+    "muonbp": Arm("MuonBP, orthogonalising blocks between whole steps", _muonbp, 0.04),
+    "muonclip": Arm("Muon and QK-clip", _muonclip, 0.04),
+    "dion": Arm("Dion", _dion, 0.04),
+    "splus": Arm("SPlus, evaluated at its average", _splus, 0.8, muon_jax.evaluation_params),
+    "scion": Arm("Scion, unconstrained", _scion, 1e-3),
+    "gluon": Arm("Gluon, Scion with steps by smoothness", _gluon, 2e-3),
+}
+
+OptimizerName = Literal[*ARMS]
+
+# One field for each arm that has no group of its own: `--rates.NAME`.
+Rates = dataclasses.make_dataclass(
+    "Rates",
+    [
+        (
+            name,
+            Annotated[float, tyro.conf.arg(help=f"{arm.about}.")],
+            dataclasses.field(default=arm.rate),
+        )
+        for name, arm in ARMS.items()
+        if arm.rate is not None
+    ],
+    frozen=True,
+)
+Rates.__doc__ = "Learning rates of the other optimizers, after warm-up."
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of all arms; the config of a study inherits them."""
+
+    adamw: AdamW = dataclasses.field(default_factory=AdamW)
+    """The AdamW arm, and in the others the embedding, the head and the gains."""
+    muon: Muon = dataclasses.field(default_factory=Muon)
+    """The hidden matrices of the Muon arm."""
+    variants: Variants = dataclasses.field(default_factory=Variants)
+    """What single optimizers of the family have to set."""
+    rates: Rates = dataclasses.field(default_factory=Rates)  # type: ignore[valid-type]
+    """Learning rates of the other optimizers."""
+
+    @property
+    def attention_heads(self) -> int:
+        """Of the study's model; for QK-clip."""
+        raise NotImplementedError
+
+    def rate(self, name: OptimizerName) -> float:
+        """An arm's learning rate after warm-up."""
+        if ARMS[name].rate is None:
+            return getattr(self, name).learning_rate
+        return getattr(self.rates, name)
+
+
 def build(
-    name: OptimizerName, adamw: AdamW, muon: Muon, schedule: optax.Schedule
+    name: OptimizerName,
+    settings: Settings,
+    schedule: optax.Schedule,
+    rate: float | jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of that name.
 
     Args:
-        name: `"adamw"`, or `"muon"` with AdamW for what is no hidden matrix.
-        adamw: its settings, the same in both.
-        muon: settings of the Muon part.
+        name: a key of `ARMS`.
+        settings: of all arms.
         schedule: factor of the learning rates, from the step.
+        rate: takes the place of the arm's own learning rate; AdamW's for the other leaves stays.
+            It may be traced, so that one program serves all rates.
     """
 
-    def scheduled(learning_rate: float) -> optax.Schedule:
+    def scheduled(learning_rate: float | jax.Array) -> optax.Schedule:
         return lambda step: learning_rate * schedule(step)
 
-    shared: dict[str, Any] = {"b1": adamw.b1, "b2": adamw.b2, "eps": adamw.eps}
-    if name == "adamw":
-        return optax.adamw(
-            scheduled(adamw.learning_rate), weight_decay=adamw.weight_decay, **shared
-        )
-    return muon_jax.muon(
-        scheduled(muon.learning_rate),
-        beta=muon.beta,
-        nesterov=muon.nesterov,
-        ns_coeffs=muon.ns_coeffs,
-        scale=muon.scale,
-        weight_decay=muon.weight_decay,
-        adam_learning_rate=scheduled(adamw.learning_rate),
-        adam_weight_decay=adamw.weight_decay,
-        **{f"adam_{key}": value for key, value in shared.items()},
-    )
+    rest = {f"adam_{key}": value for key, value in dataclasses.asdict(settings.adamw).items()}
+    rest["adam_learning_rate"] = scheduled(settings.adamw.learning_rate)
+    own = scheduled(settings.rate(name) if rate is None else rate)
+    return optax.with_extra_args_support(ARMS[name].build(settings, own, rest))
 
 
 def warmup(steps: int) -> optax.Schedule:
     """A factor that rises linearly to 1 over `steps` steps; the first step is not lost to 0."""
     return optax.linear_schedule(1 / max(steps, 1), 1.0, max(steps - 1, 0))
+
+
+def warmup_then_decay(warmup_steps: int, steps: int, decay: DecayName) -> optax.Schedule:
+    """`warmup`, then a fall that would reach 0 at `steps`, one step after the last."""
+    falling = steps - warmup_steps
+    falls = {
+        "linear": optax.linear_schedule(1.0, 0.0, falling),
+        "cosine": optax.cosine_decay_schedule(1.0, falling),
+    }
+    return optax.join_schedules([warmup(warmup_steps), falls[decay]], [warmup_steps])

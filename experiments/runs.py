@@ -9,7 +9,7 @@ import platform
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -101,22 +101,37 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return [], 0
-        finished, kept, block, dropped = [], [], [], 0
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-            record = _parse(line)
-            if record is None or "cell" not in record:
-                block.append(line)
-            elif record.get("sha256") == _digest(block, record["cell"]):
-                finished.append(record["cell"])
-                kept += [*block, line]
-                block = []
-            else:
-                dropped += len(block) + 1
-                block = []
-        dropped += len(block)
+        blocks, dropped = read_blocks(path)
         if dropped:
-            write_text(path, "".join(kept))
-        return finished, dropped
+            write_text(path, "".join(block.text for block in blocks))
+        return [block.cell for block in blocks], dropped
+
+
+class Block(NamedTuple):
+    """A sealed piece of work: its records, its outcome, and its lines as they stand in the log."""
+
+    records: list[dict[str, Any]]
+    cell: dict[str, Any]
+    text: str
+
+
+def read_blocks(path: Path) -> tuple[list[Block], int]:
+    """The sealed blocks of a `metrics.jsonl`, oldest first, and how many other lines it has."""
+    blocks: list[Block] = []
+    lines: list[str] = []
+    dropped = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        seal = _parse(line)
+        if seal is None or "cell" not in seal:
+            lines.append(line)
+            continue
+        if seal.get("sha256") == _digest(lines, seal["cell"]):
+            records = [json.loads(record) for record in lines]
+            blocks.append(Block(records, seal["cell"], "".join([*lines, line])))
+        else:
+            dropped += len(lines) + 1
+        lines = []
+    return blocks, dropped + len(lines)
 
 
 def write_text(path: Path, text: str) -> None:

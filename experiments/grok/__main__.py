@@ -1,66 +1,30 @@
 """`python -m experiments.grok`: trains the grid's cells and writes the report."""
 
 import importlib.metadata
-import signal
 import sys
 import threading
 from typing import Any
 
 import tyro
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 
+from experiments.commands import INTERRUPTED, conduct, progress_bar
 from experiments.grok.config import GRID, Cell, Config
 from experiments.grok.report import terminal_table, write_report
 from experiments.grok.train import Epoch, train_cell
-from experiments.runs import Run, RunError, machine, write_json
-
-INTERRUPTED = 130
+from experiments.runs import Run, machine, write_json
 
 
 def main() -> int:
     """Runs the command; returns its exit code."""
-    stop = stop_on_signals()
-    console = Console()
-    try:
-        config = tyro.cli(Config, prog="python -m experiments.grok")
-        run = Run(config.folder(), config.as_json(), GRID)
-    except (ValueError, RunError, OSError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
-        return 2
-    try:
-        return study(config, run, stop, console)
-    except OSError as error:
-        console.print(
-            f"[red]error:[/red] {error}. {len(run.finished)} finished cells are safe in "
-            f"{run.folder}; the same command goes on from there.",
-            highlight=False,
-        )
-        return 1
-    finally:
-        run.close()
+    return conduct(begin, study)
 
 
-def stop_on_signals() -> threading.Event:
-    """Set by Ctrl-C and SIGTERM, and read between epochs; a second Ctrl-C stops at once.
-
-    An exception raised in the middle of XLA's work can crash the process on its way out.
-    """
-    stop = threading.Event()
-
-    def ask(signum, frame):
-        stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, ask)
-    signal.signal(signal.SIGTERM, ask)
-    return stop
+def begin() -> tuple[Config, Run]:
+    """The command line's config, and its run."""
+    config = tyro.cli(Config, prog="python -m experiments.grok")
+    return config, Run(config.folder(), config.as_json(), GRID)
 
 
 def study(config: Config, run: Run, stop: threading.Event, console: Console) -> int:
@@ -77,14 +41,7 @@ def study(config: Config, run: Run, stop: threading.Event, console: Console) -> 
     )
     total = len(finished | set(cells))
     try:
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=10),
-            TextColumn("left ≤"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        ) as progress:
+        with progress_bar(console) as progress:
             bar = progress.add_task("starting", total=len(missing) * config.epochs)
             for i, cell in enumerate(missing):
                 train(config, cell, run, stop, progress, bar)

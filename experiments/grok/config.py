@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from experiments.grok.losses import SoftmaxName
 from experiments.grok.tasks import TRAIN_FRACTION, TaskName, split, table
-from experiments.optimizers import AdamW, Muon, OptimizerName
+from experiments.optimizers import OptimizerName, Settings
 
 
 class Cell(NamedTuple):
@@ -29,7 +29,7 @@ GRID = ("tasks", "softmax", "optimizers", "seeds")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Grokking: does Muon generalise earlier than AdamW on modular arithmetic?
 
     Trains a small transformer on part of an operation's table modulo 97 and watches the rest: it
@@ -63,10 +63,6 @@ class Config:
     """Share of the table trained on; by default the published one of each task."""
     warmup: int = 10
     """Steps of linear warm-up."""
-    adamw: AdamW = dataclasses.field(default_factory=AdamW)
-    """The AdamW arm, and in the Muon arm the embedding, the head and the gains."""
-    muon: Muon = dataclasses.field(default_factory=Muon)
-    """The hidden matrices of the Muon arm."""
     full_length: bool = False
     """Train every cell for all epochs; by default one ends once it has grokked for good."""
     out: Path = dataclasses.field(default=Path("runs/grok"), compare=False)
@@ -94,6 +90,11 @@ class Config:
             split(len(table(task).tokens), self.fraction(task), seed=0)
         if self.warmup < 0:
             raise ValueError(f"--warmup must not be negative, got {self.warmup}.")
+
+    @property
+    def attention_heads(self) -> int:
+        """Of each layer."""
+        return self.heads
 
     def cells(self) -> list[Cell]:
         """The grid, seeds outermost, so that every arm has a first result early."""

@@ -3,13 +3,11 @@
 It never trains, so it can be made again at any time: `python -m experiments.grok.report FOLDER`.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jinja2
 import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -25,7 +23,6 @@ from experiments.figures import (
     Curve,
     Milestones,
     Sample,
-    data_uri,
     draw_boxes,
     draw_curves,
     figure_style,
@@ -33,7 +30,6 @@ from experiments.figures import (
     new_figure,
     optimizer_color,
     optimizer_label,
-    save_png,
 )
 from experiments.grok.report_data import (
     Arm,
@@ -44,26 +40,10 @@ from experiments.grok.report_data import (
     load_run,
     sustained_median,
 )
+from experiments.pages import flop, number, save_figure, write_page
 
 BASELINE = "adamw"
 THRESHOLD = 0.95
-
-
-def number(value: float | None) -> str:
-    """A number to three significant digits, whole numbers in full; "–" for none."""
-    if value is None or math.isnan(value):
-        return "–"
-    whole = float(value).is_integer() or abs(value) >= 1000
-    return f"{value:,.0f}" if whole else f"{value:.3g}"
-
-
-def flop(value: float | None) -> str:
-    """A count of floating-point operations with its unit, e.g. "1.2 TFLOP"."""
-    if value is None or math.isnan(value):
-        return "–"
-    units = (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
-    unit, size = next((pair for pair in units if value >= pair[1]), units[-1])
-    return f"{value / size:.3g} {unit}"
 
 
 def bounded(median: Median, form: Callable[[float], str] = number) -> str:
@@ -304,26 +284,22 @@ def write_report(folder: Path) -> Path:
         ValueError: A file is not what it should be; the message names the file and the line.
     """
     run = load_run(folder)
-    figures = {}
     with figure_style():
-        for name, draw in (("curves", curves_figure), ("grok_epochs", boxes_figure)):
-            figure = draw(run)
-            path = save_png(figure, folder / f"{name}.png")
-            # 96 CSS pixels to the inch: the page then shows the type at the size it was set in.
-            figures[name] = {"src": data_uri(path), "width": round(96 * figure.get_figwidth())}
+        figures = {
+            name: save_figure(draw(run), folder / f"{name}.png")
+            for name, draw in (("curves", curves_figure), ("grok_epochs", boxes_figure))
+        }
     published = published_statistic(run)
     means = {name: mean for name, reached, n, mean in published if mean and reached == n}
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "flop": flop, "label": optimizer_label}
-    page = environment.get_template("report.html.jinja").render(
+    return write_page(
+        Path(__file__).parent / "report.html.jinja",
+        folder / "report.html",
+        study="Grokking study",
+        command="experiments.grok.report",
+        config=run.config,
+        machine=run.machine,
+        version=run.version,
         run=run,
-        name=folder.resolve().name,
         abstract=abstract(run),
         columns=[heading for heading, *_ in ARM_COLUMNS],
         arms=[[form(arm) for *_, form in ARM_COLUMNS] for arm in aggregate(run.rows, run.budget)],
@@ -332,17 +308,7 @@ def write_report(folder: Path) -> Path:
         begun=len(run.traces),
         published=published,
         published_ratio=means["AdamW"] / means["Muon"] if {"AdamW", "Muon"} <= {*means} else None,
-        settings={key: _setting(value) for key, value in run.config.items()},
     )
-    path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
-
-
-def _setting(value: object) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def main(folder: tyro.conf.Positional[Path]) -> None:

@@ -51,7 +51,7 @@ class Program(NamedTuple):
     Attributes:
         start: `seed -> State`.
         epoch: `(state, train rows, seed, epoch) -> (state, mean loss)`.
-        evaluate: `(params, rows) -> (losses, correct)`, one entry a row.
+        evaluate: `(state, rows) -> (losses, correct)`, one entry a row.
         steps: steps an epoch.
         step_flops: of one step, from XLA's cost model.
         parameters: of the model.
@@ -90,15 +90,15 @@ def compile_arm(config: Config, cell: Cell) -> Program:
         dropout=config.dropout,
     )
     graph = nnx.graphdef(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
-    tx = optimizers.build(
-        cell.optimizer, config.adamw, config.muon, optimizers.warmup(config.warmup)
-    )
+    tx = optimizers.build(cell.optimizer, config, optimizers.warmup(config.warmup))
 
     def forward(params, batch_rows, dropout_key=None):
+        """The logits, and the largest attention logits, which cost nothing where nobody asks."""
         model = nnx.merge(graph, params)
         if dropout_key is None:
-            return prefixes.logits(model, tree, tokens, batch_rows)
-        return model(tokens[batch_rows], dropout_rngs=nnx.Rngs(dropout=dropout_key))
+            return prefixes.logits(model, tree, tokens, batch_rows, return_max_logits=True)
+        rngs = nnx.Rngs(dropout=dropout_key)
+        return model(tokens[batch_rows], dropout_rngs=rngs, return_max_logits=True)
 
     def start(seed):
         params = nnx.state(make(rngs=nnx.Rngs(params=jax.random.key(seed))), nnx.Param)
@@ -108,11 +108,12 @@ def compile_arm(config: Config, cell: Cell) -> Program:
         batch_rows, key = scanned
 
         def mean_loss(params):
-            logits = forward(params, batch_rows, key if config.dropout else None)
-            return loss_of(logits, answers[batch_rows]).mean()
+            dropout_key = key if config.dropout else None
+            logits, max_logits = forward(params, batch_rows, dropout_key)
+            return loss_of(logits, answers[batch_rows]).mean(), max_logits
 
-        loss, grads = jax.value_and_grad(mean_loss)(state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        (loss, max_logits), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, max_logits=max_logits)
         return State(optax.apply_updates(state.params, updates), opt_state), loss
 
     def epoch(state, train_rows, seed, number):
@@ -123,9 +124,11 @@ def compile_arm(config: Config, cell: Cell) -> Program:
         state, losses = jax.lax.scan(step, state, scanned)
         return state, losses.mean()
 
-    def evaluate(params, eval_rows):
+    def evaluate(state, eval_rows):
+        params = optimizers.ARMS[cell.optimizer].eval_params(state.opt_state, state.params)
+
         def chunk(chunk_rows):
-            logits = forward(params, chunk_rows)
+            logits, _ = forward(params, chunk_rows)
             correct = logits.argmax(-1) == answers[chunk_rows]
             return loss_of(logits, answers[chunk_rows]), correct
 
@@ -145,7 +148,7 @@ def compile_arm(config: Config, cell: Cell) -> Program:
     return Program(
         start=jax.jit(start),
         epoch=jax.jit(epoch, donate_argnums=0).lower(state, train_rows, number, number).compile(),
-        evaluate=jax.jit(evaluate).lower(state.params, eval_rows).compile(),
+        evaluate=jax.jit(evaluate).lower(state, eval_rows).compile(),
         steps=steps,
         step_flops=float(jax.jit(step).lower(state, one).cost_analysis()["flops"]),
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
@@ -183,7 +186,7 @@ def train_cell(
             program.epoch(state, train_rows, seed, jnp.int32(number))
         )
         seconds += time.perf_counter() - began
-        losses, correct = map(np.asarray, program.evaluate(state.params, eval_rows))
+        losses, correct = map(np.asarray, program.evaluate(state, eval_rows))
         epoch = Epoch(
             epoch=number,
             step=number * program.steps,

@@ -1,0 +1,76 @@
+"""What the commands of all studies share: how they begin, stop, show progress and exit."""
+
+import signal
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from experiments.runs import Run, RunError
+
+INTERRUPTED = 130
+
+Config = TypeVar("Config")
+
+
+def conduct(
+    begin: Callable[[], tuple[Config, Run]],
+    study: Callable[[Config, Run, threading.Event, Console], int],
+) -> int:
+    """Opens a run and works on it.
+
+    Args:
+        begin: reads the command line and opens the run's folder.
+        study: `(config, run, stop, console) -> exit code`; when `stop` is set it should end soon.
+
+    Returns:
+        The command's exit code.
+    """
+    stop = stop_on_signals()
+    console = Console()
+    try:
+        config, run = begin()
+    except (ValueError, RunError, OSError) as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False)
+        return 2
+    try:
+        return study(config, run, stop, console)
+    except OSError as error:
+        console.print(
+            f"[red]error:[/red] {error}. {len(run.finished)} finished cells are safe in "
+            f"{run.folder}; the same command goes on from there.",
+            highlight=False,
+        )
+        return 1
+    finally:
+        run.close()
+
+
+def stop_on_signals() -> threading.Event:
+    """Set by Ctrl-C and SIGTERM, and read between pieces of work; a second Ctrl-C stops at once.
+
+    An exception raised in the middle of XLA's work can crash the process on its way out.
+    """
+    stop = threading.Event()
+
+    def ask(signum, frame):
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGTERM, ask)
+    return stop
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with what is under way and the time left at most."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=10),
+        TextColumn("left ≤"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )

@@ -1,0 +1,105 @@
+"""Text to train on: the running Python's own standard library, or a file, as bytes."""
+
+import functools
+import hashlib
+import io
+import platform
+import sys
+import sysconfig
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+VOCABULARY = 256
+VALIDATION_SHARE = 10  # one byte, or file, in so many
+_TESTS = {"test", "tests", "idle_test"}
+
+
+class Corpus(NamedTuple):
+    """Bytes to train on and bytes to validate on, `(bytes,)` uint8.
+
+    Attributes:
+        name: where the text is from.
+        sha256: digest of all its bytes, training before validation.
+    """
+
+    name: str
+    train: np.ndarray
+    validation: np.ndarray
+    sha256: str
+
+    def as_json(self) -> dict[str, str | int]:
+        """What a run records of it."""
+        return {
+            "name": self.name,
+            "train_bytes": len(self.train),
+            "validation_bytes": len(self.validation),
+            "sha256": self.sha256,
+        }
+
+
+def load(text: Path | None = None, limit: int | None = None) -> Corpus:
+    """A file, or by default the standard library.
+
+    Args:
+        text: the file; its last tenth, from a line's start, is for validation.
+        limit: take no more bytes than this, from the beginning, a tenth of them for validation.
+
+    Raises:
+        ValueError: there is no text, or none for one of the two sides.
+        OSError: the file cannot be read.
+    """
+    return standard_library(limit) if text is None else one_file(text, limit)
+
+
+def standard_library(limit: int | None = None) -> Corpus:
+    """The source of the running Python's standard library, without its tests: some ten megabytes.
+
+    Files are in the order of their names, and about every tenth is for validation; a file's name
+    alone decides, so that it stays on its side in every version of Python.
+    """
+    return _standard_library(Path(sysconfig.get_path("stdlib")), limit)
+
+
+@functools.cache
+def _standard_library(root: Path, limit: int | None) -> Corpus:
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    train, validation = io.BytesIO(), io.BytesIO()
+    for name in filter(_is_source, names):
+        held_out = zlib.crc32(name.encode()) % VALIDATION_SHARE == 0
+        (validation if held_out else train).write((root / name).read_bytes())
+    if not train.tell():
+        raise ValueError("This Python has no source of its standard library; give --text FILE.")
+    tenth = None if limit is None else limit // VALIDATION_SHARE
+    return _corpus(
+        f"standard library of Python {platform.python_version()}",
+        train.getvalue()[: None if limit is None else limit - tenth],
+        validation.getvalue()[:tenth],
+    )
+
+
+def _is_source(name: str) -> bool:
+    """Whether a file is of the library itself, on every machine: no tests, no build's settings."""
+    parts = name.removesuffix(".py").split("/")
+    return parts[0] in sys.stdlib_module_names and not _TESTS & set(parts)
+
+
+def one_file(path: Path, limit: int | None = None) -> Corpus:
+    """Any file as a corpus."""
+    with open(path, "rb") as file:
+        text = file.read() if limit is None else file.read(limit)
+    cut = text.find(b"\n", len(text) - len(text) // VALIDATION_SHARE) + 1
+    return _corpus(path.name, text[:cut], text[cut:])
+
+
+def _corpus(name: str, train: bytes, validation: bytes) -> Corpus:
+    if not (train and validation):
+        raise ValueError(
+            f"{name} has {len(train)} bytes for training and {len(validation)} for validation; "
+            "both need some. Take more bytes, or a longer text of several lines."
+        )
+    digest = hashlib.sha256(train + validation).hexdigest()
+    arrays = (np.frombuffer(side, np.uint8) for side in (train, validation))
+    return Corpus(name, *arrays, digest)

@@ -1,0 +1,87 @@
+"""`python -m experiments.family`: trains the sweep's cells, measures costs, writes the report."""
+
+import sys
+import threading
+
+import tyro
+from rich.console import Console
+
+from experiments.commands import INTERRUPTED, conduct, progress_bar
+from experiments.family import cost, data
+from experiments.family.config import GRID, Cell, Config, as_json
+from experiments.family.report import terminal_table, write_report
+from experiments.family.report_data import aggregate, load_run, read_json
+from experiments.family.sweep import carry_out
+from experiments.family.train import train_cell
+from experiments.runs import Run, machine, write_json
+
+
+def main() -> int:
+    """Runs the command; returns its exit code."""
+    return conduct(begin, study)
+
+
+def begin() -> tuple[tuple[Config, data.Data], Run]:
+    """The command line's config and its corpus, and the run."""
+    config = tyro.cli(Config, prog="python -m experiments.family")
+    text = data.load(config)
+    return (config, text), Run(config.folder(), as_json(config) | {"corpus": text.origin}, GRID)
+
+
+def study(task: tuple[Config, data.Data], run: Run, stop: threading.Event, console: Console) -> int:
+    """Trains what is missing of the sweep, measures costs, and reports on what there is."""
+    config, text = task
+    left = carry_out(
+        Cell,
+        {(name,): config.rate(name) for name in config.optimizers},
+        config,
+        text,
+        lambda cell, show: train_cell(config.training(), text, *cell, show),
+        run,
+        stop,
+        console,
+    )
+    if not left:
+        measure_costs(config, text, run, stop, console)
+    if run.finished:
+        report = write_report(run.folder)
+        files = load_run(run.folder)
+        console.print(terminal_table(aggregate(files.rows, files.costs)))
+        console.print(f"Report: {report}", highlight=False, soft_wrap=True)
+    return INTERRUPTED if stop.is_set() else 0
+
+
+def measure_costs(
+    config: Config, text: data.Data, run: Run, stop: threading.Event, console: Console
+) -> None:
+    """Writes costs.json, unless it has all optimizers: ratios are of one process."""
+    path = run.folder / "costs.json"
+    if path.exists() and set(config.optimizers) <= read_json(path)["costs"].keys():
+        return
+
+    def turn() -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        progress.advance(bar)
+
+    try:
+        with progress_bar(console) as progress:
+            turns = (cost.ROUNDS + 1) * len({"adamw", *config.optimizers})
+            bar = progress.add_task("timing the optimizers", total=turns)
+            costs = cost.measure(
+                config.training(),
+                config.optimizers,
+                text,
+                rounds=cost.ROUNDS,
+                steps=cost.STEPS,
+                on_turn=turn,
+            )
+    except KeyboardInterrupt:
+        stop.set()
+        return
+    rows = {name: of._asdict() for name, of in costs.items()}
+    write_json(path, {"machine": machine(), "costs": rows})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

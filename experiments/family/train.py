@@ -1,0 +1,180 @@
+"""Training of one cell: the steps between two evaluations are one compiled scan."""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from experiments import optimizers
+from experiments.family import data
+from experiments.family.config import Training
+from experiments.family.model import LanguageModel
+from experiments.optimizers import OptimizerName
+
+_EVALUATION_BATCH = 32
+
+
+class State(NamedTuple):
+    """What a training step carries on."""
+
+    params: Any
+    opt_state: Any
+
+
+class Evaluation(NamedTuple):
+    """Losses in nats a byte; `seconds` are of training alone, since the cell's start."""
+
+    step: int
+    seconds: float
+    train_loss: float
+    validation_loss: float
+
+
+class Model(NamedTuple):
+    """The language model as functions of plain params, shared by all arms.
+
+    Attributes:
+        start: `seed -> params`, compiled.
+        loss: `(params, windows) -> (mean loss, observed)`; `observed` are the extra arguments of
+            `tx.update` that tell an optimizer of the forward pass.
+        evaluate: `(params, windows) -> losses`, one a window, compiled.
+        parameters: how many it has.
+    """
+
+    start: Callable
+    loss: Callable
+    evaluate: Callable
+    parameters: int
+
+
+@functools.cache
+def language_model(config: Training) -> Model:
+    """The configured model."""
+    make = functools.partial(
+        LanguageModel, width=config.width, layers=config.layers, head_size=config.head_size
+    )
+    abstract = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    graph, shapes, _ = nnx.split(abstract, nnx.Param, ...)
+
+    def start(seed):
+        return nnx.state(make(rngs=nnx.Rngs(params=jax.random.key(seed))), nnx.Param)
+
+    def loss(params, windows):
+        tokens = windows.astype(jnp.int32)
+        logits, max_logits = nnx.merge(graph, params)(tokens[:, :-1])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        return losses.mean(), {"max_logits": max_logits}
+
+    def evaluate(params, windows):
+        return jax.lax.map(
+            lambda window: loss(params, window[None])[0], windows, batch_size=_EVALUATION_BATCH
+        )
+
+    return Model(
+        jax.jit(start),
+        loss,
+        jax.jit(evaluate),
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)),
+    )
+
+
+def transformation(
+    config: Training, optimizer: OptimizerName, rate: float | jax.Array | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer as a cell runs it: warm-up, then decay to zero."""
+    schedule = optimizers.warmup_then_decay(config.warmup, config.steps, config.decay)
+    return optimizers.build(optimizer, config, schedule, rate)
+
+
+def start(config: Training, optimizer: OptimizerName, seed: int) -> State:
+    """What a training begins with; the params depend on the seed alone."""
+    params = language_model(config).start(seed)
+    return State(params, jax.jit(transformation(config, optimizer).init)(params))
+
+
+@functools.cache
+def compile_steps(config: Training, optimizer: OptimizerName, text_bytes: int) -> Callable:
+    """Compiles the steps between two evaluations, for all rates and seeds of an arm.
+
+    Args:
+        config: the model and the optimizers' settings.
+        optimizer: which one.
+        text_bytes: length of the training text.
+
+    Returns:
+        `(state, text, rate, seed, first step) -> (state, mean loss)`.
+    """
+    model = language_model(config)
+
+    def advance(state, text, rate, seed, first):
+        tx = transformation(config, optimizer, rate)
+
+        def step(state, number):
+            key = jax.random.fold_in(jax.random.key(seed), number)
+            windows = data.batch(text, key, config.batch, config.context)
+            (loss, observed), gradient = jax.value_and_grad(model.loss, has_aux=True)(
+                state.params, windows
+            )
+            updates, opt_state = tx.update(gradient, state.opt_state, state.params, **observed)
+            return State(optax.apply_updates(state.params, updates), opt_state), loss
+
+        numbers = first + jnp.arange(config.steps // config.evaluations)
+        state, losses = jax.lax.scan(step, state, numbers)
+        return state, losses.mean()
+
+    state = jax.eval_shape(lambda: start(config, optimizer, 0))
+    number, rate = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
+    text = jax.ShapeDtypeStruct((text_bytes,), jnp.uint8)
+    jitted = jax.jit(advance, donate_argnums=0)
+    return jitted.lower(state, text, rate, number, number).compile()
+
+
+def train_cell(
+    config: Training,
+    text: data.Data,
+    optimizer: OptimizerName,
+    rate: float,
+    seed: int,
+    on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None,
+) -> tuple[list[Evaluation], dict[str, Any]]:
+    """Trains to the end: every evaluation, and the outcome.
+
+    It ends early when its loss is no longer finite; the outcome then says so and has no loss. It
+    is a pure function of its arguments, but for the clock.
+    """
+    advance = compile_steps(config, optimizer, len(text.train))
+    evaluate, eval_params = language_model(config).evaluate, optimizers.ARMS[optimizer].eval_params
+    state = jax.block_until_ready(start(config, optimizer, seed))
+    every = config.steps // config.evaluations
+
+    history: list[Evaluation] = []
+    seconds, diverged = 0.0, False
+    for first in range(0, config.steps, every):
+        arguments = text.train, jnp.float32(rate), jnp.int32(seed), jnp.int32(first)
+        began = time.perf_counter()
+        state, loss = jax.block_until_ready(advance(state, *arguments))
+        seconds += time.perf_counter() - began
+        params = eval_params(state.opt_state, state.params)
+        losses = np.asarray(evaluate(params, text.validation), np.float64)
+        evaluation = Evaluation(first + every, seconds, float(loss), float(losses.mean()))
+        diverged = not (math.isfinite(loss) and math.isfinite(evaluation.validation_loss))
+        if diverged:
+            break
+        history.append(evaluation)
+        on_evaluation(evaluation)
+    steps_run = (len(history) + diverged) * every
+    return history, {
+        "diverged": diverged,
+        "train_loss": None if diverged else history[-1].train_loss,
+        "validation_loss": None if diverged else history[-1].validation_loss,
+        "steps_run": steps_run,
+        "seconds": seconds,
+        "milliseconds_per_step": 1e3 * seconds / steps_run,
+    }

@@ -1,0 +1,80 @@
+"""What the report pages of all studies share: their skeleton, and numbers as text."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from matplotlib.figure import Figure
+
+from experiments.figures import data_uri, optimizer_label, save_png
+
+
+def number(value: float | None) -> str:
+    """A number to three significant digits, whole numbers in full; "–" for none."""
+    if value is None or math.isnan(value):
+        return "–"
+    whole = float(value).is_integer() or abs(value) >= 1000
+    return f"{value:,.0f}" if whole else f"{value:.3g}"
+
+
+def flop(value: float | None) -> str:
+    """A count of floating-point operations with its unit, e.g. "1.2 TFLOP"."""
+    if value is None or math.isnan(value):
+        return "–"
+    units = (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
+    unit, size = next((pair for pair in units if value >= pair[1]), units[-1])
+    return f"{value / size:.3g} {unit}"
+
+
+def save_figure(figure: Figure, path: Path) -> dict[str, Any]:
+    """Saves a figure as PNG; what a page needs to show it."""
+    save_png(figure, path)
+    # 96 CSS pixels to the inch: the page then shows the type at the size it was set in.
+    return {"src": data_uri(path), "width": round(96 * figure.get_figwidth())}
+
+
+def write_page(
+    template: Path,
+    path: Path,
+    *,
+    study: str,
+    command: str,
+    config: dict[str, Any],
+    **values: Any,
+) -> Path:
+    """Writes a run's report.html; it needs no second file.
+
+    Args:
+        template: a study's own, which extends page.html.jinja.
+        path: the file to write, in the run's folder.
+        study: the page's heading.
+        command: the module that makes the report again.
+        config: settings to show.
+        **values: what the template and page.html.jinja name: `abstract`, `machine`, `version` and
+            the study's own.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "flop": flop, "label": optimizer_label}
+    page = environment.get_template(template.name).render(
+        study=study,
+        name=path.resolve().parent.name,
+        again=f"python -m {command} FOLDER",
+        settings={key: _setting(value) for key, value in config.items()},
+        **values,
+    )
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _setting(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value)
