@@ -22,6 +22,7 @@ from muon_jax._layout import (
 from muon_jax._matrix_axes import MatrixAxes, axes_by_path
 from muon_jax._newton_schulz import Form, NewtonSchulz
 from muon_jax._paths import KeyPath, path_string
+from muon_jax._pieces import cut
 from muon_jax._placement import plan_entries
 from muon_jax._routing import ADAMW, FROZEN, MUON, Routing, route
 
@@ -194,19 +195,22 @@ def plan(
         x = leaves[path]
         parts = math.prod(size[name] for names in layouts[path] for name in names)
         width = jnp.dtype(x.dtype).itemsize
-        first = width if mu_dtype is None else jnp.dtype(mu_dtype).itemsize
-        return math.prod(x.shape) // parts * (first + width * (moments - 1))
+        packed = mu_dtype is not None and jnp.dtype(mu_dtype) == jnp.int8
+        first = width if mu_dtype is None or packed else jnp.dtype(mu_dtype).itemsize
+        here = math.prod(x.shape) // parts
+        if packed and moments == 1:
+            return here + 4 * (here // x.shape[-1])  # a float32 scale a row
+        return here * (first + width * (moments - 1))
 
-    hidden = [path for path, found in routes.items() if found.label == MUON and leaves[path].size]
-    entries = [
-        Entry(
-            leaves[path].shape,
-            jnp.dtype(leaves[path].dtype),
-            layouts[path],
-            (axes[path] or MatrixAxes()).normalized(len(leaves[path].shape)),
-        )
-        for path in hidden
-    ]
+    hidden: list[KeyPath] = []  # of each entry
+    entries: list[Entry] = []
+    for path, found in routes.items():
+        x = leaves[path]
+        if found.label == MUON and x.size:
+            for piece in cut(x.shape, axes[path] or MatrixAxes(), layouts[path], size):
+                assert piece.layout is not None
+                hidden.append(path)
+                entries.append(Entry(piece.shape, jnp.dtype(x.dtype), piece.layout, piece.axes))
     blocks, buckets = plan_entries(entries, placing, solver)
 
     def muon_row(group: list[Bucket]) -> PlanRow:
@@ -214,7 +218,11 @@ def plan(
         copies = placing.devices // group[0].devices
         flops = sum(bucket.flops(solver) for bucket in group)
         momentum = sum(
-            state_bytes(hidden[part.block], 1) * part.matrices // blocks[part.block].matrices
+            state_bytes(hidden[part.block], 1)
+            * math.prod(entries[part.block].shape)
+            // leaves[hidden[part.block]].size
+            * part.matrices
+            // blocks[part.block].matrices
             for part in parts
         )
         first = blocks[parts[0].block]

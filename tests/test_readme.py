@@ -99,3 +99,15 @@ def test_the_static_arguments_of_inject_hyperparams():
         _, state = step(PARAMS, state, PARAMS)
     assert float(state.hyperparams["learning_rate"]) < 0.1
     assert step._cache_size() == 1
+
+
+def test_a_function_of_the_users_own_is_enough():
+    params = {"mlp": {"kernel": jnp.ones((4, 8))}}
+    (source,) = (block for block in blocks("python") if "row_sign" in block)
+    statements = ast.parse(source).body
+    names = {"muon_jax": muon_jax}
+    exec(ast.unparse(statements[:-2]), names)
+    for call in statements[-2:]:
+        tx = eval(ast.unparse(call), names)
+        updates, _ = tx.update(params, tx.init(params), params)
+        assert float(jnp.abs(updates["mlp"]["kernel"]).max()) > 0

@@ -12,7 +12,7 @@ from muon_jax._auto_axes import over_auto_axes
 from muon_jax._hybrid import hybrid
 from muon_jax._layout import AnyMesh
 from muon_jax._momentum import as_array_tree, stored_like
-from muon_jax._options import takes_options_of
+from muon_jax._options import require_static, takes_options_of
 from muon_jax._shape_scale import ShapeScale
 from muon_jax._stages import Stages
 from muon_jax.variants.low_rank import product, rank_of, relative
@@ -77,6 +77,7 @@ def scale_by_dion(
         (4, 2)
     """
     rank_of(rank, 1, 1)
+    require_static("seed", seed)
     stages = Stages(
         scale=scale,
         mu_dtype=mu_dtype,
