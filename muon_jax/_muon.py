@@ -12,7 +12,7 @@ import optax
 from muon_jax._coefficients import Schedule
 from muon_jax._hybrid import hybrid
 from muon_jax._layout import AnyMesh
-from muon_jax._newton_schulz import NewtonSchulz
+from muon_jax._newton_schulz import configured
 from muon_jax._options import takes_options_of
 from muon_jax._shape_scale import ShapeScale
 from muon_jax._stages import Orthogonalizer, Stages
@@ -127,13 +127,7 @@ def hybrid_muon(
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """`hybrid` of a variant that has Muon's stages."""
-    if orthogonalizer is None:
-        orthogonalizer = NewtonSchulz(ns_coeffs, ns_steps, ns_dtype)
-    elif ns_coeffs != "jordan" or ns_steps is not None or ns_dtype is not None:
-        raise ValueError(
-            "Give either an orthogonalizer or ns_coeffs, ns_steps and ns_dtype, which configure "
-            "the default one; got both."
-        )
+    orthogonalizer = configured(orthogonalizer, ns_coeffs, ns_steps, ns_dtype)
     stages = {"beta": beta, "nesterov": nesterov, "momentum": momentum, "scale": scale}
     scale_by = functools.partial(scale_by, orthogonalizer=orthogonalizer, **stages)
     return hybrid(scale_by, learning_rate, **options)

@@ -187,6 +187,22 @@ def as_newton_schulz(orthogonalizer: Callable | None) -> Callable:
     return orthogonalizer
 
 
+def configured(orthogonalizer: Callable | None, coeffs: Any, steps: Any, dtype: Any) -> Callable:
+    """The orthogonalizer given, or `NewtonSchulz` with the settings given.
+
+    Raises:
+        ValueError: both are.
+    """
+    if orthogonalizer is None:
+        return NewtonSchulz(coeffs, steps, dtype)
+    if coeffs != "jordan" or steps is not None or dtype is not None:
+        raise ValueError(
+            "Give either an orthogonalizer or ns_coeffs, ns_steps and ns_dtype, which configure "
+            "the default one; got both."
+        )
+    return orthogonalizer
+
+
 def _require_floating(what: str, dtype: jnp.dtype) -> None:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"newton_schulz works on real floating point; {what} is {dtype}.")

@@ -7,65 +7,26 @@ import numpy as np
 import optax
 import pytest
 import reference
+from trajectories import (
+    DECAY,
+    GRADS,
+    KERNELS,
+    LABELS,
+    PARAMS,
+    RAMP,
+    ROUNDING,
+    STEPS,
+    assert_same_bits,
+    distance,
+    normal,
+    run,
+)
 
 import muon_jax
 from muon_jax import MatrixAxes, muon, scale_by_muon
 
-STEPS = 10
-
-# Of the way a leaf has come: one rounding of a float32 param, 6e-8 of it, is 2e-5 of a first step
-# of 3e-3. Measured: 9e-6 against float64, 1.4e-5 against torch, 7e-6 against optax.
-ROUNDING = 3e-5
-
-SHAPES = {"embed": (12, 6), "up": (6, 16), "down": (16, 6), "square": (8, 8), "bias": (6,)}
-LABELS = {name: "muon" if name in ("up", "down", "square") else "adamw" for name in SHAPES}
-
-
-def normal(tree_shapes, seed, dtype=np.float32):
-    rng = np.random.default_rng(seed)
-    return {name: rng.normal(size=shape).astype(dtype) for name, shape in tree_shapes.items()}
-
-
-PARAMS = normal(SHAPES, 0)
-GRADS = [normal(SHAPES, seed) for seed in range(1, STEPS + 1)]
-
-
-def run(tx, params=PARAMS, grads=GRADS, state=None, jit=False):
-    """The params after each step, and the last state."""
-
-    def step(g, state, params):
-        updates, state = tx.update(g, state, params)
-        return optax.apply_updates(params, updates), state
-
-    step = jax.jit(step) if jit else step
-    params = jax.tree.map(jnp.asarray, params)
-    state = tx.init(params) if state is None else state
-    trajectory = []
-    for g in grads:
-        params, state = step(jax.tree.map(jnp.asarray, g), state, params)
-        trajectory.append(params)
-    return trajectory, state
-
-
-def distance(ours, theirs, start=PARAMS):
-    """The largest difference of any leaf at any step, as a share of the way it has come."""
-    return max(
-        np.linalg.norm(np.asarray(a[name], np.float64) - b[name])
-        / np.linalg.norm(np.asarray(b[name], np.float64) - start[name])
-        for a, b in zip(ours, theirs, strict=True)
-        for name in start
-    )
-
-
-def assert_same_bits(ours, theirs):
-    for a, b in zip(ours, theirs, strict=True):
-        jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 # --- Float64 NumPy ---------------------------------------------------------------------------
 
-RAMP = optax.linear_schedule(0.01, 0.05, STEPS)
-DECAY = optax.linear_schedule(0.3, 0.0, STEPS)
 HYBRIDS = [
     *[
         {"momentum": m, "nesterov": n}
@@ -146,15 +107,14 @@ def test_ten_steps_of_torch(monkeypatch, scale, torch_scale, nesterov):
     torch = pytest.importorskip("torch", reason="parity with torch needs torch")
     # torch rounds to bfloat16 before Newton-Schulz; here both run it in float32.
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor.clone())
-    kernels = [name for name, label in LABELS.items() if label == "muon"]
 
     def turned(arrays):
-        return {name: x.T.copy() if name in kernels else x.copy() for name, x in arrays.items()}
+        return {name: x.T.copy() if name in KERNELS else x.copy() for name, x in arrays.items()}
 
     tensors = {name: torch.nn.Parameter(torch.tensor(w)) for name, w in turned(PARAMS).items()}
     settings = {"lr": 0.02, "weight_decay": 0.1}
-    hidden = [tensors[name] for name in kernels]
-    others = [tensor for name, tensor in tensors.items() if name not in kernels]
+    hidden = [tensors[name] for name in KERNELS]
+    others = [tensor for name, tensor in tensors.items() if name not in KERNELS]
     optimizers = [
         torch.optim.Muon(hidden, **settings, nesterov=nesterov, adjust_lr_fn=torch_scale),
         torch.optim.AdamW(others, **settings, betas=(0.9, 0.95)),

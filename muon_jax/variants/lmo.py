@@ -16,7 +16,7 @@ from muon_jax._layout import AnyMesh, is_sharding
 from muon_jax._matrix_axes import MatrixAxes, axes_by_path
 from muon_jax._momentum import as_array_tree
 from muon_jax._names import EMBEDDING, VECTORS
-from muon_jax._newton_schulz import NewtonSchulz
+from muon_jax._newton_schulz import configured
 from muon_jax._paths import KeyPath, broadcast_prefix, map_paths
 from muon_jax._routing import FROZEN, MUON, Route, Routing, match_rules, route
 from muon_jax._stages import Orthogonalizer, Stages
@@ -178,7 +178,7 @@ def by_layer(
     chunk_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by_lmo`, decay and rate for every leaf with the ball that `layers_of` gives it."""
-    orthogonalizer = orthogonalizer or NewtonSchulz(ns_coeffs, ns_steps, ns_dtype)
+    orthogonalizer = configured(orthogonalizer, ns_coeffs, ns_steps, ns_dtype)
 
     def routed(tree):
         routes = route(tree, routing)

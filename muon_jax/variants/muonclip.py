@@ -6,10 +6,12 @@ import jax
 import optax
 
 from muon_jax._muon import muon
+from muon_jax._options import takes_options_of
 from muon_jax._shape_scale import ShapeScale
 from muon_jax.variants.qk_clip import Specs, qk_clip
 
 
+@takes_options_of(muon)
 def muonclip(
     learning_rate: optax.ScalarOrSchedule,
     specs: Specs,
@@ -25,7 +27,7 @@ def muonclip(
     Args:
         learning_rate, scale, weight_decay: of `muon`.
         specs, threshold, alpha: of `qk_clip`.
-        **options: any other argument of `muon`.
+        options: those of `muon`.
 
     Returns:
         A transformation that takes (and needs) `params` in `update`, and there clips by
@@ -38,9 +40,8 @@ def muonclip(
         Kimi Team, 2025, "Kimi K2", arXiv 2507.20534; Liu et al., 2025, arXiv 2502.16982.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from muon_jax.variants.attention_specs import GroupedQuery
-        >>> tx = muonclip(4e-4, GroupedQuery(heads=2), adam_b2=0.98)
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.muonclip(4e-4, muon_jax.GroupedQuery(heads=2), adam_b2=0.98)
         >>> kernels = {"query": {"kernel": jnp.ones((8, 8))}, "key": {"kernel": jnp.ones((8, 8))}}
         >>> params = {"blocks": [{"attention": kernels}]}
         >>> max_logits = {"blocks/0/attention": jnp.array([80.0, 130.0])}
