@@ -1,0 +1,389 @@
+"""Options that the whole family has: the rest, cautious decay, int8 momentum, parts of a leaf."""
+
+import inspect
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+import reference_variants
+from trajectories import (
+    DECAY,
+    GRADS,
+    KERNELS,
+    LABELS,
+    PARAMS,
+    RAMP,
+    ROUNDING,
+    assert_same_bits,
+    distance,
+    normal,
+    of_leaves,
+    relative_error,
+    run,
+    updates_of,
+    with_adamw,
+)
+from variants import BLOCKS, QUICK, SCALE_BY
+
+from muon_jax import (
+    Ball,
+    MatrixAxes,
+    TruncatedPolar,
+    adamuon,
+    dion,
+    gluon,
+    hybrid,
+    low_rank,
+    muon,
+    muonbp,
+    normuon,
+    scale_by_adamuon,
+    scale_by_dion,
+    scale_by_lmo,
+    scale_by_muon,
+    scale_by_muonbp,
+    scale_by_normuon,
+    scale_by_splus,
+    scion,
+    splus,
+)
+from muon_jax._momentum import Int8
+
+# --- The rest --------------------------------------------------------------------------------
+
+REST = [name for name in PARAMS if name not in KERNELS]
+
+
+def only(names, tree):
+    return {name: tree[name] for name in names}
+
+
+def run_only(names, tx):
+    return run(tx, only(names, PARAMS), [only(names, g) for g in GRADS])[0]
+
+
+def sgd(rate, decay):
+    chained = optax.trace(0.9), optax.add_decayed_weights(decay), optax.scale(-rate)
+    return optax.chain(*chained)
+
+
+RESTS = {
+    "adamw": ({}, optax.adamw(0.02, b2=0.95, weight_decay=0.1)),
+    "sgd": ({"rest": "sgd"}, sgd(0.02, 0.1)),
+    "sgd of its own rate": (
+        {"rest": "sgd", "adam_learning_rate": 0.1, "adam_weight_decay": 0.0},
+        optax.sgd(0.1, momentum=0.9),
+    ),
+    "lion": ({"rest": "lion"}, optax.lion(0.02, b1=0.9, b2=0.99, weight_decay=0.1)),
+    "lion by schedules": (
+        {"rest": "lion", "adam_learning_rate": RAMP, "adam_weight_decay": DECAY, "adam_b1": 0.8},
+        optax.lion(RAMP, b1=0.8, b2=0.99, weight_decay=DECAY),
+    ),
+    "sign": (
+        {"rest": "sign"},
+        optax.chain(
+            optax.ema(0.9, debias=False),
+            optax.scale_by_sign(),
+            optax.scale(0.001),
+            optax.add_decayed_weights(0.1),
+            optax.scale(-0.02),
+        ),
+    ),
+    "frozen": ({"rest": "frozen"}, optax.set_to_zero()),
+    "an optimizer": ({"rest": optax.adafactor(1e-2)}, optax.adafactor(1e-2)),
+}
+
+
+@pytest.mark.parametrize("case", RESTS)
+def test_the_rest_is_the_optimizer_that_was_asked_for(case):
+    settings, expected = RESTS[case]
+    trajectory, _ = run(muon(0.02, weight_decay=0.1, **settings))
+    assert_same_bits([only(REST, way) for way in trajectory], run_only(REST, expected))
+    hidden = run_only(KERNELS, muon(0.02, weight_decay=0.1))
+    assert_same_bits([only(KERNELS, way) for way in trajectory], hidden)
+
+
+def test_the_rest_gets_extra_arguments():
+    def update(updates, state, params=None, *, value, **extra_args):
+        return jax.tree.map(lambda g: value * g, updates), state
+
+    rest = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    tx = muon(0.02, rest=rest)
+    updates, _ = tx.update(GRADS[0], tx.init(PARAMS), PARAMS, value=3.0)
+    np.testing.assert_array_equal(updates["bias"], 3 * GRADS[0]["bias"])
+
+
+def test_any_scale_by_may_be_in_the_hybrid():
+    ours = run(hybrid(scale_by_muon, 0.02, weight_decay=0.1))[0]
+    assert_same_bits(ours, run(muon(0.02, weight_decay=0.1))[0])
+
+
+# --- Cautious decay --------------------------------------------------------------------------
+
+
+def directions(trajectory, name):
+    """Of a run with a rate of 1 and no decay."""
+    way = [np.asarray(PARAMS[name], np.float64), *(params[name] for params in trajectory)]
+    return [a - b for a, b in itertools.pairwise(way)]
+
+
+@pytest.mark.parametrize("name", ["muon", "adamuon"])
+@pytest.mark.parametrize("rate,decay", [(0.02, 1.0), (RAMP, DECAY)], ids=["constant", "scheduled"])
+def test_ten_steps_of_cautious_decay(name, rate, decay):
+    plain = {"learning_rate": 1.0}
+    free = reference.hybrid(PARAMS, GRADS, LABELS, reference.Hyper(**plain))
+    if name == "adamuon":
+        free = with_adamw(of_leaves(reference_variants.adamuon, **plain), **plain)
+    ways = {
+        leaf: reference_variants.cautious_decay(
+            w, directions(free, leaf), learning_rate=rate, weight_decay=decay
+        )
+        for leaf, w in PARAMS.items()
+    }
+    expected = [dict(zip(ways, leaves, strict=True)) for leaves in zip(*ways.values(), strict=True)]
+    make = {"muon": muon, "adamuon": adamuon}[name]
+    settings = {"weight_decay": decay, "cautious_weight_decay": True}
+    assert distance(run(make(rate, **settings))[0], expected) < ROUNDING
+    assert distance(run(make(rate, weight_decay=decay))[0], expected) > 100 * ROUNDING
+
+
+@pytest.mark.parametrize("rest", ["adamw", "sgd", "lion", "sign"])
+def test_an_entry_without_an_update_decays_unless_it_is_masked(rest):
+    mask = {name: name != "square" for name in PARAMS}
+    settings = {"weight_decay": 0.5, "weight_decay_mask": mask, "cautious_weight_decay": True}
+    zeros = jax.tree.map(np.zeros_like, PARAMS)
+    tx = muon(0.02, rest=rest, **settings)
+    updates, _ = tx.update(zeros, tx.init(PARAMS), PARAMS)
+    for name, w in PARAMS.items():
+        np.testing.assert_allclose(updates[name], -0.02 * 0.5 * w * mask[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_only_entries_that_shrink_anyway_decay(dtype):
+    """Also where the product of update and weight is too small for the dtype."""
+    tiny = 2 * jnp.finfo(dtype).tiny
+    w, g = (tiny * jnp.asarray(signs, dtype) for signs in ([1, -1, 1, -1], [1, 1, -1, -1]))
+    settings = {"rest": "sgd", "weight_decay": 1.0, "cautious_weight_decay": True}
+    tx = muon(1.0, **settings)
+    updates, _ = tx.update({"bias": g}, tx.init({"bias": w}), {"bias": w})
+    expected = -(g + jnp.where(jnp.sign(g) == jnp.sign(w), w, 0))
+    np.testing.assert_allclose(updates["bias"], expected, rtol=0.02)
+
+
+# --- Momentum in int8 ------------------------------------------------------------------------
+
+
+ROW = np.array([0.3, -1.0, 0.004, 0.0])
+ROWS = np.stack([ROW, 1e30 * ROW, 1e-30 * ROW, 0 * ROW, [0, 0, 0, -2], np.arange(4)])
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (3, 64, 96), (5,)])
+def test_a_rounding_costs_at_most_half_a_step(shape):
+    x = ROWS if shape == (6, 4) else normal({"x": shape}, 0)["x"]
+    x = x.astype(np.float32)
+    packed = Int8.encode({"x": jnp.asarray(x)})
+    values, scales, _ = reference_variants.int8_round_trip(x, np.float32)
+    np.testing.assert_array_equal(packed.values["x"], values)
+    np.testing.assert_allclose(packed.scales["x"], scales, rtol=2e-7)
+    largest = np.abs(x).max(axis=-1, keepdims=True)
+    assert np.all(np.abs(packed.decode()["x"] - x) <= largest / 254 * (1 + 1e-5))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("make", [muon, normuon, adamuon, muonbp])
+def test_int8_takes_a_byte_an_entry_and_stays(make, dtype):
+    settings = {"mu_dtype": jnp.int8, "ns_steps": 1} | (BLOCKS if make is muonbp else {})
+    tx = make(0.02, **settings)
+    params, grads = jax.tree.map(lambda x: jnp.asarray(x, dtype), (PARAMS, GRADS[:3]))
+    before = tx.init(params)
+    _, state = run(tx, params, grads, jit=True)
+    for old, new in zip(*map(jax.tree.leaves, (before, state)), strict=True):
+        assert (old.shape, old.dtype) == (new.shape, new.dtype)
+    hidden, rest = (state.inner_states[label].inner_state[0].mu for label in ("muon", "adamw"))
+    values, scales = hidden
+    for name in KERNELS:
+        assert values[name].dtype == jnp.int8 and values[name].nbytes == values[name].size
+        assert scales[name].dtype == jnp.float32 and scales[name].size == len(values[name])
+    assert {rest[name].dtype for name in REST} == {jnp.dtype(dtype)}
+
+
+def test_int8_rows_without_gradients_stay_zero():
+    grads = [jnp.asarray(g["down"]).at[3].set(0).at[5, 2].set(jnp.inf) for g in GRADS]
+    _, state = updates_of(SCALE_BY["int8"](), grads)
+    mu = state.mu.decode()
+    assert not np.any(mu[3])
+    assert np.isfinite(mu).all(axis=1).sum() == len(mu) - 1
+
+
+# --- Parts of a leaf -------------------------------------------------------------------------
+
+# Shape, axes, and the sizes of the parts along fan_in and fan_out, all fan axes merged.
+PARTS = {
+    "query, key, value": ((8, 14), MatrixAxes(fan_out_parts=(8, 3, 3)), [8], [8, 3, 3]),
+    "gate and up": ((3, 6, 8), MatrixAxes(fan_out_parts=2), [6], [4, 4]),
+    "heads": ((6, 3, 4), MatrixAxes(0, (1, 2), fan_out_parts=3), [6], [4] * 3),
+    "groups of heads": ((6, 4, 2), MatrixAxes(0, (1, 2), fan_out_parts=(2, 1, 1)), [6], [4, 2, 2]),
+    "heads in": ((3, 4, 6), MatrixAxes((0, 1), 2, fan_in_parts=3), [4] * 3, [6]),
+    "tiles": ((2, 8, 9), MatrixAxes(fan_in_parts=2, fan_out_parts=(4, 5)), [4, 4], [4, 5]),
+    "equal ones apart": ((6, 10), MatrixAxes(fan_out_parts=(2, 2, 4, 2)), [6], [2, 2, 4, 2]),
+    "turned": ((9, 6), MatrixAxes(1, 0, 2, (5, 4)), [3, 3], [5, 4]),
+    "squares": ((8, 24), MatrixAxes(fan_out_parts=3), [8], [8] * 3),
+    "all different": ((3, 8, 14), MatrixAxes(fan_out_parts=(8, 2, 4)), [8], [8, 2, 4]),
+    "all in one": ((6, 8), MatrixAxes(fan_out_parts=(8,)), [6], [8]),
+}
+
+
+ONLY = {
+    # A row of int8 is the leaf's last axis, of which a part may have some only.
+    "int8": {"heads in", "all in one"},
+    # Equal parts that follow each other are one stack, with one draw of Q.
+    "dion": {"all different", "all in one"},
+    # Elsewhere a second moment has null directions after one step.
+    "splus": {"squares"},
+    # Their own tests have halves of whole leaves.
+    "muonbp": set(),
+}
+
+
+def apart(x, axes, along_in, along_out):
+    """The parts as leaves `(*batch, fan_in, fan_out)`."""
+    rows = np.split(axes.to_matrices(x), np.cumsum(along_in)[:-1], axis=-2)
+    tiles = [np.split(row, np.cumsum(along_out)[:-1], axis=-1) for row in rows]
+    return {f"{i}, {j}": x for i, row in enumerate(tiles) for j, x in enumerate(row)}
+
+
+@pytest.mark.parametrize("name", [name for name in SCALE_BY if ONLY.get(name, PARTS)])
+def test_parts_are_leaves_of_their_own(name):
+    cases = {case: row for case, row in PARTS.items() if case in ONLY.get(name, PARTS)}
+    grads = [normal({case: row[0] for case, row in cases.items()}, seed) for seed in (1, 2)]
+
+    def split(tree):
+        return {case: apart(x, *PARTS[case][1:]) for case, x in tree.items()}
+
+    axes = {case: row[1] for case, row in cases.items()}
+    ours, _ = updates_of(SCALE_BY[name](matrix_axes=axes), grads)
+    theirs, _ = updates_of(SCALE_BY[name](), [split(g) for g in grads])
+    for whole, parts in zip(ours, theirs, strict=True):
+        errors = {case: relative_error(split(whole)[case], parts[case]) for case in cases}
+        assert max(errors.values()) < 1e-5, errors
+
+
+def test_blocks_leave_parts_alone():
+    axes, grads = MatrixAxes(fan_out_parts=(8, 3, 5)), [g["up"] for g in GRADS[:4]]
+    ours, _ = updates_of(SCALE_BY["muonbp"](matrix_axes=axes), grads)
+    theirs, _ = updates_of(scale_by_muon(matrix_axes=axes, **QUICK), grads)
+    assert relative_error(ours, theirs) < 1e-6
+
+
+def test_parts_of_some_leaves_in_the_hybrid():
+    axes = {"up": MatrixAxes(fan_out_parts=(6, 5, 5))}
+    trajectory = run(normuon(0.02, matrix_axes=axes))[0]
+    split = lambda tree: tree | apart(tree["up"], axes["up"], [6], [6, 5, 5])  # noqa: E731
+    params, *grads = ({k: v for k, v in split(t).items() if k != "up"} for t in (PARAMS, *GRADS))
+    routing = [("bias|embed", "adamw"), (".", "muon")]
+    expected = run(normuon(0.02, routing=routing), params, grads)[0]
+    assert distance([split(way) for way in trajectory], expected, split(PARAMS)) < ROUNDING
+
+
+# --- Errors ----------------------------------------------------------------------------------
+
+
+def update(tx, **others):
+    tree = {"qkv": jnp.ones((6, 16))} | others
+    return tx.update(tree, tx.init(tree), tree)
+
+
+def cut(**parts):
+    return update(scale_by_muon(matrix_axes=MatrixAxes(**parts)))
+
+
+VALUES = {
+    "rest": (lambda: muon(0.1, rest="adam"), ["rest", "adamw, sgd, lion, sign, frozen", "'adam'"]),
+    "two rates": (
+        lambda: normuon(0.1, rest=optax.sgd(0.1), adam_learning_rate=0.1),
+        ["rest", "adam_learning_rate", "either"],
+    ),
+    "two decays": (
+        lambda: muon(0.1, rest=optax.sgd(0.1), adam_weight_decay=0.0),
+        ["rest", "adam_weight_decay", "either"],
+    ),
+    "integers": (lambda: muon(0.1, mu_dtype=jnp.int32), ["mu_dtype", "int8", "int32"]),
+    "complex": (lambda: scale_by_normuon(mu_dtype=jnp.complex64), ["mu_dtype", "complex64"]),
+    "momentum": (lambda: adamuon(0.1, momentum="nag"), ["'nag'", "heavy_ball"]),
+    "scale": (lambda: scale_by_adamuon(scale="rms"), ["'rms'", "match_rms_adamw"]),
+    "chunks": (lambda: scale_by_muonbp(chunk_size=0), ["chunk_size", "at least 1", "0"]),
+    "two orthogonalizers": (
+        lambda: muonbp(0.1, orthogonalizer=TruncatedPolar(2), ns_steps=3),
+        ["orthogonalizer", "ns_steps"],
+    ),
+    "equal parts": (lambda: cut(fan_out_parts=5), ["Axis 1", "(6, 16)", "5 equal parts"]),
+    "no parts": (lambda: cut(fan_in_parts=0), ["Axis 0", "(6, 16)", "0 equal parts"]),
+    "sizes": (lambda: cut(fan_out_parts=(8, 4)), ["(8, 4)", "add up to 12", "(6, 16)", "16"]),
+    "no sizes": (lambda: cut(fan_out_parts=()), ["()", "add up to 0", "16"]),
+    "a part of none": (lambda: cut(fan_out_parts=(16, 0)), ["(16, 0)"]),
+    "blocks": (lambda: update(scale_by_muonbp(blocks=(4, 1))), ["Axis 0", "(6, 16)", "4"]),
+    "period": (lambda: muonbp(0.1, period=0), ["period", "at least 1", "0"]),
+    "half a period": (lambda: scale_by_muonbp(period=2.5), ["period", "2.5"]),
+    "rank": (lambda: low_rank(0.1, 0), ["rank", "from 1", "0"]),
+    "a negative rank": (lambda: TruncatedPolar(-2), ["rank", "-2"]),
+    "more than all": (lambda: TruncatedPolar(1.5), ["rank", "(0, 1]", "1.5"]),
+    "method": (lambda: low_rank(0.1, 2, method="qr"), ["method", "svd", "subspace", "'qr'"]),
+    "the rank of dion": (lambda: dion(0.1, rank=0), ["rank", "from 1", "0"]),
+    "every": (lambda: splus(0.1, every=0), ["every", "at least 1", "0"]),
+    "oracle": (lambda: scale_by_lmo(Ball("nuclear")), ["'nuclear'", "spectral", "row_norm"]),
+    "a rule's oracle": (lambda: scion(0.1, balls=[("", Ball("nuclear"))]), ["'nuclear'"]),
+    "two shrinkages": (
+        lambda: scion(0.1, constrained=True, weight_decay=0.1),
+        ["constrained", "weight_decay", "0.1"],
+    ),
+    "no ball": (lambda: update(scion(0.1, balls=[("kqv", Ball())])), ["'kqv'", "no leaf"]),
+    "no leaf's smoothness": (
+        lambda: update(gluon(smoothness=[("kqv", (0.0, 1.0))])),
+        ["'kqv'", "no leaf"],
+    ),
+    "some smoothness": (
+        lambda: update(gluon(smoothness=[("embed", (0.0, 1.0))]), embed=jnp.ones((9, 6))),
+        ["smoothness", "'qkv'"],
+    ),
+    "negative smoothness": (lambda: gluon(smoothness=(-1.0, 1.0)), ["(L0, L1)", "-1"]),
+    "no smoothness": (lambda: gluon(smoothness=(0.0, 0.0)), ["(L0, L1)", "zero"]),
+    "too few numbers": (lambda: gluon(smoothness=(1.0,)), ["(L0, L1)"]),
+    "no numbers": (lambda: gluon(smoothness=()), ["(L0, L1)"]),
+    "iterations": (lambda: TruncatedPolar(2, "subspace", 0), ["iterations", "at least 1", "0"]),
+}
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_a_wrong_value_is_named(case):
+    build, words = VALUES[case]
+    with pytest.raises(ValueError) as raised:
+        build()
+    assert [word for word in words if word not in str(raised.value)] == []
+
+
+FAMILY = [muon, normuon, adamuon, muonbp, low_rank, dion, splus, scion, gluon, hybrid]
+FAMILY += [scale_by_muon, scale_by_normuon, scale_by_adamuon, scale_by_muonbp]
+FAMILY += [scale_by_dion, scale_by_splus, scale_by_lmo]
+
+
+@pytest.mark.parametrize("function", FAMILY, ids=lambda function: function.__name__)
+def test_an_unknown_option_is_named_and_the_known_ones_are_in_the_signature(function):
+    required = {"learning_rate": 0.1, "rank": 2, "scale_by": scale_by_muon}
+    required["smoothness"] = (0.0, 1.0)
+    parameters = inspect.signature(function).parameters
+    given = {name: value for name, value in required.items() if name in parameters}
+    function(**given)
+    with pytest.raises(TypeError, match=rf"{function.__name__}.*'weight_decai'"):
+        function(**given, weight_decai=0.1)
+    assert not any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    assert {"mesh", "shardings", "chunk_size", "matrix_axes", "mu_dtype"} <= set(parameters)
+
+
+@pytest.mark.parametrize("option", ["orthogonalizer", "ns_coeffs", "ns_steps", "ns_dtype"])
+def test_low_rank_has_its_own_orthogonalizer(option):
+    with pytest.raises(TypeError, match=f"low_rank.*'{option}'"):
+        low_rank(0.1, 2, **{option: None})
