@@ -27,7 +27,11 @@ def add_decayed_weights(
     def update(updates, state, params=None):
         decay, state = plain.update(optax.tree.zeros_like(updates), state, params)
         updates = jax.tree.map(
-            lambda u, d, w: u + jnp.where(u * w >= 0, d, jnp.zeros_like(d)), updates, decay, params
+            # By signs: the product of two small numbers may vanish.
+            lambda u, d, w: u + jnp.where(jnp.sign(u) * jnp.sign(w) >= 0, d, jnp.zeros_like(d)),
+            updates,
+            decay,
+            params,
         )
         return updates, state
 

@@ -71,12 +71,11 @@ class Int8(NamedTuple):
 
     @classmethod
     def encode(cls, mu: optax.Updates) -> "Int8":
-        scales = jax.tree.map(
-            lambda m: (
-                jnp.max(jnp.abs(m), axis=-1, keepdims=True, initial=0).astype(jnp.float32) / 127
-            ),
-            mu,
-        )
+        def largest(m: jax.Array) -> jax.Array:
+            last = -1 if m.ndim else None
+            return jnp.max(jnp.abs(m), axis=last, keepdims=True, initial=0).astype(jnp.float32)
+
+        scales = jax.tree.map(lambda m: largest(m) / 127, mu)
         values = jax.tree.map(
             lambda m, s: jnp.round(m / jnp.where(s == 0, 1, s)).astype(jnp.int8), mu, scales
         )

@@ -1,5 +1,6 @@
 """Options that the whole family has: the rest, cautious decay, int8 momentum, parts of a leaf."""
 
+import functools
 import inspect
 import itertools
 
@@ -219,6 +220,15 @@ def test_int8_rows_without_gradients_stay_zero():
     assert np.isfinite(mu).all(axis=1).sum() == len(mu) - 1
 
 
+@pytest.mark.parametrize("make", [scion, functools.partial(gluon, smoothness=(0.0, 50.0))])
+def test_int8_of_vectors_and_scalars(make):
+    """One scale each; the leaves that others leave to AdamW."""
+    tree = {"bias": jnp.asarray(PARAMS["bias"]), "temperature": jnp.asarray(2.0)}
+    packed, exact = (make(0.1, mu_dtype=dtype) for dtype in (jnp.int8, None))
+    ours, theirs = (tx.update(tree, tx.init(tree), tree)[0] for tx in (packed, exact))
+    assert relative_error(ours, theirs) < 1e-6
+
+
 # --- Parts of a leaf -------------------------------------------------------------------------
 
 # Shape, axes, and the sizes of the parts along fan_in and fan_out, all fan axes merged.
@@ -287,6 +297,33 @@ def test_parts_of_some_leaves_in_the_hybrid():
     routing = [("bias|embed", "adamw"), (".", "muon")]
     expected = run(normuon(0.02, routing=routing), params, grads)[0]
     assert distance([split(way) for way in trajectory], expected, split(PARAMS)) < ROUNDING
+
+
+# --- Hyperparameters in the state ------------------------------------------------------------
+
+# With what has to be known when a step is traced.
+INJECTED = {
+    "normuon": (normuon, {"beta2": 0.9, "eps": 1e-3}, []),
+    "adamuon": (adamuon, {"beta2": 0.9, "eps": 1e-3}, []),
+    "low_rank": (low_rank, {"beta": 0.9, "rank": 2}, ["rank", "iterations"]),
+    "muonbp": (muonbp, {"block_ratio": 0.5, "blocks": (2, 2), "period": 2}, ["period"]),
+    "dion": (dion, {"beta": 0.9, "rank": 2}, ["rank", "seed"]),
+    "splus": (splus, {"b1": 0.8, "b2": 0.9, "max_dim": 7}, ["every", "max_dim"]),
+    "scion": (scion, {"alpha": 0.5}, []),
+    "gluon": (gluon, {"alpha": 0.5, "smoothness": (0.5, 9.0)}, []),
+}
+
+
+@pytest.mark.parametrize("name", INJECTED)
+def test_inject_hyperparams(name):
+    make, settings, static = INJECTED[name]
+    settings = {"learning_rate": RAMP, "weight_decay": 0.1} | settings
+    tx = optax.inject_hyperparams(make, static_args=static)(**settings)
+    trajectory, state = run(tx, grads=GRADS[:4], jit=True)
+    injected = {key for key, x in settings.items() if isinstance(x, float)}
+    assert {"learning_rate"} | injected <= set(state.hyperparams)
+    assert float(state.hyperparams["learning_rate"]) == pytest.approx(RAMP(3))
+    assert distance(trajectory, run(make(**settings), grads=GRADS[:4], jit=True)[0]) < ROUNDING
 
 
 # --- Errors ----------------------------------------------------------------------------------

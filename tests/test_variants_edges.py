@@ -39,10 +39,11 @@ def assert_finite(tree):
 
 
 @every_variant
-def test_zero_gradients_give_zero_updates(name):
-    found, state = updates_of(SCALE_BY[name](), draws(0.0))
-    assert not any(np.any(u) for u in jax.tree.leaves(found))
-    assert_finite(state)
+def test_zero_gradients_give_zero_updates_and_the_next_ones_do_not(name):
+    (*zeros, last), state = updates_of(SCALE_BY[name](), [*draws(0.0), draw(1)])
+    assert not any(np.any(u) for u in jax.tree.leaves(zeros))
+    assert all(np.all(np.any(u, axis=(-2, -1))) for u in last.values())
+    assert_finite((last, state))
 
 
 @every_variant
@@ -88,8 +89,10 @@ HALF = {"adamuon": 64}
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_keeps_its_dtype_and_nearly_its_update(name, dtype):
     grads = draws(1.0, dtype)
-    found, _ = updates_of(SCALE_BY[name](), grads)
+    found, state = updates_of(SCALE_BY[name](), grads)
     assert {u.dtype for u in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
+    others = jax.tree.leaves(state._replace(count=(), mu=()))
+    assert {x.dtype for x in others} <= {jnp.dtype(jnp.float32)}
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
     error = relative_error(found, updates_of(SCALE_BY[name](), exact)[0])
     assert error < HALF.get(name, 32) * float(jnp.finfo(dtype).eps)

@@ -13,7 +13,7 @@ from trajectories import normal, relative_error, updates_of
 from variants import ONE_STEP, SCALE_BY
 
 from experiments.compiled import measure
-from muon_jax import MatrixAxes, normuon, scale_by_muon, scale_by_muonbp
+from muon_jax import MatrixAxes, normuon, scale_by_muon, scale_by_muonbp, scion
 
 GRID = {"fsdp": 4, "tp": 4}
 
@@ -121,6 +121,23 @@ def test_two_steps_inside_shard_map(name, kind):
     assert_close(found, alone(name, "straight"), name, 1e-2 if name == "int8" else None)
 
 
+def by_its_shape(x):
+    """Tells a matrix from one with rows of zeros."""
+    return x / jnp.sqrt(jnp.mean(x * x, axis=(-2, -1), keepdims=True))
+
+
+@pytest.mark.parametrize("told", TOLD)
+def test_a_user_s_function_sees_no_padding(told):
+    """No side of these is a multiple of the devices."""
+    leaves = {"square": ((8, 8), P(), None), "stack": ((3, 24, 20), P(None, "fsdp", "tp"), None)}
+    layout = Layout(leaves, told.split(",")[0])
+    tx = scale_by_muon(orthogonalizer=by_its_shape, **settings_of(layout, told))
+    with jax.set_mesh(layout.mesh):
+        found, _ = updates_of(tx, layout.placed)
+    expected, _ = updates_of(scale_by_muon(orthogonalizer=by_its_shape), layout.grads)
+    assert_close(found, expected)
+
+
 def test_parts_that_end_within_a_device_are_refused_inside_shard_map():
     layout = Layout(CROOKED)
     for leaf in CROOKED:
@@ -132,14 +149,15 @@ def test_parts_that_end_within_a_device_are_refused_inside_shard_map():
 
 
 @pytest.mark.parametrize("told", TOLD)
-def test_a_hybrid_with_leaves_for_adamw(told):
+@pytest.mark.parametrize("make", [normuon, scion])
+def test_a_whole_model(make, told):
     leaves = {"embed": ((24, 16), P(None, "tp"), None), "bias": ((32,), P("tp"), None)}
     leaves |= {"up": LEAVES["stacked"], "down": ((32, 16), P("tp", "fsdp"), None)}
     layout = Layout(leaves, told.split(",")[0])
     settings = {"weight_decay": 0.1, "cautious_weight_decay": True, "mu_dtype": jnp.int8}
 
     def steps(grads, **where):
-        tx = normuon(0.02, ns_steps=1, **settings, **where)
+        tx = make(0.02, ns_steps=1, **settings, **where)
         params, step = grads[0], jax.jit(tx.update)
         state = tx.init(params)
         for g in grads:
@@ -237,3 +255,10 @@ def test_blocks_that_nothing_tells_of_are_refused():
     tx = scale_by_muonbp(matrix_axes=layout.axes, mesh=layout.mesh)
     with pytest.raises(ValueError, match=r"Nothing tells how '.*' is split.* Give shardings="):
         jax.jit(tx.update)(layout.placed[0], tx.init(layout.placed[0]))
+
+
+def test_a_period_of_one_needs_to_know_of_no_blocks():
+    layout = Layout(LEAVES)
+    settings = {"matrix_axes": layout.axes, "mesh": layout.mesh, "scale": "mup"} | ONE_STEP
+    found, _ = updates_of(scale_by_muonbp(period=1, **settings), layout.placed)
+    assert_close(found, alone("muon", "straight"))

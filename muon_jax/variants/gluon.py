@@ -1,5 +1,6 @@
 """Gluon: Scion's oracles, with the step that layer-wise smoothness gives."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import optax
 from muon_jax._options import takes_options_of
 from muon_jax._paths import path_string
 from muon_jax._routing import match_rules
-from muon_jax.variants.lmo import Layer, balls_of, by_layer, checked, scale_by_lmo
+from muon_jax.variants.lmo import DEFAULT_BALLS, Layer, balls_of, by_layer, checked, scale_by_lmo
 from muon_jax.variants.oracles import Ball, Oracle
 
 
@@ -47,13 +48,16 @@ def gluon(
         >>> updates, state = tx.update(params, tx.init(params), params)
     """
     rules = checked([(regex, Ball(oracle)) for regex, oracle in oracles])
-    pairs: Any = smoothness
+    given: Any = smoothness
     if all(isinstance(x, (int, float)) for x in smoothness):
-        pairs = [("", tuple(smoothness))]
+        given = [("", smoothness)]
+    pairs = [(regex, tuple(pair)) for regex, pair in given]
     for _, pair in pairs:
         scale_by_lmo(smoothness=pair)
+    balls = (*(ball for _, ball in rules), *DEFAULT_BALLS)
+    layers = [Layer(ball, pair) for ball, (_, pair) in itertools.product(balls, pairs)]
 
-    def layers(tree, routes):
+    def layers_of(tree, routes):
         found = match_rules(pairs, tree, routes)
         chosen = {}
         for path, ball in balls_of(tree, routes, rules).items():
@@ -65,4 +69,4 @@ def gluon(
             chosen[path] = Layer(ball, found[path][0])
         return chosen
 
-    return by_layer(learning_rate, layers, **options)
+    return by_layer(learning_rate, layers_of, layers, **options)

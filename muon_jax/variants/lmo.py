@@ -25,6 +25,7 @@ from muon_jax.variants.oracles import Ball, as_oracle
 # The setting of the authors' nanoGPT runs; their gains and biases have none.
 HIDDEN, CONV = Ball("spectral", 50.0), Ball("spectral_conv", 50.0)
 TABLE, VECTOR = Ball("sign", 3000.0), Ball("bias_rms", 1.0)
+DEFAULT_BALLS = (HIDDEN, CONV, TABLE, VECTOR)
 
 
 class Layer(NamedTuple):
@@ -161,6 +162,7 @@ def _row_shardings(shardings: Any, rows: Any) -> Any:
 def by_layer(
     learning_rate: optax.ScalarOrSchedule,
     layers_of: Callable[[Any, dict[KeyPath, Route]], dict[KeyPath, Layer]],
+    layers: Sequence[Layer],
     *,
     alpha: float = 0.1,
     ns_coeffs: Any = "jordan",
@@ -177,7 +179,14 @@ def by_layer(
     shardings: Any = None,
     chunk_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_lmo`, decay and rate for every leaf with the ball that `layers_of` gives it."""
+    """`scale_by_lmo`, decay and rate for every leaf with the ball that `layers_of` gives it.
+
+    `layers` are all that there may be: the state has a part for each, whatever the tree.
+    """
+    names = {
+        layer: f"{n} {getattr(layer.ball.oracle, '__name__', layer.ball.oracle)}"
+        for n, layer in enumerate(dict.fromkeys(layers))
+    }
     orthogonalizer = configured(orthogonalizer, ns_coeffs, ns_steps, ns_dtype)
 
     def routed(tree):
@@ -185,11 +194,7 @@ def by_layer(
         axes = {path: _axes_of(found) for path, found in routes.items()}
         if matrix_axes is not None:
             axes |= axes_by_path(matrix_axes, tree, partial=True)
-        layers = layers_of(tree, routes)
-        names = {
-            layer: f"{n} {layer.ball.oracle}"
-            for n, layer in enumerate(dict.fromkeys(layers.values()))
-        }
+        chosen = layers_of(tree, routes)
         mask = as_decay_mask(weight_decay_mask, tree)
 
         def optimizer(layer: Layer) -> optax.GradientTransformation:
@@ -210,7 +215,7 @@ def by_layer(
             )
 
         optimizers = {name: optimizer(layer) for layer, name in names.items()}
-        labels = {path: names[layers[path]] if path in layers else FROZEN for path in routes}
+        labels = {path: names[chosen[path]] if path in chosen else FROZEN for path in routes}
         return optax.multi_transform(
             optimizers | {FROZEN: optax.set_to_zero()}, functools.partial(map_paths, labels)
         )
@@ -225,9 +230,10 @@ def by_layer(
 
 
 def checked(balls: Sequence[tuple[str, Ball]]) -> list[tuple[str, Ball]]:
-    for _, ball in balls:
+    found = [(regex, Ball(*ball)) for regex, ball in balls]
+    for _, ball in found:
         as_oracle(ball.oracle)
-    return [(regex, Ball(*ball)) for regex, ball in balls]
+    return found
 
 
 def balls_of(

@@ -6,7 +6,7 @@ from typing import Any
 import optax
 
 from muon_jax._options import takes_options_of
-from muon_jax.variants.lmo import Layer, balls_of, by_layer, checked
+from muon_jax.variants.lmo import DEFAULT_BALLS, Layer, balls_of, by_layer, checked
 from muon_jax.variants.oracles import Ball
 
 
@@ -61,8 +61,10 @@ def scion(
         )
     rules = checked(balls)
 
-    def layers(tree, routes):
+    layers = [Layer(ball) for ball in (*(ball for _, ball in rules), *DEFAULT_BALLS)]
+
+    def layers_of(tree, routes):
         return {path: Layer(ball) for path, ball in balls_of(tree, routes, rules).items()}
 
     decay = 1.0 if constrained else weight_decay
-    return by_layer(learning_rate, layers, weight_decay=decay, **options)
+    return by_layer(learning_rate, layers_of, layers, weight_decay=decay, **options)
