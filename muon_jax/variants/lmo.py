@@ -90,7 +90,9 @@ def scale_by_lmo(
     """
     ball = Ball(*ball)
     oracle = as_oracle(ball.oracle)
-    if smoothness is not None and not (min(smoothness) >= 0 and max(smoothness) > 0):
+    if smoothness is not None and not (
+        len(smoothness) == 2 and min(smoothness) >= 0 and max(smoothness) > 0
+    ):
         raise ValueError(
             f"smoothness is (L0, L1), neither negative and not both zero; got {smoothness}."
         )
