@@ -410,6 +410,14 @@ def test_dion_of_what_never_leaves_finds_the_top_directions():
         np.testing.assert_allclose(found[-1][name], expected, rtol=0, atol=1e-5)
 
 
+def test_dion_keeps_its_directions_where_nothing_comes():
+    first = {name: jnp.asarray(PARAMS[name]) for name in KERNELS}
+    zeros = jax.tree.map(jnp.zeros_like, first)
+    waited, _ = updates_of(scale_by_dion(rank=2), [zeros, zeros, first])
+    at_once, _ = updates_of(scale_by_dion(rank=2), [first])
+    assert_same_bits(waited[-1:], at_once)
+
+
 def test_scion_keeps_weights_in_their_balls():
     balls = [("", Ball("spectral", 3.0))]
     params = {name: 0.1 * w for name, w in of_kernels(PARAMS).items()}
