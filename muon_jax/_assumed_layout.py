@@ -58,7 +58,7 @@ def assume_layouts(
         groups.append(_Shared(members, [leaves[i] for i in members], a, at, dtype, placing))
     for (_, dtype), members in stacked.items():
         own = [leaves[i] for i in members], [axes[i] for i in members]
-        groups.append(_Stack(members, *own, dtype, placing))
+        groups.append(_Stack(members, *own, dtype, placing, fill_up=solver is not None))
     return groups
 
 
@@ -92,9 +92,15 @@ class _Shared(Group):
 
 
 class _Stack(Group):
-    """Matrices of one shape: full rounds whole on their devices, the rest along their long side."""
+    """Matrices of one shape: full rounds whole on their devices, the rest along their long side.
 
-    def __init__(self, members, leaves, axes: Sequence[MatrixAxes], dtype, placing: Placing):
+    Without `fill_up` no matrix may be given zeros to divide its long side by the devices: whole
+    matrices of zeros make up a round then.
+    """
+
+    def __init__(
+        self, members, leaves, axes: Sequence[MatrixAxes], dtype, placing: Placing, fill_up: bool
+    ):
         self.members = members
         self.leaves, self.axes, self.placing = leaves, axes, placing
         self.arrays, self.entries = [], []
@@ -106,10 +112,12 @@ class _Stack(Group):
         if full:
             self._enter(stack[:full], 0)
         if full < count:
+            left = stack[full:]
             long = 1 if m >= n else 2
-            pad = -stack.shape[long] % placing.devices
-            widths = [(0, pad if axis == long else 0) for axis in range(3)]
-            self._enter(jnp.pad(stack[full:], widths), long)
+            at = long if fill_up or left.shape[long] % placing.devices == 0 else 0
+            pad = -left.shape[at] % placing.devices
+            widths = [(0, pad if axis == at else 0) for axis in range(3)]
+            self._enter(jnp.pad(left, widths), at)
 
     def _enter(self, stack: jax.Array, at: int) -> None:
         """Moves `(matrices, fan_in, fan_out)` so that the whole mesh lies along axis `at`."""

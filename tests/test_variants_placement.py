@@ -133,7 +133,7 @@ def by_its_shape(x):
 
 @pytest.mark.parametrize("told", TOLD)
 def test_a_user_s_function_sees_no_padding(told):
-    """No side of these is a multiple of the devices."""
+    # No side of these is a multiple of the devices.
     leaves = {"square": ((8, 8), P(), None), "stack": ((3, 24, 20), P(None, "fsdp", "tp"), None)}
     layout = Layout(leaves, told.split(",")[0])
     tx = scale_by_muon(orthogonalizer=by_its_shape, **settings_of(layout, told))

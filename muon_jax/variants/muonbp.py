@@ -67,9 +67,9 @@ def scale_by_muonbp(
             return matrices.give([ratio * x for x in matrices.scale(factors)], updates)
 
         matrices = stages.matrices(updates)
-        in_blocks = matrices.in_blocks(blocks)
         if period == 1:
             return orthogonalized(matrices, used), MuonState(count, mu)
+        in_blocks = matrices.in_blocks(blocks)
         out = jax.lax.cond(
             (count - 1) % period == 0,
             functools.partial(orthogonalized, matrices),
