@@ -65,10 +65,8 @@ def standard_library(limit: int | None = None) -> Corpus:
 
 @functools.cache
 def _standard_library(root: Path, limit: int | None) -> Corpus:
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     train, validation = io.BytesIO(), io.BytesIO()
-    for name in filter(_is_source, names):
-        held_out = zlib.crc32(name.encode()) % VALIDATION_SHARE == 0
+    for name, held_out in library_files(root):
         (validation if held_out else train).write((root / name).read_bytes())
     if not train.tell():
         raise ValueError("This Python has no source of its standard library; give --text FILE.")
@@ -80,10 +78,21 @@ def _standard_library(root: Path, limit: int | None) -> Corpus:
     )
 
 
-def _is_source(name: str) -> bool:
-    """Whether a file is of the library itself, on every machine: no tests, no build's settings."""
-    parts = name.removesuffix(".py").split("/")
-    return parts[0] in sys.stdlib_module_names and not _TESTS & set(parts)
+def library_files(root: Path) -> list[tuple[str, bool]]:
+    """The library's own files, in order of their names, and whether each is for validation.
+
+    They are the same on every machine: no tests, no installed packages, no build's settings.
+    """
+    modules = sys.stdlib_module_names - _TESTS
+    paths = (
+        path for name in modules for path in (root / f"{name}.py", *(root / name).rglob("*.py"))
+    )
+    names = sorted(path.relative_to(root).as_posix() for path in paths if path.is_file())
+    return [
+        (name, zlib.crc32(name.encode()) % VALIDATION_SHARE == 0)
+        for name in names
+        if not _TESTS & set(name.removesuffix(".py").split("/"))
+    ]
 
 
 def one_file(path: Path, limit: int | None = None) -> Corpus:

@@ -16,17 +16,17 @@ def fan_in_uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) ->
 class Linear(nnx.Linear):
     """`nnx.Linear` without a bias."""
 
-    def __init__(self, fan_in: int, fan_out: int, *, rngs: nnx.Rngs):
-        super().__init__(fan_in, fan_out, use_bias=False, kernel_init=fan_in_uniform, rngs=rngs)
+    def __init__(self, fan_in: int, fan_out: int, *, init=fan_in_uniform, rngs: nnx.Rngs):
+        super().__init__(fan_in, fan_out, use_bias=False, kernel_init=init, rngs=rngs)
 
 
 class SwiGLU(nnx.Module):
     """`down(silu(gate(x)) * up(x))` (Shazeer, 2002.05202)."""
 
-    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
-        self.gate = Linear(width, hidden, rngs=rngs)
-        self.up = Linear(width, hidden, rngs=rngs)
-        self.down = Linear(hidden, width, rngs=rngs)
+    def __init__(self, width: int, hidden: int, *, init=fan_in_uniform, rngs: nnx.Rngs):
+        self.gate = Linear(width, hidden, init=init, rngs=rngs)
+        self.up = Linear(width, hidden, init=init, rngs=rngs)
+        self.down = Linear(hidden, width, init=init, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(nnx.silu(self.gate(x)) * self.up(x))

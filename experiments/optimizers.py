@@ -74,25 +74,29 @@ class Variants:
     """Of muon_lion, for what is no hidden matrix."""
 
 
+Options = dict[str, Any]
+
+
 class Arm(NamedTuple):
     """One optimizer of the comparison.
 
     Attributes:
         about: what it is, in a few words.
-        build: `(settings, rate, rest) -> transformation`: `rate` is the schedule of its learning
-            rate, `rest` the arguments that say what AdamW does with the other leaves.
+        build: `(settings, rate, rest, placed) -> transformation`: `rate` is the schedule of its
+            learning rate, `rest` the arguments that say what AdamW does with the other leaves,
+            `placed` those that say where params lie.
         rate: its default learning rate; None where a group of settings has it.
         eval_params: `(state, params) -> params` to evaluate, where these are not what it trains.
     """
 
     about: str
-    build: Callable[["Settings", optax.Schedule, dict[str, Any]], optax.GradientTransformation]
+    build: Callable[["Settings", optax.Schedule, Options, Options], optax.GradientTransformation]
     rate: float | None = None
     eval_params: Callable[[Any, Any], Any] = lambda state, params: params
 
 
 def _adamw(
-    settings: "Settings", rate: optax.Schedule, rest: dict[str, Any]
+    settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options
 ) -> optax.GradientTransformation:
     return optax.adamw(**dataclasses.asdict(settings.adamw) | {"learning_rate": rate})
 
@@ -100,8 +104,8 @@ def _adamw(
 def _like_muon(variant: Callable[..., optax.GradientTransformation], **own: Any) -> Callable:
     """An arm with Muon's settings, but for its `own` arguments."""
 
-    def build(settings: "Settings", rate: optax.Schedule, rest: dict[str, Any]):
-        muon = dataclasses.asdict(settings.muon) | {"learning_rate": rate} | rest
+    def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+        muon = dataclasses.asdict(settings.muon) | {"learning_rate": rate} | rest | placed
         if "orthogonalizer" in own:
             del muon["ns_coeffs"]
         return variant(**muon | own)
@@ -110,56 +114,56 @@ def _like_muon(variant: Callable[..., optax.GradientTransformation], **own: Any)
 
 
 def _low_rank(method: str) -> Callable:
-    def build(settings: "Settings", rate: optax.Schedule, rest: dict[str, Any]):
+    def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
         polar = muon_jax.TruncatedPolar(settings.variants.rank, method)
-        return _like_muon(muon_jax.muon, orthogonalizer=polar)(settings, rate, rest)
+        return _like_muon(muon_jax.muon, orthogonalizer=polar)(settings, rate, rest, placed)
 
     return build
 
 
 def _rest(name: Literal["sgd", "lion"]) -> Callable:
-    def build(settings: "Settings", rate: optax.Schedule, rest: dict[str, Any]):
+    def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
         other = getattr(settings.variants, f"{name}_learning_rate")
         scheduled = rest["adam_learning_rate"]
         factor = other / settings.adamw.learning_rate
         own = {"rest": name, "adam_learning_rate": lambda step: factor * scheduled(step)}
-        return _like_muon(muon_jax.muon, **own)(settings, rate, rest)
+        return _like_muon(muon_jax.muon, **own)(settings, rate, rest, placed)
 
     return build
 
 
-def _muonbp(settings: "Settings", rate: optax.Schedule, rest: dict[str, Any]):
+def _muonbp(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
     variants = settings.variants
     own = {"blocks": variants.blocks, "period": variants.period}
-    return _like_muon(muon_jax.muonbp, **own)(settings, rate, rest)
+    return _like_muon(muon_jax.muonbp, **own)(settings, rate, rest, placed)
 
 
-def _muonclip(settings: "Settings", rate: optax.Schedule, rest: dict[str, Any]):
-    specs = muon_jax.GroupedQuery(heads=settings.attention_heads)
-    own = {"specs": specs, "threshold": settings.variants.clip_threshold}
-    return _like_muon(muon_jax.muonclip, **own)(settings, rate, rest)
+def _muonclip(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+    own = {"specs": settings.attention_spec, "threshold": settings.variants.clip_threshold}
+    return _like_muon(muon_jax.muonclip, **own)(settings, rate, rest, placed)
 
 
-def _dion(settings: "Settings", rate: optax.Schedule, rest: dict[str, Any]):
+def _dion(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
     decay = settings.muon.weight_decay
-    return muon_jax.dion(rate, rank=settings.variants.rank, weight_decay=decay, **rest)
+    return muon_jax.dion(rate, rank=settings.variants.rank, weight_decay=decay, **rest, **placed)
 
 
-def _splus(settings: "Settings", rate: optax.Schedule, rest: dict[str, Any]):
+def _splus(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
     every = settings.variants.eigenbases_every
-    return muon_jax.splus(rate, every=every, average=0.99)
+    return muon_jax.splus(rate, every=every, average=0.99, **placed)
 
 
-def _scion(settings: "Settings", rate: optax.Schedule, rest: dict[str, Any]):
-    return muon_jax.scion(rate, ns_coeffs=settings.muon.ns_coeffs)
+def _scion(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+    return muon_jax.scion(rate, ns_coeffs=settings.muon.ns_coeffs, **placed)
 
 
-def _gluon(settings: "Settings", rate: optax.Schedule, rest: dict[str, Any]):
+def _gluon(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
     """The largest steps are Scion's: L1 is one over its radius."""
     half = settings.variants.gluon_norm
     radii = {"norm": 1.0, "embedding|head": 3000.0, "": 50.0}
     smoothness = [(regex, (half / radius, 1 / radius)) for regex, radius in radii.items()]
-    return muon_jax.gluon(rate, smoothness=smoothness, ns_coeffs=settings.muon.ns_coeffs)
+    coeffs = settings.muon.ns_coeffs
+    return muon_jax.gluon(rate, smoothness=smoothness, ns_coeffs=coeffs, **placed)
 
 
 ARMS: dict[str, Arm] = {
@@ -229,8 +233,8 @@ class Settings:
     """Learning rates of the other optimizers."""
 
     @property
-    def attention_heads(self) -> int:
-        """Of the study's model; for QK-clip."""
+    def attention_spec(self) -> muon_jax.GroupedQuery | muon_jax.MultiHeadLatent:
+        """Where the study's model holds its heads; for QK-clip."""
         raise NotImplementedError
 
     def rate(self, name: OptimizerName) -> float:
@@ -245,6 +249,7 @@ def build(
     settings: Settings,
     schedule: optax.Schedule,
     rate: float | jax.Array | None = None,
+    **placed: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of that name.
 
@@ -254,6 +259,7 @@ def build(
         schedule: factor of the learning rates, from the step.
         rate: takes the place of the arm's own learning rate; AdamW's for the other leaves stays.
             It may be traced, so that one program serves all rates.
+        **placed: `mesh` and `shardings` of the params, as `muon_jax.muon` takes them.
     """
 
     def scheduled(learning_rate: float | jax.Array) -> optax.Schedule:
@@ -262,7 +268,7 @@ def build(
     rest = {f"adam_{key}": value for key, value in dataclasses.asdict(settings.adamw).items()}
     rest["adam_learning_rate"] = scheduled(settings.adamw.learning_rate)
     own = scheduled(settings.rate(name) if rate is None else rate)
-    return optax.with_extra_args_support(ARMS[name].build(settings, own, rest))
+    return optax.with_extra_args_support(ARMS[name].build(settings, own, rest, placed))
 
 
 def warmup(steps: int) -> optax.Schedule:
@@ -270,11 +276,20 @@ def warmup(steps: int) -> optax.Schedule:
     return optax.linear_schedule(1 / max(steps, 1), 1.0, max(steps - 1, 0))
 
 
-def warmup_then_decay(warmup_steps: int, steps: int, decay: DecayName) -> optax.Schedule:
-    """`warmup`, then a fall that would reach 0 at `steps`, one step after the last."""
-    falling = steps - warmup_steps
+def warmup_then_decay(
+    warmup_steps: int, steps: int, decay: DecayName, final: float = 0.0, cooldown: int = 0
+) -> optax.Schedule:
+    """`warmup`, then a fall that would reach `final` one step after its last.
+
+    The last `cooldown` steps fall linearly from there, and would reach 0 at `steps`.
+    """
+    falling = steps - warmup_steps - cooldown
     falls = {
-        "linear": optax.linear_schedule(1.0, 0.0, falling),
-        "cosine": optax.cosine_decay_schedule(1.0, falling),
+        "linear": optax.linear_schedule(1.0, final, falling),
+        "cosine": optax.cosine_decay_schedule(1.0, falling, final),
     }
-    return optax.join_schedules([warmup(warmup_steps), falls[decay]], [warmup_steps])
+    phases, ends = [warmup(warmup_steps), falls[decay]], [warmup_steps]
+    if cooldown:
+        phases.append(optax.linear_schedule(final, 0.0, cooldown))
+        ends.append(steps - cooldown)
+    return optax.join_schedules(phases, ends)

@@ -3,13 +3,14 @@
 import fcntl
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 
@@ -41,18 +42,9 @@ class Run:
 
     def __init__(self, folder: Path, config: dict[str, Any], grid: tuple[str, ...] = ()):
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(folder / ".lock", "w")  # noqa: SIM115 - held for the run's lifetime
+        self._lock = claim(folder, config, grid, other="another --name")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._check_config(config, grid)
-            write_json(folder / "config.json", config)
             self.finished, self.dropped = self._recover()
-        except BlockingIOError:
-            self.close()
-            raise RunError(
-                f"Another process is writing {folder}. Wait for it, or give another --name."
-            ) from None
         except BaseException:
             self.close()
             raise
@@ -71,32 +63,6 @@ class Run:
         """Lets another process have the folder."""
         self._lock.close()
 
-    def _check_config(self, config: dict[str, Any], grid: tuple[str, ...]) -> None:
-        path = self.folder / "config.json"
-        if not path.exists():
-            return
-        try:
-            old = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunError(
-                f"{path} is damaged ({error}), so what its run trained is unknown. Give another "
-                "--name, or remove the folder."
-            ) from None
-        new = json.loads(json.dumps(config))
-        changed = sorted(
-            key
-            for key in old.keys() | new.keys()
-            if key not in grid and old.get(key) != new.get(key)
-        )
-        if changed:
-            differences = "; ".join(
-                f"{key}: there {old.get(key)!r}, here {new.get(key)!r}" for key in changed
-            )
-            raise RunError(
-                f"{self.folder} holds a run with other settings ({differences}). Give another "
-                "--name, or the same settings."
-            )
-
     def _recover(self) -> tuple[list[dict[str, Any]], int]:
         path = self.folder / "metrics.jsonl"
         if not path.exists():
@@ -105,6 +71,67 @@ class Run:
         if dropped:
             write_text(path, "".join(block.text for block in blocks))
         return [block.cell for block in blocks], dropped
+
+
+def claim(
+    folder: Path, config: dict[str, Any], free: tuple[str, ...] = (), *, other: str
+) -> IO[str]:
+    """Makes a run's folder this process's own, and writes its `config.json`.
+
+    Args:
+        folder: made if missing.
+        config: JSON-able settings; a folder that holds others is refused.
+        free: keys of `config` that may differ from the folder's.
+        other: what an error advises to give.
+
+    Returns:
+        The lock; closing it lets another process have the folder.
+
+    Raises:
+        RunError: another process writes the folder, or it holds a run with other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Object stores (gs://, s3://) have no locks.
+    lock = io.StringIO() if "://" in str(folder) else open(folder / ".lock", "w")  # noqa: SIM115
+    try:
+        if isinstance(lock, io.TextIOWrapper):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _check_config(folder, config, free, other)
+        write_json(folder / "config.json", config)
+    except BlockingIOError:
+        lock.close()
+        raise RunError(
+            f"Another process is writing {folder}. Wait for it, or give {other}."
+        ) from None
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def _check_config(folder: Path, config: dict[str, Any], free: tuple[str, ...], other: str) -> None:
+    path = folder / "config.json"
+    if not path.exists():
+        return
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(
+            f"{path} is damaged ({error}), so what its run trained is unknown. Give {other}, or "
+            "remove the folder."
+        ) from None
+    new = json.loads(json.dumps(config))
+    changed = sorted(
+        key for key in old.keys() | new.keys() if key not in free and old.get(key) != new.get(key)
+    )
+    if changed:
+        differences = "; ".join(
+            f"{key}: there {old.get(key)!r}, here {new.get(key)!r}" for key in changed
+        )
+        raise RunError(
+            f"{folder} holds a run with other settings ({differences}). Give {other}, or the same "
+            "settings."
+        )
 
 
 class Block(NamedTuple):
@@ -136,6 +163,9 @@ def read_blocks(path: Path) -> tuple[list[Block], int]:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file at once: a reader, or a kill, sees the old text or the new."""
+    if "://" in str(path):  # object stores do that by themselves
+        path.write_text(text)
+        return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.bench.cases import make_mesh
-from experiments.bench.topology import topology_devices
 from experiments.compiled import Collective, Program, measure, read
+from experiments.topology import topology_devices
 
 DEVICES = 8
 FLOAT = 4  # bytes

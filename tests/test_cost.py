@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 import muon_jax
 from experiments.bench.cases import OURS, layer, make_mesh, on_mesh, separate, stacked
 from experiments.bench.sharding import compile_step
-from experiments.bench.topology import TopologyError, topology_devices
 from experiments.compiled import measure
+from experiments.topology import TopologyError, topology_devices
 
 # Three square kernels a layer, up and down: 16 layers, or 2 of 5 matrices.
 LAYER = layer(3, 256, 1024)

@@ -144,7 +144,7 @@ def test_more_seeds_rates_and_optimizers_are_added_to_a_folder(whole, tmp_path, 
     assert len(rows(tmp_path)) == 1
     assert run(out=tmp_path) == 0
     assert sorted(map(str, rows(tmp_path))) == sorted(map(str, rows(whole)))
-    assert "11 cells of 8 steps to go" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "11 cells to go" in re.sub(r"\s+", " ", capsys.readouterr().out)
     assert summary(tmp_path)["arms"][0]["update"]
     capsys.readouterr()
     assert run("--batch", 8, out=tmp_path) == 2
@@ -253,7 +253,7 @@ def test_an_optimizer_sees_the_forward_pass_and_may_have_others_evaluated(tiny, 
     """An arm is one entry: it gets extra arguments by name, and says what is to be evaluated."""
     seen = {}
 
-    def build(settings, rate, rest):
+    def build(settings, rate, rest, placed):
         def update(updates, state, params=None, *, max_logits, **extra):
             seen.update(jax.tree.map(jnp.shape, max_logits))
             return jax.tree.map(lambda u: -rate(0) * u, updates), state

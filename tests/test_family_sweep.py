@@ -9,11 +9,13 @@ import optax
 import pytest
 
 from experiments import optimizers
+from experiments.differences import difference, student_t
 from experiments.family import train
-from experiments.family.config import Cell, Sweep, Training
-from experiments.family.report_data import aggregate, as_json, difference, student_t
-from experiments.family.sweep import (
+from experiments.family.config import Cell, Training
+from experiments.family.report_data import aggregate, as_json
+from experiments.sweep import (
     Best,
+    Sweep,
     best,
     losses_by_rate,
     missing_cells,
@@ -113,16 +115,13 @@ def test_student_t_is_the_table_s():
 
 
 def test_differences_are_paired_by_seed():
-    ours, theirs = (
-        Best(1, {0: 1.0, 1: 2.0, 2: 3.0}, False),
-        Best(1, {2: 3.5, 1: 2.4, 0: 1.3}, False),
-    )
+    ours, theirs = {0: 1.0, 1: 2.0, 2: 3.0}, {2: 3.5, 1: 2.4, 0: 1.3}
     found = difference(ours, theirs)
     assert found.mean == pytest.approx(-0.4)
     half = 4.3027 * np.std([0.3, 0.4, 0.5], ddof=1) / 3**0.5
     assert found.high - found.mean == pytest.approx(half, rel=1e-3)
-    assert difference(ours, Best(1, {0: 1.0}, False)) is None
-    assert difference(ours, Best(1, {0: math.inf, 1: 1.0}, False)) is None
+    assert difference(ours, {0: 1.0}) is None
+    assert difference(ours, {0: math.inf, 1: 1.0}) is None
 
 
 def test_aggregate_orders_by_loss_and_sends_what_diverged_to_the_end():

@@ -12,9 +12,8 @@ import pytest
 from flax import nnx
 
 from experiments.family import widths, widths_report
-from experiments.family.config import Sweep
 from experiments.family.model import LanguageModel
-from experiments.family.sweep import missing_cells
+from experiments.sweep import Sweep, missing_cells, optimum
 
 TINY = (
     "--widths 8 16 --head-size 8 --layers 1 --context 8 --batch 4 --steps 4 --warmup 1 "
@@ -50,7 +49,7 @@ def test_a_run_and_its_report(tmp_path, capsys):
     assert "Best rate by width" in capsys.readouterr().out
     # Wider models are added to the same folder.
     assert run("--widths", 8, 16, 24, "--scales", "mup", out=tmp_path) == 0
-    assert "3 cells of 4 steps to go" in " ".join(capsys.readouterr().out.split())
+    assert "3 cells to go" in " ".join(capsys.readouterr().out.split())
 
 
 def test_wrong_widths_are_refused(tmp_path, capsys):
@@ -81,9 +80,9 @@ def test_the_drift_of_synthetic_losses(drift):
 
 
 def test_an_optimum_without_two_finite_neighbours_is_the_best_rate():
-    assert widths_report.optimum({0.1: 1.0, 0.2: 2.0}, 0.1) == 0.1
-    assert widths_report.optimum({0.1: 2.0, 0.2: 1.0, 0.4: float("inf")}, 0.2) == 0.2
-    assert widths_report.optimum({0.1: 2.0, 0.2: 1.0, 0.4: 2.0}, 0.2) == pytest.approx(0.2)
+    assert optimum({0.1: 1.0, 0.2: 2.0}, 0.1) == 0.1
+    assert optimum({0.1: 2.0, 0.2: 1.0, 0.4: float("inf")}, 0.2) == 0.2
+    assert optimum({0.1: 2.0, 0.2: 1.0, 0.4: 2.0}, 0.2) == pytest.approx(0.2)
 
 
 def test_over_the_width_activations_keep_their_size_and_logits_shrink():

@@ -14,7 +14,7 @@ from jax.extend import core as jax_core
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import muon_jax
-from experiments.bench.topology import topology_devices
+from experiments.topology import topology_devices
 from muon_jax import _newton_schulz, _pallas_symmetric, _symmetric
 from muon_jax._newton_schulz import NewtonSchulz
 

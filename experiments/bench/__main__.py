@@ -20,9 +20,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.bench import sharding, spectra, speed
 from experiments.bench.cases import Case, simulated_cases, topology_cases
-from experiments.bench.topology import TopologyError, topology_devices
 from experiments.figures import save_png
 from experiments.runs import machine, write_json
+from experiments.topology import TopologyError, topology_devices
 
 Row = dict[str, Any]
 PartName = Literal["sharding", "speed", "spectra"]

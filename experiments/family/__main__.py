@@ -10,10 +10,10 @@ from experiments.commands import INTERRUPTED, conduct, progress_bar
 from experiments.family import cost, data
 from experiments.family.config import GRID, Cell, Config, as_json
 from experiments.family.report import terminal_table, write_report
-from experiments.family.report_data import aggregate, load_run, read_json
-from experiments.family.sweep import carry_out
+from experiments.family.report_data import aggregate
 from experiments.family.train import train_cell
 from experiments.runs import Run, machine, write_json
+from experiments.sweep import carry_out, load_run, read_json
 
 
 def main() -> int:
@@ -35,11 +35,12 @@ def study(task: tuple[Config, data.Data], run: Run, stop: threading.Event, conso
         Cell,
         {(name,): config.rate(name) for name in config.optimizers},
         config,
-        text,
         lambda cell, show: train_cell(config.training(), text, *cell, show),
         run,
         stop,
         console,
+        corpus=text.origin,
+        steps=lambda cell: config.steps,
     )
     if not left:
         measure_costs(config, text, run, stop, console)

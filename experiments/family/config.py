@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.optimizers import ARMS, AdamW, DecayName, Muon, OptimizerName, Settings
+from experiments.sweep import Sweep, check_grid
+from muon_jax import GroupedQuery
 
 BASELINE: OptimizerName = "adamw"
 
@@ -68,33 +70,14 @@ class Training(Settings):
             )
 
     @property
-    def attention_heads(self) -> int:
+    def attention_spec(self) -> GroupedQuery:
         """Of each layer."""
-        return self.width // self.head_size
+        return GroupedQuery(heads=self.width // self.head_size)
 
     def training(self, **changes: Any) -> "Training":
         """These settings alone, without those of a study that has more."""
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(Training)}
         return Training(**own | changes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sweep:
-    """Which learning rates an optimizer is tried at."""
-
-    factor: float = 2.0
-    """From one rate to the next."""
-    reach: int = 1
-    """Rates on either side of the default one."""
-    limit: int = 4
-    """Further rates on a side whose last one is the best; none is to be judged at an edge."""
-
-    def __post_init__(self) -> None:
-        if not self.factor > 1:
-            raise ValueError(f"--sweep.factor must be greater than 1, got {self.factor}.")
-        for field in ("reach", "limit"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"--sweep.{field} must not be negative.")
 
 
 class Cell(NamedTuple):
@@ -143,16 +126,6 @@ class Config(Training):
     def folder(self) -> Path:
         """The run's folder: `name`, or one made of the settings, so that equal ones meet again."""
         return self.out / (self.name or f"{self.layers}x{self.width}-{digest(self, GRID)}")
-
-
-def check_grid(config: Any, *fields: str) -> None:
-    """Raises ValueError unless there are seeds, and values without repetition in these fields."""
-    if config.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {config.seeds}.")
-    for field in fields:
-        values = getattr(config, field)
-        if not values or len(set(values)) != len(values):
-            raise ValueError(f"--{field} needs one or more different values, got {values}.")
 
 
 def as_json(config: Training) -> dict:

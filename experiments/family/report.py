@@ -4,7 +4,6 @@ It never trains, so it can be made again at any time: `python -m experiments.fam
 """
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,11 +17,9 @@ from rich.text import Text
 from experiments.family.config import BASELINE
 from experiments.family.report_data import (
     Arm,
-    Files,
     aggregate,
     as_json,
     curves,
-    load_run,
     points,
 )
 from experiments.figures import (
@@ -39,6 +36,7 @@ from experiments.figures import (
 from experiments.optimizers import ARMS
 from experiments.pages import number, save_figure, write_page
 from experiments.runs import write_json
+from experiments.sweep import Files, load_run, mean_curve
 
 _REFERENCE = {"color": "#444444", "linestyle": ":", "linewidth": 1, "zorder": 1.5}
 
@@ -222,13 +220,6 @@ def curves_figure(files: Files, arms: Sequence[Arm]) -> Figure:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
-
-
-def mean_curve(trainings: Sequence[Sequence[dict]]) -> list[tuple[int, float]]:
-    """Mean validation loss at the steps that all trainings reached."""
-    losses = [{row["step"]: row["validation_loss"] for row in rows} for rows in trainings]
-    steps = set.intersection(*map(set, losses)) if losses else set()
-    return [(step, statistics.fmean(of[step] for of in losses)) for step in sorted(steps)]
 
 
 def final_figure(files: Files, arms: Sequence[Arm]) -> Figure:

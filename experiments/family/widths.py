@@ -19,12 +19,12 @@ from rich.console import Console
 
 from experiments.commands import INTERRUPTED, conduct
 from experiments.family import data
-from experiments.family.config import Sweep, Training, as_json, check_grid, digest
-from experiments.family.sweep import carry_out
+from experiments.family.config import Training, as_json, digest
 from experiments.family.train import train_cell
 from experiments.family.widths_report import terminal_table, write_report
 from experiments.optimizers import Muon, ScaleName
 from experiments.runs import Run
+from experiments.sweep import Sweep, carry_out, check_grid
 
 # What only chooses cells; the rest decides what a cell is.
 GRID = ("scales", "widths", "seeds", "sweep")
@@ -110,13 +110,14 @@ def study(task: tuple[Config, data.Data], run: Run, stop: threading.Event, conso
         Cell,
         {(scale, width): RATES[scale] for scale in config.scales for width in config.widths},
         config,
-        text,
         lambda cell, show: train_cell(
             config.of(cell.scale, cell.width), text, "muon", cell.rate, cell.seed, show
         ),
         run,
         stop,
         console,
+        corpus=text.origin,
+        steps=lambda cell: config.steps,
     )
     if run.finished:
         report = write_report(run.folder)

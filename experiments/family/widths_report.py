@@ -17,8 +17,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.family.report_data import load_run
-from experiments.family.sweep import Best, Row, best, losses_by_rate, mean
 from experiments.figures import (
     GROKKED_MARK,
     POINT_MARK,
@@ -29,6 +27,7 @@ from experiments.figures import (
 )
 from experiments.pages import save_figure, write_page
 from experiments.runs import write_json
+from experiments.sweep import Best, Row, best, load_run, losses_by_rate, mean, optimum
 
 
 class Line(NamedTuple):
@@ -76,21 +75,6 @@ def _transfer(scale: str, rows: Sequence[Row]) -> Transfer:
         x, y = np.log2([[line.width, line.optimum] for line in lines]).T
         drift = float(np.polyfit(x, y, 1)[0])
     return Transfer(scale, lines, drift)
-
-
-def optimum(losses: dict[float, float], top: float) -> float:
-    """Between the rates: where a parabola in log(rate) through three of them has its lowest point.
-
-    At an edge, or beside a rate that diverged, it is the best rate itself.
-    """
-    rates = list(losses)
-    place = rates.index(top)
-    near = rates[max(place - 1, 0) : place + 2]
-    values = [losses[rate] for rate in near]
-    if len(near) < 3 or top != near[1] or not all(map(math.isfinite, values)):
-        return top
-    a, b, _ = np.polyfit(np.log2(near) - np.log2(top), values, 2)
-    return float(top * 2 ** (-b / (2 * a))) if a > 0 else top
 
 
 def sentences(transfers: Sequence[Transfer]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from experiments.grok.losses import SoftmaxName
 from experiments.grok.tasks import TRAIN_FRACTION, TaskName, split, table
 from experiments.optimizers import OptimizerName, Settings
+from muon_jax import GroupedQuery
 
 
 class Cell(NamedTuple):
@@ -92,9 +93,9 @@ class Config(Settings):
             raise ValueError(f"--warmup must not be negative, got {self.warmup}.")
 
     @property
-    def attention_heads(self) -> int:
+    def attention_spec(self) -> GroupedQuery:
         """Of each layer."""
-        return self.heads
+        return GroupedQuery(heads=self.heads)
 
     def cells(self) -> list[Cell]:
         """The grid, seeds outermost, so that every arm has a first result early."""

@@ -1,0 +1,474 @@
+"""Checkpoints of long runs: Orbax's arrays, sealed by a manifest of digests."""
+
+import concurrent.futures
+import errno
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.path import gcs_utils
+from orbax.checkpoint._src.serialization import tensorstore_utils
+
+from experiments.runs import RunError, write_json
+
+MANIFEST = "manifest.json"
+_READERS = 4  # threads that hash; hashlib lets go of the GIL
+_NAMED = 8  # so many leaves or files are named in an error
+
+# Orbax logs a traceback from each thread that an error passes through; the caller gets the error.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+class Restored(NamedTuple):
+    """A checkpoint read back.
+
+    Attributes:
+        step: that it was saved at.
+        state: the tree of `abstract`, with the saved values.
+        meta: what was saved with it, as JSON gives it back.
+        damaged: newer checkpoints that were passed over, and what is wrong with each.
+    """
+
+    step: int
+    state: Any
+    meta: dict[str, Any]
+    damaged: tuple[str, ...]
+
+
+class Checkpoints:
+    """The checkpoints of one run: each is whole or does not count.
+
+    Orbax writes the arrays to `folder/step_<step>`. When it is done `manifest.json` is added, with
+    the size and sha256 of every file and the shape and dtype of every leaf. A folder without it is
+    an unfinished save: it is never read, and the next save removes it. A kill at any moment costs
+    the save in progress and no more.
+
+    The processes of `jax.distributed` make the same calls in the same order, on a folder that
+    they share. Each writes its shards; the first one seals, checks, removes and decides for all.
+
+    Use it with `contextlib.closing`: a process that ends without `close` loses the last save.
+
+    Args:
+        folder: local or `gs://`, `s3://`; made by the first save.
+        keep: how many to keep, the newest ones; an older one goes when a newer one is whole.
+    """
+
+    def __init__(self, folder: epath.PathLike, *, keep: int = 3):
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, not {keep}: a run needs its last save.")
+        folder = epath.Path(folder)
+        self.folder = folder if folder.is_absolute() else folder.resolve()
+        if os.fspath(folder).startswith("s3://"):
+            _teach_orbax_s3()
+        self.keep = keep
+        self._damaged: set[int] = set()
+        self._saver = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
+        self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Begins to save; returns when `state` may be donated, and goes on in the background.
+
+        Args:
+            state: a tree of jax arrays (PRNG keys too), numpy arrays and Python's numbers.
+            meta: small and JSON-able.
+
+        Raises:
+            RunError: the folder has a checkpoint of this step or a later one.
+            OSError: this save could not begin, or the one before could not be finished.
+            TypeError, ValueError: `state` or `meta` cannot be saved as it is.
+        """
+        self.wait()
+        manifest = {
+            "step": int(step),
+            "meta": json.loads(json.dumps(meta, allow_nan=False)),
+            "leaves": _leaves(state),
+        }
+        _in_first_process(lambda: self._make_room(step))
+        with _orbax():
+            arrays = ocp.save_async(self._path(step), _without_empty(state))
+        self._saving = step, self._saver.submit(self._finish, arrays, manifest)
+
+    def wait(self) -> None:
+        """Returns when the last save is whole on disk.
+
+        Raises:
+            OSError: it could not be finished; the checkpoints before it are untouched.
+        """
+        if self._saving is None:
+            return
+        step, saving = self._saving
+        error = saving.exception()
+        self._saving = None
+        failed = _in_any_process(error is not None)
+        if failed:
+            reason = error or "in another process"
+            raise OSError(
+                _errno(error),
+                f"The checkpoint of step {step} could not be saved ({reason}). Those before it "
+                "are untouched; make room or mend the storage, and the run goes on from the last",
+                os.fspath(self.folder),
+            ) from error
+
+    def restore(self, abstract: Any, *, step: int | None = None) -> Restored | None:
+        """Reads the newest whole checkpoint, or that of `step`.
+
+        Size and digest of each file are checked first; a checkpoint with a missing, changed or
+        added file is passed over for the one before.
+
+        Args:
+            abstract: a tree like the saved state, of `jax.ShapeDtypeStruct` with shardings on any
+                mesh (or arrays, which are only looked at). Without a sharding: the first device.
+
+        Returns:
+            None where the folder holds no checkpoint.
+
+        Raises:
+            RunError: there are checkpoints and none of them is whole, or not that of `step`.
+            ValueError: the checkpoint is of a state with other leaves, shapes or dtypes.
+        """
+        self.wait()
+        manifest, damaged = _in_first_process(lambda: self._choose(step))
+        if manifest is None:
+            return None
+        self._damaged |= {int(number) for number, _ in damaged}
+        path = self._path(manifest["step"])
+        abstract = jax.tree.map(_as_abstract, abstract)
+        _check_leaves(path, there=manifest["leaves"], here=_leaves(abstract))
+        with _orbax():
+            state = ocp.load(path, _without_empty(abstract))
+        return Restored(
+            manifest["step"],
+            jax.tree.map(_with_empty, abstract, state),
+            manifest["meta"],
+            tuple(f"step {number}: {reason}" for number, reason in damaged),
+        )
+
+    def steps(self) -> list[int]:
+        """The steps of the finished checkpoints, ascending; their files are not read."""
+        return _in_first_process(self._finished)
+
+    def close(self) -> None:
+        """Waits for the last save, and raises its error."""
+        try:
+            self.wait()
+        finally:
+            self._saver.shutdown()
+
+    def _path(self, step: int) -> epath.Path:
+        return self.folder / f"step_{step}"
+
+    def _finished(self) -> list[int]:
+        return [
+            step
+            for step, path in sorted(self._folders().items())
+            if step not in self._damaged and "sha256" in _read_manifest(path)
+        ]
+
+    def _folders(self) -> dict[int, epath.Path]:
+        if not self.folder.exists():
+            return {}
+        names = (re.fullmatch(r"step_(\d+)", path.name) for path in self.folder.iterdir())
+        return {int(name[1]): self._path(int(name[1])) for name in names if name}
+
+    def _make_room(self, step: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        finished = self._finished()
+        if finished and step <= finished[-1]:
+            raise RunError(
+                f"{self.folder} has a checkpoint of step {finished[-1]}, so one of step {step} "
+                "would not be the newest. To go back, remove the later ones first."
+            )
+        for number, path in self._folders().items():
+            if number not in finished:
+                _remove(path)
+        self._damaged.clear()
+
+    def _finish(self, arrays: ocp.AsyncResponse[None], manifest: dict[str, Any]) -> None:
+        arrays.result()
+        if jax.process_index() == 0:
+            _seal(self._path(manifest["step"]), manifest)
+            for step in self._finished()[: -self.keep]:
+                _remove(self._path(step))
+
+    def _choose(self, wanted: int | None) -> tuple[dict[str, Any] | None, list[tuple[int, str]]]:
+        """The manifest of the one to restore, and the newer ones with what is wrong with them."""
+        candidates = {s: path for s, path in self._folders().items() if (path / MANIFEST).exists()}
+        if wanted is not None and wanted not in candidates:
+            raise RunError(
+                f"{self.folder} has no checkpoint of step {wanted}; it has {sorted(candidates)}."
+            )
+        damaged = []
+        for step in [wanted] if wanted is not None else sorted(candidates, reverse=True):
+            manifest = _read_manifest(candidates[step])
+            problems = _problems(candidates[step], manifest)
+            if not problems:
+                return manifest, damaged
+            damaged.append((step, _enumerated(problems)))
+        if damaged:
+            found = "; ".join(f"step {step}: {reason}" for step, reason in damaged)
+            raise RunError(
+                f"{self.folder} has no whole checkpoint{'' if wanted is None else ' of that step'} "
+                f"({found}). Bring one back from a copy, or begin anew in another folder."
+            )
+        return None, []
+
+
+def params_sha256(params: Any) -> str:
+    """Digest of names, shapes, dtypes and bytes of all leaves, in the order of their paths.
+
+    It does not depend on the sharding. A leaf that lies over several processes is gathered, so
+    they all must call; one leaf at a time is on the host.
+    """
+    digest = hashlib.sha256()
+    for name, leaf in sorted(_named(params, "/"), key=lambda item: item[0]):
+        if isinstance(leaf, jax.Array) and not (
+            leaf.is_fully_addressable or leaf.is_fully_replicated
+        ):
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        array = np.asarray(leaf)
+        digest.update(json.dumps([name, array.shape, str(array.dtype)]).encode() + b"\n")
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _teach_orbax_s3() -> None:
+    """TensorStore has a driver for S3; Orbax 0.12 uses that for `gs://` only (its pull 2739)."""
+    gcs_driver = gcs_utils.get_kvstore_for_gcs
+
+    def driver(path: str) -> dict[str, Any]:
+        if not path.startswith("s3://"):
+            return gcs_driver(path)
+        bucket, _, key = path.removeprefix("s3://").partition("/")
+        # s3fs, which etils uses, reads this variable by itself.
+        endpoint = os.environ.get("AWS_ENDPOINT_URL")
+        return {"driver": "s3", "bucket": bucket, "path": key} | (
+            {"endpoint": endpoint} if endpoint else {}
+        )
+
+    tensorstore_utils._normalize_path = lambda path: re.sub(
+        "^(gs|s3):/+", r"\1://", os.path.normpath(path)
+    )
+    tensorstore_utils._use_gcs_driver = lambda path: path.startswith(("gs://", "s3://"))
+    gcs_utils.get_kvstore_for_gcs = driver
+
+
+def _orbax() -> ocp.Context:
+    context = ocp.Context()
+    # Our manifest makes a folder count, so nothing needs renaming, which object stores lack.
+    context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+    # A folder that cannot be made is then an error at once, not threads that wait for minutes.
+    context.asynchronous.create_directories_asynchronously = False
+    context.array.saving.use_compression = False  # trained weights do not shrink
+    # Each slice is a program to compile: not for norms and counters that lie on all devices.
+    context.array.saving.min_slice_bytes_for_replica_parallel = 1 << 20
+    return context
+
+
+def _named(tree: Any, separator: str) -> list[tuple[str, Any]]:
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator=separator), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def _leaves(tree: Any) -> dict[str, list[Any]]:
+    """Name of each leaf → `[shape, dtype]`."""
+    leaves: dict[str, list[Any]] = {}
+    for name, leaf in _named(tree, "."):
+        if name in leaves:
+            raise ValueError(f"Two leaves are called {name}, and Orbax would keep one: rename one.")
+        if type(leaf) in (bool, int, float):
+            leaves[name] = [[], type(leaf).__name__]
+        elif isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            leaves[name] = [list(leaf.shape), str(leaf.dtype)]
+        else:
+            raise TypeError(
+                f"{name} is a {type(leaf).__name__}, which a checkpoint does not hold: make it an "
+                "array, or put it into meta."
+            )
+    return leaves
+
+
+def _check_leaves(path: epath.Path, *, there: dict[str, Any], here: dict[str, Any]) -> None:
+    differences = [
+        f"{name}: saved {_described(there.get(name))}, wanted {_described(here.get(name))}"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"{path} was saved from another state ({_enumerated(differences)}). Give the settings "
+            "of the run that saved it, or another folder."
+        )
+
+
+def _described(leaf: list[Any] | None) -> str:
+    return "nothing" if leaf is None else f"{leaf[1]}{tuple(leaf[0])}"
+
+
+def _enumerated(items: list[str]) -> str:
+    more = len(items) - _NAMED
+    return "; ".join(items[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _as_abstract(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return leaf
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _without_empty(tree: Any) -> Any:
+    """Orbax refuses arrays without elements; nothing is lost with them."""
+    return jax.tree.map(lambda leaf: None if getattr(leaf, "size", 1) == 0 else leaf, tree)
+
+
+def _with_empty(abstract: Any, leaf: Any) -> Any:
+    if leaf is not None:
+        return leaf
+    return jnp.zeros(abstract.shape, abstract.dtype, device=abstract.sharding)
+
+
+def _seal(path: epath.Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest, when all that it names is on disk."""
+    local = "://" not in os.fspath(path)
+    sizes = dict(_sizes(path))
+    if local:
+        for name in sizes:
+            _sync(path / name)
+        for folder in {(path / name).parent for name in sizes}:
+            _sync(folder)
+    manifest["files"] = {
+        name: [sizes[name], digest]
+        for name, digest in _in_threads(lambda name: _sha256(path / name), sizes)
+    }
+    manifest["sha256"] = _digest(manifest)
+    if local:
+        write_json(Path(path / MANIFEST), manifest)
+        _sync(path)
+        _sync(path.parent)
+    else:  # an object appears whole or not at all
+        (path / MANIFEST).write_text(json.dumps(manifest, indent=2))
+
+
+def _read_manifest(path: epath.Path) -> dict[str, Any]:
+    """The manifest, or an empty one where it is missing or damaged."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        whole = manifest["sha256"] == _digest(manifest) and f"step_{manifest['step']}" == path.name
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return {}
+    return manifest if whole else {}
+
+
+def _problems(path: epath.Path, manifest: dict[str, Any]) -> list[str]:
+    """What is wrong with a checkpoint's files."""
+    if not manifest:
+        return [f"{MANIFEST} is damaged"]
+    files, sizes = manifest["files"], dict(_sizes(path))
+    problems = [f"{name} is missing" for name in files.keys() - sizes.keys()]
+    problems += [f"{name} was added" for name in sizes.keys() - files.keys()]
+    problems += [
+        f"{name} has {sizes[name]} bytes of {size}"
+        for name, (size, _) in files.items()
+        if sizes.get(name, size) != size
+    ]
+    if not problems:
+        problems = [
+            f"{name} has other bytes than were written"
+            for name, same in _in_threads(lambda name: _has(path / name, files[name][1]), files)
+            if not same
+        ]
+    return sorted(problems)
+
+
+def _sizes(folder: epath.Path, inside: str = "") -> Iterator[tuple[str, int]]:
+    """Each file's name below the checkpoint's folder and its bytes, without the manifest."""
+    for path in sorted(folder.iterdir()):
+        name, stat = inside + path.name, path.stat()
+        if stat.is_directory:
+            yield from _sizes(path, f"{name}/")
+        elif name != MANIFEST:
+            yield name, stat.length
+
+
+def _in_threads(work: Callable[[str], Any], names: Iterable[str]) -> list[tuple[str, Any]]:
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
+        return list(zip(names, readers.map(work, names), strict=True))
+
+
+def _has(path: epath.Path, digest: str) -> bool:
+    try:
+        return _sha256(path) == digest
+    except OSError as error:
+        if error.errno == errno.EIO:  # a bad sector
+            return False
+        raise
+
+
+def _sha256(path: epath.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: epath.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: epath.Path) -> None:
+    """Removes a checkpoint; killed halfway, what is left counts as unfinished, not as damaged."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    path.rmtree(missing_ok=True)
+
+
+def _errno(error: BaseException | None) -> int:
+    """TensorStore has it in the text only."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else getattr(error, "errno", None) or errno.EIO
+
+
+def _in_any_process(here: bool) -> bool:
+    if jax.process_count() == 1:
+        return here
+    return bool(np.any(multihost_utils.process_allgather(np.array(here))))
+
+
+def _in_first_process(work: Callable[[], Any]) -> Any:
+    """What `work` gives or raises in the first process, in each of them."""
+    if jax.process_count() == 1:
+        return work()
+    answer = reason = error = None
+    if jax.process_index() == 0:
+        try:
+            answer = work()
+        except Exception as caught:
+            error, reason = caught, str(caught)
+    text = np.frombuffer(json.dumps([answer, reason]).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    text = multihost_utils.broadcast_one_to_all(np.resize(text, size))
+    answer, reason = json.loads(text.tobytes())
+    if reason is not None:
+        raise error or RunError(reason)
+    return answer

@@ -1,0 +1,171 @@
+"""`python -m experiments.pretrain`: trains, resumes, compares, and plans what is too large."""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import tyro
+from etils import epath
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.progress import TaskID
+
+from experiments.commands import INTERRUPTED, progress_bar, stop_on_signals
+from experiments.optimizers import OptimizerName
+from experiments.pretrain import data
+from experiments.pretrain.config import PresetName, Running, Training, as_json
+from experiments.pretrain.loop import Progress, TrainingError, train
+from experiments.pretrain.presets import PRESETS
+from experiments.pretrain.processes import Processes
+from experiments.runs import RunError, claim
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(Running, Training):
+    """Pretrains a Mixture-of-Experts language model, with Muon and with AdamW.
+
+    With no argument: a small model on the source of Python's own standard library, both optimizers
+    at their swept rates, in some minutes on two cores; then a report with loss curves in bits per
+    byte and texts that the models write. `--preset` takes larger models, `--data.files` other text.
+    A run is a folder. The same command on a folder that holds a run goes on with it, bit for bit,
+    after Ctrl-C, SIGTERM (both save first and exit with 130), a crash or a kill.
+    """
+
+    preset: PresetName = "tiny"
+    """Model, schedule and rates to begin with; any other option goes before."""
+    optimizer: tuple[OptimizerName, ...] = ("adamw", "muon")
+    """One, or several to compare; each of several has a folder of its own in --out."""
+    out: str | None = None
+    """The run's folder, by default runs/pretrain/PRESET; it may be in gs:// or s3://."""
+    dry_run: bool = False
+    """Print which param goes to which optimizer, and what a step costs in memory and FLOPs."""
+    compile_only: bool = False
+    """Compile the step for --topology and print what it takes there; needs libtpu, and no TPU."""
+    topology: str = "v5p:4x4x4"
+    """TPU to compile for."""
+    processes: Processes = dataclasses.field(default_factory=Processes)
+    """A run on many hosts."""
+
+    def __post_init__(self) -> None:
+        Running.__post_init__(self)
+        Training.__post_init__(self)
+        if not self.optimizer or len(set(self.optimizer)) != len(self.optimizer):
+            raise ValueError(f"--optimizer names one or more, each once; got {self.optimizer}.")
+
+    def folder(self, optimizer: OptimizerName | None = None) -> epath.Path:
+        """Of the command, or of the run with one of its optimizers."""
+        folder = epath.Path(self.out or Path("runs/pretrain") / self.preset)
+        return folder / optimizer if optimizer and len(self.optimizer) > 1 else folder
+
+
+def main() -> int:
+    """Runs the command; returns its exit code."""
+    console = Console()
+    stop = stop_on_signals()
+    try:
+        command = parse(sys.argv[1:])
+        command.processes.join()
+        if jax.process_index() > 0:
+            console.quiet = True
+        return run(command, stop, console)
+    except (ValueError, RunError, TrainingError, OSError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        return 1 if isinstance(error, (TrainingError, OSError)) else 2
+
+
+def parse(arguments: list[str]) -> Command:
+    """The command line; what it does not say is the preset's."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--preset", choices=PRESETS, default="tiny")
+    named, _ = early.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
+    preset = PRESETS[named.preset]
+    settings = {f.name: getattr(preset, f.name) for f in dataclasses.fields(Training)}
+    default = Command(preset=named.preset, **settings)
+    return tyro.cli(Command, args=arguments, default=default, prog="python -m experiments.pretrain")
+
+
+def run(command: Command, stop: threading.Event, console: Console) -> int:
+    """Does what the command asks for."""
+    if command.compile_only:
+        from experiments.pretrain.pod import compile_only
+
+        return compile_only(command, command.optimizer, command.topology, console)
+    if command.dry_run:
+        from experiments.pretrain.dry_run import dry_run
+
+        return dry_run(command, command.optimizer, console)
+    tokens = _prepare(command, stop, console)
+    for optimizer in command.optimizer:
+        if not _train(command, optimizer, tokens, stop, console):
+            console.print("Stopped and saved; the same command goes on from there.")
+            return INTERRUPTED
+    if jax.process_index() == 0:
+        from experiments.pretrain.report import write_report
+
+        report = write_report(command.folder(), command.optimizer)
+        console.print(f"Report: {report}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _prepare(command: Command, stop: threading.Event, console: Console) -> data.Tokens:
+    with progress_bar(console) as bar:
+        task = bar.add_task("reading the text", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            if stop.is_set():
+                raise KeyboardInterrupt
+            bar.update(task, description=what, completed=done, total=total)
+
+        tokens = data.prepare(command.data, show)
+    facts = tokens.as_json()
+    console.print(
+        f"{facts['name']}: {facts['train_tokens']:,} tokens to train on, "
+        f"{facts['validation_tokens']:,} held out.",
+        highlight=False,
+    )
+    return tokens
+
+
+def _train(
+    command: Command,
+    optimizer: OptimizerName,
+    tokens: data.Tokens,
+    stop: threading.Event,
+    console: Console,
+) -> bool:
+    config, folder = command.training(), command.folder(optimizer)
+    settings = {"optimizer": optimizer} | as_json(config)
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            lock = claim(folder, settings, ("mesh",), other="another --out")
+            stack.enter_context(contextlib.closing(lock))
+        with progress_bar(console) as bar:
+            task = bar.add_task(f"{optimizer}: compiling", total=config.steps)
+            return train(
+                config,
+                optimizer,
+                command,
+                tokens,
+                folder,
+                stop,
+                functools.partial(_show, optimizer, bar, task),
+                functools.partial(console.print, highlight=False),
+            )
+
+
+def _show(optimizer: str, bar: Bar, task: TaskID, progress: Progress) -> None:
+    parts = [f"{optimizer}: step {progress.step}", f"loss {progress.loss:.3f}"]
+    if progress.validation is not None:
+        parts.append(f"held out {progress.validation:.3f}")
+    if progress.tokens_per_second is not None:
+        parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
+    bar.update(task, completed=progress.step, description=" · ".join(parts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Causal attention, latent (DeepSeek-V2, 2405.04434) or multi-head, and the product of both.
+
+Shapes: B sequences, T positions, D width, N heads, H columns of a query or key head, V of a value.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from experiments.layers import Linear, rotate
+from experiments.pretrain.sharding import constrain
+from muon_jax import max_attention_logits
+
+# Query positions at a time where no fused kernel does the work.
+BLOCK = 512
+
+
+def causal_attention(
+    q_BxTxNxH: jax.Array, k_BxTxNxH: jax.Array, v_BxTxNxV: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention of each position to itself and those before it.
+
+    On a GPU cuDNN's kernel does it, elsewhere blocks of queries one after another, each against the
+    keys that it sees, so that logits of `(B, N, BLOCK, T)` are held at most.
+
+    Returns:
+        The mixed values `(B, T, N, V)`, and each head's largest logit `(N,)`, float32: on a GPU an
+        upper bound of it, exact above 100.
+    """
+    if jax.sharding.get_abstract_mesh().abstract_device.platform == "gpu":
+        return _by_cudnn(q_BxTxNxH, k_BxTxNxH, v_BxTxNxV)
+    length = q_BxTxNxH.shape[1]
+    mixed, largest = [], []
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        found = _block(q_BxTxNxH[:, start:stop], k_BxTxNxH[:, :stop], v_BxTxNxV[:, :stop])
+        mixed.append(found[0])
+        largest.append(found[1])
+    return jnp.concatenate(mixed, axis=1), jnp.max(jnp.stack(largest), axis=0)
+
+
+@jax.checkpoint
+def _block(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The last positions, as many as there are queries, against all."""
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32)
+    logits *= q.shape[-1] ** -0.5
+    positions = jnp.arange(k.shape[1])
+    ahead = positions[None] > positions[-q.shape[1] :, None]
+    logits = jnp.where(ahead[None, None], -jnp.inf, logits)
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=(0, 2, 3)))
+    weights = jax.nn.softmax(logits).astype(v.dtype)
+    return jnp.einsum("bnts,bsnv->btnv", weights, v), largest
+
+
+def _by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    padding = q.shape[-1] - v.shape[-1]
+    padded = jnp.pad(v, ((0, 0),) * 3 + ((0, padding),))  # cuDNN wants heads of one size
+    mixed, logsumexp = jax.nn.dot_product_attention(
+        q, k, padded, is_causal=True, implementation="cudnn", return_residual=True
+    )
+    largest = max_attention_logits(q, k, is_causal=True, logsumexp=logsumexp, threshold=100.0)
+    return mixed[..., : v.shape[-1]], largest
+
+
+class MultiHead(nnx.Module):
+    """Every head with queries, keys and values of its own, all rotated."""
+
+    def __init__(self, width: int, heads: int, rope_base: float, *, init, rngs: nnx.Rngs):
+        self.heads, self.rope_base = heads, rope_base
+        self.query = Linear(width, width, init=init, rngs=rngs)
+        self.key = Linear(width, width, init=init, rngs=rngs)
+        self.value = Linear(width, width, init=init, rngs=rngs)
+        self.out = Linear(width, width, init=init, rngs=rngs)
+
+    def __call__(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        positions = jnp.arange(x_BxTxD.shape[1])
+        q, k, v = (
+            _split_heads(project(x_BxTxD), self.heads)
+            for project in (self.query, self.key, self.value)
+        )
+        q, k = (_rotate(x, positions, self.rope_base) for x in (q, k))
+        mixed, largest = causal_attention(q, k, v)
+        return self.out(_join_heads(mixed)), largest
+
+
+class Latent(nnx.Module):
+    """Keys and values from a short latent, and one rotated key for all heads."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        latent: int,
+        nope: int,
+        rope: int,
+        value: int,
+        rope_base: float,
+        epsilon: float,
+        init,
+        rngs: nnx.Rngs,
+    ):
+        self.heads, self.latent_size, self.rope_base = heads, latent, rope_base
+        self.nope, self.rope = nope, rope
+        self.query = Linear(width, heads * (nope + rope), init=init, rngs=rngs)
+        self.latent = Linear(width, latent + rope, init=init, rngs=rngs)
+        self.latent_norm = nnx.RMSNorm(latent, epsilon=epsilon, rngs=rngs)
+        self.key_value = Linear(latent, heads * (nope + value), init=init, rngs=rngs)
+        self.out = Linear(heads * value, width, init=init, rngs=rngs)
+
+    def __call__(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        positions = jnp.arange(x_BxTxD.shape[1])
+        q = _split_heads(self.query(x_BxTxD), self.heads)
+        latent, shared_key = jnp.split(self.latent(x_BxTxD), [self.latent_size], axis=-1)
+        key_value = _split_heads(self.key_value(self.latent_norm(latent)), self.heads)
+        k, v = jnp.split(key_value, [self.nope], axis=-1)
+        q, q_rotated = jnp.split(q, [self.nope], axis=-1)
+        q_rotated = _rotate(q_rotated, positions, self.rope_base)
+        k_rotated = _rotate(shared_key[:, :, None], positions, self.rope_base)
+        k_rotated = jnp.broadcast_to(k_rotated, (*k.shape[:-1], self.rope))
+        mixed, largest = causal_attention(
+            jnp.concatenate([q, q_rotated], axis=-1), jnp.concatenate([k, k_rotated], axis=-1), v
+        )
+        return self.out(_join_heads(mixed)), largest
+
+
+def _split_heads(x: jax.Array, heads: int) -> jax.Array:
+    x = x.reshape(*x.shape[:-1], heads, -1)
+    return constrain(x, "batch", None, "heads", None)
+
+
+def _join_heads(x: jax.Array) -> jax.Array:
+    return x.reshape(*x.shape[:-2], math.prod(x.shape[-2:]))
+
+
+def _rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+    """RoPE with angles in float32, in the dtype of `x`."""
+    return rotate(x.astype(jnp.float32), positions, base).astype(x.dtype)

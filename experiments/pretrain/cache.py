@@ -1,0 +1,76 @@
+"""Folders that are made once, by one process, and are there whole or not at all."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_META = "meta.json"
+
+
+@contextlib.contextmanager
+def alone(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Keeps this host's other processes from a path, which need not exist; waits for its turn."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """What `make` recorded of the folder, with the `sha256` of each file as `files`.
+
+    None unless all of it is as it was made.
+    """
+    try:
+        meta = json.loads((folder / _META).read_bytes())
+        seal = meta.pop("seal")
+        whole = seal == digest(meta) and meta["files"] == {
+            name: _file_digest(folder / name) for name in meta["files"]
+        }
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    return meta if whole else None
+
+
+def make(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Makes the folder, in the place of a damaged one; to be called `alone`.
+
+    Args:
+        folder: where it is to be.
+        write: writes the files into the folder that it is given, and returns what to record.
+
+    Returns:
+        What `read` will return.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        meta = write(partial)
+        meta["files"] = {path.name: _file_digest(path) for path in sorted(partial.iterdir())}
+        (partial / _META).write_text(json.dumps(meta | {"seal": digest(meta)}, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return meta
+
+
+def digest(value: Any) -> str:
+    """Of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,240 @@
+"""What a pretraining run trains: its model, text, schedule, optimizers and mesh."""
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+from experiments.optimizers import AdamW, DecayName, Muon, Settings
+from experiments.pretrain.data import Data
+from muon_jax import GroupedQuery, MultiHeadLatent
+
+PresetName = Literal[
+    "tiny",
+    "small",
+    "nanogpt-124m",
+    "dense-399m",
+    "dense-545m",
+    "dense-822m",
+    "dense-1.1b",
+    "dense-1.5b",
+    "moonlight-16b",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A transformer: some dense layers first, then layers with experts."""
+
+    layers: int = 4
+    """All of them."""
+    dense_layers: int = 1
+    """The first ones, which have no experts; as many as --model.layers for a dense model."""
+    width: int = 128
+    """Of the residual stream."""
+    heads: int = 4
+    """Attention heads."""
+    attention: Literal["latent", "multi-head"] = "latent"
+    """Keys and values from a shared latent (DeepSeek's MLA), or from the stream itself."""
+    latent: int = 64
+    """Of latent attention: size of the latent."""
+    nope: int = 32
+    """Of latent attention: columns of a query or key head without position."""
+    rope: int = 16
+    """Of latent attention: rotated columns of a query or key head."""
+    value: int = 32
+    """Of latent attention: columns of a value head."""
+    rope_base: float = 50_000.0
+    """Of the wavelengths of RoPE."""
+    hidden: int = 384
+    """Hidden size of a dense layer's SwiGLU."""
+    experts: int = 8
+    """Routed experts of a layer."""
+    active: int = 2
+    """Routed experts that a token goes to."""
+    shared: int = 1
+    """Experts that every token goes to, as one SwiGLU of their joint size."""
+    expert_hidden: int = 96
+    """Hidden size of an expert."""
+    routed_scale: float = 2.446
+    """Factor of the routed experts' weights, which sum to 1."""
+    bias_rate: float = 1e-3
+    """Step of the selection biases that balance the experts; 0 for the last phase."""
+    balance_loss: float = 1e-4
+    """Factor of the sequence-wise balance loss."""
+    tied: bool = False
+    """Let the head be the embedding."""
+    init_std: float = 0.02
+    """Of all kernels and the embedding."""
+    epsilon: float = 1e-5
+    """Of RMSNorm."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the arithmetic; params, router and losses are float32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again: nothing, all but products with kernels, or layers."""
+    exchange: Literal["gather", "ragged"] | None = None
+    """How tokens reach experts of other devices; by default the better that the platform has."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            floor = 0 if field.name in ("dense_layers", "shared") else 1
+            if field.type in (int, "int") and value < floor:
+                raise ValueError(f"{option('model', field.name)} is at least {floor}, got {value}.")
+        if self.dense_layers > self.layers:
+            raise ValueError(
+                f"--model.dense-layers {self.dense_layers} is more than --model.layers "
+                f"{self.layers}."
+            )
+        if self.dense_layers < self.layers and self.active > self.experts:
+            raise ValueError(
+                f"--model.active {self.active} is more than --model.experts {self.experts}."
+            )
+        rotated = self.rope if self.attention == "latent" else self.width / self.heads
+        if rotated % 2:
+            raise ValueError(
+                f"RoPE turns pairs of columns: --model.rope, or --model.width / --model.heads of "
+                f"multi-head attention, is even; got {rotated:g}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How devices share the work; one size may be -1, which is what the others leave."""
+
+    data: int = 1
+    """Copies of the params; each takes a part of the batch."""
+    fsdp: int = -1
+    """Devices that share out params, optimizer state and batch."""
+    expert: int = 1
+    """Devices that share out the experts, and a part of the batch."""
+    tensor: int = 1
+    """Devices that share out heads and hidden sizes."""
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        return (self.data, self.fsdp, self.expert, self.tensor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training(Settings):
+    """One training of one model, whichever optimizer does it."""
+
+    adamw: AdamW = dataclasses.field(
+        default_factory=lambda: AdamW(learning_rate=4e-3, weight_decay=0.1, b2=0.95)
+    )
+    """The AdamW arm, and in the others the embedding, the head and the gains."""
+    muon: Muon = dataclasses.field(
+        default_factory=lambda: Muon(learning_rate=4e-3, scale="match_rms_adamw")
+    )
+    """The hidden matrices of the Muon arm."""
+    model: Model = dataclasses.field(default_factory=Model)
+    """The transformer."""
+    data: Data = dataclasses.field(default_factory=Data)
+    """The text."""
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    """How devices share the work."""
+    context: int = 256
+    """Tokens that a prediction sees at most."""
+    batch: int = 8
+    """Windows of context tokens a step, over all devices."""
+    accumulate: int = 1
+    """Microbatches that a step's batch is worked through in."""
+    steps: int = 400
+    """Optimizer steps."""
+    warmup: int = 40
+    """Steps of linear warm-up."""
+    decay: DecayName = "cosine"
+    """How the rate falls after warm-up."""
+    final: float = 0.1
+    """Share of the rate that it falls to."""
+    cooldown: int = 0
+    """Last steps, in which the rate falls linearly to 0 and the selection biases rest."""
+    clip: float = 1.0
+    """Largest norm of the gradient of all params; above it is scaled down."""
+    spike: float | None = None
+    """Skip steps whose gradient norm is so many times its recent mean; by default none."""
+    patience: int = 10
+    """Steps without finite loss and gradient, in a row, after which the run stops."""
+    seed: int = 0
+    """Of the initial params and the order of the text."""
+
+    def __post_init__(self) -> None:
+        for name in ["context", "batch", "accumulate", "steps", "patience"]:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{option(name)} is at least 1, got {getattr(self, name)}.")
+        if self.batch % self.accumulate:
+            raise ValueError(
+                f"--accumulate {self.accumulate} does not divide --batch {self.batch}."
+            )
+        if min(self.warmup, self.cooldown) < 0 or self.warmup + self.cooldown >= self.steps:
+            raise ValueError(
+                f"--warmup {self.warmup} and --cooldown {self.cooldown} are not negative and "
+                f"together less than --steps {self.steps}."
+            )
+
+    @property
+    def attention_spec(self) -> GroupedQuery | MultiHeadLatent:
+        model = self.model
+        if model.attention == "multi-head":
+            return GroupedQuery(heads=model.heads)
+        heads = {"nope": model.nope, "rope": model.rope, "value": model.value}
+        return MultiHeadLatent(heads=model.heads, query="query", key="key_value", **heads)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.context
+
+    def training(self) -> "Training":
+        """These settings alone, without those of a command that has more."""
+        return Training(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Training)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """How a run is kept and watched, which changes nothing of what it trains."""
+
+    save_every: int = 100
+    """Steps from one checkpoint to the next."""
+    keep: int = 3
+    """Checkpoints that are kept."""
+    evaluate_every: int = 50
+    """Steps from one evaluation to the next."""
+    evaluation_tokens: int = 32_768
+    """Held-out tokens that it is evaluated on, always the same."""
+    log_every: int = 10
+    """Steps from one record of metrics.jsonl to the next."""
+    samples: int = 3
+    """Texts that the finished model writes."""
+    profile: tuple[int, int] | None = None
+    """First step that the profiler watches, and the first that it does not."""
+
+    def __post_init__(self) -> None:
+        for name in ("save_every", "keep", "evaluate_every", "evaluation_tokens", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{option(name)} is at least 1, got {getattr(self, name)}.")
+        if self.profile is not None and not 0 <= self.profile[0] < self.profile[1]:
+            raise ValueError(f"--profile is FIRST END with FIRST < END, got {self.profile}.")
+
+
+def option(*fields: str) -> str:
+    """A field as it is spelt on the command line."""
+    return "--" + ".".join(fields).replace("_", "-")
+
+
+def as_json(config: Training) -> dict[str, Any]:
+    """What is trained as plain JSON values, without where a machine keeps its text."""
+    own = {field.name: getattr(config, field.name) for field in dataclasses.fields(Training)}
+    settings = {
+        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        for name, value in own.items()
+    }
+    del settings["data"]["cache"]
+    return json.loads(json.dumps(settings))
+
+
+def from_json(kind: Any, value: Any) -> Any:
+    """Undoes `as_json`, for a dataclass or the type of one of its fields."""
+    if dataclasses.is_dataclass(kind):
+        types = {field.name: field.type for field in dataclasses.fields(kind)}
+        return kind(**{name: from_json(types[name], x) for name, x in value.items()})
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,94 @@
+"""What a step costs, told before it runs: FLOPs of the model, and of Newton-Schulz apart."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+import muon_jax
+from experiments.optimizers import OptimizerName
+from experiments.pretrain.config import Model, Training
+
+# Dense bfloat16 FLOP/s of a chip, by the beginning of its `device_kind`.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Of one optimizer step, over all devices.
+
+    Attributes:
+        model_flops: forward and backward passes: 6 for each active entry of a kernel and token, and
+            attention's causal half; nothing that is computed twice counts twice.
+        newton_schulz_flops: of the optimizer's matrix products, 0 without any.
+        tokens: of a step.
+        peak_flops_per_second: of all devices; None where it is not known.
+    """
+
+    model_flops: int
+    newton_schulz_flops: int
+    tokens: int
+    peak_flops_per_second: float | None
+
+    def rates(self, seconds: float) -> dict[str, float]:
+        """What a step that takes so long achieves; `mfu` is the model's share of the peak."""
+        speed = self.model_flops / seconds
+        peak = self.peak_flops_per_second
+        return {"flops_per_second": speed} | ({"mfu": speed / peak} if peak else {})
+
+    def as_json(self) -> dict[str, Any]:
+        """With the share of Newton-Schulz, which falls as tokens rise."""
+        total = self.model_flops + self.newton_schulz_flops
+        share = self.newton_schulz_flops / total
+        return dataclasses.asdict(self) | {"newton_schulz_share": share}
+
+
+def step_costs(config: Training, optimizer: OptimizerName, params: Any) -> Costs:
+    """Of a config; `params` are arrays or shapes."""
+    plan = muon_jax.plan(params)
+    device = jax.devices()[0]
+    peak = next((f for kind, f in PEAKS.items() if device.device_kind.startswith(kind)), None)
+    tokens = config.tokens_per_step
+    forward = active_entries(config.model, params) * 2 + attention_flops(config)
+    return Costs(
+        model_flops=3 * forward * tokens,
+        newton_schulz_flops=0 if optimizer == "adamw" else sum(row.flops for row in plan.rows),
+        tokens=tokens,
+        peak_flops_per_second=None if peak is None else peak * jax.device_count(),
+    )
+
+
+def active_entries(model: Model, params: Any) -> int:
+    """Entries of the kernels that a token is multiplied with; the head's, not the embedding's."""
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        size = math.prod(leaf.shape)
+        if "/experts/" in name:
+            size = size // model.experts * model.active
+        is_lookup = name.startswith("embedding/") and not model.tied
+        total += 0 if is_lookup or name.endswith("/scale") else size
+    return total
+
+
+def attention_flops(config: Training) -> int:
+    """Of the forward pass, for one token: logits and mixing, half of the positions on average."""
+    model = config.model
+    latent = model.attention == "latent"
+    logits = model.nope + model.rope if latent else model.width // model.heads
+    value = model.value if latent else model.width // model.heads
+    return model.layers * model.heads * (logits + value) * config.context

@@ -1,0 +1,254 @@
+"""What a run learns: documents, tokenised once and kept, or shards that are tokens already."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tokenizers
+from etils import epath
+
+from experiments.pretrain import cache, documents, shards, tokenizer
+
+_FORMAT = 1  # of the cache; another one makes all texts be tokenised again
+_SAMPLE = 1 << 27  # characters that a tokenizer is trained on at most
+_PIECE = 1 << 20  # characters of a document that are tokenised at once at most
+_BATCH = 1 << 22  # characters of a batch of pieces, which threads share out
+_TOKENIZER = "tokenizer.json"
+_SIDES = "train.bin", "validation.bin"
+
+# What is under way, how much of it is done, and of how much. It may raise to stop the work.
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The text, and how it becomes tokens."""
+
+    files: tuple[str, ...] = ()
+    """Globs of .txt (a document each), .jsonl, .jsonl.gz or .parquet (whose field or column "text"
+    has a document), or of tokens: .npy (uint16 or uint32), .bin (uint16). They may be in gs:// or
+    s3://. By default the Python standard library is learnt."""
+    tokenizer: str | None = None
+    """A tokenizer.json to use; by default a byte-level BPE is trained on the text."""
+    vocabulary: int = 2048
+    """Tokens of the trained tokenizer, or of --data.files that are tokens already."""
+    end_of_text: str = "<|endoftext|>"
+    """The special token that ends a document."""
+    cache: Path | None = None
+    """Where tokens are kept; by default muon_jax/pretrain in $XDG_CACHE_HOME or ~/.cache."""
+
+    def folder(self) -> Path:
+        """The cache."""
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        return self.cache or home / "muon_jax" / "pretrain"
+
+
+class Tokens(NamedTuple):
+    """A tokenised text.
+
+    Attributes:
+        name: where it is from.
+        train: memory-mapped shards to train on, each `(tokens,)` uint16 or uint32.
+        validation: shards that are held out.
+        vocabulary: all tokens are less than it.
+        bytes_per_token: `(vocabulary,)` int32, 0 for special tokens; None where tokens do not tell
+            the bytes of their text exactly.
+        tokenizer: None for shards that came without.
+        end_of_text: the token that ends a document; None without a tokenizer.
+        sha256: digest of all tokens, and of what `bytes_per_token` tells.
+    """
+
+    name: str
+    train: tuple[np.ndarray, ...]
+    validation: tuple[np.ndarray, ...]
+    vocabulary: int
+    bytes_per_token: np.ndarray | None
+    tokenizer: tokenizers.Tokenizer | None
+    end_of_text: int | None
+    sha256: str
+
+    def as_json(self) -> dict[str, str | int]:
+        """What a run records of it."""
+        return {
+            "name": self.name,
+            "train_tokens": sum(map(len, self.train)),
+            "validation_tokens": sum(map(len, self.validation)),
+            "vocabulary": self.vocabulary,
+            "sha256": self.sha256,
+        }
+
+
+def prepare(config: Data, on_progress: OnProgress = lambda what, done, total: None) -> Tokens:
+    """The configured text as tokens, from the cache if it has them whole.
+
+    One process of a host does the work, and others wait for it; a kill leaves nothing that is
+    taken for whole.
+
+    Raises:
+        ValueError: files are missing, damaged or of unknown kinds, or have nothing for one side.
+        OSError: files cannot be read, or the cache cannot be written.
+    """
+    files = documents.matching(config.files, documents.SUFFIXES + shards.SUFFIXES)
+    tokenised = sum(file.name.endswith(shards.SUFFIXES) for file in files)
+    if 0 < tokenised < len(files):
+        raise ValueError("--data.files names both texts and tokens; give files of one kind.")
+    given = None
+    if config.tokenizer is not None:
+        given = epath.Path(config.tokenizer).expanduser().read_bytes()
+    make = _from_shards if tokenised else _from_texts
+    return make(config, files, given, on_progress)
+
+
+def _from_texts(
+    config: Data, files: tuple[epath.Path, ...], given: bytes | None, on_progress: OnProgress
+) -> Tokens:
+    library = None if files else documents.standard_library()
+    sources = [documents.fingerprint(file) for file in (library.files if library else files)]
+    least = config.vocabulary if given is None else 0
+    settings = [least, given and given.decode(errors="replace"), config.end_of_text]
+    folder = config.folder() / cache.digest([_FORMAT, sources, settings])[:16]
+
+    def load(source: bytes) -> tokenizer.Vocabulary:
+        return tokenizer.load(source, config.tokenizer or _TOKENIZER, config.end_of_text, least)
+
+    def write(partial: Path) -> dict[str, Any]:
+        texts = library or documents.from_files(files)
+        source = given
+        if source is None:
+            on_progress("training a tokenizer", 0, 1)
+            source = tokenizer.train(texts.sample(_SAMPLE), least, config.end_of_text)
+        vocabulary = load(source)
+        (partial / _TOKENIZER).write_bytes(source)
+        return _tokenise(texts, vocabulary, partial, on_progress)
+
+    with cache.alone(folder, lambda: on_progress("waiting for another process", 0, 1)):
+        meta = cache.read(folder)
+        if meta is None:
+            if folder.exists():
+                on_progress("tokenising again what was damaged", 0, 1)
+            meta = cache.make(folder, write)
+        vocabulary = load((folder / _TOKENIZER).read_bytes())
+        sides = [(np.memmap(folder / side, meta["dtype"], "r"),) for side in _SIDES]
+    if not meta["exact"]:
+        vocabulary = vocabulary._replace(bytes_per_token=None)
+    return _tokens(config, sides, vocabulary, [[meta["files"][side]] for side in _SIDES])
+
+
+class _Piece(NamedTuple):
+    """A part of a document that is tokenised by itself."""
+
+    text: str
+    held_out: bool
+    is_last: bool
+
+
+def _tokenise(
+    texts: documents.Documents,
+    vocabulary: tokenizer.Vocabulary,
+    folder: Path,
+    on_progress: OnProgress,
+) -> dict[str, Any]:
+    """Writes the tokens of both sides; returns their type, and whether they tell their bytes."""
+    dtype = np.dtype("<u2" if vocabulary.size <= 1 << 16 else "<u4")
+    end = np.array(vocabulary.end_of_text, dtype).tobytes()
+    exact = vocabulary.bytes_per_token is not None
+    with contextlib.ExitStack() as files:
+        train, validation = (files.enter_context(open(folder / side, "wb")) for side in _SIDES)
+        for batch in _batches(_pieces(texts, on_progress)):
+            encodings = vocabulary.tokenizer.encode_batch_fast(
+                [piece.text for piece in batch], add_special_tokens=False
+            )
+            for piece, encoding in zip(batch, encodings, strict=True):
+                tokens = np.array(encoding.ids, dtype)
+                if exact:
+                    counted = vocabulary.bytes_per_token[tokens].sum()
+                    exact = bool(counted == len(piece.text.encode()))
+                side = validation if piece.held_out else train
+                side.write(tokens.tobytes())
+                if piece.is_last:
+                    side.write(end)
+        for side in (train, validation):
+            if not side.tell():
+                raise ValueError(
+                    "--data.files has too little text: there is none to "
+                    f"{'train on' if side is train else 'hold out'}."
+                )
+    return {"dtype": dtype.str, "exact": exact}
+
+
+def _pieces(texts: documents.Documents, on_progress: OnProgress) -> Iterator[_Piece]:
+    for done, file in enumerate(texts.files):
+        for text, held_out in texts.of(file):
+            on_progress("tokenising", done, len(texts.files))
+            start = 0
+            while start < len(text):
+                stop = min(start + _PIECE, len(text))
+                if stop < len(text):
+                    stop = text.rfind("\n", start, stop) + 1 or stop
+                yield _Piece(text[start:stop], held_out, stop == len(text))
+                start = stop
+
+
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    batch: list[_Piece] = []
+    characters = 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece.text)
+        if characters >= _BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _from_shards(
+    config: Data, files: tuple[epath.Path, ...], given: bytes | None, on_progress: OnProgress
+) -> Tokens:
+    vocabulary = tokenizer.Vocabulary(None, config.vocabulary, None, None)
+    if given is not None:
+        vocabulary = tokenizer.load(given, config.tokenizer, config.end_of_text)
+    names = [[file for file in files if ("val" in file.name) is side] for side in (False, True)]
+    if not names[0]:
+        raise ValueError('--data.files names only shards with "val" in their names: none to learn.')
+    tokens = {}
+    for done, file in enumerate(files):
+        on_progress("fetching shards", done, len(files))
+        tokens[file] = shards.load(shards.fetch(file, config.folder() / "shards"))
+    digests = {}
+    with ThreadPoolExecutor() as threads:
+        checked = threads.map(lambda file: shards.check(tokens[file], vocabulary.size, file), files)
+        for file, digest in zip(files, checked, strict=True):
+            on_progress("checking shards", len(digests), len(files))
+            digests[file] = digest
+    train, validation = ([tokens[file] for file in side] for side in names)
+    if not validation:
+        last = train.pop()
+        cut = len(last) - max(len(last) // documents.HELD_OUT_SHARE, 1)
+        train, validation = [*train, last[:cut]], [last[cut:]]
+    digests = [[digests[file] for file in side] for side in names]
+    return _tokens(config, (train, validation), vocabulary, digests)
+
+
+def _tokens(
+    config: Data,
+    sides: Iterable[Iterable[np.ndarray]],
+    vocabulary: tokenizer.Vocabulary,
+    digests: list[list[str]],
+) -> Tokens:
+    bpe, size, end_of_text, table = vocabulary
+    name, *more = config.files or (documents.library_name(),)
+    return Tokens(
+        f"{name} and {len(more)} more" if more else name,
+        *map(tuple, sides),
+        vocabulary=size,
+        bytes_per_token=table,
+        tokenizer=bpe,
+        end_of_text=end_of_text,
+        sha256=cache.digest([digests, size, None if table is None else table.tolist()]),
+    )

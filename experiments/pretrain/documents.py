@@ -1,0 +1,208 @@
+"""Documents: the running Python's standard library, or files that globs name, here or in a bucket.
+
+About one document in ten of the standard library is held out, as in `experiments.corpus`, and of
+other texts one in a hundred; a document's name, or its text, alone decides.
+"""
+
+import dataclasses
+import gzip
+import itertools
+import json
+import platform
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import fsspec
+from etils import epath
+
+from experiments import corpus
+
+HELD_OUT_SHARE = 100  # one document of the user's in so many
+_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)
+
+
+class Document(NamedTuple):
+    """A text that ends with an end-of-text token; held out for validation, or trained on."""
+
+    text: str
+    held_out: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """Documents in a fixed order.
+
+    Attributes:
+        files: that hold them.
+        divide: gives a file's text its side; it may cut a text in two documents.
+    """
+
+    files: tuple[epath.Path, ...]
+    divide: Callable[[epath.Path, str], list[Document]]
+
+    def of(self, file: epath.Path) -> Iterator[Document]:
+        """A file's documents, without empty ones."""
+        for text in _texts(file):
+            yield from (document for document in self.divide(file, text) if document.text)
+
+    def sample(self, characters: int) -> Iterator[str]:
+        """Texts of documents to train on, so many characters at most, from all files alike."""
+        budget = 0
+        for file in self.files:
+            budget += characters // len(self.files)
+            for document in self.of(file):
+                if budget <= 0:
+                    break
+                if not document.held_out:
+                    yield document.text[:budget]
+                    budget -= len(document.text[:budget])
+
+
+def library_name() -> str:
+    """Of the text that `standard_library` has."""
+    return f"standard library of Python {platform.python_version()}"
+
+
+def standard_library() -> Documents:
+    """The files of the running Python's standard library, each a document.
+
+    Raises:
+        ValueError: this Python came without them.
+    """
+    root = epath.Path(sysconfig.get_path("stdlib"))
+    held_out = {root / name: side for name, side in corpus.library_files(Path(root))}
+    if not held_out:
+        raise ValueError("This Python has no source of its standard library; give --data.files.")
+    return Documents(tuple(held_out), lambda file, text: [Document(text, held_out[file])])
+
+
+def from_files(files: tuple[epath.Path, ...]) -> Documents:
+    """The documents of text files; reads them until it is sure that some are for each side.
+
+    Where a text's hash holds none out, or all, the smallest hash is held out; the end of the text
+    where there is but one.
+
+    Raises:
+        ValueError: there is no text in them, or one is damaged.
+        OSError: one cannot be read.
+    """
+    hashes: set[int] = set()
+    sides: set[bool] = set()
+    for text in itertools.chain.from_iterable(map(_texts, files)):
+        hashes.add(_hash(text))
+        sides.add(_is_held_out(text))
+        if len(sides) == 2:
+            return Documents(files, lambda _, text: [Document(text, _is_held_out(text))])
+    if not hashes:
+        raise ValueError(f"{files[0]} and what else --data.files names have no text at all.")
+    if len(hashes) == 1:
+        return Documents(files, lambda _, text: _cut(text))
+    smallest = min(hashes)
+    return Documents(files, lambda _, text: [Document(text, _hash(text) == smallest)])
+
+
+def _hash(text: str) -> int:
+    return zlib.crc32(text.encode())
+
+
+def _is_held_out(text: str) -> bool:
+    return _hash(text) % HELD_OUT_SHARE == 0
+
+
+def _cut(text: str) -> list[Document]:
+    """The text, and its last tenth, from a line's start where one is near."""
+    tenth = len(text) - len(text) // corpus.VALIDATION_SHARE
+    cut = text.find("\n", tenth, len(text) - 1) + 1 or tenth
+    return [Document(text[:cut], False), Document(text[cut:], True)]
+
+
+def matching(patterns: tuple[str, ...], suffixes: tuple[str, ...]) -> tuple[epath.Path, ...]:
+    """Files that globs name, each once; those of a glob in the order of their names.
+
+    Raises:
+        ValueError: a glob names none, or one without such a suffix, or needs a package.
+    """
+    found: dict[epath.Path, None] = {}
+    for pattern in patterns:
+        path = epath.Path(pattern).expanduser()
+        try:
+            files = [path] if path.exists() else sorted(path.parent.glob(path.name))
+        except (ImportError, NotImplementedError) as error:
+            raise ValueError(f"--data.files {pattern} cannot be looked up: {error}") from None
+        if not files:
+            raise ValueError(f"--data.files {pattern} names no file.")
+        found.update(dict.fromkeys(files))
+    for file in found:
+        if not file.name.endswith(suffixes):
+            raise ValueError(
+                f"--data.files names {file}, which ends in none of {', '.join(suffixes)}."
+            )
+    return tuple(found)
+
+
+def fingerprint(file: epath.Path) -> str:
+    """Another one when the file is another: made of its path, size, times, or its bucket's tag."""
+    system, path = fsspec.url_to_fs(str(file))
+    return system.ukey(path)
+
+
+def _texts(file: epath.Path) -> Iterator[str]:
+    """A file's texts that are not empty."""
+    read = next(read for suffix, read in _READERS.items() if file.name.endswith(suffix))
+    try:
+        yield from filter(None, read(file))
+    except _DAMAGE as error:
+        raise ValueError(f"{file} is damaged: {error}.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 text: {error.reason} at {error.start}.") from None
+
+
+def _whole(file: epath.Path) -> Iterator[str]:
+    yield file.read_bytes().decode()
+
+
+def _lines(file: epath.Path) -> Iterator[str]:
+    with file.open("rb") as raw, gzip.open(raw) if file.suffix == ".gz" else raw as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+                text.encode()  # JSON may spell half a character, which is no text
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(
+                    f'{file}:{number} is no JSON object whose "text" is Unicode text.'
+                ) from None
+            yield text
+
+
+def _column(file: epath.Path) -> Iterator[str]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with file.open("rb") as raw, parquet.ParquetFile(raw) as table:
+            if "text" not in table.schema_arrow.names:
+                raise ValueError(
+                    f'{file} has no column "text", but {", ".join(table.schema_arrow.names)}.'
+                )
+            for batch in table.iter_batches(batch_size=1024, columns=["text"]):
+                for text in batch.column(0).to_pylist():
+                    if not isinstance(text, str):
+                        raise ValueError(f'{file} has {text!r} in its column "text".')
+                    yield text
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {error}.") from None
+
+
+_READERS: dict[str, Callable[[epath.Path], Iterator[str]]] = {
+    ".txt": _whole,
+    ".py": _whole,
+    ".jsonl": _lines,
+    ".jsonl.gz": _lines,
+    ".parquet": _column,
+}
+SUFFIXES = tuple(_READERS)

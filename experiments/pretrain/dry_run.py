@@ -1,0 +1,220 @@
+"""`--dry-run`: what a training is and what a step takes, from shapes alone: nothing is trained."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import muon_jax
+from experiments.figures import optimizer_label
+from experiments.optimizers import OptimizerName
+from experiments.pretrain import sharding
+from experiments.pretrain.config import Mesh, Training
+from experiments.pretrain.step import Trainer
+
+
+def dry_run(config: Training, optimizers: Sequence[OptimizerName], console: Console) -> int:
+    """Prints the plan of a training; reads no text and compiles nothing.
+
+    Returns:
+        The command's exit code.
+
+    Raises:
+        ValueError: the mesh does not divide an axis, or does not make up this machine's devices.
+    """
+    mesh = mesh_of_config(config.mesh)
+    trainers = {name: Trainer(config, name, mesh, config.data.vocabulary) for name in optimizers}
+    first = next(iter(trainers.values()))
+    params = first.abstract.params
+
+    def show(title: str, *parts: Any) -> None:
+        console.print(Text(title, style="bold"))
+        for part in parts:
+            console.print(part, highlight=False, markup=False, soft_wrap=True)
+        console.print()
+
+    show("Params by optimizer", routing(params, optimizers))
+    show("Mesh and what it splits", mesh_text(mesh), axes_table(params, mesh))
+    show("Parameters", parameters_text(config, params))
+    show("Memory of a device", memory_table(trainers))
+    for name, trainer in trainers.items():
+        if name != "adamw":
+            show(f"{optimizer_label(name)}: a step", str(plan(trainer)))
+    show("Schedule", schedule_text(config, optimizers))
+    return 0
+
+
+def mesh_of_config(mesh: Mesh) -> jax.sharding.Mesh:
+    """The configured mesh; with stand-ins if it is not one of this machine's devices.
+
+    Then an axis of -1 has one device. Shapes and shardings can be had of it, and no program.
+
+    Raises:
+        ValueError: no number of devices makes up such a mesh.
+    """
+    try:
+        return sharding.make_mesh(mesh.sizes)
+    except ValueError:
+        sizes = [1 if size == -1 else size for size in mesh.sizes]
+        if min(sizes) < 1 or mesh.sizes.count(-1) > 1:
+            raise
+    devices = np.full(sizes, jax.devices()[0])
+    auto = (AxisType.Auto,) * len(sizes)
+    return jax.sharding.Mesh(devices, sharding.MESH_AXES, axis_types=auto)
+
+
+def mesh_text(mesh: jax.sharding.Mesh) -> str:
+    """The sizes of its axes."""
+    sizes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    text = f"{sizes} = {_many(mesh.size, 'device')}"
+    if mesh.size == jax.device_count():
+        return text
+    return f"{text}; this machine has {jax.device_count()}. Options --mesh.… take other sizes."
+
+
+def routing(params: Any, optimizers: Sequence[OptimizerName]) -> str:
+    """Which param goes to which optimizer."""
+    if set(optimizers) == {"adamw"}:
+        return "AdamW takes all."
+    note = "AdamW, where it is alone, takes all.\n" if "adamw" in optimizers else ""
+    return note + muon_jax.routing_table(params)
+
+
+def axes_table(params: Any, mesh: jax.sharding.Mesh) -> Table:
+    """The logical axes of each kind of leaf, and the mesh axes that share them out."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for heading in ("leaves", "logical axes", "split over"):
+        table.add_column(heading)
+    paths = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    for regex, axes in sharding.LEAVES:
+        own = [path for path in paths if re.search(regex, path)]
+        paths = [path for path in paths if path not in own]
+        if own:
+            names = dict.fromkeys("/".join(path.split("/")[-2:]) for path in own)
+            over = [
+                " × ".join(f"{a} {mesh.shape[a]}" for a in sharding.RULES[axis])
+                for axis in axes
+                if axis and math.prod(mesh.shape[a] for a in sharding.RULES[axis]) > 1
+            ]
+            logical = ", ".join(axis or "–" for axis in axes)
+            table.add_row(", ".join(names), logical, ", ".join(over) or "whole")
+    return table
+
+
+def parameters_text(config: Training, params: Any) -> str:
+    """How many there are, and how many a token passes through."""
+    sizes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    ends = sum(size for name, size in sizes.items() if re.match("embedding/|head/", name))
+    routed = sum(size for name, size in sizes.items() if "/experts/" in name)
+    whole = sum(sizes.values())
+    idle = routed - routed * config.model.active // config.model.experts
+    return (
+        f"{whole:,} in all, {whole - ends:,} without embedding and head; of these a token passes "
+        f"through {whole - ends - idle:,}."
+    )
+
+
+def memory_table(trainers: dict[OptimizerName, Trainer]) -> Table:
+    """Bytes of one device by part, a column for each optimizer."""
+    table = Table(
+        box=None,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+        caption="without activations and what is in the works: see --compile-only",
+        caption_justify="left",
+    )
+    table.add_column("")
+    columns = [memory(trainer) for trainer in trainers.values()]
+    for name in trainers:
+        table.add_column(optimizer_label(name), justify="right")
+    for part in columns[0]:
+        table.add_row(part, *(_bytes(column[part]) for column in columns))
+    table.add_row("together", *(_bytes(sum(column.values())) for column in columns), style="bold")
+    return table
+
+
+def memory(trainer: Trainer) -> dict[str, int]:
+    """Bytes of one device by part, without activations."""
+    config, state = trainer.config, trainer.abstract
+    with jax.set_mesh(trainer.mesh):
+        compute = jax.eval_shape(trainer._in_model_dtype, state.params)
+    placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        compute,
+        trainer.shardings.params,
+    )
+    windows = jax.ShapeDtypeStruct(
+        (config.accumulate, config.batch // config.accumulate, config.context + 1),
+        jnp.int32,
+        sharding=trainer.windows,
+    )
+    return {
+        "params, float32": _on_device(state.params),
+        "optimizer state": _on_device(state.opt_state),
+        "gradient, float32": _on_device(state.params),
+        f"params in {config.model.dtype}": _on_device(placed),
+        "batch": _on_device(windows),
+    }
+
+
+def _on_device(tree: Any) -> int:
+    """Bytes of the leaves' shards on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def plan(trainer: Trainer) -> muon_jax.Plan:
+    """What Newton-Schulz of the hidden matrices takes."""
+    config, params = trainer.config, trainer.abstract.params
+    return muon_jax.plan(
+        params,
+        mesh=trainer.mesh,
+        shardings=trainer.specs,
+        tokens_per_step=config.tokens_per_step,
+        ns_coeffs=config.muon.ns_coeffs,
+    )
+
+
+def schedule_text(config: Training, optimizers: Sequence[OptimizerName]) -> str:
+    """Rates, their course, and the tokens in all."""
+    rates = ", ".join(f"{optimizer_label(name)} {config.rate(name):g}" for name in optimizers)
+    course = f"warm-up over {_many(config.warmup, 'step')}, then {config.decay} to {config.final:g}"
+    if config.cooldown:
+        course += f", in the last {_many(config.cooldown, 'step')} linearly to 0"
+    return (
+        f"Learning rates {rates}; of the params that AdamW has in the others, "
+        f"{config.adamw.learning_rate:g}.\n"
+        f"Their factor: {course}.\n"
+        f"{config.steps:,} steps of {config.batch:,} windows of {config.context:,} tokens, in "
+        f"{_many(config.accumulate, 'microbatch')}: {config.tokens_per_step:,} tokens a step, "
+        f"{config.steps * config.tokens_per_step:,} in all. How many epochs that is, only the text "
+        "tells."
+    )
+
+
+def _many(count: int, name: str) -> str:
+    plural = name + ("es" if name.endswith("ch") else "s")
+    return f"{count:,} {name if count == 1 else plural}"
+
+
+def _bytes(count: float) -> str:
+    unit, size = next(
+        (pair for pair in (("GB", 1e9), ("MB", 1e6)) if count >= pair[1]), ("kB", 1e3)
+    )
+    return f"{count / size:.2f} {unit}"

@@ -1,0 +1,250 @@
+"""Routed experts without dropped tokens: gate, dispatch, expert FFN, combine.
+
+Shapes: B sequences, T positions, D width, E experts, K experts a token, F hidden size of an expert.
+A device of the expert axis has E / (size of the axis) experts, and meets all tokens of its group.
+Tokens are put in the order of their experts by a permutation and brought back by its inverse, in
+the backward pass too, so no sum depends on the order in which a scatter adds.
+"""
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from experiments.pretrain.sharding import spec
+
+Exchange = Literal["gather", "ragged"]
+
+# A CPU multiplies blocks of tokens with one expert each: its ragged products take E times the work.
+_CPU_BLOCK = 64
+_NOWHERE = 2**30
+
+
+class Gated(NamedTuple):
+    """What the gate decides.
+
+    Attributes:
+        ids: `(B, T, K)` int32, the experts of each token.
+        weights: `(B, T, K)` float32, of their outputs.
+        load: `(E,)` int32, tokens of each expert.
+        balance: scalar, the sequence-wise balance loss before its factor.
+        entropy: scalar, nats: mean over tokens, of the normalised scores.
+    """
+
+    ids: jax.Array
+    weights: jax.Array
+    load: jax.Array
+    balance: jax.Array
+    entropy: jax.Array
+
+
+def gate(logits_BxTxE: jax.Array, bias_E: jax.Array, active: int, scale: float) -> Gated:
+    """Sigmoid gate with selection bias (DeepSeek-V3, 2412.19437, equations 12 to 20).
+
+    The bias chooses the top-k and is no part of the weights.
+    """
+    scores = jax.nn.sigmoid(logits_BxTxE)
+    _, ids = jax.lax.top_k(jax.lax.stop_gradient(scores) + bias_E[None, None], active)
+    chosen = jnp.take_along_axis(scores, ids, axis=-1)
+    weights = scale * chosen / jnp.sum(chosen, axis=-1, keepdims=True)
+    experts, length = scores.shape[-1], scores.shape[1]
+    count_BxE = jnp.sum(jax.nn.one_hot(ids, experts, dtype=jnp.int32), axis=(1, 2))
+    share = scores / jnp.sum(scores, axis=-1, keepdims=True)
+    frequency = count_BxE * (experts / (active * length))
+    balance = jnp.mean(jnp.sum(frequency * jnp.mean(share, axis=1), axis=-1))
+    entropy = -jnp.mean(jnp.sum(share * jnp.log(share + 1e-20), axis=-1))
+    return Gated(ids, weights, jnp.sum(count_BxE, axis=0), balance, jax.lax.stop_gradient(entropy))
+
+
+def updated_bias(bias: jax.Array, load: jax.Array, rate: float | jax.Array) -> jax.Array:
+    """The selection bias after a step: `(..., E)` from the load `(..., E)` (2408.15664).
+
+    Experts with less than the mean load gain `rate`, others lose it; the mean stays what it was.
+    """
+    load = load.astype(jnp.float32)
+    sign = jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
+    return bias + rate * (sign - jnp.mean(sign, axis=-1, keepdims=True))
+
+
+class Experts(nnx.Module):
+    """SwiGLU kernels of all experts, `(E, D, F)` and `(E, F, D)`."""
+
+    def __init__(self, experts: int, width: int, hidden: int, *, init, rngs: nnx.Rngs):
+        self.gate = nnx.Param(init(rngs.params(), (experts, width, hidden), jnp.float32))
+        self.up = nnx.Param(init(rngs.params(), (experts, width, hidden), jnp.float32))
+        self.down = nnx.Param(init(rngs.params(), (experts, hidden, width), jnp.float32))
+
+    def __call__(
+        self, x_BxTxD: jax.Array, ids: jax.Array, weights: jax.Array, exchange: Exchange | None
+    ) -> jax.Array:
+        """The weighted sum `(B, T, D)` of each token's experts.
+
+        `exchange` is how tokens reach experts of other devices: "gather" brings all tokens of the
+        group to each of them, "ragged" each token to where its experts are, for which a CPU has
+        no collective; None is the better one that the platform has.
+        """
+        platform = jax.sharding.get_abstract_mesh().abstract_device.platform
+        exchange = exchange or ("gather" if platform == "cpu" else "ragged")
+        block = _CPU_BLOCK if platform == "cpu" else 1
+        run = {"gather": _by_gather, "ragged": _by_ragged}[exchange]
+        tokens, kernel = spec("batch", None, None), P("expert", None, "tensor")
+        return jax.shard_map(
+            functools.partial(run, block=block),
+            in_specs=(tokens, tokens, tokens, kernel, kernel, P("expert", "tensor", None)),
+            out_specs=tokens,
+            check_vma=False,
+        )(x_BxTxD, ids, weights, self.gate[...], self.up[...], self.down[...])
+
+
+def _by_gather(x, ids, weights, *kernels, block):
+    """Every device of the group sees all its tokens, and adds what its own experts make of them."""
+    experts = kernels[0].shape[0]
+    everyone = [
+        jax.lax.all_gather(a, "expert", axis=0, tiled=True).reshape(-1, a.shape[-1])
+        for a in (x, ids, weights)
+    ]
+    tokens, ids, weights = everyone
+    ids = ids - jax.lax.axis_index("expert") * experts
+    ids = jnp.where((ids >= 0) & (ids < experts), ids, _NOWHERE)
+    order = sort_by_expert(ids, experts, block)
+    y = combine(expert_ffn(dispatch(tokens, order), order, *kernels, block=block), order, weights)
+    y = jax.lax.psum(y.astype(x.dtype), "tensor")
+    y = y.reshape(-1, *x.shape[1:])
+    return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
+
+
+def _by_ragged(x, ids, weights, *kernels, block):
+    """Each token travels to the devices of its experts and back, and nothing else does.
+
+    The buffer of arrivals has room for all tokens of the group: none is dropped.
+    """
+    experts, devices = kernels[0].shape[0], jax.lax.axis_size("expert")
+    me = jax.lax.axis_index("expert")
+    tokens = x.reshape(-1, x.shape[-1])
+    ids, weights = (a.reshape(-1, a.shape[-1]) for a in (ids, weights))
+    order = sort_by_expert(ids, experts * devices, block=1)
+    # sizes[s, d, e]: tokens that device s sends to expert e of device d.
+    sizes = jax.lax.all_gather(order.sizes, "expert").reshape(devices, devices, experts)
+    to = jnp.sum(sizes, axis=2)
+    before = jnp.cumsum(to, axis=0) - to  # where a sender's tokens begin at the receiver
+    begin = jnp.cumsum(to, axis=1) - to  # and where they begin at the sender
+    arrivals = devices * ids.size if devices > 1 else ids.size
+    send = dispatch(tokens, order)
+    received = jax.lax.ragged_all_to_all(
+        send,
+        jnp.zeros((arrivals, send.shape[1]), send.dtype),
+        begin[me], to[me], before[me], to[:, me],
+        axis_name="expert",
+    )  # fmt: skip
+    # Arrivals are in the order (sender, expert).
+    ends = jnp.cumsum(sizes[:, me].reshape(-1))
+    segment = jnp.searchsorted(ends, jnp.arange(arrivals), side="right")
+    expert = jnp.where(segment < devices * experts, segment % experts, _NOWHERE)
+    local = sort_by_expert(expert[:, None], experts, block)
+    ones = jnp.ones((arrivals, 1), jnp.float32)
+    y = combine(expert_ffn(dispatch(received, local), local, *kernels, block=block), local, ones)
+    y = jax.lax.psum(y.astype(x.dtype), "tensor")
+    back = jax.lax.ragged_all_to_all(
+        y,
+        jnp.zeros_like(send),
+        before[:, me], to[:, me], begin[:, me], to[me],
+        axis_name="expert",
+    )  # fmt: skip
+    return combine(back, order, weights).astype(x.dtype).reshape(x.shape)
+
+
+class Order(NamedTuple):
+    """Pairs (token, expert) sorted by expert, each expert's beginning at a multiple of the block.
+
+    Attributes:
+        position: `(tokens, K)` int32, the place of each pair; out of range for one left out.
+        pair: `(places,)` int32, the pair in each place; out of range for an empty one.
+        sizes: `(experts,)` int32, pairs of each.
+        padded: `(experts,)` int32, places of each.
+    """
+
+    position: jax.Array
+    pair: jax.Array
+    sizes: jax.Array
+    padded: jax.Array
+
+
+def sort_by_expert(ids: jax.Array, experts: int, block: int) -> Order:
+    """`ids` is `(tokens, K)`; values from `experts` on are left out."""
+    flat = jnp.minimum(ids.reshape(-1), experts)
+    pairs = flat.size
+    places = pairs if block == 1 else (-(-pairs // block) + experts) * block
+    sorted_pairs = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    sizes = jnp.bincount(flat, length=experts + 1).astype(jnp.int32)
+    padded = -(-sizes // block) * block
+    shift = (jnp.cumsum(padded) - padded) - (jnp.cumsum(sizes) - sizes)
+    owner = flat[sorted_pairs]
+    place = jnp.arange(pairs, dtype=jnp.int32) + shift[owner]
+    place = jnp.where(owner < experts, place, _NOWHERE).astype(jnp.int32)
+    position = jnp.zeros(pairs, jnp.int32).at[sorted_pairs].set(place, unique_indices=True)
+    pair = jnp.full(places, _NOWHERE, jnp.int32).at[place].set(sorted_pairs, mode="drop")
+    return Order(position.reshape(ids.shape), pair, sizes[:-1], padded[:-1])
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    """`x[index]`, zeros where the index is out of range."""
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def dispatch(tokens: jax.Array, order: Order) -> jax.Array:
+    """`(tokens, D)` -> `(places, D)`, zeros in empty places."""
+    return _take(tokens, _token(order))
+
+
+def _token(order: Order) -> jax.Array:
+    return jnp.where(order.pair == _NOWHERE, _NOWHERE, order.pair // order.position.shape[1])
+
+
+def _dispatch_backward(order: Order, g: jax.Array) -> tuple[jax.Array, None]:
+    picked = _take(g, order.position).astype(jnp.float32)
+    return jnp.sum(picked, axis=1).astype(g.dtype), None
+
+
+dispatch.defvjp(lambda tokens, order: (dispatch(tokens, order), order), _dispatch_backward)
+
+
+def combine(y: jax.Array, order: Order, weights: jax.Array) -> jax.Array:
+    """`(places, D)` and `(tokens, K)` -> `(tokens, D)` float32, summed in the order of the K."""
+    picked = _pick(y, order).astype(jnp.float32)
+    return jnp.sum(picked * weights[..., None], axis=1)
+
+
+@jax.custom_vjp
+def _pick(y: jax.Array, order: Order) -> jax.Array:
+    return _take(y, order.position)
+
+
+def _pick_backward(order: Order, g: jax.Array) -> tuple[jax.Array, None]:
+    return _take(g.reshape(-1, g.shape[-1]), order.pair), None
+
+
+_pick.defvjp(lambda y, order: (_pick(y, order), order), _pick_backward)
+
+
+def expert_ffn(
+    x: jax.Array, order: Order, gate: jax.Array, up: jax.Array, down: jax.Array, *, block: int
+) -> jax.Array:
+    """SwiGLU of each place by its expert: `(places, D)` -> `(places, D)`."""
+    if block == 1:
+        product: Any = functools.partial(jax.lax.ragged_dot, group_sizes=order.padded)
+    else:
+        x = x.reshape(-1, block, x.shape[-1])
+        starts = block * jnp.arange(x.shape[0])
+        owner = jnp.searchsorted(jnp.cumsum(order.padded), starts, side="right")
+        # Blocks beyond the last expert's hold zeros.
+        owner = jnp.minimum(owner, gate.shape[0] - 1)
+
+        def product(x, kernels):
+            return jnp.einsum("nbd,ndf->nbf", x, kernels[owner])
+
+    y = product(jax.nn.silu(product(x, gate)) * product(x, up), down)
+    return y.reshape(-1, y.shape[-1])

@@ -1,0 +1,480 @@
+"""A model as a folder that Hugging Face transformers loads, and such a folder as a model.
+
+Latent attention is written as DeepSeek-V3 (2412.19437) without query compression, multi-head
+attention as Llama: `config.json`, safetensors, and the tokenizer if there is one.
+
+`python -m experiments.pretrain.export RUN_DIR OUT_DIR` writes the newest checkpoint of a run.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+
+from experiments.optimizers import ARMS
+from experiments.pretrain.config import Model
+from experiments.pretrain.model import LanguageModel, Params
+from experiments.runs import RunError
+
+Dtype = Literal["float32", "bfloat16"]
+
+_WEIGHTS, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+_SHARD = 5 * 10**9  # bytes of a file of tensors at most
+
+# Names of modules, theirs and ours.
+_ATTENTION = {
+    "latent": {
+        "q_proj": "query",
+        "kv_a_proj_with_mqa": "latent",
+        "kv_a_layernorm": "latent_norm",
+        "kv_b_proj": "key_value",
+        "o_proj": "out",
+    },
+    "multi-head": {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out"},
+}
+_SWIGLU = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+
+# Fields of Model, and of config.json.
+_FIELDS = {
+    "layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "heads": "num_attention_heads",
+    "hidden": "intermediate_size",
+    "tied": "tie_word_embeddings",
+    "init_std": "initializer_range",
+    "epsilon": "rms_norm_eps",
+}
+_LATENT_FIELDS = {
+    "dense_layers": "first_k_dense_replace",
+    "latent": "kv_lora_rank",
+    "nope": "qk_nope_head_dim",
+    "rope": "qk_rope_head_dim",
+    "value": "v_head_dim",
+    "experts": "n_routed_experts",
+    "active": "num_experts_per_tok",
+    "shared": "n_shared_experts",
+    "expert_hidden": "moe_intermediate_size",
+    "routed_scale": "routed_scaling_factor",
+}
+
+# What is the same in every model of ours. A config.json may leave out the first part, for which
+# it then means the same.
+_UNSAID = {"hidden_act": "silu", "attention_bias": False}
+_UNSAID_LATENT = {
+    "rope_interleave": True,
+    "norm_topk_prob": True,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "moe_layer_freq": 1,
+}
+_SAID_LATENT = {"q_lora_rank": None, "n_group": 1, "topk_group": 1}
+
+
+class _Tensor(NamedTuple):
+    """A tensor of the files, and which entry along the leading axes of which leaf it is."""
+
+    name: str
+    path: tuple[str, ...]
+    index: tuple[int, ...] = ()
+
+
+def to_hugging_face(
+    config: Model, params: Params, bias: jax.Array | np.ndarray
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors by their names in transformers, one at a time, float32, kernels `[out, in]`.
+
+    Args:
+        config: of the model.
+        params: nested dicts of float32 arrays.
+        bias: selection biases `(layers with experts, experts)`.
+
+    Raises:
+        ValueError: the model has multi-head attention and experts, or the params are not its.
+    """
+    tree = {**params, "bias": bias}
+    _check_exportable(config)
+    _check_params(config, tree)
+    for tensor in _tensors(config):
+        x = np.asarray(_leaf(tree, tensor.path)[tensor.index])
+        if (order := _interleaved(config, tensor.path)) is not None:
+            x = x[:, order]
+        yield tensor.name, np.ascontiguousarray(x.T if _is_kernel(tensor.path) else x)
+
+
+def write(
+    folder: Path,
+    config: Model,
+    params: Params,
+    bias: jax.Array | np.ndarray,
+    *,
+    context: int,
+    dtype: Dtype = "float32",
+    tokenizer: Tokenizer | None = None,
+    end_of_text: int | None = None,
+    shard: int = _SHARD,
+) -> None:
+    """Makes a folder for `AutoModelForCausalLM` and, with a tokenizer, for `AutoTokenizer`.
+
+    Args:
+        folder: new or empty; it is there whole, or not at all.
+        config, params, bias: as `to_hugging_face` takes them.
+        context: tokens of the longest text that the model has seen.
+        dtype: of the files; routers and their biases stay float32.
+        tokenizer: of the text that the model has learnt.
+        end_of_text: the token that ends a text.
+        shard: bytes of a file of tensors at most, unless one tensor has more.
+
+    Raises:
+        ValueError: as `to_hugging_face`, or the folder has something in it.
+        OSError: the folder cannot be written.
+    """
+    _check_exportable(config)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; remove it, or give another folder.")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write_tensors(partial, to_hugging_face(config, params, bias), dtype, shard)
+        vocabulary = len(params["embedding"]["embedding"])
+        ours = _config_json(config, vocabulary) | {
+            "max_position_embeddings": context,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+            "bos_token_id": None,
+            "eos_token_id": end_of_text,
+            "pad_token_id": None,
+        }
+        _write_json(partial / _CONFIG, ours)
+        if tokenizer is not None:
+            tokenizer.save(str(partial / "tokenizer.json"))
+            end = None if end_of_text is None else tokenizer.id_to_token(end_of_text)
+            settings = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": end,
+                "model_max_length": context,
+                "clean_up_tokenization_spaces": False,
+            }
+            _write_json(partial / "tokenizer_config.json", settings)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def read(folder: Path) -> tuple[Model, int, Params, np.ndarray]:
+    """The model in a folder of `write`, or of `save_pretrained` of a model of these kinds.
+
+    Returns:
+        Its config, with the arithmetic in the dtype of the files; its vocabulary; params and
+        selection biases as float32 NumPy arrays.
+
+    Raises:
+        ValueError: the folder is damaged, lacks a tensor or has one too many, or holds a model that
+            is none of ours.
+        OSError: it cannot be read.
+    """
+    config, vocabulary = _read_config(folder / _CONFIG)
+    shapes = _shapes(config, vocabulary)
+    with contextlib.ExitStack() as stack:
+        files = _open_tensors(folder, stack)
+        wanted = {tensor.name: tensor for tensor in _tensors(config)}
+        _check_names(folder, wanted.keys(), files.keys())
+        tree = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes)
+        for name, tensor in wanted.items():
+            place = _leaf(tree, tensor.path)[tensor.index]
+            shape = place.T.shape if _is_kernel(tensor.path) else place.shape
+            x = _read_tensor(files[name], name, shape)
+            x = x.T if _is_kernel(tensor.path) else x
+            order = _interleaved(config, tensor.path)
+            place[..., slice(None) if order is None else order] = x
+    bias = tree.pop("bias")
+    return config, vocabulary, tree, bias
+
+
+def _tensors(config: Model) -> Iterator[_Tensor]:
+    yield _Tensor("model.embed_tokens.weight", ("embedding", "embedding"))
+    for layer in range(config.layers):
+        sparse = layer >= config.dense_layers
+        stack = "moe_layers" if sparse else "dense_layers"
+        at = layer - config.dense_layers if sparse else layer
+        name = f"model.layers.{layer}"
+        norms = {
+            "input_layernorm": "attention_norm",
+            "post_attention_layernorm": "feed_forward_norm",
+        }
+        for theirs, ours in norms.items():
+            yield _Tensor(f"{name}.{theirs}.weight", (stack, ours, "scale"), (at,))
+        for theirs, ours in _ATTENTION[config.attention].items():
+            leaf = "scale" if ours.endswith("norm") else "kernel"
+            path = (stack, "attention", ours, leaf)
+            yield _Tensor(f"{name}.self_attn.{theirs}.weight", path, (at,))
+        parts = {f"{name}.mlp": (stack, "feed_forward")}
+        if sparse:
+            router = (stack, "feed_forward", "router", "kernel")
+            yield _Tensor(f"{name}.mlp.gate.weight", router, (at,))
+            yield _Tensor(f"{name}.mlp.gate.e_score_correction_bias", ("bias",), (at,))
+            shared = {f"{name}.mlp.shared_experts": (stack, "feed_forward", "shared")}
+            parts = shared if config.shared else {}
+        for theirs, ours in _SWIGLU.items():
+            for part, path in parts.items():
+                yield _Tensor(f"{part}.{theirs}.weight", (*path, ours, "kernel"), (at,))
+            for expert in range(config.experts if sparse else 0):
+                path = (stack, "feed_forward", "experts", ours)
+                yield _Tensor(f"{name}.mlp.experts.{expert}.{theirs}.weight", path, (expert, at))
+    yield _Tensor("model.norm.weight", ("norm", "scale"))
+    if not config.tied:
+        yield _Tensor("lm_head.weight", ("head", "kernel"))
+
+
+def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _is_kernel(path: tuple[str, ...]) -> bool:
+    return path[-1] == "kernel" or "experts" in path
+
+
+def _interleaved(config: Model, path: tuple[str, ...]) -> np.ndarray | None:
+    """The columns of a projection with rotated ones as DeepSeek-V3 orders them.
+
+    RoPE there turns columns (0, 1), (2, 3) and so on; ours each of a half with one of the other.
+    """
+    module = path[-2:-1]
+    if config.attention != "latent" or module not in (("query",), ("latent",)):
+        return None
+    pairs = np.arange(config.rope).reshape(2, -1).T.ravel()
+    heads, still = (config.heads, config.nope) if module == ("query",) else (1, config.latent)
+    head = np.concatenate([np.arange(still), still + pairs])
+    return (np.arange(heads)[:, None] * head.size + head).ravel()
+
+
+def _shapes(config: Model, vocabulary: int) -> Params:
+    model = LanguageModel(config, vocabulary)
+    bias = jax.eval_shape(model.initial_bias)
+    return {**jax.eval_shape(model.init, jax.random.key(0)), "bias": bias}
+
+
+def _check_exportable(config: Model) -> None:
+    if config.attention == "multi-head" and config.dense_layers < config.layers:
+        raise ValueError(
+            "DeepSeek-V3 has experts and latent attention, Llama neither: a model with experts and "
+            "--model.attention multi-head has no Hugging Face format."
+        )
+
+
+def _check_params(config: Model, tree: Params) -> None:
+    def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        named = {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
+        return {name: tuple(leaf.shape) for name, leaf in named.items()}
+
+    found = shapes(tree)
+    wanted = shapes(_shapes(config, found.get("embedding/embedding", (0,))[0]))
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise ValueError(
+                f"These are not params of this model: {name} is {found.get(name, 'missing')}, and "
+                f"its config asks for {wanted.get(name, 'none')}."
+            )
+
+
+def _write_tensors(
+    folder: Path, tensors: Iterator[tuple[str, np.ndarray]], dtype: Dtype, shard: int
+) -> None:
+    """Into one file, or several with an index; one of them is in memory at a time."""
+    weight_map: dict[str, int] = {}
+    pending: dict[str, np.ndarray] = {}
+    files = total = size = 0
+
+    def flush() -> None:
+        save_file(pending, folder / f"{files}.safetensors", metadata={"format": "pt"})
+        pending.clear()
+
+    for name, x in tensors:
+        x = x.astype(jnp.float32 if ".mlp.gate." in name else dtype)
+        if pending and size + x.nbytes > shard:
+            flush()
+            files, size = files + 1, 0
+        pending[name], weight_map[name] = x, files
+        size, total = size + x.nbytes, total + x.nbytes
+    flush()
+    files += 1
+    final = [f"model-{i:05}-of-{files:05}.safetensors" for i in range(1, files + 1)]
+    if files == 1:
+        final = [_WEIGHTS]
+    else:
+        index = {name: final[i] for name, i in weight_map.items()}
+        _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+    for i, name in enumerate(final):
+        (folder / f"{i}.safetensors").rename(folder / name)
+
+
+def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """The open file of each tensor."""
+    names = {_WEIGHTS}
+    if (folder / _INDEX).exists():
+        names = set(_read_json(folder / _INDEX).get("weight_map", {}).values())
+    found = {}
+    for name in sorted(names):
+        try:
+            file = stack.enter_context(safe_open(folder / name, "np"))
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name} is damaged ({error}); get it again.") from None
+        found |= dict.fromkeys(file.keys(), file)
+    return found
+
+
+def _check_names(folder: Path, wanted: Any, found: Any) -> None:
+    for what, names in (("lacks", wanted - found), ("has, beyond its config,", found - wanted)):
+        if names:
+            first = ", ".join(sorted(names)[:3])
+            raise ValueError(
+                f"{folder} {what} {len(names)} tensors, {first} first: its files are not those of "
+                f"the model in its {_CONFIG}."
+            )
+
+
+def _read_tensor(file: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    found, dtype = tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype()
+    if found != shape or dtype not in ("F32", "BF16", "F16"):
+        raise ValueError(
+            f"{name} is {dtype} {found}; the model in {_CONFIG} has F32, BF16 or F16 {shape}."
+        )
+    return file.get_tensor(name)
+
+
+def _config_json(config: Model, vocabulary: int) -> dict[str, Any]:
+    """What config.json says of the model itself."""
+    latent = config.attention == "latent"
+    names = _FIELDS | (_LATENT_FIELDS if latent else {})
+    kind = ("DeepseekV3ForCausalLM", "deepseek_v3") if latent else ("LlamaForCausalLM", "llama")
+    common = {
+        "architectures": [kind[0]],
+        "model_type": kind[1],
+        "vocab_size": vocabulary,
+        **{theirs: getattr(config, ours) for ours, theirs in names.items()},
+        "num_key_value_heads": config.heads,
+        "rope_theta": config.rope_base,  # for transformers 4
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},  # and 5
+        **_UNSAID,
+    }
+    if latent:
+        return common | _UNSAID_LATENT | _SAID_LATENT | {"num_nextn_predict_layers": 0}
+    return common | {"mlp_bias": False, "head_dim": config.width // config.heads}
+
+
+def _read_config(path: Path) -> tuple[Model, int]:
+    given = _read_json(path)
+    kinds = {"deepseek_v3": "latent", "llama": "multi-head"}
+    attention = kinds.get(given.get("model_type"))
+    if attention is None:
+        raise ValueError(
+            f"{path}: the model_type is {given.get('model_type')!r}, and only "
+            f"{' and '.join(kinds)} can be read."
+        )
+    rope = given.get("rope_parameters") or {}
+    names = _FIELDS | (_LATENT_FIELDS if attention == "latent" else {})
+    values = {"tie_word_embeddings": False, **given, **rope}
+    numbers = {}
+    for name in [*names.values(), "rope_theta", "vocab_size"]:
+        numbers[name] = values.get(name)
+        if not isinstance(numbers[name], int | float):
+            raise ValueError(f"{path}: {name} is {numbers[name]!r} and should be a number.")
+    fields = {ours: numbers[theirs] for ours, theirs in names.items()}
+    if attention == "multi-head":
+        fields["dense_layers"] = fields["layers"]
+    float32 = given.get("dtype", given.get("torch_dtype")) == "float32"
+    config = Model(
+        attention=attention,
+        rope_base=numbers["rope_theta"],
+        dtype="float32" if float32 else "bfloat16",
+        **fields,
+    )
+    _check_config(path, given, config)
+    return config, numbers["vocab_size"]
+
+
+def _check_config(path: Path, given: dict[str, Any], config: Model) -> None:
+    """Compares with what the model that was read would be written as."""
+    wanted = _config_json(config, given["vocab_size"])
+    wanted |= {"quantization_config": None, "rope_scaling": None}
+    for name in wanted.keys() - {"architectures", "rope_parameters", "num_nextn_predict_layers"}:
+        found = given.get(name, "missing" if name in _SAID_LATENT else wanted[name])
+        if found != wanted[name]:
+            raise ValueError(
+                f"{path}: {name} is {found!r}, and only models with {wanted[name]!r} can be read."
+            )
+    kind = (given.get("rope_parameters") or {}).get("rope_type", "default")
+    if kind != "default":
+        raise ValueError(f"{path}: RoPE of type {kind!r}; only models without scaling can be read.")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); get it again.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is no JSON object; get it again.")
+    return value
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Writes a run's model for Hugging Face transformers."""
+
+    run: tyro.conf.Positional[str]
+    """The run's folder; it may be in gs:// or s3://."""
+    out: tyro.conf.Positional[Path]
+    """The folder to make."""
+    dtype: Dtype = "float32"
+    """Of the files; routers and their biases stay float32."""
+
+
+def main() -> int:
+    """Runs the command; returns its exit code."""
+    from experiments.pretrain.loop import load_run  # what trains is not needed to read a folder
+
+    command = tyro.cli(Command, prog="python -m experiments.pretrain.export")
+    try:
+        loaded = load_run(command.run)
+        state, tokens = loaded.state, loaded.tokens
+        write(
+            command.out,
+            loaded.config.model,
+            ARMS[loaded.optimizer].eval_params(state.opt_state, state.params),
+            state.bias,
+            context=loaded.config.context,
+            dtype=command.dtype,
+            tokenizer=tokens.tokenizer,
+            end_of_text=tokens.end_of_text,
+        )
+    except (ValueError, RunError, OSError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        return 2
+    print(f"Step {int(state.step)} of {command.run} is in {command.out}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""The language model: dense layers, then layers with experts, each kind one scanned stack.
+
+Params are nested dicts of float32 arrays. Leaves of a stack are `(layers, ...)`, those of routed
+experts `(experts, layers, ...)`: then no axis that the mesh splits is ever merged with another.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from experiments.layers import Linear, SwiGLU
+from experiments.pretrain.attention import Latent, MultiHead
+from experiments.pretrain.config import Model as ModelConfig
+from experiments.pretrain.experts import Experts, gate
+from experiments.pretrain.sharding import constrain
+
+Params = dict[str, Any]
+
+# Positions whose logits are held at once.
+_LOSS_BLOCK = 1024
+
+
+class Observed(NamedTuple):
+    """What a forward pass tells beside its loss.
+
+    Attributes:
+        max_logits: largest attention logits `(layers, heads)`, by the path of the attention.
+        load: `(layers with experts, E)` int32, tokens of each expert.
+        entropy: `(layers with experts,)`, nats, of the normalised scores.
+        balance: `(layers with experts,)`, the sequence-wise balance loss before its factor.
+    """
+
+    max_logits: dict[str, jax.Array]
+    load: jax.Array
+    entropy: jax.Array
+    balance: jax.Array
+
+
+class MixtureOfExperts(nnx.Module):
+    """Shared experts for every token, and the routed ones that its gate selects."""
+
+    def __init__(self, config: ModelConfig, *, init, rngs: nnx.Rngs):
+        self.active, self.scale = config.active, config.routed_scale
+        self.exchange = config.exchange
+        width, hidden = config.width, config.expert_hidden
+        self.router = Linear(width, config.experts, init=init, rngs=rngs)
+        self.experts = Experts(config.experts, width, hidden, init=init, rngs=rngs)
+        if config.shared:
+            self.shared = SwiGLU(width, config.shared * hidden, init=init, rngs=rngs)
+
+    def __call__(self, x_BxTxD: jax.Array, bias_E: jax.Array) -> tuple[jax.Array, Any]:
+        kernel = self.router.kernel[...].astype(jnp.float32)
+        logits = jnp.dot(x_BxTxD.astype(jnp.float32), kernel, precision="highest")
+        gated = gate(logits, bias_E, self.active, self.scale)
+        y = self.experts(x_BxTxD, gated.ids, gated.weights, self.exchange)
+        if hasattr(self, "shared"):
+            y = y + self.shared(x_BxTxD)
+        return y, (gated.load, gated.entropy, gated.balance)
+
+
+class Layer(nnx.Module):
+    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
+
+    def __init__(self, config: ModelConfig, sparse: bool, *, rngs: nnx.Rngs):
+        self.sparse = sparse
+        init = nnx.initializers.normal(config.init_std)
+        norm = functools.partial(nnx.RMSNorm, epsilon=config.epsilon, rngs=rngs)
+        width, heads = config.width, config.heads
+        self.attention_norm, self.feed_forward_norm = norm(width), norm(width)
+        if config.attention == "latent":
+            self.attention: nnx.Module = Latent(
+                width,
+                heads,
+                latent=config.latent,
+                nope=config.nope,
+                rope=config.rope,
+                value=config.value,
+                rope_base=config.rope_base,
+                epsilon=config.epsilon,
+                init=init,
+                rngs=rngs,
+            )
+        else:
+            self.attention = MultiHead(width, heads, config.rope_base, init=init, rngs=rngs)
+        if sparse:
+            self.feed_forward: nnx.Module = MixtureOfExperts(config, init=init, rngs=rngs)
+        else:
+            self.feed_forward = SwiGLU(width, config.hidden, init=init, rngs=rngs)
+
+    def __call__(self, x_BxTxD: jax.Array, bias_E: jax.Array | None) -> tuple[jax.Array, Any]:
+        x_BxTxD = constrain(x_BxTxD, "batch", None, None)
+        mixed, max_logits = self.attention(self.attention_norm(x_BxTxD))
+        x_BxTxD = x_BxTxD + mixed
+        normed = self.feed_forward_norm(x_BxTxD)
+        if self.sparse:
+            y, routed = self.feed_forward(normed, bias_E)
+        else:
+            y, routed = self.feed_forward(normed), None
+        return constrain(x_BxTxD + y, "batch", None, None), (max_logits, routed)
+
+
+class LanguageModel:
+    """The configured model as functions of plain params; call them under `jax.set_mesh`."""
+
+    def __init__(self, config: ModelConfig, vocabulary: int):
+        self.config, self.vocabulary = config, vocabulary
+        # By name: how many layers, and whether they have experts.
+        depth, dense = config.layers, config.dense_layers
+        stacks = {"dense_layers": (dense, False), "moe_layers": (depth - dense, True)}
+        self.stacks = {name: stack for name, stack in stacks.items() if stack[0]}
+        self._norm = _graph(
+            lambda rngs: nnx.RMSNorm(config.width, epsilon=config.epsilon, rngs=rngs)
+        )
+        self._layers = {
+            name: _graph(functools.partial(_layer, config, sparse))
+            for name, (_, sparse) in self.stacks.items()
+        }
+
+    def init(self, key: jax.Array) -> Params:
+        """The params before training."""
+        config = self.config
+        normal = nnx.initializers.normal(config.init_std)
+        of = dict(zip(("embedding", "head", *self.stacks), jax.random.split(key, 4), strict=False))
+        table = (self.vocabulary, config.width)
+        params: Params = {"embedding": {"embedding": normal(of["embedding"], table)}}
+        for name, (layers, sparse) in self.stacks.items():
+            start = functools.partial(_start, functools.partial(_layer, config, sparse))
+            params[name] = jax.vmap(start)(jax.random.split(of[name], layers))
+        params["norm"] = {"scale": jnp.ones(config.width)}
+        if not config.tied:
+            params["head"] = {"kernel": normal(of["head"], table[::-1])}
+        return _swap_expert_axes(params)
+
+    def initial_bias(self) -> jax.Array:
+        """Selection biases `(layers with experts, experts)`."""
+        layers = self.config.layers - self.config.dense_layers
+        return jnp.zeros((layers, self.config.experts if layers else 0))
+
+    def hidden(
+        self, params: Params, bias: jax.Array, tokens_BxT: jax.Array
+    ) -> tuple[jax.Array, Observed]:
+        """What the head reads, `(B, T, D)`, and what was seen on the way."""
+        table = constrain(params["embedding"]["embedding"], "vocabulary", None)
+        x_BxTxD = constrain(table[tokens_BxT], "batch", None, None)
+        max_logits, routed = {}, (jnp.zeros((0, 0), jnp.int32), jnp.zeros(0), jnp.zeros(0))
+        stacks = _swap_expert_axes({name: params[name] for name in self.stacks})
+        for name, (_, sparse) in self.stacks.items():
+            graph = self._layers[name]
+
+            def layer(x, inputs, graph=graph):
+                params, bias = inputs
+                return nnx.merge(graph, params)(x, bias)
+
+            run = _REMAT[self.config.remat](layer)
+            inputs = stacks[name], bias if sparse else None
+            x_BxTxD, (max_logits[f"{name}/attention"], found) = jax.lax.scan(run, x_BxTxD, inputs)
+            routed = found if sparse else routed
+        x_BxTxD = nnx.merge(self._norm, params["norm"])(x_BxTxD)
+        load, entropy, balance = routed
+        return x_BxTxD, Observed(max_logits, load, entropy, balance)
+
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """`(..., D)` -> `(..., vocabulary)` float32."""
+        tied = self.config.tied
+        kernel = params["embedding"]["embedding"].T if tied else params["head"]["kernel"]
+        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+    def losses(
+        self, params: Params, bias: jax.Array, windows: jax.Array
+    ) -> tuple[jax.Array, Observed]:
+        """Of windows `(B, T + 1)` the cross-entropy of each next token, `(B, T)`, in nats."""
+        hidden, observed = self.hidden(params, bias, windows[:, :-1])
+
+        @jax.checkpoint
+        def losses(params, hidden, targets):
+            logits = constrain(self.logits(params, hidden), "batch", None, "vocabulary")
+            return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+        ends = {name: params[name] for name in ("embedding", "head") if name in params}
+        starts = range(0, hidden.shape[1], _LOSS_BLOCK)
+        blocks = [
+            losses(ends, hidden[:, i : i + _LOSS_BLOCK], windows[:, 1:][:, i : i + _LOSS_BLOCK])
+            for i in starts
+        ]
+        return jnp.concatenate(blocks, axis=1), observed
+
+
+_REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "none": lambda layer: layer,
+    "dots": functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "full": jax.checkpoint,
+}
+
+
+def _layer(config: ModelConfig, sparse: bool, rngs: nnx.Rngs) -> Layer:
+    return Layer(config, sparse, rngs=rngs)
+
+
+def _graph(make: Callable[[nnx.Rngs], nnx.Module]) -> Any:
+    return nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, ...)[0]
+
+
+def _start(make: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Params:
+    return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(params=key)), nnx.Param))
+
+
+def _swap_expert_axes(params: Params) -> Params:
+    """`(layers, experts, ...)`, as a scan wants them, from `(experts, layers, ...)`, or back."""
+
+    def swap(path, leaf):
+        return jnp.swapaxes(leaf, 0, 1) if jax.tree_util.DictKey("experts") in path else leaf
+
+    return jax.tree_util.tree_map_with_path(swap, params)

@@ -1,0 +1,120 @@
+"""Named settings; `--preset NAME`, and any option given beside it goes before."""
+
+from experiments.optimizers import AdamW, Muon
+from experiments.pretrain.config import Mesh, Model, Training
+from experiments.pretrain.data import Data
+
+
+def _dense(
+    layers: int, width: int, hidden: int, tokens: float, rate: float, batch: int
+) -> Training:
+    """A row of the scaling ladder of Liu et al., 2502.16982, table 2: heads = layers, 8 K context.
+
+    The paper gives no hidden size; these make the params without embeddings those of the table, to
+    3 %.
+    """
+    context = 8192
+    return Training(
+        model=Model(
+            layers=layers,
+            dense_layers=layers,
+            width=width,
+            heads=layers,
+            attention="multi-head",
+            hidden=hidden,
+            remat="full",
+        ),
+        data=Data(vocabulary=163_840),
+        context=context,
+        batch=batch,
+        steps=round(tokens / (batch * context)),
+        warmup=500,
+        adamw=AdamW(learning_rate=rate, weight_decay=0.1, b2=0.95),
+        muon=Muon(learning_rate=rate, weight_decay=0.1, scale="match_rms_adamw"),
+    )
+
+
+_MOONLIGHT = Training(
+    model=Model(
+        layers=27,
+        dense_layers=1,
+        width=2048,
+        heads=16,
+        latent=512,
+        nope=128,
+        rope=64,
+        value=128,
+        hidden=11_264,
+        experts=64,
+        active=6,
+        shared=2,
+        expert_hidden=1408,
+        remat="full",
+    ),
+    data=Data(vocabulary=163_840),
+    mesh=Mesh(fsdp=-1, expert=8),
+    context=8192,
+    batch=2048,
+    accumulate=32,
+    steps=310_000,
+    warmup=2000,
+    cooldown=31_000,
+    adamw=AdamW(learning_rate=4.2e-4, weight_decay=0.1, b2=0.95),
+    muon=Muon(learning_rate=4.2e-4, weight_decay=0.1, scale="match_rms_adamw"),
+)
+
+PRESETS: dict[str, Training] = {
+    "tiny": Training(model=Model(bias_rate=0.02)),
+    "small": Training(
+        model=Model(
+            layers=8,
+            width=384,
+            heads=6,
+            latent=192,
+            nope=64,
+            rope=32,
+            value=64,
+            hidden=1536,
+            experts=16,
+            active=4,
+            shared=1,
+            expert_hidden=288,
+            bias_rate=5e-3,
+        ),
+        data=Data(vocabulary=8192),
+        context=512,
+        batch=32,
+        steps=4000,
+        warmup=200,
+        adamw=AdamW(learning_rate=2e-3, weight_decay=0.1, b2=0.95),
+        muon=Muon(learning_rate=2e-3, weight_decay=0.1, scale="match_rms_adamw"),
+    ),
+    "nanogpt-124m": Training(
+        model=Model(
+            layers=12,
+            dense_layers=12,
+            width=768,
+            heads=12,
+            attention="multi-head",
+            rope_base=10_000.0,
+            hidden=2048,
+            tied=True,
+        ),
+        data=Data(vocabulary=50_304),
+        context=1024,
+        batch=512,
+        accumulate=8,
+        steps=10_000,
+        warmup=250,
+        decay="linear",
+        final=0.0,
+        adamw=AdamW(learning_rate=1.8e-3, weight_decay=0.1, b2=0.95),
+        muon=Muon(learning_rate=1.8e-3, weight_decay=0.1, scale="match_rms_adamw"),
+    ),
+    "dense-399m": _dense(12, 1536, 5120, 8.92e9, 9.503e-4, 96),
+    "dense-545m": _dense(14, 1792, 4864, 14.04e9, 9.143e-4, 128),
+    "dense-822m": _dense(16, 2048, 5632, 20.76e9, 8.825e-4, 160),
+    "dense-1.1b": _dense(18, 2304, 5888, 28.54e9, 8.561e-4, 192),
+    "dense-1.5b": _dense(20, 2560, 6400, 38.91e9, 8.305e-4, 256),
+    "moonlight-16b": _MOONLIGHT,
+}

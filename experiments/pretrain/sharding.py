@@ -1,0 +1,138 @@
+"""Where params and activations lie: the logical axes of each, and the mesh axes of these."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+
+# Which mesh axes share out a logical axis; others are whole on every device.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp", "expert"),
+    "width": ("fsdp",),
+    "heads": ("tensor",),
+    "hidden": ("tensor",),
+    "vocabulary": ("tensor",),
+    # Stored whole over both, so that Newton-Schulz of the experts needs no collective; for the
+    # forward pass those of a group are gathered along fsdp.
+    "experts": ("expert", "fsdp"),
+}
+
+# Logical axes of the leaves, counted from the last; the axis of the layers, where there is one, is
+# never split. The first pattern that matches a path holds.
+LEAVES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"experts/(gate|up)$", ("experts", None, None, "hidden")),
+    (r"experts/down$", ("experts", None, "hidden", None)),
+    (r"embedding/embedding$", ("vocabulary", "width")),
+    (r"head/kernel$", ("width", "vocabulary")),
+    (r"(query|key|value|key_value)/kernel$", ("width", "heads")),
+    (r"attention/out/kernel$", ("heads", "width")),
+    (r"latent/kernel$", ("width", None)),
+    (r"(gate|up)/kernel$", ("width", "hidden")),
+    (r"down/kernel$", ("hidden", "width")),
+    (r"router/kernel$", ("width", None)),
+    (r"scale$", (None,)),
+)
+
+
+def make_mesh(sizes: Sequence[int], devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of these sizes of `MESH_AXES`, of which one may be -1: what is left.
+
+    Raises:
+        ValueError: the sizes do not make up the devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    named = ", ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+    known = math.prod(size for size in sizes if size != -1)
+    open_axes = sum(size == -1 for size in sizes)
+    if any(size < 1 and size != -1 for size in sizes) or open_axes > 1 or len(devices) % known:
+        raise ValueError(
+            f"The mesh ({named}) does not make up {len(devices)} devices. The sizes are positive, "
+            "at most one is -1 for what the others leave, and their product is the devices."
+        )
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"The mesh ({named}) has {math.prod(sizes)} devices of {len(devices)}. Give one axis "
+            "-1 for what the others leave."
+        )
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    if devices[0].platform == "tpu":
+        return jax.make_mesh(sizes, MESH_AXES, auto, devices=devices)
+    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=auto)
+
+
+def spec(*logical: str | None) -> PartitionSpec:
+    """Of an array with these logical axes; None is an axis that is never split."""
+    return PartitionSpec(*(RULES[axis] if axis else None for axis in logical))
+
+
+def param_specs(params: Any, mesh: Mesh) -> Any:
+    """The tree of specs of `params`, nested dicts of arrays or shapes.
+
+    Raises:
+        ValueError: a leaf of which no rule tells, or an axis that its mesh axes do not divide.
+    """
+
+    def of(path: Any, leaf: Any) -> PartitionSpec:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found = next((axes for regex, axes in LEAVES if re.search(regex, name)), None)
+        if found is None:
+            raise ValueError(f"No rule in LEAVES tells the logical axes of {name!r}.")
+        axes = (None,) * (len(leaf.shape) - len(found)) + found
+        _check(name, leaf.shape, axes, mesh)
+        return spec(*axes)
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def _check(name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> None:
+    for position, (size, axis) in enumerate(zip(shape, axes, strict=True)):
+        names = RULES[axis] if axis else ()
+        ways = math.prod(mesh.shape[a] for a in names)
+        if size % ways:
+            meshed = " × ".join(f"{a} {mesh.shape[a]}" for a in names)
+            raise ValueError(
+                f"{name}: axis {position} ({axis}) has {size} entries, which the mesh axes "
+                f"{meshed} = {ways} do not divide. Change --mesh or the model's size."
+            )
+
+
+def state_specs(state: Any, params: Any, specs: Any) -> Any:
+    """Specs of a tree whose leaves mirror params, as an optimizer's state; the rest is replicated.
+
+    A leaf belongs to the param whose path is part of its own. Axes that it keeps as they are in the
+    param are split as there; reduced ones are whole.
+    """
+    known = dict(jax.tree_util.tree_leaves_with_path(params))
+    by_path = dict(
+        jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    )
+
+    def of(path: Any, leaf: Any) -> PartitionSpec:
+        stops = range(len(path), 0, -1)
+        parts = (path[i:stop] for stop in stops for i in range(stop))
+        own = next((part for part in parts if part in known), None)
+        if own is None or len(leaf.shape) != len(known[own].shape):
+            return PartitionSpec()
+        kept = zip(leaf.shape, known[own].shape, by_path[own], strict=True)
+        return PartitionSpec(*(names if a == b else None for a, b, names in kept))
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+def shardings(specs: Any, mesh: Mesh) -> Any:
+    """A tree of specs as NamedShardings."""
+    return jax.tree.map(
+        lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Pins an activation to its place on the mesh of the context."""
+    return jax.lax.with_sharding_constraint(x, spec(*logical))

@@ -1,0 +1,286 @@
+"""One training step: microbatches → gradient → guard → optimizer → selection biases.
+
+Params, optimizer state and accumulated gradients are float32 and lie as `sharding` says; the
+forward and backward passes see a copy in the model's dtype.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import muon_jax
+from experiments import optimizers
+from experiments.optimizers import OptimizerName
+from experiments.pretrain import sharding
+from experiments.pretrain.config import Training
+from experiments.pretrain.experts import updated_bias
+from experiments.pretrain.model import LanguageModel, Observed, Params
+
+# The recent mean of the gradient's norm: its memory, and steps before it is trusted.
+_MEMORY, _SETTLED = 0.95, 20
+
+
+class Guard(NamedTuple):
+    """What is known of bad steps.
+
+    Attributes:
+        skipped: steps so far that changed nothing.
+        in_a_row: the last of them without a finite loss and gradient.
+        norm: recent mean of the gradient's norm, over steps that were taken.
+    """
+
+    skipped: jax.Array
+    in_a_row: jax.Array
+    norm: jax.Array
+
+
+class State(NamedTuple):
+    """What a step carries on; `step` counts batches, skipped ones too."""
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    bias: jax.Array
+    guard: Guard
+
+
+class Trainer:
+    """The compiled functions of one training, and where their arrays lie.
+
+    Args:
+        config: what to train.
+        optimizer: with which arm.
+        mesh: of `sharding.make_mesh`.
+        vocabulary: tokens that the model knows.
+
+    Attributes:
+        abstract: the state as shapes with shardings.
+        schedule: the factor of the learning rates, by update.
+
+    Raises:
+        ValueError: an axis that the mesh does not divide.
+    """
+
+    def __init__(
+        self, config: Training, optimizer: OptimizerName, mesh: jax.sharding.Mesh, vocabulary: int
+    ):
+        self.config, self.optimizer, self.mesh = config, optimizer, mesh
+        self.model = LanguageModel(config.model, vocabulary)
+        _check_batch(config, mesh)
+        self.schedule = optimizers.warmup_then_decay(
+            config.warmup, config.steps, config.decay, config.final, config.cooldown
+        )
+        params = jax.eval_shape(self.model.init, jax.random.key(0))
+        self.specs = sharding.param_specs(params, mesh)
+        self.labels = muon_jax.label_params(params)
+        self.tx = self.transformation(config.rate(optimizer))
+        with jax.set_mesh(mesh):
+            shapes = jax.eval_shape(self._start, 0)
+        specs = State(
+            step=jax.P(),
+            params=self.specs,
+            opt_state=sharding.state_specs(shapes.opt_state, params, self.specs),
+            bias=jax.P(),
+            guard=Guard(jax.P(), jax.P(), jax.P()),
+        )
+        self.shardings = sharding.shardings(specs, mesh)
+        self.abstract = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
+        )
+        self.windows = jax.NamedSharding(mesh, sharding.spec(None, "batch", None))
+        whole = jax.NamedSharding(mesh, jax.P())
+        self._compiled_start = jax.jit(self._start, out_shardings=self.shardings)
+        self.step = jax.jit(
+            self._step,
+            in_shardings=(self.shardings, self.windows, whole),
+            out_shardings=(self.shardings, whole),
+            donate_argnums=0,
+        )
+        self.evaluate = jax.jit(
+            self._evaluate, in_shardings=(self.shardings, self.windows), out_shardings=whole
+        )
+
+    def transformation(self, rate: float | jax.Array) -> optax.GradientTransformationExtraArgs:
+        """The optimizer; `rate` is the arm's own learning rate after warm-up, and may be traced."""
+        placed = {"mesh": self.mesh, "shardings": self.specs}
+        return optimizers.build(
+            self.optimizer,
+            self.config,
+            self.schedule,
+            rate,
+            **(placed if self.optimizer != "adamw" else {}),
+        )
+
+    def advance(
+        self, state: State, windows: jax.Array, rate: float | None = None
+    ) -> tuple[State, dict[str, Any]]:
+        """One step, `state` is donated.
+
+        Args:
+            state: of the step before.
+            windows: `(microbatches, B, T + 1)` int32, placed as `self.windows`.
+            rate: takes the place of the config's learning rate of the arm; all share one program.
+
+        Returns:
+            The new state, and metrics: scalars, and `load` of `(layers with experts, experts)`.
+        """
+        rate = self.config.rate(self.optimizer) if rate is None else rate
+        with jax.set_mesh(self.mesh):
+            return self.step(state, windows, jnp.float32(rate))
+
+    def start(self, seed: int) -> State:
+        """The state before the first step; params depend on the seed alone."""
+        with jax.set_mesh(self.mesh):
+            return self._compiled_start(seed)
+
+    def _start(self, seed: jax.Array) -> State:
+        params = self.model.init(jax.random.key(seed))
+        zero = jnp.zeros([], jnp.int32)
+        guard = Guard(zero, zero, jnp.zeros([]))
+        return State(zero, params, self.tx.init(params), self.model.initial_bias(), guard)
+
+    def _step(
+        self, state: State, windows: jax.Array, rate: jax.Array
+    ) -> tuple[State, dict[str, Any]]:
+        config = self.config
+        loss, gradient, observed = self._gradient(state, windows)
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        taken = finite
+        updates_before = state.step - state.guard.skipped
+        if config.spike is not None:
+            calm = norm <= config.spike * state.guard.norm
+            taken &= calm | (updates_before < _SETTLED)
+        clipping = jnp.minimum(1.0, config.clip / jnp.maximum(norm, 1e-30))
+        gradient = jax.tree.map(lambda g: clipping * g, gradient)
+        updates, opt_state = self.transformation(rate).update(
+            gradient, state.opt_state, state.params, max_logits=observed.max_logits
+        )
+        resting = updates_before >= config.steps - config.cooldown
+        bias_rate = jnp.where(resting, 0.0, config.model.bias_rate)
+        mean_norm = jnp.where(
+            updates_before == 0, norm, _MEMORY * state.guard.norm + (1 - _MEMORY) * norm
+        )
+        new = (
+            optax.apply_updates(state.params, updates),
+            opt_state,
+            updated_bias(state.bias, observed.load, bias_rate) if state.bias.size else state.bias,
+            mean_norm,
+        )
+        old = (state.params, state.opt_state, state.bias, state.guard.norm)
+        params, opt_state, bias, mean_norm = jax.tree.map(
+            functools.partial(jnp.where, taken), new, old
+        )
+        guard = Guard(
+            skipped=state.guard.skipped + ~taken,
+            in_a_row=jnp.where(finite, 0, state.guard.in_a_row + 1),
+            norm=mean_norm,
+        )
+        metrics = {
+            "loss": loss,
+            "gradient_norm": norm,
+            "learning_rate": rate * self.schedule(updates_before),
+            "update_rms": self._update_rms(updates),
+            "max_logit": jnp.max(jnp.stack([jnp.max(x) for x in observed.max_logits.values()])),
+            "taken": taken,
+            "skipped": guard.skipped,
+            "nonfinite_in_a_row": guard.in_a_row,
+        }
+        if state.bias.size:
+            load = observed.load / jnp.mean(observed.load, axis=1, keepdims=True)
+            metrics |= {
+                "balance": jnp.mean(observed.balance),
+                "router_entropy": jnp.mean(observed.entropy),
+                "largest_load": jnp.max(load),
+                "smallest_load": jnp.min(load),
+                "load": load,
+            }
+        return State(state.step + 1, params, opt_state, bias, guard), metrics
+
+    def _gradient(self, state: State, windows: jax.Array) -> tuple[jax.Array, Params, Observed]:
+        """Mean loss and gradient of the microbatches, and what their forward passes observed."""
+        compute = self._in_model_dtype(state.params)
+
+        def objective(params, windows):
+            losses, observed = self.model.losses(params, state.bias, windows)
+            loss = jnp.mean(losses)
+            penalty = self.config.model.balance_loss * jnp.sum(observed.balance)
+            return loss + penalty, (loss, observed)
+
+        def microbatch(windows):
+            (_, (loss, observed)), gradient = jax.value_and_grad(objective, has_aux=True)(
+                compute, windows
+            )
+            return loss, self._pinned(gradient, jnp.float32), observed
+
+        if windows.shape[0] == 1:
+            return microbatch(windows[0])
+
+        def add(total, windows):
+            loss, gradient, observed = microbatch(windows)
+            sums = jax.tree.map(jnp.add, total, (loss, gradient))
+            return sums, observed
+
+        shapes = jax.eval_shape(microbatch, windows[0])
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
+        zeros = zeros[0], self._pinned(zeros[1], jnp.float32)
+        (loss, gradient), seen = jax.lax.scan(add, zeros, windows)
+        loss, gradient = jax.tree.map(lambda x: x / len(windows), (loss, gradient))
+        observed = Observed(
+            jax.tree.map(lambda x: jnp.max(x, axis=0), seen.max_logits),
+            jnp.sum(seen.load, axis=0),
+            jnp.mean(seen.entropy, axis=0),
+            jnp.mean(seen.balance, axis=0),
+        )
+        return loss, gradient, observed
+
+    def _in_model_dtype(self, params: Params) -> Params:
+        """Cast where they lie, so that half as many bytes are gathered; routers stay float32."""
+
+        def cast(path, x):
+            routing = jax.tree_util.DictKey("router") in path
+            return x if routing else x.astype(self.config.model.dtype)
+
+        return self._pinned(jax.tree_util.tree_map_with_path(cast, params))
+
+    def _pinned(self, params: Params, dtype: Any = None) -> Params:
+        return jax.tree.map(
+            lambda x, s: jax.lax.with_sharding_constraint(x.astype(dtype or x.dtype), s),
+            params,
+            self.specs,
+        )
+
+    def _update_rms(self, updates: Params) -> dict[str, jax.Array]:
+        """Of hidden matrices and of all other params, whichever optimizer has them."""
+        found = {}
+        pairs = list(zip(jax.tree.leaves(updates), jax.tree.leaves(self.labels), strict=True))
+        for name, label in (("matrices", "muon"), ("others", "adamw")):
+            leaves = [update for update, its in pairs if its == label]
+            size = sum(update.size for update in leaves)
+            found[name] = optax.tree.norm(leaves) / size**0.5
+        return found
+
+    def _evaluate(self, state: State, windows: jax.Array) -> jax.Array:
+        """Summed loss of each window, `(microbatches, B)`, in nats, at the params to evaluate."""
+        params = optimizers.ARMS[self.optimizer].eval_params(state.opt_state, state.params)
+        compute = self._in_model_dtype(params)
+
+        def losses(windows):
+            return jnp.sum(self.model.losses(compute, state.bias, windows)[0], axis=1)
+
+        return jax.lax.map(losses, windows)
+
+
+def _check_batch(config: Training, mesh: jax.sharding.Mesh) -> None:
+    ways = 1
+    for axis in sharding.RULES["batch"]:
+        ways *= mesh.shape[axis]
+    if config.batch // config.accumulate % ways:
+        raise ValueError(
+            f"A microbatch has --batch {config.batch} / --accumulate {config.accumulate} = "
+            f"{config.batch // config.accumulate} windows, which the mesh axes data × fsdp × "
+            f"expert = {ways} do not divide. Take a multiple."
+        )

@@ -1,0 +1,102 @@
+"""Byte-level BPE: trained on text or read from a file, and how many bytes each token stands for."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+_BYTES = pre_tokenizers.ByteLevel.alphabet()
+
+
+class Vocabulary(NamedTuple):
+    """A tokenizer, and what is to be known of its tokens.
+
+    Attributes:
+        tokenizer: takes all text as plain text, also what spells a special token.
+        size: all ids are less than it.
+        end_of_text: the id that ends a document.
+        bytes_per_token: `(size,)` int32, bytes of text that each token stands for, 0 for special
+            ones; None for a tokenizer that is not byte-level.
+    """
+
+    tokenizer: Tokenizer
+    size: int
+    end_of_text: int
+    bytes_per_token: np.ndarray | None
+
+
+def train(texts: Iterable[str], size: int, end_of_text: str) -> bytes:
+    """A byte-level BPE of the texts, the same on every run and for any number of threads.
+
+    Args:
+        texts: to count the pairs of.
+        size: tokens at most; small texts have fewer pairs to merge.
+        end_of_text: the one special token; its id is 0.
+
+    Returns:
+        The content of a `tokenizer.json`.
+
+    Raises:
+        ValueError: so few tokens are not all bytes and `end_of_text`.
+    """
+    if size <= len(_BYTES):
+        raise ValueError(
+            f"A byte-level vocabulary has {len(_BYTES)} bytes and an end of text; "
+            f"--data.vocabulary {size} is less than {len(_BYTES) + 1}."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        initial_alphabet=sorted(_BYTES),
+        special_tokens=[end_of_text],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str().encode()
+
+
+def load(source: bytes, name: str, end_of_text: str, size: int = 0) -> Vocabulary:
+    """The vocabulary of a `tokenizer.json`.
+
+    Args:
+        source: its content.
+        name: for errors.
+        end_of_text: how the token that ends a document is spelt.
+        size: of the vocabulary, if it has no more tokens; the ids that it lacks are never met.
+
+    Raises:
+        ValueError: it is damaged, or has no token `end_of_text`.
+    """
+    try:
+        tokenizer = Tokenizer.from_buffer(source)
+    except Exception as error:  # the library has no narrower one
+        raise ValueError(f"{name} is no tokenizer.json that can be read: {error}.") from None
+    end = tokenizer.token_to_id(end_of_text)
+    if end is None:
+        raise ValueError(
+            f"{name} has no token {end_of_text!r}; name the one that ends a document with "
+            "--data.end-of-text."
+        )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    size = max(size, *(index + 1 for index in tokenizer.get_vocab().values()))
+    table = _bytes_per_token(tokenizer, size)
+    if table is not None:
+        table[end] = 0
+    return Vocabulary(tokenizer, size, end, table)
+
+
+def _bytes_per_token(tokenizer: Tokenizer, size: int) -> np.ndarray | None:
+    """A byte-level token is spelt with one character a byte, also where it is part of one."""
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        return None
+    counts = np.zeros(size, np.int32)
+    for token, index in tokenizer.get_vocab(with_added_tokens=False).items():
+        counts[index] = len(token)
+    for index, token in tokenizer.get_added_tokens_decoder().items():
+        counts[index] = 0 if token.special else len(token.content.encode())
+    return counts

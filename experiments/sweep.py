@@ -1,0 +1,354 @@
+"""Which cells a sweep of learning rates wants next, the loop that trains them, and what it found.
+
+An arm is anything whose rate is swept: an optimizer, or a width with a shape scale. Its losses are
+those of finished cells, infinite where one diverged.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import statistics
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from rich.console import Console
+
+from experiments.commands import progress_bar
+from experiments.runs import Run, machine, read_blocks, write_json
+
+Row = dict[str, Any]
+Cell = TypeVar("Cell", bound=tuple)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Which learning rates an optimizer is tried at."""
+
+    factor: float = 2.0
+    """From one rate to the next."""
+    reach: int = 1
+    """Rates on either side of the default one."""
+    limit: int = 4
+    """Further rates on a side whose last one is the best; none is to be judged at an edge."""
+
+    def __post_init__(self) -> None:
+        if not self.factor > 1:
+            raise ValueError(f"--sweep.factor must be greater than 1, got {self.factor}.")
+        for field in ("reach", "limit"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"--sweep.{field} must not be negative.")
+
+
+def check_grid(config: Any, *fields: str) -> None:
+    """Raises ValueError unless there are seeds, and values without repetition in these fields."""
+    if config.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {config.seeds}.")
+    for field in fields:
+        values = getattr(config, field)
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"--{field} needs one or more different values, got {values}.")
+
+
+class Best(NamedTuple):
+    """An arm's best rate.
+
+    Attributes:
+        rate: with the lowest mean loss.
+        losses: there, by seed.
+        at_edge: whether no higher, or no lower, rate was tried.
+    """
+
+    rate: float
+    losses: dict[int, float]
+    at_edge: bool
+
+    @property
+    def mean(self) -> float:
+        """The mean loss."""
+        return mean(self.losses)
+
+
+def loss_of(row: Row) -> float:
+    """A cell's final validation loss, infinite if it diverged."""
+    return math.inf if row["diverged"] else row["validation_loss"]
+
+
+def losses_by_rate(rows: Iterable[Row]) -> dict[float, dict[int, float]]:
+    """An arm's losses by rate, ascending, and seed; only the rates with most seeds finished."""
+    losses: dict[float, dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        losses[row["rate"]][row["seed"]] = loss_of(row)
+    most = max(map(len, losses.values()), default=0)
+    return {rate: losses[rate] for rate in sorted(losses) if len(losses[rate]) == most}
+
+
+def mean(losses: Mapping[int, float]) -> float:
+    """The mean over seeds."""
+    return statistics.fmean(losses.values())
+
+
+def best(rows: Sequence[Row], swept: int | None = None) -> Best | None:
+    """The best rate among an arm's rows, None without any.
+
+    Args:
+        rows: of the arm.
+        swept: how many seeds choose the rate; by default all. The losses there are of all.
+    """
+    losses = losses_by_rate(chosen_by(rows, swept))
+    if not losses:
+        return None
+    rates = list(losses)
+    rate = min(rates, key=lambda rate: mean(losses[rate]))
+    own = {row["seed"]: loss_of(row) for row in rows if row["rate"] == rate}
+    return Best(rate, own, rate in (rates[0], rates[-1]))
+
+
+def chosen_by(rows: Iterable[Row], swept: int | None) -> list[Row]:
+    """Those rows whose seeds choose the rate."""
+    return [row for row in rows if swept is None or row["seed"] < swept]
+
+
+def optimum(losses: dict[float, float], top: float) -> float:
+    """Between the rates: where a parabola in log(rate) through three of them has its lowest point.
+
+    At an edge, or beside a rate that diverged, it is the best rate itself.
+    """
+    rates = list(losses)
+    place = rates.index(top)
+    near = rates[max(place - 1, 0) : place + 2]
+    values = [losses[rate] for rate in near]
+    if len(near) < 3 or top != near[1] or not all(map(math.isfinite, values)):
+        return top
+    a, b, _ = np.polyfit(np.log2(near) - np.log2(top), values, 2)
+    return float(top * 2 ** (-b / (2 * a))) if a > 0 else top
+
+
+def wanted_rates(default: float, mean_losses: Mapping[float, float], sweep: Sweep) -> list[float]:
+    """The rates that an arm is to be tried at, the default first.
+
+    Args:
+        default: the middle of the grid.
+        mean_losses: by rate, of the rates that are done.
+        sweep: the grid, and how far it may grow where the best rate is its last.
+    """
+    low, high = -sweep.reach, sweep.reach
+    while True:
+        rates = [rate_at(default, sweep.factor, notch) for notch in range(low, high + 1)]
+        if all(rate in mean_losses for rate in rates):
+            top = min(rates, key=lambda rate: mean_losses[rate])
+            if top == rates[0] and -low < sweep.reach + sweep.limit:
+                low -= 1
+                continue
+            if top == rates[-1] and high < sweep.reach + sweep.limit:
+                high += 1
+                continue
+        return sorted(rates, key=lambda rate: abs(math.log(rate / default)))
+
+
+def rate_at(default: float, factor: float, notch: int) -> float:
+    """A rate of the grid, to four digits, so that it is the same number wherever it is written."""
+    return float(f"{default * factor**notch:.4g}")
+
+
+def missing_cells(
+    rows: Sequence[Row],
+    make: Callable[..., Cell],
+    arms: Mapping[tuple[Hashable, ...], float],
+    seeds: int,
+    sweep: Sweep,
+    swept: int | None = None,
+) -> list[Cell]:
+    """The cells that are still to be trained, as far as the finished ones tell.
+
+    Args:
+        rows: of the finished cells.
+        make: the cell's class, whose fields are the arm's, the rate and the seed.
+        arms: default rate by the arm's fields.
+        seeds: of every rate, or of the best one.
+        sweep: which rates.
+        swept: how many seeds every rate gets; by default all. The others see the best rate alone,
+            once it is known.
+
+    Returns:
+        Cells, seeds outermost and arms innermost: every arm has a first result early, and arms take
+        turns on a machine that is now quiet and now not.
+    """
+    finished = {cell_of(make, row) for row in rows}
+    trying = seeds if swept is None else min(swept, seeds)
+    turns: dict[tuple[int, int], list[Cell]] = defaultdict(list)
+    for arm, default in arms.items():
+        own = [row for row in rows if cell_of(make, row)[:-2] == arm and row["seed"] < trying]
+        done = {
+            rate: mean(losses)
+            for rate, losses in losses_by_rate(own).items()
+            if len(losses) == trying
+        }
+        rates = wanted_rates(default, done, sweep)
+        known = all(rate in done for rate in rates)
+        confirmed = [min(rates, key=lambda rate: done[rate])] if known else []
+        for seed in range(seeds):
+            for place, rate in enumerate(rates if seed < trying else confirmed):
+                turns[seed, place].append(make(*arm, rate, seed))
+    return [cell for turn in sorted(turns) for cell in turns[turn] if cell not in finished]
+
+
+def cell_of(make: Callable[..., Cell], row: Row) -> Cell:
+    """The cell that a row of the log is of."""
+    return make(*(row[field] for field in make._fields))
+
+
+def carry_out(
+    make: Callable[..., Cell],
+    arms: Mapping[tuple[Hashable, ...], float],
+    config: Any,
+    train: Callable[[Cell, Callable[[Any], None]], tuple[list[Any], Row]],
+    run: Run,
+    stop: threading.Event,
+    console: Console,
+    *,
+    corpus: dict[str, Any],
+    steps: Callable[[Cell], int],
+    step_work: Callable[[Cell], float] = lambda cell: 1.0,
+    swept: int | None = None,
+) -> int:
+    """Trains until nothing is missing, or until `stop` is set; each cell goes into the run's log.
+
+    Args:
+        make, arms, swept: as in `missing_cells`.
+        config: has `seeds` and `sweep`.
+        train: `(cell, on_evaluation) -> (history, outcome)`. Evaluations are NamedTuples that have
+            `step` and `validation_loss`; the outcome has `diverged` and `milliseconds_per_step`.
+        run: the open run.
+        stop: read at every evaluation.
+        console: for progress.
+        corpus: what the run records of its text.
+        steps: of a cell.
+        step_work: of a cell's step, in any unit that time is proportional to.
+
+    Returns:
+        How many cells are left.
+    """
+
+    def missing() -> list[Cell]:
+        return missing_cells(run.finished, make, arms, config.seeds, config.sweep, swept)
+
+    def work(cell: Cell) -> float:
+        return step_work(cell) * steps(cell)
+
+    def show(evaluation: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        progress.update(
+            bar,
+            completed=done + step_work(cell) * evaluation.step,
+            description=f"{cell} loss {evaluation.validation_loss:.3f}",
+        )
+
+    if run.dropped:
+        console.print(f"{run.dropped} lines of an unfinished or damaged cell were cut away.")
+    console.print(
+        f"[bold]{run.folder}[/bold]: {len(missing())} cells to go, and more where a best rate lies "
+        f"at the edge; {len(run.finished)} finished.",
+        highlight=False,
+    )
+    done = 0.0
+    try:
+        with progress_bar(console) as progress:
+            bar = progress.add_task("starting")
+            while cells := missing():
+                cell = cells[0]
+                total = done + sum(map(work, cells))
+                progress.update(bar, total=total, description=f"{cell} starting")
+                history, outcome = train(cell, show)
+                records = [cell._asdict() | evaluation._asdict() for evaluation in history]
+                run.append(records, cell._asdict() | outcome)
+                done += work(cell)
+                progress.update(bar, completed=done)
+                console.print(f"{cell}: {_outcome(outcome)}", highlight=False)
+                _summarize(run, corpus, len(run.finished) + len(missing()))
+    except KeyboardInterrupt:
+        stop.set()
+    left = len(missing())
+    if run.finished:
+        _summarize(run, corpus, len(run.finished) + left)
+    if left:
+        console.print(f"Interrupted with {left} cells to go; the same command goes on from there.")
+    return left
+
+
+def _outcome(row: Row) -> str:
+    loss = "diverged" if row["diverged"] else f"loss {row['validation_loss']:.4f}"
+    return f"{loss}, {row['milliseconds_per_step']:.0f} ms a step"
+
+
+def _summarize(run: Run, corpus: dict[str, Any], total: int) -> None:
+    """Writes what the report needs beside the log."""
+    write_json(
+        run.folder / "summary.json",
+        {
+            "version": importlib.metadata.version("muon-jax"),
+            "machine": machine(),
+            "corpus": corpus,
+            "cells_total": total,
+        },
+    )
+
+
+class Files(NamedTuple):
+    """A run's files; `histories` are the evaluations of each finished cell, beside its row."""
+
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    rows: list[Row]
+    histories: list[list[Row]]
+    costs: dict[str, dict[str, float]]
+
+
+def load_run(folder: Path) -> Files:
+    """Reads the files of a finished or partly finished run.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: a file is not what it should be; the message names it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no run folder {folder}")
+    for name in ("config.json", "summary.json", "metrics.jsonl"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}: has a cell of the run finished?")
+    blocks, _ = read_blocks(folder / "metrics.jsonl")
+    costs = folder / "costs.json"
+    return Files(
+        read_json(folder / "config.json"),
+        read_json(folder / "summary.json"),
+        [block.cell for block in blocks],
+        [block.records for block in blocks],
+        read_json(costs)["costs"] if costs.exists() else {},
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; a fault names the file.
+
+    Raises:
+        ValueError: the file has no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: no valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON object is wanted, found {type(value).__name__}")
+    return value
+
+
+def mean_curve(trainings: Sequence[Sequence[dict]]) -> list[tuple[int, float]]:
+    """Mean validation loss at the steps that all trainings reached."""
+    losses = [{row["step"]: row["validation_loss"] for row in rows} for rows in trainings]
+    steps = set.intersection(*map(set, losses)) if losses else set()
+    return [(step, statistics.fmean(of[step] for of in losses)) for step in sorted(steps)]

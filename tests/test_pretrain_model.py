@@ -1,0 +1,279 @@
+"""The language model against loops over single tokens, and against itself on meshes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from pretraining import DENSE, SMALL, VOCABULARY, mesh_of, one_device, training
+
+import muon_jax
+from experiments.pretrain import sharding
+from experiments.pretrain.attention import causal_attention
+from experiments.pretrain.experts import combine, dispatch, gate, sort_by_expert, updated_bias
+from experiments.pretrain.model import LanguageModel
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+# --- The gate --------------------------------------------------------------------------------
+
+
+def test_the_gate_follows_deepseek_v3_token_by_token():
+    logits, bias = normal(0, 2, 5, 8), 0.3 * normal(1, 8)
+    found = gate(jnp.asarray(logits), jnp.asarray(bias), active=3, scale=2.446)
+    load, losses = np.zeros(8, int), []
+    for b in range(2):
+        count, share = np.zeros(8), np.zeros(8)
+        for t in range(5):
+            scores = sigmoid(logits[b, t].astype(np.float64))
+            ids = np.argsort(-(scores + bias))[:3]
+            weights = 2.446 * scores[ids] / scores[ids].sum()
+            np.testing.assert_array_equal(found.ids[b, t], ids)
+            np.testing.assert_allclose(found.weights[b, t], weights, rtol=1e-5)
+            count[ids] += 1
+            share += scores / scores.sum() / 5
+        load += count.astype(int)
+        losses.append(np.sum(8 / (3 * 5) * count * share))
+    np.testing.assert_array_equal(found.load, load)
+    np.testing.assert_allclose(found.balance, np.mean(losses), rtol=1e-5)
+
+
+def test_the_bias_chooses_and_gets_no_gradient():
+    logits = jnp.asarray(normal(0, 1, 4, 8))
+
+    def total(logits, bias):
+        return jnp.sum(gate(logits, bias, 2, 1.0).weights ** 2)
+
+    assert not np.any(jax.grad(total, argnums=1)(logits, jnp.zeros(8)))
+    chosen = gate(logits, jnp.zeros(8).at[5].set(10.0), 2, 1.0).ids
+    assert np.all(np.any(chosen == 5, axis=-1))
+
+
+def test_bias_rises_for_experts_with_little_load_and_keeps_its_mean():
+    bias = updated_bias(jnp.zeros((2, 4)), jnp.array([[9, 1, 1, 1], [3, 3, 3, 3]]), 0.001)
+    np.testing.assert_allclose(bias[0], [-0.0015, 0.0005, 0.0005, 0.0005], atol=1e-9)
+    assert not np.any(bias[1])
+
+
+# --- Dispatch and the experts ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_every_pair_is_sorted_to_its_expert_and_comes_back(block):
+    ids = jnp.array([[2, 0], [2, 5], [2, 9], [0, 2]])  # 9 is elsewhere, 1, 3 and 4 have none
+    order = sort_by_expert(ids, 6, block)
+    np.testing.assert_array_equal(order.sizes, [2, 0, 4, 0, 0, 1])
+    tokens = jnp.arange(1.0, 5.0)[:, None]
+    places = dispatch(tokens, order)[:, 0]
+    starts = np.cumsum(order.padded) - order.padded
+    for expert, members in {0: [1, 4], 2: [1, 2, 3, 4], 5: [2]}.items():
+        np.testing.assert_array_equal(places[starts[expert] :][: len(members)], members)
+    weights = jnp.array([[1.0, 10.0]] * 4)
+    back = combine(places[:, None], order, weights)[:, 0]
+    np.testing.assert_array_equal(back, [11, 22, 3, 44])
+
+
+def test_dispatch_and_combine_have_the_gradients_of_plain_indexing():
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 5, (6, 2)))
+    tokens, weights = jnp.asarray(normal(1, 6, 3)), jnp.asarray(normal(2, 6, 2))
+
+    def ours(tokens, weights):
+        order = sort_by_expert(ids, 4, 4)
+        return jnp.sum(jnp.sin(combine(dispatch(tokens, order) ** 2, order, weights)))
+
+    def plain(tokens, weights):
+        kept = jnp.where(ids < 4, weights, 0)[..., None]
+        return jnp.sum(jnp.sin(jnp.sum(kept * tokens[:, None] ** 2, axis=1)))
+
+    for a, b in zip(*(jax.grad(f, (0, 1))(tokens, weights) for f in (ours, plain)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def naive_experts(x, ids, weights, kernels):
+    """Token by token, in float64."""
+    gate, up, down = (np.asarray(k, np.float64) for k in kernels)
+    y = np.zeros(x.shape)
+    for b, t in np.ndindex(*x.shape[:2]):
+        for e, w in zip(ids[b, t], weights[b, t], strict=True):
+            h = silu(x[b, t] @ gate[e]) * (x[b, t] @ up[e])
+            y[b, t] += w * (h @ down[e])
+    return y
+
+
+def ragged_on_a_cpu(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *,
+                    axis_name):  # fmt: skip
+    """What `jax.lax.ragged_all_to_all` does, by gathering everything everywhere."""
+    me = jax.lax.axis_index(axis_name)
+    everything = jax.lax.all_gather((operand, input_offsets, send_sizes, output_offsets), axis_name)
+    rows = jnp.arange(output.shape[0])
+    for operand, begin, size, at in zip(*everything, strict=True):
+        here = (rows >= at[me]) & (rows < at[me] + size[me])
+        source = jnp.clip(rows - at[me] + begin[me], 0, len(operand) - 1)
+        output = jnp.where(here[:, None], operand[source], output)
+    return output
+
+
+# Sizes of data, fsdp, expert and tensor.
+MESHES = [(1, 1, 1, 1), (1, 1, 4, 1), (2, 2, 2, 2), (1, 2, 1, 4)]
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ragged"])
+@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("routing", ["spread", "hot"])
+def test_experts_equal_a_loop_over_tokens(sizes, exchange, routing, monkeypatch):
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_on_a_cpu)
+    from flax import nnx
+
+    from experiments.pretrain.experts import Experts
+
+    init = nnx.initializers.normal(0.5)
+    experts = Experts(8, 32, 16, init=init, rngs=nnx.Rngs(0))
+    kernels = [np.asarray(k[...]) for k in (experts.gate, experts.up, experts.down)]
+    x, weights = normal(0, 8, 12, 32), np.abs(normal(1, 8, 12, 2))
+    if routing == "hot":  # all tokens to expert 6 first, the others' second choice is 0: six empty
+        ids = np.broadcast_to([6, 0], (8, 12, 2))
+    else:
+        order = np.random.default_rng(0).random((8, 12, 8))
+        ids = np.argsort(order, axis=-1)[..., :2]
+    ids = np.ascontiguousarray(ids.astype(np.int32))
+    expected = naive_experts(x, ids, weights, kernels)
+    mesh = mesh_of(*sizes)
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda *a: experts(*a, exchange))(x, ids, weights)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- Attention -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [40, 600])
+def test_attention_in_blocks_equals_one_softmax(length):
+    q, k = (jnp.asarray(normal(seed, 2, length, 2, 12)) for seed in (0, 1))
+    v = jnp.asarray(normal(2, 2, length, 2, 8))
+    with jax.set_mesh(one_device()):
+        found, largest = jax.jit(causal_attention)(q, k, v)
+    logits = np.einsum("btnh,bsnh->bnts", q, k) / 12**0.5
+    logits = np.where(np.tri(length, dtype=bool), logits, -np.inf)
+    np.testing.assert_allclose(largest, logits.max((0, 2, 3)), rtol=1e-5)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    np.testing.assert_allclose(found, np.einsum("bnts,bsnv->btnv", weights, v), atol=1e-5)
+
+
+@pytest.mark.parametrize("model", [SMALL, DENSE], ids=["moe", "dense"])
+def test_no_position_sees_a_later_one(model):
+    lm = LanguageModel(model, VOCABULARY)
+    windows = np.random.default_rng(0).integers(0, VOCABULARY, (2, 17))
+    changed = windows.copy()
+    changed[:, 9] += 1
+    with jax.set_mesh(one_device()):
+        params = lm.init(jax.random.key(0))
+        run = jax.jit(lambda w: lm.losses(params, lm.initial_bias(), w % VOCABULARY)[0])
+        a, b = run(windows), run(changed)
+    np.testing.assert_array_equal(a[:, :8], b[:, :8])
+    assert np.all(a[:, 8:12] != b[:, 8:12])
+
+
+# --- The whole model on meshes ---------------------------------------------------------------
+
+
+@functools.cache
+def loss_and_gradient(model, sizes):
+    lm = LanguageModel(model, VOCABULARY)
+    mesh = mesh_of(*sizes)
+    windows = np.random.default_rng(0).integers(0, VOCABULARY, (16, 17)).astype(np.int32)
+
+    def objective(params, windows):
+        losses, observed = lm.losses(params, lm.initial_bias(), windows)
+        return jnp.mean(losses) + 0.1 * jnp.sum(observed.balance), observed
+
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lm.init, jax.random.key(0))
+        where = sharding.shardings(sharding.param_specs(shapes, mesh), mesh)
+        params = jax.device_put(jax.device_get(lm.init(jax.random.key(0))), where)
+        placed = jax.device_put(windows, NamedSharding(mesh, sharding.spec("batch", None)))
+        step = jax.jit(jax.value_and_grad(objective, has_aux=True))
+        return jax.device_get(step(params, placed))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 4, 1), (2, 2, 2, 2)])
+@pytest.mark.parametrize("model", [SMALL, DENSE], ids=["moe", "dense"])
+def test_a_mesh_changes_neither_loss_nor_gradient(model, sizes):
+    (loss, observed), gradient = loss_and_gradient(model, sizes)
+    (expected, seen), plain = loss_and_gradient(model, (1, 1, 1, 1))
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_array_equal(observed.load, seen.load)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(plain), strict=True):
+        assert np.max(np.abs(a - b)) < 1e-4 * np.max(np.abs(b))
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_nothing(remat):
+    (loss, _), gradient = loss_and_gradient(dataclasses.replace(DENSE, remat=remat), (1, 1, 1, 1))
+    (expected, _), plain = loss_and_gradient(DENSE, (1, 1, 1, 1))
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(plain), strict=True):
+        assert np.max(np.abs(a - b)) < 1e-4 * np.max(np.abs(b))
+
+
+# --- Names and places ------------------------------------------------------------------------
+
+
+def test_every_param_has_the_optimizer_that_moonlight_gives_it():
+    labels = muon_jax.label_params(
+        jax.eval_shape(LanguageModel(SMALL, VOCABULARY).init, jax.random.key(0))
+    )
+    by_label = {"muon": set(), "adamw": set()}
+    for path, label in jax.tree_util.tree_leaves_with_path(labels):
+        by_label[label].add(jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-2])
+    gains = {"attention_norm", "feed_forward_norm", "latent_norm", "norm"}
+    assert by_label["adamw"] == {"embedding", "head"} | gains
+    assert {"router", "experts", "query", "latent", "key_value", "out"} <= by_label["muon"]
+
+
+def test_a_size_that_the_mesh_does_not_divide_is_named():
+    mesh = mesh_of(1, 16, 1, 1)
+    params = jax.eval_shape(LanguageModel(SMALL, VOCABULARY).init, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"experts/down: axis 0 \(experts\) has 8 entries.*= 16"):
+        sharding.param_specs({"moe_layers": params["moe_layers"]}, mesh)
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1, 1), (-1, -1, 1, 1), (1, 0, 1, 1)])
+def test_a_mesh_that_does_not_make_up_the_devices_is_refused(sizes):
+    with pytest.raises(ValueError, match="does not make up 8 devices"):
+        sharding.make_mesh(sizes, jax.devices()[:8])
+
+
+def test_the_state_lies_like_the_params():
+    params = {"up": {"kernel": jnp.zeros((4, 8))}}
+    specs = {"up": {"kernel": P("fsdp", "tensor")}}
+    for tx in (muon_jax.muon(0.1, mu_dtype=jnp.int8), muon_jax.normuon(0.1)):
+        state = jax.eval_shape(tx.init, params)
+        found = sharding.state_specs(state, params, specs)
+        leaves = zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True)
+        for leaf, spec in leaves:
+            split = tuple(spec) + (None,) * (leaf.ndim - len(spec))
+            wanted = {(4, 8): ("fsdp", "tensor"), (1, 8): (None, "tensor"), (4, 1): ("fsdp", None)}
+            assert split == wanted.get(leaf.shape, (None,) * leaf.ndim), leaf.shape
+
+
+def test_a_config_says_which_option_is_wrong():
+    with pytest.raises(ValueError, match=r"--model.active 9 is more than --model.experts 8"):
+        dataclasses.replace(SMALL, active=9)
+    with pytest.raises(ValueError, match=r"--accumulate 3 does not divide --batch 8"):
+        training(accumulate=3)

@@ -1,0 +1,397 @@
+import dataclasses
+import io
+import json
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from pretraining import DENSE, SMALL, mesh_of, training
+from rich.console import Console
+
+from experiments.pretrain.config import Mesh, as_json
+from experiments.pretrain.dry_run import dry_run, memory, mesh_of_config
+from experiments.pretrain.presets import PRESETS
+from experiments.pretrain.report import (
+    abstract,
+    final_load,
+    found_optimizers,
+    load_run,
+    load_runs,
+    main,
+    measure_of,
+    smoothed,
+    terminal_table,
+    write_report,
+)
+from experiments.pretrain.step import Trainer
+from experiments.runs import RunError
+
+BITS_A_NAT = 0.47
+FIGURES = {"held_out", "loss", "optimization", "router", "experts"}
+
+
+def make_run(folder, optimizer, floor, *, done=None, model=SMALL, bits=True, every=2, **changes):
+    """A run's folder as training leaves it, with losses that fall to about `floor`."""
+    config = training(model, **changes)
+    steps = config.steps if done is None else done
+    sparse = model.layers - model.dense_layers
+    rng = np.random.default_rng(len(optimizer))
+    lines = []
+    for step in range(steps + 1):
+        loss = floor + 3 * (1 + step) ** -0.5
+        if step and step % every == 0:
+            spread = 1.5 * step**-0.3
+            load = np.exp(spread * rng.normal(size=(sparse, model.experts)))
+            record = {
+                "step": step,
+                "loss": loss + 0.05 * rng.normal(),
+                "gradient_norm": 4 / step + abs(rng.normal()),
+                "learning_rate": config.rate(optimizer) * (1 - 0.9 * step / config.steps),
+                "update_rms": {"matrices": 1e-3 / step, "others": 2e-3 / step},
+                "max_logit": 8 * step / config.steps,
+                "taken": True,
+                "skipped": 0,
+                "nonfinite_in_a_row": 0,
+                "seconds": 40 + 0.5 * step,
+                "tokens_per_second": 3.0 if step == every else 2 * config.tokens_per_step,
+            }
+            if sparse:
+                load /= load.mean(axis=1, keepdims=True)
+                record |= {
+                    "load": load.tolist(),
+                    "largest_load": load.max(),
+                    "smallest_load": load.min(),
+                    "router_entropy": math.log(model.experts) - 0.01 * step / config.steps,
+                    "balance": 1.1,
+                }
+            lines.append(record)
+        if step % (2 * every) == 0:
+            known = {"bits_per_byte": BITS_A_NAT * loss} if bits else {}
+            lines.append({"step": step, "validation_loss": loss} | known)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"optimizer": optimizer} | as_json(config)))
+    write_records(folder, lines)
+    if steps == config.steps:
+        (folder / "samples.txt").write_text("to be <b>or</b> not to be\n")
+        summary = {
+            "optimizer": optimizer,
+            "tokens_per_second": 9.0,
+            "costs": {},
+            "params_sha256": "0123456789abcdef" * 4,
+            "data": {
+                "name": "a text",
+                "train_tokens": 5000,
+                "validation_tokens": 500,
+                "vocabulary": 64,
+                "sha256": "fedc" * 16,
+            },
+            "machine": {"device": "1 × cpu (cpu)", "command": f"python -m x --name {optimizer}"},
+        }
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return epath.Path(folder)
+
+
+def write_records(folder, records):
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "metrics.jsonl").write_text(text)
+
+
+def records_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def two(tmp_path, **options):
+    make_run(tmp_path / "r" / "adamw", "adamw", 1.0, **options)
+    make_run(tmp_path / "r" / "muon", "muon", 0.9, **options)
+    return epath.Path(tmp_path / "r")
+
+
+def both(folder):
+    return load_runs(folder, ("adamw", "muon"))
+
+
+def text_of(folder):
+    return " ".join(abstract(load_runs(folder, found_optimizers(folder))))
+
+
+def pngs(folder):
+    return {path.stem for path in folder.iterdir() if path.name.endswith(".png")}
+
+
+def printed(runs):
+    out = io.StringIO()
+    Console(width=80, file=out).print(terminal_table(runs))
+    return out.getvalue()
+
+
+def test_two_runs_are_compared(tmp_path):
+    adamw = BITS_A_NAT * (1.0 + 3 / 13**0.5)
+    muon = BITS_A_NAT * (0.9 + 3 / 13**0.5)
+    text = text_of(two(tmp_path))
+    assert text.startswith(
+        f"After 1,536 tokens, Muon predicts the held-out text at {muon:.4f} bits a byte, "
+        f"AdamW at {adamw:.4f}. Muon is lower than AdamW by 0.0470 bits a byte, 5.5 %. "
+    )
+    assert text.endswith("One training each, with one seed: no statistics.")
+
+
+def test_share_of_the_tokens_to_the_other_ones_last_value(tmp_path):
+    folder = two(tmp_path, bits=False, steps=64, every=4)
+    for name, floor in (("adamw", 1.0), ("muon", 0.5)):
+        losses = [
+            {"step": n, "validation_loss": floor + math.log2(64 / n)} for n in (8, 16, 32, 64)
+        ]
+        write_records(folder / name, losses)
+    # Muon passes AdamW's 1.0 half a doubling before the end.
+    assert "It comes to AdamW's last value after 71 % of the tokens." in text_of(folder)
+    write_records(folder / "adamw", [{"step": 64, "validation_loss": 0.5}])
+    assert "Muon and AdamW are level" in text_of(folder) or "AdamW and Muon are" in text_of(folder)
+    assert "last value" not in text_of(folder)
+
+
+def test_an_unfinished_run_is_compared_where_both_have_been(tmp_path):
+    make_run(tmp_path / "r" / "adamw", "adamw", 1.0)
+    make_run(tmp_path / "r" / "muon", "muon", 0.9, done=6)
+    folder = epath.Path(tmp_path / "r")
+    text = text_of(folder)
+    assert text.startswith("Muon has done 6 of 12 steps. After 512 tokens, Muon predicts")
+    write_report(folder, ("adamw", "muon"))
+    runs = json.loads((folder / "summary.json").read_text())["runs"]
+    assert runs["adamw"]["data"]["name"] == "a text" and runs["muon"] is None
+    page = (folder / "report.html").read_text()
+    assert "6 of 12" in page and "1 of 2 finished" in page
+
+
+def test_a_run_that_has_only_begun(tmp_path):
+    folder = make_run(tmp_path / "r", "muon", 0.9, done=0)
+    write_records(folder, [])
+    write_report(folder, ("muon",))
+    assert "There is no evaluation" in text_of(folder) and not pngs(folder)
+    assert "None" not in (folder / "report.html").read_text()
+    write_records(folder, [{"step": 0, "validation_loss": 4.0, "bits_per_byte": 2.0}])
+    write_report(folder, ("muon",))
+    assert "After 0 tokens, Muon predicts the held-out text at 2.0000 bits" in text_of(folder)
+
+
+def test_one_run_is_not_compared(tmp_path):
+    folder = make_run(tmp_path / "r", "muon", 0.9)
+    before, after = (BITS_A_NAT * (0.9 + 3 / n**0.5) for n in (1, 13))
+    assert text_of(folder) == (
+        f"After 1,536 tokens, Muon predicts the held-out text at {after:.4f} bits a byte, "
+        f"{before:.4f} before training."
+    )
+    summary = (folder / "summary.json").read_text()
+    page = write_report(folder, found_optimizers(folder)).read_text()
+    assert (folder / "summary.json").read_text() == summary
+    assert pngs(folder) == FIGURES
+    assert page.count('src="data:image/png;base64,') == 5
+    for number in range(1, 6):
+        assert f"Figure {number}." in page
+    assert "to be &lt;b&gt;or&lt;/b&gt; not to be" in page
+    assert "AdamW" not in page[: page.index("How it was measured")]
+    assert "0123456789ab</td>" in page and "5,000 tokens to train on" in page
+
+
+def test_page_of_two_runs_says_what_differs(tmp_path):
+    folder = two(tmp_path)
+    page = write_report(folder, ("adamw", "muon")).read_text()
+    assert pngs(folder) == FIGURES
+    assert "AdamW: adamw; Muon: muon" in page
+    assert re.search(r"model\.layers</th><td>3</td>", page)
+    assert re.search(r"device</th><td>1 × cpu \(cpu\)</td>", page)
+    assert "AdamW: python -m x --name adamw; Muon: python -m x --name muon" in page
+    runs = json.loads((folder / "summary.json").read_text())["runs"]
+    assert runs["muon"] == json.loads((folder / "muon" / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_losses_that_are_not_finite(tmp_path, share):
+    folder = two(tmp_path)
+    records = records_of(folder / "adamw")
+    for record in records:
+        if record["step"] > 12 * (1 - share):
+            for key in ("loss", "gradient_norm", "validation_loss", "bits_per_byte"):
+                record |= {key: None} if key in record else {}
+            record |= {"skipped": 3} if "skipped" in record else {}
+    write_records(folder / "adamw", records)
+    text = text_of(folder)
+    assert "Muon predicts the held-out text at" in text and "AdamW at" not in text
+    assert "After 1,536 tokens, the held-out loss of AdamW is not finite." in text
+    assert "AdamW skipped 3 steps." in text
+    write_report(folder, ("adamw", "muon"))
+    row = next(line for line in printed(both(folder)).splitlines() if line.startswith("AdamW"))
+    assert row.split()[2:5] == ["–", "–", "–"]
+
+
+def test_dense_models_have_no_router_figures(tmp_path):
+    folder = two(tmp_path, model=DENSE)
+    page = write_report(folder, ("adamw", "muon")).read_text()
+    assert pngs(folder) == {"held_out", "loss", "optimization"}
+    assert "router" not in page.lower() and "Figure 3." in page and "Figure 4." not in page
+
+
+def test_nats_where_bytes_are_unknown(tmp_path):
+    folder = two(tmp_path, bits=False)
+    assert measure_of(both(folder)) == "validation_loss"
+    text = text_of(folder)
+    assert "nats a token" in text and "bits" not in text
+    page = write_report(folder, ("adamw", "muon")).read_text()
+    assert "bits a byte" not in page
+    assert "a byte" not in printed(both(folder))
+
+
+def test_terminal_table(tmp_path):
+    text = printed(both(two(tmp_path)))
+    assert max(map(len, text.splitlines())) <= 80
+    row = next(line for line in text.splitlines() if line.startswith("Muon")).split()
+    loss = 0.9 + 3 / 13**0.5
+    assert row[:4] == ["Muon", "0.004", f"{BITS_A_NAT * loss:.4f}", f"{loss:.4f}"]
+    # 256 tokens a second: the record that compiled, of 3, is not counted.
+    assert row[5:] == ["12", "256", "46", "0"]
+
+
+def test_share_of_newton_schulz(tmp_path):
+    folder = make_run(tmp_path / "r", "muon", 0.9)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["costs"] = {"newton_schulz_share": 0.0123}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert "1.2 %" in printed([load_run(folder)])
+
+
+def test_optimizers_of_one_color_are_told_apart(tmp_path):
+    names = ("normuon", "dion")
+    for name in names:
+        make_run(tmp_path / "r" / name, name, 1.0)
+    folder = epath.Path(tmp_path / "r")
+    first, second = load_runs(folder, names)
+    assert load_run(folder / "dion").color == first.color != second.color
+    assert found_optimizers(folder) == names
+
+
+def test_smoothing_neither_lags_nor_spreads_what_is_not_finite():
+    line = np.arange(200.0)
+    found = smoothed(line)
+    np.testing.assert_allclose(found[:-6], line[:-6])
+    line[100] = np.nan
+    found = smoothed(line)
+    assert np.isnan(found).sum() == 1
+    np.testing.assert_allclose(found[99], np.nanmean(line[93:106]))
+    assert smoothed(np.array([np.nan, np.nan, 2.0]))[2] == 2.0
+
+
+def test_final_load_is_a_mean_of_the_last_records(tmp_path):
+    folder = make_run(tmp_path / "r", "muon", 0.9, steps=40)
+    last = [np.array(r["load"]) for r in records_of(folder) if "load" in r][-2:]
+    np.testing.assert_allclose(final_load(load_run(folder)), np.mean(last, axis=0))
+
+
+def test_a_torn_last_line_is_no_record(tmp_path):
+    folder = make_run(tmp_path / "r", "muon", 0.9)
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text[:-20])
+    assert load_run(folder).evaluated[-1]["step"] == 8
+
+
+def test_folders_that_hold_no_run(tmp_path):
+    folder = epath.Path(tmp_path)
+    with pytest.raises(RunError, match="holds no run"):
+        found_optimizers(folder / "nothing")
+    with pytest.raises(SystemExit, match=r"error: .* holds no run"):
+        main(str(folder))
+    make_run(tmp_path / "r", "muon", 0.9)
+    with pytest.raises(RunError, match="is a run itself"):
+        write_report(folder / "r", ("adamw", "muon"))
+    for name in ("config.json", "summary.json"):
+        (folder / "r" / name).write_text("{")
+        with pytest.raises(ValueError, match=f"{name} is damaged"):
+            load_run(folder / "r")
+        (folder / "r" / name).write_text("{}")
+        if name == "config.json":
+            with pytest.raises(ValueError, match=r"config.json is of no run of this study"):
+                load_run(folder / "r")
+            (folder / "r" / name).write_text(
+                json.dumps({"optimizer": "muon"} | as_json(training()))
+            )
+
+
+def test_the_report_is_made_again_from_the_files_alone(tmp_path, capsys):
+    folder = two(tmp_path)
+    main(str(folder))
+    first = (folder / "report.html").read_text()
+    main(str(folder))
+    assert (folder / "report.html").read_text() == first
+    assert str(folder / "report.html") in capsys.readouterr().out.replace("\n", "")
+
+
+def dry(config, *optimizers):
+    out = io.StringIO()
+    assert dry_run(config, optimizers or ("adamw", "muon"), Console(width=80, file=out)) == 0
+    return out.getvalue()
+
+
+def test_dry_run_of_a_laptop_model():
+    text = dry(dataclasses.replace(PRESETS["tiny"], mesh=Mesh(fsdp=1)))
+    assert "embedding/embedding                         (2048, 128)      -   " in text
+    assert re.search(r"experts/gate +\(8, 3, 128, 96\) +8 × 3 × \(128 × 96\) +muon", text)
+    assert re.search(r"experts/gate, experts/up +experts, –, –, hidden", text)
+    assert "1,941,888 in all, 1,417,600 without embedding and head" in text
+    assert re.search(r"optimizer state +15.54 MB +9.87 MB", text)
+    assert "warm-up over 40 steps, then cosine to 0.1" in text
+    assert "2,048 tokens a step, 819,200 in all" in text
+
+
+@pytest.mark.parametrize("fsdp, devices", [(-1, 16), (8, 64)])
+def test_dry_run_of_moonlight_on_devices_that_need_not_be_there(fsdp, devices):
+    config = dataclasses.replace(PRESETS["moonlight-16b"], mesh=Mesh(fsdp=fsdp, expert=8))
+    text = dry(config)
+    assert f"= {devices} devices" in text
+    assert ("this machine has 16." in text) is (devices > 16)
+    assert "15,289,019,904 without embedding and head" in text
+    assert "passes through 2,243,685,888" in text
+    assert f"experts/down expert 8 × fsdp {devices // 8}" in re.sub(
+        " experts, –, hidden, – +", " ", re.sub(" +", " ", text)
+    )
+    # AdamW keeps two float32s of each param; experts lie on all devices, the rest along fsdp.
+    experts, all_params = 64 * 26 * 3 * 2048 * 1408, 15_960_108_544
+    state = float(re.search(r"optimizer state +([\d.]+) GB", text)[1])
+    assert math.isclose(
+        state, 8e-9 * (experts + 8 * (all_params - experts)) / devices, rel_tol=0.002
+    )
+    assert "5,200,936,960,000 in all" in text
+
+
+def test_memory_is_that_of_the_arrays():
+    config = training(mesh=Mesh(fsdp=2, expert=2, tensor=2), accumulate=2)
+    trainer = Trainer(config, "muon", mesh_of(1, 2, 2, 2), config.data.vocabulary)
+    state = jax.tree.map(
+        lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), trainer.abstract
+    )
+
+    def held(tree):
+        shards = (x.addressable_shards for x in jax.tree.leaves(tree))
+        first = jax.devices()[0]
+        return sum(s.data.nbytes for own in shards for s in own if s.device == first)
+
+    found = memory(trainer)
+    assert found["params, float32"] == found["gradient, float32"] == held(state.params)
+    assert found["optimizer state"] == held(state.opt_state)
+    assert found["batch"] == 2 * 1 * 17 * 4
+    half = dataclasses.replace(config, model=dataclasses.replace(SMALL, dtype="bfloat16"))
+    small = memory(Trainer(half, "muon", trainer.mesh, half.data.vocabulary))["params in bfloat16"]
+    routers = held(state.params["moe_layers"]["feed_forward"]["router"])
+    assert small == (held(state.params) + routers) // 2
+
+
+def test_a_mesh_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="at most one is -1"):
+        mesh_of_config(Mesh(data=-1, fsdp=-1, expert=32))
+    with pytest.raises(ValueError, match=r"fsdp 1 = 32 do not divide"):
+        dry(training(mesh=Mesh(fsdp=-1, expert=32), batch=32))
+
+
+def test_dry_run_of_adamw_alone():
+    text = dry(training(DENSE), "adamw")
+    assert "AdamW takes all" in text and "Newton-Schulz" not in text
