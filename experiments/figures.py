@@ -1,6 +1,7 @@
 """What the figures of all studies share: colours, style, panels, saving, embedding."""
 
 import base64
+import io
 import statistics
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -151,7 +152,9 @@ def save_png(figure: Figure, path: Path, dpi: int = 200) -> Path:
     Returns:
         The path.
     """
-    figure.savefig(path, format="png", dpi=dpi)
+    image = io.BytesIO()  # an object store takes whole files
+    figure.savefig(image, format="png", dpi=dpi)
+    path.write_bytes(image.getvalue())
     return path
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,10 @@ from pretraining import DENSE, SMALL, VOCABULARY, mesh_of, one_device, training
 import muon_jax
 from experiments.pretrain import sharding
 from experiments.pretrain.attention import causal_attention
+from experiments.pretrain.costs import active_entries
 from experiments.pretrain.experts import combine, dispatch, gate, sort_by_expert, updated_bias
 from experiments.pretrain.model import LanguageModel
+from experiments.pretrain.presets import PRESETS
 
 
 def normal(seed, *shape):
@@ -277,3 +280,29 @@ def test_a_config_says_which_option_is_wrong():
         dataclasses.replace(SMALL, active=9)
     with pytest.raises(ValueError, match=r"--accumulate 3 does not divide --batch 8"):
         training(accumulate=3)
+
+
+def test_the_presets_have_the_sizes_that_they_are_named_for():
+    """Moonlight-16B-A3B to the last param (2502.16982), without embedding and head."""
+
+    def sizes(name):
+        config = PRESETS[name]
+        model = LanguageModel(config.model, config.data.vocabulary)
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        of = {path: math.prod(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(params)}
+        ends = sum(n for path, n in of.items() if path[0].key in ("embedding", "head"))
+        gains = sum(n for path, n in of.items() if path[-1].key == "scale")
+        head = 0 if config.model.tied else ends // 2
+        active = active_entries(config.model, params) - head + gains
+        return sum(of.values()), sum(of.values()) - ends, active
+
+    assert sizes("moonlight-16b")[1:] == (15_289_019_904, 2_243_685_888)
+    assert sizes("nanogpt-124m")[0] == 123_587_328
+    for name, params in (
+        ("399m", 399),
+        ("545m", 545),
+        ("822m", 822),
+        ("1.1b", 1100),
+        ("1.5b", 1500),
+    ):
+        assert sizes(f"dense-{name}")[1] == pytest.approx(params * 1e6, rel=0.015)

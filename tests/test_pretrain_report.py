@@ -14,18 +14,15 @@ from rich.console import Console
 from experiments.pretrain.config import Mesh, as_json
 from experiments.pretrain.dry_run import dry_run, memory, mesh_of_config
 from experiments.pretrain.presets import PRESETS
-from experiments.pretrain.report import (
-    abstract,
+from experiments.pretrain.report import abstract, main, terminal_table, write_report
+from experiments.pretrain.report_data import (
     final_load,
     found_optimizers,
     load_run,
     load_runs,
-    main,
     measure_of,
-    smoothed,
-    terminal_table,
-    write_report,
 )
+from experiments.pretrain.report_figures import smoothed
 from experiments.pretrain.step import Trainer
 from experiments.runs import RunError
 
@@ -133,7 +130,7 @@ def test_two_runs_are_compared(tmp_path):
     text = text_of(two(tmp_path))
     assert text.startswith(
         f"After 1,536 tokens, Muon predicts the held-out text at {muon:.4f} bits a byte, "
-        f"AdamW at {adamw:.4f}. Muon is lower than AdamW by 0.0470 bits a byte, 5.5 %. "
+        f"AdamW at {adamw:.4f}. Muon is lower than AdamW by 0.0470 bits a byte, 5.5 %, "
     )
     assert text.endswith("One training each, with one seed: no statistics.")
 
@@ -146,10 +143,15 @@ def test_share_of_the_tokens_to_the_other_ones_last_value(tmp_path):
         ]
         write_records(folder / name, losses)
     # Muon passes AdamW's 1.0 half a doubling before the end.
-    assert "It comes to AdamW's last value after 71 % of the tokens." in text_of(folder)
+    assert text_of(folder).startswith(
+        "After 8,192 tokens, Muon predicts the held-out text at 0.5000 nats a token, "
+        "AdamW at 1.0000. Muon is lower than AdamW by 0.5000 nats a token, 50 %, and passes its "
+        "last value after 71 % of the tokens. "
+    )
     write_records(folder / "adamw", [{"step": 64, "validation_loss": 0.5}])
-    assert "Muon and AdamW are level" in text_of(folder) or "AdamW and Muon are" in text_of(folder)
-    assert "last value" not in text_of(folder)
+    assert "AdamW and Muon are level." in text_of(folder)
+    write_records(folder / "muon", [{"step": 64, "validation_loss": 0.25}])
+    assert "by 0.2500 nats a token, 50 %. One" in text_of(folder)
 
 
 def test_an_unfinished_run_is_compared_where_both_have_been(tmp_path):
@@ -176,6 +178,20 @@ def test_a_run_that_has_only_begun(tmp_path):
     assert "After 0 tokens, Muon predicts the held-out text at 2.0000 bits" in text_of(folder)
 
 
+def test_runs_that_differ_in_more_than_the_optimizer_say_so(tmp_path):
+    make_run(tmp_path / "r" / "adamw", "adamw", 1.0)
+    make_run(tmp_path / "r" / "muon", "muon", 0.9, model=DENSE, seed=1)
+    folder = epath.Path(tmp_path / "r")
+    path = folder / "muon" / "summary.json"
+    path.write_text(path.read_text().replace("fedc", "0000"))
+    text = text_of(folder)
+    found = text[: text.index(".  After") if ".  After" in text else text.index(" After")]
+    assert "Beside the optimizer the runs differ in model.layers, model.dense_layers" in found
+    assert found.endswith("model.tied, seed, the text.")
+    write_report(folder, ("adamw", "muon"))
+    assert pngs(folder) == FIGURES
+
+
 def test_one_run_is_not_compared(tmp_path):
     folder = make_run(tmp_path / "r", "muon", 0.9)
     before, after = (BITS_A_NAT * (0.9 + 3 / n**0.5) for n in (1, 13))
@@ -192,7 +208,7 @@ def test_one_run_is_not_compared(tmp_path):
         assert f"Figure {number}." in page
     assert "to be &lt;b&gt;or&lt;/b&gt; not to be" in page
     assert "AdamW" not in page[: page.index("How it was measured")]
-    assert "0123456789ab</td>" in page and "5,000 tokens to train on" in page
+    assert "<td>01234567</td>" in page and "5,000 tokens to train on" in page
 
 
 def test_page_of_two_runs_says_what_differs(tmp_path):
@@ -258,7 +274,18 @@ def test_share_of_newton_schulz(tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     summary["costs"] = {"newton_schulz_share": 0.0123}
     (folder / "summary.json").write_text(json.dumps(summary))
-    assert "1.2 %" in printed([load_run(folder)])
+    assert "1.23 %" in printed([load_run(folder)])
+
+
+def test_rates_are_medians(tmp_path):
+    folder = make_run(tmp_path / "r", "muon", 0.9)
+    records = records_of(folder)
+    for record in records:
+        mfu = 0.01 if record["step"] == 2 else 0.4
+        record |= {"mfu": mfu, "flops_per_second": 1e13 * mfu} if "loss" in record else {}
+    write_records(folder, records)
+    assert "40 %" in printed([load_run(folder)])
+    assert "4 TFLOP/s" in write_report(folder, ("muon",)).read_text()
 
 
 def test_optimizers_of_one_color_are_told_apart(tmp_path):
@@ -332,15 +359,23 @@ def dry(config, *optimizers):
     return out.getvalue()
 
 
-def test_dry_run_of_a_laptop_model():
-    text = dry(dataclasses.replace(PRESETS["tiny"], mesh=Mesh(fsdp=1)))
-    assert "embedding/embedding                         (2048, 128)      -   " in text
-    assert re.search(r"experts/gate +\(8, 3, 128, 96\) +8 × 3 × \(128 × 96\) +muon", text)
-    assert re.search(r"experts/gate, experts/up +experts, –, –, hidden", text)
-    assert "1,941,888 in all, 1,417,600 without embedding and head" in text
-    assert re.search(r"optimizer state +15.54 MB +9.87 MB", text)
-    assert "warm-up over 40 steps, then cosine to 0.1" in text
-    assert "2,048 tokens a step, 819,200 in all" in text
+def test_dry_run_on_one_device():
+    text = dry(training())
+    assert "embedding/embedding                         (64, 32)        -   " in text
+    assert re.search(r"experts/gate +\(8, 2, 32, 16\) +8 × 2 × \(32 × 16\) +muon", text)
+    assert re.search(r"experts/gate, experts/up +experts, –, –, hidden +whole", text)
+    assert "51,344 in all, 47,248 without embedding and head" in text
+    # Two float32s of all; one of the 46,976 entries of hidden matrices, and counters.
+    assert re.search(r"optimizer state +410.76 kB +222.86 kB", text)
+    assert re.search(r"model +25 MFLOP +25 MFLOP", text)
+    assert re.search(r"Newton-Schulz +– +21.9 MFLOP", text)
+    assert "Muon's overhead: 87.85 % of the model's 25 MFLOP a step" in text
+    assert "warm-up over 2 steps, then cosine to 0.1" in text
+    assert "128 tokens a step, 1,536 in all" in text
+
+
+def test_dry_run_of_the_default():
+    assert "Muon's overhead" in dry(dataclasses.replace(PRESETS["tiny"], mesh=Mesh(fsdp=1)))
 
 
 @pytest.mark.parametrize("fsdp, devices", [(-1, 16), (8, 64)])
@@ -360,6 +395,7 @@ def test_dry_run_of_moonlight_on_devices_that_need_not_be_there(fsdp, devices):
     assert math.isclose(
         state, 8e-9 * (experts + 8 * (all_params - experts)) / devices, rel_tol=0.002
     )
+    assert re.search(r"model +317 PFLOP +317 PFLOP", text)
     assert "5,200,936,960,000 in all" in text
 
 
@@ -379,8 +415,9 @@ def test_memory_is_that_of_the_arrays():
     assert found["params, float32"] == found["gradient, float32"] == held(state.params)
     assert found["optimizer state"] == held(state.opt_state)
     assert found["batch"] == 2 * 1 * 17 * 4
+    assert set(found) == {"params, float32", "gradient, float32", "optimizer state", "batch"}
     half = dataclasses.replace(config, model=dataclasses.replace(SMALL, dtype="bfloat16"))
-    small = memory(Trainer(half, "muon", trainer.mesh, half.data.vocabulary))["params in bfloat16"]
+    small = memory(Trainer(half, "muon", trainer.mesh, half.data.vocabulary))["params, bfloat16"]
     routers = held(state.params["moe_layers"]["feed_forward"]["router"])
     assert small == (held(state.params) + routers) // 2
 
@@ -394,4 +431,4 @@ def test_a_mesh_that_cannot_be_is_refused():
 
 def test_dry_run_of_adamw_alone():
     text = dry(training(DENSE), "adamw")
-    assert "AdamW takes all" in text and "Newton-Schulz" not in text
+    assert "AdamW takes all" in text and "Newton-Schulz: " not in text

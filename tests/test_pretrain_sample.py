@@ -12,7 +12,7 @@ import pytest
 from pretraining import SMALL, VOCABULARY, mesh_of, one_device, text_file, training
 
 from experiments.checkpoints import Checkpoints
-from experiments.pretrain import data, export, sample, sharding
+from experiments.pretrain import data, export, sample
 from experiments.pretrain.config import as_json
 from experiments.pretrain.sample import generate, write_texts
 from experiments.pretrain.step import Trainer
@@ -139,6 +139,7 @@ def run(tmp_path_factory):
         (folder / "config.json").write_text(json.dumps({"optimizer": "adamw"} | as_json(config)))
         with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
             checkpoints.save(0, state, {"data_sha256": tokens.sha256})
+        (folder / "tokenizer.json").write_text(tokens.tokenizer.to_str())
         yield folder, trainer, state, tokens
 
 
@@ -155,20 +156,20 @@ def test_texts_begin_with_the_prompt_and_end_with_the_document(run, monkeypatch)
         return np.array([row + [end] * (width - len(row)) for row in rows])
 
     monkeypatch.setattr(sample, "generate", stub)
-    texts = write_texts(trainer, state, tokens, "to <|endoftext|>", count=2, temperature=0.5)
+    settings = {"count": 2, "temperature": 0.5}
+    texts = write_texts(trainer, state, tokens.tokenizer, "to <|endoftext|>", **settings)
     assert texts[0] == "to <|endoftext|> be or"
     assert texts[1].startswith("to <|endoftext|> be na")
     assert end not in seen["prompts"][0]
     assert seen["settings"] == {"temperature": 0.5, "top_k": 40, "seed": 0}
-    assert write_texts(trainer, state, tokens, "", count=2)[0] == " be or"
+    assert write_texts(trainer, state, tokens.tokenizer, "", count=2)[0] == " be or"
     assert seen["prompts"] == [[end]] * 2
     with pytest.raises(ValueError, match=r"--data\.tokenizer"):
-        write_texts(trainer, state, tokens._replace(tokenizer=None), "to")
+        write_texts(trainer, state, None, "to")
 
 
 def test_the_commands_read_a_run(run, monkeypatch, capsys, tmp_path):
     folder, trainer, state, tokens = run
-    monkeypatch.setattr(sharding, "make_mesh", lambda sizes: one_device())
 
     def call(module, *words):
         monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
@@ -177,7 +178,7 @@ def test_the_commands_read_a_run(run, monkeypatch, capsys, tmp_path):
 
     options = ("--prompt=to", "--length=6", "--count=2", "--top-k=5", "--seed=4")
     code, printed = call(sample, folder, *options)
-    texts = write_texts(trainer, state, tokens, "to", length=6, count=2, top_k=5, seed=4)
+    texts = write_texts(trainer, state, tokens.tokenizer, "to", length=6, count=2, top_k=5, seed=4)
     assert (code, printed.out) == (0, sample.DIVIDER.join(texts) + "\n")
 
     code, printed = call(export, folder, tmp_path / "hf")

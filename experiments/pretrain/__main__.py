@@ -99,15 +99,22 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
         from experiments.pretrain.dry_run import dry_run
 
         return dry_run(command, command.optimizer, console)
+    if len(command.optimizer) > 1 and (command.folder() / "config.json").exists():
+        raise RunError(
+            f"{command.folder()} holds a run of one optimizer, and several get folders in --out. "
+            "Give another --out, or the one --optimizer of that run."
+        )
     tokens = _prepare(command, stop, console)
     for optimizer in command.optimizer:
         if not _train(command, optimizer, tokens, stop, console):
             console.print("Stopped and saved; the same command goes on from there.")
             return INTERRUPTED
     if jax.process_index() == 0:
-        from experiments.pretrain.report import write_report
+        from experiments.pretrain.report import terminal_table, write_report
+        from experiments.pretrain.report_data import load_runs
 
         report = write_report(command.folder(), command.optimizer)
+        console.print(terminal_table(load_runs(command.folder(), command.optimizer)))
         console.print(f"Report: {report}", highlight=False, soft_wrap=True)
     return 0
 

@@ -98,7 +98,6 @@ class Latent(nnx.Module):
         rope: int,
         value: int,
         rope_base: float,
-        epsilon: float,
         init,
         rngs: nnx.Rngs,
     ):
@@ -106,7 +105,8 @@ class Latent(nnx.Module):
         self.nope, self.rope = nope, rope
         self.query = Linear(width, heads * (nope + rope), init=init, rngs=rngs)
         self.latent = Linear(width, latent + rope, init=init, rngs=rngs)
-        self.latent_norm = nnx.RMSNorm(latent, epsilon=epsilon, rngs=rngs)
+        # DeepSeek's own code and transformers fix this one, whatever the other norms have.
+        self.latent_norm = nnx.RMSNorm(latent, epsilon=1e-6, rngs=rngs)
         self.key_value = Linear(latent, heads * (nope + value), init=init, rngs=rngs)
         self.out = Linear(heads * value, width, init=init, rngs=rngs)
 

@@ -26,6 +26,8 @@ PEAKS = {
     "NVIDIA B200": 2250e12,
 }
 
+_WITHOUT_NEWTON_SCHULZ = ("adamw", "polar", "low_rank", "low_rank_subspace", "dion", "splus")
+
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
@@ -59,14 +61,14 @@ class Costs:
 
 def step_costs(config: Training, optimizer: OptimizerName, params: Any) -> Costs:
     """Of a config; `params` are arrays or shapes."""
-    plan = muon_jax.plan(params)
+    plan = muon_jax.plan(params) if optimizer not in _WITHOUT_NEWTON_SCHULZ else None
     device = jax.devices()[0]
     peak = next((f for kind, f in PEAKS.items() if device.device_kind.startswith(kind)), None)
     tokens = config.tokens_per_step
     forward = active_entries(config.model, params) * 2 + attention_flops(config)
     return Costs(
         model_flops=3 * forward * tokens,
-        newton_schulz_flops=0 if optimizer == "adamw" else sum(row.flops for row in plan.rows),
+        newton_schulz_flops=plan.total("flops") if plan else 0,
         tokens=tokens,
         peak_flops_per_second=None if peak is None else peak * jax.device_count(),
     )

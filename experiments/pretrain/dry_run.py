@@ -16,8 +16,10 @@ from rich.text import Text
 import muon_jax
 from experiments.figures import optimizer_label
 from experiments.optimizers import OptimizerName
+from experiments.pages import flop
 from experiments.pretrain import sharding
 from experiments.pretrain.config import Mesh, Training
+from experiments.pretrain.costs import step_costs
 from experiments.pretrain.step import Trainer
 
 
@@ -28,7 +30,7 @@ def dry_run(config: Training, optimizers: Sequence[OptimizerName], console: Cons
         The command's exit code.
 
     Raises:
-        ValueError: the mesh does not divide an axis, or does not make up this machine's devices.
+        ValueError: an axis that the mesh does not divide, or sizes that no mesh has.
     """
     mesh = mesh_of_config(config.mesh)
     trainers = {name: Trainer(config, name, mesh, config.data.vocabulary) for name in optimizers}
@@ -44,10 +46,10 @@ def dry_run(config: Training, optimizers: Sequence[OptimizerName], console: Cons
     show("Params by optimizer", routing(params, optimizers))
     show("Mesh and what it splits", mesh_text(mesh), axes_table(params, mesh))
     show("Parameters", parameters_text(config, params))
-    show("Memory of a device", memory_table(trainers))
-    for name, trainer in trainers.items():
-        if name != "adamw":
-            show(f"{optimizer_label(name)}: a step", str(plan(trainer)))
+    show("Memory of a device, without activations (see --compile-only)", memory_table(trainers))
+    show("FLOPs of a step, over all devices", flops_table(trainers))
+    if set(optimizers) != {"adamw"}:
+        show("Newton-Schulz of the hidden matrices", str(plan(first)))
     show("Schedule", schedule_text(config, optimizers))
     return 0
 
@@ -84,8 +86,8 @@ def routing(params: Any, optimizers: Sequence[OptimizerName]) -> str:
     """Which param goes to which optimizer."""
     if set(optimizers) == {"adamw"}:
         return "AdamW takes all."
-    note = "AdamW, where it is alone, takes all.\n" if "adamw" in optimizers else ""
-    return note + muon_jax.routing_table(params)
+    note = "AdamW itself takes all; the others take those of label muon by their own rule.\n"
+    return note * ("adamw" in optimizers) + muon_jax.routing_table(params)
 
 
 def axes_table(params: Any, mesh: jax.sharding.Mesh) -> Table:
@@ -128,19 +130,18 @@ def parameters_text(config: Training, params: Any) -> str:
     )
 
 
-def memory_table(trainers: dict[OptimizerName, Trainer]) -> Table:
-    """Bytes of one device by part, a column for each optimizer."""
-    table = Table(
-        box=None,
-        padding=(0, 2, 0, 0),
-        pad_edge=False,
-        caption="without activations and what is in the works: see --compile-only",
-        caption_justify="left",
-    )
-    table.add_column("")
-    columns = [memory(trainer) for trainer in trainers.values()]
+def _table(trainers: dict[OptimizerName, Trainer]) -> Table:
+    """A column of names, and one for each optimizer."""
+    table = Table("", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for name in trainers:
         table.add_column(optimizer_label(name), justify="right")
+    return table
+
+
+def memory_table(trainers: dict[OptimizerName, Trainer]) -> Table:
+    """Bytes of one device by part, a column for each optimizer."""
+    table = _table(trainers)
+    columns = [memory(trainer) for trainer in trainers.values()]
     for part in columns[0]:
         table.add_row(part, *(_bytes(column[part]) for column in columns))
     table.add_row("together", *(_bytes(sum(column.values())) for column in columns), style="bold")
@@ -151,7 +152,7 @@ def memory(trainer: Trainer) -> dict[str, int]:
     """Bytes of one device by part, without activations."""
     config, state = trainer.config, trainer.abstract
     with jax.set_mesh(trainer.mesh):
-        compute = jax.eval_shape(trainer._in_model_dtype, state.params)
+        compute = jax.eval_shape(trainer.in_model_dtype, state.params)
     placed = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         compute,
@@ -162,11 +163,12 @@ def memory(trainer: Trainer) -> dict[str, int]:
         jnp.int32,
         sharding=trainer.windows,
     )
+    copy = {f"params, {config.model.dtype}": _on_device(placed)}
     return {
         "params, float32": _on_device(state.params),
         "optimizer state": _on_device(state.opt_state),
         "gradient, float32": _on_device(state.params),
-        f"params in {config.model.dtype}": _on_device(placed),
+        **(copy if config.model.dtype != "float32" else {}),
         "batch": _on_device(windows),
     }
 
@@ -179,14 +181,28 @@ def _on_device(tree: Any) -> int:
     )
 
 
+def flops_table(trainers: dict[OptimizerName, Trainer]) -> Table:
+    """FLOPs of a step, of the model and of Newton-Schulz, a column for each optimizer."""
+    table = _table(trainers)
+    found = [
+        step_costs(trainer.config, name, trainer.abstract.params)
+        for name, trainer in trainers.items()
+    ]
+    table.add_row("model", *(flop(costs.model_flops) for costs in found))
+    table.add_row("Newton-Schulz", *(flop(costs.newton_schulz_flops or None) for costs in found))
+    return table
+
+
 def plan(trainer: Trainer) -> muon_jax.Plan:
-    """What Newton-Schulz of the hidden matrices takes."""
+    """What Newton-Schulz takes; its model has the FLOPs of attention too."""
     config, params = trainer.config, trainer.abstract.params
+    costs = step_costs(config, trainer.optimizer, params)
     return muon_jax.plan(
         params,
         mesh=trainer.mesh,
         shardings=trainer.specs,
-        tokens_per_step=config.tokens_per_step,
+        tokens_per_step=costs.tokens,
+        active_params=round(costs.model_flops / (6 * costs.tokens)),
         ns_coeffs=config.muon.ns_coeffs,
     )
 

@@ -70,8 +70,8 @@ _LATENT_FIELDS = {
     "routed_scale": "routed_scaling_factor",
 }
 
-# What is the same in every model of ours. A config.json may leave out the first part, for which
-# it then means the same.
+# What is the same in every model of ours: a config.json that leaves out an unsaid one means just
+# that, one that leaves out another means something else.
 _UNSAID = {"hidden_act": "silu", "attention_bias": False}
 _UNSAID_LATENT = {
     "rope_interleave": True,
@@ -160,7 +160,7 @@ def write(
         }
         _write_json(partial / _CONFIG, ours)
         if tokenizer is not None:
-            tokenizer.save(str(partial / "tokenizer.json"))
+            (partial / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
             end = None if end_of_text is None else tokenizer.id_to_token(end_of_text)
             settings = {
                 "tokenizer_class": "PreTrainedTokenizerFast",
@@ -303,7 +303,10 @@ def _write_tensors(
     files = total = size = 0
 
     def flush() -> None:
-        save_file(pending, folder / f"{files}.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(pending, folder / f"{files}.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder} cannot be written ({error}); is the disk full?") from None
         pending.clear()
 
     for name, x in tensors:
@@ -458,7 +461,8 @@ def main() -> int:
     command = tyro.cli(Command, prog="python -m experiments.pretrain.export")
     try:
         loaded = load_run(command.run)
-        state, tokens = loaded.state, loaded.tokens
+        state, tokenizer = loaded.state, loaded.tokenizer
+        end_of_text = tokenizer and tokenizer.token_to_id(loaded.config.data.end_of_text)
         write(
             command.out,
             loaded.config.model,
@@ -466,8 +470,8 @@ def main() -> int:
             state.bias,
             context=loaded.config.context,
             dtype=command.dtype,
-            tokenizer=tokens.tokenizer,
-            end_of_text=tokens.end_of_text,
+            tokenizer=tokenizer,
+            end_of_text=end_of_text,
         )
     except (ValueError, RunError, OSError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)

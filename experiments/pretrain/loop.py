@@ -1,5 +1,6 @@
 """One run: from its folder's newest checkpoint, or from the start, to its last step."""
 
+import contextlib
 import json
 import threading
 import time
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import tokenizers
 from etils import epath
 
 from experiments.checkpoints import Checkpoints, params_sha256
@@ -19,6 +21,8 @@ from experiments.pretrain.processes import Agreement
 from experiments.pretrain.sample import DIVIDER, write_texts
 from experiments.pretrain.step import State, Trainer
 from experiments.runs import RunError, machine, write_json
+
+TOKENIZER = "tokenizer.json"
 
 
 class TrainingError(Exception):
@@ -74,12 +78,9 @@ def train(
         )
     mesh = sharding.make_mesh(config.mesh.sizes)
     trainer = Trainer(config, optimizer, mesh, config.data.vocabulary)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=running.keep)
-    try:
+    with contextlib.closing(Checkpoints(folder / "checkpoints", keep=running.keep)) as checkpoints:
         run = _Run(trainer, running, tokens, folder, checkpoints, stop, on_step, on_message)
         return run.to_the_end()
-    finally:
-        checkpoints.close()
 
 
 class _Run:
@@ -154,6 +155,8 @@ class _Run:
                 self.log.close()
 
     def _begin(self) -> State:
+        if self.first and self.tokens.tokenizer is not None:
+            (self.folder / TOKENIZER).write_text(self.tokens.tokenizer.to_str())
         restored = self.checkpoints.restore(self.trainer.abstract)
         if restored is None:
             return self.trainer.start(self.config.seed)
@@ -223,7 +226,8 @@ class _Run:
     def _write_samples(self, state: State) -> None:
         if not self.running.samples or self.tokens.tokenizer is None:
             return
-        texts = write_texts(self.trainer, state, self.tokens, "", count=self.running.samples)
+        count = self.running.samples
+        texts = write_texts(self.trainer, state, self.tokens.tokenizer, "", count=count)
         if self.first:
             (self.folder / "samples.txt").write_text(DIVIDER.join(texts) + "\n")
 
@@ -280,15 +284,14 @@ class Loaded(NamedTuple):
     optimizer: OptimizerName
     trainer: Trainer
     state: State
-    tokens: data.Tokens
+    tokenizer: tokenizers.Tokenizer | None
 
 
 def load_run(folder: epath.PathLike) -> Loaded:
-    """Reads a run's folder, on the devices that are here.
+    """Reads a run's folder: on its own mesh where these are as many devices, or on the first one.
 
     Raises:
-        RunError: the folder has no run, or no checkpoint yet.
-        ValueError: its text is not the one that it was trained on, or its mesh does not fit.
+        RunError: the folder has no run, or no checkpoint that is whole.
     """
     folder = epath.Path(folder)
     path = folder / "config.json"
@@ -297,12 +300,17 @@ def load_run(folder: epath.PathLike) -> Loaded:
     settings = json.loads(path.read_text())
     optimizer = settings.pop("optimizer")
     config = from_json(Training, settings)
-    trainer = Trainer(
-        config, optimizer, sharding.make_mesh(config.mesh.sizes), config.data.vocabulary
-    )
-    checkpoints = Checkpoints(folder / "checkpoints")
-    restored = checkpoints.restore(trainer.abstract)
-    checkpoints.close()
+    try:
+        mesh = sharding.make_mesh(config.mesh.sizes)
+        trainer = Trainer(config, optimizer, mesh, config.data.vocabulary)
+    except ValueError:
+        mesh = sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])
+        trainer = Trainer(config, optimizer, mesh, config.data.vocabulary)
+    with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+        restored = checkpoints.restore(trainer.abstract)
     if restored is None:
         raise RunError(f"{folder} has no checkpoint yet. Wait for its first save.")
-    return Loaded(config, optimizer, trainer, restored.state, data.prepare(config.data))
+    path, tokenizer = folder / TOKENIZER, None
+    if path.exists():
+        tokenizer = tokenizers.Tokenizer.from_str(path.read_text())
+    return Loaded(config, optimizer, trainer, restored.state, tokenizer)

@@ -81,7 +81,6 @@ class Layer(nnx.Module):
                 rope=config.rope,
                 value=config.value,
                 rope_base=config.rope_base,
-                epsilon=config.epsilon,
                 init=init,
                 rngs=rngs,
             )

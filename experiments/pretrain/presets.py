@@ -64,7 +64,7 @@ _MOONLIGHT = Training(
 )
 
 PRESETS: dict[str, Training] = {
-    "tiny": Training(model=Model(bias_rate=0.02)),
+    "tiny": Training(model=Model(bias_rate=0.02, dtype="float32")),
     "small": Training(
         model=Model(
             layers=8,

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 import tyro
 from rich.console import Console
 
 from experiments.optimizers import ARMS
 from experiments.pretrain import sharding
-from experiments.pretrain.data import Tokens
 from experiments.pretrain.model import Params
 from experiments.pretrain.step import State, Trainer
 from experiments.runs import RunError
@@ -84,7 +84,7 @@ def generate(
 def _extend(trainer, params, bias, tokens_BxT, lengths_B, temperature, top_k, seed) -> jax.Array:
     """Fills each row from its length on."""
     model = trainer.model
-    compute = trainer._in_model_dtype(params)
+    compute = trainer.in_model_dtype(params)
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
         jnp.arange(len(tokens_BxT))
     )
@@ -114,7 +114,7 @@ def _extend(trainer, params, bias, tokens_BxT, lengths_B, temperature, top_k, se
 def write_texts(
     trainer: Trainer,
     state: State,
-    tokens: Tokens,
+    tokenizer: tokenizers.Tokenizer | None,
     prompt: str,
     *,
     length: int = 200,
@@ -127,27 +127,28 @@ def write_texts(
 
     Args:
         trainer, state: of the model; the params are those that are evaluated.
-        tokens: what it has learnt; they come with their tokenizer.
+        tokenizer: of the text that it has learnt.
         prompt: an empty one stands for the beginning of a document.
         length, temperature, top_k, seed: as `generate` takes them.
         count: how many texts.
 
     Raises:
-        ValueError: the tokens came without a tokenizer, or a number is out of range.
+        ValueError: there is no tokenizer, or a number is out of range.
     """
     _check(count=(count, 1))
-    if tokens.tokenizer is None:
+    if tokenizer is None:
         raise ValueError(
             "The run has learnt tokens that came without their tokenizer, so that its samples are "
             "no text. Name the tokenizer with --data.tokenizer when you train."
         )
     params = ARMS[trainer.optimizer].eval_params(state.opt_state, state.params)
-    start = tokens.tokenizer.encode(prompt, add_special_tokens=False).ids or [tokens.end_of_text]
+    end_of_text = tokenizer.token_to_id(trainer.config.data.end_of_text)
+    start = tokenizer.encode(prompt, add_special_tokens=False).ids or [end_of_text]
     settings = {"temperature": temperature, "top_k": top_k, "seed": seed}
     found = generate(trainer, params, state.bias, [start] * count, length, **settings).tolist()
-    ends = [row.index(tokens.end_of_text) if tokens.end_of_text in row else None for row in found]
+    ends = [row.index(end_of_text) if end_of_text in row else None for row in found]
     return [
-        tokens.tokenizer.decode(start + row[:end], skip_special_tokens=True)
+        tokenizer.decode(start + row[:end], skip_special_tokens=True)
         for row, end in zip(found, ends, strict=True)
     ]
 
@@ -185,7 +186,7 @@ def main() -> int:
     settings = dataclasses.asdict(tyro.cli(Command, prog="python -m experiments.pretrain.sample"))
     try:
         loaded = load_run(settings.pop("run"))
-        texts = write_texts(loaded.trainer, loaded.state, loaded.tokens, **settings)
+        texts = write_texts(loaded.trainer, loaded.state, loaded.tokenizer, **settings)
     except (ValueError, RunError, OSError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         return 2

@@ -202,7 +202,7 @@ class Trainer:
 
     def _gradient(self, state: State, windows: jax.Array) -> tuple[jax.Array, Params, Observed]:
         """Mean loss and gradient of the microbatches, and what their forward passes observed."""
-        compute = self._in_model_dtype(state.params)
+        compute = self.in_model_dtype(state.params)
 
         def objective(params, windows):
             losses, observed = self.model.losses(params, state.bias, windows)
@@ -237,7 +237,7 @@ class Trainer:
         )
         return loss, gradient, observed
 
-    def _in_model_dtype(self, params: Params) -> Params:
+    def in_model_dtype(self, params: Params) -> Params:
         """Cast where they lie, so that half as many bytes are gathered; routers stay float32."""
 
         def cast(path, x):
@@ -266,7 +266,7 @@ class Trainer:
     def _evaluate(self, state: State, windows: jax.Array) -> jax.Array:
         """Summed loss of each window, `(microbatches, B)`, in nats, at the params to evaluate."""
         params = optimizers.ARMS[self.optimizer].eval_params(state.opt_state, state.params)
-        compute = self._in_model_dtype(params)
+        compute = self.in_model_dtype(params)
 
         def losses(windows):
             return jnp.sum(self.model.losses(compute, state.bias, windows)[0], axis=1)
