@@ -1,5 +1,6 @@
 """Whether two arms differ: paired over seeds, Student's t, and Holm's correction for many arms."""
 
+import functools
 import math
 import statistics
 from collections.abc import Mapping
@@ -52,6 +53,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return corrected
 
 
+@functools.cache
 def student_t(degrees: int, confidence: float = CONFIDENCE) -> float:
     """How many standard errors a two-sided confidence interval reaches.
 

@@ -7,6 +7,7 @@ import functools
 import sys
 import threading
 from pathlib import Path
+from typing import get_args
 
 import jax
 import tyro
@@ -22,18 +23,20 @@ from experiments.pretrain.config import PresetName, Running, Training, as_json
 from experiments.pretrain.loop import Progress, TrainingError, train
 from experiments.pretrain.presets import PRESETS
 from experiments.pretrain.processes import Processes
+from experiments.pretrain.suites.config import Suite, SuiteName, defaults
+from experiments.pretrain.suites.study import suite
 from experiments.runs import RunError, claim
 
 
 @dataclasses.dataclass(frozen=True)
-class Command(Running, Training):
+class Command(Suite, Running, Training):
     """Pretrains a Mixture-of-Experts language model, with Muon and with AdamW.
 
-    With no argument: a small model on the source of Python's own standard library, both optimizers
-    at their swept rates, in some minutes on two cores; then a report with loss curves in bits per
-    byte and texts that the models write. `--preset` takes larger models, `--data.files` other text.
-    A run is a folder. The same command on a folder that holds a run goes on with it, bit for bit,
-    after Ctrl-C, SIGTERM (both save first and exit with 130), a crash or a kill.
+    With no argument: a small model on the source of Python's own standard library, with both
+    optimizers, in some minutes on two cores; then a report with loss curves in bits per byte and
+    texts that the models write. `--preset` takes larger models, `--data.files` other text, `--suite`
+    many trainings. A run is a folder. The same command on a folder that holds a run goes on with
+    it, bit for bit, after Ctrl-C, SIGTERM (both save first and exit with 130), a crash or a kill.
     """
 
     preset: PresetName = "tiny"
@@ -52,6 +55,7 @@ class Command(Running, Training):
     """A run on many hosts."""
 
     def __post_init__(self) -> None:
+        Suite.__post_init__(self)
         Running.__post_init__(self)
         Training.__post_init__(self)
         if not self.optimizer or len(set(self.optimizer)) != len(self.optimizer):
@@ -81,11 +85,15 @@ def main() -> int:
 def parse(arguments: list[str]) -> Command:
     """The command line; what it does not say is the preset's."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--preset", choices=PRESETS, default="tiny")
+    early.add_argument("--preset", choices=PRESETS)
+    early.add_argument("--suite", choices=get_args(SuiteName))
     named, _ = early.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
-    preset = PRESETS[named.preset]
-    settings = {f.name: getattr(preset, f.name) for f in dataclasses.fields(Training)}
-    default = Command(preset=named.preset, **settings)
+    if named.suite:
+        settings = defaults(named.suite, PRESETS.get(named.preset))
+    else:
+        preset = PRESETS[named.preset or "tiny"]
+        settings = {f.name: getattr(preset, f.name) for f in dataclasses.fields(Training)}
+    default = Command(preset=named.preset or "tiny", **settings)
     return tyro.cli(Command, args=arguments, default=default, prog="python -m experiments.pretrain")
 
 
@@ -105,6 +113,8 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
             "Give another --out, or the one --optimizer of that run."
         )
     tokens = _prepare(command, stop, console)
+    if command.suite:
+        return suite(command, command.suite, tokens, console, stop)
     for optimizer in command.optimizer:
         if not _train(command, optimizer, tokens, stop, console):
             console.print("Stopped and saved; the same command goes on from there.")

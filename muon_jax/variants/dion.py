@@ -10,6 +10,7 @@ import optax
 
 from muon_jax._auto_axes import over_auto_axes
 from muon_jax._hybrid import hybrid
+from muon_jax._lapack import each_matrix
 from muon_jax._layout import AnyMesh
 from muon_jax._momentum import as_array_tree, stored_like
 from muon_jax._options import require_static, takes_options_of
@@ -104,7 +105,7 @@ def scale_by_dion(
         scaled = [relative(m) for m in matrices.whole(matrices.take(total))]
         q = matrices.unpack(state.q, updates)
         p = [product(m.mT, x) for (m, _), x in zip(scaled, q, strict=True)]
-        p = matrices.each_once(p, lambda x: jnp.linalg.qr(x)[0])
+        p = matrices.each_once(p, lambda x: each_matrix(jnp.linalg.qr, x)[0])
         left, factors, right = [], [], []
         for (m, largest), p_, q_ in zip(scaled, p, q, strict=True):
             r = product(m, p_)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from muon_jax._lapack import each_matrix
 from muon_jax._muon import muon
 from muon_jax._options import require_static, takes_options_of
 
@@ -84,10 +85,10 @@ class TruncatedPolar:
         q = jax.random.normal(jax.random.key(0), (n, carried), wide.dtype)
         q = jnp.broadcast_to(q, (*x.shape[:-2], n, carried))
         for _ in range(self.iterations):
-            p, _ = jnp.linalg.qr(product(wide, q))
-            q, r = jnp.linalg.qr(product(wide.mT, p))
+            p, _ = each_matrix(jnp.linalg.qr, product(wide, q))
+            q, r = each_matrix(jnp.linalg.qr, product(wide.mT, p))
         # p qᵀ-coordinates of x: x ≈ p rᵀ qᵀ, whose SVD is that of the small r.
-        left, values, right = jnp.linalg.svd(r.mT, full_matrices=False)
+        left, values, right = each_matrix(_svd, r.mT)
         kept = _kept(values, rank)
         p, q = product(p, left[..., :rank] * kept), product(q, right.mT[..., :rank])
         factor = product(p, q.mT)
@@ -137,11 +138,15 @@ def rank_of(rank: int | float, m: int, n: int) -> int:
     )
 
 
+def _svd(x: jax.Array) -> Any:
+    return jnp.linalg.svd(x, full_matrices=False)
+
+
 def _truncated(x: jax.Array, rank: int) -> jax.Array:
     if not x.size:
         return x
     wide, largest = relative(x)
-    u, values, vt = jnp.linalg.svd(wide, full_matrices=False)
+    u, values, vt = each_matrix(_svd, wide)
     factor = product(u[..., :rank] * _kept(values, rank), vt[..., :rank, :])
     return jnp.where(largest == 0, 0, factor).astype(x.dtype)
 

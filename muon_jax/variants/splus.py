@@ -10,6 +10,7 @@ import optax
 
 from muon_jax._auto_axes import over_auto_axes
 from muon_jax._hybrid import hybrid
+from muon_jax._lapack import each_matrix
 from muon_jax._layout import AnyMesh
 from muon_jax._momentum import as_array_tree
 from muon_jax._options import require_static, takes_options_of
@@ -143,7 +144,7 @@ def scale_by_splus(
 
         def fresh(second):
             halves = [
-                matrices.each_once(half, lambda x: jnp.linalg.eigh(x)[1])
+                matrices.each_once(half, lambda x: each_matrix(jnp.linalg.eigh, x)[1])
                 for half in zip(*second, strict=True)
             ]
             return [Sides(*pair) for pair in zip(*halves, strict=True)]

@@ -1,0 +1,161 @@
+"""What the suites train: their defaults, and the ladder of sizes."""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from experiments.optimizers import AdamW, Muon, OptimizerName, Rates
+from experiments.pretrain import costs
+from experiments.pretrain.config import Model, Training
+from experiments.pretrain.data import Data
+from experiments.pretrain.model import LanguageModel, Params
+from experiments.sweep import Sweep
+
+SuiteName = Literal["optimizers", "scaling"]
+
+BASELINE: OptimizerName = "adamw"
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A study of many small trainings; its folder keeps those that are finished."""
+
+    suite: SuiteName | None = None
+    """Compare many optimizers at one size, or the growth of few over several sizes."""
+    seeds: int = 3
+    """Of a suite: seeds at each arm's best rate, of initial params and the order of the text."""
+    sweep_seeds: int = 1
+    """Of a suite: how many of the seeds choose that rate."""
+    sweep: Sweep = dataclasses.field(default_factory=Sweep)
+    """Of a suite: which learning rates an arm is tried at."""
+    widths: tuple[int, ...] = (32, 48, 64, 80)
+    """Of --suite scaling: sizes of the residual stream; all other sizes grow with it."""
+    tokens_per_param: float = 10.0
+    """Of --suite scaling: tokens that a model is trained on, for each of its active params."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.sweep_seeds <= self.seeds:
+            raise ValueError(
+                f"--sweep-seeds is at least 1 and at most --seeds {self.seeds}, got "
+                f"{self.sweep_seeds}."
+            )
+        if not self.widths or len(set(self.widths)) != len(self.widths) or min(self.widths) < 1:
+            raise ValueError(f"--widths needs different sizes, got {self.widths}.")
+        if not self.tokens_per_param > 0:
+            raise ValueError(f"--tokens-per-param is positive, got {self.tokens_per_param}.")
+
+
+class Cell(NamedTuple):
+    """One training."""
+
+    optimizer: OptimizerName
+    width: int
+    rate: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.optimizer} · width {self.width} · rate {self.rate:g} · seed {self.seed}"
+
+
+def sized(config: Training, width: int, tokens_per_param: float) -> Training:
+    """The same training of a model of another width, as long as its size asks for.
+
+    Heads keep their size, and more of them come; so do the numbers of layers and experts. The
+    warm-up keeps its share of the steps.
+
+    Raises:
+        ValueError: no whole number of heads.
+    """
+    model = config.model
+    factor = width / model.width
+    if (heads := model.heads * factor) != int(heads):
+        raise ValueError(
+            f"--widths {width} is no multiple of a head: --model.width {model.width} / "
+            f"--model.heads {model.heads}."
+        )
+    names = ("latent", "hidden", "expert_hidden")
+    sizes = {name: max(1, round(getattr(model, name) * factor)) for name in names}
+    model = dataclasses.replace(model, width=width, heads=int(heads), **sizes)
+    config = dataclasses.replace(config, model=model)
+    tokens = tokens_per_param * active_params(config)
+    steps = max(math.ceil(tokens / config.tokens_per_step), 2)
+    warmup = min(round(steps * config.warmup / config.steps), steps - 1)
+    return dataclasses.replace(config, steps=steps, warmup=warmup, cooldown=0)
+
+
+@functools.cache
+def active_params(config: Training) -> int:
+    """What multiplies a token, without the head: of the routed experts those it goes to."""
+    head = config.model.width * config.data.vocabulary
+    return costs.active_entries(config.model, _shapes(config)) - head
+
+
+@functools.cache
+def model_flops(config: Training) -> int:
+    """Of a step's forward and backward pass, with the head."""
+    return costs.step_costs(config, BASELINE, _shapes(config)).model_flops
+
+
+def _shapes(config: Training) -> Params:
+    model = LanguageModel(config.model, config.data.vocabulary)
+    return jax.eval_shape(model.init, jax.random.key(0))
+
+
+# Those that have no settings of their own begin their sweep where Muon does: their updates have
+# the same size.
+_LIKE_MUON = ("muon_sgd", "muon_lion", "muon_cautious", "muon_bf16", "normuon", "muonclip")
+
+_MIXTURE = Training(
+    model=Model(
+        width=64,
+        latent=32,
+        nope=16,
+        rope=8,
+        value=16,
+        hidden=192,
+        expert_hidden=48,
+        bias_rate=0.02,
+        dtype="float32",
+    ),
+    data=Data(vocabulary=512),
+    context=128,
+    batch=8,
+    steps=300,
+    warmup=30,
+    adamw=AdamW(learning_rate=8e-3, weight_decay=0.1, b2=0.95),
+    muon=Muon(learning_rate=8e-3, scale="match_rms_adamw"),
+)
+_DENSE = dataclasses.replace(
+    _MIXTURE,
+    model=Model(
+        layers=4,
+        dense_layers=4,
+        width=64,
+        heads=4,
+        attention="multi-head",
+        hidden=192,
+        dtype="float32",
+    ),
+)
+
+
+def defaults(which: SuiteName, preset: Training | None = None) -> dict[str, Any]:
+    """The command's settings where nothing else is said.
+
+    Args:
+        which: suite.
+        preset: what to train in place of a model that suits two cores.
+    """
+    own: dict[str, Any] = {"suite": which}
+    if which == "optimizers":
+        own["optimizer"] = (BASELINE, "muon", *_LIKE_MUON, "splus", "scion")
+    else:
+        own |= {"optimizer": (BASELINE, "muon"), "evaluate_every": 200}
+    training = preset or (_MIXTURE if which == "optimizers" else _DENSE)
+    rates = Rates(**dict.fromkeys(_LIKE_MUON, training.muon.learning_rate), scion=1e-3, splus=0.4)
+    training = dataclasses.replace(training, rates=rates)
+    fields = dataclasses.fields(Training)
+    return {field.name: getattr(training, field.name) for field in fields} | own
