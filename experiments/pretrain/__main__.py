@@ -34,9 +34,9 @@ class Command(Suite, Running, Training):
 
     With no argument: a small model on the source of Python's own standard library, with both
     optimizers, in some minutes on two cores; then a report with loss curves in bits per byte and
-    texts that the models write. `--preset` takes larger models, `--data.files` other text, `--suite`
-    many trainings. A run is a folder. The same command on a folder that holds a run goes on with
-    it, bit for bit, after Ctrl-C, SIGTERM (both save first and exit with 130), a crash or a kill.
+    texts that the models write. `--preset` takes larger models, `--data.files` other text and
+    `--suite` many trainings. A run is a folder, and the same command goes on with it, bit for bit,
+    after Ctrl-C, SIGTERM (both save first and exit with 130), a crash or a kill.
     """
 
     preset: PresetName = "tiny"
@@ -47,10 +47,6 @@ class Command(Suite, Running, Training):
     """The run's folder, by default runs/pretrain/PRESET; it may be in gs:// or s3://."""
     dry_run: bool = False
     """Print which param goes to which optimizer, and what a step costs in memory and FLOPs."""
-    compile_only: bool = False
-    """Compile the step for --topology and print what it takes there; needs libtpu, and no TPU."""
-    topology: str = "v5p:4x4x4"
-    """TPU to compile for."""
     processes: Processes = dataclasses.field(default_factory=Processes)
     """A run on many hosts."""
 
@@ -99,10 +95,6 @@ def parse(arguments: list[str]) -> Command:
 
 def run(command: Command, stop: threading.Event, console: Console) -> int:
     """Does what the command asks for."""
-    if command.compile_only:
-        from experiments.pretrain.pod import compile_only
-
-        return compile_only(command, command.optimizer, command.topology, console)
     if command.dry_run:
         from experiments.pretrain.dry_run import dry_run
 
