@@ -31,6 +31,11 @@ CROOKED = {
     "fused": ((16, 64), P("fsdp", "tp"), MatrixAxes(fan_out_parts=(20, 24, 20))),
     "thirds": ((72, 16), P("fsdp", "tp"), MatrixAxes(fan_in_parts=3)),
 }
+SOME = {
+    "all": LEAVES | CROOKED,
+    "straight": LEAVES,
+    "few": {"fused": CROOKED["fused"], "rows": LEAVES["rows"], "heads": LEAVES["heads apart"]},
+}
 
 
 class Layout:
@@ -61,7 +66,7 @@ def assert_close(ours, theirs, name="", loose=None):
 
 @functools.cache
 def alone(name, leaves="all"):
-    layout = Layout(LEAVES | CROOKED if leaves == "all" else LEAVES)
+    layout = Layout(SOME[leaves])
     return updates_of(SCALE_BY[name](matrix_axes=layout.axes), layout.grads)[0]
 
 
@@ -82,20 +87,18 @@ PLACED = [name for name in SCALE_BY if name != "scion"]
 
 # Untold, all have the same assumptions about where things lie, and programs that compile slowly.
 UNTOLD = ("int8", "normuon", "muonbp", "dion", "splus")
-FEW = ("stacked", "rows", "heads apart", "fused")
 
 
 @pytest.mark.parametrize(
     ("name", "told"), [(n, told) for n in PLACED for told in TOLD if n in UNTOLD or told != "Auto"]
 )
 def test_two_steps_equal_those_of_one_device(name, told):
-    leaves = LEAVES | CROOKED
-    leaves = {leaf: leaves[leaf] for leaf in FEW} if told == "Auto" else leaves
-    layout = Layout(leaves, told.split(",")[0])
+    leaves = "few" if told == "Auto" else "all"
+    layout = Layout(SOME[leaves], told.split(",")[0])
     tx = SCALE_BY[name](matrix_axes=layout.axes, **settings_of(layout, told))
     with jax.set_mesh(layout.mesh):
         found, state = updates_of(tx, layout.placed)
-    assert_close(found, [{leaf: x[leaf] for leaf in leaves} for x in alone(name)], name)
+    assert_close(found, alone(name, leaves), name)
     if told == "Explicit":
         moments = [state.mu.values if name == "int8" else state.mu, *found]
         moments += [state.nu] if name == "adamuon" else []
