@@ -45,12 +45,14 @@ class Program:
     """What one run of a program costs one device.
 
     Attributes:
-        flops: of the matrix products alone, two for each multiply and add.
+        flops: of the matrix products alone, two for each multiply and add; of a kernel that tells
+            its FLOPs, what it tells.
         collectives: by kind, as XLA names them; kinds that do not occur are left out.
         temp_bytes: what the program allocates beside arguments and outputs.
         argument_bytes: of all arguments.
         output_bytes: of all outputs, those that take the place of donated arguments included.
-        unread: custom calls that may hold matrix products; `flops` has none of theirs.
+        unread: other custom calls that may hold matrix products, of which `flops` has none: how
+            many run, by target or, of a TPU's kernels, by name.
     """
 
     flops: int
@@ -58,7 +60,7 @@ class Program:
     temp_bytes: int = 0
     argument_bytes: int = 0
     output_bytes: int = 0
-    unread: tuple[str, ...] = ()
+    unread: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def exchanged_bytes(self) -> int:
@@ -104,8 +106,8 @@ def read(text: str) -> Program:
         for kind in KINDS
         if cost[kind, "count"]
     }
-    unread = sorted(key[1] for key in cost if key[0] == "unread")
-    return Program(cost["flops"], collectives, unread=tuple(unread))
+    unread = {key[1]: runs for key, runs in cost.items() if key[0] == "unread"}
+    return Program(cost["flops"], collectives, unread=dict(sorted(unread.items())))
 
 
 class _Instruction(NamedTuple):
@@ -165,9 +167,7 @@ class _Reader:
                 return _collective("reduce-scatter", it, it, scope)
             return self.cost(called, fused or it.opcode == "fusion")
         if it.opcode == "custom-call":
-            target = it.attribute("custom_call_target")
-            suspect = re.search("gemm|matmul|dot|conv|triton|tpu_custom_call", target)
-            return {("unread", target): 1} if suspect else {}
+            return _kernel(it)
         if kind in KINDS:  # a whole one, or the end of a pair
             channel = it.attribute("channel_id")
             if fused and channel in self.channels:
@@ -203,6 +203,16 @@ def _collective(
         (kind, "output_bytes"): _bytes(end.shape),
         (kind, "operand_bytes"): sum(_bytes(scope[name].shape) for name in begin.inputs()),
     }
+
+
+def _kernel(it: _Instruction) -> dict[Any, int]:
+    told = re.search(r'"cost_estimate":\{"flops":"(\d+)"', it.attributes)
+    if told:
+        return {"flops": int(told[1])}
+    target = it.attribute("custom_call_target")
+    if target == "tpu_custom_call":
+        return {("unread", re.sub(r"[.\d]+$", "", it.name)): 1}
+    return {("unread", target): 1} if re.search("gemm|matmul|dot|conv|triton", target) else {}
 
 
 def _branches(it: _Instruction) -> list[str]:
@@ -290,6 +300,7 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
     """Computations by name, each its instructions by name; and the name of the entry."""
     computations: dict[str, _Computation] = {}
     entry, scope = "", None
+    text = re.sub(r'\{\n(".*")\n\}', r"{\1}", text)  # metadata of kernels, in lines of their own
     for line in text.splitlines():
         head = re.match(r"(ENTRY )?%([\w.-]+) .*\{$", line)
         if head:

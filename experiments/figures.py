@@ -49,6 +49,7 @@ LABELS = {
     "sgd": "SGD",
     "soap": "SOAP",
     "splus": "SPlus",
+    "splus_adamw": "SPlus + AdamW",
 }
 
 DASHES = (0, (3.2, 1.2))

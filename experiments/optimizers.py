@@ -48,6 +48,8 @@ class Muon:
     """Look one step ahead."""
     ns_coeffs: ScheduleName = "jordan"
     """Newton-Schulz schedule."""
+    ns_dtype: Literal["bfloat16", "float32"] = "float32"
+    """Of Newton-Schulz's matrix products."""
     scale: ScaleName = "spectral"
     """Size of the update by fan_in and fan_out."""
 
@@ -107,7 +109,7 @@ def _like_muon(variant: Callable[..., optax.GradientTransformation], **own: Any)
     def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
         muon = dataclasses.asdict(settings.muon) | {"learning_rate": rate} | rest | placed
         if "orthogonalizer" in own:
-            del muon["ns_coeffs"]
+            del muon["ns_coeffs"], muon["ns_dtype"]
         return variant(**muon | own)
 
     return build
@@ -153,8 +155,13 @@ def _splus(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Op
     return muon_jax.splus(rate, every=every, average=0.99, **placed)
 
 
+def _splus_adamw(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+    return _splus(settings, rate, {}, {"rest": "adamw"} | rest | placed)
+
+
 def _scion(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    return muon_jax.scion(rate, ns_coeffs=settings.muon.ns_coeffs, **placed)
+    muon = settings.muon
+    return muon_jax.scion(rate, ns_coeffs=muon.ns_coeffs, ns_dtype=muon.ns_dtype, **placed)
 
 
 def _gluon(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
@@ -162,8 +169,8 @@ def _gluon(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Op
     half = settings.variants.gluon_norm
     radii = {"norm": 1.0, "embedding|head": 3000.0, "": 50.0}
     smoothness = [(regex, (half / radius, 1 / radius)) for regex, radius in radii.items()]
-    coeffs = settings.muon.ns_coeffs
-    return muon_jax.gluon(rate, smoothness=smoothness, ns_coeffs=coeffs, **placed)
+    own = {"ns_coeffs": settings.muon.ns_coeffs, "ns_dtype": settings.muon.ns_dtype}
+    return muon_jax.gluon(rate, smoothness=smoothness, **own, **placed)
 
 
 ARMS: dict[str, Arm] = {
@@ -196,6 +203,9 @@ ARMS: dict[str, Arm] = {
     "muonclip": Arm("Muon and QK-clip", _muonclip, 0.04),
     "dion": Arm("Dion", _dion, 0.04),
     "splus": Arm("SPlus, evaluated at its average", _splus, 0.8, muon_jax.evaluation_params),
+    "splus_adamw": Arm(
+        "SPlus, and AdamW for the rest", _splus_adamw, 0.8, muon_jax.evaluation_params
+    ),
     "scion": Arm("Scion, unconstrained", _scion, 1e-3),
     "gluon": Arm("Gluon, Scion with steps by smoothness", _gluon, 2e-3),
 }

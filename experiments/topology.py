@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 
-class TopologyError(Exception):
+class TopologyError(ValueError):
     """No such TPU can be compiled for here; the message says why and what to do."""
 
 

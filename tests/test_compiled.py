@@ -190,8 +190,25 @@ def test_an_asynchronous_collective_counts_once_however_it_is_spelled():
             "collective-permute": Collective(1, 0, 32, 32),
             "reduce-scatter": Collective(1, 0, 8, 32),
         },
-        unread=("__cublas$gemm",),
+        unread={"__cublas$gemm": 1},
     )
+
+
+KERNELS = r"""HloModule kernels
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %splash.1 = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\"block_q\": 512, \"block_kv\": 512}"
+}}, metadata={op_name="splash"}, backend_config={"custom_call_config":{"body":"TUzv"}}
+  %splash.2 = f32[8]{0} custom-call(%splash.1), custom_call_target="tpu_custom_call"
+  ROOT %gmm.12 = f32[8]{0} custom-call(%splash.2), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUzv","cost_estimate":{"flops":"640","transcendentals":"0"}}}
+}
+"""  # noqa: E501
+
+
+def test_a_kernel_counts_what_it_tells_and_is_named_if_it_tells_nothing():
+    assert read(KERNELS) == Program(flops=640, collectives={}, unread={"splash": 2})
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from experiments.commands import INTERRUPTED
 from experiments.differences import holm, p_value
-from experiments.optimizers import OptimizerName
-from experiments.pretrain import data, windows
-from experiments.pretrain.config import Running, Training
+from experiments.pretrain import __main__, data, windows
+from experiments.pretrain.__main__ import Command
+from experiments.pretrain.config import Training
 from experiments.pretrain.presets import PRESETS
 from experiments.pretrain.suites import cells, fit, optimizers_report, scaling_report, study
 from experiments.pretrain.suites.config import (
@@ -31,14 +31,6 @@ from experiments.runs import RunError
 from experiments.sweep import Sweep, missing_cells
 
 MODEL = dataclasses.replace(DENSE, layers=1, dense_layers=1, width=16, heads=2, hidden=32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(Suite, Running, Training):
-    """What the command has."""
-
-    optimizer: tuple[OptimizerName, ...] = ("adamw", "muon")
-    out: str | None = None
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +49,12 @@ def configured(text, **changes):
     training_ = training(MODEL, data=text, batch=4, steps=6, warmup=1)
     settings = {f.name: getattr(training_, f.name) for f in dataclasses.fields(Training)}
     settings |= {"seeds": 2, "sweep": Sweep(limit=0), "evaluate_every": 3}
-    return Config(**settings | {"evaluation_tokens": 64} | changes)
+    return Command(**settings | {"evaluation_tokens": 64} | changes)
 
 
-def run(config, tokens, which="optimizers", stop=None):
-    console = Console(quiet=True)
-    return study.suite(config, which, tokens, console, stop or threading.Event())
+def run(config, which="optimizers", stop=None):
+    command = dataclasses.replace(config, suite=which)
+    return __main__.run(command, stop or threading.Event(), Console(quiet=True))
 
 
 def rows(folder):
@@ -73,14 +65,14 @@ def rows(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(text, tokens, tmp_path_factory):
+def whole(text, tmp_path_factory):
     """The folder of a suite that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
         context.setattr(cells, "ROUNDS", 1)
         context.setattr(cells, "STEPS", 2)
-        assert run(configured(text, out=str(folder)), tokens) == 0
+        assert run(configured(text, out=str(folder))) == 0
     return folder
 
 
@@ -118,7 +110,7 @@ def test_its_files_have_losses_differences_and_costs(whole):
     }
 
 
-def test_a_stopped_suite_goes_on_bit_for_bit(whole, text, tokens, tmp_path, monkeypatch):
+def test_a_stopped_suite_goes_on_bit_for_bit(whole, text, tmp_path, monkeypatch):
     stop, train_cell, trained = threading.Event(), cells.train_cell, []
 
     def stopped(*arguments):
@@ -130,18 +122,18 @@ def test_a_stopped_suite_goes_on_bit_for_bit(whole, text, tokens, tmp_path, monk
     monkeypatch.setattr(cells, "train_cell", stopped)
     monkeypatch.setattr(study, "_measure_costs", lambda *arguments: None)
     config = configured(text, out=str(tmp_path))
-    assert run(config, tokens, stop=stop) == INTERRUPTED
+    assert run(config, stop=stop) == INTERRUPTED
     assert len(rows(tmp_path)) == 3 and (tmp_path / "report.html").exists()
-    assert run(config, tokens) == 0
+    assert run(config) == 0
     assert rows(tmp_path) == rows(whole) and len(trained) == 4 + 8 - 3
 
 
-def test_other_settings_are_refused(whole, text, tokens):
+def test_other_settings_are_refused(whole, text):
     config = configured(text, out=str(whole))
     with pytest.raises(RunError, match="context: there 16, here 8"):
-        run(dataclasses.replace(config, context=8), tokens)
+        run(dataclasses.replace(config, context=8))
     with pytest.raises(ValueError, match="local folder"):
-        run(dataclasses.replace(config, out="gs://bucket/suite"), tokens)
+        run(dataclasses.replace(config, out="gs://bucket/suite"))
 
 
 def test_the_report_is_made_again_without_training(whole, monkeypatch, capsys):
@@ -193,7 +185,7 @@ def losses_by(law, rate=8e-3):
     return train_cell
 
 
-def test_the_suite_of_sizes_finds_the_curves_that_are_there(text, tokens, tmp_path, monkeypatch):
+def test_the_suite_of_sizes_finds_the_curves_that_are_there(text, tmp_path, monkeypatch):
     laws = {"adamw": PowerLaw(20.0, 0.08), "muon": PowerLaw(19.0, 0.081)}
     costs = [
         cells.Cost(1.0, float(name == "muon"), milliseconds=1.0, times_baseline=1.0)
@@ -210,7 +202,7 @@ def test_the_suite_of_sizes_finds_the_curves_that_are_there(text, tokens, tmp_pa
     config = configured(
         text, out=str(tmp_path), widths=(8, 16, 24, 32), tokens_per_param=2.0, sweep=Sweep()
     )
-    assert run(config, tokens, "scaling") == 0
+    assert run(config, "scaling") == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     found = summary["fits"]["model"]
     for name, law in laws.items():
@@ -229,12 +221,12 @@ def test_the_suite_of_sizes_finds_the_curves_that_are_there(text, tokens, tmp_pa
     assert (tmp_path / "fit.png").exists() and f"{share['value']:.2f}" in page
 
 
-def test_one_size_has_no_curve_but_a_report(text, tokens, tmp_path, monkeypatch):
+def test_one_size_has_no_curve_but_a_report(text, tmp_path, monkeypatch):
     law = PowerLaw(20.0, 0.08)
     monkeypatch.setattr(cells, "train_cell", losses_by({"adamw": law, "muon": law}))
     monkeypatch.setattr(study, "_measure_costs", lambda *arguments: None)
     config = configured(text, out=str(tmp_path), widths=(16,))
-    assert run(config, tokens, "scaling") == 0
+    assert run(config, "scaling") == 0
     assert "no curve yet" in (tmp_path / "report.html").read_text()
 
 
@@ -349,11 +341,11 @@ def test_tokens_to_a_loss_lie_between_evaluations():
 
 @pytest.mark.parametrize("which", ["optimizers", "scaling"])
 def test_defaults_are_settings_of_the_command(which):
-    config = Config(**defaults(which))
+    config = Command(**defaults(which))
     assert "adamw" in config.optimizer
     assert all(sized(config.training(), width, 10.0) for width in config.widths)
     # Those that have Muon's updates begin where it does.
-    preset = Config(**defaults(which, PRESETS["small"]))
+    preset = Command(**defaults(which, PRESETS["small"]))
     assert preset.model == PRESETS["small"].model and preset.suite == which
     assert preset.rate("normuon") == preset.rate("muon") == 2e-3
 

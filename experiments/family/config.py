@@ -108,7 +108,7 @@ class Config(Training):
     45 minutes; `--optimizers adamw muon` takes four.
     """
 
-    optimizers: tuple[OptimizerName, ...] = tuple(ARMS)
+    optimizers: tuple[OptimizerName, ...] = tuple(name for name in ARMS if name != "splus_adamw")
     """Arms of the comparison, all of them by default; differences are to AdamW."""
     seeds: int = 3
     """Seeds a rate: of the initial weights and the batches, the same for all optimizers."""

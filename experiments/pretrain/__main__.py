@@ -47,6 +47,10 @@ class Command(Suite, Running, Training):
     """The run's folder, by default runs/pretrain/PRESET; it may be in gs:// or s3://."""
     dry_run: bool = False
     """Print which param goes to which optimizer, and what a step costs in memory and FLOPs."""
+    compile_only: bool = False
+    """Compile the step for a --topology that is not there, and print what it takes there."""
+    topology: str | None = None
+    """Of --compile-only: TPUs as v5p:4x4x4, v5e:16x16, v6e:16x16 or tpu7x:4x4x4."""
     processes: Processes = dataclasses.field(default_factory=Processes)
     """A run on many hosts."""
 
@@ -56,6 +60,10 @@ class Command(Suite, Running, Training):
         Training.__post_init__(self)
         if not self.optimizer or len(set(self.optimizer)) != len(self.optimizer):
             raise ValueError(f"--optimizer names one or more, each once; got {self.optimizer}.")
+        if self.compile_only != (self.topology is not None):
+            raise ValueError(
+                "--compile-only and --topology go together, as --compile-only --topology v5p:4x4x4."
+            )
 
     def folder(self, optimizer: OptimizerName | None = None) -> epath.Path:
         """Of the command, or of the run with one of its optimizers."""
@@ -99,14 +107,19 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
         from experiments.pretrain.dry_run import dry_run
 
         return dry_run(command, command.optimizer, console)
+    if command.topology:
+        from experiments.pretrain.pod import compile_only
+
+        return compile_only(command.training(), command.optimizer, command.topology, console)
+    if command.suite:
+        tokens = _prepare(command, stop, console)
+        return suite(command, command.suite, tokens, console, stop)
     if len(command.optimizer) > 1 and (command.folder() / "config.json").exists():
         raise RunError(
             f"{command.folder()} holds a run of one optimizer, and several get folders in --out. "
             "Give another --out, or the one --optimizer of that run."
         )
     tokens = _prepare(command, stop, console)
-    if command.suite:
-        return suite(command, command.suite, tokens, console, stop)
     for optimizer in command.optimizer:
         if not _train(command, optimizer, tokens, stop, console):
             console.print("Stopped and saved; the same command goes on from there.")

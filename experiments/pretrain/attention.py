@@ -3,18 +3,25 @@
 Shapes: B sequences, T positions, D width, N heads, H columns of a query or key head, V of a value.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
 
 from experiments.layers import Linear, rotate
-from experiments.pretrain.sharding import constrain
+from experiments.pretrain.sharding import constrain, spec
 from muon_jax import max_attention_logits
 
-# Query positions at a time where no fused kernel does the work.
+# Query positions at a time, at most.
 BLOCK = 512
+# The splash kernel wants lengths of whole vectors.
+_LANES = 128
 
 
 def causal_attention(
@@ -22,36 +29,44 @@ def causal_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of each position to itself and those before it.
 
-    On a GPU cuDNN's kernel does it, elsewhere blocks of queries one after another, each against the
-    keys that it sees, so that logits of `(B, N, BLOCK, T)` are held at most.
+    On a GPU cuDNN's kernel does it, on a TPU the splash kernel, elsewhere blocks of queries one
+    after another, each against the keys that it sees, so that logits of few are held at a time.
 
     Returns:
-        The mixed values `(B, T, N, V)`, and each head's largest logit `(N,)`, float32: on a GPU an
-        upper bound of it, exact above 100.
+        The mixed values `(B, T, N, V)`, and each head's largest logit `(N,)`, float32: of a kernel
+        an upper bound of it, exact above 100.
     """
-    if jax.sharding.get_abstract_mesh().abstract_device.platform == "gpu":
-        return _by_cudnn(q_BxTxNxH, k_BxTxNxH, v_BxTxNxV)
     length = q_BxTxNxH.shape[1]
+    platform = jax.sharding.get_abstract_mesh().abstract_device.platform
+    if platform == "gpu":
+        return _by_cudnn(q_BxTxNxH, k_BxTxNxH, v_BxTxNxV)
+    if platform == "tpu" and length % _LANES == 0:
+        return _by_splash(q_BxTxNxH, k_BxTxNxH, v_BxTxNxV)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BxTxNxH, k_BxTxNxH, v_BxTxNxV))
+    block = min(max(-(-length // 8), 64), BLOCK)
     mixed, largest = [], []
-    for start in range(0, length, BLOCK):
-        stop = min(start + BLOCK, length)
-        found = _block(q_BxTxNxH[:, start:stop], k_BxTxNxH[:, :stop], v_BxTxNxV[:, :stop])
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        found = _block(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop])
         mixed.append(found[0])
         largest.append(found[1])
-    return jnp.concatenate(mixed, axis=1), jnp.max(jnp.stack(largest), axis=0)
+    return jnp.swapaxes(jnp.concatenate(mixed, 2), 1, 2), jnp.max(jnp.stack(largest), axis=0)
 
 
 @jax.checkpoint
 def _block(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The last positions, as many as there are queries, against all."""
-    logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32)
+    """The last positions `(B, N, t, H)`, as many as there are queries, against all."""
+    logits = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32)
     logits *= q.shape[-1] ** -0.5
-    positions = jnp.arange(k.shape[1])
-    ahead = positions[None] > positions[-q.shape[1] :, None]
-    logits = jnp.where(ahead[None, None], -jnp.inf, logits)
-    largest = jax.lax.stop_gradient(jnp.max(logits, axis=(0, 2, 3)))
-    weights = jax.nn.softmax(logits).astype(v.dtype)
-    return jnp.einsum("bnts,bsnv->btnv", weights, v), largest
+    positions = jnp.arange(k.shape[2])
+    ahead = positions[None] > positions[-q.shape[2] :, None]
+    logits = jnp.where(ahead, -jnp.inf, logits)
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp(logits - largest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    # Divided last, where there are fewest.
+    mixed = jnp.einsum("bnts,bnsv->bntv", weights.astype(v.dtype), v) / total.astype(v.dtype)
+    return mixed, jnp.max(largest, axis=(0, 2, 3))
 
 
 def _by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -62,6 +77,46 @@ def _by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.
     )
     largest = max_attention_logits(q, k, is_causal=True, logsumexp=logsumexp, threshold=100.0)
     return mixed[..., : v.shape[-1]], largest
+
+
+def _by_splash(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # XLA cannot partition a kernel: each device runs it on its own sequences and heads.
+    place = spec("batch", None, "heads", None)
+    mixed, logsumexp = jax.shard_map(
+        splash,
+        in_specs=(place, place, place),
+        out_specs=(place, spec("batch", None, "heads")),
+        check_vma=False,
+    )(q, k, v)
+    largest = max_attention_logits(q, k, is_causal=True, logsumexp=logsumexp, threshold=100.0)
+    return mixed, largest
+
+
+def splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Causal attention of one device's heads, and its log-sum-exp `(B, T, N)`.
+
+    The log-sum-exp has no gradient: the kernel that JAX can differentiate does not tell it, so
+    another run of the forward pass does.
+    """
+    length, heads = q.shape[1:3]
+    sides = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    sizes = dict.fromkeys(sides, math.gcd(length, BLOCK))
+    make = functools.partial(
+        splash_attention_kernel.make_splash_mha,
+        splash_attention_mask.MultiHeadMask(
+            [splash_attention_mask.CausalMask((length, length))] * heads
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=splash_attention_kernel.BlockSizes(**sizes),
+        interpret=interpret,
+    )
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    mixed = jax.vmap(make())(q, k, v)
+    _, (logsumexp,) = jax.vmap(make(save_residuals=True))(*jax.lax.stop_gradient((q, k, v)))
+    return jnp.swapaxes(mixed, 1, 2), jnp.swapaxes(logsumexp, 1, 2)
 
 
 class MultiHead(nnx.Module):

@@ -124,7 +124,7 @@ class Training(Settings):
     )
     """The AdamW arm, and in the others the embedding, the head and the gains."""
     muon: Muon = dataclasses.field(
-        default_factory=lambda: Muon(learning_rate=4e-3, scale="match_rms_adamw")
+        default_factory=lambda: Muon(learning_rate=8e-3, scale="match_rms_adamw")
     )
     """The hidden matrices of the Muon arm."""
     model: Model = dataclasses.field(default_factory=Model)

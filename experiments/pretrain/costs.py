@@ -19,14 +19,22 @@ PEAKS = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
+    "TPU7x": 1153.5e12,  # a device is half of a chip
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
 }
 
-_WITHOUT_NEWTON_SCHULZ = ("adamw", "polar", "low_rank", "low_rank_subspace", "dion", "splus")
+_WITHOUT_NEWTON_SCHULZ = (
+    "adamw",
+    "polar",
+    "low_rank",
+    "low_rank_subspace",
+    "dion",
+    "splus",
+    "splus_adamw",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +69,10 @@ class Costs:
 
 def step_costs(config: Training, optimizer: OptimizerName, params: Any) -> Costs:
     """Of a config; `params` are arrays or shapes."""
-    plan = muon_jax.plan(params) if optimizer not in _WITHOUT_NEWTON_SCHULZ else None
+    plan = None
+    if optimizer not in _WITHOUT_NEWTON_SCHULZ:
+        muon = config.muon
+        plan = muon_jax.plan(params, ns_coeffs=muon.ns_coeffs, ns_dtype=muon.ns_dtype)
     device = jax.devices()[0]
     peak = next((f for kind, f in PEAKS.items() if device.device_kind.startswith(kind)), None)
     tokens = config.tokens_per_step

@@ -46,7 +46,7 @@ def dry_run(config: Training, optimizers: Sequence[OptimizerName], console: Cons
     show("Params by optimizer", routing(params, optimizers))
     show("Mesh and what it splits", mesh_text(mesh), axes_table(params, mesh))
     show("Parameters", parameters_text(config, params))
-    show("Memory of a device, without activations", memory_table(trainers))
+    show("Memory of a device, without activations (see --compile-only)", memory_table(trainers))
     show("FLOPs of a step, over all devices", flops_table(trainers))
     if set(optimizers) != {"adamw"}:
         show("Newton-Schulz of the hidden matrices", str(plan(first)))
@@ -204,6 +204,7 @@ def plan(trainer: Trainer) -> muon_jax.Plan:
         tokens_per_step=costs.tokens,
         active_params=round(costs.model_flops / (6 * costs.tokens)),
         ns_coeffs=config.muon.ns_coeffs,
+        ns_dtype=config.muon.ns_dtype,
     )
 
 

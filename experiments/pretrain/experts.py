@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
+from jax.experimental.pallas.ops.tpu import megablox
 
 from experiments.pretrain.sharding import spec
 
@@ -20,6 +20,8 @@ Exchange = Literal["gather", "ragged"]
 
 # A CPU multiplies blocks of tokens with one expert each: its ragged products take E times the work.
 _CPU_BLOCK = 64
+# Tokens that a TPU multiplies with one expert at a time, and the largest side of a kernel's tile.
+_TPU_TOKENS, _TPU_TILE = 256, 1024
 _NOWHERE = 2**30
 
 
@@ -84,19 +86,29 @@ class Experts(nnx.Module):
 
         `exchange` is how tokens reach experts of other devices: "gather" brings all tokens of the
         group to each of them, "ragged" each token to where its experts are, for which a CPU has
-        no collective; None is the better one that the platform has.
+        no collective; None is the one that moves fewer bytes: a token has K copies to send, and
+        there are as many others to gather as devices.
         """
-        platform = jax.sharding.get_abstract_mesh().abstract_device.platform
-        exchange = exchange or ("gather" if platform == "cpu" else "ragged")
+        mesh = jax.sharding.get_abstract_mesh()
+        platform = mesh.abstract_device.platform
+        far = mesh.shape["expert"] > ids.shape[-1]
+        exchange = exchange or ("ragged" if far and platform != "cpu" else "gather")
         block = _CPU_BLOCK if platform == "cpu" else 1
         run = {"gather": _by_gather, "ragged": _by_ragged}[exchange]
-        tokens, kernel = spec("batch", None, None), P("expert", None, "tensor")
+        tokens = spec("batch", None, None)
+        up, down = spec("experts", None, "hidden"), spec("experts", "hidden", None)
         return jax.shard_map(
-            functools.partial(run, block=block),
-            in_specs=(tokens, tokens, tokens, kernel, kernel, P("expert", "tensor", None)),
+            functools.partial(_with_gathered_kernels, functools.partial(run, block=block)),
+            in_specs=(tokens, tokens, tokens, up, up, down),
             out_specs=tokens,
             check_vma=False,
         )(x_BxTxD, ids, weights, self.gate[...], self.up[...], self.down[...])
+
+
+def _with_gathered_kernels(run, x, ids, weights, *kernels):
+    """Runs with all kernels of the group, of which each device along fsdp has some."""
+    whole = (jax.lax.all_gather(kernel, "fsdp", axis=0, tiled=True) for kernel in kernels)
+    return run(x, ids, weights, *whole)
 
 
 def _by_gather(x, ids, weights, *kernels, block):
@@ -234,8 +246,11 @@ def expert_ffn(
     x: jax.Array, order: Order, gate: jax.Array, up: jax.Array, down: jax.Array, *, block: int
 ) -> jax.Array:
     """SwiGLU of each place by its expert: `(places, D)` -> `(places, D)`."""
-    if block == 1:
-        product: Any = functools.partial(jax.lax.ragged_dot, group_sizes=order.padded)
+    platform = jax.sharding.get_abstract_mesh().abstract_device.platform
+    if platform == "tpu":
+        product: Any = functools.partial(tpu_ragged_dot, group_sizes=order.padded)
+    elif block == 1:
+        product = functools.partial(jax.lax.ragged_dot, group_sizes=order.padded)
     else:
         x = x.reshape(-1, block, x.shape[-1])
         starts = block * jnp.arange(x.shape[0])
@@ -248,3 +263,24 @@ def expert_ffn(
 
     y = product(jax.nn.silu(product(x, gate)) * product(x, up), down)
     return y.reshape(-1, y.shape[-1])
+
+
+def tpu_ragged_dot(
+    x: jax.Array, kernels: jax.Array, group_sizes: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """`jax.lax.ragged_dot`; what XLA makes of its gradient takes E times the work.
+
+    Rows beyond the last group are not written.
+    """
+    rows = x.shape[0]
+    x = jnp.pad(x, ((0, -rows % _TPU_TOKENS), (0, 0)))
+    return megablox.gmm(x, kernels, group_sizes, x.dtype, _tiling, interpret=interpret)[:rows]
+
+
+def _tiling(rows: int, fan_in: int, fan_out: int) -> tuple[int, int, int]:
+    def tile(size: int) -> int:
+        """All of it, or equal parts that are multiples of a TPU's 128 lanes."""
+        parts = -(-size // _TPU_TILE)
+        return size if parts == 1 else -(-size // (128 * parts)) * 128
+
+    return _TPU_TOKENS, tile(fan_in), tile(fan_out)

@@ -10,19 +10,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 from experiments.layers import Linear, SwiGLU
 from experiments.pretrain.attention import Latent, MultiHead
 from experiments.pretrain.config import Model as ModelConfig
 from experiments.pretrain.experts import Experts, gate
-from experiments.pretrain.sharding import constrain
+from experiments.pretrain.sharding import constrain, spec
 
 Params = dict[str, Any]
 
-# Positions whose logits are held at once.
-_LOSS_BLOCK = 1024
+# Tokens of a device whose logits are held at once.
+_LOSS_TOKENS = 2048
 
 
 class Observed(NamedTuple):
@@ -144,8 +143,8 @@ class LanguageModel:
         self, params: Params, bias: jax.Array, tokens_BxT: jax.Array
     ) -> tuple[jax.Array, Observed]:
         """What the head reads, `(B, T, D)`, and what was seen on the way."""
-        table = constrain(params["embedding"]["embedding"], "vocabulary", None)
-        x_BxTxD = constrain(table[tokens_BxT], "batch", None, None)
+        table = params["embedding"]["embedding"]
+        x_BxTxD = _look_up(table, tokens_BxT, self.config.dtype)
         max_logits, routed = {}, (jnp.zeros((0, 0), jnp.int32), jnp.zeros(0), jnp.zeros(0))
         stacks = _swap_expert_axes({name: params[name] for name in self.stacks})
         for name, (_, sparse) in self.stacks.items():
@@ -157,7 +156,9 @@ class LanguageModel:
 
             run = _REMAT[self.config.remat](layer)
             inputs = stacks[name], bias if sparse else None
-            x_BxTxD, (max_logits[f"{name}/attention"], found) = jax.lax.scan(run, x_BxTxD, inputs)
+            x_BxTxD, (max_logits[f"{name}/attention"], found) = jax.lax.scan(
+                run, x_BxTxD, inputs, unroll=8
+            )
             routed = found if sparse else routed
         x_BxTxD = nnx.merge(self._norm, params["norm"])(x_BxTxD)
         load, entropy, balance = routed
@@ -165,28 +166,79 @@ class LanguageModel:
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """`(..., D)` -> `(..., vocabulary)` float32."""
+        return _logits(self._head(params), hidden)
+
+    def _head(self, params: Params) -> jax.Array:
         tied = self.config.tied
         kernel = params["embedding"]["embedding"].T if tied else params["head"]["kernel"]
-        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        return kernel.astype(self.config.dtype)
 
     def losses(
         self, params: Params, bias: jax.Array, windows: jax.Array
     ) -> tuple[jax.Array, Observed]:
         """Of windows `(B, T + 1)` the cross-entropy of each next token, `(B, T)`, in nats."""
         hidden, observed = self.hidden(params, bias, windows[:, :-1])
+        return _cross_entropy(self._head(params), hidden, windows[:, 1:]), observed
 
-        @jax.checkpoint
-        def losses(params, hidden, targets):
-            logits = constrain(self.logits(params, hidden), "batch", None, "vocabulary")
-            return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
-        ends = {name: params[name] for name in ("embedding", "head") if name in params}
-        starts = range(0, hidden.shape[1], _LOSS_BLOCK)
-        blocks = [
-            losses(ends, hidden[:, i : i + _LOSS_BLOCK], windows[:, 1:][:, i : i + _LOSS_BLOCK])
-            for i in starts
-        ]
-        return jnp.concatenate(blocks, axis=1), observed
+def _look_up(table: jax.Array, tokens_BxT: jax.Array, dtype: str) -> jax.Array:
+    """Embeddings `(B, T, D)`. Each device finds all tokens' entries in its part of the table.
+
+    So tokens and embeddings travel, and neither the table nor its gradient, which adds up in the
+    table's own dtype.
+    """
+
+    def local(table, tokens):
+        tokens = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
+        tokens -= jax.lax.axis_index("tensor") * table.shape[0]
+        here = (tokens >= 0) & (tokens < table.shape[0])
+        columns = jnp.where(here[..., None], table[tokens], 0).astype(dtype)
+        columns = jax.lax.psum(columns, "tensor")
+        return jax.lax.all_to_all(columns, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+
+    return jax.shard_map(
+        local,
+        in_specs=(spec("vocabulary", "width"), spec("batch", None)),
+        out_specs=spec("batch", None, None),
+        check_vma=False,
+    )(table, tokens_BxT)
+
+
+def _logits(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
+    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def _cross_entropy(kernel: jax.Array, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+    """Of each target, `(B, T)` in nats, with few logits at a time.
+
+    A device gathers the kernel once for all its tokens, adds up its gradient in float32 and
+    scatters it once.
+    """
+
+    def local(kernel, hidden, targets):
+        whole = jax.lax.all_gather(kernel, "fsdp", axis=0, tiled=True).astype(jnp.float32)
+        entries = jnp.arange(kernel.shape[1]) + jax.lax.axis_index("tensor") * kernel.shape[1]
+
+        def loss(token):
+            hidden, target = token
+            logits = _logits(whole.astype(hidden.dtype), hidden)
+            largest = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits)), "tensor")
+            total = jax.lax.psum(jnp.sum(jnp.exp(logits - largest)), "tensor")
+            own = jax.lax.psum(jnp.sum(jnp.where(entries == target, logits, 0)), "tensor")
+            return jnp.log(total) + largest - own
+
+        flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        if targets.size <= _LOSS_TOKENS:
+            return jax.vmap(loss)(flat).reshape(targets.shape)
+        found = jax.lax.map(jax.checkpoint(loss), flat, batch_size=_LOSS_TOKENS)
+        return found.reshape(targets.shape)
+
+    return jax.shard_map(
+        local,
+        in_specs=(spec("width", "vocabulary"), spec("batch", None, None), spec("batch", None)),
+        out_specs=spec("batch", None),
+        check_vma=False,
+    )(kernel, hidden, targets)
 
 
 _REMAT: dict[str, Callable[[Callable], Callable]] = {

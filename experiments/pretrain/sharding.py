@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
@@ -62,9 +62,9 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[Any] | None = None) -> Mes
             "-1 for what the others leave."
         )
     auto = (AxisType.Auto,) * len(MESH_AXES)
-    if devices[0].platform == "tpu":
-        return jax.make_mesh(sizes, MESH_AXES, auto, devices=devices)
-    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=auto)
+    # Of a TPU, along the axes of its torus or parts of them.
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=auto)
 
 
 def spec(*logical: str | None) -> PartitionSpec:

@@ -214,7 +214,9 @@ class Trainer:
             (_, (loss, observed)), gradient = jax.value_and_grad(objective, has_aux=True)(
                 compute, windows
             )
-            return loss, self._pinned(gradient, jnp.float32), observed
+            # Summed where it lies: XLA for TPUs would sum first and exchange whole gradients later.
+            gradient = jax.lax.optimization_barrier(self._pinned(gradient, jnp.float32))
+            return loss, gradient, observed
 
         if windows.shape[0] == 1:
             return microbatch(windows[0])
@@ -238,11 +240,14 @@ class Trainer:
         return loss, gradient, observed
 
     def in_model_dtype(self, params: Params) -> Params:
-        """Cast where they lie, so that half as many bytes are gathered; routers stay float32."""
+        """Cast where they lie, so that half as many bytes are gathered.
+
+        Routers stay float32, and the embedding, whose gradient adds up over tokens.
+        """
 
         def cast(path, x):
-            routing = jax.tree_util.DictKey("router") in path
-            return x if routing else x.astype(self.config.model.dtype)
+            whole = {"router", "embedding"} & {key.key for key in path}
+            return x if whole else x.astype(self.config.model.dtype)
 
         return self._pinned(jax.tree_util.tree_map_with_path(cast, params))
 

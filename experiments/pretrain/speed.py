@@ -1,0 +1,192 @@
+"""`python -m experiments.pretrain.speed`: tokens a second, beside PyTorch where it is there.
+
+All loops train the model from the same params on the same tokens and take turns, so that a noisy
+machine disturbs each of them; what counts is their ratio.
+"""
+
+import dataclasses
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments.figures import optimizer_label
+from experiments.optimizers import OptimizerName
+from experiments.pretrain import export, sharding
+from experiments.pretrain.config import PresetName, Training
+from experiments.pretrain.costs import step_costs
+from experiments.pretrain.presets import PRESETS, preset_of
+from experiments.pretrain.step import Trainer
+
+Loop = Callable[[], None]
+"""Trains some steps and waits until they are done."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(Training):
+    """Times training steps of a preset with each optimizer, and those of PyTorch.
+
+    PyTorch trains Hugging Face's implementation of the same model with AdamW, on the CPU, if
+    transformers is installed: pip install -e ".[experiments,parity]". With all its ways to run
+    experts; where there is a GPU or a TPU, our loops run on it alone.
+    """
+
+    preset: PresetName = "tiny"
+    """Model and batch; any option given beside it goes before."""
+    optimizer: tuple[OptimizerName, ...] = ("adamw", "muon")
+    """Of our loops."""
+    turn: int = 5
+    """Steps of a loop, before it is another's turn."""
+    rounds: int = 5
+    """Turns of each loop after one that does not count; the medians are compared."""
+
+
+def our_loop(config: Training, optimizer: OptimizerName, steps: int) -> tuple[Loop, Trainer]:
+    """Our training on all devices."""
+    mesh = sharding.make_mesh(config.mesh.sizes)
+    trainer = Trainer(config, optimizer, mesh, config.data.vocabulary)
+    state = trainer.start(config.seed)
+    batch = jax.device_put(
+        tokens(config).reshape(config.accumulate, -1, config.context + 1), trainer.windows
+    )
+
+    def loop() -> None:
+        nonlocal state
+        for _ in range(steps):
+            state, _ = trainer.advance(state, batch)
+            if jax.default_backend() == "cpu":  # where steps in flight would share its cores
+                jax.block_until_ready(state)
+        jax.block_until_ready(state)
+
+    return loop, trainer
+
+
+def torch_loops(config: Training, steps: int) -> dict[str, Loop]:
+    """The same training in PyTorch with AdamW, by how it runs the experts.
+
+    Raises:
+        ImportError: torch or transformers is not installed.
+        ValueError: a model that Hugging Face has not.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    mesh = sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])
+    start = Trainer(config, "adamw", mesh, config.data.vocabulary).start(config.seed)
+    batch = torch.tensor(tokens(config)).long().split(config.batch // config.accumulate)
+    mixture = config.model.layers > config.model.dense_layers
+    ways = ("eager", "grouped_mm") if mixture else ("",)
+
+    def loop_of(folder: Path, way: str) -> Loop:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="sdpa", dtype=torch.float32
+        ).train()
+        if way:
+            model.set_experts_implementation(way)
+        adamw = config.adamw
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=adamw.learning_rate,
+            betas=(adamw.b1, adamw.b2),
+            eps=adamw.eps,
+            weight_decay=adamw.weight_decay,
+        )
+
+        def loop() -> None:
+            for _ in range(steps):
+                optimizer.zero_grad(set_to_none=True)
+                for windows in batch:
+                    logits = model(windows[:, :-1], use_cache=False).logits
+                    loss = torch.nn.functional.cross_entropy(
+                        logits.flatten(0, 1), windows[:, 1:].flatten()
+                    )
+                    (loss / len(batch)).backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+
+        return loop
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        export.write(path, config.model, start.params, start.bias, context=config.context)
+        return {f"PyTorch, AdamW{way and f', {way}'}": loop_of(path, way) for way in ways}
+
+
+def tokens(config: Training) -> np.ndarray:
+    """A batch `(batch, context + 1)` int32, the same in every call."""
+    rng = np.random.default_rng(config.seed)
+    shape = config.batch, config.context + 1
+    return rng.integers(0, config.data.vocabulary, shape, dtype=np.int32)
+
+
+def take_turns(loops: dict[str, Loop], steps: int, rounds: int) -> dict[str, float]:
+    """Median seconds a step of each; a first turn of each compiles and does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for _ in range(rounds + 1):
+        for name, loop in loops.items():
+            began = time.perf_counter()
+            loop()
+            seconds[name].append((time.perf_counter() - began) / steps)
+    return {name: statistics.median(turns[1:]) for name, turns in seconds.items()}
+
+
+def main() -> int:
+    """Prints a table of tokens a second, and what there is to compare."""
+    preset = preset_of(sys.argv[1:])
+    default = Command(preset=preset, **vars(PRESETS[preset]))
+    command = tyro.cli(Command, default=default, prog="python -m experiments.pretrain.speed")
+    loops: dict[str, Loop] = {}
+    mfu: dict[str, float] = {}
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if jax.default_backend() == "cpu" and not missing:
+        loops |= torch_loops(command, command.turn)
+    trainers = {}
+    for optimizer in command.optimizer:
+        name = f"ours, {optimizer_label(optimizer)}"
+        loops[name], trainers[name] = our_loop(command, optimizer, command.turn)
+    median = take_turns(loops, command.turn, command.rounds)
+    for name, trainer in trainers.items():
+        costs = step_costs(command, trainer.optimizer, trainer.abstract.params)
+        mfu[name] = costs.rates(median[name]).get("mfu", float("nan"))
+    _print(command, median, mfu, missing)
+    return 0
+
+
+def _print(
+    command: Command, median: dict[str, float], mfu: dict[str, float], missing: list[str]
+) -> None:
+    rivals = [seconds for name, seconds in median.items() if name.startswith("PyTorch")]
+    base = median.get("ours, AdamW")
+    table = Table(
+        title=f"{command.preset}: {command.tokens_per_step:,} tokens a step, "
+        f"{jax.device_count()} × {jax.devices()[0].device_kind}, median of {command.rounds} turns"
+    )
+    for heading in ("loop", "s a step", "tokens/s", "× fastest PyTorch", "÷ AdamW step", "MFU"):
+        table.add_column(heading, justify="left" if heading == "loop" else "right")
+    for name, seconds in median.items():
+        ours = name in mfu
+        table.add_row(
+            name,
+            f"{seconds:.3f}",
+            f"{command.tokens_per_step / seconds:,.0f}",
+            f"{min(rivals) / seconds:.2f}" if rivals else "–",
+            f"{seconds / base:.2f}" if base and ours else "–",
+            f"{mfu[name]:.1%}" if ours and mfu[name] == mfu[name] else "–",
+        )
+    console = Console()
+    console.print(table)
+    if missing:
+        console.print(f"Without PyTorch: {', '.join(missing)} is not installed.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

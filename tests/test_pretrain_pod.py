@@ -1,0 +1,235 @@
+"""`--compile-only`: what it reads from programs, and the kernels that TPUs run."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pretraining import DENSE, SMALL, VOCABULARY, mesh_of, one_device, training
+from rich.console import Console
+
+from experiments.compiled import measure
+from experiments.pretrain import pod
+from experiments.pretrain.attention import BLOCK, causal_attention, splash
+from experiments.pretrain.config import Mesh
+from experiments.pretrain.costs import step_costs
+from experiments.pretrain.experts import tpu_ragged_dot
+from experiments.pretrain.model import LanguageModel
+from experiments.pretrain.presets import PRESETS
+from experiments.pretrain.sharding import make_mesh
+from experiments.pretrain.step import Trainer
+from experiments.topology import topology_devices
+
+change = dataclasses.replace
+DEEP = change(SMALL, layers=5, hidden=64, expert_hidden=32)
+
+
+# --- FLOPs of the model ----------------------------------------------------------------------
+
+
+# Loops of one trip are unrolled, and then XLA finds what is computed twice.
+@pytest.mark.parametrize(
+    "model",
+    [change(SMALL, layers=4, dense_layers=2), DENSE],
+    ids=["latent, experts", "multi-head, dense"],
+)
+def test_model_flops_are_those_of_the_program_but_for_what_it_computes_twice(model, monkeypatch):
+    monkeypatch.setattr("experiments.pretrain.model._LOSS_TOKENS", 64)
+    config = training(model)
+    lm = LanguageModel(config.model, VOCABULARY)
+    params = jax.eval_shape(lm.init, jax.random.key(0))
+    windows = jax.ShapeDtypeStruct((config.batch, config.context + 1), jnp.int32)
+
+    def loss(params, bias, windows):
+        return jnp.mean(lm.losses(params, bias, windows)[0])
+
+    with jax.set_mesh(one_device()):
+        step = jax.jit(jax.value_and_grad(loss))
+        found = measure(step.lower(params, lm.initial_bias(), windows).compile()).flops
+
+    tokens = config.tokens_per_step
+    # The head's logits again in the backward pass.
+    extra = 2 * model.width * VOCABULARY * tokens
+    # Both halves of the logits, and these again: 4 products over columns of a key, 3 of a value.
+    latent = model.attention == "latent"
+    key = model.nope + model.rope if latent else model.width // model.heads
+    value = model.value if latent else key
+    pairs = model.layers * model.heads * config.context * tokens
+    extra += 2 * pairs * (4 * key + 3 * value) - 3 * pairs * (key + value)
+    # Experts' blocks of 64 places that are not full.
+    sparse = model.layers - model.dense_layers
+    routed = tokens * model.active
+    places = (math.ceil(routed / 64) + model.experts) * 64
+    extra += 6 * sparse * (places - routed) * 3 * model.width * model.expert_hidden
+    assert found == step_costs(config, "adamw", params).model_flops + extra
+
+
+def test_moonlight_takes_19_gflop_a_token():
+    """As Liu et al., 2502.16982, count: 590 TFLOP of Newton-Schulz a step in the standard form."""
+    config = PRESETS["moonlight-16b"]
+    lm = LanguageModel(config.model, config.data.vocabulary)
+    costs = step_costs(config, "muon", jax.eval_shape(lm.init, jax.random.key(0)))
+    assert costs.model_flops / costs.tokens == pytest.approx(18.9e9, rel=0.005)
+    assert 0.7 * 590e12 < costs.newton_schulz_flops < 590e12
+
+
+# --- Reports ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report():
+    """Of eight simulated devices."""
+    mesh = Mesh(fsdp=4, tensor=2)
+    config = training(DENSE, mesh=mesh, accumulate=2)
+    return config, pod.compile_for(config, "adamw", jax.devices()[:8], "simulated")
+
+
+def test_a_report_tells_what_one_device_has(report):
+    config, report = report
+    state = jax.tree.leaves(Trainer(config, "adamw", mesh_of(1, 4, 1, 2), VOCABULARY).abstract)
+    shards = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in state)
+    windows = 2 * 1 * (config.context + 1) * 4
+    assert report.argument_bytes == shards + windows + 4  # the learning rate
+    assert 0 <= report.output_bytes < 1000 < report.temp_bytes
+    assert report.mesh == {"data": 1, "fsdp": 4, "expert": 1, "tensor": 2}
+    assert 1 < report.flops / report.model_flops < 3
+    assert {"all-gather", "all-reduce", "reduce-scatter"} <= set(report.collectives)
+    assert (report.fits, report.unread, report.newton_schulz) == (None, {}, None)
+    assert json.loads(json.dumps(dataclasses.asdict(report)))["optimizer"] == "adamw"
+
+
+def test_experts_are_orthogonalised_where_they_lie():
+    config = training(DEEP, mesh=Mesh(fsdp=2, expert=2))
+    trainer = Trainer(config, "muon", mesh_of(1, 2, 2, 1), VOCABULARY)
+    share = pod.newton_schulz_share(trainer)
+    assert share.expert_collectives == {}
+    assert share.collectives
+    assert 0.9 < share.ratio <= 1.1
+
+
+def test_what_does_not_fit_is_said_and_exits_with_1(report, monkeypatch):
+    config, made = report
+    monkeypatch.setattr(pod, "topology_devices", lambda name: jax.devices()[:8])
+    for total, code, text in ((1e12, 0, "the step fits"), (1e3, 1, "the step does not fit")):
+        sized = change(made, memory_bytes=int(total))
+        monkeypatch.setattr(pod, "compile_for", lambda *_, sized=sized: sized)
+        console = Console(record=True, width=120)
+        assert pod.compile_only(config, ["adamw"], "simulated", console) == code
+        assert text in console.export_text()
+
+
+def test_the_compilers_refusal_is_passed_on(report, monkeypatch):
+    config, _ = report
+
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 5T exceed 95.74G.\nmore")
+
+    monkeypatch.setattr(pod, "topology_devices", lambda name: jax.devices()[:8])
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    console = Console(record=True, width=120)
+    assert pod.compile_only(config, ["adamw"], "simulated", console) == 1
+    assert "AdamW does not fit: 5T exceed 95.74G.\n" in console.export_text()
+
+
+def test_kernels_of_attention_are_counted_and_others_named():
+    config = change(PRESETS["moonlight-16b"], batch=512, accumulate=4)
+    mesh = mesh_of(1, 8, 1, 2)  # 16 sequences and 8 heads on each device
+    runs = {"splash_mha_fwd_residuals": 3, "splash_mha_dkv_no_residuals": 1, "other": 7}
+    flops, others = pod.kernel_flops(runs, config, mesh)
+    pairs = 16 * 17 // 2 * BLOCK**2
+    columns = 3 * (192 + 128) + 2 * (192 + 128)
+    assert flops == 16 * 8 * pairs * 2 * columns
+    assert others == {"other": 7}
+
+
+# --- Kernels of TPUs, interpreted ------------------------------------------------------------
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def test_the_splash_kernel_is_causal_attention():
+    q, k, v = normal(0, 1, 384, 2, 48), normal(1, 1, 384, 2, 48), normal(2, 1, 384, 2, 32)
+
+    def weighted(attend, q, k, v):
+        return jnp.sum(attend(q, k, v)[0] * v)
+
+    with jax.set_mesh(one_device()), jax.default_matmul_precision("highest"):
+        kernel = functools.partial(splash, interpret=True)
+        mixed, logsumexp = kernel(q, k, v)
+        expected, largest = causal_attention(q, k, v)
+        np.testing.assert_allclose(mixed, expected, atol=2e-6)
+        gradients = [
+            jax.grad(functools.partial(weighted, attend), (0, 1, 2))(q, k, v)
+            for attend in (kernel, causal_attention)
+        ]
+    for ours, theirs in zip(*gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    bound = jnp.max(logsumexp, axis=(0, 1))
+    assert np.all(bound >= largest) and np.all(bound <= largest + np.log(384))
+
+
+def test_the_ragged_product_of_tpus_is_that_of_jax():
+    x, kernels, g = normal(0, 300, 48), normal(1, 3, 48, 32), normal(2, 260, 32)
+    sizes = jnp.array([0, 100, 160])  # 40 rows belong to nobody
+
+    def weighted(product, x, kernels):
+        return jnp.sum(product(x, kernels, sizes)[:260] * g)
+
+    ours = functools.partial(tpu_ragged_dot, interpret=True)
+    with jax.default_matmul_precision("highest"):
+        np.testing.assert_allclose(
+            ours(x, kernels, sizes)[:260], jax.lax.ragged_dot(x, kernels, sizes)[:260], atol=1e-5
+        )
+        (dx, dk), (other_dx, other_dk) = (
+            jax.grad(functools.partial(weighted, product), (0, 1))(x, kernels)
+            for product in (ours, jax.lax.ragged_dot)
+        )
+    np.testing.assert_allclose(dx[:260], other_dx[:260], atol=1e-5)
+    np.testing.assert_allclose(dk, other_dk, atol=1e-4)
+
+
+# --- TPUs that are not there -----------------------------------------------------------------
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install -e '.[tpu]'",
+)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("exchange", ["gather", "ragged"])
+def test_a_small_step_compiles_for_a_tpu(exchange):
+    tiny = PRESETS["tiny"]
+    model = change(tiny.model, dtype="bfloat16", exchange=exchange)
+    config = change(tiny, model=model, mesh=Mesh(fsdp=2, expert=2))
+    report = pod.compile_for(config, "adamw", topology_devices("v5e:2x2"), "v5e:2x2")
+    assert report.fits and report.unread == {}
+    exchanged = {"ragged-all-to-all"} if exchange == "ragged" else set()
+    assert {kind for kind in report.collectives if "ragged" in kind} == exchanged
+    assert 1 < report.flops / report.model_flops < 4
+
+
+@needs_libtpu
+def test_muon_of_the_16b_model_shares_its_work_out():
+    config = PRESETS["moonlight-16b"]
+    mesh = make_mesh(config.mesh.sizes, topology_devices("v5p:4x4x4"))
+    share = pod.newton_schulz_share(Trainer(config, "muon", mesh, config.data.vocabulary))
+    assert share.ratio <= 1.1
+    assert share.expert_collectives == {}
+
+
+@needs_libtpu
+def test_the_16b_step_fits():
+    """A layer of 27, two sequences of eight: the full one is the command's, for minutes."""
+    whole = PRESETS["moonlight-16b"]
+    model = change(whole.model, layers=2, dense_layers=0)
+    config = change(whole, model=model, batch=256, accumulate=1)
+    report = pod.compile_for(config, "adamw", topology_devices("v5p:4x4x4"), "v5p:4x4x4")
+    assert report.fits and report.unread == {}
