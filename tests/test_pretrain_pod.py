@@ -221,8 +221,10 @@ def test_muon_of_the_16b_model_shares_its_work_out():
     config = PRESETS["moonlight-16b"]
     mesh = make_mesh(config.mesh.sizes, topology_devices("v5p:4x4x4"))
     share = pod.newton_schulz_share(Trainer(config, "muon", mesh, config.data.vocabulary))
-    assert share.ratio <= 1.1
+    assert share.ratio == pytest.approx(1.02, abs=0.01)
     assert share.expert_collectives == {}
+    counts = {kind: c.count for kind, c in share.collectives.items()}
+    assert counts["all-reduce"] <= 10 and counts["all-to-all"] <= 28 and len(counts) == 2
 
 
 @needs_libtpu
@@ -233,3 +235,10 @@ def test_the_16b_step_fits():
     config = change(whole, model=model, batch=256, accumulate=1)
     report = pod.compile_for(config, "adamw", topology_devices("v5p:4x4x4"), "v5p:4x4x4")
     assert report.fits and report.unread == {}
+    assert report.argument_bytes == pytest.approx(0.32 * 2**30, rel=0.02)
+    assert report.total_bytes == pytest.approx(10.6 * 2**30, rel=0.1)
+    assert report.flops / report.model_flops == pytest.approx(1.43, abs=0.05)
+    assert {kind: c.in_loops for kind, c in report.collectives.items()} == {
+        "all-reduce": 0,
+        "all-to-all": 0,
+    }

@@ -1,0 +1,39 @@
+"""`python -m experiments.pretrain.speed`: both loops train one model, from one start, on one text."""
+
+import numpy as np
+import pytest
+from pretraining import DENSE, SMALL, VOCABULARY, one_device, training
+
+from experiments.pretrain import speed
+from experiments.pretrain.step import Trainer
+
+
+@pytest.mark.parametrize("model", [SMALL, DENSE], ids=["experts", "dense"])
+def test_our_loop_and_that_of_pytorch_begin_with_the_same_loss(model, monkeypatch):
+    torch = pytest.importorskip("torch", reason="the rival is PyTorch")
+    pytest.importorskip("transformers", reason="the rival is Hugging Face's model")
+    config = training(model, batch=4, accumulate=2)
+    cross_entropy, theirs = torch.nn.functional.cross_entropy, []
+
+    def noted(*arguments):
+        theirs.append(cross_entropy(*arguments))
+        return theirs[-1]
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", noted)
+    for loop in speed.torch_loops(config, 2).values():
+        theirs.clear()
+        loop()
+        losses = np.reshape([loss.item() for loss in theirs], (2, 2)).mean(axis=1)
+        trainer = Trainer(config, "adamw", one_device(), VOCABULARY)
+        windows = speed.tokens(config).reshape(2, 2, -1)
+        _, metrics = trainer.advance(trainer.start(config.seed), windows)
+        np.testing.assert_allclose(losses[0], metrics["loss"], rtol=1e-5)
+        assert losses[1] < losses[0]
+
+
+def test_the_median_leaves_the_first_turn_out():
+    calls = []
+    loops = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
+    found = speed.take_turns(loops, steps=2, rounds=3)
+    assert calls == ["a", "b"] * 4 and set(found) == {"a", "b"}
+    assert max(found.values()) < 0.1
