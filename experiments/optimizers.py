@@ -226,6 +226,7 @@ Rates = dataclasses.make_dataclass(
     ],
     frozen=True,
 )
+Rates.__module__ = __name__
 Rates.__doc__ = "Learning rates of the other optimizers, after warm-up."
 
 

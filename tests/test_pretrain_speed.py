@@ -1,4 +1,4 @@
-"""`python -m experiments.pretrain.speed`: both loops train one model, from one start, on one text."""
+"""`python -m experiments.pretrain.speed`: both loops train one model, from one start."""
 
 import numpy as np
 import pytest

@@ -1,15 +1,19 @@
 """`python -m experiments.pretrain.speed`: tokens a second, beside PyTorch where it is there.
 
 All loops train the model from the same params on the same tokens and take turns, so that a noisy
-machine disturbs each of them; what counts is their ratio.
+machine disturbs each of them; what counts is their ratio. PyTorch has a process of its own, where
+neither's threads and memory are in the other's way.
 """
 
-import dataclasses
+import functools
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,7 +35,7 @@ Loop = Callable[[], None]
 """Trains some steps and waits until they are done."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Command(Training):
     """Times training steps of a preset with each optimizer, and those of PyTorch.
 
@@ -121,6 +125,18 @@ def torch_loops(config: Training, steps: int) -> dict[str, Loop]:
         return {f"PyTorch, AdamW{way and f', {way}'}": loop_of(path, way) for way in ways}
 
 
+_theirs: dict[str, Loop] = {}  # in the process of PyTorch
+
+
+def _prepare(config: Training, steps: int) -> list[str]:
+    _theirs.update(torch_loops(config, steps))
+    return list(_theirs)
+
+
+def _turn(name: str) -> None:
+    _theirs[name]()
+
+
 def tokens(config: Training) -> np.ndarray:
     """A batch `(batch, context + 1)` int32, the same in every call."""
     rng = np.random.default_rng(config.seed)
@@ -144,21 +160,27 @@ def main() -> int:
     preset = preset_of(sys.argv[1:])
     default = Command(preset=preset, **vars(PRESETS[preset]))
     command = tyro.cli(Command, default=default, prog="python -m experiments.pretrain.speed")
-    loops: dict[str, Loop] = {}
-    mfu: dict[str, float] = {}
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
-    if jax.default_backend() == "cpu" and not missing:
-        loops |= torch_loops(command, command.turn)
-    trainers = {}
-    for optimizer in command.optimizer:
-        name = f"ours, {optimizer_label(optimizer)}"
-        loops[name], trainers[name] = our_loop(command, optimizer, command.turn)
-    median = take_turns(loops, command.turn, command.rounds)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        loops: dict[str, Loop] = {}
+        if jax.default_backend() == "cpu" and not missing:
+            for name in process.submit(_prepare, command.training(), command.turn).result():
+                loops[name] = functools.partial(_wait_for, process, name)
+        trainers = {}
+        for optimizer in command.optimizer:
+            name = f"ours, {optimizer_label(optimizer)}"
+            loops[name], trainers[name] = our_loop(command, optimizer, command.turn)
+        median = take_turns(loops, command.turn, command.rounds)
+    mfu = {}
     for name, trainer in trainers.items():
         costs = step_costs(command, trainer.optimizer, trainer.abstract.params)
         mfu[name] = costs.rates(median[name]).get("mfu", float("nan"))
     _print(command, median, mfu, missing)
     return 0
+
+
+def _wait_for(process: ProcessPoolExecutor, name: str) -> None:
+    process.submit(_turn, name).result()
 
 
 def _print(
