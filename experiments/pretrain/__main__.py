@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import TaskID
 
+from experiments.allocator import keep_temporaries
 from experiments.commands import INTERRUPTED, progress_bar, stop_on_signals
 from experiments.optimizers import OptimizerName
 from experiments.pretrain import data
@@ -78,6 +79,7 @@ def main() -> int:
     try:
         command = parse(sys.argv[1:])
         command.processes.join()
+        keep_temporaries()
         if jax.process_index() > 0:
             console.quiet = True
         return run(command, stop, console)

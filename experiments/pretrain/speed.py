@@ -23,6 +23,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.allocator import keep_temporaries
 from experiments.figures import optimizer_label
 from experiments.optimizers import OptimizerName
 from experiments.pretrain import export, sharding
@@ -166,6 +167,7 @@ def main() -> int:
         if jax.default_backend() == "cpu" and not missing:
             for name in process.submit(_prepare, command.training(), command.turn).result():
                 loops[name] = functools.partial(_wait_for, process, name)
+        keep_temporaries()
         trainers = {}
         for optimizer in command.optimizer:
             name = f"ours, {optimizer_label(optimizer)}"
