@@ -264,7 +264,7 @@ def test_terminal_table(tmp_path):
     assert max(map(len, text.splitlines())) <= 80
     row = next(line for line in text.splitlines() if line.startswith("Muon")).split()
     loss = 0.9 + 3 / 13**0.5
-    assert row[:4] == ["Muon", "0.004", f"{BITS_A_NAT * loss:.4f}", f"{loss:.4f}"]
+    assert row[:4] == ["Muon", "0.008", f"{BITS_A_NAT * loss:.4f}", f"{loss:.4f}"]
     # 256 tokens a second: the record that compiled, of 3, is not counted.
     assert row[5:] == ["12", "256", "46", "0"]
 
@@ -418,8 +418,9 @@ def test_memory_is_that_of_the_arrays():
     assert set(found) == {"params, float32", "gradient, float32", "optimizer state", "batch"}
     half = dataclasses.replace(config, model=dataclasses.replace(SMALL, dtype="bfloat16"))
     small = memory(Trainer(half, "muon", trainer.mesh, half.data.vocabulary))["params, bfloat16"]
-    routers = held(state.params["moe_layers"]["feed_forward"]["router"])
-    assert small == (held(state.params) + routers) // 2
+    whole = held(state.params["moe_layers"]["feed_forward"]["router"])
+    whole += held(state.params["embedding"])
+    assert small == (held(state.params) + whole) // 2
 
 
 def test_a_mesh_that_cannot_be_is_refused():

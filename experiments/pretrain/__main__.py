@@ -76,10 +76,10 @@ def main() -> int:
     """Runs the command; returns its exit code."""
     console = Console()
     stop = stop_on_signals()
+    keep_temporaries()
     try:
         command = parse(sys.argv[1:])
         command.processes.join()
-        keep_temporaries()
         if jax.process_index() > 0:
             console.quiet = True
         return run(command, stop, console)

@@ -158,6 +158,7 @@ def take_turns(loops: dict[str, Loop], steps: int, rounds: int) -> dict[str, flo
 
 def main() -> int:
     """Prints a table of tokens a second, and what there is to compare."""
+    keep_temporaries()
     preset = preset_of(sys.argv[1:])
     default = Command(preset=preset, **vars(PRESETS[preset]))
     command = tyro.cli(Command, default=default, prog="python -m experiments.pretrain.speed")
@@ -167,7 +168,6 @@ def main() -> int:
         if jax.default_backend() == "cpu" and not missing:
             for name in process.submit(_prepare, command.training(), command.turn).result():
                 loops[name] = functools.partial(_wait_for, process, name)
-        keep_temporaries()
         trainers = {}
         for optimizer in command.optimizer:
             name = f"ours, {optimizer_label(optimizer)}"
