@@ -108,6 +108,7 @@ class Config(Training):
     45 minutes; `--optimizers adamw muon` takes four.
     """
 
+    # SPlus with another rule for the rest is a question of short trainings; `pretrain` asks it.
     optimizers: tuple[OptimizerName, ...] = tuple(name for name in ARMS if name != "splus_adamw")
     """Arms of the comparison, all of them by default; differences are to AdamW."""
     seeds: int = 3

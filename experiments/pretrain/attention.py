@@ -18,7 +18,7 @@ from experiments.layers import Linear, rotate
 from experiments.pretrain.sharding import constrain, spec
 from muon_jax import max_attention_logits
 
-# Query positions at a time, at most.
+# Query positions at a time, at most; also the side of the splash kernel's blocks.
 BLOCK = 512
 # The splash kernel wants lengths of whole vectors.
 _LANES = 128
@@ -43,6 +43,7 @@ def causal_attention(
     if platform == "tpu" and length % _LANES == 0:
         return _by_splash(q_BxTxNxH, k_BxTxNxH, v_BxTxNxV)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BxTxNxH, k_BxTxNxH, v_BxTxNxV))
+    # Eight blocks skip nearly half of the pairs; smaller ones than 64 are slow products.
     block = min(max(-(-length // 8), 64), BLOCK)
     mixed, largest = [], []
     for start in range(0, length, block):
