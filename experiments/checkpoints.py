@@ -8,8 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +20,9 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from experiments.runs import RunError, write_json
+from experiments import manifests
+from experiments.runs import RunError
 
-MANIFEST = "manifest.json"
-_READERS = 4  # threads that hash; hashlib lets go of the GIL
 _NAMED = 8  # so many leaves or files are named in an error
 
 # Orbax logs a traceback from each thread that an error passes through; the caller gets the error.
@@ -173,7 +171,7 @@ class Checkpoints:
         return [
             step
             for step, path in sorted(self._folders().items())
-            if step not in self._damaged and "sha256" in _read_manifest(path)
+            if step not in self._damaged and "sha256" in manifests.read(path)
         ]
 
     def _folders(self) -> dict[int, epath.Path]:
@@ -198,21 +196,23 @@ class Checkpoints:
     def _finish(self, arrays: ocp.AsyncResponse[None], manifest: dict[str, Any]) -> None:
         arrays.result()
         if jax.process_index() == 0:
-            _seal(self._path(manifest["step"]), manifest)
+            manifests.seal(self._path(manifest["step"]), manifest)
             for step in self._finished()[: -self.keep]:
                 _remove(self._path(step))
 
     def _choose(self, wanted: int | None) -> tuple[dict[str, Any] | None, list[tuple[int, str]]]:
         """The manifest of the one to restore, and the newer ones with what is wrong with them."""
-        candidates = {s: path for s, path in self._folders().items() if (path / MANIFEST).exists()}
+        candidates = {
+            s: path for s, path in self._folders().items() if (path / manifests.NAME).exists()
+        }
         if wanted is not None and wanted not in candidates:
             raise RunError(
                 f"{self.folder} has no checkpoint of step {wanted}; it has {sorted(candidates)}."
             )
         damaged = []
         for step in [wanted] if wanted is not None else sorted(candidates, reverse=True):
-            manifest = _read_manifest(candidates[step])
-            problems = _problems(candidates[step], manifest)
+            manifest = manifests.read(candidates[step])
+            problems = manifests.problems(candidates[step], manifest)
             if not problems:
                 return manifest, damaged
             damaged.append((step, _enumerated(problems)))
@@ -342,104 +342,9 @@ def _with_empty(abstract: Any, leaf: Any) -> Any:
     return jnp.zeros(abstract.shape, abstract.dtype, device=abstract.sharding)
 
 
-def _seal(path: epath.Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest, when all that it names is on disk."""
-    local = "://" not in os.fspath(path)
-    sizes = dict(_sizes(path))
-    if local:
-        for name in sizes:
-            _sync(path / name)
-        for folder in {(path / name).parent for name in sizes}:
-            _sync(folder)
-    manifest["files"] = {
-        name: [sizes[name], digest]
-        for name, digest in _in_threads(lambda name: _sha256(path / name), sizes)
-    }
-    manifest["sha256"] = _digest(manifest)
-    if local:
-        write_json(Path(path / MANIFEST), manifest)
-        _sync(path)
-        _sync(path.parent)
-    else:  # an object appears whole or not at all
-        (path / MANIFEST).write_text(json.dumps(manifest, indent=2))
-
-
-def _read_manifest(path: epath.Path) -> dict[str, Any]:
-    """The manifest, or an empty one where it is missing or damaged."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        whole = manifest["sha256"] == _digest(manifest) and f"step_{manifest['step']}" == path.name
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
-        return {}
-    return manifest if whole else {}
-
-
-def _problems(path: epath.Path, manifest: dict[str, Any]) -> list[str]:
-    """What is wrong with a checkpoint's files."""
-    if not manifest:
-        return [f"{MANIFEST} is damaged"]
-    files, sizes = manifest["files"], dict(_sizes(path))
-    problems = [f"{name} is missing" for name in files.keys() - sizes.keys()]
-    problems += [f"{name} was added" for name in sizes.keys() - files.keys()]
-    problems += [
-        f"{name} has {sizes[name]} bytes of {size}"
-        for name, (size, _) in files.items()
-        if sizes.get(name, size) != size
-    ]
-    if not problems:
-        problems = [
-            f"{name} has other bytes than were written"
-            for name, same in _in_threads(lambda name: _has(path / name, files[name][1]), files)
-            if not same
-        ]
-    return sorted(problems)
-
-
-def _sizes(folder: epath.Path, inside: str = "") -> Iterator[tuple[str, int]]:
-    """Each file's name below the checkpoint's folder and its bytes, without the manifest."""
-    for path in sorted(folder.iterdir()):
-        name, stat = inside + path.name, path.stat()
-        if stat.is_directory:
-            yield from _sizes(path, f"{name}/")
-        elif name != MANIFEST:
-            yield name, stat.length
-
-
-def _in_threads(work: Callable[[str], Any], names: Iterable[str]) -> list[tuple[str, Any]]:
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
-        return list(zip(names, readers.map(work, names), strict=True))
-
-
-def _has(path: epath.Path, digest: str) -> bool:
-    try:
-        return _sha256(path) == digest
-    except OSError as error:
-        if error.errno == errno.EIO:  # a bad sector
-            return False
-        raise
-
-
-def _sha256(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    body = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: epath.Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _remove(path: epath.Path) -> None:
     """Removes a checkpoint; killed halfway, what is left counts as unfinished, not as damaged."""
-    (path / MANIFEST).unlink(missing_ok=True)
+    (path / manifests.NAME).unlink(missing_ok=True)
     path.rmtree(missing_ok=True)
 
 

@@ -19,6 +19,27 @@ class Linear(nnx.Linear):
     def __init__(self, fan_in: int, fan_out: int, *, init=fan_in_uniform, rngs: nnx.Rngs):
         super().__init__(fan_in, fan_out, use_bias=False, kernel_init=init, rngs=rngs)
 
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return project(x, self.kernel[...])
+
+
+@jax.custom_vjp
+def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x @ kernel`, of `(..., fan_in)` and `(fan_in, fan_out)`.
+
+    JAX derives the kernel's gradient transposed, and on a CPU XLA then transposes activations.
+    """
+    return x @ kernel
+
+
+def _project_backward(saved, g):
+    x, kernel = saved
+    tokens = tuple(range(x.ndim - 1))
+    return g @ kernel.T, jax.lax.dot_general(x, g, ((tokens, tokens), ((), ())))
+
+
+project.defvjp(lambda x, kernel: (project(x, kernel), (x, kernel)), _project_backward)
+
 
 class SwiGLU(nnx.Module):
     """`down(silu(gate(x)) * up(x))` (Shazeer, 2002.05202)."""
@@ -29,7 +50,13 @@ class SwiGLU(nnx.Module):
         self.down = Linear(hidden, width, init=init, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(nnx.silu(self.gate(x)) * self.up(x))
+        return self.down(gated(self.gate(x), self.up(x)))
+
+
+@jax.checkpoint
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`silu(gate) * up`; its backward pass needs them alone, and no product in between."""
+    return nnx.silu(gate) * up
 
 
 def rotate(x: jax.Array, position: int | jax.Array, base: float) -> jax.Array:
@@ -45,7 +72,8 @@ def rotate(x: jax.Array, position: int | jax.Array, base: float) -> jax.Array:
     angle = jnp.multiply.outer(jnp.asarray(position), frequency)[..., None, :]
     angle = jnp.expand_dims(angle, range(x.ndim - angle.ndim))
     sin, cos = jnp.sin(angle), jnp.cos(angle)
-    first, second = x[..., :half], x[..., half:]
+    # The gradient of a split is one concatenation, that of slices a sum of padded arrays.
+    first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments import checkpoints as lib
+from experiments import manifests
 
 
 def main(port, index, folder):
@@ -31,7 +32,7 @@ def main(port, index, folder):
         return {name: [shard.data.tolist() for shard in x.addressable_shards] for name, x in tree}
 
     if index == 1:
-        lib._read_manifest = None  # only the first looks, and decides for both
+        manifests.read = None  # only the first looks, and decides for both
     checkpoints = lib.Checkpoints(folder, keep=2)
     seen = {"empty": checkpoints.restore(state(0))}
     for step in (1, 2, 3):
@@ -50,13 +51,14 @@ def main(port, index, folder):
     seen["fallback"] = [restored.step, restored.damaged]
     seen["same_fallback"] = mine(restored.state.items()) == mine(state(2).items())
 
-    seal, lib._seal = lib._seal, lambda *_: os.listdir("/no/such/folder")  # in the first only
+    seal = manifests.seal
+    manifests.seal = lambda *_: os.listdir("/no/such/folder")  # in the first only
     checkpoints.save(3, state(3), {})
     try:
         checkpoints.wait()
     except OSError as error:
         seen["error"] = str(error)
-    lib._seal = seal
+    manifests.seal = seal
     checkpoints.save(4, state(4), {"step": 4})
     checkpoints.close()
     seen["last"] = checkpoints.steps()

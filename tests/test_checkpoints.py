@@ -24,6 +24,7 @@ from meshes import lies_like, mesh_of
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from experiments import checkpoints as lib
+from experiments import manifests
 from experiments.checkpoints import Checkpoints, params_sha256
 from experiments.runs import RunError
 
@@ -220,7 +221,7 @@ def test_damage_to_any_file_is_noticed(tmp_path, checkpoints, damage):
         restored = Checkpoints(folder).restore(small_state())
         assert restored.step == 1
         assert_same(restored.state, small_state(1))
-        if name == lib.MANIFEST and damage in (replace, Path.unlink):
+        if name == manifests.NAME and damage in (replace, Path.unlink):
             assert restored.damaged == ()  # as if it had never been finished
         else:
             (reason,) = restored.damaged
@@ -239,14 +240,14 @@ def test_an_added_file_and_a_moved_checkpoint_are_noticed(checkpoints):
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
 def test_a_bad_sector_is_damage_and_missing_rights_are_not(checkpoints, monkeypatch, number):
     saved(checkpoints, 1, 2)
-    sha256 = lib._sha256
+    sha256 = manifests._sha256
 
     def failing(path):
         if path.name == "_METADATA" and "step_2" in path.parts:
             raise OSError(number, os.strerror(number))
         return sha256(path)
 
-    monkeypatch.setattr(lib, "_sha256", failing)
+    monkeypatch.setattr(manifests, "_sha256", failing)
     if number == errno.EIO:
         damaged = checkpoints.restore(small_state()).damaged
         assert damaged == ("step 2: state/_METADATA has other bytes than were written",)

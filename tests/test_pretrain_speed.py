@@ -20,9 +20,9 @@ def test_our_loop_and_that_of_pytorch_begin_with_the_same_loss(model, monkeypatc
         return theirs[-1]
 
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", noted)
-    for loop in speed.torch_loops(config, 2).values():
+    for loop in speed.torch_loops(config).values():
         theirs.clear()
-        loop()
+        loop(2)
         losses = np.reshape([loss.item() for loss in theirs], (2, 2)).mean(axis=1)
         trainer = Trainer(config, "adamw", one_device(), VOCABULARY)
         windows = speed.tokens(config).reshape(2, 2, -1)
@@ -31,9 +31,16 @@ def test_our_loop_and_that_of_pytorch_begin_with_the_same_loss(model, monkeypatc
         assert losses[1] < losses[0]
 
 
-def test_the_median_leaves_the_first_turn_out():
+def test_neither_the_first_turn_counts_nor_the_first_step_of_any(monkeypatch):
+    now = 0.0
     calls = []
-    loops = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
-    found = speed.take_turns(loops, steps=2, rounds=3)
-    assert calls == ["a", "b"] * 4 and set(found) == {"a", "b"}
-    assert max(found.values()) < 0.1
+
+    def loop(steps):
+        nonlocal now
+        calls.append(steps)
+        now += 100.0 if steps == 1 or len(calls) <= 2 else 3.0 * steps
+
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(speed.time, "sleep", lambda _: None)
+    assert speed.take_turns({"ours": loop}, steps=2, rounds=3) == {"ours": 3.0}
+    assert calls == [1, 2] * 4

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import TaskID
 
-from experiments.allocator import keep_temporaries
 from experiments.commands import INTERRUPTED, progress_bar, stop_on_signals
 from experiments.optimizers import OptimizerName
 from experiments.pretrain import data
@@ -76,7 +75,6 @@ def main() -> int:
     """Runs the command; returns its exit code."""
     console = Console()
     stop = stop_on_signals()
-    keep_temporaries()
     try:
         command = parse(sys.argv[1:])
         command.processes.join()

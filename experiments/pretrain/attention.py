@@ -45,10 +45,13 @@ def causal_attention(
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BxTxNxH, k_BxTxNxH, v_BxTxNxV))
     # Eight blocks skip nearly half of the pairs; smaller ones than 64 are slow products.
     block = min(max(-(-length // 8), 64), BLOCK)
+    starts = list(range(0, length, block))
+    # Split, not sliced: of slices the gradient is a sum of padded arrays.
+    q, k, v = (jnp.split(x, starts[1:], axis=2) for x in (q, k, v))
     mixed, largest = [], []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        found = _block(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop])
+    for i, queries in enumerate(q):
+        seen = (jnp.concatenate(x[: i + 1], axis=2) for x in (k, v))
+        found = _block(queries, *seen)
         mixed.append(found[0])
         largest.append(found[1])
     return jnp.swapaxes(jnp.concatenate(mixed, 2), 1, 2), jnp.max(jnp.stack(largest), axis=0)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.pallas.ops.tpu import megablox
 
+from experiments.layers import gated, project
 from experiments.pretrain.sharding import spec
 
 Exchange = Literal["gather", "ragged"]
@@ -259,9 +260,9 @@ def expert_ffn(
         owner = jnp.minimum(owner, gate.shape[0] - 1)
 
         def product(x, kernels):
-            return jnp.einsum("nbd,ndf->nbf", x, kernels[owner])
+            return jax.vmap(project)(x, kernels[owner])
 
-    y = product(jax.nn.silu(product(x, gate)) * product(x, up), down)
+    y = product(gated(product(x, gate), product(x, up)), down)
     return y.reshape(-1, y.shape[-1])
 
 

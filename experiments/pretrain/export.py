@@ -8,7 +8,6 @@ attention as Llama: `config.json`, safetensors, and the tokenizer if there is on
 
 import contextlib
 import dataclasses
-import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,19 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
+from experiments import hugging_face
 from experiments.optimizers import ARMS
+from experiments.pretrain import export_config
 from experiments.pretrain.config import Model
 from experiments.pretrain.model import LanguageModel, Params
 from experiments.runs import RunError
 
 Dtype = Literal["float32", "bfloat16"]
-
-_WEIGHTS, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-_SHARD = 5 * 10**9  # bytes of a file of tensors at most
 
 # Names of modules, theirs and ours.
 _ATTENTION = {
@@ -46,41 +42,6 @@ _ATTENTION = {
     "multi-head": {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out"},
 }
 _SWIGLU = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
-
-# Fields of Model, and of config.json.
-_FIELDS = {
-    "layers": "num_hidden_layers",
-    "width": "hidden_size",
-    "heads": "num_attention_heads",
-    "hidden": "intermediate_size",
-    "tied": "tie_word_embeddings",
-    "init_std": "initializer_range",
-    "epsilon": "rms_norm_eps",
-}
-_LATENT_FIELDS = {
-    "dense_layers": "first_k_dense_replace",
-    "latent": "kv_lora_rank",
-    "nope": "qk_nope_head_dim",
-    "rope": "qk_rope_head_dim",
-    "value": "v_head_dim",
-    "experts": "n_routed_experts",
-    "active": "num_experts_per_tok",
-    "shared": "n_shared_experts",
-    "expert_hidden": "moe_intermediate_size",
-    "routed_scale": "routed_scaling_factor",
-}
-
-# What is the same in every model of ours: a config.json that leaves out an unsaid one means just
-# that, one that leaves out another means something else.
-_UNSAID = {"hidden_act": "silu", "attention_bias": False}
-_UNSAID_LATENT = {
-    "rope_interleave": True,
-    "norm_topk_prob": True,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "moe_layer_freq": 1,
-}
-_SAID_LATENT = {"q_lora_rank": None, "n_group": 1, "topk_group": 1}
 
 
 class _Tensor(NamedTuple):
@@ -124,7 +85,7 @@ def write(
     dtype: Dtype = "float32",
     tokenizer: Tokenizer | None = None,
     end_of_text: int | None = None,
-    shard: int = _SHARD,
+    shard: int = hugging_face.SHARD,
 ) -> None:
     """Makes a folder for `AutoModelForCausalLM` and, with a tokenizer, for `AutoTokenizer`.
 
@@ -148,9 +109,10 @@ def write(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write_tensors(partial, to_hugging_face(config, params, bias), dtype, shard)
+        tensors = to_hugging_face(config, params, bias)
+        hugging_face.write_tensors(partial, _cast(tensors, dtype), shard)
         vocabulary = len(params["embedding"]["embedding"])
-        ours = _config_json(config, vocabulary) | {
+        ours = export_config.to_json(config, vocabulary) | {
             "max_position_embeddings": context,
             "dtype": dtype,
             "torch_dtype": dtype,
@@ -158,7 +120,7 @@ def write(
             "eos_token_id": end_of_text,
             "pad_token_id": None,
         }
-        _write_json(partial / _CONFIG, ours)
+        hugging_face.write_json(partial / hugging_face.CONFIG, ours)
         if tokenizer is not None:
             (partial / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
             end = None if end_of_text is None else tokenizer.id_to_token(end_of_text)
@@ -168,7 +130,7 @@ def write(
                 "model_max_length": context,
                 "clean_up_tokenization_spaces": False,
             }
-            _write_json(partial / "tokenizer_config.json", settings)
+            hugging_face.write_json(partial / "tokenizer_config.json", settings)
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -187,17 +149,17 @@ def read(folder: Path) -> tuple[Model, int, Params, np.ndarray]:
             is none of ours.
         OSError: it cannot be read.
     """
-    config, vocabulary = _read_config(folder / _CONFIG)
+    config, vocabulary = export_config.read(folder / hugging_face.CONFIG)
     shapes = _shapes(config, vocabulary)
     with contextlib.ExitStack() as stack:
-        files = _open_tensors(folder, stack)
+        files = hugging_face.open_tensors(folder, stack)
         wanted = {tensor.name: tensor for tensor in _tensors(config)}
-        _check_names(folder, wanted.keys(), files.keys())
+        hugging_face.check_names(folder, wanted.keys(), files.keys())
         tree = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes)
         for name, tensor in wanted.items():
             place = _leaf(tree, tensor.path)[tensor.index]
             shape = place.T.shape if _is_kernel(tensor.path) else place.shape
-            x = _read_tensor(files[name], name, shape)
+            x = hugging_face.read_tensor(files[name], name, shape)
             x = x.T if _is_kernel(tensor.path) else x
             order = _interleaved(config, tensor.path)
             place[..., slice(None) if order is None else order] = x
@@ -238,6 +200,13 @@ def _tensors(config: Model) -> Iterator[_Tensor]:
     yield _Tensor("model.norm.weight", ("norm", "scale"))
     if not config.tied:
         yield _Tensor("lm_head.weight", ("head", "kernel"))
+
+
+def _cast(
+    tensors: Iterator[tuple[str, np.ndarray]], dtype: Dtype
+) -> Iterator[tuple[str, np.ndarray]]:
+    for name, x in tensors:
+        yield name, x.astype(jnp.float32 if ".mlp.gate." in name else dtype)
 
 
 def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
@@ -292,154 +261,6 @@ def _check_params(config: Model, tree: Params) -> None:
                 f"These are not params of this model: {name} is {found.get(name, 'missing')}, and "
                 f"its config asks for {wanted.get(name, 'none')}."
             )
-
-
-def _write_tensors(
-    folder: Path, tensors: Iterator[tuple[str, np.ndarray]], dtype: Dtype, shard: int
-) -> None:
-    """Into one file, or several with an index; one of them is in memory at a time."""
-    weight_map: dict[str, int] = {}
-    pending: dict[str, np.ndarray] = {}
-    files = total = size = 0
-
-    def flush() -> None:
-        try:
-            save_file(pending, folder / f"{files}.safetensors", metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{folder} cannot be written ({error}); is the disk full?") from None
-        pending.clear()
-
-    for name, x in tensors:
-        x = x.astype(jnp.float32 if ".mlp.gate." in name else dtype)
-        if pending and size + x.nbytes > shard:
-            flush()
-            files, size = files + 1, 0
-        pending[name], weight_map[name] = x, files
-        size, total = size + x.nbytes, total + x.nbytes
-    flush()
-    files += 1
-    final = [f"model-{i:05}-of-{files:05}.safetensors" for i in range(1, files + 1)]
-    if files == 1:
-        final = [_WEIGHTS]
-    else:
-        index = {name: final[i] for name, i in weight_map.items()}
-        _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": index})
-    for i, name in enumerate(final):
-        (folder / f"{i}.safetensors").rename(folder / name)
-
-
-def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """The open file of each tensor."""
-    names = {_WEIGHTS}
-    if (folder / _INDEX).exists():
-        names = set(_read_json(folder / _INDEX).get("weight_map", {}).values())
-    found = {}
-    for name in sorted(names):
-        try:
-            file = stack.enter_context(safe_open(folder / name, "np"))
-        except SafetensorError as error:
-            raise ValueError(f"{folder / name} is damaged ({error}); get it again.") from None
-        found |= dict.fromkeys(file.keys(), file)
-    return found
-
-
-def _check_names(folder: Path, wanted: Any, found: Any) -> None:
-    for what, names in (("lacks", wanted - found), ("has, beyond its config,", found - wanted)):
-        if names:
-            first = ", ".join(sorted(names)[:3])
-            raise ValueError(
-                f"{folder} {what} {len(names)} tensors, {first} first: its files are not those of "
-                f"the model in its {_CONFIG}."
-            )
-
-
-def _read_tensor(file: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    found, dtype = tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype()
-    if found != shape or dtype not in ("F32", "BF16", "F16"):
-        raise ValueError(
-            f"{name} is {dtype} {found}; the model in {_CONFIG} has F32, BF16 or F16 {shape}."
-        )
-    return file.get_tensor(name)
-
-
-def _config_json(config: Model, vocabulary: int) -> dict[str, Any]:
-    """What config.json says of the model itself."""
-    latent = config.attention == "latent"
-    names = _FIELDS | (_LATENT_FIELDS if latent else {})
-    kind = ("DeepseekV3ForCausalLM", "deepseek_v3") if latent else ("LlamaForCausalLM", "llama")
-    common = {
-        "architectures": [kind[0]],
-        "model_type": kind[1],
-        "vocab_size": vocabulary,
-        **{theirs: getattr(config, ours) for ours, theirs in names.items()},
-        "num_key_value_heads": config.heads,
-        "rope_theta": config.rope_base,  # for transformers 4
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},  # and 5
-        **_UNSAID,
-    }
-    if latent:
-        return common | _UNSAID_LATENT | _SAID_LATENT | {"num_nextn_predict_layers": 0}
-    return common | {"mlp_bias": False, "head_dim": config.width // config.heads}
-
-
-def _read_config(path: Path) -> tuple[Model, int]:
-    given = _read_json(path)
-    kinds = {"deepseek_v3": "latent", "llama": "multi-head"}
-    attention = kinds.get(given.get("model_type"))
-    if attention is None:
-        raise ValueError(
-            f"{path}: the model_type is {given.get('model_type')!r}, and only "
-            f"{' and '.join(kinds)} can be read."
-        )
-    rope = given.get("rope_parameters") or {}
-    names = _FIELDS | (_LATENT_FIELDS if attention == "latent" else {})
-    values = {"tie_word_embeddings": False, **given, **rope}
-    numbers = {}
-    for name in [*names.values(), "rope_theta", "vocab_size"]:
-        numbers[name] = values.get(name)
-        if not isinstance(numbers[name], int | float):
-            raise ValueError(f"{path}: {name} is {numbers[name]!r} and should be a number.")
-    fields = {ours: numbers[theirs] for ours, theirs in names.items()}
-    if attention == "multi-head":
-        fields["dense_layers"] = fields["layers"]
-    float32 = given.get("dtype", given.get("torch_dtype")) == "float32"
-    config = Model(
-        attention=attention,
-        rope_base=numbers["rope_theta"],
-        dtype="float32" if float32 else "bfloat16",
-        **fields,
-    )
-    _check_config(path, given, config)
-    return config, numbers["vocab_size"]
-
-
-def _check_config(path: Path, given: dict[str, Any], config: Model) -> None:
-    """Compares with what the model that was read would be written as."""
-    wanted = _config_json(config, given["vocab_size"])
-    wanted |= {"quantization_config": None, "rope_scaling": None}
-    for name in wanted.keys() - {"architectures", "rope_parameters", "num_nextn_predict_layers"}:
-        found = given.get(name, "missing" if name in _SAID_LATENT else wanted[name])
-        if found != wanted[name]:
-            raise ValueError(
-                f"{path}: {name} is {found!r}, and only models with {wanted[name]!r} can be read."
-            )
-    kind = (given.get("rope_parameters") or {}).get("rope_type", "default")
-    if kind != "default":
-        raise ValueError(f"{path}: RoPE of type {kind!r}; only models without scaling can be read.")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); get it again.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is no JSON object; get it again.")
-    return value
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True)

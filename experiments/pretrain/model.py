@@ -217,15 +217,11 @@ def _cross_entropy(kernel: jax.Array, hidden: jax.Array, targets: jax.Array) -> 
 
     def local(kernel, hidden, targets):
         whole = jax.lax.all_gather(kernel, "fsdp", axis=0, tiled=True).astype(jnp.float32)
-        entries = jnp.arange(kernel.shape[1]) + jax.lax.axis_index("tensor") * kernel.shape[1]
+        first = jax.lax.axis_index("tensor") * kernel.shape[1]
 
         def loss(token):
             hidden, target = token
-            logits = _logits(whole.astype(hidden.dtype), hidden)
-            largest = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits)), "tensor")
-            total = jax.lax.psum(jnp.sum(jnp.exp(logits - largest)), "tensor")
-            own = jax.lax.psum(jnp.sum(jnp.where(entries == target, logits, 0)), "tensor")
-            return jnp.log(total) + largest - own
+            return _token_loss(_logits(whole.astype(hidden.dtype), hidden), target - first)
 
         flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
         if targets.size <= _LOSS_TOKENS:
@@ -239,6 +235,34 @@ def _cross_entropy(kernel: jax.Array, hidden: jax.Array, targets: jax.Array) -> 
         out_specs=spec("batch", None),
         check_vma=False,
     )(kernel, hidden, targets)
+
+
+@jax.custom_vjp
+def _token_loss(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """Cross-entropy of one token; along "tensor" each device has some of the vocabulary's logits.
+
+    Its own derivative, `softmax - one_hot`, takes one pass where that of its parts takes several.
+    """
+    return _token_loss_forward(logits, target)[0]
+
+
+def _token_loss_forward(logits, target):
+    largest = jax.lax.pmax(jnp.max(logits), "tensor")
+    total = jax.lax.psum(jnp.sum(jnp.exp(logits - largest)), "tensor")
+    here = (target >= 0) & (target < logits.size)
+    own = jax.lax.psum(jnp.where(here, logits[target], 0), "tensor")
+    normaliser = jnp.log(total) + largest
+    return normaliser - own, (logits, normaliser, target)
+
+
+def _token_loss_backward(saved, g):
+    logits, normaliser, target = saved
+    g = jax.lax.psum(g, "tensor")  # each device has a share of the loss that all of them return
+    own = jnp.arange(logits.size) == target
+    return g * (jnp.exp(logits - normaliser) - own), None
+
+
+_token_loss.defvjp(_token_loss_forward, _token_loss_backward)
 
 
 _REMAT: dict[str, Callable[[Callable], Callable]] = {

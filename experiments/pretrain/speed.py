@@ -23,7 +23,6 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.allocator import keep_temporaries
 from experiments.figures import optimizer_label
 from experiments.optimizers import OptimizerName
 from experiments.pretrain import export, sharding
@@ -32,8 +31,11 @@ from experiments.pretrain.costs import step_costs
 from experiments.pretrain.presets import PRESETS, preset_of
 from experiments.pretrain.step import Trainer
 
-Loop = Callable[[], None]
+Loop = Callable[[int], None]
 """Trains some steps and waits until they are done."""
+
+# Seconds for PyTorch's threads to fall asleep, which spin for a while after their turn.
+_PAUSE = 0.5
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,12 @@ class Command(Training):
     optimizer: tuple[OptimizerName, ...] = ("adamw", "muon")
     """Of our loops."""
     turn: int = 5
-    """Steps of a loop, before it is another's turn."""
+    """Steps of a loop that count, before it is another's turn."""
     rounds: int = 5
     """Turns of each loop after one that does not count; the medians are compared."""
 
 
-def our_loop(config: Training, optimizer: OptimizerName, steps: int) -> tuple[Loop, Trainer]:
+def our_loop(config: Training, optimizer: OptimizerName) -> tuple[Loop, Trainer]:
     """Our training on all devices."""
     mesh = sharding.make_mesh(config.mesh.sizes)
     trainer = Trainer(config, optimizer, mesh, config.data.vocabulary)
@@ -64,7 +66,7 @@ def our_loop(config: Training, optimizer: OptimizerName, steps: int) -> tuple[Lo
         tokens(config).reshape(config.accumulate, -1, config.context + 1), trainer.windows
     )
 
-    def loop() -> None:
+    def loop(steps: int) -> None:
         nonlocal state
         for _ in range(steps):
             state, _ = trainer.advance(state, batch)
@@ -75,7 +77,7 @@ def our_loop(config: Training, optimizer: OptimizerName, steps: int) -> tuple[Lo
     return loop, trainer
 
 
-def torch_loops(config: Training, steps: int) -> dict[str, Loop]:
+def torch_loops(config: Training) -> dict[str, Loop]:
     """The same training in PyTorch with AdamW, by how it runs the experts.
 
     Raises:
@@ -106,7 +108,7 @@ def torch_loops(config: Training, steps: int) -> dict[str, Loop]:
             weight_decay=adamw.weight_decay,
         )
 
-        def loop() -> None:
+        def loop(steps: int) -> None:
             for _ in range(steps):
                 optimizer.zero_grad(set_to_none=True)
                 for windows in batch:
@@ -129,13 +131,13 @@ def torch_loops(config: Training, steps: int) -> dict[str, Loop]:
 _theirs: dict[str, Loop] = {}  # in the process of PyTorch
 
 
-def _prepare(config: Training, steps: int) -> list[str]:
-    _theirs.update(torch_loops(config, steps))
+def _prepare(config: Training) -> list[str]:
+    _theirs.update(torch_loops(config))
     return list(_theirs)
 
 
-def _turn(name: str) -> None:
-    _theirs[name]()
+def _turn(name: str, steps: int) -> None:
+    _theirs[name](steps)
 
 
 def tokens(config: Training) -> np.ndarray:
@@ -146,19 +148,23 @@ def tokens(config: Training) -> np.ndarray:
 
 
 def take_turns(loops: dict[str, Loop], steps: int, rounds: int) -> dict[str, float]:
-    """Median seconds a step of each; a first turn of each compiles and does not count."""
+    """Median seconds a step of each.
+
+    The first turn of each compiles and does not count, nor does the first step of any.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(rounds + 1):
         for name, loop in loops.items():
+            time.sleep(_PAUSE)
+            loop(1)
             began = time.perf_counter()
-            loop()
+            loop(steps)
             seconds[name].append((time.perf_counter() - began) / steps)
     return {name: statistics.median(turns[1:]) for name, turns in seconds.items()}
 
 
 def main() -> int:
     """Prints a table of tokens a second, and what there is to compare."""
-    keep_temporaries()
     preset = preset_of(sys.argv[1:])
     default = Command(preset=preset, **vars(PRESETS[preset]))
     command = tyro.cli(Command, default=default, prog="python -m experiments.pretrain.speed")
@@ -166,12 +172,12 @@ def main() -> int:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         loops: dict[str, Loop] = {}
         if jax.default_backend() == "cpu" and not missing:
-            for name in process.submit(_prepare, command.training(), command.turn).result():
+            for name in process.submit(_prepare, command.training()).result():
                 loops[name] = functools.partial(_wait_for, process, name)
         trainers = {}
         for optimizer in command.optimizer:
             name = f"ours, {optimizer_label(optimizer)}"
-            loops[name], trainers[name] = our_loop(command, optimizer, command.turn)
+            loops[name], trainers[name] = our_loop(command, optimizer)
         median = take_turns(loops, command.turn, command.rounds)
     mfu = {}
     for name, trainer in trainers.items():
@@ -181,8 +187,8 @@ def main() -> int:
     return 0
 
 
-def _wait_for(process: ProcessPoolExecutor, name: str) -> None:
-    process.submit(_turn, name).result()
+def _wait_for(process: ProcessPoolExecutor, name: str, steps: int) -> None:
+    process.submit(_turn, name, steps).result()
 
 
 def _print(

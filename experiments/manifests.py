@@ -1,0 +1,112 @@
+"""A folder's files as they were written: sizes and digests, in a manifest that makes it count."""
+
+import concurrent.futures
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from experiments.runs import write_json
+
+NAME = "manifest.json"
+_READERS = 4  # threads that hash; hashlib lets go of the GIL
+
+
+def seal(path: epath.Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest, when all that it names is on disk."""
+    local = "://" not in os.fspath(path)
+    sizes = dict(_sizes(path))
+    if local:
+        for name in sizes:
+            _sync(path / name)
+        for folder in {(path / name).parent for name in sizes}:
+            _sync(folder)
+    manifest["files"] = {
+        name: [sizes[name], digest]
+        for name, digest in _in_threads(lambda name: _sha256(path / name), sizes)
+    }
+    manifest["sha256"] = _digest(manifest)
+    if local:
+        write_json(Path(path / NAME), manifest)
+        _sync(path)
+        _sync(path.parent)
+    else:  # an object appears whole or not at all
+        (path / NAME).write_text(json.dumps(manifest, indent=2))
+
+
+def read(path: epath.Path) -> dict[str, Any]:
+    """The manifest, or an empty one where it is missing or damaged."""
+    try:
+        manifest = json.loads((path / NAME).read_text())
+        whole = manifest["sha256"] == _digest(manifest) and f"step_{manifest['step']}" == path.name
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return {}
+    return manifest if whole else {}
+
+
+def problems(path: epath.Path, manifest: dict[str, Any]) -> list[str]:
+    """What is wrong with the folder's files, by name; nothing where all are as they were sealed."""
+    if not manifest:
+        return [f"{NAME} is damaged"]
+    files, sizes = manifest["files"], dict(_sizes(path))
+    found = [f"{name} is missing" for name in files.keys() - sizes.keys()]
+    found += [f"{name} was added" for name in sizes.keys() - files.keys()]
+    found += [
+        f"{name} has {sizes[name]} bytes of {size}"
+        for name, (size, _) in files.items()
+        if sizes.get(name, size) != size
+    ]
+    if not found:
+        found = [
+            f"{name} has other bytes than were written"
+            for name, same in _in_threads(lambda name: _has(path / name, files[name][1]), files)
+            if not same
+        ]
+    return sorted(found)
+
+
+def _sizes(folder: epath.Path, inside: str = "") -> Iterator[tuple[str, int]]:
+    """Each file's name below the checkpoint's folder and its bytes, without the manifest."""
+    for path in sorted(folder.iterdir()):
+        name, stat = inside + path.name, path.stat()
+        if stat.is_directory:
+            yield from _sizes(path, f"{name}/")
+        elif name != NAME:
+            yield name, stat.length
+
+
+def _in_threads(work: Callable[[str], Any], names: Iterable[str]) -> list[tuple[str, Any]]:
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
+        return list(zip(names, readers.map(work, names), strict=True))
+
+
+def _has(path: epath.Path, digest: str) -> bool:
+    try:
+        return _sha256(path) == digest
+    except OSError as error:
+        if error.errno == errno.EIO:  # a bad sector
+            return False
+        raise
+
+
+def _sha256(path: epath.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: epath.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
