@@ -375,7 +375,7 @@ def test_no_room_for_the_manifest_surfaces_at_the_next_save(checkpoints, monkeyp
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(lib, "write_json", full)
+        patch.setattr(manifests, "write_json", full)
         checkpoints.save(3, small_state(3), {})
         with pytest.raises(OSError, match=r"step 3 could not be saved .*No space left") as caught:
             checkpoints.save(4, small_state(4), {})

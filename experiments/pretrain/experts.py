@@ -259,6 +259,7 @@ def expert_ffn(
         # Blocks beyond the last expert's hold zeros.
         owner = jnp.minimum(owner, gate.shape[0] - 1)
 
+        @jax.checkpoint  # each block's copy of a kernel is made again, not kept
         def product(x, kernels):
             return jax.vmap(project)(x, kernels[owner])
 
