@@ -1,12 +1,11 @@
 """Whether two arms differ: paired over seeds, Student's t, and Holm's correction for many arms."""
 
-import functools
 import math
 import statistics
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax
+from scipy import stats
 
 CONFIDENCE = 0.95
 
@@ -34,10 +33,11 @@ def p_value(ours: Mapping[int, float], theirs: Mapping[int, float]) -> float | N
     pairs = _pairs(ours, theirs)
     if pairs is None:
         return None
-    center, error = statistics.fmean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs))
-    if error == 0:
-        return 1.0 if center == 0 else 0.0
-    return _beyond(abs(center) / error, len(pairs) - 1)
+    if not any(pairs):
+        return 1.0
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
+    t = abs(statistics.fmean(pairs)) / error if error else math.inf
+    return float(2 * stats.t.sf(t, len(pairs) - 1))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -53,23 +53,13 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return corrected
 
 
-@functools.cache
 def student_t(degrees: int, confidence: float = CONFIDENCE) -> float:
     """How many standard errors a two-sided confidence interval reaches.
 
     >>> round(student_t(2), 2)
     4.3
     """
-    low, high = 0.0, 1000.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if _beyond(middle, degrees) < 1 - confidence else (middle, high)
-    return low
-
-
-def _beyond(t: float, degrees: int) -> float:
-    """Probability of a larger absolute t."""
-    return float(jax.scipy.special.betainc(degrees / 2, 0.5, degrees / (degrees + t**2)))
+    return float(stats.t.ppf((1 + confidence) / 2, degrees))
 
 
 def _pairs(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float] | None:

@@ -202,8 +202,9 @@ def test_report_stands_alone_and_holds_every_row(tmp_path):
     assert path == folder / "report.html"
     page = path.read_text()
     sources = re.findall(r'src="([^"]*)"', page)
-    assert len(sources) == 2 and page.count("alt=") == 2
-    for source, name in zip(sources, ("curves.png", "grok_epochs.png"), strict=True):
+    names = "curves.png", "grok_epochs.png", "survival.png"
+    assert len(sources) == 3 and page.count("alt=") == 3
+    for source, name in zip(sources, names, strict=True):
         png = base64.b64decode(source.removeprefix("data:image/png;base64,"), validate=True)
         assert png == (folder / name).read_bytes() and png.startswith(b"\x89PNG\r\n\x1a\n")
         width, height = struct.unpack(">II", png[16:24])

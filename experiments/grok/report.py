@@ -31,6 +31,7 @@ from experiments.figures import (
     optimizer_color,
     optimizer_label,
 )
+from experiments.grok import report_tests
 from experiments.grok.report_data import (
     Arm,
     Median,
@@ -42,7 +43,6 @@ from experiments.grok.report_data import (
 )
 from experiments.pages import flop, number, save_figure, write_page
 
-BASELINE = "adamw"
 THRESHOLD = 0.95
 
 
@@ -148,7 +148,7 @@ def abstract(run: Run) -> list[str]:
         for arm in aggregate([r | {"task": "", "softmax": ""} for r in run.rows], run.budget)
     }
     # The baseline last, so that the sentence reads "Muon ...; AdamW ...".
-    names = sorted(pooled, key=lambda name: name == BASELINE)
+    names = sorted(pooled, key=lambda name: name == report_tests.BASELINE)
     clauses: list[str] = []
     for name in names:
         arm = pooled[name]
@@ -163,7 +163,7 @@ def abstract(run: Run) -> list[str]:
         verb = "" if clauses else "reached 95 % validation accuracy, and held it, "
         clauses.append(f"{optimizer_label(name)} {verb}{clause}")
     sentences.append("; ".join(clauses) + ".")
-    slow = BASELINE if BASELINE in names else names[-1]
+    slow = report_tests.BASELINE if report_tests.BASELINE in names else names[-1]
     for fast in names:
         if fast != slow:
             sentences += [compare(run.rows, slow, fast, run.budget), by_panel(run, slow, fast)]
@@ -271,7 +271,7 @@ def boxes_figure(run: Run) -> Figure:
 
 
 def write_report(folder: Path) -> Path:
-    """Write curves.png, grok_epochs.png and report.html into a run's folder.
+    """Write curves.png, grok_epochs.png, survival.png and report.html into a run's folder.
 
     Args:
         folder: The run's folder, as experiments.grok wrote it; the run may be unfinished.
@@ -287,7 +287,11 @@ def write_report(folder: Path) -> Path:
     with figure_style():
         figures = {
             name: save_figure(draw(run), folder / f"{name}.png")
-            for name, draw in (("curves", curves_figure), ("grok_epochs", boxes_figure))
+            for name, draw in (
+                ("curves", curves_figure),
+                ("grok_epochs", boxes_figure),
+                ("survival", report_tests.survival_figure),
+            )
         }
     published = published_statistic(run)
     means = {name: mean for name, reached, n, mean in published if mean and reached == n}
@@ -303,6 +307,8 @@ def write_report(folder: Path) -> Path:
         abstract=abstract(run),
         columns=[heading for heading, *_ in ARM_COLUMNS],
         arms=[[form(arm) for *_, form in ARM_COLUMNS] for arm in aggregate(run.rows, run.budget)],
+        test_columns=report_tests.COLUMNS,
+        tests=report_tests.tests(run),
         figures=figures,
         censored=sum(row["censored"] for row in run.rows),
         begun=len(run.traces),
