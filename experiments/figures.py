@@ -33,6 +33,7 @@ OTHER_COLORS = ("#332288", "#117733", "#882255", "#999933", "#661100", "#777777"
 
 LABELS = {
     "adamw": "AdamW",
+    "adamw_tuned": "AdamW, tuned",
     "adamuon": "AdaMuon",
     "low_rank": "Rank k, SVD",
     "low_rank_subspace": "Rank k, subspace",
@@ -40,14 +41,18 @@ LABELS = {
     "muon_cautious": "Muon, cautious",
     "muon_int8": "Muon, int8 state",
     "muon_lion": "Muon + Lion",
+    "muon_one_step": "Muon, 1 step",
     "muon_only": "Muon alone",
     "muon_sgd": "Muon + SGD",
     "muonbp": "MuonBP",
     "muonclip": "MuonClip",
     "normuon": "NorMuon",
+    "orthogonal": "Orthogonal alone",
+    "orthogonal_gradient": "⊥Grad",
     "polar": "Exact polar",
     "sgd": "SGD",
     "soap": "SOAP",
+    "spectral": "Spectral alone",
     "splus": "SPlus",
     "splus_adamw": "SPlus + AdamW",
 }

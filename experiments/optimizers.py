@@ -10,6 +10,7 @@ import optax
 import tyro
 
 import muon_jax
+from experiments import baselines
 
 ScheduleName = Literal[
     "jordan", "you", "polar_express", "polar_express_1.02", "cans", "aol", "deepseek_v4", "exact"
@@ -74,6 +75,8 @@ class Variants:
     """Of muon_sgd, for what is no hidden matrix."""
     lion_learning_rate: float = 1e-3
     """Of muon_lion, for what is no hidden matrix."""
+    tuned_weight_decay: float = 4.0
+    """Of adamw_tuned."""
 
 
 Options = dict[str, Any]
@@ -89,18 +92,35 @@ class Arm(NamedTuple):
             `placed` those that say where params lie.
         rate: its default learning rate; None where a group of settings has it.
         eval_params: `(state, params) -> params` to evaluate, where these are not what it trains.
+        member: whether it belongs to the family; the others are baselines, or parts taken alone.
     """
 
     about: str
     build: Callable[["Settings", optax.Schedule, Options, Options], optax.GradientTransformation]
     rate: float | None = None
     eval_params: Callable[[Any, Any], Any] = lambda state, params: params
+    member: bool = True
 
 
 def _adamw(
     settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options
 ) -> optax.GradientTransformation:
     return optax.adamw(**dataclasses.asdict(settings.adamw) | {"learning_rate": rate})
+
+
+def _after(first: Callable[[], optax.GradientTransformation]) -> Callable:
+    """AdamW of what `first` makes of the gradient."""
+
+    def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+        return optax.chain(first(), _adamw(settings, rate, rest, placed))
+
+    return build
+
+
+def _adamw_tuned(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+    decay = {"weight_decay": settings.variants.tuned_weight_decay}
+    adamw = dataclasses.asdict(settings.adamw) | {"learning_rate": rate} | decay
+    return optax.adamw(**adamw)
 
 
 def _like_muon(variant: Callable[..., optax.GradientTransformation], **own: Any) -> Callable:
@@ -204,10 +224,37 @@ ARMS: dict[str, Arm] = {
     "dion": Arm("Dion", _dion, 0.04),
     "splus": Arm("SPlus, evaluated at its average", _splus, 0.8, muon_jax.evaluation_params),
     "splus_adamw": Arm(
-        "SPlus, and AdamW for the rest", _splus_adamw, 0.8, muon_jax.evaluation_params
+        "SPlus, and AdamW for the rest",
+        _splus_adamw,
+        0.8,
+        muon_jax.evaluation_params,
+        member=False,
     ),
     "scion": Arm("Scion, unconstrained", _scion, 1e-3),
     "gluon": Arm("Gluon, Scion with steps by smoothness", _gluon, 2e-3),
+    "muon_one_step": Arm(
+        "Muon with one Newton-Schulz step",
+        _like_muon(muon_jax.muon, ns_steps=1),
+        0.02,
+        member=False,
+    ),
+    "orthogonal": Arm(
+        "orthogonalised momentum, not scaled by shape",
+        _like_muon(muon_jax.muon, scale="none"),
+        0.02,
+        member=False,
+    ),
+    "spectral": Arm(
+        "momentum of Muon's spectral norm, not orthogonalised",
+        _like_muon(muon_jax.muon, orthogonalizer=baselines.unit_spectral_norm),
+        0.02,
+        member=False,
+    ),
+    "adamw_tuned": Arm("AdamW, fast and with much decay", _adamw_tuned, 0.01, member=False),
+    "orthogonal_gradient": Arm(
+        "⊥Grad, then AdamW", _after(baselines.orthogonal_gradient), 1e-3, member=False
+    ),
+    "grokfast": Arm("Grokfast-EMA, then AdamW", _after(baselines.grokfast), 1e-3, member=False),
 }
 
 OptimizerName = Literal[*ARMS]

@@ -147,7 +147,7 @@ def test_the_schedule_rises_to_one_and_falls_towards_zero():
 
 
 # One rate for all leaves; in the other arms AdamW has the rest, at a rate of its own.
-WHOLE_TREE = ("adamw", "splus", "scion", "gluon")
+WHOLE_TREE = ("adamw", "adamw_tuned", "orthogonal_gradient", "grokfast", "splus", "scion", "gluon")
 
 
 @pytest.mark.parametrize("name", optimizers.ARMS)

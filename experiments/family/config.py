@@ -109,8 +109,8 @@ class Config(Training):
     """
 
     # SPlus with another rule for the rest is a question of short trainings; `pretrain` asks it.
-    optimizers: tuple[OptimizerName, ...] = tuple(name for name in ARMS if name != "splus_adamw")
-    """Arms of the comparison, all of them by default; differences are to AdamW."""
+    optimizers: tuple[OptimizerName, ...] = tuple(name for name, arm in ARMS.items() if arm.member)
+    """Arms of the comparison, by default the whole family; differences are to AdamW."""
     seeds: int = 3
     """Seeds a rate: of the initial weights and the batches, the same for all optimizers."""
     sweep: Sweep = dataclasses.field(default_factory=Sweep)

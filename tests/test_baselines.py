@@ -1,0 +1,86 @@
+"""The critics' baselines do what their papers write."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import baselines, optimizers
+from experiments.grok.config import Config
+
+
+def test_an_orthogonal_gradient_leaves_the_norm_of_the_params_to_first_order():
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.normal(size=(4, 6)), "gain": rng.normal(size=5), "zero": np.zeros(3)}
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    grads = jax.tree.map(lambda x: jnp.cos(7 * x) + 0.3, params)
+    found, _ = baselines.orthogonal_gradient().update(grads, optax.EmptyState(), params)
+    for name in ("kernel", "gain"):
+        assert abs(float(jnp.vdot(found[name], params[name]))) < 1e-5
+        norms = jnp.linalg.norm(found[name]), jnp.linalg.norm(grads[name])
+        np.testing.assert_allclose(*norms, rtol=1e-5)
+    np.testing.assert_array_equal(found["zero"], grads["zero"])
+    with pytest.raises(ValueError, match="needs the params"):
+        baselines.orthogonal_gradient().update(grads, optax.EmptyState())
+
+
+def test_an_orthogonal_gradient_along_the_param_vanishes():
+    params = jnp.array([3.0, 4.0])
+    found, _ = baselines.orthogonal_gradient().update(2 * params, optax.EmptyState(), params)
+    assert jnp.isfinite(found).all() and jnp.abs(jnp.vdot(found, params)) < 1e-4 * 50
+
+
+def test_grokfast_is_the_recurrence():
+    grads = np.random.default_rng(0).normal(size=(20, 3))
+    tx = baselines.grokfast(decay=0.9, factor=2.0)
+    state, mean = tx.init(jnp.zeros(3)), None
+    for grad in grads:
+        mean = grad if mean is None else 0.9 * mean + 0.1 * grad
+        found, state = tx.update(jnp.asarray(grad, jnp.float32), state)
+        np.testing.assert_allclose(found, grad + 2 * mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (3, 16, 16), (128, 128)])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_a_unit_spectral_norm_is_within_its_bound(shape, size):
+    x = size * np.random.default_rng(0).normal(size=shape)
+    found = baselines.unit_spectral_norm(jnp.asarray(x, jnp.float32))
+    norms = np.linalg.norm(np.asarray(found, np.float64), ord=2, axis=(-2, -1))
+    assert (norms < 1 + 1e-4).all() and (norms > min(shape[-2:]) ** (-1 / 128) - 1e-4).all()
+    ratio = np.asarray(found) / x
+    np.testing.assert_allclose(ratio / ratio[..., :1, :1], np.ones(shape), rtol=1e-4)
+    assert (baselines.unit_spectral_norm(jnp.zeros(shape)) == 0).all()
+
+
+def first_update(name: str) -> tuple[jax.Array, jax.Array]:
+    """Of a hidden matrix, without decay: the update, and its singular values."""
+    config = Config(
+        muon=optimizers.Muon(weight_decay=0.0), adamw=optimizers.AdamW(weight_decay=0.0)
+    )
+    params = {"blocks": {"up": {"kernel": jnp.zeros((16, 64))}}}
+    grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
+    tx = optimizers.build(name, config, optax.constant_schedule(1.0))
+    updates, _ = tx.update(grads, tx.init(params), params)
+    kernel = updates["blocks"]["up"]["kernel"]
+    return kernel, jnp.linalg.svd(kernel, compute_uv=False)
+
+
+def test_the_parts_of_muon_make_the_whole():
+    """Muon is the orthogonal part times the scale by shape, 2 from 16 to 64."""
+    muon, values = first_update("muon")
+    orthogonal, _ = first_update("orthogonal")
+    np.testing.assert_allclose(muon, 2 * orthogonal, rtol=1e-5)
+    _, spectral = first_update("spectral")
+    assert 0.9 < spectral[0] / (2 * 0.02) <= 1.0001
+    assert spectral[-1] / spectral[0] < 0.5 < values[-1] / values[0]
+    _, one = first_update("muon_one_step")
+    assert spectral[-1] / spectral[0] < one[-1] / one[0] < values[-1] / values[0]
+
+
+def test_tuned_adamw_has_its_own_decay():
+    config = Config(variants=optimizers.Variants(tuned_weight_decay=4.0))
+    params = {"w": jnp.ones(3)}
+    tx = optimizers.build("adamw_tuned", config, optax.constant_schedule(1.0))
+    updates, _ = tx.update({"w": jnp.zeros(3)}, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], -0.01 * 4.0, rtol=1e-6)
