@@ -39,6 +39,8 @@ LABELS = {
     "low_rank_subspace": "Rank k, subspace",
     "muon_bf16": "Muon, bf16 state",
     "muon_cautious": "Muon, cautious",
+    "muon_equal_decay": "Muon, equal decay",
+    "muon_equal_shrink": "Muon, equal lr × decay",
     "muon_int8": "Muon, int8 state",
     "muon_lion": "Muon + Lion",
     "muon_one_step": "Muon, 1 step",

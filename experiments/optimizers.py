@@ -135,6 +135,19 @@ def _like_muon(variant: Callable[..., optax.GradientTransformation], **own: Any)
     return build
 
 
+def _equal_decay(coefficient: bool) -> Callable:
+    """Muon with AdamW's decay: its coefficient, or that times its learning rate."""
+
+    def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+        adamw = settings.adamw
+        own_rate = 1.0 if coefficient else settings.rates.muon_equal_shrink  # type: ignore[attr-defined]
+        their_rate = 1.0 if coefficient else adamw.learning_rate
+        decay = adamw.weight_decay * their_rate / own_rate
+        return _like_muon(muon_jax.muon, weight_decay=decay)(settings, rate, rest, placed)
+
+    return build
+
+
 def _low_rank(method: str) -> Callable:
     def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
         polar = muon_jax.TruncatedPolar(settings.variants.rank, method)
@@ -232,6 +245,15 @@ ARMS: dict[str, Arm] = {
     ),
     "scion": Arm("Scion, unconstrained", _scion, 1e-3),
     "gluon": Arm("Gluon, Scion with steps by smoothness", _gluon, 2e-3),
+    "muon_equal_decay": Arm(
+        "Muon with AdamW's weight decay", _equal_decay(coefficient=True), 0.02, member=False
+    ),
+    "muon_equal_shrink": Arm(
+        "Muon with AdamW's learning rate × weight decay",
+        _equal_decay(coefficient=False),
+        0.02,
+        member=False,
+    ),
     "muon_one_step": Arm(
         "Muon with one Newton-Schulz step",
         _like_muon(muon_jax.muon, ns_steps=1),

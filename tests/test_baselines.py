@@ -84,3 +84,14 @@ def test_tuned_adamw_has_its_own_decay():
     tx = optimizers.build("adamw_tuned", config, optax.constant_schedule(1.0))
     updates, _ = tx.update({"w": jnp.zeros(3)}, tx.init(params), params)
     np.testing.assert_allclose(updates["w"], -0.01 * 4.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "decay"), [("muon_equal_decay", 1.0), ("muon_equal_shrink", 0.05)]
+)
+def test_both_readings_of_equal_weight_decay(name, decay):
+    """AdamW's default is 1e-3 × 1.0; Muon's rate is 0.02."""
+    params = {"blocks": {"up": {"kernel": jnp.ones((4, 8))}}}
+    tx = optimizers.build(name, Config(), optax.constant_schedule(1.0))
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(updates["blocks"]["up"]["kernel"], -0.02 * decay, rtol=1e-6)
