@@ -1,0 +1,72 @@
+"""Parts with gradients of their own have those of the plain forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import layers
+from experiments.pretrain.model import _token_loss
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def same_value_and_gradients(ours, plain, *arguments):
+    weights = normal(9, *jax.eval_shape(plain, *arguments).shape)
+    every = tuple(range(len(arguments)))
+
+    def graded(f):
+        return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(weights * f(*a)), every))(*arguments)
+
+    found, wanted = graded(ours), graded(plain)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [(), (6,), (2, 3), (2, 3, 4)])
+@pytest.mark.parametrize("fan_out", [5, 7])
+def test_a_projection_is_a_product(tokens, fan_out):
+    same_value_and_gradients(
+        layers.project, jnp.matmul, normal(0, *tokens, 5), normal(1, 5, fan_out)
+    )
+
+
+def test_projections_of_blocks_are_products():
+    ours = jax.vmap(layers.project)
+    same_value_and_gradients(ours, jnp.matmul, normal(0, 4, 3, 5), normal(1, 4, 5, 5))
+
+
+def test_a_gated_product_is_silu_times_up():
+    plain = lambda gate, up: gate / (1 + jnp.exp(-gate)) * up  # noqa: E731
+    same_value_and_gradients(layers.gated, plain, normal(0, 6, 8), normal(1, 6, 8))
+
+
+def test_a_rotation_keeps_norms_and_its_gradient_turns_back():
+    x, position = normal(0, 2, 5, 3, 8), jnp.arange(5)
+    turned, pull = jax.vjp(lambda x: layers.rotate(x, position, 100.0), x)
+    norms = jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1)
+    np.testing.assert_allclose(*norms, rtol=1e-5)
+    np.testing.assert_allclose(pull(turned)[0], x, rtol=1e-5, atol=1e-6)
+
+
+def test_a_token_s_loss_is_optax_s_cross_entropy():
+    mesh = jax.make_mesh((1,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    targets = jnp.array([0, 3, 10])
+
+    def ours(logits):
+        return jax.shard_map(
+            lambda x: jax.vmap(_token_loss)(x, targets),
+            mesh=mesh,
+            in_specs=jax.P(None, "tensor"),
+            out_specs=jax.P(),
+            check_vma=False,
+        )(logits)
+
+    def plain(logits):
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+    for size in (1.0, 100.0):
+        same_value_and_gradients(ours, plain, size * normal(0, 3, 11))
