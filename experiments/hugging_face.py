@@ -1,7 +1,6 @@
-"""Files of a Hugging Face model: tensors in one safetensors file or several, and JSON."""
+"""Tensors of a Hugging Face model, in one safetensors file or several with an index."""
 
 import contextlib
-import json
 from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from experiments.runs import read_json, write_json
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 SHARD = 5 * 10**9  # bytes of a file of tensors at most
@@ -95,18 +96,3 @@ def read_tensor(file: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
             f"{name} is {dtype} {found}; the model in {CONFIG} has F32, BF16 or F16 {shape}."
         )
     return file.get_tensor(name)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; a ValueError where it is damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); get it again.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is no JSON object; get it again.")
-    return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

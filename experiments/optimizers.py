@@ -135,17 +135,19 @@ def _like_muon(variant: Callable[..., optax.GradientTransformation], **own: Any)
     return build
 
 
-def _equal_decay(coefficient: bool) -> Callable:
-    """Muon with AdamW's decay: its coefficient, or that times its learning rate."""
+def _equal_decay(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+    decay = settings.adamw.weight_decay
+    return _like_muon(muon_jax.muon, weight_decay=decay)(settings, rate, rest, placed)
 
-    def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-        adamw = settings.adamw
-        own_rate = 1.0 if coefficient else settings.rates.muon_equal_shrink  # type: ignore[attr-defined]
-        their_rate = 1.0 if coefficient else adamw.learning_rate
-        decay = adamw.weight_decay * their_rate / own_rate
-        return _like_muon(muon_jax.muon, weight_decay=decay)(settings, rate, rest, placed)
 
-    return build
+def _equal_shrink(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+    """Whatever Muon's own rate is, a step shrinks weights by what a step of AdamW does."""
+    theirs = rest["adam_learning_rate"]
+
+    def decay(step: jax.Array) -> jax.Array:
+        return settings.adamw.weight_decay * theirs(step) / rate(step)
+
+    return _like_muon(muon_jax.muon, weight_decay=decay)(settings, rate, rest, placed)
 
 
 def _low_rank(method: str) -> Callable:
@@ -245,14 +247,9 @@ ARMS: dict[str, Arm] = {
     ),
     "scion": Arm("Scion, unconstrained", _scion, 1e-3),
     "gluon": Arm("Gluon, Scion with steps by smoothness", _gluon, 2e-3),
-    "muon_equal_decay": Arm(
-        "Muon with AdamW's weight decay", _equal_decay(coefficient=True), 0.02, member=False
-    ),
+    "muon_equal_decay": Arm("Muon with AdamW's weight decay", _equal_decay, 0.02, member=False),
     "muon_equal_shrink": Arm(
-        "Muon with AdamW's learning rate × weight decay",
-        _equal_decay(coefficient=False),
-        0.02,
-        member=False,
+        "Muon with AdamW's learning rate × weight decay", _equal_shrink, 0.02, member=False
     ),
     "muon_one_step": Arm(
         "Muon with one Newton-Schulz step",

@@ -184,6 +184,22 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it has none; the message names the file.
+        OSError: it cannot be read.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: no valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: no JSON object but a {type(value).__name__}")
+    return value
+
+
 def machine() -> dict[str, str]:
     """What a figure was measured on."""
     device = jax.devices()[0]

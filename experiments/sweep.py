@@ -6,7 +6,6 @@ those of finished cells, infinite where one diverged.
 
 import dataclasses
 import importlib.metadata
-import json
 import math
 import statistics
 import threading
@@ -19,7 +18,7 @@ import numpy as np
 from rich.console import Console
 
 from experiments.commands import progress_bar
-from experiments.runs import Run, machine, read_blocks, write_json
+from experiments.runs import Run, machine, read_blocks, read_json, write_json
 
 Row = dict[str, Any]
 Cell = TypeVar("Cell", bound=tuple)
@@ -330,21 +329,6 @@ def load_run(folder: Path) -> Files:
         [block.records for block in blocks],
         read_json(costs)["costs"] if costs.exists() else {},
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; a fault names the file.
-
-    Raises:
-        ValueError: the file has no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: no valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON object is wanted, found {type(value).__name__}")
-    return value
 
 
 def mean_curve(trainings: Sequence[Sequence[dict]]) -> list[tuple[int, float]]:

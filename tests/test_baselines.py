@@ -92,6 +92,10 @@ def test_tuned_adamw_has_its_own_decay():
 def test_both_readings_of_equal_weight_decay(name, decay):
     """AdamW's default is 1e-3 × 1.0; Muon's rate is 0.02."""
     params = {"blocks": {"up": {"kernel": jnp.ones((4, 8))}}}
-    tx = optimizers.build(name, Config(), optax.constant_schedule(1.0))
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
-    np.testing.assert_allclose(updates["blocks"]["up"]["kernel"], -0.02 * decay, rtol=1e-6)
+    for rate, swept in ((None, decay), (0.04, decay if name == "muon_equal_decay" else decay / 2)):
+        tx = optimizers.build(name, Config(), optimizers.warmup(2), rate)
+        state = tx.init(params)
+        for factor in (0.5, 1.0):
+            updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+            wanted = -factor * (rate or 0.02) * swept
+            np.testing.assert_allclose(updates["blocks"]["up"]["kernel"], wanted, rtol=1e-5)

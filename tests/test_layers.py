@@ -40,7 +40,9 @@ def test_projections_of_blocks_are_products():
 
 
 def test_a_gated_product_is_silu_times_up():
-    plain = lambda gate, up: gate / (1 + jnp.exp(-gate)) * up  # noqa: E731
+    def plain(gate, up):
+        return gate / (1 + jnp.exp(-gate)) * up
+
     same_value_and_gradients(layers.gated, plain, normal(0, 6, 8), normal(1, 6, 8))
 
 

@@ -12,8 +12,8 @@ from experiments.family.config import GRID, Cell, Config, as_json
 from experiments.family.report import terminal_table, write_report
 from experiments.family.report_data import aggregate
 from experiments.family.train import train_cell
-from experiments.runs import Run, machine, write_json
-from experiments.sweep import carry_out, load_run, read_json
+from experiments.runs import Run, machine, read_json, write_json
+from experiments.sweep import carry_out, load_run
 
 
 def main() -> int:

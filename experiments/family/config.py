@@ -108,7 +108,6 @@ class Config(Training):
     45 minutes; `--optimizers adamw muon` takes four.
     """
 
-    # SPlus with another rule for the rest is a question of short trainings; `pretrain` asks it.
     optimizers: tuple[OptimizerName, ...] = tuple(name for name, arm in ARMS.items() if arm.member)
     """Arms of the comparison, by default the whole family; differences are to AdamW."""
     seeds: int = 3

@@ -26,7 +26,7 @@ from experiments.optimizers import ARMS
 from experiments.pretrain import export_config
 from experiments.pretrain.config import Model
 from experiments.pretrain.model import LanguageModel, Params
-from experiments.runs import RunError
+from experiments.runs import RunError, write_json
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -120,7 +120,7 @@ def write(
             "eos_token_id": end_of_text,
             "pad_token_id": None,
         }
-        hugging_face.write_json(partial / hugging_face.CONFIG, ours)
+        write_json(partial / hugging_face.CONFIG, ours)
         if tokenizer is not None:
             (partial / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
             end = None if end_of_text is None else tokenizer.id_to_token(end_of_text)
@@ -130,7 +130,7 @@ def write(
                 "model_max_length": context,
                 "clean_up_tokenization_spaces": False,
             }
-            hugging_face.write_json(partial / "tokenizer_config.json", settings)
+            write_json(partial / "tokenizer_config.json", settings)
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

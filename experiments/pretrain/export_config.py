@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from experiments import hugging_face
 from experiments.pretrain.config import Model
+from experiments.runs import read_json
 
 # Fields of Model, and of config.json.
 _FIELDS = {
@@ -63,7 +63,7 @@ def to_json(config: Model, vocabulary: int) -> dict[str, Any]:
 
 
 def read(path: Path) -> tuple[Model, int]:
-    given = hugging_face.read_json(path)
+    given = read_json(path)
     kinds = {"deepseek_v3": "latent", "llama": "multi-head"}
     attention = kinds.get(given.get("model_type"))
     if attention is None:

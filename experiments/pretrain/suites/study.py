@@ -13,8 +13,8 @@ from experiments.pretrain import data, windows
 from experiments.pretrain.config import Training, as_json
 from experiments.pretrain.suites import cells, optimizers_report, scaling_report
 from experiments.pretrain.suites.config import Cell, SuiteName, model_flops, sized
-from experiments.runs import Run, machine, write_json
-from experiments.sweep import carry_out, read_json
+from experiments.runs import Run, machine, read_json, write_json
+from experiments.sweep import carry_out
 
 # What only chooses cells, or where they run; the rest decides what a cell is.
 _FREE = ("optimizer", "seeds", "sweep_seeds", "sweep", "widths", "rates", "mesh", "seed")
