@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -121,10 +122,7 @@ def _check_config(folder: Path, config: dict[str, Any], free: tuple[str, ...], o
             "remove the folder."
         ) from None
     new = json.loads(json.dumps(config))
-    changed = sorted(
-        key for key in old.keys() | new.keys() if key not in free and old.get(key) != new.get(key)
-    )
-    if changed:
+    if changed := changed_settings(old, new, free):
         differences = "; ".join(
             f"{key}: there {old.get(key)!r}, here {new.get(key)!r}" for key in changed
         )
@@ -132,6 +130,24 @@ def _check_config(folder: Path, config: dict[str, Any], free: tuple[str, ...], o
             f"{folder} holds a run with other settings ({differences}). Give {other}, or the same "
             "settings."
         )
+
+
+def changed_settings(
+    old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str] = ()
+) -> list[str]:
+    """The keys, but for those in `free`, under which two configs as JSON say different things.
+
+    Of `rates` the optimizers that both know count: a run from before one was added has no cell of
+    it, and goes on.
+    """
+
+    def same(key: str) -> bool:
+        if key == "rates" and key in old and key in new:
+            there, here = old[key], new[key]
+            return all(there[name] == here[name] for name in there.keys() & here.keys())
+        return old.get(key) == new.get(key)
+
+    return sorted(key for key in {*old, *new} if key not in free and not same(key))
 
 
 class Block(NamedTuple):

@@ -183,6 +183,18 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(tmp_path, capsys)
     assert "width: there 16, here 32" in re.sub(r"\s+", " ", capsys.readouterr().out)
 
 
+def test_a_run_from_before_an_optimizer_was_added_goes_on(tmp_path):
+    assert run(*TINY, "--seeds", 1, "--epochs", 1, out=tmp_path) == 0
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    del config["rates"]["polar"]
+    path.write_text(json.dumps(config))
+    assert run(*TINY, "--seeds", 1, "--epochs", 1, out=tmp_path) == 0
+    config["rates"]["adamw_tuned"] *= 2
+    path.write_text(json.dumps(config))
+    assert run(*TINY, "--seeds", 1, "--epochs", 1, out=tmp_path) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "hint"),
     [

@@ -180,7 +180,12 @@ class Config(Settings):
         """The run's folder: `name`, or one made of the settings, so that equal ones meet again."""
         if self.name is not None:
             return self.out / self.name
-        settings = {key: value for key, value in self.as_json().items() if key not in GRID}
+        usual = Config().as_json()
+        settings = {
+            key: value
+            for key, value in self.as_json().items()
+            if key not in GRID and value != usual[key]
+        }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
         words = [*self.tasks] if len(self.tasks) <= 3 else [f"{len(self.tasks)}tasks"]
         words += [s for s in self.softmax if self.softmax != ("softmax",)]

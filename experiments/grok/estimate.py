@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.grok.config import GRID, Cell, Config
 from experiments.grok.train import compile_arm, split
-from experiments.runs import read_json
+from experiments.runs import changed_settings, read_json
 from experiments.side_by_side import devices_for
 
 RESULTS = Path(__file__).parent / "results"
@@ -66,8 +66,7 @@ def _earlier(config: Config) -> dict[Cell, dict]:
         rows = read_json(folder / "summary.json")["cells"]
     except OSError:
         return {}
-    here = config.as_json()
-    if any(there.get(key) != here[key] for key in here if key not in GRID):
+    if changed_settings(there, config.as_json(), GRID):
         return {}
     return {Cell.of(row): row for row in rows}
 
