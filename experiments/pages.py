@@ -93,3 +93,11 @@ def _setting(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def readable(count: float) -> str:
+    """Bytes, as text."""
+    unit, size = next(
+        (pair for pair in (("GB", 1e9), ("MB", 1e6)) if count >= pair[1]), ("kB", 1e3)
+    )
+    return f"{count / size:.2f} {unit}"

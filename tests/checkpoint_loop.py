@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.checkpoints import Checkpoints
+from experiments.language.checkpoints import Checkpoints
 
 
 def begin():

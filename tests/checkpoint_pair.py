@@ -14,8 +14,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import checkpoints as lib
-from experiments import manifests
+from experiments.language import checkpoints as lib
+from experiments.language import manifests
 
 
 def main(port, index, folder):

@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 
-from experiments.pretrain.config import Mesh, Model, Training
-from experiments.pretrain.data import Data
-from experiments.pretrain.sharding import make_mesh
+from experiments.language.data import Data
+from experiments.language.mesh import Mesh, make_mesh
+from experiments.pretrain.config import Model, Training
 
 VOCABULARY = 64
 SMALL = Model(

@@ -23,8 +23,8 @@ from jax.sharding import PartitionSpec as P
 from meshes import lies_like, mesh_of
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from experiments import manifests
-from experiments.checkpoints import Checkpoints, params_sha256
+from experiments.language import manifests
+from experiments.language.checkpoints import Checkpoints, params_sha256
 from experiments.runs import RunError
 
 ROOT = Path(__file__).parents[1]

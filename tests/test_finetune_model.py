@@ -17,8 +17,8 @@ from experiments.finetune import architecture as config_json
 from experiments.finetune import model, weights
 from experiments.finetune.architecture import PRESETS, Qwen3
 from experiments.finetune.model import LanguageModel
-from experiments.pretrain import attention, sharding, vocabulary
-from experiments.pretrain.attention import causal_attention
+from experiments.language import attention, sharding, vocabulary
+from experiments.language.attention import causal_attention
 
 TIED = Qwen3(
     layers=2,

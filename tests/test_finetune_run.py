@@ -20,15 +20,15 @@ from finetuning import NORMED, batch, initial, prepared, start, trainer_of, trai
 from pretraining import mesh_of
 
 import muon_jax
-from experiments.checkpoints import Checkpoints
 from experiments.finetune import __main__ as command
 from experiments.finetune import loop, memory, model, weights
 from experiments.finetune.architecture import PRESETS
 from experiments.finetune.config import Running
 from experiments.finetune.model import LanguageModel
 from experiments.finetune.step import Trainer
+from experiments.language.checkpoints import Checkpoints
+from experiments.language.training_loop import TrainingError
 from experiments.side_by_side import side_by_side
-from experiments.training_loop import TrainingError
 
 ROOT = Path(__file__).parent.parent
 OFTEN = Running(save_every=4, evaluate_every=6, evaluation_tokens=100, keep=9)

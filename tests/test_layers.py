@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from experiments import layers
-from experiments.pretrain.vocabulary import token_loss
+from experiments.language.vocabulary import token_loss
 
 
 def normal(seed, *shape):

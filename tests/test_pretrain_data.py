@@ -20,9 +20,9 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from experiments import corpus
-from experiments.pretrain import data, documents, tokenizer
-from experiments.pretrain.data import Data, prepare
-from experiments.pretrain.windows import batches, from_step, held_out
+from experiments.language import data, documents, tokenizer
+from experiments.language.data import Data, prepare
+from experiments.language.windows import batches, from_step, held_out
 
 TEXTS = [
     f"Größe {i}: λ={i * i}, 東京🗼{'é' * (i % 7)}\n  def f(x):\n    return x + {i}\n"
@@ -459,7 +459,7 @@ def test_a_changed_record_is_damage_too(tmp_path, prepared):
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-from experiments.pretrain.data import Data, prepare
+from experiments.language.data import Data, prepare
 
 folder, kill, name = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 count = 0

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
-from experiments.pretrain import sharding, tokenizer
+from experiments.language import sharding, tokenizer
+from experiments.language.mesh import make_mesh, one_device
 from experiments.pretrain.config import Model
 from experiments.pretrain.export import read, to_hugging_face, write
 from experiments.pretrain.model import LanguageModel
@@ -80,7 +81,7 @@ def start(config):
 def our_logits(config, params, bias, tokens):
     model = LanguageModel(config, VOCABULARY)
     with (
-        jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])),
+        jax.set_mesh(one_device()),
         jax.default_matmul_precision("highest"),
     ):
         logits = jax.jit(lambda *a: model.logits(a[0], model.hidden(*a)[0]))
@@ -247,7 +248,7 @@ def test_the_tokenizer_goes_along(tmp_path, transformers):
 
 
 def test_params_on_a_mesh_are_written_as_well(tmp_path):
-    mesh = sharding.make_mesh((1, 2, 2, 2), jax.devices()[:8])
+    mesh = make_mesh((1, 2, 2, 2), jax.devices()[:8])
     config = change(LATENT, experts=8)
     params, bias = start(config)
     model = LanguageModel(config, VOCABULARY + 1)

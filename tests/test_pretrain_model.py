@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 from pretraining import DENSE, SMALL, VOCABULARY, mesh_of, one_device, training
 
 import muon_jax
-from experiments.pretrain import sharding
-from experiments.pretrain.attention import causal_attention
+from experiments.language import sharding
+from experiments.language.attention import causal_attention
+from experiments.language.mesh import make_mesh
 from experiments.pretrain.costs import active_entries
 from experiments.pretrain.experts import combine, dispatch, gate, sort_by_expert, updated_bias
 from experiments.pretrain.model import LanguageModel
@@ -259,7 +260,7 @@ def test_a_size_that_the_mesh_does_not_divide_is_named():
 @pytest.mark.parametrize("sizes", [(3, 1, 1, 1), (-1, -1, 1, 1), (1, 0, 1, 1)])
 def test_a_mesh_that_does_not_make_up_the_devices_is_refused(sizes):
     with pytest.raises(ValueError, match="does not make up 8 devices"):
-        sharding.make_mesh(sizes, jax.devices()[:8])
+        make_mesh(sizes, jax.devices()[:8])
 
 
 def test_the_state_lies_like_the_params():

@@ -14,14 +14,13 @@ from pretraining import DENSE, SMALL, VOCABULARY, mesh_of, one_device, training
 from rich.console import Console
 
 from experiments.compiled import measure
+from experiments.language.attention import BLOCK, causal_attention, splash
+from experiments.language.mesh import Mesh, make_mesh
 from experiments.pretrain import pod
-from experiments.pretrain.attention import BLOCK, causal_attention, splash
-from experiments.pretrain.config import Mesh
 from experiments.pretrain.costs import step_costs
 from experiments.pretrain.experts import tpu_ragged_dot
 from experiments.pretrain.model import LanguageModel
 from experiments.pretrain.presets import PRESETS
-from experiments.pretrain.sharding import make_mesh
 from experiments.pretrain.step import Trainer
 from experiments.topology import topology_devices
 
@@ -39,7 +38,7 @@ DEEP = change(SMALL, layers=5, hidden=64, expert_hidden=32)
     ids=["latent, experts", "multi-head, dense"],
 )
 def test_model_flops_are_those_of_the_program_but_for_what_it_computes_twice(model, monkeypatch):
-    monkeypatch.setattr("experiments.pretrain.vocabulary.LOSS_TOKENS", 64)
+    monkeypatch.setattr("experiments.language.vocabulary.LOSS_TOKENS", 64)
     config = training(model)
     lm = LanguageModel(config.model, VOCABULARY)
     params = jax.eval_shape(lm.init, jax.random.key(0))

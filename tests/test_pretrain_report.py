@@ -11,8 +11,10 @@ from etils import epath
 from pretraining import DENSE, SMALL, mesh_of, training
 from rich.console import Console
 
-from experiments.pretrain.config import Mesh, as_json
-from experiments.pretrain.dry_run import dry_run, memory, mesh_of_config
+from experiments.figures import smoothed
+from experiments.language.mesh import Mesh, mesh_of_config
+from experiments.pretrain.config import as_json
+from experiments.pretrain.dry_run import dry_run, memory
 from experiments.pretrain.presets import PRESETS
 from experiments.pretrain.report import abstract, main, terminal_table, write_report
 from experiments.pretrain.report_data import (
@@ -22,7 +24,6 @@ from experiments.pretrain.report_data import (
     load_runs,
     measure_of,
 )
-from experiments.pretrain.report_figures import smoothed
 from experiments.pretrain.step import Trainer
 from experiments.runs import RunError
 

@@ -19,14 +19,16 @@ import pytest
 from etils import epath
 from pretraining import DENSE, SMALL, VOCABULARY, mesh_of, one_device, text_file, training
 
-from experiments.checkpoints import Checkpoints
-from experiments.pretrain import data, loop
+from experiments.language import data
+from experiments.language.checkpoints import Checkpoints
+from experiments.language.mesh import Mesh
+from experiments.language.training_loop import TrainingError
+from experiments.pretrain import loop
 from experiments.pretrain.__main__ import main, parse
-from experiments.pretrain.config import Mesh, Running, from_json
+from experiments.pretrain.config import Running, from_json
 from experiments.pretrain.config import as_json as config_as_json
 from experiments.pretrain.model import LanguageModel
 from experiments.pretrain.step import Trainer
-from experiments.training_loop import TrainingError
 
 OFTEN = Running(
     save_every=4, evaluate_every=6, evaluation_tokens=256, log_every=1, samples=0, keep=9
@@ -96,7 +98,7 @@ def trainer_of(*arguments):
 def few_devices():
     """Runs take all devices; here those of the mesh that the config asks for."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(loop.sharding, "make_mesh", lambda sizes: mesh_of(*sizes))
+    patch.setattr(loop, "make_mesh", lambda sizes: mesh_of(*sizes))
     patch.setattr(loop, "Trainer", trainer_of)
     yield
     patch.undo()

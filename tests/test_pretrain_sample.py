@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from pretraining import SMALL, VOCABULARY, mesh_of, one_device, text_file, training
 
-from experiments.checkpoints import Checkpoints
-from experiments.pretrain import data, export, sample
+from experiments.language import data
+from experiments.language.checkpoints import Checkpoints
+from experiments.pretrain import export, sample
 from experiments.pretrain.config import as_json
 from experiments.pretrain.sample import generate, write_texts
 from experiments.pretrain.step import Trainer

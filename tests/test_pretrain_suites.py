@@ -13,7 +13,8 @@ from rich.console import Console
 
 from experiments.commands import INTERRUPTED
 from experiments.differences import holm, p_value
-from experiments.pretrain import __main__, data, windows
+from experiments.language import data, windows
+from experiments.pretrain import __main__
 from experiments.pretrain.__main__ import Command
 from experiments.pretrain.config import Training
 from experiments.pretrain.presets import PRESETS

@@ -15,17 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.family.config import BASELINE
-from experiments.family.report_data import (
-    Arm,
-    aggregate,
-    as_json,
-    curves,
-    points,
-)
+from experiments.family.report_data import Arm, aggregate, as_json, curves, points
 from experiments.figures import (
     CENSORED_MARK,
     GROKKED_MARK,
     POINT_MARK,
+    ceiling,
     figure_style,
     legend_line,
     new_figure,
@@ -144,7 +139,7 @@ def panels(count: int) -> tuple[Figure, list[Axes]]:
 def rates_figure(files: Files, arms: Sequence[Arm]) -> Figure:
     """Final loss against learning rate, a panel for each optimizer."""
     figure, grid = panels(len(arms))
-    top = _ceiling(arms)
+    top = ceiling(arms)
     baseline = _baseline(arms)
     for arm, axes in zip(arms, grid, strict=True):
         color = optimizer_color(arm.optimizer)
@@ -171,14 +166,6 @@ def rates_figure(files: Files, arms: Sequence[Arm]) -> Figure:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3 if len(arms) < 5 else 5)
     return figure
-
-
-def _ceiling(arms: Sequence[Arm]) -> float:
-    """Where the axis of the losses ends: the best rates and what is near them stay legible."""
-    best = [arm.loss for arm in arms if math.isfinite(arm.loss)] or [1.0]
-    every = [x for arm in arms for x in arm.losses.values() if math.isfinite(x)] or [1.0]
-    span = max(best) - min(best)
-    return min(max(every) + 0.02, max(best) + max(span, 0.3))
 
 
 def _baseline(arms: Sequence[Arm]) -> Arm | None:

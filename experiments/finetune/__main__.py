@@ -30,14 +30,12 @@ from experiments.finetune.model import Params
 from experiments.finetune.step import Trainer
 from experiments.finetune.suites.config import Suite, SuiteName, defaults
 from experiments.finetune.suites.study import suite
-from experiments.hugging_face import CONFIG
-from experiments.pretrain.config import Mesh
-from experiments.pretrain.dry_run import mesh_of_config
-from experiments.pretrain.sharding import make_mesh
-from experiments.processes import Processes
+from experiments.language.hugging_face import CONFIG
+from experiments.language.mesh import Mesh, make_mesh, mesh_of_config, one_device
+from experiments.language.processes import Processes
+from experiments.language.training_loop import Progress, TrainingError
 from experiments.runs import RunError, claim, read_json
 from experiments.side_by_side import a_device_for_each_core, devices_for, side_by_side
-from experiments.training_loop import Progress, TrainingError
 
 # What fine-tuning a real model begins with: less to hold, longer windows, a rate for one.
 _REAL = Training(
@@ -152,7 +150,7 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
     config = command.training().with_steps(loop.batches(rows.train, command, 0).windows)
     alone = _apart(command)
     meshes = (
-        {device: make_mesh((1, 1, 1, 1), [device]) for device in devices_for(len(command.arms))}
+        {device: one_device(device) for device in devices_for(len(command.arms))}
         if alone
         else {None: make_mesh(config.mesh.sizes)}
     )
@@ -307,7 +305,7 @@ def _dry_run(command: Command, console: Console) -> int:
     config = command.training().with_steps(_MADE_UP_STEPS * command.batch)
     mesh = mesh_of_config(command.mesh)
     if _apart(command):
-        mesh = make_mesh((1, 1, 1, 1), jax.devices()[:1])
+        mesh = one_device()
     architecture = _architecture(command)
     trainers = {arm: Trainer(config, arm, architecture, mesh) for arm in command.arms}
     limit = _limit(command, len(devices_for(len(trainers))))

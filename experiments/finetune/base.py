@@ -20,9 +20,9 @@ from experiments.finetune.config import ArmName, Base, Optimizer, Training
 from experiments.finetune.model import Params
 from experiments.finetune.packing import Batch
 from experiments.finetune.step import Trainer
-from experiments.pretrain import cache, data, documents, windows
-from experiments.pretrain.sharding import make_mesh
-from experiments.training_loop import TrainingError
+from experiments.language import cache, data, documents, windows
+from experiments.language.mesh import one_device
+from experiments.language.training_loop import TrainingError
 
 _FORMAT = 1  # of the cache; another one makes all bases be pretrained again
 _SAMPLE = 1 << 27  # characters that the tokenizer is trained on at most
@@ -112,7 +112,7 @@ def _pretrain(
         final=0.1,
         remat=False,
     )
-    mesh = make_mesh((1, 1, 1, 1), jax.devices()[:1])
+    mesh = one_device()
     trainer = Trainer(config, _ARMS[base.optimizer], architecture, mesh)
     params = model.init(architecture, jax.random.key(base.seed))
     state = trainer.start(jax.device_put(params, trainer.places))

@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments.finetune import template
 from experiments.finetune.template import BEGIN, CUT, END, SETTINGS, TEMPLATE
-from experiments.pretrain import tokenizer
+from experiments.language import tokenizer
 from experiments.runs import read_json, write_json, write_text
 
 TOKENIZER = "tokenizer.json"

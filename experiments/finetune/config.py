@@ -5,9 +5,10 @@ import json
 import math
 from typing import Any, Literal
 
+from experiments.commands import option
+from experiments.language.mesh import Mesh
+from experiments.language.training_loop import Keeping
 from experiments.optimizers import DecayName, ScheduleName
-from experiments.pretrain.config import Mesh, option
-from experiments.training_loop import Keeping
 
 ArmName = Literal["adamw", "muon_frozen1d", "muon_adamw", "muonclip"]
 QuirkName = Literal[

@@ -14,7 +14,7 @@ from experiments import corpus
 from experiments.finetune import instructions
 from experiments.finetune.chat import Chat, Encoded, Text
 from experiments.finetune.packing import Rows
-from experiments.pretrain import documents
+from experiments.language import documents
 
 SUFFIXES = ".jsonl", ".jsonl.gz", ".parquet"
 _COLUMNS = {"messages", "tools", "prompt", "completion", "group"}

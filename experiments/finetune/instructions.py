@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import corpus
-from experiments.pretrain import cache
+from experiments.language import cache
 
 FILE = "instructions.jsonl.gz"
 _FORMAT = 1  # of the cache; another one makes all rows be made again

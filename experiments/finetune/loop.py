@@ -14,22 +14,16 @@ import jax
 import numpy as np
 from etils import epath
 
-from experiments.checkpoints import Checkpoints, params_sha256
 from experiments.finetune.architecture import Qwen3
 from experiments.finetune.config import ArmName, Running, Training
 from experiments.finetune.data import Prepared
 from experiments.finetune.model import Params
 from experiments.finetune.packing import Batch, Batches, Rows, in_order
 from experiments.finetune.step import State, Trainer
-from experiments.pretrain.sharding import make_mesh
+from experiments.language.checkpoints import Checkpoints, params_sha256
+from experiments.language.mesh import one_device
+from experiments.language.training_loop import Metrics, OnMessage, OnStep, TrainingLoop, speed
 from experiments.runs import machine, write_json
-from experiments.training_loop import (
-    Metrics,
-    OnMessage,
-    OnStep,
-    TrainingLoop,
-    speed,
-)
 
 
 class Start(NamedTuple):
@@ -238,7 +232,7 @@ def cell_trainer(
     config: Training, arm: ArmName, architecture: Qwen3, device: jax.Device
 ) -> Trainer:
     """The compiled step on one device, which serves all rates, seeds and params of an arm."""
-    trainer = Trainer(config, arm, architecture, make_mesh((1, 1, 1, 1), [device]))
+    trainer = Trainer(config, arm, architecture, one_device(device))
     trainer.program  # noqa: B018 - compiles now, before a clock runs
     return trainer
 

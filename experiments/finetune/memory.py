@@ -18,8 +18,10 @@ from experiments.figures import LABELS
 from experiments.finetune import arms
 from experiments.finetune.config import ArmName
 from experiments.finetune.step import Trainer
-from experiments.pretrain import sharding, vocabulary
-from experiments.pretrain.dry_run import mesh_text, on_device, readable
+from experiments.language import sharding, vocabulary
+from experiments.language.mesh import mesh_text
+from experiments.language.sharding import on_device
+from experiments.pages import readable
 
 _SUMMAND = "gradient of a microbatch, float32"
 

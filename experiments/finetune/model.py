@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.finetune.architecture import Qwen3
+from experiments.language import sharding, vocabulary
+from experiments.language.attention import causal_attention, join_heads, rotate_heads, split_heads
+from experiments.language.sharding import constrain
 from experiments.layers import Linear, SwiGLU
-from experiments.pretrain import sharding, vocabulary
-from experiments.pretrain.attention import causal_attention, join_heads, rotate_heads, split_heads
-from experiments.pretrain.sharding import constrain
 from muon_jax import GroupedQuery
 
 Params = dict[str, Any]
@@ -205,7 +205,7 @@ def shapes(architecture: Qwen3) -> Params:
 
 
 def shardings(architecture: Qwen3, mesh: jax.sharding.Mesh) -> Params:
-    """Where the params lie on a mesh of `sharding.make_mesh`.
+    """Where the params lie on a mesh of `mesh.make_mesh`.
 
     Raises:
         ValueError: an axis that the mesh does not divide.

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from experiments.commands import flat
 from experiments.figures import figure_style, optimizer_label
 from experiments.finetune import claims
 from experiments.finetune.arms import ARMS, QUIRKS
@@ -29,7 +30,6 @@ from experiments.finetune.report_data import (
 )
 from experiments.finetune.report_figures import draw
 from experiments.pages import number, save_figure, together, write_page
-from experiments.pretrain.report_data import flat
 from experiments.runs import RunError, write_json
 
 

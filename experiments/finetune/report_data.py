@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from experiments import log
 from experiments.finetune.arms import ARMS
 from experiments.finetune.config import ArmName
 from experiments.finetune.loop import steadiness
+from experiments.language import log
 from experiments.runs import RunError, read_json
 
 EARLY, LATE = 0.25, 0.75  # of the steps: until when, and from when on

@@ -15,10 +15,10 @@ from experiments.figures import (
     optimizer_color,
     optimizer_label,
     plain_log_axis,
+    smoothed,
 )
 from experiments.finetune.arms import GROUPS
 from experiments.finetune.report_data import Trained, mean_series
-from experiments.pretrain.report_figures import smoothed
 
 Arms = Mapping[str, Sequence[Trained]]  # the trainings of each arm
 

@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import guard
 from experiments.finetune import arms, model
 from experiments.finetune.architecture import Qwen3
 from experiments.finetune.config import ArmName, Training
 from experiments.finetune.model import LanguageModel, Losses, Params
 from experiments.finetune.packing import Batch
-from experiments.guard import Guard
-from experiments.pretrain import sharding
+from experiments.language import guard, sharding
+from experiments.language.guard import Guard
 
 _NONE = -1  # the target of a position that is not learnt
 
@@ -49,7 +48,7 @@ class Trainer:
         config: what to train; its `steps` are known.
         arm: which optimizer.
         architecture: of the params.
-        mesh: of `sharding.make_mesh`.
+        mesh: of `mesh.make_mesh`.
 
     Attributes:
         abstract: the state as shapes with shardings.

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments import hugging_face
 from experiments.finetune import architecture as config_json
 from experiments.finetune.architecture import Qwen3
 from experiments.finetune.chat import copy_tokenizer
 from experiments.finetune.model import Dtype, Params, shapes, shardings
-from experiments.hugging_face import CONFIG, SHARD
-from experiments.pretrain.sharding import make_mesh
+from experiments.language import hugging_face
+from experiments.language.hugging_face import CONFIG, SHARD
+from experiments.language.mesh import one_device
 from experiments.runs import write_json
 
 # Paths of leaves, and tensors' names; those with a number are one of each layer.
@@ -51,7 +51,7 @@ def read(folder: Path, mesh: Mesh | None = None) -> tuple[Qwen3, Params]:
 
     Args:
         folder: `config.json` and safetensors of bfloat16, float16 or float32, one file or several.
-        mesh: of `sharding.make_mesh`; None is the first device.
+        mesh: of `mesh.make_mesh`; None is the first device.
 
     Raises:
         ValueError: the folder is damaged, lacks a tensor or has one too many, one has another shape
@@ -60,7 +60,7 @@ def read(folder: Path, mesh: Mesh | None = None) -> tuple[Qwen3, Params]:
         OSError: it cannot be read.
     """
     architecture = config_json.read(folder / CONFIG)
-    mesh = mesh or make_mesh((1, 1, 1, 1), jax.devices()[:1])
+    mesh = mesh or one_device()
     wanted, places = shapes(architecture), shardings(architecture, mesh)
     with contextlib.ExitStack() as stack:
         files = hugging_face.open_tensors(folder, stack)

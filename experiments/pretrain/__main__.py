@@ -17,16 +17,16 @@ from rich.progress import Progress as Bar
 from rich.progress import TaskID
 
 from experiments.commands import INTERRUPTED, progress_bar, stop_on_signals
+from experiments.language import data
+from experiments.language.processes import Processes
+from experiments.language.training_loop import Progress, TrainingError
 from experiments.optimizers import OptimizerName
-from experiments.pretrain import data
 from experiments.pretrain.config import PresetName, Running, Training, as_json
 from experiments.pretrain.loop import train
 from experiments.pretrain.presets import PRESETS
 from experiments.pretrain.suites.config import Suite, SuiteName, defaults
 from experiments.pretrain.suites.study import suite
-from experiments.processes import Processes
 from experiments.runs import RunError, claim
-from experiments.training_loop import Progress, TrainingError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,11 @@ import dataclasses
 import json
 from typing import Any, Literal
 
+from experiments.commands import option
+from experiments.language.data import Data
+from experiments.language.mesh import Mesh
+from experiments.language.training_loop import Keeping
 from experiments.optimizers import AdamW, DecayName, Muon, Settings
-from experiments.pretrain.data import Data
-from experiments.training_loop import Keeping
 from muon_jax import GroupedQuery, MultiHeadLatent
 
 PresetName = Literal[
@@ -99,24 +101,6 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mesh:
-    """How devices share the work; one size may be -1, which is what the others leave."""
-
-    data: int = 1
-    """Copies of the params; each takes a part of the batch."""
-    fsdp: int = -1
-    """Devices that share out params, optimizer state and batch."""
-    expert: int = 1
-    """Devices that share out the experts, and a part of the batch."""
-    tensor: int = 1
-    """Devices that share out heads and hidden sizes."""
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        return (self.data, self.fsdp, self.expert, self.tensor)
-
-
-@dataclasses.dataclass(frozen=True)
 class Training(Settings):
     """One training of one model, whichever optimizer does it."""
 
@@ -196,11 +180,6 @@ class Running(Keeping):
 
     samples: int = 3
     """Texts that the finished model writes."""
-
-
-def option(*fields: str) -> str:
-    """A field as it is spelt on the command line."""
-    return "--" + ".".join(fields).replace("_", "-")
 
 
 def as_json(config: Training) -> dict[str, Any]:

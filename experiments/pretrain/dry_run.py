@@ -7,18 +7,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import muon_jax
 from experiments.figures import optimizer_label
+from experiments.language import sharding
+from experiments.language.mesh import mesh_of_config, mesh_text
+from experiments.language.sharding import on_device
 from experiments.optimizers import OptimizerName
-from experiments.pages import flop
-from experiments.pretrain import sharding
-from experiments.pretrain.config import Mesh, Training
+from experiments.pages import flop, readable
+from experiments.pretrain.config import Training
 from experiments.pretrain.costs import step_costs
 from experiments.pretrain.step import Trainer
 
@@ -52,34 +52,6 @@ def dry_run(config: Training, optimizers: Sequence[OptimizerName], console: Cons
         show("Newton-Schulz of the hidden matrices", str(plan(first)))
     show("Schedule", schedule_text(config, optimizers))
     return 0
-
-
-def mesh_of_config(mesh: Mesh) -> jax.sharding.Mesh:
-    """The configured mesh; with stand-ins if it is not one of this machine's devices.
-
-    Then an axis of -1 has one device. Shapes and shardings can be had of it, and no program.
-
-    Raises:
-        ValueError: no number of devices makes up such a mesh.
-    """
-    try:
-        return sharding.make_mesh(mesh.sizes)
-    except ValueError:
-        sizes = [1 if size == -1 else size for size in mesh.sizes]
-        if min(sizes) < 1 or mesh.sizes.count(-1) > 1:
-            raise
-    devices = np.full(sizes, jax.devices()[0])
-    auto = (AxisType.Auto,) * len(sizes)
-    return jax.sharding.Mesh(devices, sharding.MESH_AXES, axis_types=auto)
-
-
-def mesh_text(mesh: jax.sharding.Mesh) -> str:
-    """The sizes of its axes."""
-    sizes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    text = f"{sizes} = {_many(mesh.size, 'device')}"
-    if mesh.size == jax.device_count():
-        return text
-    return f"{text}; this machine has {jax.device_count()}. Options --mesh.… take other sizes."
 
 
 def routing(params: Any, optimizers: Sequence[OptimizerName]) -> str:
@@ -173,14 +145,6 @@ def memory(trainer: Trainer) -> dict[str, int]:
     }
 
 
-def on_device(tree: Any) -> int:
-    """Bytes of the leaves' shards on one device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
-
-
 def flops_table(trainers: dict[OptimizerName, Trainer]) -> Table:
     """FLOPs of a step, of the model and of Newton-Schulz, a column for each optimizer."""
     table = _table(trainers)
@@ -228,11 +192,3 @@ def schedule_text(config: Training, optimizers: Sequence[OptimizerName]) -> str:
 def _many(count: int, name: str) -> str:
     plural = name + ("es" if name.endswith("ch") else "s")
     return f"{count:,} {name if count == 1 else plural}"
-
-
-def readable(count: float) -> str:
-    """Bytes, as text."""
-    unit, size = next(
-        (pair for pair in (("GB", 1e9), ("MB", 1e6)) if count >= pair[1]), ("kB", 1e3)
-    )
-    return f"{count / size:.2f} {unit}"

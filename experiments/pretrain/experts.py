@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.pallas.ops.tpu import megablox
 
+from experiments.language.sharding import spec
 from experiments.layers import gated, project
-from experiments.pretrain.sharding import spec
 
 Exchange = Literal["gather", "ragged"]
 

@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from experiments import hugging_face
+from experiments.language import hugging_face
 from experiments.optimizers import ARMS
 from experiments.pretrain import export_config
 from experiments.pretrain.config import Model

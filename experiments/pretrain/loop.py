@@ -11,19 +11,16 @@ import numpy as np
 import tokenizers
 from etils import epath
 
-from experiments.checkpoints import Checkpoints, params_sha256
+from experiments.language import data, windows
+from experiments.language.checkpoints import Checkpoints, params_sha256
+from experiments.language.mesh import make_mesh, one_device
+from experiments.language.training_loop import OnMessage, OnStep, TrainingLoop, speed
 from experiments.optimizers import OptimizerName
-from experiments.pretrain import costs, data, sharding, windows
+from experiments.pretrain import costs
 from experiments.pretrain.config import Running, Training, as_json, from_json
 from experiments.pretrain.sample import DIVIDER, write_texts
 from experiments.pretrain.step import State, Trainer
 from experiments.runs import RunError, machine, write_json
-from experiments.training_loop import (
-    OnMessage,
-    OnStep,
-    TrainingLoop,
-    speed,
-)
 
 TOKENIZER = "tokenizer.json"
 
@@ -62,7 +59,7 @@ def train(
             f"The text has {tokens.vocabulary} tokens, the model {config.data.vocabulary}: give "
             f"--data.vocabulary {tokens.vocabulary} or more."
         )
-    mesh = sharding.make_mesh(config.mesh.sizes)
+    mesh = make_mesh(config.mesh.sizes)
     trainer = Trainer(config, optimizer, mesh, config.data.vocabulary)
     with contextlib.closing(Checkpoints(folder / "checkpoints", keep=running.keep)) as checkpoints:
         run = _Run(trainer, running, folder, checkpoints, stop, on_step, on_message)
@@ -205,10 +202,10 @@ def load_run(folder: epath.PathLike) -> Loaded:
     optimizer = settings.pop("optimizer")
     config = from_json(Training, settings)
     try:
-        mesh = sharding.make_mesh(config.mesh.sizes)
+        mesh = make_mesh(config.mesh.sizes)
         trainer = Trainer(config, optimizer, mesh, config.data.vocabulary)
     except ValueError:
-        mesh = sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])
+        mesh = one_device()
         trainer = Trainer(config, optimizer, mesh, config.data.vocabulary)
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         restored = checkpoints.restore(trainer.abstract)

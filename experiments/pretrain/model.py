@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments.language.attention import Latent, MultiHead
+from experiments.language.sharding import constrain
+from experiments.language.vocabulary import cross_entropy, logits, look_up
 from experiments.layers import Linear, SwiGLU
-from experiments.pretrain.attention import Latent, MultiHead
 from experiments.pretrain.config import Model as ModelConfig
 from experiments.pretrain.experts import Experts, gate
-from experiments.pretrain.sharding import constrain
-from experiments.pretrain.vocabulary import cross_entropy, logits, look_up
 
 Params = dict[str, Any]
 

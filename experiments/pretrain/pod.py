@@ -20,9 +20,10 @@ import muon_jax
 from experiments import optimizers
 from experiments.compiled import Collective, Program, measure
 from experiments.figures import optimizer_label
+from experiments.language import attention, sharding
+from experiments.language.mesh import make_mesh, one_device
 from experiments.optimizers import OptimizerName
 from experiments.pages import flop
-from experiments.pretrain import attention, sharding
 from experiments.pretrain.config import Training
 from experiments.pretrain.costs import step_costs
 from experiments.pretrain.step import Trainer
@@ -154,7 +155,7 @@ def compile_for(
         DoesNotFitError: the compiler refuses it for its memory.
         ValueError: an axis that the mesh does not divide.
     """
-    mesh = sharding.make_mesh(config.mesh.sizes, devices)
+    mesh = make_mesh(config.mesh.sizes, devices)
     trainer = Trainer(config, optimizer, mesh, config.data.vocabulary)
     windows = jax.ShapeDtypeStruct(
         (config.accumulate, config.batch // config.accumulate, config.context + 1),
@@ -190,7 +191,7 @@ def compile_for(
 def newton_schulz_share(trainer: Trainer) -> NewtonSchulzShare:
     """What the update of this trainer's optimizer takes of a device."""
     muon, mesh, params = trainer.config.muon, trainer.mesh, trainer.abstract.params
-    alone = sharding.make_mesh((1, 1, 1, 1), mesh.devices.flat[:1])
+    alone = one_device(mesh.devices.flat[0])
     plan = muon_jax.plan(params, mesh=alone, ns_coeffs=muon.ns_coeffs, ns_dtype=muon.ns_dtype)
     whole = update_alone(trainer, trainer.optimizer, params, trainer.specs)
     experts: dict[str, Collective] = {}

@@ -3,9 +3,9 @@
 import argparse
 from collections.abc import Sequence
 
+from experiments.language.data import Data
 from experiments.optimizers import AdamW, Muon
 from experiments.pretrain.config import Model, PresetName, Training
-from experiments.pretrain.data import Data
 
 
 def _dense(

@@ -14,17 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.figures import (
-    figure_style,
-    optimizer_label,
-)
+from experiments.commands import flat
+from experiments.figures import figure_style, optimizer_label
 from experiments.optimizers import OptimizerName
 from experiments.pages import flop, number, save_figure, together, write_page
 from experiments.pretrain.report_data import (
     MEASURES,
     Run,
     differences,
-    flat,
     found_optimizers,
     held_out_curve,
     load_runs,

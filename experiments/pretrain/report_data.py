@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from experiments import log
-from experiments.figures import (
-    OTHER_COLORS,
-    optimizer_color,
-)
+from experiments.commands import flat
+from experiments.figures import OTHER_COLORS, optimizer_color
+from experiments.language import log
 from experiments.optimizers import ARMS, OptimizerName
 from experiments.pretrain.config import Training, from_json
 from experiments.runs import RunError
@@ -180,17 +178,6 @@ def final_load(run: Run) -> np.ndarray:
     """`(layers with experts, experts)`: mean over the last tenth of the records; 1 is even."""
     loads = [record["load"] for record in run.trained if "load" in record]
     return np.mean(np.array(loads[-math.ceil(len(loads) / 10) :], float), axis=0)
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by the names that they have on the command line."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
 
 
 def loss_text(value: float | None) -> str:

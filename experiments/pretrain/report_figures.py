@@ -18,6 +18,7 @@ from experiments.figures import (
     new_figure,
     optimizer_label,
     plain_log_axis,
+    smoothed,
 )
 from experiments.pretrain.report_data import (
     MEASURES,
@@ -34,16 +35,6 @@ _REFERENCE = {"color": "#444444", "linestyle": ":", "linewidth": 1, "zorder": 1.
 
 # Loads below are drawn here: an expert without a token has none on a log axis.
 _LEAST_LOAD = 1 / 32
-
-
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """Means over the 6 % of the records about each, over fewer where the curve is steep."""
-    reach = round(0.03 * len(values))
-    means = np.array(values)
-    for i in np.flatnonzero(np.isfinite(values)):
-        near = min(i // 4, reach)
-        means[i] = np.nanmean(values[i - near : i + near + 1])
-    return means
 
 
 def _draw_noisy(axes: Axes, x: np.ndarray, values: np.ndarray, color: str) -> None:

@@ -13,8 +13,8 @@ import tokenizers
 import tyro
 from rich.console import Console
 
+from experiments.language import sharding
 from experiments.optimizers import ARMS
-from experiments.pretrain import sharding
 from experiments.pretrain.model import Params
 from experiments.pretrain.step import State, Trainer
 from experiments.runs import RunError

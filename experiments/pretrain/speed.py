@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.figures import optimizer_label
+from experiments.language.mesh import make_mesh, one_device
 from experiments.optimizers import OptimizerName
-from experiments.pretrain import export, sharding
+from experiments.pretrain import export
 from experiments.pretrain.config import PresetName, Training
 from experiments.pretrain.costs import step_costs
 from experiments.pretrain.presets import PRESETS, preset_of
@@ -59,7 +60,7 @@ class Command(Training):
 
 def our_loop(config: Training, optimizer: OptimizerName) -> tuple[Loop, Trainer]:
     """Our training on all devices."""
-    mesh = sharding.make_mesh(config.mesh.sizes)
+    mesh = make_mesh(config.mesh.sizes)
     trainer = Trainer(config, optimizer, mesh, config.data.vocabulary)
     state = trainer.start(config.seed)
     batch = jax.device_put(
@@ -87,7 +88,7 @@ def torch_loops(config: Training) -> dict[str, Loop]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    mesh = sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])
+    mesh = one_device()
     start = Trainer(config, "adamw", mesh, config.data.vocabulary).start(config.seed)
     batch = torch.tensor(tokens(config)).long().split(config.batch // config.accumulate)
     mixture = config.model.layers > config.model.dense_layers

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 
 import muon_jax
-from experiments import guard, optimizers
-from experiments.guard import Guard
+from experiments import optimizers
+from experiments.language import guard, sharding
+from experiments.language.guard import Guard
 from experiments.optimizers import OptimizerName
-from experiments.pretrain import sharding
 from experiments.pretrain.config import Training
 from experiments.pretrain.experts import updated_bias
 from experiments.pretrain.model import LanguageModel, Observed, Params
@@ -36,7 +36,7 @@ class Trainer:
     Args:
         config: what to train.
         optimizer: with which arm.
-        mesh: of `sharding.make_mesh`.
+        mesh: of `mesh.make_mesh`.
         vocabulary: tokens that the model knows.
 
     Attributes:

@@ -4,13 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from experiments.figures import optimizer_label
 from experiments.finetune.claims import MEASURES, Judged, Verdict, difference_text
-from experiments.finetune.suites.config import (
-    GAINS,
-    NO_QK_NORM,
-    PRETRAINED,
-    PROJECTIONS,
-    QK_NORM,
-)
+from experiments.finetune.suites.config import GAINS, NO_QK_NORM, PRETRAINED, PROJECTIONS, QK_NORM
 from experiments.finetune.suites.results import BY_BASE, TO_ADAMW_BY_BASE, Contrast, Group
 from experiments.pages import number
 

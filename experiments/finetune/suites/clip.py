@@ -11,7 +11,7 @@ from experiments.finetune import model
 from experiments.finetune.architecture import Qwen3
 from experiments.finetune.model import LanguageModel, Params
 from experiments.finetune.packing import Batch
-from experiments.pretrain.sharding import make_mesh
+from experiments.language.mesh import one_device
 from muon_jax import clip_qk
 
 
@@ -48,7 +48,7 @@ def measure(
         spec = dataclasses.replace(spec, qk_norm="ignore")
     look = jax.jit(functools.partial(_look, LanguageModel(architecture, "float32", remat=False)))
     tokens, segments = jnp.asarray(batch.tokens), jnp.asarray(batch.segments)
-    mesh = make_mesh((1, 1, 1, 1), jax.devices()[:1])
+    mesh = one_device()
     with jax.set_mesh(mesh):
         params = jax.device_put(params, model.shardings(architecture, mesh))
         first, per_head = look(params, tokens, segments)

@@ -10,6 +10,7 @@ from experiments.figures import (
     CENSORED_MARK,
     GROKKED_MARK,
     POINT_MARK,
+    ceiling,
     legend_line,
     new_figure,
     optimizer_label,
@@ -27,7 +28,6 @@ from experiments.finetune.suites.config import (
     SuiteName,
 )
 from experiments.finetune.suites.results import Contrast, Group
-from experiments.pretrain.suites.results import ceiling
 
 
 def rates_figure(found: Sequence[Group]) -> Figure:

@@ -13,18 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from experiments.commands import flat
 from experiments.figures import figure_style, optimizer_label
 from experiments.finetune import claims
 from experiments.finetune.arms import ARMS, QUIRKS
 from experiments.finetune.claims import MEASURES, Judged, difference_text
 from experiments.finetune.report_data import idle_clip
 from experiments.finetune.suites import answers
-from experiments.finetune.suites.config import (
-    CONTROLLED,
-    PRETRAINED,
-    PUBLISHED,
-    SuiteName,
-)
+from experiments.finetune.suites.config import CONTROLLED, PRETRAINED, PUBLISHED, SuiteName
 from experiments.finetune.suites.figures import draw
 from experiments.finetune.suites.results import (
     BY_BASE,
@@ -37,7 +33,6 @@ from experiments.finetune.suites.results import (
     values,
 )
 from experiments.pages import number, save_figure, write_page
-from experiments.pretrain.report_data import flat
 from experiments.runs import write_json
 from experiments.sweep import Files, load_run
 

@@ -11,10 +11,12 @@ import jax
 import numpy as np
 
 from experiments import compiled
+from experiments.language import windows
+from experiments.language.data import Tokens
+from experiments.language.mesh import one_device
 from experiments.optimizers import OptimizerName
-from experiments.pretrain import loop, sharding, windows
+from experiments.pretrain import loop
 from experiments.pretrain.config import Training
-from experiments.pretrain.data import Tokens
 from experiments.pretrain.step import State, Trainer
 from experiments.pretrain.suites.config import BASELINE, model_flops
 
@@ -48,7 +50,7 @@ class Text(NamedTuple):
 @functools.cache
 def trainer(config: Training, optimizer: OptimizerName) -> Trainer:
     """The compiled step, which serves all rates and seeds of an arm."""
-    mesh = sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])
+    mesh = one_device()
     arm = Trainer(config, optimizer, mesh, config.data.vocabulary)
     # Compiles now, before a clock runs.
     jax.block_until_ready(arm.advance(arm.start(0), _no_windows(arm)))

@@ -7,10 +7,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
+from experiments.language.data import Data
 from experiments.optimizers import AdamW, Muon, OptimizerName, Rates
 from experiments.pretrain import costs
 from experiments.pretrain.config import Model, Training
-from experiments.pretrain.data import Data
 from experiments.pretrain.model import LanguageModel, Params
 from experiments.sweep import Sweep
 

@@ -22,6 +22,7 @@ from experiments.figures import (
     CENSORED_MARK,
     GROKKED_MARK,
     POINT_MARK,
+    ceiling,
     figure_style,
     legend_line,
     new_figure,
@@ -32,14 +33,7 @@ from experiments.figures import (
 from experiments.optimizers import ARMS
 from experiments.pages import flop, number, save_figure, write_page
 from experiments.pretrain.suites.config import BASELINE
-from experiments.pretrain.suites.results import (
-    Arm,
-    arms,
-    as_json,
-    ceiling,
-    draw_rates,
-    loss_text,
-)
+from experiments.pretrain.suites.results import Arm, arms, as_json, draw_rates, loss_text
 from experiments.runs import write_json
 from experiments.sweep import Files, load_run
 

@@ -2,7 +2,6 @@
 
 import math
 import statistics
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -14,15 +13,7 @@ from experiments.figures import (
     optimizer_color,
     optimizer_label,
 )
-from experiments.sweep import (
-    Best,
-    Files,
-    best,
-    chosen_by,
-    losses_by_rate,
-    mean,
-    mean_curve,
-)
+from experiments.sweep import Best, Files, best, chosen_by, losses_by_rate, mean, mean_curve
 
 
 class Arm(NamedTuple):
@@ -124,14 +115,6 @@ def draw_rates(axes: Axes, arm: Arm, top: float) -> None:
         axes.plot(rate, shown[rate], color=color, clip_on=False, zorder=4, **mark)
     if arm.loss < top:
         axes.plot(arm.best.rate, arm.losses[arm.best.rate], color=color, zorder=5, **GROKKED_MARK)
-
-
-def ceiling(arms: Sequence[Arm]) -> float:
-    """Where the axis of the losses ends: the best rates and what is near them stay legible."""
-    best = [arm.loss for arm in arms if math.isfinite(arm.loss)] or [1.0]
-    every = [x for arm in arms for x in arm.losses.values() if math.isfinite(x)] or [1.0]
-    span = max(best) - min(best)
-    return min(max(every) + 0.02, max(best) + max(span, 0.3))
 
 
 def loss_text(arm: Arm) -> str:

@@ -21,6 +21,7 @@ from experiments.figures import (
     CENSORED_MARK,
     GROKKED_MARK,
     POINT_MARK,
+    ceiling,
     figure_style,
     legend_line,
     new_figure,
@@ -42,14 +43,7 @@ from experiments.pretrain.suites.fit import (
     ratio,
     without_each,
 )
-from experiments.pretrain.suites.results import (
-    Arm,
-    arms,
-    as_json,
-    ceiling,
-    draw_rates,
-    loss_text,
-)
+from experiments.pretrain.suites.results import Arm, arms, as_json, draw_rates, loss_text
 from experiments.runs import write_json
 from experiments.sweep import load_run
 

@@ -9,7 +9,7 @@ import jax
 from rich.console import Console
 
 from experiments.commands import INTERRUPTED, progress_bar
-from experiments.pretrain import data, windows
+from experiments.language import data, windows
 from experiments.pretrain.config import Training, as_json
 from experiments.pretrain.suites import cells, optimizers_report, scaling_report
 from experiments.pretrain.suites.config import Cell, SuiteName, model_flops, sized

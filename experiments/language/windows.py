@@ -7,7 +7,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from experiments.pretrain.data import Tokens
+from experiments.language.data import Tokens
 
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # batches
 

@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 from etils import epath
 
-from experiments.pretrain import cache, documents, shards, tokenizer
+from experiments.language import cache, documents, shards, tokenizer
 
 _FORMAT = 1  # of the cache; another one makes all texts be tokenised again
 _SAMPLE = 1 << 27  # characters that a tokenizer is trained on at most

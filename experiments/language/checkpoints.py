@@ -20,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from experiments import manifests
+from experiments.language import manifests
 from experiments.runs import RunError
 
 _NAMED = 8  # so many leaves or files are named in an error

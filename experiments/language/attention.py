@@ -15,8 +15,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask,
 )
 
+from experiments.language.sharding import constrain, spec
 from experiments.layers import Linear, rotate
-from experiments.pretrain.sharding import constrain, spec
 from muon_jax import max_attention_logits
 
 # Query positions at a time, at most; also the side of the splash kernel's blocks.

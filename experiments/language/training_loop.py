@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from experiments.checkpoints import Checkpoints
-from experiments.log import Log
-from experiments.processes import Agreement
+from experiments.language.checkpoints import Checkpoints
+from experiments.language.log import Log
+from experiments.language.processes import Agreement
 
 Metrics = dict[str, Any]
 

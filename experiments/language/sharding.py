@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 # Which mesh axes share out a logical axis; others are whole on every device.
 RULES: dict[str, tuple[str, ...]] = {
@@ -38,33 +35,6 @@ LEAVES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"router/kernel$", ("width", None)),
     (r"scale$", (None,)),
 )
-
-
-def make_mesh(sizes: Sequence[int], devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of these sizes of `MESH_AXES`, of which one may be -1: what is left.
-
-    Raises:
-        ValueError: the sizes do not make up the devices.
-    """
-    devices = jax.devices() if devices is None else devices
-    named = ", ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
-    known = math.prod(size for size in sizes if size != -1)
-    open_axes = sum(size == -1 for size in sizes)
-    if any(size < 1 and size != -1 for size in sizes) or open_axes > 1 or len(devices) % known:
-        raise ValueError(
-            f"The mesh ({named}) does not make up {len(devices)} devices. The sizes are positive, "
-            "at most one is -1 for what the others leave, and their product is the devices."
-        )
-    sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    if math.prod(sizes) != len(devices):
-        raise ValueError(
-            f"The mesh ({named}) has {math.prod(sizes)} devices of {len(devices)}. Give one axis "
-            "-1 for what the others leave."
-        )
-    auto = (AxisType.Auto,) * len(MESH_AXES)
-    # Of a TPU, along the axes of its torus or parts of them.
-    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return Mesh(placed, MESH_AXES, axis_types=auto)
 
 
 def spec(*logical: str | None) -> PartitionSpec:
@@ -138,3 +108,11 @@ def shardings(specs: Any, mesh: Mesh) -> Any:
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Pins an activation to its place on the mesh of the context."""
     return jax.lax.with_sharding_constraint(x, spec(*logical))
+
+
+def on_device(tree: Any) -> int:
+    """Bytes of the leaves' shards on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

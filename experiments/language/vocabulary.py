@@ -6,7 +6,7 @@ Both run on a mesh with the axes of `sharding`: its table is split over "tensor"
 import jax
 import jax.numpy as jnp
 
-from experiments.pretrain.sharding import spec
+from experiments.language.sharding import spec
 
 # Tokens of a device whose logits are held at once.
 LOSS_TOKENS = 2048

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from experiments.pretrain.cache import alone
-from experiments.pretrain.documents import fingerprint
+from experiments.language.cache import alone
+from experiments.language.documents import fingerprint
 
 SUFFIXES = (".npy", ".bin")
 _HEADER = np.dtype("<i4"), 256

@@ -1,0 +1,91 @@
+"""How devices share the work: four axes, their sizes on the command line, and the mesh of these."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How devices share the work; one size may be -1, which is what the others leave."""
+
+    data: int = 1
+    """Copies of the params; each takes a part of the batch."""
+    fsdp: int = -1
+    """Devices that share out params, optimizer state and batch."""
+    expert: int = 1
+    """Devices that share out the experts, and a part of the batch."""
+    tensor: int = 1
+    """Devices that share out heads and hidden sizes."""
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        return (self.data, self.fsdp, self.expert, self.tensor)
+
+
+def make_mesh(sizes: Sequence[int], devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The mesh of these sizes of `MESH_AXES`, of which one may be -1: what is left.
+
+    Raises:
+        ValueError: the sizes do not make up the devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    named = ", ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+    known = math.prod(size for size in sizes if size != -1)
+    open_axes = sum(size == -1 for size in sizes)
+    if any(size < 1 and size != -1 for size in sizes) or open_axes > 1 or len(devices) % known:
+        raise ValueError(
+            f"The mesh ({named}) does not make up {len(devices)} devices. The sizes are positive, "
+            "at most one is -1 for what the others leave, and their product is the devices."
+        )
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"The mesh ({named}) has {math.prod(sizes)} devices of {len(devices)}. Give one axis "
+            "-1 for what the others leave."
+        )
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    # Of a TPU, along the axes of its torus or parts of them.
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(placed, MESH_AXES, axis_types=auto)
+
+
+def one_device(device: Any = None) -> jax.sharding.Mesh:
+    """A mesh of one, by default the first."""
+    return make_mesh((1, 1, 1, 1), [jax.devices()[0] if device is None else device])
+
+
+def mesh_of_config(mesh: Mesh) -> jax.sharding.Mesh:
+    """The configured mesh; with stand-ins if it is not one of this machine's devices.
+
+    Then an axis of -1 has one device. Shapes and shardings can be had of it, and no program.
+
+    Raises:
+        ValueError: no number of devices makes up such a mesh.
+    """
+    try:
+        return make_mesh(mesh.sizes)
+    except ValueError:
+        sizes = [1 if size == -1 else size for size in mesh.sizes]
+        if min(sizes) < 1 or mesh.sizes.count(-1) > 1:
+            raise
+    devices = np.full(sizes, jax.devices()[0])
+    auto = (AxisType.Auto,) * len(sizes)
+    return jax.sharding.Mesh(devices, MESH_AXES, axis_types=auto)
+
+
+def mesh_text(mesh: jax.sharding.Mesh) -> str:
+    """The sizes of its axes."""
+    sizes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    text = f"{sizes} = {mesh.size:,} {'device' if mesh.size == 1 else 'devices'}"
+    if mesh.size == jax.device_count():
+        return text
+    return f"{text}; this machine has {jax.device_count()}. Options --mesh.… take other sizes."
