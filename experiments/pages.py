@@ -2,12 +2,14 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
+from rich.table import Table
+from rich.text import Text
 
 from experiments.figures import data_uri, optimizer_label, save_png
 
@@ -27,6 +29,40 @@ def flop(value: float | None) -> str:
     units = (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
     unit, size = next((pair for pair in units if value >= pair[1]), units[-1])
     return f"{value / size:.3g} {unit}"
+
+
+def text_table(
+    title: str,
+    columns: Sequence[tuple[str, str, Callable[[Any], str]]],
+    items: Iterable[Any],
+    caption: str | None = None,
+    names: int = 1,
+) -> Table:
+    """The page's table for the terminal, which has the same numbers.
+
+    Args:
+        title: of the table.
+        columns: heading on the page, heading here ("" to leave it out), and the text of an item.
+        items: one a line.
+        caption: below it.
+        names: how many of the first columns are names, which begin at the left.
+    """
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    shown = [(heading, form) for _, heading, form in columns if heading]
+    for place, (heading, _) in enumerate(shown):
+        table.add_column(heading, justify="left" if place < names else "right", vertical="bottom")
+    for item in items:
+        # Text, and not str, so that a name with brackets is not read as rich's markup.
+        table.add_row(*(Text(form(item)) for _, form in shown))
+    return table
 
 
 def save_figure(figure: Figure, path: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from experiments.figures import (
     plain_log_axis,
 )
 from experiments.optimizers import ARMS
-from experiments.pages import number, save_figure, write_page
+from experiments.pages import number, save_figure, text_table, write_page
 from experiments.runs import write_json
 from experiments.sweep import Files, load_run, mean_curve
 
@@ -78,21 +78,7 @@ CAPTION = (
 
 def terminal_table(arms: Sequence[Arm]) -> Table:
     """The table for the terminal, with the numbers of the HTML table."""
-    table = Table(
-        title="The family, lowest loss first",
-        caption=CAPTION,
-        caption_justify="left",
-        box=None,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    columns = [(heading, form) for _, heading, form in COLUMNS if heading]
-    for place, (heading, _) in enumerate(columns):
-        table.add_column(heading, justify="right" if place else "left", vertical="bottom")
-    for arm in arms:
-        # Text, and not str, so that a name with brackets is not read as rich's markup.
-        table.add_row(*(Text(form(arm)) for _, form in columns))
-    return table
+    return text_table("The family, lowest loss first", COLUMNS, arms, CAPTION)
 
 
 def abstract(arms: Sequence[Arm], finished: int, total: int) -> list[str]:

@@ -4,6 +4,7 @@ It never trains: `python -m experiments.family.widths_report FOLDER`.
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from experiments.figures import (
     new_figure,
     plain_log_axis,
 )
-from experiments.pages import save_figure, write_page
+from experiments.pages import save_figure, text_table, write_page
 from experiments.runs import write_json
 from experiments.sweep import Best, Row, best, load_run, losses_by_rate, mean, optimum
 
@@ -116,12 +117,8 @@ def table_rows(transfers: Sequence[Transfer]) -> list[list[str]]:
 
 def terminal_table(rows: Sequence[Row]) -> Table:
     """The table for the terminal, with the numbers of the HTML table."""
-    table = Table(title="Best rate by width", box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    for place, heading in enumerate(COLUMNS):
-        table.add_column(heading, justify="right" if place else "left")
-    for row in table_rows(aggregate(rows)):
-        table.add_row(*map(Text, row))
-    return table
+    columns = [(name, name, operator.itemgetter(i)) for i, name in enumerate(COLUMNS)]
+    return text_table("Best rate by width", columns, table_rows(aggregate(rows)))
 
 
 def widths_figure(transfers: Sequence[Transfer]) -> Figure:

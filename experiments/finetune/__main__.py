@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import tyro
@@ -17,16 +17,16 @@ from etils import epath
 from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import TaskID
-from rich.table import Table
 
 from experiments.commands import INTERRUPTED, progress_bar, stop_on_signals
 from experiments.figures import LABELS
 from experiments.finetune import architecture as config_json
-from experiments.finetune import arms, base, data, loop, memory, report, weights
+from experiments.finetune import base, data, loop, memory, report, weights
 from experiments.finetune.architecture import PRESETS, Qwen3
 from experiments.finetune.chat import Chat
 from experiments.finetune.config import ArmName, Base, Optimizer, Running, Training
 from experiments.finetune.model import Params
+from experiments.finetune.report_data import load_run
 from experiments.finetune.step import Trainer
 from experiments.finetune.suites.config import Suite, SuiteName, defaults
 from experiments.finetune.suites.study import suite
@@ -34,7 +34,7 @@ from experiments.language.hugging_face import CONFIG
 from experiments.language.mesh import Mesh, make_mesh, mesh_of_config, one_device
 from experiments.language.processes import Processes
 from experiments.language.training_loop import Progress, TrainingError
-from experiments.runs import RunError, claim, read_json
+from experiments.runs import RunError, claim
 from experiments.side_by_side import a_device_for_each_core, devices_for, side_by_side
 
 # What fine-tuning a real model begins with: less to hold, longer windows, a rate for one.
@@ -176,7 +176,7 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
             for arm in command.arms:
                 work(arm, None)
     if jax.process_index() == 0:
-        console.print(table(command))
+        console.print(report.terminal_table([load_run(command.folder(a)) for a in command.arms]))
         page = report.write_report(epath.Path(command.out), command.arms)
         console.print(f"Report: {page}", highlight=False, soft_wrap=True)
     return 0
@@ -321,31 +321,6 @@ def _architecture(command: Command) -> Qwen3:
     if command.model:
         return config_json.read(Path(command.model).expanduser() / CONFIG)
     return base.architecture_of(command.base, command.base.vocabulary)
-
-
-def table(command: Command) -> Table:
-    """What came out, an arm a line."""
-    found = Table(title="Fine-tuning, by arm", title_justify="left", box=None, pad_edge=False)
-    found.add_column("arm")
-    headings = ("held-out loss", "token accuracy", "steps", "tokens/s", "gradient norm", "± quart.")
-    for heading in headings:
-        found.add_column(heading, justify="right")
-
-    def text(value: Any, form: str) -> str:
-        return "–" if value is None else format(value, form)
-
-    for arm in command.arms:
-        summary = read_json(command.folder(arm) / "summary.json")
-        found.add_row(
-            f"{arm}  [dim]{arms.ARMS[arm]}[/dim]",
-            text(summary["validation_loss"], ".4f"),
-            text(summary["validation_accuracy"], ".1%"),
-            text(summary["steps"], ","),
-            text(summary["tokens_per_second"], ",.0f"),
-            text(summary["gradient_norm_median"], ".3g"),
-            text(summary["gradient_norm_spread"], ".0%"),
-        )
-    return found
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ It reads the running Python's standard library, and learns every token of it.
 """
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from experiments.finetune.model import Params
 from experiments.finetune.packing import Batch
 from experiments.finetune.step import Trainer
 from experiments.language import cache, data, documents, windows
-from experiments.language.mesh import one_device
+from experiments.language.mesh import make_mesh
 from experiments.language.training_loop import TrainingError
 
 _FORMAT = 1  # of the cache; another one makes all bases be pretrained again
@@ -112,7 +113,9 @@ def _pretrain(
         final=0.1,
         remat=False,
     )
-    mesh = one_device()
+    # All devices share a batch; those that do not divide it stay out.
+    devices = jax.devices()[: math.gcd(jax.device_count(), base.batch)]
+    mesh = make_mesh((-1, 1, 1, 1), devices)
     trainer = Trainer(config, _ARMS[base.optimizer], architecture, mesh)
     params = model.init(architecture, jax.random.key(base.seed))
     state = trainer.start(jax.device_put(params, trainer.places))
@@ -120,6 +123,8 @@ def _pretrain(
     loss = 0.0
     for step, rows in zip(range(base.steps), windows.from_step(shuffled, 0), strict=False):
         state, metrics = trainer.advance(state, trainer.place(_every_token(rows)))
+        if jax.default_backend() == "cpu":
+            jax.block_until_ready(state)  # collectives of two steps at once deadlock there
         if step % 10 == 9 or step + 1 == base.steps:
             loss = float(metrics["loss"])
             on_progress(f"pretraining with {base.optimizer}, loss {loss:.3f}", step + 1, base.steps)

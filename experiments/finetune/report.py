@@ -29,7 +29,7 @@ from experiments.finetune.report_data import (
     load_run,
 )
 from experiments.finetune.report_figures import draw
-from experiments.pages import number, save_figure, together, write_page
+from experiments.pages import number, save_figure, text_table, together, write_page
 from experiments.runs import RunError, write_json
 
 
@@ -83,23 +83,7 @@ CAPTION = (
 
 def terminal_table(runs: Sequence[Run]) -> Table:
     """The table for the terminal, with the numbers of the HTML table."""
-    table = Table(
-        title="Fine-tuning, by arm",
-        title_justify="left",
-        caption=CAPTION,
-        caption_justify="left",
-        box=None,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    columns = [(heading, form) for _, heading, form in COLUMNS if heading]
-    for place, (heading, _) in enumerate(columns):
-        justify = "right" if place else "left"
-        table.add_column(heading, justify=justify, vertical="bottom", no_wrap=True)
-    for run in runs:
-        # Text, and not str, so that a name with brackets is not read as rich's markup.
-        table.add_row(*(Text(form(run)) for _, form in columns))
-    return table
+    return text_table("Fine-tuning, by arm", COLUMNS, runs, CAPTION)
 
 
 def judged(runs: Sequence[Run]) -> list[claims.Judged]:

@@ -30,7 +30,7 @@ from experiments.grok.report_data import (
     load_run,
     sustained_median,
 )
-from experiments.pages import flop, number, save_figure, write_page
+from experiments.pages import flop, number, save_figure, text_table, write_page
 
 
 class Table(NamedTuple):
@@ -81,22 +81,11 @@ def terminal_table(rows: Sequence[Row], budget: int | None = None) -> TerminalTa
         rows: The rows of summary.json.
         budget: The epoch budget; by default the most epochs that a cell ran.
     """
-    table = TerminalTable(
-        title="Medians per arm",
-        caption=TERMINAL_CAPTION,
-        caption_justify="left",
-        box=None,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
     columns = arm_columns(rows)
-    for place, (_, heading, _) in enumerate(columns):
-        left = place < 3 or heading == "setting"
-        table.add_column(heading, justify="left" if left else "right", vertical="bottom")
-    for arm in aggregate(rows, budget):
-        # Text, and not str, so that a name with brackets is not read as rich's markup.
-        table.add_row(*(Text(form(arm)) for *_, form in columns))
-    return table
+    names = 3 + any(heading == "setting" for _, heading, _ in columns)
+    return text_table(
+        "Medians per arm", columns, aggregate(rows, budget), TERMINAL_CAPTION, names=names
+    )
 
 
 def compare(rows: Sequence[Row], slow: str, fast: str, budget: int) -> str:

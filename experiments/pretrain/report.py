@@ -17,7 +17,7 @@ from rich.text import Text
 from experiments.commands import flat
 from experiments.figures import figure_style, optimizer_label
 from experiments.optimizers import OptimizerName
-from experiments.pages import flop, number, save_figure, together, write_page
+from experiments.pages import flop, number, save_figure, text_table, together, write_page
 from experiments.pretrain.report_data import (
     MEASURES,
     Run,
@@ -89,21 +89,7 @@ def columns_of(runs: Sequence[Run]) -> list[tuple[str, str, Callable[[Run], str]
 
 def terminal_table(runs: Sequence[Run]) -> Table:
     """The table for the terminal, with the numbers of the HTML table."""
-    table = Table(
-        title="Pretraining",
-        caption=CAPTION,
-        caption_justify="left",
-        box=None,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    columns = [(heading, form) for _, heading, form in columns_of(runs) if heading]
-    for place, (heading, _) in enumerate(columns):
-        table.add_column(heading, justify="right" if place else "left", vertical="bottom")
-    for run in runs:
-        # Text, and not str, so that a name with brackets is not read as rich's markup.
-        table.add_row(*(Text(form(run)) for _, form in columns))
-    return table
+    return text_table("Pretraining", columns_of(runs), runs, CAPTION)
 
 
 def abstract(runs: Sequence[Run]) -> list[str]:

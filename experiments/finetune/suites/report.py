@@ -32,7 +32,7 @@ from experiments.finetune.suites.results import (
     groups,
     values,
 )
-from experiments.pages import number, save_figure, write_page
+from experiments.pages import number, save_figure, text_table, write_page
 from experiments.runs import write_json
 from experiments.sweep import Files, load_run
 
@@ -112,20 +112,8 @@ COLUMNS: tuple[tuple[str, str, Callable[[Group], str]], ...] = (
 def terminal_table(folder: Path) -> Table:
     """The table for the terminal, with the numbers of the HTML table."""
     results = load(folder)
-    table = Table(
-        title=TITLES[results.which],
-        caption="\n".join(abstract(results)),
-        title_justify="left",
-        caption_justify="left",
-        box=None,
-        pad_edge=False,
-    )
-    columns = [(heading, form) for _, heading, form in COLUMNS if heading]
-    for place, (heading, _) in enumerate(columns):
-        table.add_column(heading, justify="right" if place > 1 else "left")
-    for of in results.groups:
-        table.add_row(*(Text(form(of)) for _, form in columns))
-    return table
+    caption = "\n".join(abstract(results))
+    return text_table(TITLES[results.which], COLUMNS, results.groups, caption, names=2)
 
 
 def contrast_text(of: Contrast) -> str:

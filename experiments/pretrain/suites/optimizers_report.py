@@ -31,7 +31,7 @@ from experiments.figures import (
     plain_log_axis,
 )
 from experiments.optimizers import ARMS
-from experiments.pages import flop, number, save_figure, write_page
+from experiments.pages import flop, number, save_figure, text_table, write_page
 from experiments.pretrain.suites.config import BASELINE
 from experiments.pretrain.suites.results import Arm, arms, as_json, draw_rates, loss_text
 from experiments.runs import write_json
@@ -152,20 +152,8 @@ _CAPTION = (
 
 def terminal_table(folder: Path) -> Table:
     """The table for the terminal, with the numbers of the HTML table."""
-    columns = [(heading, form) for _, heading, form in COLUMNS if heading]
-    table = Table(
-        title="Optimizers, lowest loss first",
-        caption=_CAPTION,
-        caption_justify="left",
-        box=None,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    for place, (heading, _) in enumerate(columns):
-        table.add_column(heading, justify="right" if place else "left", no_wrap=True)
-    for row in compare(arms(load_run(folder))):
-        table.add_row(*(Text(form(row)) for _, form in columns))
-    return table
+    rows = compare(arms(load_run(folder)))
+    return text_table("Optimizers, lowest loss first", COLUMNS, rows, _CAPTION)
 
 
 def abstract(rows: Sequence[Compared], finished: int, total: int) -> list[str]:

@@ -29,7 +29,7 @@ from experiments.figures import (
     optimizer_label,
     plain_log_axis,
 )
-from experiments.pages import flop, number, save_figure, write_page
+from experiments.pages import flop, number, save_figure, text_table, write_page
 from experiments.pretrain.suites.config import BASELINE
 from experiments.pretrain.suites.fit import (
     PAPER_RATIO,
@@ -163,21 +163,7 @@ def _flop(arm: Arm, with_update: bool) -> str:
 def terminal_table(folder: Path) -> Table:
     """The table for the terminal, with the numbers of the HTML table."""
     found = arms(load_run(folder))
-    table = Table(
-        title="Loss by size",
-        caption="\n".join(abstract(found)),
-        caption_justify="left",
-        box=None,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    columns = [(heading, form) for _, heading, form in COLUMNS if heading]
-    for heading, _ in columns:
-        left = heading == "optimizer"
-        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
-    for arm in found:
-        table.add_row(*(Text(form(arm)) for _, form in columns))
-    return table
+    return text_table("Loss by size", COLUMNS, found, "\n".join(abstract(found)))
 
 
 def abstract(found: Sequence[Arm]) -> list[str]:
