@@ -162,24 +162,33 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
     memory.show({arm: made(arm, first) for arm in command.arms}, limit, console)
     for arm in command.arms:
         memory.check(made(arm, first), limit)
-    with progress_bar(console) as bar:
-        messages = functools.partial(bar.console.print, highlight=False)
+    try:
+        with progress_bar(console) as bar:
+            messages = functools.partial(bar.console.print, highlight=False)
 
-        def work(arm: ArmName, device: jax.Device | None) -> None:
-            _train(
-                command, config, made(arm, device), limit, start, rows, folder, stop, bar, messages
-            )
+            def work(arm: ArmName, device: jax.Device | None) -> None:
+                trainer = made(arm, device)
+                _train(command, config, trainer, limit, start, rows, folder, stop, bar, messages)
 
-        if alone:
-            side_by_side(command.arms, lambda arm: arm, work, stop)
-        else:
-            for arm in command.arms:
-                work(arm, None)
-    if jax.process_index() == 0:
-        console.print(report.terminal_table([load_run(command.folder(a)) for a in command.arms]))
-        page = report.write_report(epath.Path(command.out), command.arms)
-        console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+            if alone:
+                side_by_side(command.arms, lambda arm: arm, work, stop)
+            else:
+                for arm in command.arms:
+                    work(arm, None)
+    except KeyboardInterrupt:
+        _tell(command, console)
+        raise
+    _tell(command, console)
     return 0
+
+
+def _tell(command: Command, console: Console) -> None:
+    """The table and the report of the arms that have begun."""
+    begun = [arm for arm in command.arms if (command.folder(arm) / "metrics.jsonl").exists()]
+    if jax.process_index() == 0 and begun:
+        page = report.write_report(epath.Path(command.out), begun)
+        console.print(report.terminal_table([load_run(command.folder(arm)) for arm in begun]))
+        console.print(f"Report: {page}", highlight=False, soft_wrap=True)
 
 
 def _prepare(
