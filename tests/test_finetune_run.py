@@ -386,3 +386,20 @@ def test_side_by_side_and_again(tmp_path, monkeypatch):
     assert [path.read_text() for path in summaries] == first
     monkeypatch.setattr(sys, "argv", [*words.split(), str(tmp_path / "runs"), "--seed", "1"])
     assert command.main() == 2
+
+
+def test_an_interrupted_command_reports_on_what_there_is(tmp_path, monkeypatch, capsys):
+    folder, rows = written(tmp_path, dataclasses.replace(NORMED, vocabulary=320))
+    words = f"finetune --model {folder} --data {rows} --context 32 --batch 4 --accumulate 1"
+    words += f" --steps 6 --warmup 1 --dtype float32 --arms adamw --out {tmp_path / 'runs'}"
+    stop = threading.Event()
+    monkeypatch.setattr(sys, "argv", words.split())
+    monkeypatch.setattr(command, "stop_on_signals", lambda: stop)
+    monkeypatch.setattr(command, "_show", lambda *seen: seen[-1].step < 3 or stop.set())
+    assert command.main() == 130
+    assert "of 6" in capsys.readouterr().out
+    assert "of 6 steps" in (tmp_path / "runs" / "report.html").read_text()
+    stop.clear()
+    monkeypatch.setattr(command, "_show", lambda *seen: None)
+    assert command.main() == 0
+    assert "of 6 steps" not in (tmp_path / "runs" / "report.html").read_text()
