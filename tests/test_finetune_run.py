@@ -361,7 +361,7 @@ def test_a_killed_command_goes_on_and_writes_the_model(tmp_path):
     assert not (log.parent / "summary.json").exists()
     for out in ("killed", "whole"):
         said, error = begin(tmp_path / out).communicate(timeout=240)
-        assert "muonclip" in said, error[-3000:]
+        assert "MuonClip" in said, error[-3000:]
     ours, theirs = (
         json.loads((tmp_path / out / "muonclip" / "summary.json").read_text())
         for out in ("killed", "whole")
