@@ -142,10 +142,10 @@ def changed_settings(
     """
 
     def same(key: str) -> bool:
-        if key == "rates" and key in old and key in new:
-            there, here = old[key], new[key]
+        there, here = old.get(key), new.get(key)
+        if key == "rates" and isinstance(there, dict) and isinstance(here, dict):
             return all(there[name] == here[name] for name in there.keys() & here.keys())
-        return old.get(key) == new.get(key)
+        return there == here
 
     return sorted(key for key in {*old, *new} if key not in free and not same(key))
 

@@ -386,6 +386,11 @@ def test_side_by_side_and_again(tmp_path, monkeypatch):
     assert [path.read_text() for path in summaries] == first
     monkeypatch.setattr(sys, "argv", [*words.split(), str(tmp_path / "runs"), "--seed", "1"])
     assert command.main() == 2
+    monkeypatch.setattr(sys, "argv", [*words.split(), str(tmp_path / "runs")])
+    tensors = next(folder.glob("*.safetensors"))
+    content = tensors.read_bytes()
+    tensors.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # other weights of equal size
+    assert command.main() == 2
 
 
 def test_an_interrupted_command_reports_on_what_there_is(tmp_path, monkeypatch, capsys):

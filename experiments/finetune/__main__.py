@@ -237,10 +237,11 @@ def _prepare(
 
 
 def _fingerprint(folder: Path) -> str:
-    """The model's name and a digest of its config, and of its tensors' names and sizes."""
+    """The model's name, and a digest of its config and tensors: arms begin with equal ones."""
     digest = hashlib.sha256((folder / CONFIG).read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"{folder.name} {digest.hexdigest()[:12]}"
 
 

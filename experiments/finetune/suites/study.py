@@ -30,6 +30,7 @@ from experiments.finetune.suites.config import (
     variants,
     with_threshold,
 )
+from experiments.language.checkpoints import params_sha256
 from experiments.runs import Run
 from experiments.side_by_side import devices_for, side_by_side
 from experiments.sweep import carry_out, missing_cells
@@ -200,9 +201,8 @@ def _models(
                     command.context,
                     on_progress=lambda done: show(f"reading rows, {done:,}", done, None),
                 )
-            models[wanted] = Model(
-                folder.name, architecture, jax.device_get(params), read[tokenizer]
-            )
+            name = f"{folder.name} {params_sha256(params)[:12]}"
+            models[wanted] = Model(name, architecture, jax.device_get(params), read[tokenizer])
     return models
 
 
