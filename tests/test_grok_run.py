@@ -279,7 +279,14 @@ def test_dropout_and_the_other_losses_train(tmp_path):
 def test_it_really_groks_and_muon_first(tmp_path):
     """Addition, one layer, one seed: about 13 epochs with Muon; AdamW has 30 and is not there."""
     assert run("--tasks", "add", "--seeds", 1, "--epochs", 30, out=tmp_path) == 0
-    rows = {row["optimizer"]: row for row in results(tmp_path)[0]}
+    found, epochs = results(tmp_path)
+    rows = {row["optimizer"]: row for row in found}
     assert rows["muon"]["grok_epoch_sustained"] <= 25
     assert rows["muon"]["memorized_epoch"] <= rows["muon"]["grok_epoch"]
     assert rows["adamw"]["censored"]
+    looks = {
+        name: [e["epoch"] for e in epochs if e["optimizer"] == name and "probe" in e]
+        for name in rows
+    }
+    last = rows["muon"]["epochs_run"]
+    assert looks == {"adamw": [1, 10, 20, 30], "muon": sorted({1, *range(10, last, 10), last})}

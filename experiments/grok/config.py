@@ -101,7 +101,8 @@ class Config(Settings):
     full_length: bool = False
     """Train every cell for all epochs; by default one ends once it has grokked for good."""
     probe_every: int = 10
-    """Epochs between looks inside the model: spectra, norms, Fourier power; 0 for none."""
+    """Epochs between looks inside the model, besides the first and the last: spectra, norms,
+    Fourier power; 0 for none."""
     together: int | None = dataclasses.field(default=None, compare=False)
     """Seeds that train side by side in one program; by default 1 on a CPU, elsewhere all."""
     out: Path = dataclasses.field(default=Path("runs/grok"), compare=False)

@@ -158,10 +158,11 @@ def measures_figure(looks: Looks, grokked: Grokked) -> Figure:
     lines = -(-len(shown) // 2)
     figure = new_figure(6.6, 2.05 * lines + 0.55)
     grid = [*figure.subplots(lines, 2, squeeze=False, sharex=True).flat]
+    marked = False
     for place, (axes, measure) in enumerate(zip(grid, shown, strict=False)):
         for name, of in looks.items():
             mark = _median_epoch([grokked.get(cell) for cell in of])
-            _draw(axes, measure, list(of.values()), optimizer_color(name), mark)
+            marked |= _draw(axes, measure, list(of.values()), optimizer_color(name), mark)
         axes.set_title(measure.title, loc="left")
         axes.set_ylabel(measure.label)
         plain_log_axis(axes, "x")
@@ -177,7 +178,8 @@ def measures_figure(looks: Looks, grokked: Grokked) -> Figure:
         axes.remove()
     handles = [legend_line(optimizer_label(name), optimizer_color(name), lw=4) for name in looks]
     handles += [legend_line("median", lw=1.8), legend_line("one seed", lw=0.7, alpha=0.7)]
-    handles.append(legend_line("grokked (sustained)", **GROKKED_MARK))
+    if marked:
+        handles.append(legend_line("grokked (sustained)", **GROKKED_MARK))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
     return figure
 
@@ -276,8 +278,13 @@ def _series(records: Sequence[Record], name: str) -> dict[int, float]:
 
 def _draw(
     axes: Axes, measure: Measure, cells: list[Sequence[Record]], color: str, mark: float | None
-) -> None:
-    """One optimizer's cells, and a diamond on the solid median at the marked epoch."""
+) -> bool:
+    """One optimizer's cells, and a diamond on the solid median at the marked epoch, if looked at.
+
+    Returns:
+        whether there is a diamond.
+    """
+    marked = False
     factor = 100 if measure.percent else 1
     for name, dashes, width in ((measure.solid, "-", 1.8), (measure.dashed, DASHES, 1.3)):
         every = [
@@ -296,6 +303,8 @@ def _draw(
         if name == measure.solid and mark and epochs and epochs[0] <= mark <= epochs[-1]:
             height = np.interp(mark, epochs, middle)
             axes.plot(mark, height, color=color, zorder=5, clip_on=False, **GROKKED_MARK)
+            marked = True
+    return marked
 
 
 def _median_epoch(epochs: list[float | None]) -> float | None:

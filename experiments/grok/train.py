@@ -268,15 +268,20 @@ def train_cells(
                 train_accuracy=float(correct[i, :sample].mean()),
                 validation_loss=float(losses[i, sample:].mean(dtype=np.float64)),
                 validation_accuracy=float(correct[i, sample:].mean()),
-                probe=None if looks is None else looks[i],
             )
             finite = math.isfinite(epoch.train_loss) and math.isfinite(epoch.validation_loss)
+            seen = [*histories[i], epoch] if finite else histories[i]
+            grokked = milestones(seen)["grok_epoch_sustained"] is not None
+            spent = number == settings.epochs
+            ends = spent or not finite or (grokked and not settings.full_length)
             if finite:
+                if looks is None and ends and program.probe is not None:
+                    looks = _look(program, state, train_rows)
+                if looks is not None:
+                    epoch = epoch._replace(probe=looks[i])
                 histories[i].append(epoch)
                 on_epoch(cells[i], epoch)
-            grokked = milestones(histories[i])["grok_epoch_sustained"] is not None
-            spent = number == settings.epochs
-            if spent or not finite or (grokked and not settings.full_length):
+            if ends:
                 params = jax.tree.map(lambda x: x[i], state.params)  # noqa: B023
                 timed = seconds, len(cells)
                 rows[i] = _row(settings, cells[i], program, histories[i], timed, not finite, params)
@@ -286,7 +291,8 @@ def train_cells(
 
 
 def _due(settings: Config, number: int) -> bool:
-    return settings.probe_every > 0 and number % settings.probe_every == 0
+    every = settings.probe_every
+    return every > 0 and (number == 1 or number % every == 0)
 
 
 def _look(program: Program, state: State, train_rows: jax.Array) -> list[dict[str, Any]]:
