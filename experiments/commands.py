@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from experiments.runs import Run, RunError
 
@@ -33,15 +34,14 @@ def conduct(
     try:
         config, run = begin()
     except (ValueError, RunError, OSError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
+        print_error(error)
         return 2
     try:
         return study(config, run, stop, console)
     except OSError as error:
-        console.print(
-            f"[red]error:[/red] {error}. {len(run.finished)} finished cells are safe in "
-            f"{run.folder}; the same command goes on from there.",
-            highlight=False,
+        print_error(
+            f"{error}. {len(run.finished)} finished cells are safe in {run.folder}; the same "
+            "command goes on from there."
         )
         return 1
     finally:
@@ -62,6 +62,11 @@ def stop_on_signals() -> threading.Event:
     signal.signal(signal.SIGINT, ask)
     signal.signal(signal.SIGTERM, ask)
     return stop
+
+
+def print_error(error: Exception | str) -> None:
+    """Says on stderr what went wrong: to the letter, brackets too, and in one line."""
+    Console(stderr=True).print("[red]error:[/red]", Text(str(error)), soft_wrap=True)
 
 
 def progress_bar(console: Console) -> Progress:

@@ -157,7 +157,7 @@ def test_settings_that_cannot_be_run_are_refused(settings, complaint):
 def test_more_devices_than_there_are_is_an_error(tmp_path, capsys):
     arguments = ["--parts", "sharding", "--devices", "4096", "--out", str(tmp_path)]
     assert bench.main(arguments) == 2
-    assert f"and JAX has {jax.device_count()}" in capsys.readouterr().out
+    assert f"and JAX has {jax.device_count()}" in capsys.readouterr().err
 
 
 def test_help_teaches(capsys):
@@ -170,7 +170,7 @@ def test_help_teaches(capsys):
 def test_a_topology_without_libtpu_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     assert bench.main(["--topology", "v5e:16x16", "--out", str(tmp_path)]) == 2
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "libtpu, which is not installed" in printed
     assert 'pip install -e ".[experiments,tpu]"' in printed
     assert not list(tmp_path.iterdir())
@@ -196,4 +196,4 @@ def test_a_topology_compiles(tmp_path, monkeypatch, capsys):
 @needs_libtpu
 def test_an_unknown_topology_is_named(tmp_path, capsys):
     assert bench.main(["--topology", "nonsense:3", "--out", str(tmp_path)]) == 2
-    assert "libtpu makes no topology 'nonsense:3'" in capsys.readouterr().out
+    assert "libtpu makes no topology 'nonsense:3'" in capsys.readouterr().err

@@ -148,7 +148,7 @@ def test_more_seeds_rates_and_optimizers_are_added_to_a_folder(whole, tmp_path, 
     assert summary(tmp_path)["arms"][0]["update"]
     capsys.readouterr()
     assert run("--batch", 8, out=tmp_path) == 2
-    assert "batch: there 4, here 8" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "batch: there 4, here 8" in re.sub(r"\s+", " ", capsys.readouterr().err)
 
 
 def test_a_diverged_cell_is_recorded_and_counts_as_the_worst(tmp_path):
@@ -316,7 +316,7 @@ def test_batches_are_windows_of_the_text():
 def test_a_run_in_use_is_refused(tmp_path, capsys):
     held = Run(tmp_path / "run", {}, ())
     assert run(out=tmp_path) == 2
-    assert "Another process is writing" in capsys.readouterr().out
+    assert "Another process is writing" in capsys.readouterr().err
     held.close()
 
 

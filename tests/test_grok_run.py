@@ -154,7 +154,7 @@ def test_a_full_disk_stops_with_the_finished_cells_whole(whole, tmp_path, monkey
 
     monkeypatch.setattr(command.Run, "append", full)
     assert run(*TINY, out=tmp_path) == 1
-    assert "No space left on device" in capsys.readouterr().out
+    assert "No space left on device" in capsys.readouterr().err
     assert run(*TINY, out=tmp_path) == 0
     assert results(tmp_path) == whole
 
@@ -173,14 +173,14 @@ def test_sigterm_ends_like_ctrl_c(tmp_path):
 def test_a_second_process_on_the_same_folder_is_refused(tmp_path, capsys):
     held = command.Run(tmp_path / "run", {}, ())
     assert run(*TINY, out=tmp_path) == 2
-    assert "Another process is writing" in capsys.readouterr().out
+    assert "Another process is writing" in capsys.readouterr().err
     held.close()
 
 
 def test_other_settings_in_the_same_folder_are_refused_by_name(tmp_path, capsys):
     assert run(*TINY, "--seeds", 1, "--epochs", 1, out=tmp_path) == 0
     assert run(*TINY, "--epochs", 1, "--width", 32, out=tmp_path) == 2
-    assert "width: there 16, here 32" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "width: there 16, here 32" in re.sub(r"\s+", " ", capsys.readouterr().err)
 
 
 def test_a_run_from_before_an_optimizer_was_added_goes_on(tmp_path):

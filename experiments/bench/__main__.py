@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.bench import sharding, spectra, speed
 from experiments.bench.cases import Case, simulated_cases, topology_cases
+from experiments.commands import INTERRUPTED, print_error
 from experiments.figures import save_png
 from experiments.runs import machine, write_json
 from experiments.topology import TopologyError, topology_devices
@@ -27,7 +27,6 @@ from experiments.topology import TopologyError, topology_devices
 Row = dict[str, Any]
 PartName = Literal["sharding", "speed", "spectra"]
 
-INTERRUPTED = 130
 # XLA's partitioner has one thread a program.
 COMPILER_THREADS = 2
 
@@ -116,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         run(config, chosen, folder, console)
     except (ValueError, OSError, TopologyError) as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         console.print("Interrupted; finished parts are kept.")

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import TaskID
 
-from experiments.commands import INTERRUPTED, progress_bar, stop_on_signals
+from experiments.commands import INTERRUPTED, print_error, progress_bar, stop_on_signals
 from experiments.figures import LABELS
 from experiments.finetune import architecture as config_json
 from experiments.finetune import base, data, loop, memory, report, weights
@@ -120,7 +120,7 @@ def main() -> int:
         console.print("Stopped and saved; the same command goes on from there.")
         return INTERRUPTED
     except (ValueError, RunError, TrainingError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        print_error(error)
         return 1 if isinstance(error, (TrainingError, OSError)) else 2
 
 

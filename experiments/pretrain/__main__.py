@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import TaskID
 
-from experiments.commands import INTERRUPTED, progress_bar, stop_on_signals
+from experiments.commands import INTERRUPTED, print_error, progress_bar, stop_on_signals
 from experiments.language import data
 from experiments.language.processes import Processes
 from experiments.language.training_loop import Progress, TrainingError
@@ -83,7 +83,7 @@ def main() -> int:
             console.quiet = True
         return run(command, stop, console)
     except (ValueError, RunError, TrainingError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        print_error(error)
         return 1 if isinstance(error, (TrainingError, OSError)) else 2
 
 

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from rich.console import Console
 from tokenizers import Tokenizer
 
+from experiments.commands import print_error
 from experiments.language import hugging_face
 from experiments.optimizers import ARMS
 from experiments.pretrain import export_config
@@ -274,7 +274,7 @@ def main() -> int:
             end_of_text=end_of_text,
         )
     except (ValueError, RunError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        print_error(error)
         return 2
     print(f"Step {int(state.step)} of {command.run} is in {command.out}.")
     return 0

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 import tyro
-from rich.console import Console
 
+from experiments.commands import print_error
 from experiments.language import sharding
 from experiments.optimizers import ARMS
 from experiments.pretrain.model import Params
@@ -188,7 +188,7 @@ def main() -> int:
         loaded = load_run(settings.pop("run"))
         texts = write_texts(loaded.trainer, loaded.state, loaded.tokenizer, **settings)
     except (ValueError, RunError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        print_error(error)
         return 2
     print(DIVIDER.join(texts))
     return 0
