@@ -30,7 +30,7 @@ class Optimizer:
     Muon's update is scaled to the root mean square of AdamW's, as Liu et al. (2502.16982) do.
     """
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 4e-3
     """After warm-up, of every param that learns."""
     weight_decay: float = 0.1
     """Decoupled: a step shrinks params by learning rate × this."""
