@@ -389,7 +389,9 @@ def test_the_verdict_on_the_clip_is_of_what_was_measured(tmp_path):
     assert [of.verdict for of in other.verdicts] == ["disagrees"] * 3
     (against,) = contrasts("qk", results.groups)
     assert against.mean == pytest.approx(0.1)
-    assert "2 with no clip" in " ".join(report.abstract(results))
+    told = " ".join(report.abstract(results))
+    assert "of the last steps 2 with no clip, 2 with W_q and W_k clipped;" in told
+    assert "median norm of the gradient 1.35 with no clip, 1.35 with" in told
 
 
 @pytest.mark.parametrize("projections", [False, True])

@@ -105,17 +105,23 @@ def clip_sentences(
     ]
     for norm in (QK_NORM, NO_QK_NORM):
         own = [of for of in groups if of.variant.startswith(f"{norm}, ")]
-        each = ", ".join(
-            f"{number(of.largest_logit())} with {of.variant.removeprefix(f'{norm}, ')}"
-            for of in own
-        )
         at = clips.get(f"{norm}, {PROJECTIONS}", {}).get("threshold")
-        if each and at:
+        if own and at:
+            logits = _each(norm, own, Group.last_logit)
+            norms = _each(norm, own, Group.gradient_norm)
             sentences.append(
-                f"Largest attention logit in training, {norm}, threshold {at:g}: {each}."
+                f"Trained with the clip at {at:g}, {norm}: largest attention logit of the last "
+                f"steps {logits}; median norm of the gradient {norms}."
             )
     sentences += [f"Final loss, {of.name} minus no clip: {text(of)}." for of in found if of.gaps]
     return sentences
+
+
+def _each(norm: str, groups: Sequence[Group], value: Callable[[Group], float]) -> str:
+    """A value of every group, as "9.2 with no clip, 4.3 with gains clipped"."""
+    return ", ".join(
+        f"{number(value(of))} with {of.variant.removeprefix(f'{norm}, ')}" for of in groups
+    )
 
 
 def clip_rows(clips: Clips) -> list[list[str]]:

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from experiments.differences import Interval, difference, holm, p_value
 from experiments.figures import optimizer_label
 from experiments.finetune.report_data import Trained, of_cell
@@ -74,6 +76,14 @@ class Group(NamedTuple):
         """Attention logit, of the whole training, mean over seeds."""
         return self._over(lambda trained: _largest(trained, "max_logit"))
 
+    def last_logit(self) -> float:
+        """Largest attention logit since the evaluation before the last, mean over seeds."""
+        return self._over(lambda trained: trained.last("max_logit"))
+
+    def gradient_norm(self) -> float:
+        """Median after warm-up, before clipping, mean over seeds."""
+        return self._over(_gradient_norm)
+
     def _over(self, of: Callable[[Trained], float]) -> float:
         known = [x for x in map(of, self.trained) if math.isfinite(x)]
         return statistics.fmean(known) if known else math.nan
@@ -82,6 +92,12 @@ class Group(NamedTuple):
 def _largest(trained: Trained, name: str) -> float:
     _, values = trained.series.get(name, ((), ()))
     return max((float(x) for x in values if math.isfinite(x)), default=math.nan)
+
+
+def _gradient_norm(trained: Trained) -> float:
+    steps, norms = trained.series["gradient_norm"]
+    after = norms[steps > trained.warmup]
+    return float(np.nanmedian(after)) if len(after) else math.nan
 
 
 def groups(files: Files) -> list[Group]:
