@@ -20,7 +20,7 @@ from experiments.finetune.arms import ARMS, AS_PUBLISHED, QUIRKS
 from experiments.finetune.claims import MEASURES
 from experiments.finetune.config import Base, Running, Training
 from experiments.finetune.loop import Evaluation
-from experiments.finetune.suites import clip, report, study
+from experiments.finetune.suites import clip, figures, report, study
 from experiments.finetune.suites.config import Cell, Suite, defaults, variants
 from experiments.finetune.suites.results import contrasts, groups
 from experiments.runs import Run, RunError
@@ -349,6 +349,15 @@ def test_a_removed_quirk_is_beside_the_published_arm(tmp_path):
     text = " ".join(report.abstract(results))
     assert "Of 2 removals of one quirk, 1 change the final loss" in text
     assert "MuonClip without no_clip (−0.1000 nats" in text
+
+
+def test_each_base_has_an_axis_of_its_losses(tmp_path):
+    losses = {("AdamW base", "adamw"): (4.0, 4.1, 4.2), ("Muon base", "adamw"): (3.0, 3.1, 3.2)}
+    figure = figures.rates_figure(planted(tmp_path, "mismatch", losses).groups)
+    for axes, loss in zip(figure.axes, (4.0, 3.0), strict=True):
+        low, high = axes.get_ylim()
+        assert {low < y < high for line in axes.lines for y in line.get_ydata()} == {True}
+        assert low < loss < high
 
 
 # --- QK-clip -----------------------------------------------------------------------------------

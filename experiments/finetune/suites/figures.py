@@ -34,12 +34,13 @@ def rates_figure(found: Sequence[Group]) -> Figure:
     """Final loss against learning rate, a line for each arm and a panel for each variant."""
     variants = list(dict.fromkeys(of.variant for of in found))
     figure = new_figure(max(6.4, 4.6 * len(variants)), 3.7)
-    grid = figure.subplots(1, len(variants), squeeze=False, sharey=True)[0]
-    top = ceiling(found)
+    # No shared axis: a variant may have a base of its own, whose losses lie elsewhere.
+    grid = figure.subplots(1, len(variants), squeeze=False)[0]
     for variant, axes in zip(variants, grid, strict=True):
-        for of in found:
-            if of.variant == variant:
-                _draw_rates(axes, of, top)
+        own = [of for of in found if of.variant == variant]
+        top = ceiling(own)
+        for of in own:
+            _draw_rates(axes, of, top)
         axes.set_title(variant[:1].upper() + variant[1:], loc="left")
         axes.set_xlabel("learning rate")
         axes.margins(x=0.1)
