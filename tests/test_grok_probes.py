@@ -206,8 +206,7 @@ def test_ranks_and_singular_values_of_known_matrices():
     effective = np.exp(-(shares * np.log(shares)).sum())
     stable = (values**2).sum() / 25
     np.testing.assert_allclose(found["stable_rank"], [16, 1, stable, 0], rtol=1e-4)
-    # The zeros of a matrix of rank one come out as up to a thousandth, as Gram matrices have them.
-    np.testing.assert_allclose(found["effective_rank"], [16, 1, effective, 0], rtol=2e-2)
+    np.testing.assert_allclose(found["effective_rank"], [16, 1, effective, 0], rtol=3e-3)
     assert found["singular_values"].shape == (32,)
     np.testing.assert_allclose([largest, smallest], [5, 0.5], rtol=1e-3)
 

@@ -26,6 +26,7 @@ SINGULAR_VALUES = 32
 GROUPS = ("embedding", "hidden", "head", "gains")
 
 _TINY = float(np.finfo(np.float32).tiny)
+_ACCURATE = 1e-3  # of the largest singular value, by a Gram matrix in float32
 
 
 class Circle(NamedTuple):
@@ -232,7 +233,8 @@ def spectra(matrices: list[jax.Array]) -> dict[str, jax.Array]:
 
     Returns:
         stable_rank: `(matrices,)`, ‖W‖_F² / ‖W‖₂², 0 for a zero matrix.
-        effective_rank: `(matrices,)`, exp of the entropy of the singular values over their sum.
+        effective_rank: `(matrices,)`, exp of the entropy of the singular values over their sum, of
+            those that are accurate.
         singular_values: of the first of the largest matrices, 32 from the largest to the smallest,
             their ranks evenly spaced; all where there are fewer.
     """
@@ -255,6 +257,8 @@ def _singular_values(matrix: jax.Array) -> jax.Array:
 
 
 def _effective_rank(values: jax.Array) -> jax.Array:
+    # Many zeros that come out as a ten-thousandth would add to the entropy as real directions do.
+    values = jnp.where(values < _ACCURATE * values[0], 0, values)
     shares = values / jnp.maximum(values.sum(), _TINY)
     return jnp.exp(jax.scipy.special.entr(shares).sum()) * (values[0] > 0)
 

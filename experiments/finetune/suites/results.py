@@ -96,8 +96,8 @@ def _largest(trained: Trained, name: str) -> float:
 
 def _gradient_norm(trained: Trained) -> float:
     steps, norms = trained.series["gradient_norm"]
-    after = norms[steps > trained.warmup]
-    return float(np.nanmedian(after)) if len(after) else math.nan
+    known = norms[(steps > trained.warmup) & np.isfinite(norms)]
+    return float(np.median(known)) if len(known) else math.nan
 
 
 def groups(files: Files) -> list[Group]:
