@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -339,20 +340,21 @@ def test_a_dry_run_shows_the_plan_and_refuses(monkeypatch, capsys):
     assert "needs" in capsys.readouterr().err
 
 
+def begin(words, out, devices=None):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
+    if devices:
+        environment["JAX_NUM_CPU_DEVICES"] = str(devices)
+    line = [sys.executable, "-m", "experiments.finetune", *words.split(), "--out", str(out)]
+    return subprocess.Popen(
+        line, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
 def test_a_killed_command_goes_on_and_writes_the_model(tmp_path):
     folder, rows = written(tmp_path, dataclasses.replace(NORMED, vocabulary=320))
     words = f"--model {folder} --data {rows} --context 32 --batch 4 --accumulate 2 --steps 40"
     words += " --warmup 2 --save-every 5 --evaluate-every 20 --dtype float32 --arms muonclip"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
-
-    def begin(out):
-        line = [sys.executable, "-m", "experiments.finetune", *words.split(), "--out", str(out)]
-        return subprocess.Popen(
-            line, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )  # fmt: skip
-
-    process = begin(tmp_path / "killed")
+    process = begin(words, tmp_path / "killed")
     log = tmp_path / "killed" / "muonclip" / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and '"step": 7' in log.read_text()):
         time.sleep(0.02)
@@ -360,7 +362,7 @@ def test_a_killed_command_goes_on_and_writes_the_model(tmp_path):
     process.communicate(timeout=60)
     assert not (log.parent / "summary.json").exists()
     for out in ("killed", "whole"):
-        said, error = begin(tmp_path / out).communicate(timeout=240)
+        said, error = begin(words, tmp_path / out).communicate(timeout=240)
         assert "MuonClip" in said, error[-3000:]
     ours, theirs = (
         json.loads((tmp_path / out / "muonclip" / "summary.json").read_text())
@@ -371,6 +373,29 @@ def test_a_killed_command_goes_on_and_writes_the_model(tmp_path):
     _, params = weights.read(log.parent / "model")
     assert params["norm"]["scale"].shape == (32,)
     assert (log.parent / "model" / "tokenizer.json").exists()
+
+
+def test_two_processes_train_and_write_one_model(tmp_path):
+    folder, rows = written(tmp_path, dataclasses.replace(NORMED, vocabulary=320))
+    words = f"--model {folder} --data {rows} --context 32 --batch 8 --accumulate 2 --steps 6"
+    words += " --warmup 1 --dtype float32 --arms muonclip --mesh.data 1 --mesh.fsdp 4"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = f"{words} --processes.coordinator localhost:{port} --processes.count 2"
+    each = [begin(f"{shared} --processes.index {i}", tmp_path / "two", 2) for i in range(2)]
+    said = [process.communicate(timeout=240) for process in each]
+    assert [process.returncode for process in each] == [0, 0], said[0][1][-3000:]
+    assert "MuonClip" in said[0][0] and "MuonClip" not in said[1][0]
+    alone = begin(words, tmp_path / "one", 4)
+    _, error = alone.communicate(timeout=240)
+    assert alone.returncode == 0, error[-3000:]
+    ours, theirs = (tmp_path / out / "muonclip" for out in ("two", "one"))
+    assert [r["step"] for r in records(ours)] == [r["step"] for r in records(theirs)]
+    two, one = (weights.read(folder / "model")[1] for folder in (ours, theirs))
+    assert_close(jax.device_get(two), jax.device_get(one), 1e-3)
+    assert (ours / "model" / "tokenizer.json").exists()
+    assert not list(ours.glob(".model*")) and (tmp_path / "two" / "report.html").exists()
 
 
 def test_side_by_side_and_again(tmp_path, monkeypatch):

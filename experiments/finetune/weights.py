@@ -1,5 +1,6 @@
 """Qwen3 params from a Hugging Face folder, and into one, tensor by tensor."""
 
+import collections
 import contextlib
 import functools
 import shutil
@@ -19,6 +20,7 @@ from experiments.finetune.model import Dtype, Params, shapes, shardings
 from experiments.language import hugging_face
 from experiments.language.hugging_face import CONFIG, SHARD
 from experiments.language.mesh import one_device
+from experiments.language.processes import on_host
 from experiments.runs import write_json
 
 # Paths of leaves, and tensors' names; those with a number are one of each layer.
@@ -87,6 +89,8 @@ def write(
 ) -> None:
     """Makes a folder for `AutoModelForCausalLM` and, with a tokenizer, for `AutoTokenizer`.
 
+    Of several processes all must call, and the first one writes.
+
     Args:
         folder: new or empty; it is there whole, or not at all.
         architecture, params: the model; params may lie on a mesh.
@@ -101,12 +105,16 @@ def write(
         OSError: a folder cannot be read or written.
     """
     hugging_face.check_params(params, shapes(architecture))
+    tensors = _exported(architecture, params, dtype)
+    if jax.process_index() > 0:
+        collections.deque(tensors, maxlen=0)  # its part in gathering them
+        return
     with hugging_face.new_folder(folder) as partial:
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial)
             if (tokenizer / _GENERATION).exists():
                 shutil.copyfile(tokenizer / _GENERATION, partial / _GENERATION)
-        hugging_face.write_tensors(partial, _exported(architecture, params, dtype), shard)
+        hugging_face.write_tensors(partial, tensors, shard)
         dtypes = {"dtype": dtype, "torch_dtype": dtype}  # for transformers 5 and 4
         write_json(partial / CONFIG, config_json.to_json(architecture) | dtypes)
 
@@ -168,7 +176,7 @@ def _exported(
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         for layer, name in enumerate(_names(architecture, path)):
             one = jnp.asarray(leaf[layer] if _is_stacked(path) else leaf)
-            x = np.asarray((one.T if _is_kernel(path) else one).astype(dtype))
+            x = on_host((one.T if _is_kernel(path) else one).astype(dtype))
             if not np.isfinite(x).all():
                 raise ValueError(f"{name} has values that are not finite, and is not written.")
             yield name, np.ascontiguousarray(x)

@@ -21,6 +21,7 @@ from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from experiments.language import manifests
+from experiments.language.processes import on_host
 from experiments.runs import RunError
 
 _NAMED = 8  # so many leaves or files are named in an error
@@ -233,11 +234,7 @@ def params_sha256(params: Any) -> str:
     """
     digest = hashlib.sha256()
     for name, leaf in sorted(_named(params, "/"), key=lambda item: item[0]):
-        if isinstance(leaf, jax.Array) and not (
-            leaf.is_fully_addressable or leaf.is_fully_replicated
-        ):
-            leaf = multihost_utils.process_allgather(leaf, tiled=True)
-        array = np.asarray(leaf)
+        array = on_host(leaf)
         digest.update(json.dumps([name, array.shape, str(array.dtype)]).encode() + b"\n")
         digest.update(array.tobytes())
     return digest.hexdigest()

@@ -1,10 +1,11 @@
-"""Many processes as one run: how they find each other, and how they agree to stop."""
+"""Many processes as one run: finding each other, agreeing to stop, an array on one host."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,3 +56,10 @@ class Agreement:
         if jax.default_backend() == "cpu":
             self._asked.block_until_ready()
         return answer
+
+
+def on_host(x: jax.Array | np.ndarray) -> np.ndarray:
+    """The whole array; of one that lies over several processes they all must call."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
