@@ -55,9 +55,8 @@ SUITES |= {
     "rates": Config(
         suite="rates",
         grid=(
-            # Up to the rate and the decays that critics give AdamW, and one rate beyond.
-            "adamw.learning-rate=0.001,0.003,0.01,0.03",
-            "adamw.weight-decay=1,3,10",
+            "adamw.learning-rate=0.001,0.002,0.004,0.008",
+            "adamw.weight-decay=0.3,1,3",
             "muon.learning-rate=0.01,0.02,0.04,0.08",
             "muon.weight-decay=0.03,0.1,0.3",
         ),
