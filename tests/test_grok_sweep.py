@@ -1,5 +1,6 @@
 """The report of a sweep: the best setting, trends on five axes, figures; and the paper's table."""
 
+import html
 import re
 
 import pytest
@@ -87,8 +88,22 @@ def test_settings_of_an_optimizers_own_make_a_heat_map_each(tmp_path):
     page = write_report(folder).read_text()
     assert (folder / "heat.png").stat().st_size > 10_000 and not (folder / "sweep.png").exists()
     assert "learning rate 0.001, weight decay 0.1" in page
+    assert "Muon's learning rate is the lowest tried; " in html.unescape(page)
     # No setting has both optimizers, so nothing is tested setting by setting.
     assert 'id="tests"' not in page and 'id="sweep"' in page
+
+
+def test_a_best_setting_inside_its_grid_is_told(tmp_path):
+    points = {0.1: 60, 0.2: 30, 0.4: 50}
+    rows = [
+        cell("div", "softmax", "muon", s, 5, epoch + s, point=f"muon.learning-rate={rate}")
+        for rate, epoch in points.items()
+        for s in range(2)
+    ]
+    grid = ("muon.learning-rate=0.1,0.2,0.4",)
+    inside = " ".join(abstract(loaded(tmp_path, rows, grid)))
+    assert "No best setting lies at an end of its grid." in inside
+    assert "end of its grid" not in " ".join(abstract(loaded(tmp_path / "widths", ADAMW + MUON)))
 
 
 def test_a_sweep_of_one_setting_is_lines_and_tests_at_each(tmp_path):

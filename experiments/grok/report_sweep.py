@@ -172,6 +172,7 @@ def sentences(run: Run) -> list[str]:
         interval += "" if math.isnan(ratio.low) else f"{ratio.high:.2g}"
         bound = ", a bound" if ratio.bounded else ""
         result.append(f"Each at its best, {names} is {ratio.value:.2g}{bound}{interval}.")
+    result += _edges(run)
     for setting in dict.fromkeys(s for settings in swept(run).values() for s in settings):
         directions: dict[str, list[str]] = {}
         for unit in UNITS:
@@ -184,6 +185,26 @@ def sentences(run: Run) -> list[str]:
         if told:
             result.append(f"With larger {plain(setting)}, what grokking takes: {'; '.join(told)}.")
     return result
+
+
+def _edges(run: Run) -> list[str]:
+    """Which tuned settings, as rates and decays, are best at the end of their grid; a sentence."""
+    tuned, ends = False, []
+    for found in best(run):
+        tried = [grid.values(c.point) for c in run.cells if c.optimizer == found.optimizer]
+        for setting, value in grid.values(found.panel.point).items():
+            values = {point[setting] for point in tried}
+            # The end of a width or a rank is no fault.
+            if not setting.startswith(("adamw.", "muon.")) or len(values) < 2:
+                continue
+            tuned = True
+            if value in (min(values), max(values)):
+                word = "lowest" if value == min(values) else "highest"
+                name = optimizer_label(found.optimizer)
+                ends.append(f"{name}'s {plain(setting)} is the {word} tried")
+    if ends:
+        return [f"{'; '.join(ends)}: a better one may lie beyond."]
+    return ["No best setting lies at an end of its grid."] if tuned else []
 
 
 def _direction(rho: float, p: float) -> str:
