@@ -57,8 +57,8 @@ SUITES |= {
         grid=(
             "adamw.learning-rate=0.001,0.002,0.004,0.008,0.016",
             "adamw.weight-decay=0.3,1,3",
-            "muon.learning-rate=0.01,0.02,0.04,0.08",
-            "muon.weight-decay=0.03,0.1,0.3",
+            "muon.learning-rate=0.02,0.04,0.08,0.16",
+            "muon.weight-decay=0.1,0.3,1",
         ),
         **_DIVISION,
     ),
