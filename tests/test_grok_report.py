@@ -204,6 +204,18 @@ def test_terminal_table_is_the_html_table(tmp_path):
     assert "<td>&gt; 200</td>" in page and "<td>2 of 3</td>" in page
 
 
+def test_the_terminal_table_tells_settings_in_80_columns():
+    rows = [
+        cell("div", "softmax", "adamw", s, 5, 50, point="adamw.learning-rate=0.016 adamw.beta=0.9")
+        for s in range(3)
+    ]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(terminal_table(rows))
+    text = console.file.getvalue()
+    assert "Medians per arm · div · softmax" in text and "…" not in text
+    assert "lr 0.016" in text and "beta 0.9 " in text
+
+
 def test_report_stands_alone_and_holds_every_row(tmp_path):
     rows = ADAMW + MUON + three_seeds("muon", [31, None, 33], task="gcd")
     folder = make_run(tmp_path / "run", rows, total=12)

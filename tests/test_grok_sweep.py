@@ -31,11 +31,26 @@ def loaded(tmp_path, rows, grid=WIDTHS) -> Run:
 
 
 def test_the_best_setting_of_each_and_their_ratio(tmp_path):
-    adamw, muon = report_sweep.best_table(loaded(tmp_path, ADAMW + MUON))
-    assert adamw[:5] == ["AdamW", "3", "width 128", "3", "70"]
-    assert muon[:5] == ["Muon", "3", "width 128", "3", "25"]
+    adamw, muon, *_ = report_sweep.best_table(loaded(tmp_path, ADAMW + MUON))
+    assert adamw[:6] == ["epochs", "AdamW", "3", "width 128", "3", "70"]
+    assert muon[:6] == ["epochs", "Muon", "3", "width 128", "3", "25"]
     ratio = (60 / 20 * 70 / 30 * 80 / 25) ** (1 / 3)
-    assert muon[5] == f"{ratio:.2f}" and " to " in muon[6] and adamw[5] == "–"
+    assert muon[6] == f"{ratio:.2f}" and " to " in muon[7] and adamw[6] == "–"
+
+
+def test_the_best_setting_is_that_of_each_axis(tmp_path):
+    """Width 128 groks first, and at 16 times width 32's FLOPs an epoch it is the dearest."""
+    adamw = [row | {"step_flops": int(row["point"][6:]) ** 2} for row in ADAMW]
+    muon = [row | {"step_flops": 2 * int(row["point"][6:]) ** 2} for row in MUON]
+    run = loaded(tmp_path, adamw + muon)
+    assert report_sweep.axes_apart(run) == ["epochs", "FLOP", "seconds"]
+    slow, fast = report_sweep.best(run, "FLOP")
+    assert (slow.panel.point, fast.panel.point) == ("width=64", "width=32")
+    epoch = run.rows[0]["steps_per_epoch"]
+    assert fast.median.value == 95 * epoch * 2 * 32**2
+    paired = (120 / 100 * 130 / 90 * 110 / 95) ** (1 / 3)
+    assert fast.ratio.value == pytest.approx(paired * 64**2 / (2 * 32**2))
+    assert fast.ratio.low < fast.ratio.value < fast.ratio.high
 
 
 def test_a_bound_is_no_best_setting(tmp_path):
@@ -66,7 +81,7 @@ def test_trends_differ_by_axis(tmp_path):
 def test_the_sweep_is_told_in_sentences(tmp_path):
     text = " ".join(abstract(loaded(tmp_path, ADAMW + MUON)))
     assert "AdamW 70, the best of 3 settings (width 128); Muon 25" in text
-    assert "Each at its best, AdamW over Muon is 2.8, 95 % interval" in text
+    assert re.search(r"AdamW over Muon, 95 % interval: 2.82 \[.*?\] in epochs", text)
     assert "With larger width, what grokking takes: AdamW's falls" in text
 
 
@@ -103,6 +118,7 @@ def test_a_best_setting_inside_its_grid_is_told(tmp_path):
     grid = ("muon.learning-rate=0.1,0.2,0.4",)
     inside = " ".join(abstract(loaded(tmp_path, rows, grid)))
     assert "No best setting lies at an end of its grid." in inside
+    assert "With larger" not in inside  # a rate has a best value, and no trend
     assert "end of its grid" not in " ".join(abstract(loaded(tmp_path / "widths", ADAMW + MUON)))
 
 

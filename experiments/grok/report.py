@@ -14,6 +14,7 @@ from rich.text import Text
 
 from experiments.figures import figure_style, optimizer_label
 from experiments.grok import (
+    grid,
     report_figures,
     report_probes,
     report_published,
@@ -63,8 +64,9 @@ ARM_COLUMNS: tuple[tuple[str, str, Callable[[Arm], str]], ...] = (
 )
 POINT_COLUMN = ("setting", "setting", lambda arm: arm.panel.point)
 TERMINAL_CAPTION = (
-    "Epochs: mem. memorised, grok first at 95 % then, held for 5 evaluations, best within 1 % of\n"
-    "the run's highest. cens. censored; time and compute to grok; > only a lower bound is known."
+    "Epochs: mem. memorised, grok first at 95 % then, held for 5 evaluations,\n"
+    "best within 1 % of the run's highest. cens. censored; time and compute to\n"
+    "grok; > only a lower bound is known."
 )
 
 
@@ -81,11 +83,19 @@ def terminal_table(rows: Sequence[Row], budget: int | None = None) -> TerminalTa
         rows: The rows of summary.json.
         budget: The epoch budget; by default the most epochs that a cell ran.
     """
-    columns = arm_columns(rows)
-    names = 3 + any(heading == "setting" for _, heading, _ in columns)
-    return text_table(
-        "Medians per arm", columns, aggregate(rows, budget), TERMINAL_CAPTION, names=names
-    )
+    one = [name for name in ("task", "softmax") if len({row[name] for row in rows}) == 1]
+    title = " · ".join(["Medians per arm", *(rows[0][name] for name in one)])
+    columns = [column for column in arm_columns(rows) if column[0] not in one]
+    columns = [(*c[:2], _short_point) if c == POINT_COLUMN else c for c in columns]
+    names = [heading for heading, *_ in columns].index("n")
+    return text_table(title, columns, aggregate(rows, budget), TERMINAL_CAPTION, names=names)
+
+
+def _short_point(arm: Arm) -> str:
+    """Settings where there is little room, as "lr 0.01", a line each."""
+    short = {"learning-rate": "lr", "weight-decay": "wd"}
+    settings = {key.split(".")[-1]: x for key, x in grid.values(arm.panel.point).items()}
+    return "\n".join(f"{short.get(name, name)} {value}" for name, value in settings.items())
 
 
 def compare(rows: Sequence[Row], slow: str, fast: str, budget: int) -> str:

@@ -40,18 +40,18 @@ UNITS: dict[str, Callable[[Row], float]] = {
 }
 
 BEST_COLUMNS = (
-    "optimizer", "settings tried", "best setting", "n", "grok, sustained (epoch)",
+    "on the axis of", "optimizer", "settings tried", "best setting", "n", "to grok, sustained",
     "ratio, AdamW's best over it", "95 % interval",
 )  # fmt: skip
 
 
 class Best(NamedTuple):
-    """An optimizer's setting with the lowest median epoch."""
+    """An optimizer's setting with the lowest median cost on one axis, and that cost."""
 
     optimizer: str
     tried: int
     panel: Panel
-    rows: list[Row]
+    n: int
     median: Median
     ratio: tests.Ratio | None
 
@@ -75,55 +75,73 @@ def plain_point(point: str) -> str:
     return ", ".join(f"{plain(k)} {v}" for k, _, v in (p.partition("=") for p in point.split()))
 
 
-def best(run: Run) -> list[Best]:
+def axes_apart(run: Run) -> list[str]:
+    """The units in which cells can rank otherwise than in epochs, and epochs."""
+    costs = {unit: {of(row) for row in run.rows} for unit, of in UNITS.items()}
+    return [unit for unit in UNITS if unit == "epochs" or len(costs[unit]) > 1]
+
+
+def best(run: Run, unit: str = "epochs") -> list[Best]:
     """Each optimizer at the best of its settings; a run of one task and output function."""
-    found: dict[str, tuple[float, float, Panel]] = {}
+    found: dict[str, tuple[float, float, Panel, float]] = {}
     tried: dict[str, int] = {}
     for name in run.optimizers():
         for panel in run.panels():
             if not (rows := run.of(panel, name)):
                 continue
             tried[name] = tried.get(name, 0) + 1
+            of_epoch = statistics.median(map(UNITS[unit], rows))
             median = sustained_median(rows, run.budget)
             # A bound ranks behind every median; means break ties.
             mean = statistics.fmean(row["grok_epoch_sustained"] or run.budget for row in rows)
-            key = (math.inf if median.at_least else median.value, mean, panel)
+            value = math.inf if median.at_least else median.value * of_epoch
+            key = (value, mean * of_epoch, panel, of_epoch)
             found[name] = min(found.get(name, key), key)
     result = []
-    for name, (*_, panel) in found.items():
+    for name, (*_, panel, of_epoch) in found.items():
         rows, ratio = run.of(panel, name), None
         if BASELINE in found and name != BASELINE:
-            slow = run.of(found[BASELINE][-1], BASELINE)
-            pair = [{r["seed"]: r["grok_epoch_sustained"] for r in of} for of in (slow, rows)]
+            *_, slowest, of_slow_epoch = found[BASELINE]
+            pair = [
+                {row["seed"]: row["grok_epoch_sustained"] for row in of}
+                for of in (run.of(slowest, BASELINE), rows)
+            ]
             ratio = tests.ratio([(pair[0], pair[1])], run.budget)
-        median = sustained_median(rows, run.budget)
-        result.append(Best(name, tried[name], panel, rows, median, ratio))
+            if ratio is not None:
+                ratio = ratio.times(of_slow_epoch / of_epoch)
+        epochs = sustained_median(rows, run.budget)
+        median = Median(epochs.value * of_epoch, epochs.at_least)
+        result.append(Best(name, tried[name], panel, len(rows), median, ratio))
     return result
 
 
 def best_table(run: Run) -> list[list[str]]:
     """Rows of the table of best settings, in the order of `BEST_COLUMNS`."""
     table = []
-    for found in best(run):
-        median = number(found.median.value)
-        ratio = interval = "–"
-        if found.ratio is not None:
-            bound = " (bound)" if found.ratio.bounded else ""
-            ratio = f"{found.ratio.value:.2f}{bound}"
-            if not math.isnan(found.ratio.low):
-                interval = f"{found.ratio.low:.2f} to {found.ratio.high:.2f}"
-        table.append(
-            [
-                optimizer_label(found.optimizer),
-                str(found.tried),
-                plain_point(found.panel.point) or "the run's",
-                str(len(found.rows)),
-                f"> {median}" if found.median.at_least else median,
-                ratio,
-                interval,
-            ]
-        )
+    for unit in axes_apart(run):
+        for found in best(run, unit):
+            ratio = interval = "–"
+            if found.ratio is not None:
+                ratio = f"{found.ratio.value:.2f}{' (bound)' if found.ratio.bounded else ''}"
+                if not math.isnan(found.ratio.low):
+                    interval = f"{found.ratio.low:.2f} to {found.ratio.high:.2f}"
+            table.append(
+                [
+                    unit,
+                    optimizer_label(found.optimizer),
+                    str(found.tried),
+                    plain_point(found.panel.point) or "the run's",
+                    str(found.n),
+                    f"> {_amount(found)}" if found.median.at_least else _amount(found),
+                    ratio,
+                    interval,
+                ]
+            )
     return table
+
+
+def _amount(found: Best) -> str:
+    return EngFormatter(places=1, sep="")(found.median.value).replace(".0", "")
 
 
 def trend(run: Run, optimizer: str, setting: str, unit: str) -> tuple[float, float] | None:
@@ -164,18 +182,21 @@ def sentences(run: Run) -> list[str]:
         name = optimizer_label(found.optimizer)
         clauses.append(f"{name} {more}{number(found.median.value)}{of}{at}")
     result = [f"Median sustained grokking epoch: {'; '.join(clauses)}."]
-    for found in best(run):
-        if found.ratio is None:
-            continue
-        ratio, names = found.ratio, f"AdamW over {optimizer_label(found.optimizer)}"
-        interval = "" if math.isnan(ratio.low) else f", 95 % interval {ratio.low:.2g} to "
-        interval += "" if math.isnan(ratio.low) else f"{ratio.high:.2g}"
-        bound = ", a bound" if ratio.bounded else ""
-        result.append(f"Each at its best, {names} is {ratio.value:.2g}{bound}{interval}.")
+    ratios: dict[str, list[str]] = {}
+    for unit in axes_apart(run):
+        for found in best(run, unit):
+            if (ratio := found.ratio) is not None:
+                interval = f" [{ratio.low:.2f}, {ratio.high:.2f}]"
+                text = f"{ratio.value:.2f}{'' if math.isnan(ratio.low) else interval}"
+                bound = ", a bound" if ratio.bounded else ""
+                ratios.setdefault(found.optimizer, []).append(f"{text} in {unit}{bound}")
+    for name, found_ratios in ratios.items():
+        of = f"AdamW over {optimizer_label(name)}"
+        result.append(f"Each at its best, {of}, 95 % interval: {'; '.join(found_ratios)}.")
     result += _edges(run)
     for setting in dict.fromkeys(s for settings in swept(run).values() for s in settings):
         directions: dict[str, list[str]] = {}
-        for unit in UNITS:
+        for unit in UNITS if not _is_tuned(setting) else ():
             for name in run.optimizers():
                 found_trend = trend(run, name, setting, unit)
                 if found_trend is not None:
@@ -187,6 +208,11 @@ def sentences(run: Run) -> list[str]:
     return result
 
 
+def _is_tuned(setting: str) -> bool:
+    """Whether there is a best value to look for, as of a rate, and not a trend."""
+    return setting.startswith(("adamw.", "muon."))
+
+
 def _edges(run: Run) -> list[str]:
     """Which tuned settings, as rates and decays, are best at the end of their grid; a sentence."""
     tuned, ends = False, []
@@ -194,8 +220,7 @@ def _edges(run: Run) -> list[str]:
         tried = [grid.values(c.point) for c in run.cells if c.optimizer == found.optimizer]
         for setting, value in grid.values(found.panel.point).items():
             values = {point[setting] for point in tried}
-            # The end of a width or a rank is no fault.
-            if not setting.startswith(("adamw.", "muon.")) or len(values) < 2:
+            if not _is_tuned(setting) or len(values) < 2:
                 continue
             tuned = True
             if value in (min(values), max(values)):
