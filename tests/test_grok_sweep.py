@@ -78,6 +78,25 @@ def test_trends_differ_by_axis(tmp_path):
     assert "Muon's rises (epochs, tokens); Muon's falls (steps, FLOP, seconds)" in text
 
 
+def test_a_trend_does_not_come_from_budgets_that_fall(tmp_path):
+    """In steps the budget of a larger batch is smaller: a censored cell there tells nothing."""
+    rows = []
+    for batch, epochs in {64: 50, 128: 90, 256: 170, 512: None, 1024: None}.items():
+        changes = {"steps_per_epoch": 64 * 100 // batch, "tokens_per_epoch": 20_480}
+        rows += [
+            cell("div", "softmax", "muon", s, 5, epochs and epochs + s, point=f"batch={batch}")
+            | changes
+            for s in range(3)
+        ]
+    run = loaded(tmp_path, rows, ("batch=64,128,256,512,1024",))
+    epochs, steps = (report_sweep.trend(run, "muon", "batch", u) for u in ("epochs", "steps"))
+    assert epochs.rho > 0.9 and (epochs.values, epochs.left_out) == (5, 0)
+    assert (steps.values, steps.left_out) == (3, 2)
+    assert "over the 3 values without a censored cell (steps, FLOP, seconds)" in " ".join(
+        abstract(run)
+    )
+
+
 def test_the_sweep_is_told_in_sentences(tmp_path):
     text = " ".join(abstract(loaded(tmp_path, ADAMW + MUON)))
     assert "AdamW 70, the best of 3 settings (width 128); Muon 25" in text

@@ -1,7 +1,7 @@
 """The report of a sweep: what a setting does to grokking, and who leads at its best setting.
 
-Tokens, steps, FLOPs and seconds are the sustained grokking epoch times what an epoch takes; a
-censored cell counts at its budget.
+Tokens, steps, FLOPs and seconds are the sustained grokking epoch times what an epoch takes; in
+medians and figures a censored cell counts at its budget.
 """
 
 import math
@@ -144,26 +144,55 @@ def _amount(found: Best) -> str:
     return EngFormatter(places=1, sep="")(found.median.value).replace(".0", "")
 
 
-def trend(run: Run, optimizer: str, setting: str, unit: str) -> tuple[float, float] | None:
-    """Spearman's rank correlation of a setting with the cost to grok, and its p."""
+class Trend(NamedTuple):
+    """Spearman's rank correlation of a setting with the cost to grok.
+
+    Attributes:
+        rho, p: of it.
+        values: of the setting, that it is over.
+        left_out: other values, with a censored cell.
+    """
+
+    rho: float
+    p: float
+    values: int
+    left_out: int
+
+
+def trend(run: Run, optimizer: str, setting: str, unit: str) -> Trend | None:
+    """How a setting goes with the cost to grok.
+
+    Where all cells have one budget, a censored one ranks behind all others. Where they have not, as
+    in steps over batches, its place is unknown, and its value of the setting is left out.
+    """
     rows = [row for row in run.rows if row["optimizer"] == optimizer]
-    at = [grid.values(row["point"]).get(setting) for row in rows]
-    pairs = [(x, cost(run, row, unit)) for x, row in zip(at, rows, strict=True) if x is not None]
-    if len({x for x, _ in pairs}) < 3 or len({y for _, y in pairs}) < 2:
+    rows = [row for row in rows if setting in grid.values(row["point"])]
+    one_budget = len({UNITS[unit](row) for row in rows}) == 1
+    at = [grid.values(row["point"])[setting] for row in rows]
+    out = {x for x, row in zip(at, rows, strict=True) if row["censored"] and not one_budget}
+    pairs = [(x, cost(run, row, unit)) for x, row in zip(at, rows, strict=True) if x not in out]
+    values = {x for x, _ in pairs}
+    if len(values) < 3 or len({y for _, y in pairs}) < 2:
         return None
     found = stats.spearmanr(*zip(*pairs, strict=True))
-    return float(found.statistic), float(found.pvalue)
+    return Trend(float(found.statistic), float(found.pvalue), len(values), len(out))
 
 
 def trends(run: Run) -> list[list[str]]:
     """Rows of the table of trends: optimizer, setting, and a cell for each unit."""
+
+    def text(found: Trend | None) -> str:
+        if found is None:
+            return "–"
+        out = f", over {found.values} values" if found.left_out else ""
+        return f"{found.rho:+.2f} (p {p_text(found.p)}{out})"
+
     table = []
     for name, settings in swept(run).items():
         for setting in settings:
             found = [trend(run, name, setting, unit) for unit in UNITS]
             if any(found):
-                texts = ["–" if f is None else f"{f[0]:+.2f} (p {p_text(f[1])})" for f in found]
-                table.append([optimizer_label(name), plain(setting), *texts])
+                table.append([optimizer_label(name), plain(setting), *map(text, found)])
     return table
 
 
@@ -198,10 +227,10 @@ def sentences(run: Run) -> list[str]:
         directions: dict[str, list[str]] = {}
         for unit in UNITS if not _is_tuned(setting) else ():
             for name in run.optimizers():
-                found_trend = trend(run, name, setting, unit)
-                if found_trend is not None:
-                    word = _direction(*found_trend)
-                    directions.setdefault(f"{optimizer_label(name)}'s {word}", []).append(unit)
+                if (at := trend(run, name, setting, unit)) is not None:
+                    over = f" over the {at.values} values without a censored cell"
+                    words = f"{_direction(at)}{over if at.left_out else ''}"
+                    directions.setdefault(f"{optimizer_label(name)}'s {words}", []).append(unit)
         told = [f"{who} ({', '.join(units)})" for who, units in directions.items()]
         if told:
             result.append(f"With larger {plain(setting)}, what grokking takes: {'; '.join(told)}.")
@@ -232,10 +261,10 @@ def _edges(run: Run) -> list[str]:
     return ["No best setting lies at an end of its grid."] if tuned else []
 
 
-def _direction(rho: float, p: float) -> str:
-    if p >= 0.05:
+def _direction(trend: Trend) -> str:
+    if trend.p >= 0.05:
         return "shows no trend"
-    return "rises" if rho > 0 else "falls"
+    return "rises" if trend.rho > 0 else "falls"
 
 
 def lines_figure(run: Run) -> Figure:
