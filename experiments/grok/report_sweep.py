@@ -311,8 +311,10 @@ def _draw_line(axes: Axes, run: Run, name: str, own: Sequence[str], unit: str) -
         if row["point"]:
             by_value.setdefault(float(grid.values(row["point"])[own[0]]), []).append(row)
     values = sorted(by_value)
-    middle = [statistics.median(cost(run, row, unit) for row in by_value[x]) for x in values]
-    axes.plot(values, middle, color=color, lw=2)
+    # A line through bounds would show the budget's course, which falls in steps as batches grow.
+    known = [x for x in values if not sustained_median(by_value[x], run.budget).at_least]
+    middle = [statistics.median(cost(run, row, unit) for row in by_value[x]) for x in known]
+    axes.plot(known, middle, color=color, lw=2)
     for x in values:
         for row in by_value[x]:
             mark = CENSORED_MARK if row["censored"] else POINT_MARK
