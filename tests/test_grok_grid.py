@@ -155,6 +155,21 @@ def test_an_estimate_is_a_bound_where_nothing_is_known_and_says_so():
     assert sum(twice.seconds.values()) > 3 * sum(bound.seconds.values())
 
 
+def test_an_estimate_times_an_arm_of_each_optimizer(monkeypatch):
+    timed = []
+
+    def slow_muon(config, cell):
+        timed.append(cell.optimizer)
+        return {"adamw": 1.0, "muon": 100.0}[cell.optimizer]
+
+    monkeypatch.setattr("experiments.grok.estimate._seconds_per_step", slow_muon)
+    cells = TINY.cells()
+    found = estimate(TINY, cells).seconds
+    assert sorted(timed) == ["adamw", "muon"]
+    of = {cell.optimizer: found[cell] for cell in cells}
+    assert of["muon"] > 20 * of["adamw"]
+
+
 def test_an_estimate_follows_an_earlier_run_of_the_same_settings(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.grok.estimate.RESULTS", tmp_path)
     folder = tmp_path / "default"

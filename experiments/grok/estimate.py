@@ -40,21 +40,27 @@ class Estimate(NamedTuple):
 
 
 def estimate(config: Config, cells: Sequence[Cell]) -> Estimate:
-    """Times the first cell's arm, whose program is needed anyway, and scales from there."""
-    first, earlier = cells[0], _earlier(config)
-    seconds_here = _seconds_per_step(config, first)
-    there = earlier.get(first)
-    factor = seconds_here * there["steps_per_second"] if there else 1.0
+    """Times an arm of each optimizer that no earlier run tells of, and scales from there.
+
+    The programs are needed anyway. Where all is known, the first arm tells this machine's speed.
+    """
+    earlier = _earlier(config)
+    timed: dict[str, Cell] = {}
+    for cell in cells:
+        if cell == cells[0] or cell not in earlier:
+            timed.setdefault(cell.optimizer, cell)
+    step = {name: _seconds_per_step(config, cell) for name, cell in timed.items()}
+    there = earlier.get(cells[0])
+    factor = step[cells[0].optimizer] * there["steps_per_second"] if there else 1.0
     arms = {cell._replace(seed=0) for cell in cells}
     compiling = _COMPILING * len(arms) / len(cells)
     seconds = {}
     for cell in cells:
-        known = earlier.get(cell)
-        training = (
-            known["seconds"] * factor
-            if known
-            else config.epochs * _steps(config, cell) * seconds_here * _size(config, cell, first)
-        )
+        if cell in earlier:
+            training = earlier[cell]["seconds"] * factor
+        else:
+            size = _size(config, cell, timed[cell.optimizer])
+            training = config.epochs * _steps(config, cell) * step[cell.optimizer] * size
         seconds[cell] = (training + compiling) / len(devices_for(len(cells)))
     return Estimate(seconds, sum(cell in earlier for cell in cells))
 
