@@ -11,8 +11,16 @@ import pytest
 from rich.console import Console
 
 from experiments.figures import Curve, median_curve, optimizer_color
-from experiments.grok.report import abstract, load_run, main, terminal_table, write_report
+from experiments.grok.report import (
+    abstract,
+    load_run,
+    main,
+    stability_column,
+    terminal_table,
+    write_report,
+)
 from experiments.grok.report_data import aggregate, censored_median
+from experiments.grok.report_figures import curves_figure, epochs_figure
 
 SPEED = {"adamw": 210.0, "muon": 130.0}
 
@@ -172,6 +180,71 @@ def test_abstract_of_one_optimizer_and_of_divergence(tmp_path):
     assert "AdamW" not in text and "ratio" not in text and "in 3 of 3 cells" in text
     text = text_of(tmp_path, [*MUON[:2], MUON[2] | {"diverged": True}])
     assert "1 cell diverged." in text
+
+
+MANY = [
+    row
+    for place, name in enumerate(["adamw", "muon", "polar", "spectral", "scion", "dion", "gluon"])
+    for row in three_seeds(name, [90 - 10 * place, 91, 100 + place], collapse_epoch=None)
+]
+
+
+def test_many_optimizers_are_ranked_and_have_rows_and_panels_of_their_own(tmp_path):
+    rows = MANY + three_seeds("adamw_tuned", [80, None, None])
+    rows[0] |= {"collapse_epoch": 150}
+    rows[:3] = [row | {"seconds_to_grok": 1000.0} for row in rows[:3]]
+    folder = make_run(tmp_path / "run", rows)
+    text = " ".join(abstract(load_run(folder)))
+    assert text.startswith("7 of 8 optimizers grokked, at a median epoch of: AdamW 91; Muon 91;")
+    assert "Not within the budget of 200 epochs, by the median: AdamW, tuned." in text
+    ranked = "Muon 7; Exact polar 9.1; Spectral alone 9.1; AdamW"
+    assert f"First by seconds of training: {ranked}" in text
+    assert "1 cell lost it again: 1 of AdamW." in text
+    page = write_report(folder).read_text()
+    # 21 points of survival curves in 8 colours would tell nothing.
+    assert not (folder / "survival.png").exists() and "Kaplan" not in page
+    assert "a cross the epoch at which a cell had lost it" in page
+    figure = epochs_figure(load_run(folder))
+    (axes,) = figure.axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(labels) == 8 and labels[-1] == "AdamW, tuned"
+    assert axes.yaxis_inverted()
+    assert len(curves_figure(load_run(folder)).axes) == 8
+
+
+def test_settings_too_many_for_boxes_have_rows_by_optimizer(tmp_path):
+    rates = [0.001 * 2**k for k in range(9)]
+    rows = [
+        row
+        for rate in rates
+        for row in three_seeds("adamw", [40, 50, 60], point=f"adamw.learning-rate={rate:g}")
+    ]
+    folder = make_run(
+        tmp_path / "run", rows, grid=["adamw.learning-rate=" + ",".join(f"{r:g}" for r in rates)]
+    )
+    (axes,) = epochs_figure(load_run(folder)).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [f"{r:g}" for r in rates]
+    assert axes.get_ylabel() == "learning rate"
+    # The paper's pooled means are no measure of a grid of rates.
+    assert "What the published study says" not in write_report(folder).read_text()
+
+
+def test_what_is_lost_after_grokking_is_told_where_cells_train_on(tmp_path):
+    folder = make_run(tmp_path / "run", ADAMW + MUON)
+    config = json.loads((folder / "config.json").read_text()) | {"full_length": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line.get("optimizer") == "muon" and line["seed"] == 0:
+            # Of 185 + 183 + 179 evaluations after 15, 17 and 21, two are below.
+            line["validation_accuracy"] = 0.1 if line["epoch"] in (10, 40, 41) else 1.0
+        elif line.get("optimizer") == "muon":
+            line["validation_accuracy"] = 1.0
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    heading, _, share = stability_column(load_run(folder))
+    muon = next(arm for arm in aggregate(load_run(folder).rows) if arm.optimizer == "muon")
+    assert share(muon) == "0.4 %"
+    assert heading in write_report(folder).read_text()
 
 
 def test_censored_medians():

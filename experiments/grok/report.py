@@ -3,6 +3,8 @@
 It never trains, so it can be made again at any time: `python -m experiments.grok.report FOLDER`.
 """
 
+import collections
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +33,7 @@ from experiments.grok.report_data import (
     load_run,
     sustained_median,
 )
+from experiments.grok.train import GROKKED_ACCURACY
 from experiments.pages import flop, number, save_figure, text_table, write_page
 
 
@@ -62,6 +65,7 @@ ARM_COLUMNS: tuple[tuple[str, str, Callable[[Arm], str]], ...] = (
     ("compute to grok", "compute", lambda arm: bounded(arm.flops_to_grok, flop)),
     ("steps/s", "steps\n/s", lambda arm: bounded(arm.steps_per_second)),
 )
+LOST_COLUMN = ("lost again", "lost", lambda arm: f"{arm.collapsed} of {arm.n}")
 POINT_COLUMN = ("setting", "setting", lambda arm: arm.panel.point)
 TERMINAL_CAPTION = (
     "Epochs: mem. memorised, grok first at 95 % then, held for 5 evaluations,\n"
@@ -71,9 +75,26 @@ TERMINAL_CAPTION = (
 
 
 def arm_columns(rows: Sequence[Row]) -> list[tuple[str, str, Callable[[Arm], str]]]:
-    """The columns of the per-arm table; settings have one where they differ."""
+    """The columns of the per-arm table; with what differs between cells or befell some of them."""
     columns = list(ARM_COLUMNS)
+    if any(row["collapse_epoch"] for row in rows):
+        columns.insert([heading for heading, *_ in columns].index("censored") + 1, LOST_COLUMN)
     return [*columns[:3], POINT_COLUMN, *columns[3:]] if any(r["point"] for r in rows) else columns
+
+
+def stability_column(run: Run) -> tuple[str, str, Callable[[Arm], str]]:
+    """Of the evaluations after the sustained grokking epoch, the share that is below 95 %."""
+
+    def share(arm: Arm) -> str:
+        later = [
+            line["validation_accuracy"] < GROKKED_ACCURACY
+            for row in run.of(arm.panel, arm.optimizer)
+            for line in run.traces[Cell.of(row)]
+            if row["grok_epoch_sustained"] and line["epoch"] > row["grok_epoch_sustained"]
+        ]
+        return f"{100 * statistics.fmean(later):.1f} %" if later else "–"
+
+    return "below 95 % after that", "", share
 
 
 def terminal_table(rows: Sequence[Row], budget: int | None = None) -> TerminalTable:
@@ -153,6 +174,8 @@ def abstract(run: Run) -> list[str]:
         arm.optimizer: arm
         for arm in aggregate([r | Panel("", "")._asdict() for r in run.rows], run.budget)
     }
+    if report_figures.many_arms(run):
+        return [s for s in [*sentences, *ranking(run, list(pooled.values())), *losses(run)] if s]
     # The baseline last, so that the sentence reads "Muon ...; AdamW ...".
     names = sorted(pooled, key=lambda name: name == report_tests.BASELINE)
     clauses: list[str] = []
@@ -178,14 +201,44 @@ def abstract(run: Run) -> list[str]:
             sentences += [ratio, by_panel(run, slow, fast)]
     times = (f"{optimizer_label(n)} {bounded(pooled[n].seconds_to_grok)} s" for n in names)
     sentences.append(f"Median training time to grok: {'; '.join(times)}.")
+    return [sentence for sentence in [*sentences, *losses(run)] if sentence]
+
+
+def ranking(run: Run, arms: Sequence[Arm]) -> list[str]:
+    """Many optimizers in two sentences: by the epoch, and the fastest by the second."""
+
+    def told(arm: Arm, median: Median) -> str:
+        part = f" ({arm.n - arm.censored} of {arm.n} cells)" if arm.censored else ""
+        return f"{optimizer_label(arm.optimizer)} {number(median.value)}{part}"
+
+    known = [arm for arm in arms if not arm.grok_sustained.at_least]
+    known.sort(key=lambda arm: arm.grok_sustained.value)
+    beyond = [arm for arm in arms if arm.grok_sustained.at_least]
+    epochs = "; ".join(told(arm, arm.grok_sustained) for arm in known)
+    result = [f"{len(known)} of {len(arms)} optimizers grokked, at a median epoch of: {epochs}."]
+    if beyond:
+        names = "; ".join(optimizer_label(arm.optimizer) for arm in beyond)
+        result.append(f"Not within the budget of {run.budget} epochs, by the median: {names}.")
+    timed = sorted(known, key=lambda arm: arm.seconds_to_grok.value)
+    first = [arm for arm in timed if arm in timed[:3] or arm.optimizer == report_tests.BASELINE]
+    seconds = "; ".join(told(arm, arm.seconds_to_grok) for arm in first)
+    return [*result, f"First by seconds of training: {seconds}."] if first else result
+
+
+def losses(run: Run) -> list[str]:
+    """How many cells diverged, and how many lost again what they had grokked, and whose."""
+    result = []
     for key, verb in (("diverged", "diverged"), ("collapse_epoch", "lost it again")):
-        if count := sum(bool(row[key]) for row in run.rows):
-            sentences.append(f"{count} {'cell' if count == 1 else 'cells'} {verb}.")
-    return [sentence for sentence in sentences if sentence]
+        found = collections.Counter(r["optimizer"] for r in run.rows if r[key])
+        whose = ", ".join(f"{count} of {optimizer_label(name)}" for name, count in found.items())
+        cells = "1 cell" if found.total() == 1 else f"{found.total()} cells"
+        whose = f": {whose}" if len(run.optimizers()) > 1 else ""
+        result += [f"{cells} {verb}{whose}."] if found else []
+    return result
 
 
 def write_report(folder: Path) -> Path:
-    """Write curves.png, grok_epochs.png, survival.png and report.html into a run's folder.
+    """Write the figures and report.html into a run's folder.
 
     Args:
         folder: The run's folder, as experiments.grok wrote it; the run may be unfinished.
@@ -201,9 +254,10 @@ def write_report(folder: Path) -> Path:
     swept = any(cell.point for cell in run.cells)
     drawn = {
         "curves": report_figures.curves_figure,
-        "grok_epochs": report_figures.boxes_figure,
-        "survival": report_tests.survival_figure,
+        "grok_epochs": report_figures.epochs_figure,
     }
+    if not report_figures.many_arms(run):
+        drawn["survival"] = report_tests.survival_figure
     if swept:
         drawn |= report_sweep.figures(run)
     elif len(run.panels()) > 1 and run.rows:
@@ -217,6 +271,8 @@ def write_report(folder: Path) -> Path:
         ]
         figures = {n: save_figure(draw(run), folder / f"{n}.png") for n, draw in drawn.items()}
     columns = arm_columns(run.rows)
+    if run.config["full_length"]:
+        columns.append(stability_column(run))
     return write_page(
         Path(__file__).parent / "report.html.jinja",
         folder / "report.html",
@@ -237,13 +293,14 @@ def write_report(folder: Path) -> Path:
         trends=Table(
             ("optimizer", "setting", *report_sweep.UNITS), report_sweep.trends(run) if swept else []
         ),
-        published=Table(report_published.COLUMNS, report_published.table(run)),
+        published=Table(report_published.COLUMNS, [] if swept else report_published.table(run)),
         welch=report_published.welch(run),
         figures=figures,
         inside=inside,
         censored=sum(row["censored"] for row in run.rows),
         collapsed=sum(row["collapse_epoch"] is not None for row in run.rows),
         begun=len(run.traces),
+        in_rows=report_figures.in_rows(run),
     )
 
 
