@@ -311,15 +311,18 @@ def _draw_line(axes: Axes, run: Run, name: str, own: Sequence[str], unit: str) -
         if row["point"]:
             by_value.setdefault(float(grid.values(row["point"])[own[0]]), []).append(row)
     values = sorted(by_value)
+    names = run.optimizers()
+    # Censored cells of two optimizers lie on one spot where their budgets cost the same.
+    aside = 2 ** (0.2 * (names.index(name) - (len(names) - 1) / 2))
     # A line through bounds would show the budget's course, which falls in steps as batches grow.
     known = [x for x in values if not sustained_median(by_value[x], run.budget).at_least]
     middle = [statistics.median(cost(run, row, unit) for row in by_value[x]) for x in known]
     axes.plot(known, middle, color=color, lw=2)
     for x in values:
         for row in by_value[x]:
-            mark = CENSORED_MARK if row["censored"] else POINT_MARK
-            face = "white" if row["censored"] else color
-            axes.plot(x, cost(run, row, unit), color=color, mfc=face, zorder=4, **mark)
+            style = CENSORED_MARK | {"mfc": "white"} if row["censored"] else POINT_MARK
+            at = x * aside if row["censored"] else x
+            axes.plot(at, cost(run, row, unit), color=color, zorder=4, clip_on=False, **style)
 
 
 def heat_figure(run: Run) -> Figure:
