@@ -25,6 +25,7 @@ from experiments.optimizers import ARMS
 from experiments.pretrain import export_config
 from experiments.pretrain.config import Model
 from experiments.pretrain.model import LanguageModel, Params
+from experiments.pretrain.trained import load_run
 from experiments.runs import RunError, write_json
 
 Dtype = Literal["float32", "bfloat16"]
@@ -256,8 +257,6 @@ class Command:
 
 def main() -> int:
     """Runs the command; returns its exit code."""
-    from experiments.pretrain.loop import load_run  # what trains is not needed to read a folder
-
     command = tyro.cli(Command, prog="python -m experiments.pretrain.export")
     try:
         loaded = load_run(command.run)

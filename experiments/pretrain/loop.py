@@ -1,28 +1,25 @@
 """One run: from its folder's newest checkpoint, or from the start, to its last step."""
 
 import contextlib
-import json
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-import tokenizers
 from etils import epath
 
 from experiments.language import data, windows
 from experiments.language.checkpoints import Checkpoints, params_sha256
-from experiments.language.mesh import make_mesh, one_device
+from experiments.language.mesh import make_mesh
 from experiments.language.training_loop import OnMessage, OnStep, TrainingLoop, speed
 from experiments.optimizers import OptimizerName
 from experiments.pretrain import costs
-from experiments.pretrain.config import Running, Training, as_json, from_json
+from experiments.pretrain.config import Running, Training, as_json
 from experiments.pretrain.sample import DIVIDER, write_texts
 from experiments.pretrain.step import State, Trainer
-from experiments.runs import RunError, machine, write_json
-
-TOKENIZER = "tokenizer.json"
+from experiments.pretrain.trained import TOKENIZER
+from experiments.runs import machine, write_json
 
 
 def train(
@@ -176,42 +173,3 @@ def evaluate(trainer: Trainer, state: State, held_out: windows.HeldOut) -> dict[
     loss = float(sums.sum()) / rows[:, 1:].size
     bits = held_out.bits_per_byte(loss)
     return {"validation_loss": loss} | ({} if bits is None else {"bits_per_byte": bits})
-
-
-class Loaded(NamedTuple):
-    """A run as its folder holds it: the newest whole checkpoint."""
-
-    config: Training
-    optimizer: OptimizerName
-    trainer: Trainer
-    state: State
-    tokenizer: tokenizers.Tokenizer | None
-
-
-def load_run(folder: epath.PathLike) -> Loaded:
-    """Reads a run's folder: on its own mesh where these are as many devices, or on the first one.
-
-    Raises:
-        RunError: the folder has no run, or no checkpoint that is whole.
-    """
-    folder = epath.Path(folder)
-    path = folder / "config.json"
-    if not path.exists():
-        raise RunError(f"{folder} holds no run: it has no config.json.")
-    settings = json.loads(path.read_text())
-    optimizer = settings.pop("optimizer")
-    config = from_json(Training, settings)
-    try:
-        mesh = make_mesh(config.mesh.sizes)
-        trainer = Trainer(config, optimizer, mesh, config.data.vocabulary)
-    except ValueError:
-        mesh = one_device()
-        trainer = Trainer(config, optimizer, mesh, config.data.vocabulary)
-    with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
-        restored = checkpoints.restore(trainer.abstract)
-    if restored is None:
-        raise RunError(f"{folder} has no checkpoint yet. Wait for its first save.")
-    path, tokenizer = folder / TOKENIZER, None
-    if path.exists():
-        tokenizer = tokenizers.Tokenizer.from_str(path.read_text())
-    return Loaded(config, optimizer, trainer, restored.state, tokenizer)

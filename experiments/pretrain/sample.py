@@ -17,6 +17,7 @@ from experiments.language import sharding
 from experiments.optimizers import ARMS
 from experiments.pretrain.model import Params
 from experiments.pretrain.step import State, Trainer
+from experiments.pretrain.trained import load_run
 from experiments.runs import RunError
 
 DIVIDER = f"\n{'─' * 40}\n"
@@ -181,8 +182,6 @@ class Command:
 
 def main() -> int:
     """Runs the command; returns its exit code."""
-    from experiments.pretrain.loop import load_run  # it writes samples itself
-
     settings = dataclasses.asdict(tyro.cli(Command, prog="python -m experiments.pretrain.sample"))
     try:
         loaded = load_run(settings.pop("run"))
