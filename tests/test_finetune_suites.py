@@ -351,6 +351,20 @@ def test_a_removed_quirk_is_beside_the_published_arm(tmp_path):
     assert "MuonClip without no_clip (−0.1000 nats" in text
 
 
+def test_the_largest_effects_of_quirks_are_told_and_the_others_bounded(tmp_path):
+    sizes = (0.01, -0.07, 0.03, 0.02, -0.06, 0.05, 0.04)
+    losses = {("as published", "adamw"): BASELINE} | {
+        (f"without quirk{place}", "adamw"): tuple(x + size for x in BASELINE)
+        for place, size in enumerate(sizes)
+    }
+    (text,) = [
+        x for x in report.abstract(planted(tmp_path, "as_published", losses)) if "removals" in x
+    ]
+    places = [text.find(f"without quirk{place} (") for place in (1, 4, 5, 6, 2, 3)]
+    assert -1 not in places and places == sorted(places)
+    assert text.endswith("; the other 1 by at most 0.0100 nats.")
+
+
 def test_each_base_has_an_axis_of_its_losses(tmp_path):
     losses = {("AdamW base", "adamw"): (4.0, 4.1, 4.2), ("Muon base", "adamw"): (3.0, 3.1, 3.2)}
     figure = figures.rates_figure(planted(tmp_path, "mismatch", losses).groups)

@@ -42,6 +42,8 @@ TITLES: dict[SuiteName, str] = {
     "mismatch": "Fine-tuning models that AdamW and Muon pretrained",
     "qk": "QK-clip in fine-tuning, with QK-norm and without",
 }
+# How many effects of quirks the abstract tells, the largest ones.
+TOLD = 6
 
 
 class Results(NamedTuple):
@@ -184,11 +186,15 @@ def _removals(found: Sequence[Contrast]) -> list[str]:
     tested = [of for of in found if of.family == TO_PUBLISHED and of.p is not None]
     if not tested:
         return []
-    told = [f"{of.name} ({contrast_text(of)})" for of in tested if of.sign]
-    names = f": {'; '.join(told)}" if told else ""
+    told = sorted((of for of in tested if of.sign), key=lambda of: -abs(of.mean))
+    first, rest = told[:TOLD], told[TOLD:]
+    names = [f"{of.name} ({contrast_text(of)})" for of in first]
+    if rest:
+        at_most = MEASURES["validation_loss"].text(abs(rest[0].mean))
+        names.append(f"the other {len(rest)} by at most {at_most}")
     return [
         f"Of {len(tested)} removals of one quirk, {len(told)} change the final loss at p < 0.05 "
-        f"after Holm's correction{names}."
+        f"after Holm's correction{': ' if told else ''}{'; '.join(names)}."
     ]
 
 
