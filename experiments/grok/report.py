@@ -89,7 +89,7 @@ def stability_column(run: Run) -> tuple[str, str, Callable[[Arm], str]]:
         later = [
             line["validation_accuracy"] < GROKKED_ACCURACY
             for row in run.of(arm.panel, arm.optimizer)
-            for line in run.traces[Cell.of(row)]
+            for line in run.traces.get(Cell.of(row), ())
             if row["grok_epoch_sustained"] and line["epoch"] > row["grok_epoch_sustained"]
         ]
         return f"{100 * statistics.fmean(later):.1f} %" if later else "–"
@@ -271,7 +271,7 @@ def write_report(folder: Path) -> Path:
         ]
         figures = {n: save_figure(draw(run), folder / f"{n}.png") for n, draw in drawn.items()}
     columns = arm_columns(run.rows)
-    if run.config["full_length"]:
+    if run.config.get("full_length"):
         columns.append(stability_column(run))
     return write_page(
         Path(__file__).parent / "report.html.jinja",
