@@ -90,7 +90,8 @@ class Arm(NamedTuple):
         build: `(settings, rate, rest, placed) -> transformation`: `rate` is the schedule of its
             learning rate, `rest` the arguments that say what AdamW does with the other leaves,
             `placed` those that say where params lie.
-        rate: its default learning rate; None where a group of settings has it.
+        rate: its default learning rate; None for Muon's, which what differs from Muon in one thing
+            is to be compared at.
         eval_params: `(state, params) -> params` to evaluate, where these are not what it trains.
         member: whether it belongs to the family; the others are baselines, or parts taken alone.
     """
@@ -232,32 +233,27 @@ def _gluon(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Op
 ARMS: dict[str, Arm] = {
     "adamw": Arm("AdamW for all parameters", _adamw),
     "muon": Arm("Muon for the hidden matrices", _like_muon(muon_jax.muon)),
-    "muon_only": Arm(
-        "Muon, and nothing else learns", _like_muon(muon_jax.muon, rest="frozen"), 0.04
-    ),
-    "muon_sgd": Arm("Muon, and SGD for the rest", _rest("sgd"), 0.04),
-    "muon_lion": Arm("Muon, and Lion for the rest", _rest("lion"), 0.04),
+    "muon_only": Arm("Muon, and nothing else learns", _like_muon(muon_jax.muon, rest="frozen")),
+    "muon_sgd": Arm("Muon, and SGD for the rest", _rest("sgd")),
+    "muon_lion": Arm("Muon, and Lion for the rest", _rest("lion")),
     "muon_bf16": Arm(
-        "Muon with momentum in bfloat16", _like_muon(muon_jax.muon, mu_dtype=jnp.bfloat16), 0.04
+        "Muon with momentum in bfloat16", _like_muon(muon_jax.muon, mu_dtype=jnp.bfloat16)
     ),
-    "muon_int8": Arm(
-        "Muon with momentum in int8", _like_muon(muon_jax.muon, mu_dtype=jnp.int8), 0.04
-    ),
+    "muon_int8": Arm("Muon with momentum in int8", _like_muon(muon_jax.muon, mu_dtype=jnp.int8)),
     "muon_cautious": Arm(
-        "Muon with cautious decay", _like_muon(muon_jax.muon, cautious_weight_decay=True), 0.04
+        "Muon with cautious decay", _like_muon(muon_jax.muon, cautious_weight_decay=True)
     ),
     "polar": Arm(
         "Muon with the exact polar factor",
         _like_muon(muon_jax.muon, orthogonalizer=muon_jax.polar_factor),
-        0.04,
     ),
-    "low_rank": Arm("Muon of the top singular triplets, by SVD", _low_rank("svd"), 0.04),
-    "low_rank_subspace": Arm("the same by subspace iteration", _low_rank("subspace"), 0.04),
-    "normuon": Arm("NorMuon", _like_muon(muon_jax.normuon), 0.04),
+    "low_rank": Arm("Muon of the top singular triplets, by SVD", _low_rank("svd")),
+    "low_rank_subspace": Arm("the same by subspace iteration", _low_rank("subspace")),
+    "normuon": Arm("NorMuon", _like_muon(muon_jax.normuon)),
     "adamuon": Arm("AdaMuon", _like_muon(muon_jax.adamuon, scale="match_rms_adamw"), 0.02),
-    "muonbp": Arm("MuonBP, orthogonalising blocks between whole steps", _muonbp, 0.04),
-    "muonclip": Arm("Muon and QK-clip", _muonclip, 0.04),
-    "dion": Arm("Dion", _dion, 0.04),
+    "muonbp": Arm("MuonBP, orthogonalising blocks between whole steps", _muonbp),
+    "muonclip": Arm("Muon and QK-clip", _muonclip),
+    "dion": Arm("Dion", _dion),
     "splus": Arm("SPlus, evaluated at its average", _splus, 0.8, muon_jax.evaluation_params),
     "splus_adamw": Arm(
         "SPlus, and AdamW for the rest",
@@ -268,29 +264,24 @@ ARMS: dict[str, Arm] = {
     ),
     "scion": Arm("Scion, unconstrained", _scion, 1e-3),
     "gluon": Arm("Gluon, Scion with steps by smoothness", _gluon, 2e-3),
-    "muon_equal_decay": Arm("Muon with AdamW's weight decay", _equal_decay, 0.02, member=False),
+    "muon_equal_decay": Arm("Muon with AdamW's weight decay", _equal_decay, member=False),
     "muon_equal_shrink": Arm(
-        "Muon with AdamW's learning rate × weight decay", _equal_shrink, 0.02, member=False
+        "Muon with AdamW's learning rate × weight decay", _equal_shrink, member=False
     ),
     "muon_one_step": Arm(
         "Muon with one Newton-Schulz step",
         _like_muon(muon_jax.muon, ns_steps=1),
-        0.02,
         member=False,
     ),
-    "optax_muon": Arm(
-        "optax.contrib.muon, told what ours finds out", _optax_muon, 0.02, member=False
-    ),
+    "optax_muon": Arm("optax.contrib.muon, told what ours finds out", _optax_muon, member=False),
     "orthogonal": Arm(
         "orthogonalised momentum, not scaled by shape",
         _like_muon(muon_jax.muon, scale="none"),
-        0.02,
         member=False,
     ),
     "spectral": Arm(
         "momentum of Muon's spectral norm, not orthogonalised",
         _like_muon(muon_jax.muon, orthogonalizer=baselines.unit_spectral_norm),
-        0.02,
         member=False,
     ),
     "adamw_tuned": Arm("AdamW, fast and with much decay", _adamw_tuned, 0.01, member=False),
@@ -302,17 +293,20 @@ ARMS: dict[str, Arm] = {
 
 OptimizerName = Literal[*ARMS]
 
-# One field for each arm that has no group of its own: `--rates.NAME`.
+# One field for each arm that has no group of its own in `Settings`: `--rates.NAME`.
 Rates = dataclasses.make_dataclass(
     "Rates",
     [
         (
             name,
-            Annotated[float, tyro.conf.arg(help=f"{arm.about}.")],
+            Annotated[
+                float if arm.rate else float | None,
+                tyro.conf.arg(help=f"{arm.about}{'' if arm.rate else '; by default as muon'}."),
+            ],
             dataclasses.field(default=arm.rate),
         )
         for name, arm in ARMS.items()
-        if arm.rate is not None
+        if name not in ("adamw", "muon")
     ],
     frozen=True,
 )
@@ -340,9 +334,12 @@ class Settings:
 
     def rate(self, name: OptimizerName) -> float:
         """An arm's learning rate after warm-up."""
-        if ARMS[name].rate is None:
-            return getattr(self, name).learning_rate
-        return getattr(self.rates, name)
+        own = getattr(self.rates, name, None)
+        return getattr(self, name, self.muon).learning_rate if own is None else own
+
+    def known_rates(self) -> dict[str, float]:
+        """`rates` as a run's files keep them: numbers, whatever is the default later."""
+        return {field.name: self.rate(field.name) for field in dataclasses.fields(self.rates)}
 
 
 def build(

@@ -1,5 +1,7 @@
 """The critics' baselines do what their papers write."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,18 @@ def test_an_orthogonal_gradient_leaves_the_norm_of_the_params_to_first_order():
     np.testing.assert_array_equal(found["zero"], grads["zero"])
     with pytest.raises(ValueError, match="needs the params"):
         baselines.orthogonal_gradient().update(grads, optax.EmptyState())
+
+
+def test_what_differs_from_muon_in_one_thing_is_compared_at_its_rate():
+    config = Config(muon=optimizers.Muon(learning_rate=0.123))
+    like_muon = {name for name in optimizers.ARMS if config.rate(name) == 0.123}
+    assert {"muon", "polar", "low_rank", "normuon", "muon_bf16", "muonclip", "dion"} <= like_muon
+    assert {"adamw", "scion", "gluon", "splus", "adamw_tuned", "grokfast"}.isdisjoint(like_muon)
+    own = dataclasses.replace(config, rates=optimizers.Rates(polar=0.5))
+    assert own.rate("polar") == 0.5 and own.rate("normuon") == 0.123
+    # A folder tells what its cells were trained at, whatever a default becomes.
+    assert own.as_json()["rates"]["polar"] == 0.5
+    assert own.as_json()["rates"]["normuon"] == 0.123
 
 
 def test_an_orthogonal_gradient_along_the_param_vanishes():

@@ -130,7 +130,7 @@ class Config(Training):
 
 def as_json(config: Training) -> dict:
     """The settings, without where the run is kept and what it reads."""
-    settings = dataclasses.asdict(config)
+    settings = dataclasses.asdict(config) | {"rates": config.known_rates()}
     for field in ("out", "name", "text"):
         del settings[field]
     return json.loads(json.dumps(settings))

@@ -173,7 +173,7 @@ class Config(Settings):
 
     def as_json(self) -> dict:
         """The settings, without where they are kept."""
-        settings = dataclasses.asdict(self)
+        settings = dataclasses.asdict(self) | {"rates": self.known_rates()}
         del settings["out"], settings["name"], settings["together"]
         return json.loads(json.dumps(settings))
 

@@ -189,6 +189,7 @@ def as_json(config: Training) -> dict[str, Any]:
         name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
         for name, value in own.items()
     }
+    settings["rates"] = config.known_rates()
     del settings["data"]["cache"]
     return json.loads(json.dumps(settings))
 

@@ -155,12 +155,7 @@ def defaults(which: SuiteName, preset: Training | None = None) -> dict[str, Any]
     else:
         own |= {"optimizer": (BASELINE, "muon"), "evaluate_every": 200}
     training = preset or (_MIXTURE if which == "optimizers" else _DENSE)
-    rates = Rates(
-        **dict.fromkeys(_LIKE_MUON, training.muon.learning_rate),
-        scion=1e-3,
-        splus=0.4,
-        splus_adamw=0.4,
-    )
+    rates = Rates(scion=1e-3, splus=0.4, splus_adamw=0.4)
     training = dataclasses.replace(training, rates=rates)
     fields = dataclasses.fields(Training)
     return {field.name: getattr(training, field.name) for field in fields} | own
