@@ -153,6 +153,8 @@ def test_an_estimate_is_a_bound_where_nothing_is_known_and_says_so():
     assert bound.known == 0 and min(bound.seconds.values()) > 0 and str(bound).startswith("At most")
     twice = estimate(dataclasses.replace(TINY, epochs=3000), TINY.cells())
     assert sum(twice.seconds.values()) > 3 * sum(bound.seconds.values())
+    whole = str(estimate(dataclasses.replace(TINY, full_length=True), TINY.cells()))
+    assert whole.startswith("About") and "to the end" in whole
 
 
 def test_an_estimate_times_an_arm_of_each_optimizer(monkeypatch):

@@ -25,15 +25,19 @@ class Estimate(NamedTuple):
     Attributes:
         seconds: of each cell's share, expected where an earlier run has the cell, else at most.
         known: how many cells an earlier run has.
+        full_length: cells do not end where they grok.
     """
 
     seconds: dict[Cell, float]
     known: int
+    full_length: bool
 
     def __str__(self) -> str:
         total = datetime.timedelta(seconds=round(sum(self.seconds.values())))
         if self.known == len(self.seconds):
             return f"About {total}, by an earlier run and this machine's speed."
+        if self.full_length:
+            return f"About {total}: every cell trains to the end."
         if self.known:
             return f"At most {total}; {self.known} cells are known from an earlier run."
         return f"At most {total}: a cell that groks ends then."
@@ -62,7 +66,7 @@ def estimate(config: Config, cells: Sequence[Cell]) -> Estimate:
             size = _size(config, cell, timed[cell.optimizer])
             training = config.epochs * _steps(config, cell) * step[cell.optimizer] * size
         seconds[cell] = (training + compiling) / len(devices_for(len(cells)))
-    return Estimate(seconds, sum(cell in earlier for cell in cells))
+    return Estimate(seconds, sum(cell in earlier for cell in cells), config.full_length)
 
 
 def _earlier(config: Config) -> dict[Cell, dict]:
