@@ -104,24 +104,23 @@ class Arm(NamedTuple):
 
 
 def _adamw(
-    settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options
+    settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options, **own: Any
 ) -> optax.GradientTransformation:
-    return optax.adamw(**dataclasses.asdict(settings.adamw) | {"learning_rate": rate})
+    return optax.adamw(**dataclasses.asdict(settings.adamw) | {"learning_rate": rate} | own)
 
 
-def _after(first: Callable[[], optax.GradientTransformation]) -> Callable:
-    """AdamW of what `first` makes of the gradient."""
+def _after(first: Callable[[], optax.GradientTransformation], **own: Any) -> Callable:
+    """AdamW of what `first` makes of the gradient, with its settings but for its `own`."""
 
     def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-        return optax.chain(first(), _adamw(settings, rate, rest, placed))
+        return optax.chain(first(), _adamw(settings, rate, rest, placed, **own))
 
     return build
 
 
 def _adamw_tuned(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    decay = {"weight_decay": settings.variants.tuned_weight_decay}
-    adamw = dataclasses.asdict(settings.adamw) | {"learning_rate": rate} | decay
-    return optax.adamw(**adamw)
+    decay = settings.variants.tuned_weight_decay
+    return _adamw(settings, rate, rest, placed, weight_decay=decay)
 
 
 def _like_muon(variant: Callable[..., optax.GradientTransformation], **own: Any) -> Callable:
@@ -181,11 +180,17 @@ def _low_rank(method: str) -> Callable:
 
 
 def _rest(name: Literal["sgd", "lion"]) -> Callable:
+    """What is no hidden matrix at a rate of its own, and shrunk by a step as AdamW's would be."""
+
     def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
         other = getattr(settings.variants, f"{name}_learning_rate")
         scheduled = rest["adam_learning_rate"]
         factor = other / settings.adamw.learning_rate
-        own = {"rest": name, "adam_learning_rate": lambda step: factor * scheduled(step)}
+        own = {
+            "rest": name,
+            "adam_learning_rate": lambda step: factor * scheduled(step),
+            "adam_weight_decay": settings.adamw.weight_decay / factor,
+        }
         return _like_muon(muon_jax.muon, **own)(settings, rate, rest, placed)
 
     return build
@@ -286,7 +291,10 @@ ARMS: dict[str, Arm] = {
     ),
     "adamw_tuned": Arm("AdamW, fast and with much decay", _adamw_tuned, 0.01, member=False),
     "orthogonal_gradient": Arm(
-        "⊥Grad, then AdamW", _after(baselines.orthogonal_gradient), 1e-3, member=False
+        "⊥Grad, then AdamW without weight decay, as published",
+        _after(baselines.orthogonal_gradient, weight_decay=0.0),
+        1e-3,
+        member=False,
     ),
     "grokfast": Arm("Grokfast-EMA, then AdamW", _after(baselines.grokfast), 1e-3, member=False),
 }

@@ -100,6 +100,25 @@ def test_tuned_adamw_has_its_own_decay():
     np.testing.assert_allclose(updates["w"], -0.01 * 4.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["muon", "muon_sgd", "muon_lion"])
+def test_whatever_trains_the_rest_a_step_shrinks_it_as_adamw_would(name):
+    """At SGD's rate of 0.1 AdamW's decay of 1 would shrink the embedding by a tenth a step."""
+    params = {"embedding": {"embedding": jnp.ones((4, 8))}}
+    config = Config(adamw=optimizers.AdamW(learning_rate=2e-3, weight_decay=0.5))
+    tx = optimizers.build(name, config, optimizers.warmup(2))
+    state = tx.init(params)
+    for factor in (0.5, 1.0):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        np.testing.assert_allclose(updates["embedding"]["embedding"], -factor * 1e-3, rtol=1e-5)
+
+
+def test_an_orthogonal_gradient_is_published_without_decay():
+    params = {"w": jnp.ones(3)}
+    tx = optimizers.build("orthogonal_gradient", Config(), optax.constant_schedule(1.0))
+    updates, _ = tx.update({"w": jnp.zeros(3)}, tx.init(params), params)
+    assert not updates["w"].any()
+
+
 @pytest.mark.parametrize(
     ("name", "decay"), [("muon_equal_decay", 1.0), ("muon_equal_shrink", 0.05)]
 )

@@ -203,6 +203,7 @@ def test_many_optimizers_are_ranked_and_have_rows_and_panels_of_their_own(tmp_pa
     page = write_report(folder).read_text()
     # 21 points of survival curves in 8 colours would tell nothing.
     assert not (folder / "survival.png").exists() and "Kaplan" not in page
+    assert "What the published study says" not in page
     assert "a cross the epoch at which a cell had lost it" in page
     figure = epochs_figure(load_run(folder))
     (axes,) = figure.axes

@@ -252,6 +252,7 @@ def write_report(folder: Path) -> Path:
     """
     run = load_run(folder)
     swept = any(cell.point for cell in run.cells)
+    as_paper = not swept and not report_figures.many_arms(run)
     drawn = {
         "curves": report_figures.curves_figure,
         "grok_epochs": report_figures.epochs_figure,
@@ -293,7 +294,8 @@ def write_report(folder: Path) -> Path:
         trends=Table(
             ("optimizer", "setting", *report_sweep.UNITS), report_sweep.trends(run) if swept else []
         ),
-        published=Table(report_published.COLUMNS, [] if swept else report_published.table(run)),
+        as_paper=as_paper,
+        published=Table(report_published.COLUMNS, report_published.table(run) if as_paper else []),
         welch=report_published.welch(run),
         figures=figures,
         inside=inside,
