@@ -138,6 +138,10 @@ def test_a_best_setting_inside_its_grid_is_told(tmp_path):
     inside = " ".join(abstract(loaded(tmp_path, rows, grid)))
     assert "No best setting lies at an end of its grid." in inside
     assert "With larger" not in inside  # a rate has a best value, and no trend
+    # A folder whose grid grew keeps what it had at the default rate.
+    plain = [cell("div", "softmax", "muon", s, 5, 90 + s) for s in range(2)]
+    grown = " ".join(abstract(loaded(tmp_path / "grown", [*plain, *rows], grid)))
+    assert "No best setting lies at an end of its grid." in grown and "of 4 settings" in grown
     assert "end of its grid" not in " ".join(abstract(loaded(tmp_path / "widths", ADAMW + MUON)))
 
 

@@ -248,7 +248,7 @@ def _edges(run: Run) -> list[str]:
     for found in best(run):
         tried = [grid.values(c.point) for c in run.cells if c.optimizer == found.optimizer]
         for setting, value in grid.values(found.panel.point).items():
-            values = {point[setting] for point in tried}
+            values = {point[setting] for point in tried if setting in point}
             if not _is_tuned(setting) or len(values) < 2:
                 continue
             tuned = True
