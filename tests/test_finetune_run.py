@@ -329,6 +329,15 @@ def test_defaults_of_a_real_model_are_its_own():
     assert real.optimizer.learning_rate < command.parse([]).optimizer.learning_rate
 
 
+def test_only_the_command_without_arguments_is_cut_short():
+    assert command.parse([]).steps == 150
+    for words in (["--suite", "controlled"], ["--suite", "as_published"]):
+        suite = command.parse(words)
+        assert (suite.steps, suite.evaluation_tokens) == (200, 32_768)
+    real = command.parse(["--model", "somewhere"])
+    assert (real.steps, real.evaluation_tokens) == (0, 32_768)
+
+
 def test_a_dry_run_shows_the_plan_and_refuses(monkeypatch, capsys):
     words = "finetune --dry-run --preset 4b --device-memory 80 --arms muon_adamw"
     monkeypatch.setattr(sys, "argv", words.split())
