@@ -282,6 +282,7 @@ def draw_boxes(
         start += len(samples) + 0.8
     axes.set_xlim(0.3, start - 0.8 + 0.7)
     axes.grid(visible=False, axis="x")
+    axes.xaxis.remove_overlapping_locs = False  # a group's middle box keeps its n
     axes.set_xticks(places, names, minor=True)
     axes.set_xticks(centers, [label for label, _ in groups])
     # Two rows of labels: the sizes below the boxes, the group's name below those.

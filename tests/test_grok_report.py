@@ -230,6 +230,19 @@ def test_settings_too_many_for_boxes_have_rows_by_optimizer(tmp_path):
     assert "What the published study says" not in write_report(folder).read_text()
 
 
+def test_every_box_has_its_n_and_an_optimizer_that_is_not_swept_a_place_of_its_own(tmp_path):
+    ranks = [(1, [180, 190]), (8, [60, 70, 80])]
+    rows = ADAMW + MUON + three_seeds("polar", [16, 18, 20])
+    for rank, grok in ranks:
+        rows += three_seeds("low_rank", grok, point=f"variants.rank={rank}")
+    folder = make_run(tmp_path / "run", rows, grid=("variants.rank=1,8",))
+    (axes,) = epochs_figure(load_run(folder)).axes
+    sizes = [label.get_text().split("\n")[-1] for label in axes.get_xticklabels(minor=True)]
+    assert sizes == ["n=3", "n=3", "n=3", "n=2", "n=3"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["not swept", "1", "8"]
+    assert axes.get_xlabel() == "rank"
+
+
 def test_what_is_lost_after_grokking_is_told_where_cells_train_on(tmp_path):
     folder = make_run(tmp_path / "run", ADAMW + MUON)
     config = json.loads((folder / "config.json").read_text()) | {"full_length": True}

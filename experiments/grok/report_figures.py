@@ -123,6 +123,7 @@ def _boxes_figure(run: Run) -> Figure:
     kinds = list(dict.fromkeys(row["softmax"] for row in run.rows)) or ["no cell finished"]
     names = run.optimizers()
     panels = [panel for panel in run.panels() if any(run.of(panel, name) for name in names)]
+    swept = [panel.point for panel in panels if panel.point]
     epochs = [row["grok_epoch_sustained"] or run.budget for row in run.rows] or [1]
     boxes = len({(row["task"], row["point"], row["optimizer"]) for row in run.rows})
     width = max(4.2, 0.5 * (boxes / len(kinds) + 0.8 * len(panels)) + 1.2)
@@ -136,11 +137,14 @@ def _boxes_figure(run: Run) -> Figure:
             samples = [
                 Sample(name, [row["grok_epoch_sustained"] for row in rows])
                 for name, rows in cells.items()
-                if rows or not panel.point
+                if rows or not swept
             ]
             values = [pair.rpartition("=")[2] for pair in panel.point.split()]
-            groups.append(("\n".join(values) or panel.task, samples))
+            other = "not swept" if swept else panel.task
+            groups.append(("\n".join(values) or other, samples))
         draw_boxes(axes, groups, run.budget, log=max(epochs) > 10 * min(epochs))
+        if swept:
+            axes.set_xlabel(", ".join(map(plain, grid.values(swept[0]))))
         axes.set_ylabel("grokking epoch")
         if len(kinds) > 1:
             axes.set_title(softmax, loc="left")
