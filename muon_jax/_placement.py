@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from muon_jax._assignment import plan_buckets
 from muon_jax._assumed_layout import assume_layouts
-from muon_jax._buckets import Block, Bucket, exchange_dtype, plan_buckets
+from muon_jax._buckets import Block, Bucket, exchange_dtype
 from muon_jax._exchange import Orthogonalizer, orthogonalize_local
 from muon_jax._layout import Entry, Layout, Placing, layout_of, lie_like, whole_shape
 from muon_jax._matrix_axes import MatrixAxes

@@ -18,7 +18,8 @@ from orbax.checkpoint import v1 as ocp
 from trajectories import relative_error
 
 import muon_jax
-from muon_jax._buckets import Block, plan_buckets
+from muon_jax._assignment import plan_buckets
+from muon_jax._buckets import Block
 from muon_jax._exchange import _pack_symmetric, _unpack_symmetric
 from muon_jax._newton_schulz import NewtonSchulz
 
