@@ -57,7 +57,7 @@ def batch(seed=0, rows=8, length=24):
     segments = np.ones_like(tokens)
     segments[0, 15:] = 0  # padded at the right
     segments[1, :6] = 0  # at the left
-    segments[2] = np.repeat([4, 2, 1, 3], length // 4)  # packed, in any order
+    segments[2] = np.repeat([1, 2, 1, 3], length // 4)  # packed, a number that comes again
     segments[3, 10:] = 2
     segments[4:] = 0
     return tokens, segments, next_tokens(tokens, segments)

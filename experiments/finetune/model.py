@@ -117,8 +117,8 @@ class LanguageModel:
         Args:
             params: of the architecture.
             tokens_BxT: int32, below the vocabulary.
-            segments_BxT: int32; each text of a row has a number of its own, sees no other text, and
-                its positions begin at 0; 0 is padding. None is a text in every row.
+            segments_BxT: int32; neighbours with one number are one text, which sees no other and
+                whose positions begin at 0; 0 is padding. None is a text in every row.
             max_logits: whether to tell them.
 
         Raises:
@@ -131,7 +131,7 @@ class LanguageModel:
                     "Each token has a segment; got tokens of shape "
                     f"{tokens_BxT.shape} and segments of {segments_BxT.shape}."
                 )
-            positions = _positions(segments_BxT)
+            segments_BxT, positions = _texts(segments_BxT)
 
         def layer(x_BxTxD, kernels):
             kernels = self._cast({"layers": kernels})["layers"]
@@ -239,11 +239,13 @@ def attention_spec(architecture: Qwen3) -> GroupedQuery:
     )
 
 
-def _positions(segments_BxT: jax.Array) -> jax.Array:
-    """Each token's position in its text."""
+def _texts(segments_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each text's number in its row, 0 for padding, and each token's position in its text."""
     before = jnp.pad(segments_BxT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    begins = segments_BxT != before
+    texts = jnp.where(segments_BxT > 0, jnp.cumsum(begins, axis=1), 0)
     places = jnp.broadcast_to(jnp.arange(segments_BxT.shape[1])[None], segments_BxT.shape)
-    return places - jax.lax.cummax(jnp.where(segments_BxT != before, places, 0), axis=1)
+    return texts, places - jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
 
 
 def _graphs(a: Qwen3) -> tuple[Any, Any]:
