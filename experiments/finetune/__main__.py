@@ -46,7 +46,7 @@ _REAL = Training(
     dtype="bfloat16",
 )
 _SMALL = Training(batch=4, steps=200, warmup=10, remat=False)
-# With no argument it all takes less than five minutes on two cores.
+# With no argument it is to take five minutes on two cores.
 _SHORT = {"steps": 120, "evaluation_tokens": 16_384}
 _MADE_UP_STEPS = 1000  # of a dry run, whose rows are not read
 
