@@ -5,14 +5,16 @@ that start with `a op` agree in two of four positions. A prefix tree gives each 
 that are distinct there: the table's own prefixes where these are fewer than the rows of a batch,
 and one node a row from then on. Two more savings are exact: the first layer's projections are made
 once a vocabulary entry, and in the last layer only the final position is needed past its keys and
-values.
+values. Dropout is drawn row by row, so with it prefixes are shared up to its first mask.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from experiments.grok.model import Block, MaxLogits, Transformer, attention_path
 from experiments.grok.tasks import Table
@@ -50,6 +52,16 @@ class PrefixTree(NamedTuple):
             nodes = node.reshape(-1).astype(np.int32)
         return cls(tokens, parents, nodes)
 
+    def nodes_of(self, rows: jax.Array) -> list[jax.Array]:
+        """For each shared position, the node of every one of these rows, `(batch,)`."""
+        if not self.tokens:
+            return []
+        found = [jnp.asarray(self.nodes)[rows]]
+        for parents in reversed(self.parents):
+            node = found[0] if parents is None else jnp.asarray(parents)[found[0]]
+            found.insert(0, node)
+        return found
+
 
 def logits(
     model: Transformer,
@@ -57,27 +69,34 @@ def logits(
     tokens: jax.Array,
     rows: jax.Array,
     *,
+    dropout_rngs: nnx.Rngs | None = None,
     return_max_logits: bool = False,
 ) -> jax.Array | tuple[jax.Array, MaxLogits]:
-    """What `model(tokens[rows])` gives without dropout, `(batch, vocabulary)`.
+    """What `model(tokens[rows])` gives, `(batch, vocabulary)`.
 
     Args:
         model: the plain model.
         tree: of the whole table.
         tokens: `(rows of the table, positions)`.
         rows: `(batch,)` row numbers.
+        dropout_rngs: as in the model: of training with dropout. The masks are other ones, of the
+            same distribution.
         return_max_logits: as in the model: the largest attention logits of these rows, too.
     """
-    shared, positions = len(tree.tokens), tokens.shape[1]
+    nodes = tree.nodes_of(rows)
+    shared, positions = len(nodes), tokens.shape[1]
     level_tokens = [*tree.tokens, *(tokens[rows, t] for t in range(shared, positions))]
     parents = [*tree.parents, *[None] * (positions - 1 - len(tree.parents))]
     if shared:
-        parents[shared - 1] = jnp.asarray(tree.nodes)[rows]
+        parents[shared - 1] = nodes[-1]
 
     vocabulary = model.embedding.embedding[...]
     x = [vocabulary[t] for t in level_tokens]
     max_logits: MaxLogits = {}
     for depth, block in enumerate(model.blocks):
+        drop = functools.partial(
+            block.dropout, deterministic=dropout_rngs is None, rngs=dropout_rngs
+        )
         if depth == 0:
             qkv = [[y[t] for t in level_tokens] for y in _project(block, vocabulary)]
         else:
@@ -85,13 +104,22 @@ def logits(
         final = depth + 1 == len(model.blocks)
         mixed, largest = _mix(block.attention, *qkv, parents, only_last=final)
         if return_max_logits:
-            max_logits[attention_path(depth)] = _over_rows(largest, tree, rows)
+            max_logits[attention_path(depth)] = _over_rows(largest, nodes)
         x = x[-1:] if final else x
-        flat = jnp.concatenate(x) + block.attention.out(jnp.concatenate(mixed))
-        flat = flat + block.feed_forward(block.feed_forward_norm(flat))
+        mixed = _split(block.attention.out(jnp.concatenate(mixed)), x)
+        if dropout_rngs is not None and not final:
+            x, mixed = _a_node_each_row(x, nodes), _a_node_each_row(mixed, nodes)
+            nodes, parents = [], [None] * len(parents)
+        flat = jnp.concatenate(x) + drop(jnp.concatenate(mixed))
+        flat = flat + drop(block.feed_forward(block.feed_forward_norm(flat)))
         x = _split(flat, x)
     answers = model.head(model.norm(x[-1]))
     return (answers, max_logits) if return_max_logits else answers
+
+
+def _a_node_each_row(x: list[jax.Array], nodes: list[jax.Array]) -> list[jax.Array]:
+    """Levels `(nodes, ...)`, those that are shared as `(batch, ...)` too."""
+    return [*(y[node] for y, node in zip(x, nodes, strict=False)), *x[len(nodes) :]]
 
 
 def _project(block: Block, x: jax.Array) -> list[jax.Array]:
@@ -137,15 +165,9 @@ def _mix(
     return mixed, largest
 
 
-def _over_rows(largest: list[jax.Array], tree: PrefixTree, rows: jax.Array) -> jax.Array:
+def _over_rows(largest: list[jax.Array], nodes: list[jax.Array]) -> jax.Array:
     """The maximum `(heads,)` over the nodes that are prefixes of these rows.
 
     The tree has those of the whole table, validation rows too, which the batch may not have.
     """
-    shared, node = len(tree.tokens), jnp.asarray(tree.nodes)[rows]
-    found = [x.max(axis=0) for x in largest[shared:]]
-    for position in reversed(range(shared)):
-        found.append(largest[position][node].max(axis=0))
-        if position and (parents := tree.parents[position - 1]) is not None:
-            node = jnp.asarray(parents)[node]
-    return jnp.stack(found).max(axis=0)
+    return jnp.stack([x.max(axis=0) for x in _a_node_each_row(largest, nodes)]).max(axis=0)

@@ -121,11 +121,14 @@ def compile_arm(
 
     def forward(params, batch_rows, dropout_key=None):
         """The logits, and the largest attention logits, which cost nothing where nobody asks."""
-        model = nnx.merge(graph, params)
-        if dropout_key is None:
-            return prefixes.logits(model, tree, tokens, batch_rows, return_max_logits=True)
-        rngs = nnx.Rngs(dropout=dropout_key)
-        return model(tokens[batch_rows], dropout_rngs=rngs, return_max_logits=True)
+        return prefixes.logits(
+            nnx.merge(graph, params),
+            tree,
+            tokens,
+            batch_rows,
+            dropout_rngs=None if dropout_key is None else nnx.Rngs(dropout=dropout_key),
+            return_max_logits=True,
+        )
 
     def start(seed):
         params = nnx.state(make(rngs=nnx.Rngs(params=jax.random.key(seed))), nnx.Param)
