@@ -47,7 +47,7 @@ _REAL = Training(
 )
 _SMALL = Training(batch=4, steps=200, warmup=10, remat=False)
 # With no argument it is to take five minutes on two cores.
-_SHORT = {"steps": 120, "evaluation_tokens": 16_384}
+_SHORT = {"steps": 100, "evaluation_tokens": 16_384}
 _MADE_UP_STEPS = 1000  # of a dry run, whose rows are not read
 
 
