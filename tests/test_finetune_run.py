@@ -330,7 +330,7 @@ def test_defaults_of_a_real_model_are_its_own():
 
 
 def test_only_the_command_without_arguments_is_cut_short():
-    assert command.parse([]).steps == 120
+    assert command.parse([]).steps == 100
     for words in (["--suite", "controlled"], ["--suite", "as_published"]):
         suite = command.parse(words)
         assert (suite.steps, suite.evaluation_tokens) == (200, 32_768)

@@ -1,4 +1,4 @@
-"""The README's Python runs, and its routing table is what the code prints."""
+"""The READMEs' Python runs, their links lead somewhere, and the table is what the code prints."""
 
 import ast
 import re
@@ -12,7 +12,9 @@ from flax import nnx
 
 import muon_jax
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+READMES = ["README.md", *(str(p.relative_to(ROOT)) for p in ROOT.glob("experiments/*/README.md"))]
 
 
 def blocks(language):
@@ -111,3 +113,17 @@ def test_a_function_of_the_users_own_is_enough():
         tx = eval(ast.unparse(call), names)
         updates, _ = tx.update(params, tx.init(params), params)
         assert float(jnp.abs(updates["mlp"]["kernel"]).max()) > 0
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_links_lead_to_files_and_headings(readme):
+    text = re.sub(r"```.*?```", "", (ROOT / readme).read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", text)
+    assert links or readme != "README.md"
+    for path, heading in links:
+        target = (ROOT / readme).parent / path if path else ROOT / readme
+        assert target.exists(), f"{readme} links to {path}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+            assert heading in anchors, f"{readme} links to {path}#{heading}"
