@@ -19,17 +19,40 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-# Okabe and Ito's colours for the optimizers we name, so that each keeps its own in every figure.
-NAMED_COLORS = {
+# Each arm that a study knows has its own: Okabe and Ito's for the first two, then each the farthest
+# from all before it, and from white, in CIELAB; so those that come early are told apart best.
+COLORS = {
     "adamw": "#0072B2",
     "muon": "#D55E00",
-    "sgd": "#009E73",
-    "adam": "#56B4E9",
-    "lion": "#CC79A7",
-    "soap": "#E69F00",
-    "shampoo": "#000000",
+    "muon_equal_shrink": "#00CC00",
+    "muon_equal_decay": "#FF00AA",
+    "polar": "#0000FF",
+    "orthogonal": "#224400",
+    "spectral": "#662233",
+    "normuon": "#11CC99",
+    "low_rank": "#550088",
+    "muonclip": "#BBBB33",
+    "adamuon": "#DD99FF",
+    "scion": "#FF9999",
+    "splus": "#FF1155",
+    "dion": "#DD33FF",
+    "adamw_tuned": "#888877",
+    "orthogonal_gradient": "#0077FF",
+    "grokfast": "#33BBCC",
+    "muon_one_step": "#886611",
+    "gluon": "#228811",
+    "muonbp": "#004444",
+    "muon_sgd": "#FF0000",
+    "muon_lion": "#992277",
+    "muon_only": "#880000",
+    "optax_muon": "#CCAACC",
+    "low_rank_subspace": "#6644EE",
+    "splus_adamw": "#443366",
+    "muon_cautious": "#99BB77",
+    "muon_bf16": "#FF77BB",
+    "muon_int8": "#DD9900",
 }
-# For any other name: darker ones after Tol's muted scheme, told from the above by lightness.
+# For any other name, after Tol's muted scheme.
 OTHER_COLORS = ("#332288", "#117733", "#882255", "#999933", "#661100", "#777777")
 
 LABELS = {
@@ -56,8 +79,6 @@ LABELS = {
     "orthogonal": "Orthogonal alone",
     "orthogonal_gradient": "⊥Grad",
     "polar": "Exact polar",
-    "sgd": "SGD",
-    "soap": "SOAP",
     "spectral": "Spectral alone",
     "splus": "SPlus",
     "splus_adamw": "SPlus + AdamW",
@@ -102,8 +123,8 @@ def optimizer_color(name: str) -> str:
     Args:
         name: The optimizer's name as the run files spell it; any string has a colour.
     """
-    if name in NAMED_COLORS:
-        return NAMED_COLORS[name]
+    if name in COLORS:
+        return COLORS[name]
     # crc32, since hash() differs from one Python process to the next.
     return OTHER_COLORS[zlib.crc32(name.encode()) % len(OTHER_COLORS)]
 

@@ -39,6 +39,17 @@ class Placing(NamedTuple):
         return tuple((name, shape[name]) for name in (self.free or self.taken))
 
     @property
+    def local(self) -> set[str]:
+        """Those that the exchange's `shard_map` takes: all that are left, of one device too.
+
+        Where axes stay out of it, XLA's CPU compiler aborts on bfloat16 sums.
+        """
+        if self.mesh is None:
+            return set()
+        types = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
+        return {name for name, kind in types if kind != AxisType.Manual}
+
+    @property
     def devices(self) -> int:
         return math.prod(size for _, size in self.sizes)
 

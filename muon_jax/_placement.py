@@ -142,7 +142,7 @@ def _built_exchange(
             mesh=None if placing.inherited else placing.mesh,
             in_specs=specs,
             out_specs=specs,
-            axis_names=set(placing.free),
+            axis_names=placing.local,
             check_vma=False,
         )
     )

@@ -10,7 +10,7 @@ from experiments.grok import grid, suites
 from experiments.grok.__main__ import groups
 from experiments.grok.config import Cell, Config, Panel
 from experiments.grok.estimate import Estimate, estimate
-from experiments.grok.train import compile_arm, milestones, train_cells
+from experiments.grok.train import after_grokking, compile_arm, milestones, train_cells
 from tests.test_grok_run import history
 
 TINY = Config(tasks=("gcd",), width=16, batch=1024, epochs=3, seeds=1, probe_every=0)
@@ -29,6 +29,9 @@ def test_a_point_sets_what_its_cell_is_trained_with():
     assert type(at.muon.learning_rate) is float
     ranks = [config.at(Cell("mul", "softmax", "low_rank", 0, f"variants.rank={k}")) for k in "48"]
     assert [type(found.variants.rank) for found in ranks] == [int, int]
+    words = Config(grid=("muon.scale=none,mup", "muon.ns-dtype=bfloat16")).cells()[1:3]
+    assert [config.at(cell).muon.scale for cell in words] == ["none", "mup"]
+    assert [config.at(cell).muon.ns_dtype for cell in words] == ["bfloat16"] * 2
     # What a point does not name is the run's.
     assert dataclasses.replace(at, width=128, muon=Config().muon) == dataclasses.replace(
         config, grid=()
@@ -57,6 +60,10 @@ def test_an_axis_of_one_optimizer_leaves_the_others_one_cell():
         ("width=32.5", "does not fit"),
         ("muon.rate=1", "'muon.rate' is no setting"),
         ("adamw.b1.x=1", "does not fit"),
+        ("muon.scale=spectral,foo", "muon.scale=foo is no value of this setting; there are spec"),
+        ("muon.ns-coeffs=jordon", "polar_express_1.02, cans"),
+        ("muon.ns-dtype=float16", "there are bfloat16, float32."),
+        ("muon.scale=2", "muon.scale=2 is no value of this setting"),
         ("variants.rank=4", "concerns none of --optimizers adamw muon"),
         ("dropout=1", "must be in [0, 1)"),
     ],
@@ -172,6 +179,21 @@ def test_an_estimate_times_an_arm_of_each_optimizer(monkeypatch):
     assert of["muon"] > 20 * of["adamw"]
 
 
+def test_an_estimate_times_every_size_that_a_step_has(monkeypatch):
+    timed = []
+
+    def by_width(config, cell):
+        timed.append(cell.point)
+        return {"width=16": 1.0, "width=64": 5.0}[cell.point]
+
+    monkeypatch.setattr("experiments.grok.estimate._seconds_per_step", by_width)
+    swept = dataclasses.replace(TINY, optimizers=("muon",), seeds=2, grid=("width=64,16",))
+    found = estimate(swept, swept.cells()).seconds
+    assert sorted(timed) == ["width=16", "width=64"]
+    small, large = (found[cell] for cell in sorted(swept.cells(), key=lambda c: c.point)[1:3])
+    assert 2 < large / small < 5.1
+
+
 def test_an_estimate_follows_an_earlier_run_of_the_same_settings(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.grok.estimate.RESULTS", tmp_path)
     folder = tmp_path / "default"
@@ -197,6 +219,11 @@ def test_collapse_is_five_evaluations_below_after_grokking():
     assert milestones(history([1.0] * 11, spike))["collapse_epoch"] is None
     lost = [*spike, 0.9, 0.8, 0.7, 0.6, 0.5]
     assert milestones(history([1.0] * 16, lost))["collapse_epoch"] == 12
+    assert after_grokking(history([1.0] * 16, lost), 2) == {
+        "evaluations_after_grok": 14,
+        "below_after_grok": 9,
+    }
+    assert after_grokking(history([1.0] * 9, [0.5] * 9), None)["evaluations_after_grok"] == 0
     # Never grokked, never lost.
     assert milestones(history([1.0] * 9, [0.5] * 9))["collapse_epoch"] is None
 

@@ -12,15 +12,16 @@ from rich.console import Console
 
 from experiments.figures import Curve, median_curve, optimizer_color
 from experiments.grok.report import (
+    STABILITY_COLUMN,
     abstract,
     load_run,
     main,
-    stability_column,
     terminal_table,
     write_report,
 )
 from experiments.grok.report_data import aggregate, censored_median
 from experiments.grok.report_figures import curves_figure, epochs_figure
+from experiments.optimizers import ARMS
 
 SPEED = {"adamw": 210.0, "muon": 130.0}
 
@@ -244,21 +245,23 @@ def test_every_box_has_its_n_and_an_optimizer_that_is_not_swept_a_place_of_its_o
 
 
 def test_what_is_lost_after_grokking_is_told_where_cells_train_on(tmp_path):
-    folder = make_run(tmp_path / "run", ADAMW + MUON)
+    later = [{"evaluations_after_grok": n, "below_after_grok": k} for n, k in ((185, 2), (183, 0))]
+    rows = [*ADAMW, *(row | counts for row, counts in zip(MUON, [*later, {}], strict=True))]
+    folder = make_run(tmp_path / "run", rows)
+    assert "below 95 % after that</th>" not in write_report(folder).read_text()
     config = json.loads((folder / "config.json").read_text()) | {"full_length": True}
     (folder / "config.json").write_text(json.dumps(config))
-    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        if line.get("optimizer") == "muon" and line["seed"] == 0:
-            # Of 185 + 183 + 179 evaluations after 15, 17 and 21, two are below.
-            line["validation_accuracy"] = 0.1 if line["epoch"] in (10, 40, 41) else 1.0
-        elif line.get("optimizer") == "muon":
-            line["validation_accuracy"] = 1.0
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    heading, _, share = stability_column(load_run(folder))
-    muon = next(arm for arm in aggregate(load_run(folder).rows) if arm.optimizer == "muon")
-    assert share(muon) == "0.4 %"
-    assert heading in write_report(folder).read_text()
+    heading, _, share = STABILITY_COLUMN
+    adamw, muon = aggregate(load_run(folder).rows)
+    assert (share(adamw), share(muon)) == ("–", "0.5 %")
+    assert f"{heading}</th>" in write_report(folder).read_text()
+
+
+def test_stored_results_have_a_report_without_their_log(tmp_path):
+    folder = make_run(tmp_path / "run", ADAMW + MUON)
+    (folder / "metrics.jsonl").unlink()
+    page = write_report(folder).read_text()
+    assert "6 cells" in page and "Figure 2" in page and "Figure 1" not in page
 
 
 def test_censored_medians():
@@ -371,5 +374,5 @@ def test_median_curve_stops_where_the_first_seed_stops():
 
 
 def test_colors_are_stable():
-    assert optimizer_color("adamw") != optimizer_color("muon")
+    assert len({optimizer_color(name).upper() for name in ARMS}) == len(ARMS)
     assert optimizer_color("anything at all") == "#882255"

@@ -142,17 +142,17 @@ def test_a_flipped_byte_is_noticed_and_its_cell_trained_again(whole, tmp_path, c
 
 
 def test_a_full_disk_stops_with_the_finished_cells_whole(whole, tmp_path, monkeypatch, capsys):
-    append, calls = command.Run.append, []
+    extend, calls = command.Run.extend, []
 
-    def full(self, records, cell):
-        calls.append(cell)
+    def full(self, pieces):
+        calls.append(pieces)
         if len(calls) == 2:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write('{"task": "gcd", "soft')
             raise OSError(28, "No space left on device")
-        append(self, records, cell)
+        extend(self, pieces)
 
-    monkeypatch.setattr(command.Run, "append", full)
+    monkeypatch.setattr(command.Run, "extend", full)
     assert run(*TINY, out=tmp_path) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert run(*TINY, out=tmp_path) == 0

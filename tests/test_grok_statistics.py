@@ -16,7 +16,9 @@ def test_a_ratio_is_paired_by_seed():
     found = statistics.ratio([(slow, fast)], budget=100)
     assert found.value == pytest.approx((3 * 2 * 2) ** (1 / 3))
     assert (found.observations, found.bounded, found.untold) == (3, 0, 0)
-    assert 2.0 - 1e-9 <= found.low < found.value < found.high <= 3.0 + 1e-9
+    logs = np.log([3, 2, 2])
+    low, high = stats.t.interval(0.95, 2, logs.mean(), stats.sem(logs))
+    assert (found.low, found.high) == pytest.approx((math.exp(low), math.exp(high)))
 
 
 def test_of_several_panels_each_is_one_observation():
@@ -32,20 +34,25 @@ def test_censored_cells_bound_the_ratio_or_tell_nothing():
     found = statistics.ratio(pairs, budget=100)
     assert found.value == pytest.approx(math.sqrt(5 * 2))
     assert (found.observations, found.bounded, found.untold) == (2, 1, 1)
+    assert str(found) == "≥ 3.16"
+    swapped = statistics.ratio([pair[::-1] for pair in pairs], budget=100)
+    assert str(swapped) == "≤ 0.32" and str(statistics.ratio([*pairs, pairs[0][::-1]], 100)) == (
+        "1.00 (bounds)"
+    )
     assert statistics.ratio([({0: None}, {0: None})], budget=100) is None
     assert math.isnan(statistics.ratio([({0: 2}, {0: 1})], budget=100).low)
 
 
-def test_the_interval_covers_what_it_should():
-    """About 95 % of the intervals of twenty panels hold the true ratio."""
+@pytest.mark.parametrize("panels", [3, 6, 20])
+def test_the_interval_covers_what_it_should(panels):
+    """About 95 % of the intervals hold the true ratio, of three panels too."""
     rng = np.random.default_rng(0)
     held = 0
-    for _ in range(100):
-        logs = rng.normal(math.log(1.5), 0.4, 20)
-        panels = [({0: 100 * math.exp(x)}, {0: 100}) for x in logs]
-        found = statistics.ratio(panels, budget=1e6)
+    for _ in range(200):
+        logs = rng.normal(math.log(1.5), 0.4, panels)
+        found = statistics.ratio([({0: 100 * math.exp(x)}, {0: 100}) for x in logs], budget=1e6)
         held += found.low <= 1.5 <= found.high
-    assert 86 <= held <= 99
+    assert 180 <= held <= 198
 
 
 def test_mann_whitney_ranks_censored_cells_last():
@@ -54,6 +61,22 @@ def test_mann_whitney_ranks_censored_cells_last():
     mixed = statistics.mann_whitney({0: 1, 1: 2, 2: 3, 3: None, 4: None, 5: None}, fast)
     assert clear < 0.01 < 0.5 < mixed
     assert statistics.mann_whitney({}, fast) is None
+
+
+def test_mann_whitney_of_ties_is_that_of_all_permutations():
+    """Three against three are twenty ways, of which two are as far apart as can be."""
+    slow, fast = {0: 25, 1: 24, 2: 25}, {0: 15, 1: 14, 2: 14}
+    assert statistics.mann_whitney(slow, fast) == pytest.approx(2 / 20)
+    assert statistics.mann_whitney(dict.fromkeys(range(3)), dict.fromkeys(range(3))) is None
+
+
+def test_the_signed_rank_test_takes_panels_for_observations():
+    rng = np.random.default_rng(1)
+    panels = [({0: a, 1: a + 1}, {0: b, 1: b}) for a, b in rng.integers(10, 90, (8, 2)).tolist()]
+    means = [np.mean([math.log(s[i] / f[i]) for i in (0, 1)]) for s, f in panels]
+    found = statistics.signed_rank(panels, budget=100)
+    assert found == pytest.approx(stats.wilcoxon(means).pvalue)
+    assert statistics.signed_rank(panels[:5], budget=100) is None
 
 
 def test_welch_pools_what_grokked_as_the_paper_does():
@@ -109,6 +132,28 @@ def test_the_report_has_a_row_for_each_panel_and_one_for_all():
     assert (first["Mann–Whitney p"], first["after Holm"]) == ("0.029", "0.057")
     assert both["ratio of epochs"] == f"{math.sqrt(61.5 / 31.5 * 81.5 / 21.5):.2f}"
     assert both["Mann–Whitney p"] == "–" and both["log-rank p"] != "–"
+
+
+def test_all_panels_are_tested_by_signed_ranks_after_holm():
+    tasks = ["add", "sub", "mul", "div", "exp", "gcd"]
+    arms = {"adamw": 60, "muon": 30, "dion": 40}
+    cells = {(t, name, 0): e + i * i for i, t in enumerate(tasks) for name, e in arms.items()}
+    rows = report_tests.tests(run_of(cells))
+    found = {row[0]: dict(zip(report_tests.COLUMNS, row, strict=True)) for row in rows[:2]}
+    assert [row["signed-rank p"] for row in found.values()] == ["0.062", "0.062"]
+
+
+def test_a_baseline_that_is_not_swept_counts_once():
+    """No row takes its cells for several observations, and nothing of all settings is pooled."""
+    run = run_of({("add", name, 0): 40 for name in ("adamw", "muon")})
+    swept = [{**run.rows[1], "point": f"muon.weight-decay={decay}"} for decay in (0.1, 0.2)]
+    run.rows[1:] = swept
+    run.config["grid"] = ["muon.weight-decay=0.1,0.2"]
+    rows = [dict(zip(report_tests.COLUMNS, row, strict=True)) for row in report_tests.tests(run)]
+    assert [row["on"] for row in rows] == [
+        "add · softmax · muon.weight-decay=0.1",
+        "add · softmax · muon.weight-decay=0.2",
+    ]
 
 
 def test_every_criterion_has_its_ratio():

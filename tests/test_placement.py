@@ -127,12 +127,14 @@ def test_shardings_may_be_told_under_auto_axes(case):
 
 
 @every_kind
+@pytest.mark.parametrize("idle", [{}, {"expert": 1}], ids=["", "an axis of one device"])
 @pytest.mark.parametrize("case", ["fsdp, a remainder", "fsdp × tp, long over tp"])
-def test_bfloat16_crosses_the_network_and_keeps_its_error(case, kind):
+def test_bfloat16_crosses_the_network_and_keeps_its_error(case, idle, kind):
     """Both round to bfloat16 at other moments: each is as far from float32 as the other."""
     sizes, params, specs = CASES[case]
     exact, half = alone(params), alone(params, ns_dtype=jnp.bfloat16)
-    (updates, _), _ = spread(params, specs, mesh_of(kind, **sizes), ns_dtype=jnp.bfloat16)
+    mesh = mesh_of(kind, **sizes, **idle)
+    (updates, _), _ = spread(params, specs, mesh, ns_dtype=jnp.bfloat16)
     assert relative_error(updates, exact) < 1.5 * relative_error(half, exact)
 
 

@@ -14,7 +14,7 @@ from experiments.grok import suites
 from experiments.grok.config import GRID, Cell, Config
 from experiments.grok.estimate import estimate
 from experiments.grok.report import terminal_table, write_report
-from experiments.grok.train import Epoch, train_cells
+from experiments.grok.train import Epoch, Outcome, train_cells
 from experiments.runs import Run, machine, write_json
 from experiments.side_by_side import a_device_for_each_core, side_by_side
 
@@ -91,8 +91,8 @@ def train(
             finally:
                 progress.remove_task(bar)
             with writing:
-                for cell, (history, row) in zip(cells, outcomes, strict=True):
-                    run.append([cell._asdict() | as_record(epoch) for epoch in history], row)
+                run.extend([(records(c, o), o.row) for c, o in zip(cells, outcomes, strict=True)])
+                for cell, (_, row) in zip(cells, outcomes, strict=True):
                     progress.console.print(f"{cell}: {_outcome(row)}", highlight=False)
                     progress.update(whole, advance=expected.seconds[cell])
                 summarize(config, run)
@@ -117,9 +117,12 @@ def groups(config: Config, cells: list[Cell]) -> list[list[Cell]]:
     return found
 
 
-def as_record(epoch: Epoch) -> dict[str, Any]:
-    """An epoch as a line of the log, without a look inside where none was taken."""
-    return {key: value for key, value in epoch._asdict().items() if value is not None}
+def records(cell: Cell, outcome: Outcome) -> list[dict[str, Any]]:
+    """A cell's epochs as lines of the log, without looks inside where none were taken."""
+    kept = [
+        {k: v for k, v in epoch._asdict().items() if v is not None} for epoch in outcome.history
+    ]
+    return [cell._asdict() | epoch for epoch in kept]
 
 
 def _outcome(row: dict[str, Any]) -> str:

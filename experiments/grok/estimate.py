@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from experiments.grok.config import GRID, Cell, Config
+from experiments.grok.tasks import table
 from experiments.grok.train import compile_arm, split
 from experiments.runs import changed_settings, read_json
 from experiments.side_by_side import devices_for
@@ -44,18 +45,18 @@ class Estimate(NamedTuple):
 
 
 def estimate(config: Config, cells: Sequence[Cell]) -> Estimate:
-    """Times an arm of each optimizer that no earlier run tells of, and scales from there.
+    """Times an arm of each optimizer and size that no earlier run tells of.
 
     The programs are needed anyway. Where all is known, the first arm tells this machine's speed.
     """
     earlier = _earlier(config)
-    timed: dict[str, Cell] = {}
+    timed: dict[tuple, Cell] = {}
     for cell in cells:
         if cell == cells[0] or cell not in earlier:
-            timed.setdefault(cell.optimizer, cell)
-    step = {name: _seconds_per_step(config, cell) for name, cell in timed.items()}
+            timed.setdefault(_size(config, cell), cell)
+    step = {size: _seconds_per_step(config, cell) for size, cell in timed.items()}
     there = earlier.get(cells[0])
-    factor = step[cells[0].optimizer] * there["steps_per_second"] if there else 1.0
+    factor = step[_size(config, cells[0])] * there["steps_per_second"] if there else 1.0
     arms = {cell._replace(seed=0) for cell in cells}
     compiling = _COMPILING * len(arms) / len(cells)
     seconds = {}
@@ -63,22 +64,18 @@ def estimate(config: Config, cells: Sequence[Cell]) -> Estimate:
         if cell in earlier:
             training = earlier[cell]["seconds"] * factor
         else:
-            size = _size(config, cell, timed[cell.optimizer])
-            training = config.epochs * _steps(config, cell) * step[cell.optimizer] * size
+            training = config.epochs * _steps(config, cell) * step[_size(config, cell)]
         seconds[cell] = (training + compiling) / len(devices_for(len(cells)))
     return Estimate(seconds, sum(cell in earlier for cell in cells), config.full_length)
 
 
 def _earlier(config: Config) -> dict[Cell, dict]:
-    folder = RESULTS / (config.suite or "default")
-    try:
-        there = read_json(folder / "config.json")
-        rows = read_json(folder / "summary.json")["cells"]
-    except OSError:
-        return {}
-    if changed_settings(there, config.as_json(), GRID):
-        return {}
-    return {Cell.of(row): row for row in rows}
+    """The cells of the complete run that has these settings, if there is one."""
+    for path in RESULTS.glob("*/config.json"):
+        if not changed_settings(read_json(path), config.as_json(), GRID):
+            rows = read_json(path.with_name("summary.json"))["cells"]
+            return {Cell.of(row): row for row in rows}
+    return {}
 
 
 def _seconds_per_step(config: Config, cell: Cell) -> float:
@@ -101,9 +98,8 @@ def _steps(config: Config, cell: Cell) -> int:
     return train // min(settings.batch, train)
 
 
-def _size(config: Config, cell: Cell, first: Cell) -> float:
-    """A step's work against the first cell's: rows times params, about."""
-    here, there = config.at(cell), config.at(first)
-    return (here.batch * here.layers * here.width**2) / (
-        there.batch * there.layers * there.width**2
-    )
+def _size(config: Config, cell: Cell) -> tuple:
+    """What decides how long a step takes."""
+    settings = config.at(cell)
+    positions = table(cell.task).tokens.shape[1]
+    return cell.optimizer, positions, settings.batch, settings.width, settings.layers

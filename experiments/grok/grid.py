@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 # Whose axis a setting is; the others concern every optimizer.
 OWNERS = {
@@ -87,7 +87,7 @@ def at(settings: Settings, point: str) -> Settings:
     """A dataclass of settings with a point's in their places.
 
     Raises:
-        ValueError: a setting is unknown, or its value has another type.
+        ValueError: a setting is unknown, or its value has another type or is none of its words.
     """
     for name, value in values(point).items():
         settings = _replaced(settings, name.replace("-", "_").split("."), value, name)
@@ -102,7 +102,12 @@ def _replaced(settings: Any, path: list[str], value: Any, name: str) -> Any:
     if len(path) > 1 and dataclasses.is_dataclass(old):
         new = _replaced(old, path[1:], value, name)
     else:
-        kind = float if "float" in str(field.type) else type(old)
+        words = get_args(field.type) if get_origin(field.type) is Literal else ()
+        if words and value not in words:
+            raise ValueError(
+                f"--grid {name}={value} is no value of this setting; there are {', '.join(words)}."
+            )
+        kind = float if "float" in str(field.type) and not words else type(old)
         whole_is_number = kind is float and type(value) is int
         if len(path) > 1 or not (isinstance(value, kind) or whole_is_number):
             raise ValueError(f"--grid {name}={value} does not fit, as {name}={old} would.")

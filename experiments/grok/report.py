@@ -4,7 +4,6 @@ It never trains, so it can be made again at any time: `python -m experiments.gro
 """
 
 import collections
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +32,7 @@ from experiments.grok.report_data import (
     load_run,
     sustained_median,
 )
-from experiments.grok.train import GROKKED_ACCURACY
+from experiments.grok.report_sweep_data import known
 from experiments.pages import flop, number, save_figure, text_table, write_page
 
 
@@ -49,6 +48,11 @@ def bounded(median: Median, form: Callable[[float], str] = number) -> str:
     return f"> {form(median.value)}" if median.at_least else form(median.value)
 
 
+def compute(arm: Arm) -> str:
+    """FLOPs to grok, "–" where XLA does not count all that the optimizer does."""
+    return bounded(arm.flops_to_grok, flop) if known(arm.optimizer, "FLOP") else "–"
+
+
 # The per-arm table: heading in the report, heading in the terminal, the text for an arm.
 ARM_COLUMNS: tuple[tuple[str, str, Callable[[Arm], str]], ...] = (
     ("task", "task", lambda arm: arm.panel.task),
@@ -62,10 +66,15 @@ ARM_COLUMNS: tuple[tuple[str, str, Callable[[Arm], str]], ...] = (
     ("delay (epochs)", "delay", lambda arm: bounded(arm.delay)),
     ("censored", "cens.", lambda arm: f"{arm.censored} of {arm.n}"),
     ("time to grok (s)", "time\n(s)", lambda arm: bounded(arm.seconds_to_grok)),
-    ("compute to grok", "compute", lambda arm: bounded(arm.flops_to_grok, flop)),
+    ("compute to grok", "compute", compute),
     ("steps/s", "steps\n/s", lambda arm: bounded(arm.steps_per_second)),
 )
 LOST_COLUMN = ("lost again", "lost", lambda arm: f"{arm.collapsed} of {arm.n}")
+STABILITY_COLUMN = (
+    "below 95 % after that",
+    "",
+    lambda arm: "–" if arm.below_after_grok is None else f"{100 * arm.below_after_grok:.1f} %",
+)
 POINT_COLUMN = ("setting", "setting", lambda arm: arm.panel.point)
 TERMINAL_CAPTION = (
     "Epochs: mem. memorised, grok first at 95 % then, held for 5 evaluations,\n"
@@ -80,21 +89,6 @@ def arm_columns(rows: Sequence[Row]) -> list[tuple[str, str, Callable[[Arm], str
     if any(row["collapse_epoch"] for row in rows):
         columns.insert([heading for heading, *_ in columns].index("censored") + 1, LOST_COLUMN)
     return [*columns[:3], POINT_COLUMN, *columns[3:]] if any(r["point"] for r in rows) else columns
-
-
-def stability_column(run: Run) -> tuple[str, str, Callable[[Arm], str]]:
-    """Of the evaluations after the sustained grokking epoch, the share that is below 95 %."""
-
-    def share(arm: Arm) -> str:
-        later = [
-            line["validation_accuracy"] < GROKKED_ACCURACY
-            for row in run.of(arm.panel, arm.optimizer)
-            for line in run.traces.get(Cell.of(row), ())
-            if row["grok_epoch_sustained"] and line["epoch"] > row["grok_epoch_sustained"]
-        ]
-        return f"{100 * statistics.fmean(later):.1f} %" if later else "–"
-
-    return "below 95 % after that", "", share
 
 
 def terminal_table(rows: Sequence[Row], budget: int | None = None) -> TerminalTable:
@@ -163,7 +157,7 @@ def abstract(run: Run) -> list[str]:
     Args:
         run: The run.
     """
-    finished, begun = len(run.rows), len(run.traces)
+    finished, begun = len(run.rows), len(run.cells)
     if not finished:
         return [f"No cell has finished yet: 0 of {run.total} cells, {begun} begun."]
     partial = finished < run.total
@@ -247,16 +241,15 @@ def write_report(folder: Path) -> Path:
         The path of report.html.
 
     Raises:
-        FileNotFoundError: The folder or one of its files is missing.
+        FileNotFoundError: The folder, its config.json or its summary.json is missing.
         ValueError: A file is not what it should be; the message names the file and the line.
     """
     run = load_run(folder)
     swept = any(cell.point for cell in run.cells)
     as_paper = not swept and not report_figures.many_arms(run)
-    drawn = {
-        "curves": report_figures.curves_figure,
-        "grok_epochs": report_figures.epochs_figure,
-    }
+    drawn = {"grok_epochs": report_figures.epochs_figure}
+    if run.traces:
+        drawn["curves"] = report_figures.curves_figure
     if not report_figures.many_arms(run):
         drawn["survival"] = report_tests.survival_figure
     if swept:
@@ -273,7 +266,7 @@ def write_report(folder: Path) -> Path:
         figures = {n: save_figure(draw(run), folder / f"{n}.png") for n, draw in drawn.items()}
     columns = arm_columns(run.rows)
     if run.config.get("full_length"):
-        columns.append(stability_column(run))
+        columns.append(STABILITY_COLUMN)
     return write_page(
         Path(__file__).parent / "report.html.jinja",
         folder / "report.html",
@@ -301,7 +294,7 @@ def write_report(folder: Path) -> Path:
         inside=inside,
         censored=sum(row["censored"] for row in run.rows),
         collapsed=sum(row["collapse_epoch"] is not None for row in run.rows),
-        begun=len(run.traces),
+        begun=len(run.cells),
         in_rows=report_figures.in_rows(run),
     )
 

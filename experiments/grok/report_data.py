@@ -40,6 +40,7 @@ class Arm:
     censored: int
     diverged: int
     collapsed: int
+    below_after_grok: float | None  # share of the evaluations after grokking that is below 95 %
     memorized: Median
     grok_first: Median
     grok_sustained: Median
@@ -132,15 +133,16 @@ def load_run(folder: Path) -> Run:
     """Read the files of a finished or partly finished run.
 
     Args:
-        folder: The run's folder, with config.json, summary.json and metrics.jsonl.
+        folder: The run's folder, with config.json, summary.json and metrics.jsonl; without the
+            last, as results are stored, there are no traces.
 
     Raises:
-        FileNotFoundError: The folder or one of its files is missing.
+        FileNotFoundError: The folder, its config.json or its summary.json is missing.
         ValueError: A file is not what it should be; the message names the file and the line.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no run folder {folder}")
-    for name in ("config.json", "summary.json", "metrics.jsonl"):
+    for name in ("config.json", "summary.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: is it a run of experiments.grok?")
     path = folder / "config.json"
@@ -153,7 +155,8 @@ def load_run(folder: Path) -> Run:
 
     path = folder / "metrics.jsonl"
     traces: dict[Cell, list[Row]] = {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    text = path.read_text("utf-8") if path.exists() else ""
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         row = _parse(line, path, (*EPOCH_KEYS, "validation_accuracy"), number)
@@ -222,6 +225,8 @@ def aggregate(rows: Sequence[Row], budget: int | None = None) -> list[Arm]:
         def flops(row: Row) -> float:
             return seconds(row) * (row["steps_per_second"] or 0.0) * (row["step_flops"] or 0.0)
 
+        later = sum(row.get("evaluations_after_grok", 0) for row in cells)
+        below = sum(row.get("below_after_grok", 0) for row in cells)
         speeds = [row["steps_per_second"] for row in cells if row["steps_per_second"] is not None]
         return Arm(
             *key,
@@ -229,6 +234,7 @@ def aggregate(rows: Sequence[Row], budget: int | None = None) -> list[Arm]:
             censored=sum(row["censored"] for row in cells),
             diverged=sum(row["diverged"] for row in cells),
             collapsed=sum(row["collapse_epoch"] is not None for row in cells),
+            below_after_grok=below / later if later else None,
             memorized=median("memorized_epoch", lambda _: budget),
             grok_first=median("grok_epoch", lambda _: budget),
             grok_sustained=sustained_median(cells, budget),

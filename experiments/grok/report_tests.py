@@ -16,7 +16,7 @@ BASELINE = "adamw"
 
 COLUMNS = (
     "over", "on", "median epoch, AdamW", "its median epoch", "observations", "ratio of epochs",
-    "95 % interval", "Mann–Whitney p", "after Holm", "log-rank p", "Welch t",
+    "95 % interval", "Mann–Whitney p", "after Holm", "signed-rank p", "log-rank p", "Welch t",
 )  # fmt: skip
 
 CRITERIA = {
@@ -41,6 +41,11 @@ def epochs(
     return {row["seed"]: row[field] for row in found}
 
 
+def _anchor(run: Run, panel: Panel) -> Panel:
+    """Where the baseline's cells are that a panel is compared with."""
+    return panel if run.of(panel, BASELINE) else panel._replace(point="")
+
+
 def tests(run: Run) -> list[list[str]]:
     """Rows of the table of tests, in the order of `COLUMNS`; none without the baseline.
 
@@ -54,19 +59,35 @@ def tests(run: Run) -> list[list[str]]:
     tested = {key: statistics.mann_whitney(*pair) for key, pair in pairs.items()}
     p_values = {f"{name}/{panel}": p for (name, panel), p in tested.items() if p is not None}
     corrected = holm(p_values)
+    ranked = _signed_ranks(run, pairs, others)
     rows = []
     for on, panels in groups(run).items():
         for name in others:
-            own = [pairs[name, panel] for panel in panels if (name, panel) in pairs]
-            if not own:
+            there = [panel for panel in panels if (name, panel) in pairs]
+            if not there or len({_anchor(run, panel) for panel in there}) < len(there):
                 continue
+            own = [pairs[name, panel] for panel in there]
             row = [optimizer_label(name), on, *_medians(run, own), *_ratio(run, own)]
             key = f"{name}/{panels[0]}" if len(panels) == 1 else ""
             row += [p_text(p_values.get(key)), p_text(corrected.get(key))]
-            whole = len(panels) > 1 and panels == run.panels() and not panels[0].point
-            row += [p_text(_log_rank(run, name)), _welch(run, name)] if whole else ["–", "–"]
+            if len(panels) > 1 and panels == run.panels() and not any(p.point for p in panels):
+                row += [p_text(ranked.get(name)), p_text(_log_rank(run, name)), _welch(run, name)]
+            else:
+                row += ["–", "–", "–"]
             rows.append(row)
     return rows
+
+
+def _signed_ranks(
+    run: Run, pairs: dict[tuple[str, Panel], Pair], optimizers: Sequence[str]
+) -> dict[str, float]:
+    """Of each optimizer over all panels, after Holm."""
+    found = {}
+    for name in optimizers:
+        own = [pairs[name, panel] for panel in run.panels() if (name, panel) in pairs]
+        if (p := statistics.signed_rank(own, run.budget)) is not None:
+            found[name] = p
+    return holm(found)
 
 
 def sentence(run: Run, fast: str) -> str:
@@ -77,11 +98,12 @@ def sentence(run: Run, fast: str) -> str:
         return ""
     text = (
         f"Paired by cell over {found.observations} pairs of task and softmax, "
-        f"{optimizer_label(BASELINE)} takes {found.value:.2f} times the epochs of "
+        f"{optimizer_label(BASELINE)} takes {found} times the epochs of "
         f"{optimizer_label(fast)}, 95 % interval {found.low:.2f} to {found.high:.2f}"
     )
-    bound = f"; {found.bounded} pairs with a censored cell count as a bound"
-    return text + (bound if found.bounded else "") + "."
+    cells = "1 pair" if found.bounded == 1 else f"{found.bounded} pairs"
+    counted = f"; in {cells} of cells one is censored and counts at the budget"
+    return text + (counted if found.bounded else "") + "."
 
 
 def groups(run: Run) -> dict[str, list[Panel]]:
@@ -149,9 +171,8 @@ def _ratio(run: Run, pairs: Sequence[Pair]) -> list[str]:
     found = statistics.ratio(pairs, run.budget)
     if found is None:
         return ["0", "–", "–"]
-    bound = " (bound)" if found.bounded else ""
     interval = "–" if math.isnan(found.low) else f"{found.low:.2f} to {found.high:.2f}"
-    return [number(found.observations), f"{found.value:.2f}{bound}", interval]
+    return [number(found.observations), str(found), interval]
 
 
 def p_text(value: float | None) -> str:

@@ -362,6 +362,7 @@ def _row(
         **cell._asdict(),
         **found,
         "delay": None if grokked is None else grokked - found["memorized_epoch"],
+        **after_grokking(history, found["grok_epoch_sustained"]),
         "censored": found["grok_epoch_sustained"] is None,
         "diverged": diverged,
         "epochs_run": epochs,
@@ -377,6 +378,13 @@ def _row(
         "together": together,
         "params_sha256": _digest(params),
     }
+
+
+def after_grokking(history: list[Epoch], grokked: int | None) -> dict[str, int]:
+    """How many evaluations there are later, and how many of these are below 95 %."""
+    later = history[grokked:] if grokked else []
+    below = sum(epoch.validation_accuracy < GROKKED_ACCURACY for epoch in later)
+    return {"evaluations_after_grok": len(later), "below_after_grok": below}
 
 
 def _digest(params: Any) -> str:
