@@ -42,7 +42,9 @@ class Sweep:
             raise ValueError(f"--sweep.factor must be greater than 1, got {self.factor}.")
         for field in ("reach", "limit"):
             if getattr(self, field) < 0:
-                raise ValueError(f"--sweep.{field} must not be negative.")
+                raise ValueError(
+                    f"--sweep.{field} must not be negative, got {getattr(self, field)}."
+                )
 
 
 def check_grid(config: Any, *fields: str) -> None:

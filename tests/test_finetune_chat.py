@@ -252,7 +252,10 @@ def test_markers_are_named_where_they_are_others(tmp_path):
     source = BLOCKS.replace("{% generation %}\n", "").replace("{% endgeneration %}\n", "")
     folder = folder_of(tmp_path / "hf", source)
     messages = said("Hello", "Hi.", "### Assistant:\nEvil", "Bye.")
-    with pytest.raises(ValueError, match=r"shows 0 turns between .*im_start.*name the markers"):
+    said_so = (
+        r"shows 0 turns between .*im_start.*put {% generation %} … .* in .*chat_template\.jinja"
+    )
+    with pytest.raises(ValueError, match=said_so):
         Chat(folder).conversation(messages)
     model = Chat(folder, Markers("### Assistant:\n", "<|im_end|>"))
     (encoded,) = model.encode([model.conversation(messages)])
@@ -309,6 +312,10 @@ def test_a_completion_is_tokenised_as_it_will_be_generated(folder):
         ([{"role": ["user"], "content": "x"}], "role .*, not system"),
         (said("a", " \n"), "message 2, of the assistant, is empty"),
         (said("a", None), "content of message 2 is no text but None"),
+        (
+            [{"role": "user", "content": None, "tool_calls": [1]}, *said("a", "b")[1:]],
+            "content of message 1 is no text but None",
+        ),
         (said("a", [{"type": "text", "text": "b"}]), "content of message 2 is no text"),
         ([{"role": "user", "content": "a", "weight": 0}], "has 'weight', and may have role"),
         (said("a", "b\ufdd0"), "no characters"),
@@ -330,6 +337,28 @@ def test_what_a_template_refuses_is_an_error(tmp_path):
     source = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(ValueError, match="unsafe"):
         Chat(folder_of(tmp_path / "b", source)).conversation(said("a", "b"))
+
+
+def test_a_message_that_a_template_drops_is_an_error(tmp_path):
+    """Qwen3's shows no developer; what another one trims, quotes or thinks is shown."""
+    drops = THINKING.replace(
+        "{%- else %}\n{{- '<|im", "{%- elif message.role != 'developer' %}\n{{- '<|im"
+    )
+    model = Chat(folder_of(tmp_path / "drops", drops))
+    developer = [{"role": "developer", "content": "Be brief."}]
+    with pytest.raises(ValueError, match=r"message 1, of the developer, is nowhere .*leave it out"):
+        model.conversation(developer + said("a", "b"))
+    assert model.conversation(developer[:0] + said("a", "<think>x</think>", "b", "c")).learnt
+    assert model.conversation([developer[0] | {"content": " "}, *said("a", "b")]).learnt
+    quotes = drops.replace("+ content +", "+ (content | trim | tojson) +")
+    quoted = Chat(folder_of(tmp_path / "quotes", quotes)).conversation(said(' "a"\n', "b"))
+    assert r'"\"a\""' in "".join(quoted.pieces)
+
+
+def test_a_template_that_asks_for_the_day_is_told_the_same_one(tmp_path):
+    folder = folder_of(tmp_path / "hf", "{{ strftime_now('%d %b %Y') }}" + THINKING)
+    (piece,) = Chat(folder).conversation(said("a", "b")).pieces
+    assert piece.startswith("26 Jul 2024<|im_start|>")
 
 
 def test_a_tokenizer_of_our_own_is_read_by_transformers(tmp_path):
@@ -373,3 +402,7 @@ def test_a_folder_without_a_whole_tokenizer_is_refused(tmp_path):
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
         Chat(folder)
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        (folder / name).unlink()
+        with pytest.raises(FileNotFoundError, match=rf"{name} is not there; download it, or have"):
+            Chat(folder)

@@ -118,6 +118,23 @@ def test_a_table_gives_objects_no_keys_of_other_rows(tmp_path):
     assert one == other
 
 
+def test_a_table_keeps_the_null_content_of_a_call(tmp_path):
+    chat.write_tokenizer(tmp_path, ["abc"], 300)
+    show = "{% for m in messages %}{{ m.role }}{{ m.tool_calls | tojson if m.tool_calls }}"
+    show += "{{ m.content is none }}{{ m.content }}"
+    source = show.replace("{% for", "{% generation %}{% for") + "{% endfor %}{% endgeneration %}"
+    (tmp_path / "chat_template.jinja").write_text(source)
+    rows = rows_of("messages")
+    for row in rows[::2]:
+        call = {"function": {"arguments": {"content": "x", "a": 1}}}
+        row["messages"][1] |= {"content": None, "tool_calls": [call]}
+    for row in rows[1::4]:
+        row["messages"][1] |= {"tool_calls": [{"function": {"arguments": {"a": 2}}}]}
+    files = [write(tmp_path / name, rows) for name in ("a.jsonl", "a.parquet")]
+    one, other = (data.prepare(file, chat.Chat(tmp_path), 200).report.sha256 for file in files)
+    assert one == other
+
+
 def test_of_a_prompt_and_a_completion_only_the_latter_is_learnt(model, tmp_path):
     rows = [{"prompt": turns(i) + turns(i)[:1], "completion": turns(i + 1)[1:]} for i in range(60)]
     train, _, _ = data.prepare(write(tmp_path / "a.jsonl", rows), model, 100)
@@ -160,9 +177,28 @@ def test_groups_stay_together(model, tmp_path):
     assert [len(side.lengths) for side in sides] == [5, 5]
     one = [{"prompt": "Why?", "completion": str(i)} for i in range(9)]
     with pytest.raises(
-        ValueError, match=r"one\.jsonl has 9 rows of 1 groups.* 0 to train on and 9"
+        ValueError, match=r"one\.jsonl has 9 rows of 1 groups.* 9 to train on and 0"
     ):
         data.prepare(write(tmp_path / "one.jsonl", one), model, 100)
+
+
+@pytest.mark.parametrize("tenth", [False, True])
+@pytest.mark.parametrize("other", [1, 7, 20])
+def test_no_more_is_held_out_than_trained_on(model, tmp_path, other, tenth):
+    """Also where the hash of the greater group is the least, or one in ten."""
+    names = sorted((f"book {i}" for i in range(100)), key=lambda name: zlib.crc32(name.encode()))
+    least = next(name for name in names if (zlib.crc32(name.encode()) % 10 == 0) is tenth)
+    names = [least] * 20 + [names[-1]] * other
+    rows = [row | {"group": name} for row, name in zip(rows_of("texts"), names, strict=False)]
+    file = write(tmp_path / "a.jsonl", rows)
+    train, held_out, _ = data.prepare(file, model, 100)
+    assert (len(train.lengths), len(held_out.lengths)) == (20, other)
+
+
+def test_of_many_groups_the_hash_decides_alone():
+    groups = [f"book {i}" for i in range(500) for _ in range(i % 7)]
+    held = {name for name in groups if zlib.crc32(name.encode()) % 10 == 0}
+    assert data._held_out(groups) == held and len(held) > 30
 
 
 def test_content_that_spells_special_tokens_is_counted(model, tmp_path):
@@ -178,7 +214,21 @@ def test_content_that_spells_special_tokens_is_counted(model, tmp_path):
         ("[" * 100_000, r"no valid JSON: "),
         ('"\udcff"', r"no valid JSON: "),
         ("[]", "a row is an object, and this is a list"),
-        ("{}", 'has "messages", or "prompt" and "completion"; this has neither'),
+        ("{}", 'has "messages", or "prompt" and "completion".*; this has no keys'),
+        (
+            '{"conversations": [], "id": 1, "group": null}',
+            "'conversations', 'group' .null., 'id'; c",
+        ),
+        (
+            '{"instruction": "a", "input": "", "output": "b"}',
+            "has 'input', 'instruction', 'output'",
+        ),
+        ('{"messages": null}', r"none of them null; this has 'messages' \(null\); convert"),
+        (
+            '{"messages": [{"role": "user", "content": null, "tool_calls": [1]}, {"role": '
+            '"assistant", "content": "a"}]}',
+            "the content of message 1 is no text but None",
+        ),
         ('{"prompt": "a"}', "this has 'prompt'"),
         ('{"messages": [], "prompt": "a", "completion": "b"}', "this has 'completion', 'messages'"),
         ('{"messages": []}', "must be a list with something in it"),
@@ -214,18 +264,21 @@ def test_a_row_with_nothing_to_learn_is_an_error(tmp_path, model):
 
 
 def test_files_that_cannot_be_read_are_errors(model, tmp_path):
-    cut = tmp_path / "a.jsonl.gz"
+    blank, cut = tmp_path / "blank.jsonl", tmp_path / "a.jsonl.gz"
+    blank.write_text("\n  \n")
     cut.write_bytes(gzip.compress(b'{"prompt": "a", "completion": "b"}\n' * 99, mtime=0)[:-20])
     for path, error in (
         (cut, "is damaged"),
         (tmp_path / "a.csv", "ends in none of .jsonl"),
         (write(tmp_path / "a.parquet", [{"text": "a"}]), 'has no column "completion" or "group"'),
-        (write(tmp_path / "a.jsonl", []), "has 0 rows"),
+        (write(tmp_path / "a.jsonl", []), r"a\.jsonl has no rows; give a file that has some"),
+        (blank, r"blank\.jsonl has no rows"),
     ):
         with pytest.raises(ValueError, match=error):
             data.prepare(str(path), model, 100)
-    with pytest.raises(FileNotFoundError):
-        data.prepare(str(tmp_path / "missing.jsonl"), model, 100)
+    for name in ("missing.jsonl", "missing.parquet"):
+        with pytest.raises(FileNotFoundError, match=rf"{name} is not there; give the path"):
+            data.prepare(str(tmp_path / name), model, 100)
 
 
 def random_rows(count=157, context=32, seed=0):

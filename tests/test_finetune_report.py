@@ -150,6 +150,12 @@ def test_it_is_made_again_without_training(tmp_path, capsys):
     assert (tmp_path / "report.html").exists()
 
 
+def test_of_a_suite_the_other_report_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"suite": "qk"}')
+    with pytest.raises(SystemExit, match=rf"experiments.finetune.suites.report {tmp_path}`"):
+        report.main(str(tmp_path))
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(RunError, match="no folder of an arm"):
         found_arms(epath.Path(tmp_path))

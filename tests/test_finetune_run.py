@@ -185,6 +185,13 @@ def test_a_run_without_finite_steps_stops_and_says_so(poisoned, tmp_path):
         run(trainer, tmp_path, rows=rows)
 
 
+def test_params_that_an_update_breaks_are_not_saved(tmp_path):
+    config = training(warmup=0, with_={"learning_rate": 3e38})
+    with pytest.raises(TrainingError, match=r"update that is not.*learning-rate 3e\+38"):
+        run(trainer_of(config), tmp_path / "run")
+    assert not [*(tmp_path / "run" / "checkpoints").glob("[0-9]*")]
+
+
 def test_a_batch_that_devices_do_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"= 8 windows, which .* = 16 do not divide"):
         Trainer(training(), "adamw", NORMED, mesh_of(1, 16, 1, 1))
@@ -296,11 +303,31 @@ def test_what_fits_is_trained_and_what_does_not_is_refused():
     memory.check(plan_of("4b", "muonclip"), 80 * 10**9)
     with pytest.raises(memory.TooLarge, match=r"alone are 64.36 GB.*--mesh.fsdp"):
         memory.check(plan_of("4b", "adamw"), 24 * 10**9)
-    with pytest.raises(memory.TooLarge, match="raise --accumulate above 1; shorten --context"):
+    with pytest.raises(memory.TooLarge, match="take --accumulate 4; shorten --context"):
         memory.check(plan_of("1.7b", "adamw", batch=256), 80 * 10**9)
     small = trainer_of(training(), "muon_adamw")
     with pytest.raises(memory.TooLarge, match="The compiled step of muon_adamw needs"):
         memory.check(small, 10**5, memory.compiled(small))
+
+
+@pytest.mark.parametrize(("gigabytes", "fsdp"), [(24, 8), (32, 4), (0.1, None)])
+def test_a_mesh_that_is_advised_fits(gigabytes, fsdp):
+    """Of 2, 4 and 8 devices, which divide the batch."""
+    with pytest.raises(memory.TooLarge) as refused:
+        memory.check(plan_of("4b", "adamw", batch=8), round(gigabytes * 1e9))
+    if fsdp is None:
+        assert "no --mesh.fsdp that divides" in str(refused.value)
+        return
+    assert f"share it among {fsdp} devices with --mesh.fsdp {fsdp};" in str(refused.value)
+    memory.check(plan_of("4b", "adamw", mesh_of(1, fsdp, 1, 1), batch=8), gigabytes * 10**9)
+
+
+def test_arms_that_fit_are_advised_in_place_of_one_that_does_not():
+    with pytest.raises(memory.TooLarge, match="take --arms muon_frozen1d muon_adamw muonclip, wh"):
+        memory.check(plan_of("4b", "adamw", batch=8), 80 * 10**9)
+    with pytest.raises(memory.TooLarge) as refused:
+        memory.check(plan_of("4b", "adamw", batch=8), 60 * 10**9)
+    assert "--arms" not in str(refused.value)
 
 
 # --- The command -----------------------------------------------------------------------------
@@ -314,6 +341,25 @@ def test_what_fits_is_trained_and_what_does_not_is_refused():
         ("--preset 4b", "--preset is of --dry-run"),
         ("--warmup 500", "less than the steps"),
         ("--context 1", "--context is 2"),
+        ("--optimizer.b1 1", "--optimizer.b1 is the share"),
+        ("--optimizer.b2 1", "--optimizer.b2 is the share"),
+        ("--optimizer.beta -0.1", "below 1, got -0.1"),
+        ("--optimizer.weight-decay -1", "--optimizer.weight-decay is 0 or more, got -1"),
+        ("--optimizer.learning-rate inf", "--optimizer.learning-rate is above 0, got inf"),
+        ("--final 1.5", "from 0 to 1; got 1.5"),
+        ("--seed -1", "--seed is 0 or more, got -1"),
+        ("--epochs inf", "--epochs is above 0"),
+        ("--warmup 3 --steps 3", "less than the steps, 3; got 3. Take fewer"),
+        ("--base.hidden 0", "--base.hidden is at least 1, got 0"),
+        ("--base.heads 3", "--base.heads is even and at least 2"),
+        ("--base.head-dim 3", "--base.head-dim is even and at least 2, since RoPE"),
+        ("--base.vocabulary 258", "--base.vocabulary is at least 259"),
+        ("--base.learning-rate 0", "--base.learning-rate is above 0, got 0"),
+        ("--model x --out gs://a/b", "Give --export False"),
+        ("--suite qk --preset 4b --dry-run", "leave --preset 4b out"),
+        ("--suite bogus", "For full helptext, run python -m experiments.finetune"),
+        ("--suite", "Missing value for argument '--suite'"),
+        ("--model", "Missing value for argument '--model'"),
     ],
 )
 def test_wrong_options_are_refused(words, message, capsys):
@@ -338,12 +384,69 @@ def test_only_the_command_without_arguments_is_cut_short():
     assert (real.steps, real.evaluation_tokens) == (0, 32_768)
 
 
+def test_a_warm_up_that_nobody_asked_for_gives_way_to_a_short_training():
+    def warmup(words, windows, usual=10):
+        return command.parse(words.split()).training().with_steps(windows, usual).warmup
+
+    assert warmup("", 999) == 10
+    assert warmup("--suite controlled", 999) == 10
+    assert warmup("--model x --steps 400", 999, 20) == 20
+    assert warmup("--model x --steps 3", 999, 20) == 0
+    assert warmup("--model x", 8 * 50, 20) == 5
+    assert warmup("--model x --steps 3 --warmup 2", 999, 20) == 2
+
+
+def test_a_model_that_is_no_folder_is_refused_with_a_way_to_get_it(monkeypatch, capsys, tmp_path):
+    for name in ("Qwen/Qwen3-0.6B", "/nope"):
+        monkeypatch.setattr(sys, "argv", ["finetune", "--model", name])
+        assert command.main() == 2
+        said = capsys.readouterr().err
+        assert f"{name} is no folder here" in said
+        assert "`hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B`" in said
+    monkeypatch.setattr(
+        sys, "argv", ["finetune", "--suite", "controlled", "--model", str(tmp_path)]
+    )
+    assert command.main() == 2
+    assert "has no config.json" in capsys.readouterr().err
+
+
+def test_a_context_beyond_the_models_positions_is_told(monkeypatch, capsys):
+    for context, told in (("40960", False), ("40961", True)):
+        words = f"finetune --dry-run --preset 0.6b --batch 1 --context {context}"
+        monkeypatch.setattr(sys, "argv", [*words.split(), "--device-memory", "999"])
+        assert command.main() == 0
+        assert ("beyond the 40,960 positions" in capsys.readouterr().out) == told
+
+
+def test_a_suite_is_planned_before_its_models_are_read(monkeypatch, capsys):
+    def fail(*given):
+        raise AssertionError("a suite that does not fit, or is only planned, has begun")
+
+    monkeypatch.setattr(command, "suite", fail)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["finetune", "--suite", "as_published", "--dry-run"])
+    assert command.main() == 0
+    said = capsys.readouterr().out
+    assert "without muon_of_tables\n" in said and "without decay_apart," in said
+    words = "finetune --suite controlled --device-memory"
+    monkeypatch.setattr(sys, "argv", [*words.split(), "0.129"])
+    assert command.main() == 2
+    said = capsys.readouterr().err
+    assert "a step of adamw needs" in said and "--arms muon_frozen1d muon_adamw muonclip" in said
+    assert "--mesh" not in said  # each training is one device's
+    monkeypatch.setattr(sys, "argv", [*words.split(), "80", "--preset", "4b", "--dry-run"])
+    assert command.main() == 2
+    assert "84.70 GB" in capsys.readouterr().err
+
+
 def test_a_dry_run_shows_the_plan_and_refuses(monkeypatch, capsys):
     words = "finetune --dry-run --preset 4b --device-memory 80 --arms muon_adamw"
     monkeypatch.setattr(sys, "argv", words.split())
     monkeypatch.setenv("COLUMNS", "200")
     assert command.main() == 0
-    assert "16.09 GB" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "16.09 GB" in said
+    assert "a device of its own for each arm" in said and "--mesh" not in said
     monkeypatch.setattr(sys, "argv", f"{words} adamw --device-memory 60".split())
     assert command.main() == 2
     assert "needs" in capsys.readouterr().err
@@ -405,6 +508,46 @@ def test_two_processes_train_and_write_one_model(tmp_path):
     assert_close(jax.device_get(two), jax.device_get(one), 1e-3)
     assert (ours / "model" / "tokenizer.json").exists()
     assert not list(ours.glob(".model*")) and (tmp_path / "two" / "report.html").exists()
+
+
+def one_arm(tmp_path, monkeypatch, *more):
+    folder, rows = written(tmp_path, dataclasses.replace(NORMED, vocabulary=320))
+    words = f"finetune --model {folder} --data {rows} --context 32 --batch 4 --steps 6"
+    words += f" --dtype float32 --arms adamw --out {tmp_path / 'runs'}"
+    monkeypatch.setattr(sys, "argv", [*words.split(), *more])
+    monkeypatch.setattr(command, "stop_on_signals", threading.Event)
+    return folder
+
+
+def test_tensors_are_checked_before_rows_are_read(tmp_path, monkeypatch, capsys):
+    folder = one_arm(tmp_path, monkeypatch)
+    architecture, params = weights.read(folder)
+    (folder / "model.safetensors").unlink()
+    weights.write(tmp_path / "shards", architecture, params, shard=20_000)
+    shards = sorted((tmp_path / "shards").glob("*.safetensors*"))
+    for path in shards:
+        path.rename(folder / path.name)
+    (folder / shards[1].name).unlink()
+
+    def fail(*given, **more):
+        raise AssertionError("rows are read")
+
+    monkeypatch.setattr(command.data, "prepare", fail)
+    assert command.main() != 0
+    assert shards[1].name in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_start_that_failed_leaves_the_folder_free(tmp_path, monkeypatch, capsys):
+    def fail(*given):
+        raise ValueError("the weights are broken")
+
+    monkeypatch.setattr(command.loop, "train", fail)
+    monkeypatch.setattr(command.memory, "compiled", lambda trainer: 0)
+    for seed in "01":
+        one_arm(tmp_path / seed, monkeypatch, "--seed", seed, "--out", str(tmp_path / "runs"))
+        assert command.main() == 2
+        assert "the weights are broken" in capsys.readouterr().err
 
 
 def test_side_by_side_and_again(tmp_path, monkeypatch):

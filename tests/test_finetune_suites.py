@@ -171,6 +171,14 @@ def test_what_needs_one_machine_refuses_others(tmp_path):
         variants(command("qk", model="a folder"), "qk")
 
 
+def test_a_folder_knows_the_warm_up_that_nobody_asked_for():
+    config = command("controlled", warmup=None, steps=40)
+    planned = variants(config, "controlled")
+    found = models(config, planned, None, None)
+    trainings = {name: study._training(of, found[of.base]) for name, of in planned.items()}
+    assert study._settings(config, "controlled", found, trainings)["warmup"] == 4
+
+
 # --- What is asked -----------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from experiments.finetune import architecture as config_json
 from experiments.finetune import chat, model, weights
 from experiments.finetune.architecture import PRESETS, Qwen3
-from experiments.finetune.weights import read, write
+from experiments.finetune.weights import check, read, write
 
 TIED = Qwen3(
     layers=2,
@@ -215,6 +215,15 @@ OTHERS = {
     "tie_word_embeddings": 1,
     "vocab_size": True,
     "num_key_value_heads": 3,
+    "eos_token_id": {"a": 1},
+}
+# Which are none of their types, and of which no set or key can be made.
+ODD = {
+    "model_type": ["qwen3"],
+    "rope_theta": [1e6],
+    "rope_parameters": {"rope_theta": [1e6]},
+    "layer_types": 5,
+    "bos_token_id": [[1]],
 }
 
 
@@ -227,6 +236,14 @@ def test_models_that_are_none_of_ours_are_refused(field, tmp_path):
     )
     said = {"num_key_value_heads": "kv_heads", "rope_theta": "1000000.0 and 5000000.0"}
     with pytest.raises(ValueError, match=rf"config\.json: .*{said.get(field, field)}"):
+        config_json.read(path)
+
+
+@pytest.mark.parametrize("field", ODD)
+def test_odd_values_are_named(field, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(FOUR | {field: ODD[field]}))
+    with pytest.raises(ValueError, match=rf"config\.json: {field}.* is .*(1|5|qwen3)"):
         config_json.read(path)
 
 
@@ -256,7 +273,7 @@ def test_damaged_tensors_are_named(written):
     gate = load_file(written / "model.safetensors")[GATE]
     for x, message in {
         "missing": (None, rf"lacks 1 tensors, {GATE}"),
-        "short": (gate[1:], rf"{GATE} is F32 \(23, 16\).*F16 \(24, 16\)"),
+        "short": (gate[1:], rf"hf.model\.safetensors: {GATE} is F32 \(23, 16\).*F16 \(24, 16\)"),
         "transposed": (gate.T.copy(), rf"{GATE} is F32 \(16, 24\)"),
         "integers": (gate.astype(np.int32), rf"{GATE} is I32"),
         "infinite": (np.where(gate == gate[3, 3], np.inf, gate), rf"{GATE} has values .* finite"),
@@ -265,6 +282,11 @@ def test_damaged_tensors_are_named(written):
         rewrite(written, **{GATE: x})
         with pytest.raises(ValueError, match=message):
             read(written)
+        if "finite" in message:
+            check(written, TIED)
+        else:
+            with pytest.raises(ValueError, match=message):
+                check(written, TIED)
     rewrite(written, **{GATE: gate, "model.layers.1.mlp.gate_proj.bias": gate[:, 0].copy()})
     with pytest.raises(ValueError, match=r"beyond its config.*gate_proj\.bias"):
         read(written)
@@ -274,9 +296,15 @@ def test_a_tied_model_may_repeat_its_embedding_but_no_other_head(written):
     embedding = load_file(written / "model.safetensors")["model.embed_tokens.weight"]
     rewrite(written, **{"lm_head.weight": embedding})
     assert_equal(read(written)[1], start(TIED))
-    for other in (embedding + np.eye(64, 16, -30, np.float32), embedding[1:]):
+    for other, message in (
+        (
+            embedding + np.eye(64, 16, -30, np.float32),
+            "word_embeddings true, and lm_head.weight is",
+        ),
+        (embedding[1:], r"lm_head.weight is F32 \(63, 16\)"),
+    ):
         rewrite(written, **{"lm_head.weight": other})
-        with pytest.raises(ValueError, match=r"tie_word_embeddings true, and lm_head\.weight is"):
+        with pytest.raises(ValueError, match=message):
             read(written)
 
 
@@ -286,8 +314,53 @@ def test_files_that_are_cut_or_missing_are_refused(written):
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
         read(written)
     path.unlink()
-    with pytest.raises(OSError, match=r"model\.safetensors"):
+    (written / "pytorch_model.bin").touch()
+    said_so = r"hf has neither model\.safetensors nor .*pytorch_model\.bin is not read; download"
+    with pytest.raises(FileNotFoundError, match=said_so):
         read(written)
+    (written / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json is not there.*`hf download"):
+        read(written)
+
+
+def test_an_index_names_files_that_are_there(tmp_path):
+    folder = tmp_path / "hf"
+    write(folder, TIED, start(TIED), dtype="float32", shard=5000)
+    check(folder, TIED)
+    index, last = folder / "model.safetensors.index.json", max(folder.glob("model-*"))
+    last.rename(tmp_path / "last")
+    for look in (lambda: check(folder, TIED), lambda: read(folder)):
+        with pytest.raises(FileNotFoundError, match=f"{index.name} names {last.name}, .*download"):
+            look()
+    for weight_map, value in (["a"], r"\['a'\]"), ({}, "{}"), (None, None), ({"a": [1]}, r"\[1\]"):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ValueError, match=rf"{index.name}: .* is {value} and should be"):
+            check(folder, TIED)
+
+
+def test_of_two_sets_of_weights_none_is_read(tmp_path):
+    """Transformers takes the single file, and others the shards."""
+    folder = tmp_path / "hf"
+    write(folder, TIED, start(TIED), dtype="float32", shard=5000)
+    write(tmp_path / "one", TIED, start(TIED))
+    single = (tmp_path / "one" / "model.safetensors").rename(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"hf has model\.safetensors and, .*00001-of-.*Remove"):
+        read(folder)
+    names = load_file(single)
+    index = {"weight_map": dict.fromkeys(names, single.name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_equal(read(folder)[1], rounded(start(TIED), jnp.bfloat16))  # both say the same
+
+
+def test_no_tensor_is_read_to_check(written, monkeypatch):
+    def fails(*arguments):
+        pytest.fail("a tensor was read")
+
+    monkeypatch.setattr(weights.hugging_face, "read_tensor", fails)
+    monkeypatch.setattr(weights, "_check_tied", fails)
+    check(written, TIED)
+    with pytest.raises(ValueError, match=r"lacks 1 tensors, lm_head"):
+        check(written, UNTIED)
 
 
 def test_params_of_another_model_and_broken_ones_are_not_written(tmp_path):

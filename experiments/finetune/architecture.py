@@ -161,14 +161,23 @@ def read(path: Path) -> Qwen3:
         ValueError: it is damaged, lacks a size, or tells of a model that is none of these.
         OSError: it cannot be read.
     """
-    given = read_json(path)
+    try:
+        given = read_json(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} is not there. A model is a folder here, with {path.name}, tokenizer and "
+            "safetensors, as `hf download NAME --local-dir FOLDER` makes one."
+        ) from None
     kind = given.get("model_type")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise _unknown(path, "model_type", kind, " or ".join(map(repr, _KINDS)))
     for name, only in _ONLY.items():
         if given.get(name, only) != only:
             raise _unknown(path, name, given[name], repr(only))
-    others = sorted({str(x) for x in given.get("layer_types") or ()} - {"full_attention"})
+    types = given.get("layer_types") or []
+    if not isinstance(types, list):
+        raise ValueError(f"{path}: layer_types is {types!r} and should be a list.")
+    others = sorted(set(map(str, types)) - {"full_attention"})
     if others:
         raise _unknown(path, "layer_types", others[0], "'full_attention'")
     values: dict[str, Any] = {"rope_theta": _rope_theta(path, given)}
@@ -177,8 +186,7 @@ def read(path: Path) -> Qwen3:
     for ours, theirs in _CONSTANTS.items():
         values[ours] = _checked(path, theirs, given.get(theirs), float)
     for ours, theirs in _TOKENS.items():
-        ids = given.get(theirs)
-        values[ours] = tuple(ids) if isinstance(ids, list) else ids
+        values[ours] = _ids(path, theirs, given.get(theirs))
     tied = _checked(path, "tie_word_embeddings", given.get("tie_word_embeddings", False), bool)
     try:
         return Qwen3(**values, tied=tied, qk_norm=_KINDS[kind][0])
@@ -188,21 +196,29 @@ def read(path: Path) -> Qwen3:
 
 def _rope_theta(path: Path, given: dict[str, Any]) -> float:
     """Transformers 4 has it beside `rope_scaling`, 5 in `rope_parameters`."""
-    bases = {given["rope_theta"]} if given.get("rope_theta") is not None else set()
+    bases = set()
+    if given.get("rope_theta") is not None:
+        bases.add(_checked(path, "rope_theta", given["rope_theta"], float))
     for field in ("rope_parameters", "rope_scaling"):
         rope = given.get(field) or {}
         if not isinstance(rope, dict):
             raise ValueError(f"{path}: {field} is {rope!r} and should be an object.")
         for name, value in rope.items():
             if name == "rope_theta":
-                bases.add(value)
+                bases.add(_checked(path, f"{field}.{name}", value, float))
             elif _ROPE.get(name) != value:
                 only = repr(_ROPE[name]) if name in _ROPE else "no such setting"
                 raise _unknown(path, f"{field}.{name}", value, only)
     if len(bases) != 1:
         found = " and ".join(map(str, sorted(bases, key=str))) or "missing"
         raise ValueError(f"{path}: rope_theta is {found} and should be one number.")
-    return _checked(path, "rope_theta", bases.pop(), float)
+    return bases.pop()
+
+
+def _ids(path: Path, name: str, value: Any) -> Ids:
+    if isinstance(value, list):
+        return tuple(_checked(path, name, index, int) for index in value)
+    return value if value is None else _checked(path, name, value, int)
 
 
 def _checked(path: Path, name: str, value: Any, kind: type) -> Any:

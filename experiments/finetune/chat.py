@@ -1,7 +1,8 @@
 """Conversations as tokens: a model's tokenizer and chat template, and which tokens are learnt.
 
 The tokenizer is that of the `tokenizers` library, and the template is rendered in Jinja's sandbox
-with the settings of transformers: the tokens are those of its `apply_chat_template`.
+with the settings of transformers: the tokens are those of its `apply_chat_template`, but that a
+template is told a fixed day.
 """
 
 import re
@@ -86,6 +87,13 @@ class Chat:
     """
 
     def __init__(self, folder: Path, markers: Markers | None = None):
+        for name in (TOKENIZER, SETTINGS):
+            if not (folder / name).exists():
+                raise FileNotFoundError(
+                    f"{folder / name} is not there; download it, or have transformers write it: "
+                    "AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)."
+                )
+        self._folder = folder
         path = folder / TOKENIZER
         self._tokenizer = tokenizer.read(path.read_bytes(), str(path))
         self._tokenizer.post_processor = None  # Llama's trims the offsets of tokens
@@ -128,21 +136,18 @@ class Chat:
             given: so many of the first messages are a prompt, and nothing of them is learnt.
 
         Raises:
-            ValueError: a message is none, a role is out of order, the template refuses them, or
-                the assistant's turns cannot be told apart in what it makes of them.
+            ValueError: a message is none, a role is out of order, the template refuses them or
+                drops one, or the assistant's turns cannot be told apart in what it makes of them.
         """
         roles = _check(messages)
         escaped, tools = self._escape(messages), self._escape(tools)
-        try:
-            rendered = self._template.render(
-                messages=escaped,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=False,
-                **self._names,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise ValueError(f"the chat template refuses it: {error}") from None
+        rendered = self._render(escaped, tools)
+        for number, role in enumerate(roles, 1):
+            if self._is_dropped(escaped, number - 1, tools, rendered):
+                raise ValueError(
+                    f"message {number}, of the {role}, is nowhere in what the chat template makes "
+                    "of them; leave it out, or give its words to a role that the template shows"
+                )
         where = "{% generation %} blocks"
         if self._markers:
             rendered = rendered.replace(BEGIN, "").replace(END, "")
@@ -153,7 +158,9 @@ class Chat:
         if len(text.learnt) != turns:
             raise ValueError(
                 f"the chat template shows {len(text.learnt)} turns between {where}, and the "
-                f"assistant has {turns}; name the markers that begin and end one in this template"
+                f"assistant has {turns}; put {{% generation %}} … {{% endgeneration %}} around the "
+                f"assistant's words, each turn's in one, in {self._folder / TEMPLATE}, which is "
+                f"read before the template in {SETTINGS}"
             )
         return text._replace(learnt=text.learnt[roles[:given].count("assistant") :])
 
@@ -185,6 +192,34 @@ class Chat:
             )
         )
         return [_join(text, [next(encodings) for _ in text.pieces]) for text in texts]
+
+    def _render(self, messages: Sequence[Any], tools: Any) -> str:
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=False,
+                **self._names,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise ValueError(f"the chat template refuses it: {error}") from None
+
+    def _is_dropped(self, messages: list[Any], index: int, tools: Any, rendered: str) -> bool:
+        """Whether the text is the same whatever a message says, which then is not in it.
+
+        Templates may trim or quote content, and leave out a thought, or words beside a call. To
+        render again for each message would be slow: words that occur elsewhere, too, pass.
+        """
+        message = messages[index]
+        content = (message["content"] or "").strip()
+        if message.get("tool_calls") or content in rendered:
+            return False
+        other = [*messages[:index], message | {"content": "?"}, *messages[index + 1 :]]
+        try:
+            return self._render(other, tools) == rendered
+        except ValueError:
+            return False
 
     def _escape(self, value: Any) -> Any:
         match value:
@@ -256,7 +291,7 @@ def _check(messages: Sequence[Any]) -> list[str]:
                 f"{name} is of the {role} after {before or 'nothing'}; after a system message, if "
                 "any, come user and assistant in turn, and tools between two of the assistant"
             )
-        if not (content is None and message.get("tool_calls")):
+        if not (content is None and role == "assistant" and message.get("tool_calls")):
             if not isinstance(content, str):
                 raise ValueError(f"the content of {name} is no text but {short(content)}")
             if role in ("user", "assistant") and not (content.strip() or message.get("tool_calls")):

@@ -22,6 +22,10 @@ QuirkName = Literal[
     "muon_of_tables",
 ]
 
+# Steps of warm-up where nobody chooses, of the small model and of a --model; less of a short run.
+WARMUP, REAL_WARMUP = 10, 20
+_SMALLEST_VOCABULARY = 259  # all bytes, an end of text, and ChatML's two markers
+
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
@@ -55,9 +59,20 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps", "clip_threshold"):
-            if not getattr(self, name) > 0:
-                value = getattr(self, name)
-                raise ValueError(f"{option('optimizer', name)} is above 0, got {value}.")
+            value = getattr(self, name)
+            if not value > 0 or (value == math.inf and name != "clip_threshold"):
+                raise ValueError(f"{option('optimizer', name)} is above 0, got {value:g}.")
+        for name in ("b1", "b2", "beta"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(
+                    f"{option('optimizer', name)} is the share of an average that a step keeps: 0 "
+                    f"or more and below 1, got {value:g}."
+                )
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"--optimizer.weight-decay is 0 or more, got {self.weight_decay:g}; 0 is none."
+            )
         if len(set(self.quirks)) != len(self.quirks):
             raise ValueError(f"--optimizer.quirks names each once, got {self.quirks}.")
 
@@ -80,8 +95,8 @@ class Training:
     """Passes over all rows, where --steps does not say how long."""
     steps: int = 0
     """Optimizer steps; 0 is as many as --epochs are."""
-    warmup: int = 10
-    """Steps of linear warm-up."""
+    warmup: int | None = None
+    """Steps of linear warm-up; by default 10, of a --model 20, and a tenth of all at most."""
     decay: DecayName = "linear"
     """How the rate falls after warm-up."""
     final: float = 0.0
@@ -107,17 +122,25 @@ class Training:
             raise ValueError(
                 f"--accumulate {self.accumulate} does not divide --batch {self.batch}."
             )
-        if not self.epochs > 0 or self.steps < 0:
+        if not 0 < self.epochs < math.inf or self.steps < 0:
             raise ValueError(
                 f"--epochs is above 0, and --steps 0 or more; got {self.epochs:g} and {self.steps}."
             )
         if not self.clip > 0:
             raise ValueError(f"--clip is above 0, got {self.clip}; inf clips nothing.")
-        if self.warmup < 0 or (self.steps and self.warmup >= self.steps):
+        if self.warmup is not None and (
+            self.warmup < 0 or (self.steps and self.warmup >= self.steps)
+        ):
             raise ValueError(
                 f"--warmup is 0 or more and less than the steps, {self.steps or 'of --epochs'}; "
-                f"got {self.warmup}."
+                f"got {self.warmup}. Take fewer, or leave --warmup out for a tenth of the steps."
             )
+        if not 0 <= self.final <= 1:
+            raise ValueError(
+                f"--final is a share of the learning rate, from 0 to 1; got {self.final:g}."
+            )
+        if self.seed < 0:
+            raise ValueError(f"--seed is 0 or more, got {self.seed}.")
 
     @property
     def microbatch(self) -> int:
@@ -129,14 +152,19 @@ class Training:
         """Positions, those of padding too."""
         return self.batch * self.context
 
-    def with_steps(self, windows: int) -> "Training":
-        """The same with `steps` of its own, for so many windows an epoch.
+    def with_steps(self, windows: int, warmup: int = WARMUP) -> "Training":
+        """The same with `steps` and `warmup` of its own.
+
+        Args:
+            windows: of an epoch.
+            warmup: steps of it where the settings leave that open and there are ten times as many.
 
         Raises:
-            ValueError: they are not more than the warm-up.
+            ValueError: the steps are not more than the warm-up that the settings ask for.
         """
         steps = self.steps or max(math.ceil(self.epochs * windows / self.batch), 1)
-        return dataclasses.replace(self, steps=steps)
+        warmup = min(warmup, steps // 10) if self.warmup is None else self.warmup
+        return dataclasses.replace(self, steps=steps, warmup=warmup)
 
     def training(self) -> "Training":
         """These settings alone, without those of a command that has more."""
@@ -196,7 +224,28 @@ class Base:
     """Of its initial params, and the order of its text."""
 
     def __post_init__(self) -> None:
-        if self.heads % 2 or self.heads < 2:
-            raise ValueError(f"--base.heads is even, got {self.heads}.")
-        if self.steps < 2:
-            raise ValueError(f"--base.steps is at least 2, got {self.steps}.")
+        for name in ("layers", "hidden", "ffn", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{option('base', name)} is at least 1, got {getattr(self, name)}."
+                )
+        for name, why in (("heads", "two share keys and values"), ("head_dim", "RoPE turns pairs")):
+            value = getattr(self, name)
+            if value < 2 or value % 2:
+                raise ValueError(
+                    f"{option('base', name)} is even and at least 2, since {why}; got {value}."
+                )
+        for name in ("steps", "context"):
+            if getattr(self, name) < 2:
+                raise ValueError(
+                    f"{option('base', name)} is at least 2, got {getattr(self, name)}."
+                )
+        if self.vocabulary < _SMALLEST_VOCABULARY:
+            raise ValueError(
+                f"--base.vocabulary is at least {_SMALLEST_VOCABULARY}, all bytes and three "
+                f"special tokens; got {self.vocabulary}."
+            )
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"--base.learning-rate is above 0, got {self.learning_rate:g}.")
+        if self.seed < 0:
+            raise ValueError(f"--base.seed is 0 or more, got {self.seed}.")

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,7 +91,7 @@ def prepare(
     A row is an object with `messages`, or with `prompt` and `completion`, both texts or both lists
     of messages, as trl has them. What the assistant says is learnt, or of the latter what the
     completion has. A row may name its `group`, which else is its first prompt; about one group in
-    ten is held out, its name decides.
+    ten is held out, its name decides, but of the rows never more than half.
 
     Args:
         file: .jsonl, .jsonl.gz or .parquet, also in gs:// or s3://; by default the instructions
@@ -103,7 +104,7 @@ def prepare(
     Raises:
         ValueError: a row is none of these, or has nothing to learn; the message has its number.
             Or no rows are left for one side.
-        OSError: the file cannot be read.
+        OSError: the file is not there or cannot be read.
     """
     if context < 2:
         raise ValueError(f"A context has two tokens or more, got {context}.")
@@ -111,6 +112,8 @@ def prepare(
     path = epath.Path(made.path if made else file).expanduser()
     if not path.name.endswith(SUFFIXES):
         raise ValueError(f"{path} ends in none of {', '.join(SUFFIXES)}.")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there; give the path of a file with rows.")
     name = f"functions of {len(made.rows)} installed Python modules" if made else path.name
     kept: list[tuple[str, Encoded]] = []
     groups: set[str] = set()
@@ -130,7 +133,9 @@ def prepare(
                 too_long += 1
         done += len(batch)
         on_progress(done)
-    held = _held_out(groups)
+    if not done:
+        raise ValueError(f"{path} has no rows; give a file that has some.")
+    held = _held_out(group for group, _ in kept)
     divided = [[row for group, row in kept if (group in held) is side] for side in (False, True)]
     if not all(divided):
         raise ValueError(
@@ -179,7 +184,7 @@ def _values(path: epath.Path) -> Iterator[tuple[str, Any]]:
     """What a file has, and where."""
     if path.suffix == ".parquet":
         for number, row in enumerate(documents.table(path, _COLUMNS), 1):
-            yield f"{path}, row {number}", _without_nulls(row)
+            yield f"{path}, row {number}", _as_written(row)
         return
     for number, line in documents.lines(path):
         try:
@@ -188,8 +193,17 @@ def _values(path: epath.Path) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{path}:{number}: no valid JSON: {error}.") from None
 
 
+def _as_written(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as it was before a table gave all objects the same keys; null content is content."""
+    row = {name: _without_nulls(value) for name, value in row.items()}
+    for value in row.values():
+        for message in value if isinstance(value, list) else ():
+            if isinstance(message, dict) and "role" in message:
+                message.setdefault("content", None)
+    return row
+
+
 def _without_nulls(value: Any) -> Any:
-    """Objects as they were before a table gave all of them the same keys."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return list(map(_without_nulls, value)) if isinstance(value, list) else value
@@ -199,7 +213,8 @@ def _text(row: Any, chat: Chat) -> tuple[Text, str]:
     """A row's text and group."""
     if not isinstance(row, dict):
         raise ValueError(f"a row is an object, and this is a {type(row).__name__}")
-    row = {key: value for key, value in row.items() if key in _COLUMNS and value is not None}
+    given = row
+    row = {key: value for key, value in given.items() if key in _COLUMNS and value is not None}
     group, tools = row.pop("group", None), row.pop("tools", None)
     if not isinstance(group, str | None):
         raise ValueError(f'its "group" must be a text, got {group!r}')
@@ -209,8 +224,11 @@ def _text(row: Any, chat: Chat) -> tuple[Text, str]:
         messages = row["messages"]
         text = chat.conversation(messages, tools)
     elif row.keys() != {"prompt", "completion"}:
-        has = ", ".join(map(repr, sorted(row))) or "neither"
-        raise ValueError(f'a row has "messages", or "prompt" and "completion"; this has {has}')
+        keys = ", ".join(f"{key!r}{' (null)' * (given[key] is None)}" for key in sorted(given))
+        raise ValueError(
+            'a row has "messages", or "prompt" and "completion", none of them null; this has '
+            f"{keys or 'no keys'}; convert it to one of these"
+        )
     else:
         prompt, completion = row["prompt"], row["completion"]
         if not isinstance(prompt, list) or not isinstance(completion, list):
@@ -224,9 +242,19 @@ def _text(row: Any, chat: Chat) -> tuple[Text, str]:
 
 
 def _held_out(groups: Iterable[str]) -> set[str]:
-    """About one in ten, but one at least, and not all if there are two."""
-    hashes = {group: zlib.crc32(group.encode(errors="replace")) for group in groups}
-    held = {group for group, number in hashes.items() if number % corpus.VALIDATION_SHARE == 0}
-    if 0 < len(held) < len(hashes):
-        return held
-    return set(sorted(hashes, key=lambda group: (hashes[group], group))[:1])
+    """Of each row's group about one in ten, but one at least, and half of the rows at most."""
+    rows = Counter(groups)
+    room = rows.total() // 2
+    held: set[str] = set()
+
+    def order(group: str) -> tuple[bool, int, str]:
+        number = zlib.crc32(group.encode(errors="replace"))
+        return number % corpus.VALIDATION_SHARE > 0, number, group
+
+    for group in sorted(rows, key=order):
+        if held and order(group)[0]:
+            break
+        if rows[group] <= room:
+            held.add(group)
+            room -= rows[group]
+    return held

@@ -22,7 +22,14 @@ from experiments.finetune.packing import Batch, Batches, Rows, in_order
 from experiments.finetune.step import State, Trainer
 from experiments.language.checkpoints import Checkpoints, params_sha256
 from experiments.language.mesh import one_device
-from experiments.language.training_loop import Metrics, OnMessage, OnStep, TrainingLoop, speed
+from experiments.language.training_loop import (
+    Metrics,
+    OnMessage,
+    OnStep,
+    TrainingError,
+    TrainingLoop,
+    speed,
+)
 from experiments.runs import machine, write_json
 
 
@@ -67,7 +74,7 @@ def train(
         Whether the run is finished.
 
     Raises:
-        TrainingError: too many steps in a row without a finite loss.
+        TrainingError: too many steps in a row without a finite loss, or one whose update is not.
         ValueError: the checkpoints are of other rows.
         OSError: a checkpoint could not be written; those before are whole.
     """
@@ -101,6 +108,21 @@ class _Run(TrainingLoop):
     def evaluate(self, state: State) -> tuple[Metrics, float]:
         values = evaluate(self.trainer, state.params, self.held_out)
         return values, values["validation_loss"]
+
+    def _refuse_to_diverge(self, metrics: Metrics | None) -> None:
+        super()._refuse_to_diverge(metrics)
+        # The guard knows loss and gradient. To judge the update too it would have to hold the old
+        # params beside the new; so these are given up, and are not saved.
+        if (
+            metrics is not None
+            and not np.isfinite([*map(float, metrics["update_rms"].values())]).all()
+        ):
+            raise TrainingError(
+                "A step had a finite loss and gradient, and an update that is not: the params are "
+                "lost, and were not saved. Lower --optimizer.learning-rate "
+                f"{self.config.optimizer.learning_rate:g} or raise --optimizer.eps "
+                f"{self.config.optimizer.eps:g}, and go on in another --out."
+            )
 
     def meta(self, step: int) -> dict[str, Any]:
         return {

@@ -4,9 +4,10 @@ Params, gradient and optimizer state are exact, from shapes and shardings. What 
 them is an estimate; once a step is compiled, the compiler knows it.
 """
 
+import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +20,9 @@ from experiments.finetune import arms
 from experiments.finetune.config import ArmName
 from experiments.finetune.step import Trainer
 from experiments.language import sharding, vocabulary
-from experiments.language.mesh import mesh_text
+from experiments.language.mesh import Mesh, mesh_of_config, mesh_text
 from experiments.language.sharding import on_device
 from experiments.pages import readable
-
-_SUMMAND = "gradient of a microbatch, float32"
 
 
 class Plan(NamedTuple):
@@ -65,7 +64,7 @@ def plan(trainer: Trainer) -> Plan:
     }
     backward = {}
     if config.accumulate > 1:
-        backward[_SUMMAND] = on_device(state.params)
+        backward["gradient of a microbatch, float32"] = on_device(state.params)
     if config.dtype == "bfloat16":
         backward["params, bfloat16"] = on_device(state.params) // 2
     # Of a token in a layer: norms and sums, queries, keys, values and their mix, and SwiGLU; and
@@ -104,15 +103,6 @@ def _update(trainer: Trainer) -> dict[str, int]:
     }
 
 
-def _replanned(trainer: Trainer, found: Plan, accumulate: int) -> int:
-    """Bytes with another number of microbatches."""
-    part = next(part for part in found.backward if part.startswith("activations"))
-    kept = sum(v for p, v in found.backward.items() if p not in (part, _SUMMAND))
-    kept += found.backward[part] * trainer.config.accumulate // accumulate
-    kept += found.held["gradient, float32"] if accumulate > 1 else 0
-    return sum(found.held.values()) + max(kept, sum(found.update.values()))
-
-
 def compiled(trainer: Trainer) -> int:
     """Bytes of one device that the compiled step takes, arguments and outputs too."""
     found: Any = trainer.program.memory_analysis()
@@ -128,15 +118,25 @@ def device_memory(device: jax.Device, sharing: int = 1) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // sharing
 
 
-def show(trainers: Mapping[ArmName, Trainer], limit: int, console: Console) -> None:
-    """Prints the plan of each arm, beside what a device has."""
+def show(
+    trainers: Mapping[ArmName, Trainer], limit: int, console: Console, where: str | None = None
+) -> None:
+    """Prints the plan of each arm, beside what a device has.
+
+    Args:
+        trainers: of one model and one config, by arm.
+        limit: bytes that a device has.
+        console: to print on.
+        where: which devices train; by default those of the mesh.
+    """
     plans = {name: plan(trainer) for name, trainer in trainers.items()}
     first = next(iter(trainers.values()))
     config, a = first.config, first.architecture
+    remat = "remat" if config.remat else "no remat"
     console.print(
-        f"{a.parameters:,} params on {mesh_text(first.mesh)}\n{config.microbatch} windows of "
-        f"{config.context:,} tokens a microbatch, {config.accumulate} of these a step, "
-        f"{config.dtype}, {'' if config.remat else 'no '}remat; memory of a device:",
+        f"{a.parameters:,} params on {where or mesh_text(first.mesh)}\n"
+        f"{config.microbatch} windows of {config.context:,} tokens a microbatch, "
+        f"{config.accumulate} of these a step, {config.dtype}, {remat}; memory of a device:",
         highlight=False,
     )
     table = Table("", box=None, padding=(0, 2, 0, 0), pad_edge=False)
@@ -158,40 +158,68 @@ def show(trainers: Mapping[ArmName, Trainer], limit: int, console: Console) -> N
     console.print(table)
 
 
-def check(trainer: Trainer, limit: int, needed: int | None = None) -> None:
+def check(
+    trainer: Trainer,
+    limit: int,
+    needed: int | None = None,
+    choice: Sequence[ArmName] = tuple(arms.ARMS),
+    shared: bool = True,
+) -> None:
     """Refuses what does not fit.
 
     Args:
         trainer: of the training.
         limit: bytes that a device has.
         needed: bytes, if the compiler told them; else those of the plan.
+        choice: arms that may be advised in its place.
+        shared: whether it may be advised to share the training among devices.
 
     Raises:
         TooLarge: it does not fit.
     """
-    found = plan(trainer)
-    total = found.total if needed is None else needed
+    found = plan(trainer).total
+    total = found if needed is None else needed
     if total <= limit:
         return
-    held = sum(found.held.values())
+    told = "The compiled step" if needed is not None else "By the plan a step"
+    # What the compiler takes beyond the plan it takes after a change, too.
+    remedies = _remedies(trainer, limit, max(total - found, 0), choice, shared)
+    raise TooLarge(
+        f"{told} of {trainer.name} needs {readable(total)} of a device that has "
+        f"{readable(limit)}. {'; '.join(remedies)}."
+    )
+
+
+def _remedies(
+    trainer: Trainer, limit: int, more: int, choice: Sequence[ArmName], shared: bool
+) -> list[str]:
+    """What to change; a size is named only if the plan of it fits."""
     config, mesh = trainer.config, trainer.mesh
+
+    def fits(arm: ArmName = trainer.name, mesh: Any = mesh, **changes: int) -> bool:
+        changed = dataclasses.replace(config, **changes)
+        try:
+            return plan(Trainer(changed, arm, trainer.architecture, mesh)).total + more <= limit
+        except ValueError:  # the mesh does not divide an axis
+            return False
+
     remedies = []
+    held = sum(plan(trainer).held.values())
     if held > limit:
-        state = found.held["optimizer state, float32"]
         remedies.append(
             f"Params, gradient and optimizer state alone are {readable(held)}, so no shorter "
             "context helps"
         )
-        if trainer.name == "adamw":
-            saved = readable(held - state // 2)
-            remedies.append(f"the Muon arms hold about {saved}")
     else:
-        if config.accumulate > 1 and _replanned(trainer, found, 1) <= limit:
+        sizes = _divisors(config.batch)
+        accumulate = next((n for n in sizes if n > config.accumulate and fits(accumulate=n)), None)
+        batch = next((n for n in sizes[-2::-1] if fits(batch=n, accumulate=1)), None)
+        if config.accumulate > 1 and fits(accumulate=1):
             remedies.append("take --accumulate 1, since a sum of gradients needs a second one")
-        elif _replanned(trainer, found, config.batch) <= limit:
-            remedies.append(f"raise --accumulate above {config.accumulate}")
-        elif config.batch > 1:
-            remedies.append(f"lower --batch {config.batch}")
+        elif accumulate:
+            remedies.append(f"take --accumulate {accumulate}")
+        elif batch:
+            remedies.append(f"take --batch {batch}")
         remedies.append(f"shorten --context {config.context}")
         if not config.remat:
             remedies.append("take --remat")
@@ -199,13 +227,29 @@ def check(trainer: Trainer, limit: int, needed: int | None = None) -> None:
             remedies.append("take --dtype bfloat16")
         if trainer.name != "adamw" and config.optimizer.ns_dtype == "float32":
             remedies.append("take --optimizer.ns-dtype bfloat16")
-    more = mesh.size * math.ceil(total / limit)
-    remedies.append(f"share it among {more} devices or more with --mesh.fsdp {more}")
-    remedies.append("or take a smaller model")
-    if trainer.mesh.abstract_mesh.abstract_device.platform == "gpu":
+    if fitting := [arm for arm in choice if arm != trainer.name and fits(arm)]:
+        remedies.append(f"take --arms {' '.join(fitting)}, which would fit")
+    if shared:
+        remedies.append(_sharing(trainer, fits))
+    remedies.append("take a smaller model")
+    if mesh.abstract_mesh.abstract_device.platform == "gpu":
         remedies.append("JAX takes 3/4 of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says more")
-    told = "The compiled step" if needed is not None else "By the plan a step"
-    raise TooLarge(
-        f"{told} of {trainer.name} needs {readable(total)} of a device that has "
-        f"{readable(limit)}. {'; '.join(remedies)}."
+    return remedies
+
+
+def _sharing(trainer: Trainer, fits: Callable[..., bool]) -> str:
+    """The least --mesh.fsdp that fits, if one does."""
+    sizes = dict(trainer.mesh.shape)
+    others = trainer.mesh.size // sizes["fsdp"]
+    microbatch = trainer.config.microbatch
+    for fsdp in _divisors(microbatch):
+        if fsdp > sizes["fsdp"] and fits(mesh=mesh_of_config(Mesh(**sizes | {"fsdp": fsdp}))):
+            return f"share it among {fsdp * others} devices with --mesh.fsdp {fsdp}"
+    return (
+        "no --mesh.fsdp that divides the windows of a microbatch (--batch / --accumulate = "
+        f"{microbatch}) and the model's axes is enough"
     )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -30,7 +30,7 @@ from experiments.finetune.report_data import (
 )
 from experiments.finetune.report_figures import draw
 from experiments.pages import number, save_figure, text_table, together, write_page
-from experiments.runs import RunError, write_json
+from experiments.runs import RunError, read_json, write_json
 
 
 def _share(value: float | None, digits: int = 1) -> str:
@@ -193,6 +193,16 @@ def _settings(run: Run) -> dict[str, Any]:
     return {key: value for key, value in flat(run.settings).items() if key != "arm"}
 
 
+def _refuse_a_suite(folder: epath.Path) -> None:
+    """Raises a RunError where a folder is a suite's, whose report is another one."""
+    config = folder / "config.json"
+    if config.exists() and "suite" in (settings := read_json(config)):
+        raise RunError(
+            f"{folder} is of --suite {settings['suite']}. Its report is made by `python -m "
+            f"experiments.finetune.suites.report {folder}`."
+        )
+
+
 def main(folder: tyro.conf.Positional[str]) -> None:
     """Write the report of a comparison again from its files; nothing is trained.
 
@@ -201,6 +211,7 @@ def main(folder: tyro.conf.Positional[str]) -> None:
     """
     path = epath.Path(folder)
     try:
+        _refuse_a_suite(path)
         arms = found_arms(path)
         page = write_report(path, arms)
         runs = [load_run(path / arm) for arm in arms]

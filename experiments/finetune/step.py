@@ -45,7 +45,7 @@ class Trainer:
     """The compiled functions of one fine-tuning, and where their arrays lie.
 
     Args:
-        config: what to train; its `steps` are known.
+        config: what to train; its `steps` and `warmup` are known.
         arm: which optimizer.
         architecture: of the params.
         mesh: of `mesh.make_mesh`.
@@ -61,8 +61,8 @@ class Trainer:
     def __init__(
         self, config: Training, arm: ArmName, architecture: Qwen3, mesh: jax.sharding.Mesh
     ):
-        if not config.steps:
-            raise ValueError("A training has a number of steps; `config.with_steps` gives it.")
+        if not config.steps or config.warmup is None:
+            raise ValueError("A training has steps and a warm-up; `config.with_steps` gives them.")
         _check_batch(config, mesh)
         self.config, self.name, self.architecture, self.mesh = config, arm, architecture, mesh
         self.model = LanguageModel(architecture, config.dtype, config.remat)

@@ -18,7 +18,7 @@ from experiments.finetune.architecture import Qwen3
 from experiments.finetune.chat import copy_tokenizer
 from experiments.finetune.model import Dtype, Params, shapes, shardings
 from experiments.language import hugging_face
-from experiments.language.hugging_face import CONFIG, SHARD
+from experiments.language.hugging_face import CONFIG, SHARD, File
 from experiments.language.mesh import one_device
 from experiments.language.processes import on_host
 from experiments.runs import write_json
@@ -46,6 +46,18 @@ _GENERATION = "generation_config.json"
 _COMPARED = 4096
 
 
+def check(folder: Path, architecture: Qwen3) -> None:
+    """Refuses a folder whose tensors are not those of the model; reads their headers alone.
+
+    Raises:
+        ValueError: the folder is damaged, lacks a tensor or has one too many, or one has another
+            shape or dtype.
+        OSError: a file is missing, or cannot be read.
+    """
+    with contextlib.ExitStack() as stack:
+        _open(folder, architecture, stack)
+
+
 def read(folder: Path, mesh: Mesh | None = None) -> tuple[Qwen3, Params]:
     """The model in a folder, its params float32 and where they are to lie.
 
@@ -65,16 +77,12 @@ def read(folder: Path, mesh: Mesh | None = None) -> tuple[Qwen3, Params]:
     mesh = mesh or one_device()
     wanted, places = shapes(architecture), shardings(architecture, mesh)
     with contextlib.ExitStack() as stack:
-        files = hugging_face.open_tensors(folder, stack)
-        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(wanted)]
-        names = {name for path in paths for name in _names(architecture, path)}
-        repeated = {_HEAD} & files.keys() if architecture.tied else set()
-        hugging_face.check_names(folder, names | repeated, files.keys())
-        if repeated:
+        files = _open(folder, architecture, stack)
+        if architecture.tied and _HEAD in files:
             _check_tied(folder, files)
 
         def leaf(path: Any, leaf: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.Array:
-            return _read_leaf(folder, files, architecture, path, leaf.shape, place)
+            return _read_leaf(files, architecture, path, leaf.shape, place)
 
         return architecture, jax.tree_util.tree_map_with_path(leaf, wanted, places)
 
@@ -119,9 +127,24 @@ def write(
         write_json(partial / CONFIG, config_json.to_json(architecture) | dtypes)
 
 
+def _open(folder: Path, architecture: Qwen3, stack: contextlib.ExitStack) -> dict[str, File]:
+    """The open file of each tensor, all of the shapes that the model has."""
+    files = hugging_face.open_tensors(folder, stack)
+    wanted = {
+        name: _shape_of_one(path, leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes(architecture))
+        for name in _names(architecture, path)
+    }
+    if architecture.tied and _HEAD in files:  # some writers repeat the embedding
+        wanted[_HEAD] = wanted[_EMBEDDING]
+    hugging_face.check_names(folder, wanted.keys(), files.keys())
+    for name, shape in wanted.items():
+        hugging_face.check_tensor(files[name], name, shape)
+    return files
+
+
 def _read_leaf(
-    folder: Path,
-    files: Mapping[str, Any],
+    files: Mapping[str, File],
     architecture: Qwen3,
     path: Any,
     shape: tuple[int, ...],
@@ -129,9 +152,8 @@ def _read_leaf(
 ) -> jax.Array:
     """A leaf of one tensor, or of one in each layer, which are put into it one after another."""
     stacked, transposed = _is_stacked(path), _is_kernel(path)
-    order = -1 if transposed else 1
-    of_one = shape[stacked:][::order]
-    lies = NamedSharding(place.mesh, PartitionSpec(*place.spec[stacked:][::order]))
+    of_one = _shape_of_one(path, shape)
+    lies = NamedSharding(place.mesh, PartitionSpec(*_shape_of_one(path, tuple(place.spec))))
     insert = _insertion(transposed, place)
     leaf: Any = jnp.zeros(shape, jnp.float32, device=place) if stacked else None
     for layer, name in enumerate(_names(architecture, path)):
@@ -139,7 +161,9 @@ def _read_leaf(
         x = jax.make_array_from_callback(of_one, lies, tensor.__getitem__)
         leaf, finite = insert(leaf, x, layer)
         if not finite:  # which also waits, so that tensors do not pile up
-            raise ValueError(f"{folder}: {name} has values that are not finite; get it again.")
+            raise ValueError(
+                f"{files[name].path}: {name} has values that are not finite; get it again."
+            )
     return leaf
 
 
@@ -156,13 +180,12 @@ def _insertion(transposed: bool, place: NamedSharding) -> Callable[..., tuple[ja
     return jax.jit(insert, donate_argnums=0, out_shardings=(place, whole))
 
 
-def _check_tied(folder: Path, files: Mapping[str, Any]) -> None:
-    """Some writers repeat the embedding as the head of a tied model."""
-    embedding, head = (files[name].get_slice(name) for name in (_EMBEDDING, _HEAD))
-    size = embedding.get_shape()
-    starts = range(0, size[0], _COMPARED)
-    parts = (slice(i, min(i + _COMPARED, size[0])) for i in starts)
-    if head.get_shape() != size or any((embedding[part] != head[part]).any() for part in parts):
+def _check_tied(folder: Path, files: Mapping[str, File]) -> None:
+    """A head in the files of a tied model must be the embedding once more."""
+    embedding, head = (files[name].opened.get_slice(name) for name in (_EMBEDDING, _HEAD))
+    entries, _ = embedding.get_shape()
+    parts = (slice(i, min(i + _COMPARED, entries)) for i in range(0, entries, _COMPARED))
+    if any((embedding[part] != head[part]).any() for part in parts):
         raise ValueError(
             f"{folder}: {CONFIG} has tie_word_embeddings true, and {_HEAD} is not the same as "
             f"{_EMBEDDING}. One of the two is wrong."
@@ -187,6 +210,12 @@ def _names(architecture: Qwen3, path: Any) -> list[str]:
     name = _NAMES[jax.tree_util.keystr(path, simple=True, separator="/")]
     layers = architecture.layers if _is_stacked(path) else 1
     return [name.format(layer) for layer in range(layers)]
+
+
+def _shape_of_one(path: Any, shape: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of a leaf's shape, or its axes' names, those of one tensor in a file."""
+    one = shape[_is_stacked(path) :]
+    return one[::-1] if _is_kernel(path) else one
 
 
 def _is_stacked(path: Any) -> bool:

@@ -4,7 +4,8 @@ import contextlib
 import shutil
 from collections.abc import Iterator, Set
 from pathlib import Path
-from typing import Any
+from reprlib import repr as short
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,6 +16,13 @@ from experiments.runs import read_json, write_json
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 SHARD = 5 * 10**9  # bytes of a file of tensors at most
+
+
+class File(NamedTuple):
+    """A safetensors file, and where it is."""
+
+    path: Path
+    opened: Any
 
 
 @contextlib.contextmanager
@@ -80,24 +88,60 @@ def write_tensors(
         written.chmod(0o644)  # the library's are for their maker alone
 
 
-def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, File]:
     """The open file of each tensor, by its name; `stack` closes them.
 
     Raises:
-        ValueError: a file is damaged.
+        ValueError: a file is damaged, or there are two sets of weights.
         OSError: one is missing.
     """
-    names = {WEIGHTS}
-    if (folder / INDEX).exists():
-        names = set(read_json(folder / INDEX).get("weight_map", {}).values())
-    found = {}
-    for name in sorted(names):
+    found: dict[str, File] = {}
+    for name in _files(folder):
+        path = folder / name
         try:
-            file = stack.enter_context(safe_open(folder / name, "np"))
+            file = stack.enter_context(safe_open(path, "np"))
         except SafetensorError as error:
-            raise ValueError(f"{folder / name} is damaged ({error}); get it again.") from None
-        found |= dict.fromkeys(file.keys(), file)
+            raise ValueError(f"{path} is damaged ({error}); get it again.") from None
+        found |= dict.fromkeys(file.keys(), File(path, file))
     return found
+
+
+def _files(folder: Path) -> list[str]:
+    """The names of a folder's files of tensors, all of which are there."""
+    single = (folder / WEIGHTS).exists()
+    if not (folder / INDEX).exists():
+        if single:
+            return [WEIGHTS]
+        pickled = any(folder.glob("pytorch_model*.bin"))
+        raise FileNotFoundError(
+            f"{folder} has neither {WEIGHTS} nor {INDEX}"
+            f"{', and pytorch_model.bin is not read' if pickled else ''}; download the model's "
+            "safetensors files, or save it with transformers' save_pretrained, which writes them."
+        )
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(
+            f"{folder / INDEX}: weight_map is {short(weight_map)} and should be an object of "
+            "tensors and their files; get it again."
+        )
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str):
+            raise ValueError(
+                f"{folder / INDEX}: the file of {tensor} is {short(name)} and should be a name; "
+                "get it again."
+            )
+    names = sorted(set(weight_map.values()))
+    if single and names != [WEIGHTS]:  # transformers would read this one, and others the shards
+        raise ValueError(
+            f"{folder} has {WEIGHTS} and, by its {INDEX}, {min({*names} - {WEIGHTS})}: these may "
+            f"be two models. Remove {WEIGHTS}, or {INDEX} and its files, whichever is out of date."
+        )
+    for name in names:
+        if not (folder / name).exists():
+            raise FileNotFoundError(
+                f"{folder / INDEX} names {name}, which is not there; download it again."
+            )
+    return names
 
 
 def check_params(found: Any, wanted: Any) -> None:
@@ -128,11 +172,18 @@ def check_names(folder: Path, wanted: Set[str], found: Set[str]) -> None:
             )
 
 
-def read_tensor(file: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor of an open file, in the file's dtype; a ValueError where it has another shape."""
-    found, dtype = tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype()
+def check_tensor(file: File, name: str, shape: tuple[int, ...]) -> None:
+    """Raises a ValueError where a tensor has another shape or dtype; reads the header alone."""
+    header = file.opened.get_slice(name)
+    found, dtype = tuple(header.get_shape()), header.get_dtype()
     if found != shape or dtype not in ("F32", "BF16", "F16"):
         raise ValueError(
-            f"{name} is {dtype} {found}; the model in {CONFIG} has F32, BF16 or F16 {shape}."
+            f"{file.path}: {name} is {dtype} {found}; the model in {CONFIG} has F32, BF16 or F16 "
+            f"{shape}. Get both files again, of one model and in one of these dtypes."
         )
-    return file.get_tensor(name)
+
+
+def read_tensor(file: File, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor in the file's dtype; a ValueError as of `check_tensor`."""
+    check_tensor(file, name, shape)
+    return file.opened.get_tensor(name)

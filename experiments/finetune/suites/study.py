@@ -16,7 +16,7 @@ from experiments.commands import INTERRUPTED, progress_bar
 from experiments.finetune import base, data, loop, weights
 from experiments.finetune.architecture import Qwen3
 from experiments.finetune.chat import TOKENIZER, Chat
-from experiments.finetune.config import Base, Training
+from experiments.finetune.config import REAL_WARMUP, WARMUP, Base, Training
 from experiments.finetune.model import Params
 from experiments.finetune.suites import clip, report
 from experiments.finetune.suites.config import (
@@ -207,7 +207,10 @@ def _models(
 
 
 def _training(variant: Variant, of: Model) -> Training:
-    return variant.training.with_steps(loop.batches(of.rows.train, variant.training, 0).windows)
+    return variant.training.with_steps(
+        loop.batches(of.rows.train, variant.training, 0).windows,
+        WARMUP if variant.base else REAL_WARMUP,
+    )
 
 
 def _settings(
@@ -218,11 +221,13 @@ def _settings(
 ) -> dict[str, Any]:
     names = ("arms", "seeds", "sweep_seeds", "clip_share", "evaluate_every", "evaluation_tokens")
     own = {name: getattr(command, name) for name in names}
+    known = next(iter(trainings.values()))
     return {
         "suite": which,
         **command.as_json(),
         **own,
-        "steps": next(iter(trainings.values())).steps,
+        "steps": known.steps,
+        "warmup": known.warmup,
         "arms": list(command.arms),
         "sweep": dataclasses.asdict(command.sweep),
         "models": [of.name for of in models.values()],
