@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from experiments.commands import flat
-from experiments.figures import OTHER_COLORS, optimizer_color
+from experiments.figures import optimizer_color
 from experiments.language import log
 from experiments.optimizers import ARMS, OptimizerName
 from experiments.pretrain.config import Training, from_json
@@ -107,13 +107,7 @@ def load_runs(folder: epath.Path, optimizers: Sequence[OptimizerName]) -> list[R
         return [load_run(folder)]
     if (folder / "config.json").exists():
         raise RunError(f"{folder} is a run itself. Compare optimizers in another folder.")
-    runs: list[Run] = []
-    for optimizer in optimizers:
-        run = load_run(folder / optimizer)
-        taken = {other.color for other in runs}
-        free = (color for color in (run.color, *OTHER_COLORS) if color not in taken)
-        runs.append(run._replace(color=next(free, run.color)))
-    return runs
+    return [load_run(folder / optimizer) for optimizer in optimizers]
 
 
 def found_optimizers(folder: epath.Path) -> tuple[OptimizerName, ...]:
