@@ -3,7 +3,7 @@
 import datetime
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,18 +45,16 @@ class Estimate(NamedTuple):
 
 
 def estimate(config: Config, cells: Sequence[Cell]) -> Estimate:
-    """Times an arm of each optimizer and size that no earlier run tells of.
+    """Times the smallest and the largest step of each optimizer that no earlier run tells of.
 
-    The programs are needed anyway. Where all is known, the first arm tells this machine's speed.
+    The programs are needed anyway. Between the two a step's time is linear in its work. Where all
+    is known, the first arm tells this machine's speed.
     """
     earlier = _earlier(config)
-    timed: dict[tuple, Cell] = {}
-    for cell in cells:
-        if cell == cells[0] or cell not in earlier:
-            timed.setdefault(_size(config, cell), cell)
-    step = {size: _seconds_per_step(config, cell) for size, cell in timed.items()}
+    unknown = [cell for cell in cells if cell == cells[0] or cell not in earlier]
+    seconds_of = _timed(config, unknown)
     there = earlier.get(cells[0])
-    factor = step[_size(config, cells[0])] * there["steps_per_second"] if there else 1.0
+    factor = seconds_of(cells[0]) * there["steps_per_second"] if there else 1.0
     arms = {cell._replace(seed=0) for cell in cells}
     compiling = _COMPILING * len(arms) / len(cells)
     seconds = {}
@@ -64,9 +62,26 @@ def estimate(config: Config, cells: Sequence[Cell]) -> Estimate:
         if cell in earlier:
             training = earlier[cell]["seconds"] * factor
         else:
-            training = config.epochs * _steps(config, cell) * step[_size(config, cell)]
+            training = config.epochs * _steps(config, cell) * seconds_of(cell)
         seconds[cell] = (training + compiling) / len(devices_for(len(cells)))
     return Estimate(seconds, sum(cell in earlier for cell in cells), config.full_length)
+
+
+def _timed(config: Config, cells: Sequence[Cell]) -> Callable[[Cell], float]:
+    """What a step of each of these cells takes, in seconds."""
+    works: dict[tuple, dict[int, Cell]] = {}
+    for cell in cells:
+        works.setdefault(_kind(cell), {}).setdefault(_work(config, cell), cell)
+    points: dict[tuple, list[tuple[int, float]]] = {
+        kind: [(work, _seconds_per_step(config, of[work])) for work in sorted({min(of), max(of)})]
+        for kind, of in works.items()
+    }
+
+    def seconds(cell: Cell) -> float:
+        known, taken = zip(*points[_kind(cell)], strict=True)
+        return float(np.interp(_work(config, cell), known, taken))
+
+    return seconds
 
 
 def _earlier(config: Config) -> dict[Cell, dict]:
@@ -98,8 +113,12 @@ def _steps(config: Config, cell: Cell) -> int:
     return train // min(settings.batch, train)
 
 
-def _size(config: Config, cell: Cell) -> tuple:
-    """What decides how long a step takes."""
+def _kind(cell: Cell) -> tuple:
+    """Steps of one kind take the longer the more work they have."""
+    return cell.optimizer, table(cell.task).tokens.shape[1]
+
+
+def _work(config: Config, cell: Cell) -> int:
+    """Rows times params, about."""
     settings = config.at(cell)
-    positions = table(cell.task).tokens.shape[1]
-    return cell.optimizer, positions, settings.batch, settings.width, settings.layers
+    return settings.batch * settings.layers * settings.width**2
