@@ -207,6 +207,11 @@ def test_an_estimate_follows_an_earlier_run_of_the_same_settings(tmp_path, monke
     ]
     (folder / "config.json").write_text(json.dumps(TINY.as_json()))
     (folder / "summary.json").write_text(json.dumps({"cells": rows}))
+    for name in ("another grid", "z"):  # equal settings, of which a run has none of these cells
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(TINY.as_json()))
+        elsewhere = [row | {"seed": 99} for row in rows]
+        (tmp_path / name / "summary.json").write_text(json.dumps({"cells": elsewhere}))
     found = estimate(TINY, cells)
     assert found.known == 2 and str(found).startswith("About")
     first, second = (found.seconds[cell] for cell in cells)

@@ -50,7 +50,7 @@ def estimate(config: Config, cells: Sequence[Cell]) -> Estimate:
     The programs are needed anyway. Between the two a step's time is linear in its work. Where all
     is known, the first arm tells this machine's speed.
     """
-    earlier = _earlier(config)
+    earlier = _earlier(config, cells)
     unknown = [cell for cell in cells if cell == cells[0] or cell not in earlier]
     seconds_of = _timed(config, unknown)
     there = earlier.get(cells[0])
@@ -84,13 +84,14 @@ def _timed(config: Config, cells: Sequence[Cell]) -> Callable[[Cell], float]:
     return seconds
 
 
-def _earlier(config: Config) -> dict[Cell, dict]:
-    """The cells of the complete run that has these settings, if there is one."""
+def _earlier(config: Config, cells: Sequence[Cell]) -> dict[Cell, dict]:
+    """Of the complete runs with these settings, that which has most of these cells."""
+    found = []
     for path in RESULTS.glob("*/config.json"):
         if not changed_settings(read_json(path), config.as_json(), GRID):
             rows = read_json(path.with_name("summary.json"))["cells"]
-            return {Cell.of(row): row for row in rows}
-    return {}
+            found.append({Cell.of(row): row for row in rows})
+    return max(found, key=lambda run: len(run.keys() & set(cells)), default={})
 
 
 def _seconds_per_step(config: Config, cell: Cell) -> float:
