@@ -5,22 +5,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import jax
-
 F = TypeVar("F", bound=Callable)
-
-
-def require_static(name: str, value: Any) -> None:
-    """Refuses an array for what decides the program and not its numbers.
-
-    Raises:
-        TypeError: `value` is an array or a tracer.
-    """
-    if isinstance(value, jax.Array):
-        raise TypeError(
-            f"{name} must be a static Python number, got {type(value).__name__}. Under "
-            "optax.inject_hyperparams name it in static_args."
-        )
 
 
 def takes_options_of(base: Callable, *, without: tuple[str, ...] = ()) -> Callable[[F], F]:

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from muon_jax._auto_axes import over_auto_axes
+from muon_jax._checks import check_static
 from muon_jax._hybrid import hybrid
 from muon_jax._lapack import each_matrix
 from muon_jax._layout import AnyMesh
 from muon_jax._momentum import as_array_tree, stored_like
-from muon_jax._options import require_static, takes_options_of
+from muon_jax._options import takes_options_of
 from muon_jax._shape_scale import ShapeScale
 from muon_jax._stages import Stages
 from muon_jax.variants.low_rank import product, rank_of, relative
@@ -78,7 +79,7 @@ def scale_by_dion(
         (4, 2)
     """
     rank_of(rank, 1, 1)
-    require_static("seed", seed)
+    check_static("seed", seed)
     stages = Stages(
         scale=scale,
         mu_dtype=mu_dtype,

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from muon_jax._checks import check_static
 from muon_jax._lapack import each_matrix
 from muon_jax._muon import muon
-from muon_jax._options import require_static, takes_options_of
+from muon_jax._options import takes_options_of
 
 # Directions beyond the rank that the iteration carries, so that the last wanted ones converge.
 _OVERSAMPLING = 8
@@ -127,7 +128,7 @@ def rank_of(rank: int | float, m: int, n: int) -> int:
     Raises:
         ValueError: neither an integer from 1 nor a float in (0, 1].
     """
-    require_static("rank", rank)
+    check_static("rank", rank)
     short = min(m, n)
     if isinstance(rank, float) and 0 < rank <= 1:
         return max(1, math.ceil(rank * short))

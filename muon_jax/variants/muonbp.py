@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from muon_jax._checks import check_static
 from muon_jax._muon import MuonState, hybrid_muon, scale_by_muon
-from muon_jax._options import require_static, takes_options_of
+from muon_jax._options import takes_options_of
 from muon_jax._stages import Stages
 
 
@@ -49,7 +50,7 @@ def scale_by_muonbp(
         >>> params = {"kernel": jnp.eye(4, 8)}
         >>> updates, state = tx.update(params, tx.init(params))
     """
-    require_static("period", period)
+    check_static("period", period)
     if not isinstance(period, int) or period < 1:
         raise ValueError(f"period is a number of steps, at least 1; got {period!r}.")
     stages = Stages(**options)

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from muon_jax._auto_axes import over_auto_axes
+from muon_jax._checks import check_static
 from muon_jax._hybrid import hybrid
 from muon_jax._lapack import each_matrix
 from muon_jax._layout import AnyMesh
 from muon_jax._momentum import as_array_tree
-from muon_jax._options import require_static, takes_options_of
+from muon_jax._options import takes_options_of
 from muon_jax._stages import Stages
 from muon_jax.variants.evaluation_average import evaluation_average
 from muon_jax.variants.low_rank import product
@@ -86,8 +87,8 @@ def scale_by_splus(
         >>> state.bases["kernel"].fan_out.shape
         (8, 8)
     """
-    require_static("every", every)
-    require_static("max_dim", max_dim)
+    check_static("every", every)
+    check_static("max_dim", max_dim)
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"every is a number of steps, at least 1; got {every!r}.")
     stages = Stages(
