@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from muon_jax._buckets import Axes, Block, Sizes
@@ -141,13 +140,6 @@ def layout_of(x: Any, placing: Placing) -> Layout | None:
         sharding = getattr(x, "sharding", None)
         spec = sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
     return as_layout(spec, x.ndim, placing)
-
-
-def lie_like(x: jax.Array, like: jax.Array, placing: Placing) -> jax.Array:
-    """`x`, which XLA shall lay out as it does `like`, where the layout is for XLA to choose."""
-    if not placing.free or not isinstance(x, jax.core.Tracer) or layout_of(x, placing) is not None:
-        return x
-    return shard_alike(x, like)[0]
 
 
 def whole_shape(shape: tuple[int, ...], layout: Layout, placing: Placing) -> tuple[int, ...]:

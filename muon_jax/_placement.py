@@ -12,7 +12,8 @@ from muon_jax._assignment import plan_buckets
 from muon_jax._assumed_layout import assume_layouts
 from muon_jax._buckets import Block, Bucket, exchange_dtype
 from muon_jax._exchange import Orthogonalizer, orthogonalize_local
-from muon_jax._layout import Entry, Layout, Placing, layout_of, lie_like, whole_shape
+from muon_jax._layout import Entry, Layout, Placing, layout_of, whole_shape
+from muon_jax._match_sharding import match_sharding
 from muon_jax._matrix_axes import MatrixAxes
 from muon_jax._newton_schulz import NewtonSchulz
 
@@ -55,7 +56,7 @@ def orthogonalize_leaves(
     known = list(found)
     unknown = [i for i in range(len(leaves)) if i not in found]
     groups = assume_layouts(
-        [lie_like(leaves[i], like[i], placing) for i in unknown],
+        [_lie_like(leaves[i], like[i], placing) for i in unknown],
         [axes[i] for i in unknown],
         as_solver(orthogonalizer),
         placing,
@@ -78,8 +79,14 @@ def orthogonalize_leaves(
     for group in groups:
         own = [next(results) for _ in group.arrays]
         for i, update in zip(group.members, group.restore(own), strict=True):
-            updates[unknown[i]] = lie_like(update, like[unknown[i]], placing)
+            updates[unknown[i]] = _lie_like(update, like[unknown[i]], placing)
     return [updates[i].astype(x.dtype) for i, x in enumerate(leaves)]
+
+
+def _lie_like(x: jax.Array, like: jax.Array, placing: Placing) -> jax.Array:
+    """`x`, which XLA shall lay out as it does `like`, where the layout is for XLA to choose."""
+    free = placing.free and isinstance(x, jax.core.Tracer) and layout_of(x, placing) is None
+    return match_sharding(x, like) if free else x
 
 
 def _orthogonalize_here(
