@@ -3,6 +3,10 @@
 import os
 from typing import Any
 
+import jax
+
+from experiments.experimental import topologies
+
 
 class TopologyError(ValueError):
     """No such TPU can be compiled for here; the message says why and what to do."""
@@ -23,7 +27,11 @@ def topology_devices(name: str) -> list[Any]:
             "Compiling for a TPU needs libtpu, which is not installed. "
             'Run: pip install -e ".[experiments,tpu]"'
         ) from None
-    from jax.experimental import topologies
+    if topologies is None:
+        raise TopologyError(
+            f"JAX {jax.__version__} has no jax.experimental.topologies, which compiling for a TPU "
+            "that is not here needs. Install another version of JAX."
+        )
 
     # libtpu asks the cloud which machine this is, unless it is told; and it lets one process at a
     # time have a machine's chips, which nobody wants here.

@@ -1,7 +1,6 @@
 """Symmetric products against float64 NumPy, their exact FLOPs, and what passes through them."""
 
 import functools
-import importlib.util
 import itertools
 import math
 import re
@@ -11,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend import core as jax_core
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType
 
 import muon_jax
-from experiments.topology import topology_devices
-from muon_jax import _newton_schulz, _pallas_symmetric, _symmetric
+from muon_jax import _newton_schulz, _symmetric
 from muon_jax._newton_schulz import NewtonSchulz
 
 PANELS = (1, 2, 3, 4)
@@ -207,74 +205,3 @@ def test_the_platform_is_that_of_the_mesh_in_use():
     assert _newton_schulz.current_platform() == jax.default_backend()
     with jax.set_mesh(jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))):
         assert _newton_schulz.current_platform() == "cpu"
-
-
-def interpreted_gram(x, tile, dtype=jnp.float32):
-    return _pallas_symmetric.gram(x, tile=tile, dtype=dtype, interpret=True)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(
-    "shape,tile",
-    [
-        ((256, 256), 128),
-        ((300, 200), 128),
-        ((2, 300, 700), 256),
-        ((2, 1, 130, 60), 128),
-        ((600, 1300), 512),  # float32 takes two steps along the contraction
-        ((5, 7), 128),
-        ((0, 5), 128),
-        ((3, 2, 0), 128),
-    ],
-)
-def test_the_kernel_agrees_with_numpy(dtype, shape, tile):
-    x = jnp.asarray(gaussian(*shape), dtype)
-    y = np.asarray(interpreted_gram(x, tile))
-    exact = np.asarray(x, np.float64)
-    exact = exact @ exact.mT
-    assert y.dtype == np.float32 and y.shape == exact.shape
-    scale = np.abs(exact).max(initial=0)
-    np.testing.assert_allclose(y, exact, rtol=0, atol=40 * np.finfo(np.float32).eps * scale)
-    np.testing.assert_array_equal(y, y.mT)
-    rounded = np.asarray(interpreted_gram(x, tile, jnp.bfloat16))
-    np.testing.assert_array_equal(rounded, np.asarray(jnp.asarray(y, jnp.bfloat16)))
-
-
-def test_the_kernel_visits_no_tile_above_the_diagonal():
-    x = jax.ShapeDtypeStruct((3, 1100, 900), jnp.bfloat16)
-    program = jax.make_jaxpr(functools.partial(interpreted_gram, tile=256))(x)
-    calls = [e for e in equations(program.jaxpr) if e.primitive.name == "pallas_call"]
-    assert [call.params["grid_mapping"].grid for call in calls] == [(3, 5 * 6 // 2, 1 + 1)]
-
-
-def test_the_kernel_is_differentiable_and_maps():
-    x, weight = gaussian(2, 130, 60), gaussian(2, 130, 130, seed=1)
-    gradient = jax.grad(lambda x: jnp.vdot(weight, interpreted_gram(x, 128)))(x)
-    np.testing.assert_allclose(gradient, (weight + weight.mT) @ x, atol=1e-4)
-    mapped = jax.vmap(functools.partial(interpreted_gram, tile=128))(x)
-    np.testing.assert_array_equal(mapped, interpreted_gram(x, 128))
-
-
-@pytest.mark.parametrize("tile", [0, 100, 640, 1024])
-def test_the_kernel_refuses_other_tiles(tile):
-    with pytest.raises(ValueError, match=f"512; got {tile}"):
-        interpreted_gram(gaussian(4, 4), tile)
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed: pip install -e '.[tpu]'",
-)
-@pytest.mark.parametrize("tile", [128, 256, 384, 512])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_kernel_compiles_for_a_tpu(dtype, tile):
-    device = topology_devices("v5e:2x2")[0]
-    replicated = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
-    for shape in [(2, 2048, 8192), (768, 3072), (2, 2, 300, 200)]:
-        run = jax.jit(
-            functools.partial(_pallas_symmetric.gram, tile=tile),
-            in_shardings=replicated,
-            out_shardings=replicated,
-        )
-        compiled = run.lower(jax.ShapeDtypeStruct(shape, dtype)).compile()
-        assert "tpu_custom_call" in compiled.as_text()

@@ -10,11 +10,8 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel,
-    splash_attention_mask,
-)
 
+from experiments.experimental import splash_attention
 from experiments.language.sharding import constrain, spec
 from experiments.layers import Linear, rotate
 from muon_jax import max_attention_logits
@@ -51,7 +48,7 @@ def causal_attention(
     platform = jax.sharding.get_abstract_mesh().abstract_device.platform
     if platform == "gpu":
         return _by_cudnn(q_BxTxNxH, k_BxTxKxH, v_BxTxKxV, segments_BxT, threshold)
-    if platform == "tpu" and length % _LANES == 0:
+    if platform == "tpu" and length % _LANES == 0 and splash_attention is not None:
         return _by_splash(q_BxTxNxH, k_BxTxKxH, v_BxTxKxV, segments_BxT, threshold)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BxTxNxH, k_BxTxKxH, v_BxTxKxV))
     k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
@@ -163,17 +160,15 @@ def splash(
     sides = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     sizes = dict.fromkeys(sides, math.gcd(length, BLOCK))
     make = functools.partial(
-        splash_attention_kernel.make_splash_mha,
-        splash_attention_mask.MultiHeadMask(
-            [splash_attention_mask.CausalMask((length, length))] * heads
-        ),
+        splash_attention.make_splash_mha,
+        splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * heads),
         head_shards=1,
         q_seq_shards=1,
-        block_sizes=splash_attention_kernel.BlockSizes(**sizes),
+        block_sizes=splash_attention.BlockSizes(**sizes),
         interpret=interpret,
     )
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-    of = None if segments is None else splash_attention_kernel.SegmentIds(segments, segments)
+    of = None if segments is None else splash_attention.SegmentIds(segments, segments)
     mixed = jax.vmap(make())(q, k, v, of)
     told = jax.vmap(make(save_residuals=True))
     _, (logsumexp,) = told(*jax.lax.stop_gradient((q, k, v)), of)

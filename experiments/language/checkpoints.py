@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from experiments.language import manifests
-from experiments.language.processes import on_host
+from experiments.language.processes import from_every_process, on_host
 from experiments.runs import RunError
 
 _NAMED = 8  # so many leaves or files are named in an error
@@ -354,7 +353,7 @@ def _errno(error: BaseException | None) -> int:
 def _in_any_process(here: bool) -> bool:
     if jax.process_count() == 1:
         return here
-    return bool(np.any(multihost_utils.process_allgather(np.array(here))))
+    return bool(np.any(from_every_process(np.array(here))))
 
 
 def _in_first_process(work: Callable[[], Any]) -> Any:
@@ -368,8 +367,8 @@ def _in_first_process(work: Callable[[], Any]) -> Any:
         except Exception as caught:
             error, reason = caught, str(caught)
     text = np.frombuffer(json.dumps([answer, reason]).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    text = multihost_utils.broadcast_one_to_all(np.resize(text, size))
+    size = int(from_every_process(np.array(len(text), np.int32))[0])
+    text = from_every_process(np.resize(text, size))[0]
     answer, reason = json.loads(text.tobytes())
     if reason is not None:
         raise error or RunError(reason)

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType
+
+from experiments.experimental import arrange_devices
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -53,9 +54,7 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[Any] | None = None) -> jax
             "-1 for what the others leave."
         )
     auto = (AxisType.Auto,) * len(MESH_AXES)
-    # Of a TPU, along the axes of its torus or parts of them.
-    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return jax.sharding.Mesh(placed, MESH_AXES, axis_types=auto)
+    return jax.sharding.Mesh(arrange_devices(sizes, devices), MESH_AXES, axis_types=auto)
 
 
 def one_device(device: Any = None) -> jax.sharding.Mesh:

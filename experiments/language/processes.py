@@ -1,11 +1,10 @@
-"""Many processes as one run: finding each other, agreeing to stop, an array on one host."""
+"""Many processes as one run: finding each other, agreeing, an array on every host."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,5 +60,18 @@ class Agreement:
 def on_host(x: jax.Array | np.ndarray) -> np.ndarray:
     """The whole array; of one that lies over several processes they all must call."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return _replicated(x)
     return np.asarray(x)
+
+
+def from_every_process(x: np.ndarray) -> np.ndarray:
+    """What each process gives, all of one shape and dtype: `(processes, *x.shape)` in each."""
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    grid = np.reshape(np.asarray(devices, dtype=object), (jax.process_count(), -1))
+    rows = jax.NamedSharding(jax.sharding.Mesh(grid, ("process", "device")), jax.P("process"))
+    return _replicated(jax.make_array_from_process_local_data(rows, x[None]))
+
+
+def _replicated(x: jax.Array) -> np.ndarray:
+    whole = jax.NamedSharding(x.sharding.mesh, jax.P())
+    return np.asarray(jax.jit(lambda x: x, out_shardings=whole)(x))

@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.pallas.ops.tpu import megablox
 
+from experiments.experimental import megablox
 from experiments.language.sharding import spec
 from experiments.layers import gated, project
 
@@ -248,7 +248,7 @@ def expert_ffn(
 ) -> jax.Array:
     """SwiGLU of each place by its expert: `(places, D)` -> `(places, D)`."""
     platform = jax.sharding.get_abstract_mesh().abstract_device.platform
-    if platform == "tpu":
+    if platform == "tpu" and megablox is not None:
         product: Any = functools.partial(tpu_ragged_dot, group_sizes=order.padded)
     elif block == 1:
         product = functools.partial(jax.lax.ragged_dot, group_sizes=order.padded)
