@@ -10,8 +10,7 @@ import optax
 
 from muon_jax._decay import add_decayed_weights, as_decay_mask
 from muon_jax._layout import AnyMesh
-from muon_jax._matrix_axes import axes_by_path
-from muon_jax._paths import map_paths
+from muon_jax._paths import map_paths, only_updated
 from muon_jax._routing import ADAMW, FROZEN, MUON, Routing, route
 
 RESTS = ("adamw", "sgd", "lion", "sign", "frozen")
@@ -48,8 +47,11 @@ def hybrid(
         learning_rate: of the Muon leaves; a number or a schedule.
         weight_decay: decoupled, `w -= learning_rate * weight_decay * w`: not multiplied by the
             shape scale; a number or a schedule.
-        weight_decay_mask: tree of bools (or a prefix of one), or a callable from the params to
-            one; `False` is not decayed. Holds for both optimizers.
+        weight_decay_mask: what is decayed; `None` is every leaf, norms, biases and embeddings too.
+            `"matrices"` decays the leaves that the matrix optimizer takes, and no other. Or a tree
+            of bools (or a prefix of one), a callable from the params to such a tree, or `(regex,
+            bool)` pairs as in `routing`, which leave a leaf without a match decayed. Holds for
+            both optimizers.
         cautious_weight_decay: decay an entry only where its update shrinks it too (arXiv
             2510.12402). Holds for both optimizers.
         mu_dtype: dtype of the stored momentum, for AdamW's first moment too; `None` is each
@@ -119,11 +121,9 @@ def hybrid(
 
     def routed(tree) -> optax.GradientTransformationExtraArgs:
         """The pair for a tree of this structure and these shapes."""
-        routes = route(tree, routing)
+        routes = route(tree, routing, matrix_axes)
         axes = {path: leaf.axes for path, leaf in routes.items()}
-        if matrix_axes is not None:
-            axes |= axes_by_path(matrix_axes, tree, partial=True)
-        mask = as_decay_mask(weight_decay_mask, tree)
+        mask = as_decay_mask(weight_decay_mask, tree, routes)
         return optax.multi_transform(
             {
                 MUON: optax.chain(
@@ -150,6 +150,7 @@ def hybrid(
         return routed(params).init(params)
 
     def update(updates, state, params=None, **extra_args):
+        params = only_updated(params, updates)
         return routed(updates).update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)

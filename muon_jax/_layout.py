@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from muon_jax._buckets import Axes, Block, Sizes
 from muon_jax._matrix_axes import MatrixAxes
-from muon_jax._paths import KeyPath, broadcast_prefix, path_string
+from muon_jax._paths import KeyPath, broadcast_prefix, path_strings
 
 AnyMesh: TypeAlias = Mesh | AbstractMesh
 Layout = tuple[Axes, ...]
@@ -202,12 +202,18 @@ def layouts_by_path(shardings: Any, tree: Any, placing: Placing) -> dict[KeyPath
     """The layouts that a user's `shardings` give the leaves of `tree`, by key path."""
     if shardings is None or placing.mesh is None:
         return {}
-    found = broadcast_prefix(shardings, tree, what="shardings", is_value=is_sharding, partial=True)
+    found = broadcast_prefix(
+        shardings, tree, what="shardings", kind=SHARDING, is_value=is_sharding, partial=True
+    )
     shapes = {path: x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    strings = path_strings(tree)
     return {
-        path: told_layout(sharding, shapes[path], placing, path_string(path))
+        path: told_layout(sharding, shapes[path], placing, strings[path])
         for path, sharding in found.items()
     }
+
+
+SHARDING = "NamedSharding or PartitionSpec"
 
 
 def is_sharding(x: Any) -> bool:

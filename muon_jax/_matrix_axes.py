@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from muon_jax._paths import KeyPath, broadcast_prefix, is_tree_of
+from muon_jax._paths import KeyPath, values_by_path
 
 Parts = int | tuple[int, ...]
 
@@ -44,9 +45,9 @@ class MatrixAxes(NamedTuple):
             ValueError: an axis out of range, used twice, or an empty fan.
         """
         ndim = len(shape)
-        fans = [(fan,) if isinstance(fan, int) else tuple(fan) for fan in self[:2]]
+        fans = [tuple(fan) if isinstance(fan, Sequence) else (fan,) for fan in self[:2]]
         axes = [axis for fan in fans for axis in fan]
-        if not all(fans) or any(not -ndim <= axis < ndim for axis in axes):
+        if not all(fans) or not all(_is_axis(axis, ndim) for axis in axes):
             raise ValueError(
                 f"{self} does not fit a leaf of shape {tuple(shape)}: fan_in and fan_out each need "
                 f"at least one axis in [-{ndim}, {ndim})."
@@ -84,6 +85,10 @@ class MatrixAxes(NamedTuple):
         return matrices.reshape([shape[axis] for axis in order]).transpose(inverse)
 
 
+def _is_axis(axis: Any, ndim: int) -> bool:
+    return isinstance(axis, (int, np.integer)) and bool(-ndim <= axis < ndim)
+
+
 def as_matrix_axes(axes) -> MatrixAxes:
     """Accepts `MatrixAxes`, and optax's `MuonDimensionNumbers` by its fields.
 
@@ -107,9 +112,12 @@ def is_matrix_axes(x) -> bool:
 
 def axes_by_path(matrix_axes: Any, tree: Any, partial: bool = False) -> dict[KeyPath, MatrixAxes]:
     """The axes of each leaf of `tree`, by key path, from what a user gives as `matrix_axes`."""
-    if not is_tree_of(matrix_axes, is_matrix_axes):
-        matrix_axes = matrix_axes(tree)
-    found = broadcast_prefix(
-        matrix_axes, tree, what="matrix_axes", is_value=is_matrix_axes, partial=partial
+    found = values_by_path(
+        matrix_axes,
+        tree,
+        what="matrix_axes",
+        kind="muon_jax.MatrixAxes(fan_in, fan_out) or optax.contrib.MuonDimensionNumbers",
+        is_value=is_matrix_axes,
+        partial=partial,
     )
     return {path: as_matrix_axes(axes) for path, axes in found.items()}

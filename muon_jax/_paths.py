@@ -1,24 +1,78 @@
-"""Names of leaves, and values given for whole subtrees."""
+"""Names of leaves, and values given for leaves and subtrees by their names.
 
-from collections.abc import Callable
+A tree may hold its arrays in boxes: NNX's variables, Linen's Partitioned, the named arrays of
+Haliax and penzai. Boxed and pure trees of one model have the same names, and so have an attribute
+and a key, or a key 0 and a key "0".
+"""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import optax
-from jax.tree_util import DictKey, GetAttrKey, SequenceKey
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 KeyPath = tuple[Any, ...]
+Names = tuple[str, ...]
 
-# What a box around an array calls it: NNX variables and Linen's Partitioned, Haliax NamedArray.
-_BOX_ATTRIBUTES = ("value", "raw_value", "array")
+# What boxes call their array: `value` in NNX, Linen and penzai, `data_array` in penzai's inner one.
+# Haliax gives its own no name.
+_BOX_ATTRIBUTES = ("value", "raw_value", "array", "data_array")
 
 
 def is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
+def positions(tree: Any, is_value: Callable[[Any], bool] = is_masked) -> list[tuple[KeyPath, Any]]:
+    """Leaves with their key paths; `None` and `MaskedNode` count as leaves."""
+    return jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: x is None or is_masked(x) or is_value(x)
+    )[0]
+
+
+def leaf_names(tree: Any, is_value: Callable[[Any], bool] = is_masked) -> dict[KeyPath, Names]:
+    """The keys that lead to each position, as strings and without those of boxes, by key path.
+
+    A box is a node with one child, which is its last attribute by one of the known names. An array
+    that a module calls `value` beside others, such as that of an attention, keeps its name.
+
+    Example:
+        >>> leaf_names({"mlp": [1.0, 2.0]}).values()
+        dict_values([('mlp', '0'), ('mlp', '1')])
+    """
+    paths = [path for path, _ in positions(tree, is_value)]
+    children = defaultdict(set)
+    for path in paths:
+        for depth, key in enumerate(path):
+            children[path[:depth]].add(key)
+    return {path: _names(path, children) for path in paths}
+
+
+def _names(path: KeyPath, children: dict[KeyPath, set] | None = None) -> Names:
+    """`children` are the keys below each path; without them every node counts as having one."""
+    kept: list[str] = []
+    for depth in reversed(range(len(path))):
+        key = path[depth]
+        alone = children is None or len(children[path[:depth]]) == 1
+        # A pure tree inside a box begins with a key; an attribute there is one of a module.
+        inside = kept and isinstance(path[depth + 1], GetAttrKey)
+        named = isinstance(key, GetAttrKey) and key.name in _BOX_ATTRIBUTES and not inside
+        nameless = isinstance(key, FlattenedIndexKey) and children is not None and not kept
+        if not (alone and (named or nameless)):
+            kept.append(_key_string(key))
+    return tuple(reversed(kept))
+
+
+def path_strings(tree: Any) -> dict[KeyPath, str]:
+    """The name of each position of a tree, as in `layers/0/attn/kernel`, by key path."""
+    return {path: "/".join(names) for path, names in leaf_names(tree).items()}
+
+
 def path_string(path: KeyPath) -> str:
-    """A JAX key path as `layers/0/attn/kernel`; the box around an array is not named.
+    """A JAX key path as `layers/0/attn/kernel`, where the rest of the tree is not at hand.
 
     Example:
         >>> import jax
@@ -26,9 +80,7 @@ def path_string(path: KeyPath) -> str:
         >>> path_string(paths[0])
         'mlp/0/kernel'
     """
-    if len(path) > 1 and isinstance(path[-1], GetAttrKey) and path[-1].name in _BOX_ATTRIBUTES:
-        path = path[:-1]
-    return "/".join(_key_string(key) for key in path)
+    return "/".join(_names(path))
 
 
 def _key_string(key: Any) -> str:
@@ -42,53 +94,116 @@ def _key_string(key: Any) -> str:
     return str(getattr(key, "key", key))
 
 
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Puts a leaf's path in front of the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path!r}: {error}") from None
+
+
+def some(paths: Iterable[str], limit: int = 12) -> str:
+    """The first of many paths, for a message."""
+    listed = [path or "(root)" for path in paths]
+    return ", ".join(listed[:limit]) + f" and {len(listed) - limit} more" * (len(listed) > limit)
+
+
+def values_by_path(
+    given: Any,
+    tree: Any,
+    *,
+    what: str,
+    kind: str,
+    is_value: Callable[[Any], bool],
+    partial: bool = False,
+    remedy: str = "",
+) -> dict[KeyPath, Any]:
+    """`broadcast_prefix` of a tree of values, or of what a callable makes of `tree`."""
+    if callable(given) and not any(is_value(x) for _, x in positions(given, is_value)):
+        given = called(f"the callable {what}", given, tree)
+        what = f"What the callable {what} returns"
+    return broadcast_prefix(
+        given, tree, what=what, kind=kind, is_value=is_value, partial=partial, remedy=remedy
+    )
+
+
+def called(what: str, function: Callable, *args: Any) -> Any:
+    """A user's function, called; its errors tell in which."""
+    try:
+        return function(*args)
+    except Exception as error:
+        error.add_note(f"This comes from {what}.")
+        raise
+
+
 def broadcast_prefix(
-    prefix: Any, tree: Any, *, what: str, is_value: Callable[[Any], bool], partial: bool = False
+    prefix: Any,
+    tree: Any,
+    *,
+    what: str,
+    kind: str,
+    is_value: Callable[[Any], bool],
+    partial: bool = False,
+    remedy: str = "",
 ) -> dict[KeyPath, Any]:
     """The value that `prefix`, a tree or a part of one, gives each leaf of `tree`, by key path.
+
+    Values and leaves are matched by name, whatever the trees' classes and boxes.
 
     Args:
         prefix: a tree of values, each for one leaf or for a whole subtree.
         tree: the tree to cover; `None` and `MaskedNode` in it need no value.
         what: the name of `prefix` in errors.
+        kind: what a value is, in errors.
         is_value: what ends the descent into `prefix`.
         partial: leave leaves without a value out, in place of an error.
+        remedy: a sentence for errors.
 
     Raises:
-        ValueError: a leaf without a value, or a value without a leaf; both name the path.
+        ValueError: what is no value, a value without a leaf, or a leaf without a value; all name
+            the path.
     """
-    values = dict(
-        jax.tree_util.tree_flatten_with_path(prefix, is_leaf=lambda x: x is None or is_value(x))[0]
-    )
-    used = set()
-
-    def covering(path):
-        for length in range(len(path), -1, -1):
-            if path[:length] in values:
-                return path[:length]
-        return None
-
-    found = {}
-    positions = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda x: x is None or is_masked(x)
-    )[0]
-    if not positions:  # the stand-in for params with which optax.tree_map_params calls `init`
+    names = leaf_names(prefix, is_value)
+    values = {names[path]: value for path, value in positions(prefix, is_value)}
+    for name, value in values.items():
+        if not (value is None or is_masked(value) or is_value(value)):
+            at = f" at {'/'.join(name)!r}" if name else ""
+            raise ValueError(
+                f"{what} must have {kind} for each leaf or subtree; got {value!r}{at}."
+                + _also(remedy)
+            )
+    leaves = positions(tree)
+    if not leaves:  # the stand-in for params with which optax.tree_map_params calls `init`
         return {}
-    for path, leaf in positions:
-        key = covering(path)
-        used.add(key)
+    leaf_name = leaf_names(tree)
+    covering = {
+        path: next((name[:n] for n in range(len(name), -1, -1) if name[:n] in values), None)
+        for path, name in leaf_name.items()
+    }
+    used = set(covering.values())
+    for name, value in values.items():
+        if name not in used and value is not None:
+            raise ValueError(
+                f"{what} has {value!r} at {'/'.join(name)!r}, where the tree has no leaf. Its "
+                f"leaves are: {some(map('/'.join, leaf_name.values()))}." + _also(remedy)
+            )
+    found = {}
+    for path, leaf in leaves:
         if leaf is None or is_masked(leaf):
             continue
-        if key is not None and values[key] is not None:
+        key = covering[path]
+        if key is not None and is_value(values[key]):
             found[path] = values[key]
         elif not partial:
-            raise ValueError(f"{what} says nothing of the leaf {path_string(path)!r}.")
-    for path, value in values.items():
-        if path not in used and value is not None:
             raise ValueError(
-                f"{what} has {value!r} at {path_string(path)!r}, where the tree has no leaf."
+                f"{what} has no entry for leaf {'/'.join(leaf_name[path])!r}." + _also(remedy)
             )
     return found
+
+
+def _also(sentence: str) -> str:
+    return f" {sentence}" if sentence else ""
 
 
 def map_paths(values: dict[KeyPath, Any], tree: Any) -> Any:
@@ -96,6 +211,13 @@ def map_paths(values: dict[KeyPath, Any], tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: values[path], tree)
 
 
-def is_tree_of(x: Any, is_value: Callable[[Any], bool]) -> bool:
-    """Whether `x` is a tree of such values, even where its class defines `__call__`."""
-    return all(map(is_value, jax.tree.leaves(x, is_leaf=is_value)))
+def only_updated(params: Any, updates: Any) -> Any:
+    """`params` with `None` wherever `updates` have it, as the gradients of a filtered model do.
+
+    What is not updated may be no array then, such as the functions of an Equinox module.
+    """
+    if params is None:
+        return None
+    return jax.tree.map(
+        lambda u, p: None if u is None else p, updates, params, is_leaf=lambda x: x is None
+    )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from muon_jax._layout import Layout
@@ -136,20 +137,26 @@ def _concatenate(parts: Sequence[tuple[Run | None, jax.Array]]) -> jax.Array:
 
 
 def _runs(axis: int, shape: tuple[int, ...], parts: Parts) -> list[Run | None]:
-    if parts == 1:
-        return [None]
     size = shape[axis]
-    if isinstance(parts, int):
-        if parts < 1 or size % parts:
+    listed = tuple(parts) if isinstance(parts, Sequence) else (parts,)
+    if not listed or any(not isinstance(n, (int, np.integer)) or n < 1 for n in listed):
+        raise ValueError(
+            f"Parts are a number of equal parts or a tuple of their sizes, positive integers; got "
+            f"{parts!r} for axis {axis} of a leaf of shape {shape}."
+        )
+    if not isinstance(parts, Sequence):
+        if parts == 1:
+            return [None]
+        if size % parts:
             raise ValueError(
                 f"Axis {axis} of a leaf of shape {shape} does not split into {parts} equal parts. "
                 "Give the sizes of the parts instead."
             )
         return [Run(axis, 0, parts, size // parts, True)]
-    if sum(parts) != size or min(parts) < 1:
+    if sum(parts) != size:
         raise ValueError(
-            f"Parts of the sizes {tuple(parts)} add up to {sum(parts)}, but axis {axis} of a leaf "
-            f"of shape {shape} has {size}."
+            f"Parts of the sizes {listed} add up to {sum(parts)}, but axis {axis} of a leaf of "
+            f"shape {shape} has {size}."
         )
     runs: list[Run | None] = []
     start = 0

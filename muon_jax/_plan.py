@@ -19,9 +19,9 @@ from muon_jax._layout import (
     layouts_by_path,
     told_layout,
 )
-from muon_jax._matrix_axes import MatrixAxes, axes_by_path
+from muon_jax._matrix_axes import MatrixAxes
 from muon_jax._newton_schulz import Form, NewtonSchulz
-from muon_jax._paths import KeyPath, path_string
+from muon_jax._paths import KeyPath, path_strings
 from muon_jax._pieces import cut
 from muon_jax._placement import plan_entries
 from muon_jax._routing import ADAMW, FROZEN, MUON, Routing, route
@@ -182,12 +182,10 @@ def plan(
         True
     """
     solver = NewtonSchulz(ns_coeffs, ns_steps, ns_dtype)
-    routes = route(params, routing)
+    routes = route(params, routing, matrix_axes)
     leaves: dict[KeyPath, Any] = dict(jax.tree_util.tree_leaves_with_path(params))
     placing = find_placing(mesh, list(leaves.values()))
     axes = {path: found.axes for path, found in routes.items()}
-    if matrix_axes is not None:
-        axes |= axes_by_path(matrix_axes, params, partial=True)
     layouts = _layouts(leaves, params, shardings, placing)
     size = dict(placing.sizes)
 
@@ -261,13 +259,14 @@ def plan(
 
 def _layouts(leaves: dict[KeyPath, Any], tree: Any, shardings: Any, placing: Placing):
     told = layouts_by_path(shardings, tree, placing)
+    strings = path_strings(tree)
     layouts: dict[KeyPath, Layout] = {}
     for path, x in leaves.items():
         sharding = getattr(x, "sharding", None)
         if path in told:
             layouts[path] = told[path]
         elif placing.mesh is not None and is_sharding(sharding):
-            layouts[path] = told_layout(sharding, x.shape, placing, path_string(path))
+            layouts[path] = told_layout(sharding, x.shape, placing, strings[path])
         else:
             layouts[path] = ((),) * len(x.shape)
     return layouts

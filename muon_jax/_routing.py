@@ -1,16 +1,28 @@
 """Which optimizer takes which leaf: rules by path and shape, and the table that explains them."""
 
 import math
+import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 
-from muon_jax._matrix_axes import MatrixAxes, as_matrix_axes, is_matrix_axes
+from muon_jax._layout import find_placing
+from muon_jax._matrix_axes import MatrixAxes, as_matrix_axes, axes_by_path, is_matrix_axes
 from muon_jax._names import LeafName, Survey, read_hidden, reason_for_adamw, survey
-from muon_jax._paths import KeyPath, broadcast_prefix, is_masked, is_tree_of, path_string
+from muon_jax._paths import (
+    KeyPath,
+    broadcast_prefix,
+    called,
+    is_masked,
+    naming,
+    path_strings,
+    positions,
+    some,
+)
+from muon_jax._pieces import cut
 
 MUON, ADAMW, FROZEN = LABELS = ("muon", "adamw", "frozen")
 
@@ -48,20 +60,30 @@ def label_params(params: Any, rules: Routing = None) -> Any:
     """A tree like `params` of `"muon"`, `"adamw"` or `"frozen"`, for `optax.multi_transform`.
 
     The built-in rules read names first and shapes second: embeddings, heads, norms, gains and
-    biases (scan-stacked ones too) go to AdamW, the matrices between them to Muon. They know the
-    names of Flax NNX and Linen, Equinox, Haiku, Hugging Face, MaxText and Levanter.
+    biases (scan-stacked ones too) go to AdamW, the matrices between them to Muon, complex ones
+    too. They know the names of Flax NNX and Linen, Equinox, Haiku, Hugging Face, MaxText and
+    Levanter. Leaves of integers or bools have no built-in rule: filter them out, or send them to
+    `"frozen"`.
 
     Args:
         params: arrays or `jax.ShapeDtypeStruct`s.
-        rules: overrides. `(regex, choice)` pairs or a flat dict of them: the first regex found in
-            the path decides, and each must match some leaf. A callable `(path, leaf) -> choice`.
-            Both leave to the built-in rules what they do not decide (the callable with `None`). Or
-            a tree of choices, whole or a prefix, which must decide everything. A choice is one of
-            the three labels, or `MatrixAxes`: Muon along these axes.
+        rules: what decides in place of the built-in rules; its type tells how it is read. A choice
+            is one of the three labels, or `MatrixAxes`: Muon along these axes.
+
+            - A list or tuple of `(regex, choice)` pairs: of those found in a leaf's path
+              (`re.search`), the first decides, and a leaf in which none is found is left to the
+              built-in rules. Each pair must decide some leaf: one that is found nowhere, or only
+              where earlier ones have decided, is an error. Put the narrow rules first.
+            - A callable `(path, leaf) -> choice`; `None` leaves the leaf to the built-in rules.
+            - A dict, or any other tree of choices: a choice for each leaf, or for each subtree,
+              which must decide every leaf. It is matched by name, so a tree of NNX variables or of
+              Linen's partitioned params fits a tree of plain arrays, and the reverse. Where
+              `params` are a list, a list that holds only choices is such a tree.
 
     Raises:
-        ValueError: a rule that matches no leaf, a leaf that no rule takes, an unknown label, or
-            Muon for a leaf that is no matrix. The message has the path.
+        ValueError: rules of any other kind, a bad regex, a rule that decides no leaf, a leaf that
+            the tree has no choice for, an unknown choice, Muon for a leaf that is no matrix, axes
+            or parts that do not fit it, or a leaf that is no array. The message has the path.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax
@@ -114,35 +136,69 @@ def routing_table(params: Any, rules: Routing = None) -> str:
     return "\n".join(lines)
 
 
-def route(params: Any, rules: Routing = None) -> dict[KeyPath, Route]:
-    """The route of every leaf, by key path; see `label_params`."""
-    leaves = dict(jax.tree_util.tree_flatten_with_path(params)[0])
-    names = {path: LeafName.of(path_string(path), jnp.shape(x)) for path, x in leaves.items()}
+def route(params: Any, rules: Routing = None, matrix_axes: Any = None) -> dict[KeyPath, Route]:
+    """The route of every leaf, by key path; see `label_params`.
+
+    `matrix_axes`, as in `hybrid`, are the axes of those Muon leaves that it has a value for.
+    """
+    strings = path_strings(params)
+    leaves = {
+        path: leaf for path, leaf in positions(params) if leaf is not None and not is_masked(leaf)
+    }
+    for path, leaf in leaves.items():
+        _check_array(strings[path], leaf)
+    names = {path: LeafName.of(strings[path], jnp.shape(x)) for path, x in leaves.items()}
     tree = survey(list(names.values()))
     chosen = _overrides(params, leaves, rules)
-    return {
+    routes = {
         path: _route_leaf(name, leaves[path], tree, *chosen.get(path, (None, "")))
         for path, name in names.items()
     }
+    if matrix_axes is not None:
+        for path, axes in axes_by_path(matrix_axes, params, partial=True).items():
+            if routes[path].label == MUON:
+                routes[path] = routes[path]._replace(axes=axes)
+    for found in routes.values():
+        if found.axes is not None:
+            with naming(found.path):
+                _check_axes(found.axes, found.shape)
+    return routes
+
+
+def _check_array(path: str, leaf: Any) -> None:
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) and not isinstance(
+        leaf, numbers.Number
+    ):
+        raise ValueError(
+            f"Leaf {path!r} is no array but {leaf!r}. Give only the arrays that are trained: of an "
+            "Equinox module, eqx.filter(model, eqx.is_inexact_array)."
+        )
+
+
+def _check_axes(axes: MatrixAxes, shape: tuple[int, ...]) -> None:
+    """Inside `shard_map` a leaf may be a part of one, so its parts are checked elsewhere."""
+    axes.split(shape)
+    if not find_placing(None, ()).taken:
+        cut(shape, axes)
 
 
 def _route_leaf(name: LeafName, leaf: Any, tree: Survey, choice: Choice | None, why: str) -> Route:
-    if choice is not None and not is_matrix_axes(choice) and choice not in LABELS:
+    if choice is not None and not is_matrix_axes(choice) and not _is_label(choice):
         raise ValueError(
             f"{why} sends {name.path!r} to {choice!r}; known are {', '.join(LABELS)}, or "
             "MatrixAxes for Muon along these axes."
         )
     if choice == FROZEN:
         return Route(name.path, name.shape, FROZEN, None, why)
-    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        sent = "No rule takes" if choice is None else f"{why} sends to {choice!r} the leaf"
         raise ValueError(
-            f"No rule takes {name.path!r}: its dtype is {jnp.result_type(leaf)}, and only real "
-            "floating point is optimised. Filter it out, or send it to 'frozen'."
+            f"{sent} {name.path!r}, whose dtype is {dtype}: only real or complex floating point is "
+            "optimised. Filter it out of the params, or send it to 'frozen' by a rule."
         )
     if choice is not None and is_matrix_axes(choice):
-        axes = as_matrix_axes(choice)
-        axes.split(name.shape)
-        return Route(name.path, name.shape, MUON, axes, why)
+        return Route(name.path, name.shape, MUON, as_matrix_axes(choice), why)
     against = reason_for_adamw(name, tree)
     if choice == ADAMW:
         return Route(name.path, name.shape, ADAMW, None, why)
@@ -163,14 +219,27 @@ def _overrides(
     """What the user's rules say, by key path, each with the name of the rule that says it."""
     if rules is None or (isinstance(rules, (list, tuple, dict)) and not rules):
         return {}
-    pairs = _regex_pairs(rules, params)
-    if pairs is not None:
-        return match_rules(pairs, params, leaves)
-    if is_tree_of(rules, _is_choice):
-        found = broadcast_prefix(rules, params, what="The label tree", is_value=_is_choice)
+    if is_rules(rules, params, lambda x: _is_label(x) or is_matrix_axes(x)):
+        return match_rules(as_rules(rules, "routing", "choice", _is_choice), params, leaves)
+    if any(_is_choice(x) for _, x in positions(rules, _is_choice)):
+        found = broadcast_prefix(
+            rules,
+            params,
+            what="The label tree",
+            kind=f"one of {', '.join(LABELS)} or MatrixAxes",
+            is_value=_is_choice,
+            remedy="A tree has a choice for every leaf or subtree, by its keys. Rules by regex are "
+            "a list of pairs, such as [('head', 'adamw')]."
+            if isinstance(rules, Mapping)
+            else "",
+        )
         return {path: (choice, "the label tree") for path, choice in found.items()}
     if callable(rules):
-        answers = {path: rules(path_string(path), leaf) for path, leaf in leaves.items()}
+        strings = path_strings(params)
+        answers = {
+            path: called(f"the routing callable, for leaf {strings[path]!r}", rules, *args)
+            for path, args in ((path, (strings[path], leaf)) for path, leaf in leaves.items())
+        }
         return {
             path: (choice, "" if choice is None else "the routing callable")
             for path, choice in answers.items()
@@ -181,51 +250,66 @@ def _overrides(
     )
 
 
+def is_rules(given: Any, params: Any, is_value: Callable[[Any], bool]) -> TypeGuard[Sequence]:
+    """Whether it is a list or tuple to be read as rules, and no tree of values for a list."""
+    if not isinstance(given, (list, tuple)) or hasattr(given, "_fields"):
+        return False
+    like = isinstance(params, (list, tuple))
+    return not (like and all(x is None or is_value(x) for _, x in positions(given, is_value)))
+
+
+def as_rules(
+    rules: Sequence, what: str, kind: str, is_value: Callable[[Any], bool]
+) -> list[tuple[str, Any]]:
+    """The rules as pairs.
+
+    Raises:
+        ValueError: one that is no pair of a regex and a value.
+    """
+    for i, rule in enumerate(rules):
+        pair = isinstance(rule, (tuple, list)) and len(rule) == 2
+        if not (pair and isinstance(rule[0], (str, re.Pattern)) and is_value(rule[1])):
+            raise ValueError(f"{what}[{i}] must be a pair (regex, {kind}); got {rule!r}.")
+    return [tuple(rule) for rule in rules]
+
+
 def match_rules(
     pairs: Sequence[tuple[str, Any]], params: Any, leaves: Iterable[KeyPath]
 ) -> dict[KeyPath, tuple[Any, str]]:
     """What the first regex found in a leaf's path gives it, and the name of that rule.
 
     Raises:
-        ValueError: a regex that matches no leaf.
+        ValueError: a bad regex, or one that decides no leaf: it is found in none, or only where
+            earlier ones are.
     """
-    present = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_masked)[0]
-    paths = [path_string(path) for path, _ in present]
-    for regex, _ in pairs:
-        if paths and not any(re.search(regex, path) for path in paths):
-            raise ValueError(f"The rule {regex!r} matches no leaf. The paths are: {_some(paths)}.")
-    found: dict[KeyPath, tuple[Any, str]] = {}
-    for path in leaves:
-        for regex, choice in pairs:
-            if re.search(regex, path_string(path)):
-                found[path] = (choice, f"rule {regex!r}")
-                break
-    return found
+    strings = path_strings(params)
+    decided: dict[KeyPath, tuple[Any, str]] = {}
+    for regex, choice in pairs:
+        matched = [path for path, string in strings.items() if _found(regex, string)]
+        free = [path for path in matched if path not in decided]
+        if strings and not matched:
+            raise ValueError(
+                f"The rule {regex!r} matches no leaf. The paths are: {some(strings.values())}."
+            )
+        if strings and not free:
+            before = dict.fromkeys(decided[path][1] for path in matched)
+            raise ValueError(
+                f"The rule {regex!r} decides no leaf: all that it matches are decided before, by "
+                f"{' and '.join(before)}. Put it in front of that, or leave it out."
+            )
+        decided |= dict.fromkeys(free, (choice, f"rule {regex!r}"))
+    return {path: decided[path] for path in leaves if path in decided}
 
 
-def _regex_pairs(rules: Routing, params: Any) -> list[tuple[str, Choice]] | None:
-    """The rules as pairs, unless they are a tree of labels or a callable.
-
-    A flat dict is a tree of labels if its keys are the params' own.
-    """
-    if isinstance(rules, Mapping):
-        own = isinstance(params, Mapping) and set(params) == set(rules)
-        flat = all(isinstance(key, str) and _is_choice(value) for key, value in rules.items())
-        return list(rules.items()) if flat and rules and not own else None
-    if isinstance(rules, Sequence) and not isinstance(rules, str) and not is_matrix_axes(rules):
-        pairs = [tuple(rule) if isinstance(rule, (tuple, list)) else rule for rule in rules]
-        if pairs and all(isinstance(rule, tuple) and _is_pair(rule) for rule in pairs):
-            return pairs
-    return None
+def _found(regex: str, string: str) -> bool:
+    try:
+        return re.search(regex, string) is not None
+    except re.error as error:
+        raise ValueError(f"The rule {regex!r} is no regular expression: {error}.") from None
 
 
-def _is_pair(rule: tuple) -> bool:
-    return (
-        len(rule) == 2
-        and isinstance(rule[0], (str, re.Pattern))
-        and rule[0] not in LABELS
-        and _is_choice(rule[1])
-    )
+def _is_label(x: Any) -> bool:
+    return isinstance(x, str) and x in LABELS
 
 
 def _is_choice(x: Any) -> bool:
@@ -233,12 +317,14 @@ def _is_choice(x: Any) -> bool:
 
 
 def _matrices(leaf: Route) -> str:
+    """Matrices of each shape, with their batch in front."""
     if leaf.axes is None:
         return "-"
-    batch, fan_in, fan_out = leaf.axes.matrix_shape(leaf.shape)
-    stack = " × ".join(map(str, batch))
-    return f"{stack} × ({fan_in} × {fan_out})" if stack else f"{fan_in} × {fan_out}"
-
-
-def _some(paths: list[str], limit: int = 12) -> str:
-    return ", ".join(paths[:limit]) + (f" and {len(paths) - limit} more" * (len(paths) > limit))
+    pieces = cut(leaf.shape, leaf.axes)
+    shown = []
+    for piece in pieces:
+        batch, fan_in, fan_out = piece.axes.matrix_shape(piece.shape)
+        stack = "".join(f"{size} × " for size in batch)
+        matrix = f"{fan_in} × {fan_out}"
+        shown.append(f"{stack}({matrix})" if stack or len(pieces) > 1 else matrix)
+    return " + ".join(shown)

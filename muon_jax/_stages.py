@@ -25,7 +25,7 @@ from muon_jax._layout import (
 from muon_jax._matrix_axes import MatrixAxes, axes_by_path
 from muon_jax._momentum import MOMENTA, as_array_tree, init_momentum, update_momentum
 from muon_jax._newton_schulz import as_newton_schulz
-from muon_jax._paths import KeyPath, path_string
+from muon_jax._paths import KeyPath, naming, path_strings
 from muon_jax._pieces import Piece, cut, join
 from muon_jax._placement import orthogonalize_leaves
 from muon_jax._shape_scale import ShapeScale, as_shape_scale
@@ -89,15 +89,17 @@ class Matrices:
         self._told = layouts_by_path(stages.shardings, tree, self._placing)
         axes = axes if axes is not None else stages.matrix_axes
         self._axes = axes_by_path(MatrixAxes() if axes is None else axes, tree)
+        self._strings = path_strings(tree)
         self._pieces: dict[KeyPath, list[Piece]] = {}
         size = dict(self._placing.sizes)
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
             if math.prod(x.shape):
                 told = self._told.get(path)
                 shape = whole_shape(x.shape, told or ((),) * x.ndim, self._placing)
-                self._pieces[path] = cut(shape, self._axes[path], told, size)
+                with naming(self._strings[path]):
+                    self._pieces[path] = cut(shape, self._axes[path], told, size)
                 if self._placing.taken and not self._placing.free and told:
-                    _check_slices(path, x.shape, told, self._pieces[path])
+                    _check_slices(self._strings[path], x.shape, told, self._pieces[path])
         self.pieces = [piece for pieces in self._pieces.values() for piece in pieces]
 
     def in_blocks(self, blocks: tuple[int, int] | None) -> "Matrices":
@@ -118,7 +120,7 @@ class Matrices:
                 layout = layout_of(x, self._placing)
                 if layout is None:
                     raise ValueError(
-                        f"Nothing tells how {path_string(path)!r} is split over the mesh: under "
+                        f"Nothing tells how {self._strings[path]!r} is split over the mesh: under "
                         "Auto axes a traced array does not. Give shardings=, or blocks=."
                     )
             size = dict(self._placing.sizes)
@@ -295,13 +297,13 @@ class Matrices:
 
 
 def _check_slices(
-    path: KeyPath, shape: tuple[int, ...], layout: Layout, pieces: Sequence[Piece]
+    path: str, shape: tuple[int, ...], layout: Layout, pieces: Sequence[Piece]
 ) -> None:
     """Inside `shard_map` nothing is moved to split it: each device must hold whole parts."""
     for run in (run for piece in pieces for run in piece.runs):
         if layout[run.axis] and (shape[run.axis] % run.size or not run.whole):
             raise ValueError(
                 f"Inside shard_map, a device has {shape[run.axis]} entries of axis {run.axis} of "
-                f"{path_string(path)!r}, which are not whole parts of {run.size}. Split it into as "
+                f"{path!r}, which are not whole parts of {run.size}. Split it into as "
                 "many equal parts as its mesh axes divide."
             )

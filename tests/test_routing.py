@@ -285,8 +285,8 @@ WHOLE = {
             [(re.compile("MLP", re.IGNORECASE), "frozen")],
             {"mlp/kernel": "frozen", "mlp/bias": "frozen"},
         ),
-        ({"embed|out": "frozen"}, {"embed": "frozen", "out/kernel": "frozen"}),
-        ({"^embed$": "muon"}, {"embed": "muon"}),
+        ([["embed|out", "frozen"]], {"embed": "frozen", "out/kernel": "frozen"}),
+        ((("^embed$", "muon"),), {"embed": "muon"}),
         ([("embed", MatrixAxes())], {"embed": "muon"}),
         (lambda path, leaf: "frozen" if leaf.ndim == 3 else None, {"out/kernel": "frozen"}),
         (lambda path, leaf: "adamw" if "mlp" in path else None, {"mlp/kernel": "adamw"}),
@@ -317,6 +317,7 @@ def test_axes_as_a_choice_send_the_leaf_to_muon_along_them(axes):
     assert muon_shapes(PARAMS, tree) == {"out/kernel": ((), 2, 32)}
 
 
+SCALARS = {"scalar": 1.0, "flag": struct(dtype=bool), "empty": struct(0, 8)}
 INTEGER = {"mlp": {"kernel": struct(8, 8)}, "steps": struct(3, dtype=jnp.int32)}
 
 
@@ -324,19 +325,52 @@ INTEGER = {"mlp": {"kernel": struct(8, 8)}, "steps": struct(3, dtype=jnp.int32)}
     "params,rules,words",
     [
         (PARAMS, [("mpl", "adamw")], ["'mpl'", "no leaf", "mlp/kernel", "out/kernel"]),
-        (PARAMS, {"mlp": "adamw", "head": "adamw"}, ["'head'", "no leaf", "mlp/kernel"]),
+        (PARAMS, {"mlp": "adamw", "head": "adamw"}, ["'head'", "no leaf", "mlp/kernel", "pairs"]),
+        (PARAMS, {"mlp": "adamw"}, ["no entry for leaf 'embed'", "pairs"]),
+        (PARAMS, {"embed|out": "frozen"}, ["'embed|out'", "no leaf", "[('head', 'adamw')]"]),
+        (PARAMS, WHOLE | {"embed": 3}, ["got 3 at 'embed'", "muon, adamw, frozen"]),
+        (PARAMS, [("mlp(", "adamw")], ["'mlp('", "regular expression", "unterminated"]),
+        (PARAMS, [("*", "adamw")], ["'*'", "nothing to repeat at position 0"]),
+        (PARAMS, [("mlp", "adamw"), ("mlp/k", "muon")], ["'mlp/k' decides no", "rule 'mlp'"]),
+        (
+            PARAMS,
+            [("bias", "adamw"), ("mlp/k", "adamw"), ("mlp", "muon")],
+            ["'mlp' decides no", "rule 'bias' and rule 'mlp/k'"],
+        ),
+        (PARAMS, ("mlp", "adamw"), ["routing[0]", "(regex, choice)", "'mlp'"]),
+        (PARAMS, [("embed", "adamw"), ("mlp", 3)], ["routing[1]", "('mlp', 3)"]),
+        (PARAMS, [("muon", "adamw")], ["rule 'muon'", "no leaf"]),
+        (PARAMS, lambda path, leaf: 3, ["routing callable", "'embed'", "to 3"]),
+        (PARAMS, lambda path, leaf: leaf, ["routing callable", "'embed'", "known are"]),
+        (PARAMS, "adam", ["'adam'", "known are"]),
         (PARAMS, {"embed": "adamw", "mlp": {"kernel": "muon"}, "out": "muon"}, ["'mlp/bias'"]),
         (PARAMS, WHOLE | {"lora": {"a": "muon"}}, ["'lora/a'", "no leaf"]),
         (PARAMS, WHOLE | {"mlp": {"kernel": "adam", "bias": "adamw"}}, ["'adam'", "'mlp/kernel'"]),
         (PARAMS, [("mlp", "sgd")], ["'sgd'", "'mlp/", "adamw", "MatrixAxes"]),
         (PARAMS, lambda path, leaf: "Muon", ["'Muon'", "known are muon"]),
         (PARAMS, [("bias", "muon")], ["'mlp/bias'", "(8,)", "'adamw'"]),
-        (PARAMS, [("mlp/bias", MatrixAxes())], ["(8,)", "does not fit"]),
-        (PARAMS, [("out", MatrixAxes(0, 5))], ["(2, 4, 8)", "does not fit"]),
-        (PARAMS, [("out", MatrixAxes(0, -3))], ["(2, 4, 8)", "twice"]),
+        (PARAMS, [("mlp/bias", MatrixAxes())], ["'mlp/bias'", "(8,)", "does not fit"]),
+        (PARAMS, [("out", MatrixAxes(0, 5))], ["'out/kernel'", "(2, 4, 8)", "does not fit"]),
+        (PARAMS, [("out", MatrixAxes(0, 1.5))], ["'out/kernel'", "(2, 4, 8)", "does not fit"]),
+        (PARAMS, [("out", MatrixAxes("ab", 1))], ["'out/kernel'", "(2, 4, 8)", "does not fit"]),
+        (PARAMS, [("out", MatrixAxes(0, -3))], ["'out/kernel'", "(2, 4, 8)", "twice"]),
+        (PARAMS, [("out", MatrixAxes(fan_out_parts=3))], ["'out/kernel'", "3 equal parts"]),
+        (PARAMS, [("out", MatrixAxes(fan_out_parts=(4, 8)))], ["'out/kernel'", "add up to 12"]),
+        (PARAMS, [("out", MatrixAxes(fan_in_parts=0))], ["'out/kernel'", "positive", "got 0"]),
+        (PARAMS, [("out", MatrixAxes(fan_in_parts="ab"))], ["'out/kernel'", "positive", "'ab'"]),
         (PARAMS, 3, ["3", "(regex, label)"]),
         (INTEGER, None, ["'steps'", "int32", "'frozen'"]),
-        (INTEGER, [("steps", "adamw")], ["'steps'", "int32", "'frozen'"]),
+        (INTEGER, [("steps", "adamw")], ["rule 'steps'", "'adamw'", "int32", "'frozen'"]),
+        (INTEGER, [("steps", MatrixAxes())], ["rule 'steps'", "int32", "'frozen'"]),
+        (
+            SCALARS,
+            [("flag", "frozen"), ("scalar", "muon")],
+            ["'scalar'", "()", "no matrix", "'adamw'"],
+        ),
+        (SCALARS, [("flag", "frozen"), ("scalar", MatrixAxes())], ["'scalar'", "does not fit"]),
+        (SCALARS, [("flag", "adamw")], ["'flag'", "bool", "'frozen'"]),
+        (SCALARS | {"f": jax.nn.relu}, None, ["'f'", "no array", "is_inexact_array"]),
+        (SCALARS | {"f": "tanh"}, None, ["'f'", "no array", "'tanh'"]),
     ],
 )
 def test_errors_name_the_path_and_the_remedy(params, rules, words):
@@ -356,6 +390,42 @@ def test_trees_without_names_are_routed_by_shape_with_a_doubt():
 def test_an_integer_leaf_may_be_frozen():
     labels = label_params(INTEGER, [("steps", "frozen")])
     assert labels == {"mlp": {"kernel": "muon"}, "steps": "frozen"}
+    labels = label_params(SCALARS, [("flag", "frozen")])
+    assert labels == {"scalar": "adamw", "flag": "frozen", "empty": "muon"}
+
+
+def test_complex_leaves_are_routed_as_real_ones_and_rules_decide():
+    params = nested({"embed": (50, 8), "mlp/kernel": (8, 8), "mlp/bias": (8,)})
+    complex_params = jax.tree.map(lambda x: struct(*x.shape, dtype=jnp.complex64), params)
+    assert label_params(complex_params) == label_params(params)
+    assert label_params(params)["mlp"] == {"kernel": "muon", "bias": "adamw"}
+    for choice in ("adamw", "frozen"):
+        assert label_params(complex_params, [("mlp", choice)])["mlp"] == {
+            "kernel": choice,
+            "bias": choice,
+        }
+    assert routes_by_path(complex_params, [("embed", MatrixAxes(1, 0))])["embed"].label == "muon"
+
+
+def test_a_dict_keeps_its_meaning_when_a_key_is_added():
+    params = nested({"head/kernel": (8, 8), "headless/kernel": (8, 8)})
+    labels = {"head": "adamw", "headless": "frozen"}
+    assert label_params(params, labels) == {
+        "head": {"kernel": "adamw"},
+        "headless": {"kernel": "frozen"},
+    }
+    with pytest.raises(ValueError, match="no entry for leaf 'headless/kernel'"):
+        label_params(params, {"head": "adamw"})
+    # As rules the first one has both, and the second none.
+    with pytest.raises(ValueError, match="'headless' decides no leaf"):
+        label_params(params, list(labels.items()))
+    assert set(jax.tree.leaves(label_params(params, [("head", "adamw")]))) == {"adamw"}
+
+
+def test_an_error_in_a_routing_callable_says_for_which_leaf():
+    with pytest.raises(AttributeError) as raised:
+        label_params(PARAMS, lambda path, leaf: leaf.nothing)
+    assert "routing callable, for leaf 'embed'" in raised.value.__notes__[0]
 
 
 def test_many_paths_are_cut_short_in_an_error():
@@ -395,6 +465,20 @@ def test_the_table_of_a_flax_block():
 def test_the_table_counts_a_stack():
     table = routing_table(nested({"moe/experts/up": (2, 3, 4, 8)}))
     assert "2 × 3 × (4 × 8)" in table and table.endswith("muon: 1 leaf, 192 parameters (100.0 %)")
+
+
+@pytest.mark.parametrize(
+    "parts,shown",
+    [
+        ({}, "2 × (8 × 24)"),
+        ({"fan_out_parts": 3}, "2 × 3 × (8 × 8)"),
+        ({"fan_in_parts": 2, "fan_out_parts": 3}, "2 × 2 × 3 × (4 × 8)"),
+        ({"fan_out_parts": (16, 4, 4)}, "2 × 1 × (8 × 16) + 2 × 2 × (8 × 4)"),
+    ],
+)
+def test_the_table_shows_parts(parts, shown):
+    table = routing_table(nested({"qkv/kernel": (2, 8, 24)}), [("qkv", MatrixAxes(**parts))])
+    assert f"(2, 8, 24)  {shown}  muon" in table
 
 
 def test_arrays_and_structs_are_labelled_alike():

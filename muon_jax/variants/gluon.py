@@ -7,7 +7,6 @@ from typing import Any
 import optax
 
 from muon_jax._options import takes_options_of
-from muon_jax._paths import path_string
 from muon_jax._routing import match_rules
 from muon_jax.variants.lmo import DEFAULT_BALLS, Layer, balls_of, by_layer, checked, scale_by_lmo
 from muon_jax.variants.oracles import Ball, Oracle
@@ -63,7 +62,7 @@ def gluon(
         for path, ball in balls_of(tree, routes, rules).items():
             if path not in found:
                 raise ValueError(
-                    f"No smoothness covers {path_string(path)!r}: add a rule for it, or "
+                    f"No smoothness covers {routes[path].path!r}: add a rule for it, or "
                     '("", (L0, L1)) at the end for all others.'
                 )
             chosen[path] = Layer(ball, found[path][0])

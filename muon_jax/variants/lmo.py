@@ -12,12 +12,12 @@ import optax
 from jax.sharding import PartitionSpec
 
 from muon_jax._decay import add_decayed_weights, as_decay_mask
-from muon_jax._layout import AnyMesh, is_sharding
+from muon_jax._layout import SHARDING, AnyMesh, is_sharding
 from muon_jax._matrix_axes import MatrixAxes, axes_by_path
 from muon_jax._momentum import as_array_tree
 from muon_jax._names import EMBEDDING, VECTORS
 from muon_jax._newton_schulz import configured
-from muon_jax._paths import KeyPath, broadcast_prefix, map_paths
+from muon_jax._paths import KeyPath, broadcast_prefix, map_paths, only_updated
 from muon_jax._routing import FROZEN, MUON, Route, Routing, match_rules, route
 from muon_jax._stages import Orthogonalizer, Stages
 from muon_jax.variants.oracles import Ball, as_oracle
@@ -150,7 +150,9 @@ def _row_shardings(shardings: Any, rows: Any) -> Any:
     """The shardings of the vectors, for the rows that `_as_row` makes of them."""
     if shardings is None:
         return None
-    found = broadcast_prefix(shardings, rows, what="shardings", is_value=is_sharding, partial=True)
+    found = broadcast_prefix(
+        shardings, rows, what="shardings", kind=SHARDING, is_value=is_sharding, partial=True
+    )
 
     def of_row(path, x):
         sharding = found.get(path, PartitionSpec())
@@ -197,7 +199,7 @@ def by_layer(
         if matrix_axes is not None:
             axes |= axes_by_path(matrix_axes, tree, partial=True)
         chosen = layers_of(tree, routes)
-        mask = as_decay_mask(weight_decay_mask, tree)
+        mask = as_decay_mask(weight_decay_mask, tree, routes)
 
         def optimizer(layer: Layer) -> optax.GradientTransformation:
             return optax.chain(
@@ -226,6 +228,7 @@ def by_layer(
         return routed(params).init(params)
 
     def update(updates, state, params=None, **extra_args):
+        params = only_updated(params, updates)
         return routed(updates).update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
