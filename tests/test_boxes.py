@@ -96,6 +96,7 @@ TREES = {
     "nameless boxes": lambda: pure(mapping=Attributes, box=Nameless),
     "named boxes": lambda: pure(mapping=Attributes, box=Named),
     "boxes in boxes": lambda: pure(box=lambda x: ParameterValue(Named(x))),
+    "a box around a tree": lambda: {key: ParameterValue(x) for key, x in pure().items()},
 }
 LABELS = {
     "attn/query": "muon",
@@ -176,13 +177,12 @@ class Block(nnx.Module):
         make = lambda: nnx.Linear(4, 4, kernel_init=split, rngs=rngs)  # noqa: E731
         self.layers = nnx.List([make(), make()])
         self.norm = nnx.LayerNorm(4, rngs=rngs)
-        self.nested = nnx.Param({"a": jnp.ones((4, 4)), "b": [jnp.ones(4)]})
         self.lora = nnx.LoRAParam(jnp.ones((4, 2)))
 
     def __call__(self, x):
         for layer in self.layers:
             x = layer(x)
-        return self.norm(x) @ self.nested["a"] @ self.lora[...]
+        return self.norm(x) @ self.lora[...]
 
 
 @pytest.mark.parametrize("wrt", [nnx.Param, nnx.LoRAParam, nnx.Not(nnx.LoRAParam)])
@@ -202,7 +202,8 @@ def test_nnx_optimizer_takes_trees_made_of_its_state(wrt):
         mesh=mesh,
         ns_steps=1,
     )
-    optimizer = nnx.Optimizer(model, tx, wrt=wrt)
+    with jax.set_mesh(mesh):
+        optimizer = nnx.Optimizer(model, tx, wrt=wrt)
     before = nnx.to_pure_dict(state)
 
     @nnx.jit
@@ -213,14 +214,7 @@ def test_nnx_optimizer_takes_trees_made_of_its_state(wrt):
     for _ in range(2):
         step(model, optimizer)
     after = nnx.to_pure_dict(nnx.state(model, wrt))
-    moved = jax.tree.map(lambda x, y: bool(np.any(x != y)), before, after)
-    # What the loss does not depend on, and is not decayed, stands still.
-    still = [
-        path
-        for path, x in zip(path_strings(moved).values(), jax.tree.leaves(moved), strict=True)
-        if not x
-    ]
-    assert still == (["nested/b/0"] if wrt is not nnx.LoRAParam else [])
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, y: np.any(x != y), before, after)))
 
 
 class Linen(nn.Module):
