@@ -99,7 +99,9 @@ def routing_table(params: Any, rules: Routing = None) -> str:
     """`label_params` as text: path, shape, batch × (fan_in × fan_out), label, and why.
 
     The matrices are those that are orthogonalised: a leaf in equal parts shows how many and of
-    which shape, and one in parts of several sizes shows each size. Ends with the number of parameters per label, and with one line for each shape that could be
+    which shape, and one in parts of several sizes shows each size.
+
+    Ends with the number of parameters per label, and with one line for each shape that could be
     read in another way.
 
     Example:
