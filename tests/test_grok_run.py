@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from experiments.grok import __main__ as command
@@ -44,7 +45,7 @@ def start(*options, out):
         stderr=subprocess.STDOUT,
         text=True,
         # As many devices as the tests have: XLA splits its sums by them.
-        env={**os.environ, "COLUMNS": "200", "JAX_NUM_CPU_DEVICES": "8"},
+        env={**os.environ, "COLUMNS": "200", "JAX_NUM_CPU_DEVICES": str(jax.device_count())},
     )
 
 
