@@ -191,13 +191,14 @@ def plan(
 
     def state_bytes(path: KeyPath, moments: int) -> int:
         x = leaves[path]
-        parts = math.prod(size[name] for names in layouts[path] for name in names)
+        *outer, last = (math.prod(size[name] for name in names) for names in layouts[path] or [()])
         width = jnp.dtype(x.dtype).itemsize
         packed = mu_dtype is not None and jnp.dtype(mu_dtype) == jnp.int8
         first = width if mu_dtype is None or packed else jnp.dtype(mu_dtype).itemsize
-        here = math.prod(x.shape) // parts
+        rows = math.prod(x.shape[:-1]) // math.prod(outer)
+        here = math.prod(x.shape) // (math.prod(outer) * last)
         if packed and moments == 1:
-            return here + 4 * (here // x.shape[-1])  # a float32 scale a row
+            return here + 4 * rows  # a float32 scale a row, on each device that has some of it
         return here * (first + width * (moments - 1))
 
     hidden: list[KeyPath] = []  # of each entry
