@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muon_jax._checks import check_static
+from muon_jax._checks import check_integer, check_number, check_static
 from muon_jax._lapack import each_matrix
 from muon_jax._muon import muon
 from muon_jax._options import takes_options_of
@@ -43,13 +43,15 @@ class TruncatedPolar:
     r"""The orthogonalizer $U_k V_k^\top$ of the top k singular triplets.
 
     Attributes:
-        rank: k, or a share of the short side in (0, 1] as a float. More than the short side is the
-            short side, which is the polar factor.
+        rank: k, or a share of the short side in (0, 1] as a float, rounded up to whole directions
+            (0.07 of 100 are 7, of 101 are 8). More than the short side is the short side, which is
+            the polar factor.
         method: `"svd"`, exact, or `"subspace"`: block power iteration from a fixed random start,
             whose cost grows with k, and whose error with the ratio of the singular values around k.
         iterations: of `"subspace"`, each two products with `x` and a QR.
 
     Raises:
+        TypeError: an array, or a number of another type.
         ValueError: an unknown method, or a rank or a number of iterations below 1.
 
     References:
@@ -69,10 +71,9 @@ class TruncatedPolar:
 
     def __post_init__(self) -> None:
         if self.method not in ("svd", "subspace"):
-            raise ValueError(f"method must be svd or subspace, got {self.method!r}.")
+            raise ValueError(f"method must be svd or subspace; got {self.method!r}.")
         rank_of(self.rank, 1, 1)
-        if self.iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {self.iterations}.")
+        check_integer("iterations", self.iterations, at_least=1)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         m, n = x.shape[-2:]
@@ -126,16 +127,20 @@ def rank_of(rank: int | float, m: int, n: int) -> int:
     """A rank, or a share of the short side, for `m × n` matrices.
 
     Raises:
+        TypeError: an array, or no number.
         ValueError: neither an integer from 1 nor a float in (0, 1].
     """
     check_static("rank", rank)
+    check_number("rank", rank)
     short = min(m, n)
     if isinstance(rank, float) and 0 < rank <= 1:
-        return max(1, math.ceil(rank * short))
+        # Rounding of the product is no direction: 0.07 * 100 is 7.000000000000001.
+        return max(1, math.ceil(round(rank * short, 9)))
     if isinstance(rank, int) and rank >= 1:
         return min(rank, short)
     raise ValueError(
-        f"rank must be an integer from 1, or a share of the short side in (0, 1]; got {rank!r}."
+        "rank must be an integer of at least 1, or a share of the short side as a float in (0, 1]; "
+        f"got {rank!r}."
     )
 
 
@@ -154,10 +159,15 @@ def _truncated(x: jax.Array, rank: int) -> jax.Array:
 
 def relative(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`x` with a largest entry of 1, in float32 or wider, and what it was."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = widen(x)
     largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
     root = jax.lax.rsqrt(jnp.where(largest == 0, 1, largest))
     return x * root * root, largest
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """In float32 or wider, where Python's numbers keep their digits."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _kept(values: jax.Array, rank: int) -> jax.Array:
