@@ -39,6 +39,11 @@ def dense(query, key, scale=None, is_causal=False, mask=None):
     return logits.max(axis=(0, 2, 3))
 
 
+def dense_logits(query, key):
+    key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
+    return jnp.einsum("btnh,bsnh->bnts", query, key) * query.shape[-1] ** -0.5
+
+
 def queries_and_keys(kv_heads=2, keys=37, dtype=jnp.float32):
     """Later keys are longer, so that a position seen too early is the largest."""
     growing = jnp.linspace(1, 5, keys)[None, :, None, None]
@@ -132,6 +137,23 @@ def test_a_head_that_sees_nothing_never_clips():
     assert max_attention_logits(query, key, mask=mask, threshold=0.1)[1] == -jnp.inf
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("threshold", [0.1, 1e3])
+def test_a_log_sum_exp_of_nothing_is_minus_infinity(threshold, dtype):
+    """Of a whole head, and of padded positions."""
+    query, key = queries_and_keys()
+    mask = jnp.ones((1, 4, 37, 1), bool).at[:, 1].set(False).at[:, :, 30:].set(False)
+    logits = jnp.where(mask, dense_logits(query, key), -jnp.inf)
+    logsumexp = jnp.moveaxis(jax.nn.logsumexp(logits, axis=-1), 1, 2).astype(dtype)
+    assert not jnp.isfinite(logsumexp[:, 30:]).any()
+    ours = max_attention_logits(
+        query, key, mask=mask, logsumexp=logsumexp, threshold=threshold, block_size=8
+    )
+    exact = dense(query, key, mask=mask)
+    assert ours[1] == -jnp.inf and not jnp.isnan(ours).any()
+    assert (ours >= exact).all() and (threshold < 1) == bool((ours[2:] > threshold).all())
+
+
 def test_a_nan_stays_in_its_own_head():
     query, key = queries_and_keys()
     hurt = query.at[0, 0, 2].set(jnp.nan)
@@ -169,7 +191,9 @@ def test_largest_logits_on_a_mesh(kind, settings):
         ((2, 5, 4, 8), (2, 5, 3, 8), {}, "divide the query heads"),
         ((2, 5, 4, 8), (2, 6, 4, 8), {"mask": jnp.ones((5, 6), bool)}, r"\(2, 4, 5, 6\); got"),
         ((2, 5, 4, 8), (2, 6, 4, 8), {"logsumexp": jnp.ones((2, 4, 5))}, r"\(2, 5, 4\); got"),
-        ((2, 5, 4, 8), (2, 6, 4, 8), {"block_size": 0}, "block_size"),
+        ((2, 5, 4, 8), (2, 6, 4, 8), {"block_size": 0}, "block_size must .* at least 1; got 0"),
+        ((2, 5, 4, 8), (2, 6, 4, 8), {"threshold": np.nan}, "threshold must .*; got nan"),
+        ((2, 5, 4, 8), (2, 6, 4, 8), {"scale": np.inf}, "scale must .*; got inf"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(query, key, settings, message):

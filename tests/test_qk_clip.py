@@ -257,11 +257,19 @@ def test_other_leaves_are_no_norm_of_queries(other):
 # --- What is left alone ----------------------------------------------------------------------
 
 
-def test_without_max_logits_the_updates_are_returned_as_they_are():
+def test_max_logits_of_none_leave_the_updates_as_they_are():
     params, spec = grouped()
     tx, updates = qk_clip(spec), jax.tree.map(lambda x: -x, params)
-    given, state = tx.update(updates, tx.init(params), params)
+    given, state = tx.update(updates, tx.init(params), params, max_logits=None)
     assert given is updates and state == optax.EmptyState()
+
+
+def test_no_threshold_of_infinity_clips():
+    params, spec = grouped()
+    max_logits = {"attention": jnp.array([1e30, jnp.inf, jnp.nan, 5.0])}
+    clip = jax.jit(lambda threshold: clip_qk(params, max_logits, spec, threshold=threshold))
+    for clipped in (clip_qk(params, max_logits, spec, threshold=jnp.inf), clip(jnp.inf)):
+        assert_same_bits(clipped, params)
 
 
 @pytest.mark.parametrize("value", [0.0, -7.0, np.nan, np.inf, -np.inf, 30.0])
@@ -377,6 +385,7 @@ def test_on_a_mesh_leaves_stay_where_they_are(layout, kind, of_heads, context):
 
 
 WRAPPERS = {
+    "alone": lambda tx: tx,
     "chain": lambda tx: optax.chain(tx, optax.identity()),
     "multi_transform": lambda tx: optax.multi_transform({"all": tx}, "all"),
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
@@ -408,6 +417,19 @@ def test_max_logits_pass_through_other_transformations(wrapper):
     np.testing.assert_allclose(*map(ravel, (ours, expected)), rtol=CLOSE)
     step(*step(ours, after))
     assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_forgotten_and_misspelt_max_logits_are_errors(wrapper):
+    params, spec = grouped()
+    tx = WRAPPERS[wrapper](qk_clip(spec))
+    state = tx.init(params)
+    with pytest.raises(TypeError, match=r"must be given max_logits=.* Give max_logits=None"):
+        tx.update(params, state, params)
+    with pytest.raises(TypeError, match=r"by module; got 'max_logit'\. Give"):
+        tx.update(params, state, params, max_logit={"attention": ONES})
+    given, _ = tx.update(params, state, params, max_logits=None)
+    np.testing.assert_array_equal(*map(ravel, (given, params)))
 
 
 def test_inject_hyperparams_changes_the_threshold():
@@ -579,15 +601,27 @@ def test_latent_columns_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: GroupedQuery(heads=4, kv_heads=3), "kv_heads divides heads.*kv_heads=3"),
-        (lambda: GroupedQuery(heads=0), "heads=0"),
+        (lambda: GroupedQuery(heads=4, kv_heads=3), "kv_heads must divide heads.*kv_heads=3"),
+        (lambda: GroupedQuery(heads=0), "heads must be an integer of at least 1; got 0"),
+        (lambda: GroupedQuery(heads=4, kv_heads=0), "kv_heads must be an integer .*; got 0"),
+        (lambda: GroupedQuery(heads="4"), "heads must be an integer of at least 1; got '4'"),
+        (lambda: GroupedQuery(heads=4, query=0), "query must be the name of a leaf.*; got 0"),
+        (lambda: GroupedQuery(heads=4, head_axis=1.0), "head_axis must be an integer.*; got 1.0"),
         (lambda: GroupedQuery(heads=4, qk_norm="no"), "'no'"),
-        (lambda: qk_clip(GroupedQuery(heads=4), threshold=0.0), "above 0; got 0.0"),
-        (lambda: qk_clip(GroupedQuery(heads=4), alpha=1.5), "got 1.5"),
-        (lambda: qk_clip([]), "needs a spec"),
+        (
+            lambda: MultiHeadLatent(heads=4, query="q", key="k", nope=-1, rope=4, value=8),
+            "nope must be an integer of at least 0; got -1",
+        ),
+        (lambda: qk_clip(GroupedQuery(heads=4), threshold=0.0), "greater than 0; got 0.0"),
+        (lambda: qk_clip(GroupedQuery(heads=4), threshold=np.nan), "greater than 0; got nan"),
+        (lambda: qk_clip(GroupedQuery(heads=4), threshold=None), "a number; got None"),
+        (lambda: qk_clip(GroupedQuery(heads=4), alpha=1.5), "at least 0 and at most 1; got 1.5"),
+        (lambda: qk_clip([]), r"specs must be GroupedQuery\(.*; got \[\]"),
+        (lambda: qk_clip("attention"), "specs must be .*; got 'attention'"),
+        (lambda: muonclip(0.1, ["query", "key"]), "specs must be .*; got .'query', 'key'"),
         (lambda: qk_clip(GroupedQuery(heads=4)).update({}, None, max_logits={}), "the params"),
     ],
 )
 def test_wrong_arguments_are_refused(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call()

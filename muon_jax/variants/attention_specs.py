@@ -8,6 +8,8 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
+from muon_jax._checks import check_integer
+
 Names = str | tuple[str, ...]
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
@@ -62,6 +64,7 @@ class GroupedQuery:
             look like these.
 
     Raises:
+        TypeError: a number that is no static integer, or a name that is no string.
         ValueError: numbers of heads that do not divide, or another `qk_norm`.
 
     Example:
@@ -79,16 +82,23 @@ class GroupedQuery:
     qk_norm: tuple[str, str] | Literal["refuse", "ignore"] = "refuse"
 
     def __post_init__(self):
-        if self.heads < 1 or (self.kv_heads or 1) < 1 or self.heads % (self.kv_heads or 1):
-            raise ValueError(
-                "kv_heads divides heads, since each key head serves equally many query heads; got "
-                f"heads={self.heads}, kv_heads={self.kv_heads}."
-            )
-        named = isinstance(self.qk_norm, tuple) and len(self.qk_norm) == 2
+        _check_heads(self)
+        if self.kv_heads is not None:
+            check_integer("kv_heads", self.kv_heads, at_least=1)
+            if self.heads % self.kv_heads:
+                raise ValueError(
+                    "kv_heads must divide heads, since each key head serves equally many query "
+                    f"heads; got heads={self.heads}, kv_heads={self.kv_heads}."
+                )
+        named = (
+            isinstance(self.qk_norm, tuple)
+            and len(self.qk_norm) == 2
+            and all(isinstance(name, str) for name in self.qk_norm)
+        )
         if not named and self.qk_norm not in ("refuse", "ignore"):
             raise ValueError(
-                'qk_norm is "refuse", "ignore" or the names (queries\' norm, keys\' norm); got '
-                f"{self.qk_norm!r}."
+                'qk_norm must be "refuse", "ignore" or the names (queries\' norm, keys\' norm); '
+                f"got {self.qk_norm!r}."
             )
 
     @property
@@ -136,6 +146,10 @@ class MultiHeadLatent:
         value: columns of a head's value.
         head_axis: as in `GroupedQuery`.
 
+    Raises:
+        TypeError: a number that is no static integer, or a name that is no string.
+        ValueError: a number out of range.
+
     Example:
         >>> spec = MultiHeadLatent(heads=4, query="q", key="kv_b", nope=8, rope=4, value=8)
         >>> [factors.shape for factors in spec.factors(jnp.ones(4), alpha=0.5)]
@@ -149,6 +163,11 @@ class MultiHeadLatent:
     rope: int
     value: int
     head_axis: int = -1
+
+    def __post_init__(self):
+        _check_heads(self)
+        for name in ("nope", "rope", "value"):
+            check_integer(name, getattr(self, name), at_least=0)
 
     @property
     def most_axes(self) -> int:
@@ -168,6 +187,17 @@ class MultiHeadLatent:
 
     def check(self, module: str, names: Sequence[str]) -> None:
         """The norms of latent attention are of the latents, before the projections scaled here."""
+
+
+def _check_heads(spec: GroupedQuery | MultiHeadLatent) -> None:
+    check_integer("heads", spec.heads, at_least=1)
+    check_integer("head_axis", spec.head_axis, at_least=-3)
+    for name, given in (("query", spec.query), ("key", spec.key)):
+        listed = given if isinstance(given, tuple) else (given,)
+        if not listed or not all(isinstance(each, str) and each for each in listed):
+            raise TypeError(
+                f"{name} must be the name of a leaf or module, or a tuple of names; got {given!r}."
+            )
 
 
 def _find_norm(name: str) -> str | None:

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from muon_jax._checks import check_integer, check_number
+
 
 def max_attention_logits(
     query: jax.Array,
@@ -44,7 +46,8 @@ def max_attention_logits(
         and others are upper bounds of them. A head that sees nothing has `-inf`, or such a bound.
 
     Raises:
-        ValueError: shapes that do not fit.
+        TypeError: a number of another type.
+        ValueError: shapes that do not fit, or a number out of range.
 
     Example:
         >>> import jax
@@ -52,7 +55,10 @@ def max_attention_logits(
         >>> max_attention_logits(query, key, is_causal=True).shape
         (4,)
     """
-    _check_shapes(query, key, mask, logsumexp, block_size)
+    check_number("scale", scale, optional=True)
+    check_number("threshold", threshold, finite=False, optional=True)
+    check_integer("block_size", block_size, at_least=1)
+    _check_shapes(query, key, mask, logsumexp)
     query, key = jax.lax.stop_gradient((query, key))
     scale = query.shape[-1] ** -0.5 if scale is None else jax.lax.stop_gradient(scale)
     (batch, length, heads, _), (_, keys, kv_heads, _) = query.shape, key.shape
@@ -90,7 +96,8 @@ def max_attention_logits(
         bounds = jnp.abs(scale) * norms.reshape(batch, length, heads)
     else:
         bounds = jax.lax.stop_gradient(logsumexp).astype(jnp.float32)
-        bounds += jnp.abs(bounds) * jnp.finfo(logsumexp.dtype).eps  # it was rounded to its dtype
+        # It was rounded to its dtype; where nothing is seen it is -inf.
+        bounds *= 1 + jnp.sign(bounds) * jnp.finfo(logsumexp.dtype).eps
     padding = len(starts) * block_size - length
     bounds = jnp.pad(bounds, ((0, 0), (0, padding), (0, 0)), constant_values=-jnp.inf)
     bounds = jnp.max(bounds.reshape(batch, len(starts), block_size, heads), axis=2)
@@ -110,7 +117,7 @@ def _norm(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(x * x, axis=-1)) * (1 + x.shape[-1] * jnp.finfo(jnp.float32).eps)
 
 
-def _check_shapes(query, key, mask, logsumexp, block_size) -> None:
+def _check_shapes(query, key, mask, logsumexp) -> None:
     shapes = f"query {query.shape}, key {key.shape}"
     if not (query.ndim == key.ndim == 4):
         raise ValueError(f"query is (B, T, N, H) and key (B, S, K, H); got {shapes}.")
@@ -125,5 +132,3 @@ def _check_shapes(query, key, mask, logsumexp, block_size) -> None:
         raise ValueError(f"mask is broadcastable to (B, N, T, S) = {whole}; got {mask.shape}.")
     if logsumexp is not None and logsumexp.shape != query.shape[:3]:
         raise ValueError(f"logsumexp is (B, T, N) = {query.shape[:3]}; got {logsumexp.shape}.")
-    if block_size < 1:
-        raise ValueError(f"block_size is a number of positions, at least 1; got {block_size}.")

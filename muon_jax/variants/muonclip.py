@@ -24,17 +24,20 @@ def muonclip(
 ) -> optax.GradientTransformationExtraArgs:
     """Muon with Moonlight's scale and weight decay, followed by `qk_clip`: Kimi K2's optimizer.
 
+    Attention logits above the threshold are brought back to it after the step that has seen them.
+    The next step may exceed it again, by what `qk_clip` says.
+
     Args:
         learning_rate, scale, weight_decay: of `muon`.
         specs, threshold, alpha: of `qk_clip`.
         options: those of `muon`.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`, and there clips by
-        `max_logits=`, as `qk_clip` does.
+        A transformation that takes (and needs) `params` and `max_logits` in `update`, as `qk_clip`
+        does; `max_logits=None` is a step without a clip.
 
     Raises:
-        ValueError: as `muon` and `qk_clip` do.
+        TypeError, ValueError: as `muon` and `qk_clip` do.
 
     References:
         Kimi Team, 2025, "Kimi K2", arXiv 2507.20534; Liu et al., 2025, arXiv 2502.16982.
