@@ -209,15 +209,18 @@ class Matrices:
 
     def relative(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """In float32 or wider, each matrix with a largest entry of 1: its square is a number."""
+        roots = (jax.lax.rsqrt(jnp.where(x == 0, 1, x)) for x in self.largest(arrays))
+        return [x * root * root for x, root in zip(arrays, roots, strict=True)]
+
+    def largest(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        """The largest entry of each matrix by size, in float32 or wider; the axes stay."""
         found = []
         for piece, x in zip(self.pieces, arrays, strict=True):
             x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
             _, fan_in, fan_out = piece.axes.split(piece.shape)
             largest = jnp.max(jnp.abs(x), axis=fan_in + fan_out, keepdims=True)
             names = tuple(name for _, along in self._split_fans(piece) for name in along)
-            largest = jax.lax.pmax(largest, names) if names else largest
-            root = jax.lax.rsqrt(jnp.where(largest == 0, 1, largest))
-            found.append(x * root * root)
+            found.append(jax.lax.pmax(largest, names) if names else largest)
         return found
 
     def norms(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:

@@ -8,8 +8,15 @@ import optax
 
 from muon_jax._options import takes_options_of
 from muon_jax._routing import match_rules
-from muon_jax.variants.lmo import DEFAULT_BALLS, Layer, balls_of, by_layer, checked, scale_by_lmo
-from muon_jax.variants.oracles import Ball, Oracle
+from muon_jax.variants.lmo import (
+    DEFAULT_BALLS,
+    Layer,
+    balls_of,
+    by_layer,
+    check_pairs,
+    check_smoothness,
+)
+from muon_jax.variants.oracles import Ball, Oracle, checked_ball
 
 
 @takes_options_of(by_layer)
@@ -24,7 +31,8 @@ def gluon(
 
     $t = \|d\|_* / (L_0 + L_1 \|d\|_*)$ where
     $\|\nabla f(w) - \nabla f(v)\|_* \le (L_0 + L_1 \|\nabla f(w)\|_*) \|w - v\|$; $L_0 = 0$ is
-    Scion with radius $1 / L_1$.
+    Scion with radius $1 / L_1$. No step is longer than $1 / L_1$; with $L_1 = 0$ it is as long as
+    the gradient is large, without a limit.
 
     Args:
         learning_rate: factor of the steps; a number or a schedule.
@@ -33,8 +41,9 @@ def gluon(
         options: those of `scion`.
 
     Raises:
-        ValueError: a leaf that no smoothness covers, a rule that matches no leaf, or a smoothness
-            that is negative or zero.
+        TypeError: an argument of another type, or an array where the program depends on it.
+        ValueError: a leaf that no smoothness covers, a rule that matches no leaf, or a number out
+            of range.
 
     References:
         Riabinin et al., 2025, Gluon, arXiv 2505.13416, theorem 1, which is of full gradients and
@@ -46,13 +55,14 @@ def gluon(
         >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
         >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    rules = checked([(regex, Ball(oracle)) for regex, oracle in oracles])
+    chosen_oracles = check_pairs("oracles", "oracle", oracles)
+    rules = [(regex, checked_ball(Ball(oracle))) for regex, oracle in chosen_oracles]
     given: Any = smoothness
-    if all(isinstance(x, (int, float)) for x in smoothness):
+    if isinstance(given, (tuple, list)) and not any(isinstance(x, (tuple, list)) for x in given):
         given = [("", smoothness)]
+    for _, pair in (given := check_pairs("smoothness", "(L0, L1)", given)):
+        check_smoothness(pair)
     pairs = [(regex, tuple(pair)) for regex, pair in given]
-    for _, pair in pairs:
-        scale_by_lmo(smoothness=pair)
     balls = (*(ball for _, ball in rules), *DEFAULT_BALLS)
     layers = [Layer(ball, pair) for ball, (_, pair) in itertools.product(balls, pairs)]
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from muon_jax._checks import check_number, check_static
 from muon_jax._decay import add_decayed_weights, as_decay_mask
 from muon_jax._layout import SHARDING, AnyMesh, is_sharding
 from muon_jax._matrix_axes import MatrixAxes, axes_by_path
@@ -20,7 +21,8 @@ from muon_jax._newton_schulz import configured
 from muon_jax._paths import KeyPath, broadcast_prefix, map_paths, only_updated
 from muon_jax._routing import FROZEN, MUON, Route, Routing, match_rules, route
 from muon_jax._stages import Orthogonalizer, Stages
-from muon_jax.variants.oracles import Ball, as_oracle
+from muon_jax.variants.low_rank import widen
+from muon_jax.variants.oracles import Ball, as_oracle, checked_ball
 
 # The setting of the authors' nanoGPT runs; their gains and biases have none.
 HIDDEN, CONV = Ball("spectral", 50.0), Ball("spectral_conv", 50.0)
@@ -50,7 +52,7 @@ class LmoState(NamedTuple):
 def scale_by_lmo(
     ball: Ball = HIDDEN,
     *,
-    alpha: float = 0.1,
+    alpha: float | jax.Array = 0.1,
     smoothness: tuple[float, float] | None = None,
     orthogonalizer: Orthogonalizer | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
@@ -66,7 +68,7 @@ def scale_by_lmo(
 
     Args:
         ball: oracle and radius.
-        alpha: weight of the new gradient.
+        alpha: weight of the new gradient, greater than 0 and at most 1.
         smoothness: Gluon's $(L_0, L_1)$: the update is $t L(d)$ then, with
             $t = \|d\|_* / (L_0 + L_1 \|d\|_*)$, where $\|d\|_* = \langle d, L(d)\rangle$.
         orthogonalizer: of the spectral oracles; default `newton_schulz`.
@@ -78,7 +80,9 @@ def scale_by_lmo(
         A transformation whose state is `LmoState`.
 
     Raises:
-        ValueError: an unknown oracle, or a smoothness that is not positive.
+        TypeError: an argument of another type, or an array where the program depends on it.
+        ValueError: an unknown oracle, one whose result has another shape than its argument, or a
+            number out of range.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax
@@ -88,14 +92,11 @@ def scale_by_lmo(
         >>> print(updates["kernel"][0, 0])
         0.5
     """
-    ball = Ball(*ball)
+    ball = checked_ball(ball)
     oracle = as_oracle(ball.oracle)
-    if smoothness is not None and not (
-        len(smoothness) == 2 and min(smoothness) >= 0 and max(smoothness) > 0
-    ):
-        raise ValueError(
-            f"smoothness is (L0, L1), neither negative and not both zero; got {smoothness}."
-        )
+    check_number("alpha", alpha, above=0, at_most=1)
+    if smoothness is not None:
+        check_smoothness(smoothness)
     vectors = ball.oracle == "bias_rms"
     stages = Stages(
         beta=1 - alpha,
@@ -115,9 +116,14 @@ def scale_by_lmo(
         """Gluon's step for each matrix."""
         assert smoothness is not None
         l0, l1 = smoothness
-        products = [x.astype(jnp.float32) * y for x, y in zip(steps, d, strict=True)]
-        norms = [jnp.maximum(total, 0) for total in matrices.sum(products, over="matrix")]
-        return [norm / jnp.where(norm == 0, 1, l0 + l1 * norm) for norm in norms]
+        found = []
+        # The dual norm as a share of the largest entry of d: the norm itself may be no number.
+        shares, largest = matrices.relative(d), matrices.largest(d)
+        products = [x * y for x, y in zip(steps, shares, strict=True)]
+        for total, size in zip(matrices.sum(products, over="matrix"), largest, strict=True):
+            norm = jnp.maximum(total, 0)
+            found.append(norm / jnp.where(norm == 0, 1, l0 / size + l1 * norm))
+        return found
 
     def direct(used, mu):
         own = stages
@@ -128,7 +134,7 @@ def scale_by_lmo(
         d = matrices.take(used)
         steps = oracle(matrices, d, mu)
         sizes = [ball.radius] * len(d) if smoothness is None else lengths(matrices, steps, d)
-        return matrices.give([t * x for t, x in zip(sizes, steps, strict=True)], used)
+        return matrices.give([t * widen(x) for t, x in zip(sizes, steps, strict=True)], used)
 
     def update(updates, state, params=None):
         del params
@@ -140,6 +146,32 @@ def scale_by_lmo(
         return steps, LmoState(count, mu)
 
     return optax.GradientTransformation(init, update)
+
+
+def check_smoothness(pair: Any) -> None:
+    """Refuses what is no (L0, L1)."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"smoothness must be (L0, L1); got {pair!r}.")
+    for name, value in zip(("L0", "L1"), pair, strict=True):
+        check_static(f"{name} of smoothness", value)
+        check_number(f"{name} of smoothness", value, at_least=0)
+    if not any(pair):
+        raise ValueError(f"L0 or L1 of smoothness must be greater than 0; got {pair!r}.")
+
+
+def check_pairs(name: str, what: str, pairs: Any) -> list[tuple[str, Any]]:
+    """A list of `(regex, value)` pairs as it is; `what` are the values, for errors."""
+    rule = (
+        f"{name} must be a list of (regex, {what}) pairs, of which the first that matches decides"
+    )
+    if isinstance(pairs, (str, Mapping)) or not isinstance(pairs, Iterable):
+        remedy = ": give list(rules.items())" if isinstance(pairs, Mapping) else ""
+        raise TypeError(f"{rule}{remedy}; got {pairs!r}.")
+    for pair in (pairs := list(pairs)):
+        plain = isinstance(pair, (tuple, list)) and not hasattr(pair, "_fields")
+        if not plain or len(pair) != 2 or not isinstance(pair[0], str):
+            raise TypeError(f"{rule}; got {pair!r} among them.")
+    return pairs
 
 
 def _as_row(x: jax.Array) -> jax.Array:
@@ -168,7 +200,7 @@ def by_layer(
     layers_of: Callable[[Any, dict[KeyPath, Route]], dict[KeyPath, Layer]],
     layers: Sequence[Layer],
     *,
-    alpha: float = 0.1,
+    alpha: float | jax.Array = 0.1,
     ns_coeffs: Any = "jordan",
     ns_steps: int | None = None,
     ns_dtype: jax.typing.DTypeLike | None = None,
@@ -192,6 +224,10 @@ def by_layer(
         for n, layer in enumerate(dict.fromkeys(layers))
     }
     orthogonalizer = configured(orthogonalizer, ns_coeffs, ns_steps, ns_dtype)
+    check_number("learning_rate", learning_rate, at_least=0, schedule=True)
+    check_number("weight_decay", weight_decay, at_least=0, schedule=True)
+    for layer in names:  # at once, and not in the first step
+        scale_by_lmo(layer.ball, alpha=alpha, smoothness=layer.smoothness, mu_dtype=mu_dtype)
 
     def routed(tree):
         routes = route(tree, routing)
@@ -232,13 +268,6 @@ def by_layer(
         return routed(updates).update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def checked(balls: Sequence[tuple[str, Ball]]) -> list[tuple[str, Ball]]:
-    found = [(regex, Ball(*ball)) for regex, ball in balls]
-    for _, ball in found:
-        as_oracle(ball.oracle)
-    return found
 
 
 def balls_of(

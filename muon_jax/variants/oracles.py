@@ -1,13 +1,16 @@
 """Linear minimisation oracles: the steepest point of a unit ball, by name or as a function."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from muon_jax._checks import check_number, check_static
 from muon_jax._stages import Matrices
+from muon_jax.variants.low_rank import widen
 
 Oracle = Callable[[jax.Array], jax.Array]
 
@@ -18,17 +21,34 @@ class Ball(NamedTuple):
     Attributes:
         oracle: a name of `ORACLES`, or any `(..., fan_in, fan_out) -> (..., fan_in, fan_out)` that
             takes a direction to the point of the unit ball that is furthest along it.
-        radius: of the ball.
+        radius: of the ball; greater than 0.
     """
 
     oracle: str | Oracle = "spectral"
     radius: float = 1.0
 
 
+def checked_ball(ball: Any) -> Ball:
+    """A `Ball` from itself or its fields.
+
+    Raises:
+        TypeError: something else, or a radius that is no static number.
+        ValueError: an unknown oracle, or a radius out of range.
+    """
+    fields = ball if isinstance(ball, (tuple, list)) else None
+    if fields is None or not 1 <= len(fields) <= 2:
+        raise TypeError(f"A ball must be Ball(oracle, radius); got {ball!r}.")
+    ball = Ball(*fields)
+    as_oracle(ball.oracle)
+    check_static("radius", ball.radius)
+    check_number("radius", ball.radius, above=0)
+    return ball
+
+
 def spectral(matrices: Matrices, d: Sequence[jax.Array], like) -> list[jax.Array]:
     """RMS to RMS operator norm: sqrt(fan_out / fan_in) U Vᵀ."""
     return [
-        math.sqrt(fan_out / fan_in) * x
+        math.sqrt(fan_out / fan_in) * widen(x)
         for x, (fan_in, fan_out) in zip(
             matrices.orthogonalize(d, like), (piece.fans for piece in matrices), strict=True
         )
@@ -47,7 +67,7 @@ def spectral_conv(matrices: Matrices, d: Sequence[jax.Array], like) -> list[jax.
 def sign(matrices: Matrices, d: Sequence[jax.Array], like) -> list[jax.Array]:
     """Largest entry, times fan_in: sign / fan_in."""
     del like
-    return [jnp.sign(x) / piece.fans[0] for piece, x in zip(matrices, d, strict=True)]
+    return [jnp.sign(widen(x)) / piece.fans[0] for piece, x in zip(matrices, d, strict=True)]
 
 
 def row_norm(matrices: Matrices, d: Sequence[jax.Array], like) -> list[jax.Array]:
@@ -89,10 +109,28 @@ def as_oracle(oracle: str | Oracle):
         ValueError: an unknown name.
     """
     if callable(oracle):
-        return lambda matrices, d, like: matrices.orthogonalize(d, like, oracle)
-    if oracle not in ORACLES:
+        checked = _SameShape(oracle)
+        return lambda matrices, d, like: matrices.orthogonalize(d, like, checked)
+    if not isinstance(oracle, str) or oracle not in ORACLES:
         raise ValueError(
-            f"Unknown oracle {oracle!r}. Known: {', '.join(ORACLES)}; or pass a function "
-            "(..., fan_in, fan_out) -> (..., fan_in, fan_out)."
+            f"oracle must be one of {', '.join(ORACLES)}, or a function "
+            f"(..., fan_in, fan_out) -> (..., fan_in, fan_out); got {oracle!r}."
         )
     return ORACLES[oracle]
+
+
+@dataclasses.dataclass(frozen=True)
+class _SameShape:
+    """A user's oracle, whose results are checked."""
+
+    oracle: Oracle
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        found = self.oracle(x)
+        if jnp.shape(found) != x.shape:
+            name = getattr(self.oracle, "__name__", self.oracle)
+            raise ValueError(
+                f"The oracle {name!r} must return an array of the shape that it is given, "
+                f"{x.shape}; got {jnp.shape(found)}."
+            )
+        return found

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import optax
 
 from muon_jax._options import takes_options_of
-from muon_jax.variants.lmo import DEFAULT_BALLS, Layer, balls_of, by_layer, checked
-from muon_jax.variants.oracles import Ball
+from muon_jax.variants.lmo import DEFAULT_BALLS, Layer, balls_of, by_layer, check_pairs
+from muon_jax.variants.oracles import Ball, checked_ball
 
 
 @takes_options_of(by_layer)
@@ -42,8 +43,9 @@ def scion(
         A transformation that takes (and needs) `params` in `update`.
 
     Raises:
-        ValueError: an unknown oracle, a rule that matches no leaf, or both `constrained` and a
-            weight decay.
+        TypeError: an argument of another type, or an array where the program depends on it.
+        ValueError: an unknown oracle, a number out of range, a rule that matches no leaf, or both
+            `constrained` and a weight decay.
 
     References:
         Pethick et al., 2025, arXiv 2502.07529, algorithms 1 and 2.
@@ -54,12 +56,14 @@ def scion(
         >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
         >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    if constrained and (callable(weight_decay) or weight_decay != 0):
+    traced = isinstance(weight_decay, jax.core.Tracer)
+    if constrained and not traced and (callable(weight_decay) or weight_decay != 0):
         raise ValueError(
             "constrained=True shrinks the weights by the learning rate itself: leave weight_decay "
-            f"at 0, got {weight_decay}."
+            f"at 0; got {weight_decay!r}."
         )
-    rules = checked(balls)
+    pairs = check_pairs("balls", "Ball", balls)
+    rules = [(regex, checked_ball(ball)) for regex, ball in pairs]
 
     layers = [Layer(ball) for ball in (*(ball for _, ball in rules), *DEFAULT_BALLS)]
 
