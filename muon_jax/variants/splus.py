@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from muon_jax._auto_axes import over_auto_axes
-from muon_jax._checks import check_static
+from muon_jax._checks import check_integer, check_number
 from muon_jax._hybrid import hybrid
 from muon_jax._lapack import each_matrix
 from muon_jax._layout import AnyMesh
@@ -17,7 +17,10 @@ from muon_jax._momentum import as_array_tree
 from muon_jax._options import takes_options_of
 from muon_jax._stages import Stages
 from muon_jax.variants.evaluation_average import evaluation_average
-from muon_jax.variants.low_rank import product
+from muon_jax.variants.low_rank import product, relative, widen
+
+# Of the entries of gradients in the second moments: the squares of 2^23 of them are a number.
+_LARGEST = 2.0**52
 
 
 class Sides(NamedTuple):
@@ -45,8 +48,8 @@ class SPlusState(NamedTuple):
 
 def scale_by_splus(
     *,
-    b1: float = 0.9,
-    b2: float = 0.999,
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.999,
     every: int = 100,
     max_dim: int = 10_000,
     mu_dtype: jax.typing.DTypeLike | None = None,
@@ -62,6 +65,15 @@ def scale_by_splus(
     $L, R \leftarrow \mathrm{EMA}(gg^\top, g^\top g; b_2)$, whose eigenvectors are the new bases on
     the first and every `every`-th step.
 
+    Safe on every finite gradient: what the second moments take of a matrix is scaled down to a
+    largest entry of 2^52, since its square must be a number. Entries below 1e-19 have none: bases
+    that know of no others are the identity.
+
+    Where L or R has an eigenvalue several times, any basis of its eigenvectors is as good, and
+    rounding chooses: after k gradients of rank r that is so of a side longer than k r, with zeros.
+    Steps of such a matrix on a mesh and on one device, or on two platforms, then differ by up to
+    their own length (0.5 of it was seen), until both sides have full rank.
+
     Args:
         b1, b2: decays of the momentum and of the second moments.
         every: steps between eigendecompositions.
@@ -74,7 +86,8 @@ def scale_by_splus(
         A transformation whose state is `SPlusState`.
 
     Raises:
-        ValueError: `every` below 1, or axes that do not fit a leaf.
+        TypeError: an argument of another type, or an array where the program depends on it.
+        ValueError: a number out of range, or axes that do not fit a leaf.
 
     References:
         Frans et al., 2025, arXiv 2506.07254, algorithm 2, with the bases as in kvfrans/splus.
@@ -87,10 +100,10 @@ def scale_by_splus(
         >>> state.bases["kernel"].fan_out.shape
         (8, 8)
     """
-    check_static("every", every)
-    check_static("max_dim", max_dim)
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"every is a number of steps, at least 1; got {every!r}.")
+    check_number("b1", b1, at_least=0, below=1)
+    check_number("b2", b2, at_least=0, below=1)
+    check_integer("every", every, at_least=1)
+    check_integer("max_dim", max_dim, at_least=1)
     stages = Stages(
         beta=b1,
         nesterov=False,
@@ -118,7 +131,7 @@ def scale_by_splus(
         zeros = sides(matrices, lambda batch, n: jnp.zeros((*batch, n, n), jnp.float32))
         eyes = sides(
             matrices,
-            lambda batch, n: jnp.broadcast_to(jnp.eye(n), (*batch, n, n)).astype("float32"),
+            lambda batch, n: jnp.broadcast_to(jnp.eye(n, dtype=jnp.float32), (*batch, n, n)),
         )
         return SPlusState(
             jnp.zeros([], jnp.int32),
@@ -132,7 +145,7 @@ def scale_by_splus(
         count = optax.safe_increment(state.count)
         _, mu = stages.average(updates, state.mu, count)
         momenta = matrices.whole(matrices.relative(matrices.take(as_array_tree(mu))))
-        gradients = [g.astype(jnp.float32) for g in matrices.whole(matrices.take(updates))]
+        gradients = [_bounded(g) for g in matrices.whole(matrices.take(updates))]
         bases = matrices.unpack(state.bases, updates)
         second = [
             Sides(
@@ -144,10 +157,7 @@ def scale_by_splus(
         factors = [_whitened_sign(m, q) for m, q in zip(momenta, bases, strict=True)]
 
         def fresh(second):
-            halves = [
-                matrices.each_once(half, lambda x: each_matrix(jnp.linalg.eigh, x)[1])
-                for half in zip(*second, strict=True)
-            ]
+            halves = [matrices.each_once(half, _eigenvectors) for half in zip(*second, strict=True)]
             return [Sides(*pair) for pair in zip(*halves, strict=True)]
 
         due = (count == 1) | (count % every == 0)
@@ -166,11 +176,11 @@ def scale_by_splus(
 def splus(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    b1: float = 0.9,
-    b2: float = 0.999,
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.999,
     every: int = 100,
     max_dim: int = 10_000,
-    average: float = 0.999,
+    average: float | jax.Array = 0.999,
     rest: str | optax.GradientTransformation = "sign",
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
@@ -194,14 +204,26 @@ def splus(
         >>> updates, state = tx.update(params, tx.init(params), params)
         >>> averaged = muon_jax.evaluation_params(state, params)
     """
+    check_number("average", average, at_least=0, below=1)
     scale_by = functools.partial(scale_by_splus, b1=b1, b2=b2, every=every, max_dim=max_dim)
     return optax.chain(
         hybrid(scale_by, learning_rate, rest=rest, **options), evaluation_average(average)
     )
 
 
+def _eigenvectors(x: jax.Array) -> jax.Array:
+    return each_matrix(jnp.linalg.eigh, relative(x)[0])[1]
+
+
+def _bounded(g: jax.Array) -> jax.Array:
+    g = widen(g)
+    largest = jnp.max(jnp.abs(g), axis=(-2, -1), keepdims=True)
+    root = jnp.sqrt(_LARGEST) * jax.lax.rsqrt(jnp.maximum(largest, _LARGEST))
+    return (g * root * root).astype(jnp.float32)
+
+
 def _average(old, new, decay):
-    return None if old is None else decay * old + (1 - decay) * new()
+    return None if old is None else (decay * old + (1 - decay) * new()).astype(old.dtype)
 
 
 def _whitened_sign(m: jax.Array, bases: Sides) -> jax.Array:
