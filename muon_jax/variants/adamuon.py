@@ -5,9 +5,11 @@ import math
 from typing import Any, NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 import optax
 
+from muon_jax._checks import check_number
 from muon_jax._muon import hybrid_muon, scale_by_muon
 from muon_jax._options import takes_options_of
 from muon_jax._shape_scale import ShapeScale
@@ -31,8 +33,8 @@ class AdaMuonState(NamedTuple):
 @takes_options_of(scale_by_muon)
 def scale_by_adamuon(
     *,
-    beta2: float = 0.95,
-    eps: float = 1e-8,
+    beta2: float | jax.Array = 0.95,
+    eps: float | jax.Array = 1e-8,
     scale: str | ShapeScale | None = "match_rms_adamw",
     **options: Any,
 ) -> optax.GradientTransformation:
@@ -44,7 +46,7 @@ def scale_by_adamuon(
     can be reused.
 
     Args:
-        beta2: decay of the second moment.
+        beta2: decay of the second moment, from 0 to 1.
         eps: added to its root, and to the norm.
         scale: as in `scale_by_muon`.
         options: those of `scale_by_muon`.
@@ -63,6 +65,8 @@ def scale_by_adamuon(
         >>> print(f"{jnp.sqrt(jnp.mean(updates['kernel'] ** 2)):.2f}")
         0.20
     """
+    check_number("beta2", beta2, at_least=0, at_most=1)
+    check_number("eps", eps, at_least=0)
     stages = Stages(scale=scale, **options)
 
     def init(params):
@@ -77,7 +81,7 @@ def scale_by_adamuon(
         signs = [jnp.sign(x) for x in matrices.take(used)]
         factors = [o.astype(jnp.float32) for o in matrices.orthogonalize(signs, like=state.mu)]
         nu = [
-            beta2 * v + (1 - beta2) * o * o
+            (beta2 * v + (1 - beta2) * o * o).astype(v.dtype)
             for v, o in zip(matrices.take(state.nu), factors, strict=True)
         ]
         adapted = [o / (jnp.sqrt(v) + eps) for o, v in zip(factors, nu, strict=True)]
@@ -95,8 +99,8 @@ def scale_by_adamuon(
 def adamuon(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    beta2: float = 0.95,
-    eps: float = 1e-8,
+    beta2: float | jax.Array = 0.95,
+    eps: float | jax.Array = 1e-8,
     scale: str | ShapeScale | None = "match_rms_adamw",
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:

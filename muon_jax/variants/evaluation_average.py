@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from muon_jax._checks import check_number
+
 
 class EvaluationAverageState(NamedTuple):
     """State of `evaluation_average`.
@@ -20,18 +22,21 @@ class EvaluationAverageState(NamedTuple):
     mean: optax.Params
 
 
-def evaluation_average(decay: float = 0.999) -> optax.GradientTransformation:
+def evaluation_average(decay: float | jax.Array = 0.999) -> optax.GradientTransformation:
     """Averages what the params become; the last link of a chain, whose updates it leaves alone.
 
+    The average is of the params that `optax.apply_updates` gives, rounded to their dtype, and is
+    itself held in float32.
+
     Args:
-        decay: of the exponential moving average.
+        decay: of the exponential moving average; at least 0 and less than 1.
 
     Returns:
         A transformation that needs `params` in `update`, and whose average `evaluation_params`
         finds in the state of any chain around it.
 
     Raises:
-        ValueError: `update` without params.
+        ValueError: `update` without params, or a decay out of range.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax, optax
@@ -41,6 +46,8 @@ def evaluation_average(decay: float = 0.999) -> optax.GradientTransformation:
         >>> averaged = muon_jax.evaluation_params(state, params)
     """
 
+    check_number("decay", decay, at_least=0, below=1)
+
     def init(params):
         mean = optax.tree.zeros_like(params, dtype=jnp.float32)
         return EvaluationAverageState(jnp.zeros([], jnp.float32), mean)
@@ -48,14 +55,14 @@ def evaluation_average(decay: float = 0.999) -> optax.GradientTransformation:
     def update(updates, state, params=None):
         if params is None:
             raise ValueError("evaluation_average averages params: give them to update().")
-        mean = jax.tree.map(
-            lambda a, w, u: decay * a + (1 - decay) * (w + u).astype(a.dtype),
-            state.mean,
-            params,
-            updates,
-        )
-        weight = decay * state.weight + (1 - decay)
-        return updates, EvaluationAverageState(weight, mean)
+        # XLA drops a rounding with float32 arithmetic on both sides, unless there is a barrier.
+        after = jax.lax.optimization_barrier(optax.apply_updates(params, updates))
+
+        def average(old, new):
+            return (decay * old + (1 - decay) * new).astype(old.dtype)
+
+        mean = jax.tree.map(lambda a, w: average(a, w.astype(a.dtype)), state.mean, after)
+        return updates, EvaluationAverageState(average(state.weight, 1), mean)
 
     return optax.GradientTransformation(init, update)
 

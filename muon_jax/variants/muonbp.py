@@ -7,17 +7,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muon_jax._checks import check_static
+from muon_jax._checks import check_integer, check_number
 from muon_jax._muon import MuonState, hybrid_muon, scale_by_muon
 from muon_jax._options import takes_options_of
 from muon_jax._stages import Stages
+from muon_jax.variants.low_rank import widen
 
 
 @takes_options_of(scale_by_muon)
 def scale_by_muonbp(
     *,
     period: int = 5,
-    block_ratio: float = 1.0,
+    block_ratio: float | jax.Array = 1.0,
     blocks: tuple[int, int] | None = None,
     **options: Any,
 ) -> optax.GradientTransformation:
@@ -38,6 +39,7 @@ def scale_by_muonbp(
         A transformation whose state is `MuonState`.
 
     Raises:
+        TypeError: an argument of another type, or an array where the program depends on it.
         ValueError: a period below 1, blocks that do not divide a matrix, or a mesh that does not
             tell where the leaves lie.
 
@@ -50,9 +52,15 @@ def scale_by_muonbp(
         >>> params = {"kernel": jnp.eye(4, 8)}
         >>> updates, state = tx.update(params, tx.init(params))
     """
-    check_static("period", period)
-    if not isinstance(period, int) or period < 1:
-        raise ValueError(f"period is a number of steps, at least 1; got {period!r}.")
+    check_integer("period", period, at_least=1)
+    check_number("block_ratio", block_ratio, at_least=0)
+    if blocks is not None:
+        if not isinstance(blocks, (tuple, list)) or len(blocks) != 2:
+            raise TypeError(
+                f"blocks must be (along fan_in, along fan_out) or None; got {blocks!r}."
+            )
+        for name, count in zip(("fan_in", "fan_out"), blocks, strict=True):
+            check_integer(f"blocks along {name}", count, at_least=1)
     stages = Stages(**options)
 
     def init(params):
@@ -65,7 +73,7 @@ def scale_by_muonbp(
 
         def orthogonalized(matrices, used, ratio=1.0):
             factors = matrices.orthogonalize(matrices.take(used), like=state.mu)
-            return matrices.give([ratio * x for x in matrices.scale(factors)], updates)
+            return matrices.give([ratio * widen(x) for x in matrices.scale(factors)], updates)
 
         matrices = stages.matrices(updates)
         if period == 1:
@@ -87,7 +95,7 @@ def muonbp(
     learning_rate: optax.ScalarOrSchedule,
     *,
     period: int = 5,
-    block_ratio: float = 1.0,
+    block_ratio: float | jax.Array = 1.0,
     blocks: tuple[int, int] | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:

@@ -4,9 +4,11 @@ import functools
 from typing import Any, NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 import optax
 
+from muon_jax._checks import check_number
 from muon_jax._muon import hybrid_muon, scale_by_muon
 from muon_jax._options import takes_options_of
 from muon_jax._stages import Stages
@@ -29,7 +31,10 @@ class NorMuonState(NamedTuple):
 
 @takes_options_of(scale_by_muon)
 def scale_by_normuon(
-    *, beta2: float = 0.95, eps: float = 1e-10, **options: Any
+    *,
+    beta2: float | jax.Array = 0.95,
+    eps: float | jax.Array = 1e-10,
+    **options: Any,
 ) -> optax.GradientTransformation:
     r"""Muon whose output neurons get steps of equal size, for trees of matrix stacks.
 
@@ -37,7 +42,7 @@ def scale_by_normuon(
     $\hat O = O / (\sqrt v + \epsilon)$, brought back to $\|O\|_F$; then the shape scale.
 
     Args:
-        beta2: decay of the second moment.
+        beta2: decay of the second moment, from 0 to 1.
         eps: added to its root.
         options: those of `scale_by_muon`.
 
@@ -54,6 +59,8 @@ def scale_by_normuon(
         >>> tx.init({"kernel": jnp.ones((4, 8))}).nu["kernel"].shape
         (1, 8)
     """
+    check_number("beta2", beta2, at_least=0, at_most=1)
+    check_number("eps", eps, at_least=0)
     stages = Stages(**options)
 
     def init(params):
@@ -71,7 +78,7 @@ def scale_by_normuon(
         factors = [o.astype(jnp.float32) for o in factors]
         squares = matrices.sum([o * o for o in factors], over="fan_in")
         nu = [
-            beta2 * v + (1 - beta2) * s / piece.fans[0]
+            (beta2 * v + (1 - beta2) * s / piece.fans[0]).astype(v.dtype)
             for piece, v, s in zip(
                 matrices, matrices.unpack(state.nu, updates), squares, strict=True
             )
@@ -89,8 +96,8 @@ def scale_by_normuon(
 def normuon(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    beta2: float = 0.95,
-    eps: float = 1e-10,
+    beta2: float | jax.Array = 0.95,
+    eps: float | jax.Array = 1e-10,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by_normuon` for the hidden matrices, AdamW for the rest.
