@@ -272,6 +272,18 @@ def test_an_unfiltered_equinox_module_is_params_of_update(name):
     tx.update(grads, state, model)
 
 
+def test_an_average_of_an_unfiltered_equinox_module():
+    tx = muon_jax.splus(0.1)
+    model = eqx.nn.MLP(4, 4, 4, 1, key=jax.random.key(0))
+    state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+    grads = eqx.filter_grad(lambda m: jnp.sum(m(jnp.ones(4)) ** 2))(model)
+    updates, state = tx.update(grads, state, model)
+    averaged = muon_jax.evaluation_params(state, model)
+    assert averaged.activation is model.activation
+    after = eqx.apply_updates(model, updates)
+    np.testing.assert_allclose(averaged.layers[0].weight, after.layers[0].weight, rtol=1e-5)
+
+
 def test_init_with_an_unfiltered_equinox_module_says_what_to_do():
     model = eqx.nn.MLP(4, 4, 4, 1, key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"'activation'.*eqx\.filter\(model, eqx\.is_inexact_ar"):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from muon_jax._checks import check_number
+from muon_jax._paths import only_updated
 
 
 class EvaluationAverageState(NamedTuple):
@@ -15,7 +16,7 @@ class EvaluationAverageState(NamedTuple):
 
     Attributes:
         weight: what the averaged params weigh in all, 1 - decay^steps; float32 scalar.
-        mean: moving average of the params from zero, float32, shaped like them.
+        mean: moving average of the params from zero, shaped like them, in float32 or wider.
     """
 
     weight: chex.Array
@@ -49,13 +50,14 @@ def evaluation_average(decay: float | jax.Array = 0.999) -> optax.GradientTransf
     check_number("decay", decay, at_least=0, below=1)
 
     def init(params):
-        mean = optax.tree.zeros_like(params, dtype=jnp.float32)
+        mean = jax.tree.map(lambda w: jnp.zeros_like(w, dtype=_wide(w)), params)
         return EvaluationAverageState(jnp.zeros([], jnp.float32), mean)
 
     def update(updates, state, params=None):
         if params is None:
             raise ValueError("evaluation_average averages params: give them to update().")
         # XLA drops a rounding with float32 arithmetic on both sides, unless there is a barrier.
+        params = only_updated(params, updates)
         after = jax.lax.optimization_barrier(optax.apply_updates(params, updates))
 
         def average(old, new):
@@ -88,10 +90,15 @@ def evaluation_params(state: Any, params: optax.Params) -> optax.Params:
             "chain with evaluation_average()."
         )
     weight, mean = found[0]
-    return jax.tree.map(
-        lambda w, a: jnp.where(weight == 0, w, a / jnp.where(weight == 0, 1, weight)).astype(
-            w.dtype
-        ),
-        params,
-        mean,
-    )
+
+    def corrected(average, param):
+        if average is None:  # what is not trained, such as an activation of an Equinox module
+            return param
+        average = average / jnp.where(weight == 0, 1, weight)
+        return jnp.where(weight == 0, param, average).astype(param.dtype)
+
+    return jax.tree.map(corrected, mean, params, is_leaf=lambda x: x is None)
+
+
+def _wide(x: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(jnp.result_type(x), jnp.float32)
