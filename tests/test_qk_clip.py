@@ -560,7 +560,7 @@ ONES = jnp.ones(HEADS)
     [
         ({"query": "q_proj"}, {"attention": ONES}, "none has all of 'key', 'q_proj'. The leaves"),
         ({}, {"attn": ONES}, "has 'attn', where no spec .* are the modules': 'attention'"),
-        ({}, {}, "says nothing of 'attention', only of . Give it"),
+        ({}, {}, "has no entry for 'attention', only for . Give it"),
         ({"heads": 8}, {"attention": ONES}, r"\(8,\), or \(layers, 8\).* the shape \(4,\)"),
         (
             {"heads": 5, "kv_heads": 5},

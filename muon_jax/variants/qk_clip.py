@@ -17,7 +17,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from muon_jax._checks import check_number
-from muon_jax._paths import KeyPath, path_string
+from muon_jax._paths import path_strings
 from muon_jax.variants.attention_specs import AttentionSpec, Names
 
 Specs = AttentionSpec | Sequence[AttentionSpec]
@@ -81,9 +81,7 @@ def qk_clip(
     specs = _check_arguments(specs, threshold, alpha)
 
     def init(params):
-        _find_modules(
-            [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)], specs
-        )
+        _find_modules(list(_by_name(params)), specs)
         return optax.EmptyState()
 
     def update(updates, state, params=None, *, max_logits=_MISSING, **extra_args):
@@ -99,9 +97,10 @@ def qk_clip(
             raise ValueError("qk_clip clips params + updates: give update the params.")
         factors = _find_factors(updates, max_logits, specs, threshold, alpha)
         before = dict(jax.tree_util.tree_leaves_with_path(params))
+        names = _names(updates)
 
         def clip(path, u):
-            factor = factors.get(_name(path))
+            factor = factors.get(names[path])
             if factor is None:
                 return u
             # (params + u) * factor - params, in the order that is u itself where the factor is 1.
@@ -147,8 +146,10 @@ def clip_qk(
     specs = _check_arguments(specs, threshold, alpha)
     factors = _find_factors(params, max_logits, specs, threshold, alpha)
 
+    names = _names(params)
+
     def clip(path, x):
-        factor = factors.get(_name(path))
+        factor = factors.get(names[path])
         return x if factor is None else (_widen(x) * factor).astype(x.dtype)
 
     return jax.tree_util.tree_map_with_path(clip, params)
@@ -170,8 +171,8 @@ def _find_factors(
     tree: Any, max_logits: Any, specs: Sequence[AttentionSpec], threshold: Any, alpha: Any
 ) -> dict[str, jax.Array]:
     """What the leaves of attention modules are multiplied by, by name, broadcastable to them."""
-    shapes = {_name(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-    given = {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(max_logits)}
+    shapes = {name: jnp.shape(x) for name, x in _by_name(tree).items()}
+    given = _by_name(max_logits)
     modules = _find_modules(list(shapes), specs)
     if unknown := given.keys() - {module for module, _ in modules}:
         raise ValueError(
@@ -182,8 +183,8 @@ def _find_factors(
     for module, spec in modules:
         if module not in given:
             raise ValueError(
-                f"max_logits says nothing of {module!r}, only of {_some(given)}. Give it for every "
-                "module that a spec finds; zeros never clip."
+                f"max_logits has no entry for {module!r}, only for {_some(given)}. Give it for "
+                "every module that a spec finds; zeros never clip."
             )
         gamma = _gamma(given[module], threshold, spec, module)
         head_dims = {}
@@ -271,8 +272,14 @@ def _fit(factor: jax.Array, shape: tuple[int, ...], spec: AttentionSpec, name: s
     )
 
 
-def _name(path: KeyPath) -> str:
-    return path_string(path).replace(".", "/")
+def _names(tree: Any) -> dict[Any, str]:
+    """The name of each leaf by key path; keys such as `model.layers.0` are paths too."""
+    return {path: string.replace(".", "/") for path, string in path_strings(tree).items()}
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    names = _names(tree)
+    return {names[path]: x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _each(names: Names) -> tuple[str, ...]:
