@@ -281,9 +281,8 @@ def _orthogonalize(x, *, rows, normalization, safety, dtype, form, share=ALONE, 
         return jax.lax.map(one, x)
     out_dtype = x.dtype
     tall = x.shape[-2] > x.shape[-1] and share is ALONE
-    x = _normalize(x, dtype, safety, eps, share)
-    if tall:
-        x = _written_transpose(x)
+    x = _normalize(x, safety, eps, share)
+    x = _written_transpose(x, dtype) if tall else _rounded((x,), dtype)[0]
     if normalization == "aol":
         x = _rescale_short_side(x, eps, share)
     gram_method = form.method == "gram"
@@ -300,9 +299,9 @@ _jitted = jax.jit(
 def _standard_form(x: jax.Array, rows: tuple[Row, ...], form: Form) -> jax.Array:
     dtype = x.dtype
     for a, b, c in rows:
-        r = gram(x, form.panels)
-        polynomial = _combine(b, r, c, square(_cast(r, dtype)), dtype)
-        x = (a * x + matmul(whole(polynomial), x)).astype(dtype)
+        r = _rounded(gram(x, form.panels), dtype)
+        polynomial = _combine(b, r, c, square(r), dtype)
+        [x] = _combine(a, (x,), 1, (matmul(whole(polynomial), x),), dtype)
     return x
 
 
@@ -311,8 +310,8 @@ def _gram_form(x: jax.Array, rows: tuple[Row, ...], form: Form, share: Share = A
     dtype = x.dtype
 
     def summed_gram(x: jax.Array) -> Panels:
-        r = _cast(gram(x, form.panels), dtype)
-        return r if share is ALONE else cut(share.sum(whole(r)), form.panels)
+        r = gram(x, form.panels)
+        return _rounded(r if share is ALONE else cut(share.sum(whole(r)), form.panels), dtype)
 
     r = summed_gram(x)
     q: Panels | None = None  # the identity
@@ -323,7 +322,7 @@ def _gram_form(x: jax.Array, rows: tuple[Row, ...], form: Form, share: Share = A
         else:
             q = _combine(a, q, 1, product(q, z), dtype)
         if step in form.restarts or step == len(rows):
-            x = matmul(whole(q), x).astype(dtype)
+            [x] = _rounded((matmul(whole(q), x),), dtype)
         if step in form.restarts:
             r, q = summed_gram(x), None
         elif step < len(rows):
@@ -337,26 +336,37 @@ def _identity(x: jax.Array) -> jax.Array:
     return jnp.expand_dims(jnp.eye(x.shape[-2], dtype=x.dtype), range(x.ndim - 2))
 
 
-def _cast(panels: Panels, dtype: jnp.dtype) -> Panels:
-    return tuple(panel.astype(dtype) for panel in panels)
-
-
 def _combine(a: float, x: Panels, b: float, y: Panels, dtype: jnp.dtype) -> Panels:
-    """aX + bY."""
-    return tuple((a * u + b * v).astype(dtype) for u, v in zip(x, y, strict=True))
+    """aX + bY, with the coefficients and the sum in `accumulator(dtype)`.
+
+    A number of Python's takes the dtype of the array that it meets: in bfloat16, 3.4445 would be
+    3.4375.
+    """
+    wide = accumulator(dtype)
+    sums = (a * u.astype(wide) + b * v.astype(wide) for u, v in zip(x, y, strict=True))
+    return _rounded(tuple(sums), dtype)
 
 
-def _normalize(
-    x: jax.Array, dtype: jnp.dtype, safety: float, eps, share: Share = ALONE
-) -> jax.Array:
-    """Singular values into [0, 1] without overflow or underflow, then into `dtype`."""
+def _rounded(panels: Panels, dtype: jnp.dtype) -> Panels:
+    """In `dtype`, and the same numbers for every reader.
+
+    XLA drops a rounding where float32 arithmetic follows. R would then be exact in bR and rounded
+    in cR², and where the two cancel the rounding would be what is left.
+    """
+    if all(panel.dtype == dtype for panel in panels):
+        return panels
+    return jax.lax.optimization_barrier(tuple(panel.astype(dtype) for panel in panels))
+
+
+def _normalize(x: jax.Array, safety: float, eps, share: Share = ALONE) -> jax.Array:
+    """Singular values into [0, 1] without overflow or underflow, in float32 or wider."""
     x = x.astype(accumulator(x.dtype))
     largest = share.max(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
     # XLA turns division into a product with 1 / largest, which above 2^126 is flushed to zero.
     root = jax.lax.rsqrt(jnp.where(largest == 0, 1, largest))
     x = x * root * root
     norm = jnp.sqrt(share.sum(jnp.sum(x * x, axis=(-2, -1), keepdims=True)))
-    return (x / (safety * norm + eps)).astype(dtype)
+    return x / (safety * norm + eps)
 
 
 def _rescale_short_side(x: jax.Array, eps, share: Share) -> jax.Array:
@@ -365,16 +375,14 @@ def _rescale_short_side(x: jax.Array, eps, share: Share) -> jax.Array:
     return (x * jax.lax.rsqrt(jnp.where(bound == 0, 1, bound + eps))).astype(x.dtype)
 
 
-def _written_transpose(x: jax.Array) -> jax.Array:
-    """Xᵀ in row-major order, for products in the low precisions.
+def _written_transpose(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Xᵀ in `dtype`, in row-major order.
 
-    To XLA:CPU a transpose is another layout of the same numbers, which its bfloat16 kernels do not
-    take; a concatenation is written out.
+    To XLA:CPU a transpose is the same numbers in another layout, which its bfloat16 products do
+    not take: some versions run them in float32, others refuse. A reshape's result is row-major.
     """
-    x = x.mT
-    if current_platform() != "cpu" or x.dtype.itemsize >= 4 or x.shape[-2] < 2:
-        return x
-    return jnp.concatenate(jnp.split(x, [x.shape[-2] // 2], axis=-2), axis=-2)
+    [x] = _rounded((jnp.expand_dims(x.mT, -1),), dtype)
+    return jnp.squeeze(x, -1)
 
 
 def gram_restarts(

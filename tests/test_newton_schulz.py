@@ -219,7 +219,7 @@ def test_batch_axes_are_never_merged(method, name, shape):
     run = functools.partial(muon_jax.newton_schulz, coeffs=name, method=method)
     program = list(equations(jax.make_jaxpr(run)(jnp.ones(shape)).jaxpr))
     shapes = {v.aval.shape for e in program for v in e.outvars if v.aval.size >= 2 * 3 * 5}
-    assert {s[:2] for s in shapes} == {(2, 3)} and {len(s) for s in shapes} <= {3, 4}
+    assert {s[:2] for s in shapes} == {(2, 3)}
     products = [e for e in program if e.primitive.name == "dot_general"]
     assert products and all(e.params["dimension_numbers"][1] == ((0, 1), (0, 1)) for e in products)
 
