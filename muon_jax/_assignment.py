@@ -62,10 +62,13 @@ class _Class(NamedTuple):
     def short(self) -> int:
         return min(self.lead, self.other)
 
-    @property
-    def turned(self) -> "_Class":
-        """The same with the long side leading."""
-        if self.lead >= self.other:
+    def turned(self, solver: NewtonSchulz) -> "_Class":
+        """The same with the long side leading, or fan_out where both are equal and it matters."""
+        if solver.tells_sides(self.lead, self.other):
+            turn = not self.parts[0].flip
+        else:
+            turn = self.lead < self.other
+        if not turn:
             return self
         parts = tuple(part._replace(flip=not part.flip) for part in self.parts)
         return _Class(self.other, self.lead, self.other_axes, self.lead_axes, parts)
@@ -109,7 +112,8 @@ class _Exchange(NamedTuple):
             fans = [(block.fan_in, block.in_axes), (block.fan_out, block.out_axes)]
             (lead, lead_axes), (other, other_axes) = reversed(fans) if block.flip else fans
             # Any other orthogonalizer may tell fan_in from fan_out.
-            orientation = None if self.solver else block.flip
+            told = self.solver is None or self.solver.tells_sides(lead, other)
+            orientation = block.flip if told else None
             part = Part(index, 0, block.matrices, block.flip)
             classes[lead, other, lead_axes, other_axes, orientation].append(part)
         return [
@@ -164,7 +168,7 @@ class _Exchange(NamedTuple):
         device's share.
         """
         assert self.solver is not None
-        shapes = tuple(shape.turned for shape in shapes)
+        shapes = tuple(shape.turned(self.solver) for shape in shapes)
         short = shapes[0].other
         near_square = any(shape.lead < 2 * short for shape in shapes)
         form = self.solver.cut_form(short, self.dtype, self.platform, near_square)

@@ -174,7 +174,7 @@ class Bucket(NamedTuple):
 def exchange_dtype(dtype, solver: NewtonSchulz | None) -> np.dtype:
     """The dtype in which updates cross the network: bfloat16 if that is what is orthogonalised."""
     dtype = jnp.dtype(dtype)
-    if solver is None or solver.dtype is None:
+    if solver is None or solver.dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
         return dtype
     # float16 would overflow before it is normalised.
     smaller = solver.dtype == jnp.bfloat16 and dtype.itemsize > 2

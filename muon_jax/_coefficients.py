@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 Row = tuple[float, float, float]
 
+NORMALIZATIONS = ("frobenius", "schatten", "spectral", "aol")
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -20,8 +22,11 @@ class Schedule:
         tail: the row repeated after `rows` for as long as more steps are asked for; `None` means
             that the schedule has exactly `len(rows)` steps.
         steps: the number of steps when none is asked for; defaults to `len(rows)`.
-        normalization: how singular values are brought into (0, 1] first: `"frobenius"` divides by
-            the Frobenius norm, `"aol"` rescales along the short side (Boissin et al., 2512.04632).
+        normalization: how singular values are brought into (0, 1] first. `"frobenius"` divides by
+            the Frobenius norm, `"schatten"` by the Schatten-4 norm, which is at most that and at
+            least the largest singular value (Grishina et al., 2506.10935), `"spectral"` by the
+            largest singular value itself, at the price of a decomposition of XXᵀ; `"aol"` rescales
+            along the short side, of square matrices along the first (Boissin et al., 2512.04632).
         safety: the normalised matrix is divided by this too, to leave room for rounding.
         low_precision_slack: in bfloat16 and float16 every fitted row is evaluated at
             `sigma / low_precision_slack`, for rows that diverge just outside their interval.
@@ -35,14 +40,15 @@ class Schedule:
     rows: tuple[Row, ...]
     tail: Row | None = None
     steps: int | None = None
-    normalization: Literal["frobenius", "aol"] = "frobenius"
+    normalization: Literal["frobenius", "schatten", "spectral", "aol"] = "frobenius"
     safety: float = 1.0
     low_precision_slack: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.normalization not in ("frobenius", "aol"):
+        if self.normalization not in NORMALIZATIONS:
             raise ValueError(
-                f"Schedule.normalization must be 'frobenius' or 'aol', got {self.normalization!r}."
+                f"Schedule.normalization must be one of {', '.join(NORMALIZATIONS)}; got "
+                f"{self.normalization!r}."
             )
         if not self.rows and self.tail is None:
             raise ValueError("Schedule needs at least one (a, b, c) row, got none.")

@@ -114,10 +114,10 @@ class _Run:
         bucket, run = self.bucket, self.orthogonalizer
         if bucket.cut:
             y = run(x.mT, form=bucket.form, share=self._share(shared)).mT
-        elif bucket.form is not None:
-            y = run(x, form=bucket.form)
         else:
-            y = run(x.mT).mT if bucket.parts[0].flip else run(x)
+            told = bucket.form is None or run.tells_sides(bucket.lead, bucket.other)
+            run = run if bucket.form is None else functools.partial(run, form=bucket.form)
+            y = run(x.mT).mT if told and bucket.parts[0].flip else run(x)
         return y.astype(bucket.dtype)
 
     # Tiles to whole cells and back. `tiles` is (devices, slots, lead here, other here): what this
@@ -285,7 +285,7 @@ def _undo_take(x: jax.Array, index: np.ndarray, count: int) -> jax.Array:
 
 
 def _pack_symmetric(x: jax.Array) -> jax.Array:
-    """`(..., n, n)` symmetric -> `(..., n + 1, n / 2)`, every number once; odd n stays.
+    """`(..., n, n)` Hermitian -> `(..., n + 1, n / 2)`, every number once; odd n stays.
 
     Rectangular full packed storage: the two diagonal blocks share one square, one as its lower and
     the other as its upper triangle.
@@ -306,11 +306,12 @@ def _unpack_symmetric(packed: jax.Array) -> jax.Array:
     half = packed.shape[-1]
     corner, square, diagonal = jnp.split(packed, [half, 2 * half], axis=-2)
     lower, eye = np.tri(half, dtype=bool), np.eye(half, dtype=bool)
-    first = jnp.where(lower, square, square.mT)
-    second = jnp.where(eye, diagonal, jnp.where(lower, square.mT, square))
+    turned = jnp.conj(square.mT)
+    first = jnp.where(lower, square, turned)
+    second = jnp.where(eye, diagonal, jnp.where(lower, turned, square))
     return jnp.concatenate(
         [
-            jnp.concatenate([first, corner.mT], axis=-1),
+            jnp.concatenate([first, jnp.conj(corner.mT)], axis=-1),
             jnp.concatenate([corner, second], axis=-1),
         ],
         axis=-2,

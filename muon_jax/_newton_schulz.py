@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from muon_jax._coefficients import Row, Schedule, as_schedule
+from muon_jax._lapack import each_matrix
 from muon_jax._symmetric import (
     Panels,
     accumulator,
@@ -98,18 +99,27 @@ class NewtonSchulz:
             raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}.")
         if self.dtype is not None:
             object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-            _require_floating("dtype", self.dtype)
+            if not jnp.issubdtype(self.dtype, jnp.floating):
+                raise TypeError(
+                    "dtype, of newton_schulz's products, must be real floating point; got "
+                    f"{self.dtype}."
+                )
         schedule = as_schedule(self.coeffs)
         schedule.resolve(self.steps)
         object.__setattr__(self, "coeffs", schedule)
 
     def compute_dtype(self, dtype: jax.typing.DTypeLike) -> jnp.dtype:
-        """The dtype of the matrix products for updates of `dtype`."""
-        return jnp.dtype(dtype) if self.dtype is None else self.dtype
+        """The dtype of the matrix products for updates of `dtype`; of complex ones their own."""
+        own = self.dtype is None or jnp.issubdtype(dtype, jnp.complexfloating)
+        return jnp.dtype(dtype) if own else self.dtype
 
     def rows(self, dtype: jax.typing.DTypeLike) -> tuple[Row, ...]:
         """The `(a, b, c)` of each step for updates of `dtype`."""
         return self.coeffs.resolve(self.steps, self.compute_dtype(dtype))
+
+    def tells_sides(self, m: int, n: int) -> bool:
+        """Whether the factor of Xᵀ is not that of X transposed: AOL rescales along one side."""
+        return self.coeffs.normalization == "aol" and m == n
 
     def form(
         self, m: int, n: int, dtype: jax.typing.DTypeLike, platform: str, local: bool = True
@@ -160,7 +170,8 @@ class NewtonSchulz:
                 "newton_schulz needs a matrix or a stack of them, (..., m, n); got shape "
                 f"{x.shape}."
             )
-        _require_floating("x", x.dtype)
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise TypeError(f"newton_schulz needs floating-point or complex x; got {x.dtype}.")
         if form is None:
             m, n = x.shape[-2:]
             form = self.form(m, n, x.dtype, current_platform(), local=jax.device_count() == 1)
@@ -203,11 +214,6 @@ def configured(orthogonalizer: Callable | None, coeffs: Any, steps: Any, dtype: 
     return orthogonalizer
 
 
-def _require_floating(what: str, dtype: jnp.dtype) -> None:
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"newton_schulz works on real floating point; {what} is {dtype}.")
-
-
 def newton_schulz(
     x: jax.Array,
     *,
@@ -228,7 +234,8 @@ def newton_schulz(
     do not touch each other: a NaN stays in its own matrix.
 
     Args:
-        x: `(..., m, n)`, floating point; the leading axes are batch and are never merged.
+        x: `(..., m, n)`, floating point or complex; the leading axes are batch and are never
+            merged. Of complex matrices the products are Hermitian, with $X^H$ for $X^\top$.
         coeffs: a schedule's name (`jordan`, `you`, `polar_express`, `polar_express_1.02`, `cans`,
             `aol`, `deepseek_v4`, `exact`), one `(a, b, c)` for all steps, one `(a, b, c)` a step,
             or a `Schedule`.
@@ -236,7 +243,8 @@ def newton_schulz(
             no other number.
         dtype: dtype of the matrix products; `None` is `x.dtype`. In bfloat16 and float16 the norm
             and the accumulation stay in float32. float32 means float32: products ask for the
-            highest precision, so on GPU and TPU pass bfloat16 for speed.
+            highest precision, so on GPU and TPU pass bfloat16 for speed. Complex matrices keep
+            their own.
         method: `"standard"`, `"gram"`, or `"auto"`: whichever needs fewer FLOPs for this shape,
             schedule and dtype (the Gram form is restarted as often as its dtype needs).
         eps: added to the Frobenius norm once the largest entry is 1, so it is relative.
@@ -247,7 +255,7 @@ def newton_schulz(
     Raises:
         ValueError: fewer than two axes, an unknown schedule or method, or a step count that
             disagrees with the rows.
-        TypeError: `x` or `dtype` is not real floating point.
+        TypeError: `x` is neither floating point nor complex, or `dtype` is not real floating point.
 
     Example:
         >>> import jax.numpy as jnp
@@ -281,10 +289,12 @@ def _orthogonalize(x, *, rows, normalization, safety, dtype, form, share=ALONE, 
         return jax.lax.map(one, x)
     out_dtype = x.dtype
     tall = x.shape[-2] > x.shape[-1] and share is ALONE
-    x = _normalize(x, safety, eps, share)
-    x = _written_transpose(x, dtype) if tall else _rounded((x,), dtype)[0]
-    if normalization == "aol":
-        x = _rescale_short_side(x, eps, share)
+    x = _unit_norm(x, eps, share)
+    x = x.mT if tall else x
+    if normalization != "frobenius":
+        r = share.sum(whole(gram(_written(x, dtype), 1)))
+        x = x * _rescaling(r, normalization)
+    x = _written(x / safety, dtype)
     gram_method = form.method == "gram"
     x = _gram_form(x, rows, form, share) if gram_method else _standard_form(x, rows, form)
     return (x.mT if tall else x).astype(out_dtype)
@@ -358,30 +368,37 @@ def _rounded(panels: Panels, dtype: jnp.dtype) -> Panels:
     return jax.lax.optimization_barrier(tuple(panel.astype(dtype) for panel in panels))
 
 
-def _normalize(x: jax.Array, safety: float, eps, share: Share = ALONE) -> jax.Array:
-    """Singular values into [0, 1] without overflow or underflow, in float32 or wider."""
+def _unit_norm(x: jax.Array, eps, share: Share = ALONE) -> jax.Array:
+    """X over its Frobenius norm without overflow or underflow, in float32 or wider."""
     x = x.astype(accumulator(x.dtype))
     largest = share.max(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
     # XLA turns division into a product with 1 / largest, which above 2^126 is flushed to zero.
     root = jax.lax.rsqrt(jnp.where(largest == 0, 1, largest))
     x = x * root * root
-    norm = jnp.sqrt(share.sum(jnp.sum(x * x, axis=(-2, -1), keepdims=True)))
-    return x / (safety * norm + eps)
+    squares = jnp.real(x * jnp.conj(x))
+    norm = jnp.sqrt(share.sum(jnp.sum(squares, axis=(-2, -1), keepdims=True)))
+    return x / (norm + eps)
 
 
-def _rescale_short_side(x: jax.Array, eps, share: Share) -> jax.Array:
-    """AOL: row i is divided by sqrt(sum_j |XXᵀ|_ij), which bounds the spectral norm by 1."""
-    bound = jnp.sum(jnp.abs(share.sum(whole(gram(x, 1)))), axis=-1, keepdims=True)
-    return (x * jax.lax.rsqrt(jnp.where(bound == 0, 1, bound + eps))).astype(x.dtype)
+def _rescaling(r: jax.Array, normalization: str) -> jax.Array:
+    """What the matrix, or each of its rows, is multiplied by; R is its XXᵀ."""
+    size = jnp.abs(r)
+    if normalization == "aol":
+        size = jnp.sum(size, axis=-1, keepdims=True)
+    elif normalization == "schatten":
+        size = jnp.sqrt(jnp.sum(size * size, axis=(-2, -1), keepdims=True))
+    else:
+        size = each_matrix(jnp.linalg.eigvalsh, r)[..., -1:, None]
+    return jax.lax.rsqrt(jnp.where(size == 0, 1, size))
 
 
-def _written_transpose(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Xᵀ in `dtype`, in row-major order.
+def _written(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """X in `dtype`, in row-major order.
 
     To XLA:CPU a transpose is the same numbers in another layout, which its bfloat16 products do
-    not take: some versions run them in float32, others refuse. A reshape's result is row-major.
+    not take: some versions run them in float32, others refuse. What is reshaped is row-major.
     """
-    [x] = _rounded((jnp.expand_dims(x.mT, -1),), dtype)
+    [x] = _rounded((jnp.expand_dims(x, -1),), dtype)
     return jnp.squeeze(x, -1)
 
 

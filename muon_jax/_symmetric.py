@@ -1,6 +1,7 @@
 """Matrix products whose result is symmetric, computed on and below the diagonal and mirrored.
 
-A symmetric n × n matrix is held as `Panels`: its rows cut into consecutive slices. Only the blocks
+Of complex matrices the result is Hermitian: every transpose below conjugates too. A symmetric
+n × n matrix is held as `Panels`: its rows cut into consecutive slices. Only the blocks
 on and below the diagonal are computed: two panels take 75 % of the FLOPs of the plain product,
 four 62.5 %, with ordinary matrix products on every backend. Panels and not whole matrices travel
 from product to product, since panels are what the next one reads.
@@ -81,12 +82,13 @@ def whole(panels: Panels) -> jax.Array:
 
 
 def matmul(x: jax.Array, y: jax.Array, *, transposed: bool = False) -> jax.Array:
-    """XY, or XYᵀ if `transposed`, in `accumulator(x.dtype)`.
+    """XY, or XYᴴ if `transposed`, in `accumulator(x.dtype)`.
 
     The transpose is part of the product: XLA:CPU runs bfloat16 products with an operand that was
     transposed before in float32, at half the rate. Its bfloat16 kernels are fast where the result
     is float32.
     """
+    y = jnp.conj(y) if transposed else y
     batch = tuple(range(x.ndim - 2))
     contracted = ((x.ndim - 1,), (y.ndim - 1 if transposed else y.ndim - 2,))
     return jax.lax.dot_general(
@@ -110,8 +112,8 @@ def _lower_blocks(p: Panels, q: Panels) -> Panels:
 def _mirror(blocks: Panels, dtype: jnp.dtype, *, exactly: bool = False) -> Panels:
     """The panels whose blocks on and below the diagonal these are.
 
-    `exactly`: the diagonal blocks are mirrored too. They are PQᵀ, and where Q is symmetric up to
-    rounding only, PQᵀ turns the sign of what is not: an iteration would amplify that.
+    `exactly`: the diagonal blocks are made symmetric too. They are PQᵀ, and where Q is symmetric up
+    to rounding only, PQᵀ turns the sign of what is not: an iteration would amplify that.
     """
     if len(blocks) == 1:
         return blocks
@@ -119,10 +121,10 @@ def _mirror(blocks: Panels, dtype: jnp.dtype, *, exactly: bool = False) -> Panel
 
     def block(i: int, j: int) -> jax.Array:
         if j > i:
-            return block(j, i).mT
+            return jnp.conj(block(j, i).mT)
         lower = blocks[i * (i + 1) // 2 + j]
         if i == j and exactly:
-            lower = jnp.where(jnp.tri(lower.shape[-1], dtype=bool), lower, lower.mT)
+            lower = (lower + jnp.conj(lower.mT)) / 2
         return lower
 
     return tuple(_beside([block(i, j) for j in range(count)], dtype) for i in range(count))

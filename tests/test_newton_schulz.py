@@ -325,7 +325,7 @@ ONES = np.ones((4, 6), np.float32)
         (ONES, {"method": "fast"}, ValueError, ["'fast'", "standard, gram"]),
         (ONES[0], {}, ValueError, ["(6,)", "(..., m, n)"]),
         (ONES.astype(np.int32), {}, TypeError, ["int32", "floating"]),
-        (ONES.astype(np.complex64), {}, TypeError, ["complex64", "floating"]),
+        (ONES, {"dtype": np.complex64}, TypeError, ["complex64", "floating"]),
         (ONES, {"dtype": jnp.int8}, TypeError, ["int8", "floating"]),
     ],
 )
