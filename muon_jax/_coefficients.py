@@ -3,10 +3,12 @@
 import dataclasses
 import numbers
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
 import jax
 import jax.numpy as jnp
+
+from muon_jax._checks import check_integer, check_number, check_static
 
 Row = tuple[float, float, float]
 
@@ -50,8 +52,15 @@ class Schedule:
                 f"Schedule.normalization must be one of {', '.join(NORMALIZATIONS)}; got "
                 f"{self.normalization!r}."
             )
+        object.__setattr__(self, "rows", _checked_rows("Schedule.rows", self.rows))
+        if self.tail is not None:
+            object.__setattr__(self, "tail", _checked_row("Schedule.tail", self.tail))
         if not self.rows and self.tail is None:
             raise ValueError("Schedule needs at least one (a, b, c) row, got none.")
+        if self.steps is not None:
+            check_integer("Schedule.steps", self.steps, at_least=1)
+        check_number("Schedule.safety", self.safety, above=0)
+        check_number("Schedule.low_precision_slack", self.low_precision_slack, above=0)
 
     def resolve(
         self, steps: int | None = None, dtype: jax.typing.DTypeLike = jnp.float32
@@ -82,6 +91,38 @@ class Schedule:
                 f"steps={steps}. Leave steps out, or give {steps} rows."
             )
         return rows
+
+
+_RULE = "{} must be {}a triple of numbers (a, b, c), or a sequence of such triples, all static"
+
+
+def _refuse(name: str, value: Any) -> NoReturn:
+    names = "a schedule's name, " if name == "coeffs" else ""
+    raise ValueError(f"{_RULE.format(name, names)}; got {value!r}.")
+
+
+def _checked_rows(name: str, rows: Any) -> tuple[Row, ...]:
+    if _length(rows) is None:
+        _refuse(name, rows)
+    return tuple(_checked_row(name, row) for row in rows)
+
+
+def _checked_row(name: str, row: Any) -> Row:
+    if _length(row) != 3:
+        _refuse(name, row)
+    for value in row:
+        if isinstance(value, jax.core.Tracer):
+            check_static(f"A coefficient of {name}", value)
+        check_number(f"A coefficient of {name}", value)
+    a, b, c = row
+    return float(a), float(b), float(c)
+
+
+def _length(value: Any) -> int | None:
+    """Of a sequence, or of an array with axes; None of anything else, and of what is traced."""
+    if isinstance(value, (str, bytes, jax.core.Tracer)) or getattr(value, "ndim", 1) == 0:
+        return None
+    return len(value) if hasattr(value, "__len__") else None
 
 
 _JORDAN = (3.4445, -4.7750, 2.0315)
@@ -166,32 +207,28 @@ def as_schedule(coeffs: "str | Schedule | Row | Sequence[Row]") -> Schedule:
     """A name, one `(a, b, c)` repeated five times, or one row a step -> `Schedule`.
 
     Raises:
-        ValueError: an unknown name, or rows that are not triples of numbers.
+        ValueError: an unknown name, or rows that are not triples of finite numbers.
+        TypeError: a coefficient that is no static number.
     """
     if isinstance(coeffs, Schedule):
         return coeffs
     if isinstance(coeffs, str):
         if coeffs not in SCHEDULES:
+            meant = _NAMES_ELSEWHERE.get(coeffs)
             raise ValueError(
-                f"Unknown Newton-Schulz schedule {coeffs!r}. Known: {', '.join(SCHEDULES)}; "
-                "or pass (a, b, c), or one (a, b, c) a step."
+                f"Unknown Newton-Schulz schedule {coeffs!r}. "
+                + (f"What others call so is {meant!r} here. " if meant else "")
+                + f"Known: {', '.join(SCHEDULES)}; or pass (a, b, c), or one (a, b, c) a step."
             )
         return SCHEDULES[coeffs]
-    try:
-        if len(coeffs) == 3 and all(_is_number(value) for value in coeffs):
-            return Schedule((), tail=_as_row(coeffs), steps=5)
-        return Schedule(tuple(_as_row(row) for row in coeffs))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            "Newton-Schulz coefficients must be a schedule's name, three numbers (a, b, c), or a "
-            f"sequence of such triples, all static; got {coeffs!r}."
-        ) from error
+    single = _length(coeffs) == 3 and all(_length(value) is None for value in coeffs)
+    if single:
+        return Schedule((), tail=_checked_row("coeffs", coeffs), steps=5)
+    rows = _checked_rows("coeffs", coeffs)
+    if not rows:
+        _refuse("coeffs", coeffs)
+    return Schedule(rows)
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, numbers.Real)
-
-
-def _as_row(row) -> Row:
-    a, b, c = row
-    return float(a), float(b), float(c)
+# optax.contrib.muon's names, and what its documentation and users call its default.
+_NAMES_ELSEWHERE = {"standard": "jordan", "muon": "jordan", "quintic": "jordan", "dion": "you"}

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from muon_jax._checks import check_number
 from muon_jax._coefficients import Row, Schedule, as_schedule
 from muon_jax._lapack import each_matrix
 from muon_jax._symmetric import (
@@ -26,13 +28,17 @@ from muon_jax._symmetric import (
 METHODS = ("auto", "standard", "gram")
 
 # How far rounding noise in the Gram matrix may grow, as a share of its largest eigenvalue, before
-# it is formed anew. Measured: with this limit no schedule passes 1.21 as its largest singular
-# value, on Gaussian, 1/k, exponential and rank-1 spectra in float32, bfloat16 and float16; with
-# 0.1, 2.0 in float16.
+# it is formed anew. Before the first restart it may grow further: the XXᵀ of a matrix of Frobenius
+# norm 1 has less noise than one whose singular values are all near 1, and the steps that follow
+# correct what it does. Measured on Gaussian, 1/k, 1/k², exponential, one-decade and rank-1 spectra,
+# 32 × 128 to 128 × 128, in bfloat16, float16 and float32: with these limits no schedule passes 1.21
+# as its largest singular value. A first limit of 0.82 gives 1.47 (jordan, float16); 0.56 later on
+# gives 1.6 (polar_express, bfloat16), and between restarts infinity (deepseek_v4, bfloat16).
 _NOISE_LIMIT = 0.065
+_FIRST_NOISE_LIMIT = 0.6
 
-# The same where float32 must agree with the standard form to 1e-5 on square matrices too: their
-# small singular values lie below the noise that the limit above tolerates.
+# Both, where float32 must agree with the standard form to 1e-5 on square matrices too: their small
+# singular values lie below the noise that the limits above tolerate.
 _SQUARE_NOISE_LIMIT = 5e-5
 
 # From this short side on a CPU loops over the matrices of a stack: what a product reads is in the
@@ -95,6 +101,7 @@ class NewtonSchulz:
     eps: Any = 1e-7
 
     def __post_init__(self) -> None:
+        check_number("eps", self.eps, at_least=0)
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}.")
         if self.dtype is not None:
@@ -153,7 +160,8 @@ class NewtonSchulz:
         """
         rows, dtype = self.rows(dtype), self.compute_dtype(dtype)
         exact = near_square and jnp.finfo(dtype).bits >= 32
-        restarts = gram_restarts(rows, dtype, _SQUARE_NOISE_LIMIT if exact else _NOISE_LIMIT)
+        limits = (_SQUARE_NOISE_LIMIT,) * 2 if exact else ()
+        restarts = gram_restarts(rows, dtype, *limits)
         # Here n × n products are most of the work, so that blocks pay earlier.
         return Form("gram", restarts, max(2, panel_count(short, dtype, platform)))
 
@@ -189,12 +197,22 @@ class NewtonSchulz:
 
 
 def as_newton_schulz(orthogonalizer: Callable | None) -> Callable:
-    """`NewtonSchulz` for None, `newton_schulz` and partials of it; any other callable as it is."""
+    """`NewtonSchulz` for None, `newton_schulz` and partials of it; any other callable as it is.
+
+    Raises:
+        TypeError: it is not callable.
+    """
     if orthogonalizer is None or orthogonalizer is newton_schulz:
         return NewtonSchulz()
     match orthogonalizer:
         case functools.partial(func=function, args=(), keywords=settings):
             return NewtonSchulz(**settings) if function is newton_schulz else orthogonalizer
+    if not callable(orthogonalizer):
+        raise TypeError(
+            "orthogonalizer must be None, newton_schulz, a functools.partial of it, or another "
+            "function of (..., fan_in, fan_out) that returns an array of that shape; got "
+            f"{orthogonalizer!r}. A schedule's name goes into ns_coeffs."
+        )
     return orthogonalizer
 
 
@@ -206,7 +224,8 @@ def configured(orthogonalizer: Callable | None, coeffs: Any, steps: Any, dtype: 
     """
     if orthogonalizer is None:
         return NewtonSchulz(coeffs, steps, dtype)
-    if coeffs != "jordan" or steps is not None or dtype is not None:
+    default = isinstance(coeffs, str) and coeffs == "jordan"
+    if not default or steps is not None or dtype is not None:
         raise ValueError(
             "Give either an orthogonalizer or ns_coeffs, ns_steps and ns_dtype, which configure "
             "the default one; got both."
@@ -403,18 +422,24 @@ def _written(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def gram_restarts(
-    rows: tuple[Row, ...], dtype: jnp.dtype, limit: float = _NOISE_LIMIT
+    rows: tuple[Row, ...],
+    dtype: jnp.dtype,
+    limit: float = _NOISE_LIMIT,
+    first: float = _FIRST_NOISE_LIMIT,
 ) -> tuple[int, ...]:
-    """The steps after which the Gram form forms XXᵀ anew.
+    """The steps after which the Gram form forms XXᵀ anew: as few as the noise allows.
 
-    A step multiplies the small eigenvalues of XXᵀ, rounding noise included, by a². The restart
-    comes as late as the noise allows.
+    A step multiplies the small eigenvalues of XXᵀ, rounding noise included, by a². From the last
+    step backwards, as many steps go by one XXᵀ as the limits allow.
     """
     noise = float(jnp.finfo(dtype).eps) / 2
-    restarts, growth = [], 1.0
-    for step, (a, _, _) in enumerate(rows[:-1], start=1):
-        growth *= a * a
-        if noise * growth > limit:
-            restarts.append(step)
-            growth = 1.0
-    return tuple(restarts)
+    growth = [row[0] ** 2 for row in rows]
+    restarts: list[int] = []
+    stop = len(rows) - 1
+    for start in range(stop - 1, -1, -1):
+        whole = first if restarts else limit
+        fits = noise * math.prod(growth[:stop]) <= whole
+        if not fits and noise * math.prod(growth[start:stop]) > limit:
+            restarts.append(start + 1)
+            stop = start
+    return tuple(reversed(restarts))
