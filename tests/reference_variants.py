@@ -40,14 +40,14 @@ def _descend(w, grads, direction, learning_rate, weight_decay):
     return trajectory
 
 
-def _muon(w, grads, muon, direction, keep=lambda mu: mu):
-    """`direction(u, step)` of the momentum; `keep` is what storing does to it."""
+def _muon(w, grads, muon, direction, keep=lambda mu, t: mu):
+    """`direction(u, step)` of the momentum; `keep(mu, step + 1)` is what storing does to it."""
     mu = np.zeros(np.shape(w))
 
     def of_momentum(g, step):
         nonlocal mu
         u, mu = momentum_step(muon.momentum, muon.nesterov, muon.beta, g, mu, step + 1)
-        mu = keep(mu)
+        mu = keep(mu, step + 1)
         return direction(u, step)
 
     return _descend(w, grads, of_momentum, muon.learning_rate, muon.weight_decay)
@@ -347,16 +347,30 @@ def cautious_decay(w, directions, *, learning_rate, weight_decay, at_zero=True):
     return trajectory
 
 
-def int8_round_trip(x, dtype=np.float64):
+def int8_round_trip(x, count, dtype=np.float64):
     """`(int8, scale, what comes back)`: linear, symmetric, one scale per slice of the last axis.
 
-    Gupta et al. (2509.23106), who have blocks of 2048 values. np.rint rounds half to even. Run in
-    float32 as well, it shows which values lie on a boundary.
+    Gupta et al. (2509.23106), who have blocks of 2048 values; rounded stochastically, up where the
+    number of the entry at step `count` is below the fraction.
     """
     x = np.asarray(x, dtype)
     scale = np.abs(x).max(axis=-1, keepdims=True) / dtype(127)
-    q = np.rint(x / np.where(scale > 0, scale, dtype(1))).astype(np.int8)
+    q = x / np.where(scale > 0, scale, dtype(1))
+    up = uniform(count, x.shape) < q - np.floor(q)
+    q = np.clip(np.floor(q) + up, -127, 127).astype(np.int8)
     return q, scale, q * scale
+
+
+def uniform(count, shape):
+    """Ettinger's "lowbias32" of the place in the array, with the step's own hash mixed in."""
+
+    def mixed(bits):
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+            bits = ((bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)) % np.uint64(2**32)
+        return bits
+
+    place = np.arange(np.prod(shape), dtype=np.uint64).reshape(shape)
+    return (mixed(place ^ mixed(np.uint64(count))) >> np.uint64(8)) / 2.0**24
 
 
 def int8_muon(w, grads, **muon):
@@ -367,4 +381,4 @@ def int8_muon(w, grads, **muon):
     def direction(u, step):
         return factor * newton_schulz(u, *muon.schedule)
 
-    return _muon(w, grads, muon, direction, keep=lambda mu: int8_round_trip(mu)[2])
+    return _muon(w, grads, muon, direction, keep=lambda mu, t: int8_round_trip(mu, t)[2])

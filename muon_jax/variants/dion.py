@@ -132,11 +132,9 @@ def scale_by_dion(
             right.append(jnp.where(none, q_, unit).astype(q_.dtype))
             factors.append(product(jnp.where(none, 0, unit), p_.mT))
         kept = matrices.give(matrices.local(left), half)
-        state = DionState(
-            optax.safe_increment(state.count),
-            stored_like(kept, state.mu),
-            matrices.pack(right, updates),
-        )
+        count = optax.safe_increment(state.count)
+        stored = stored_like(kept, state.mu, count)
+        state = DionState(count, stored, matrices.pack(right, updates))
         return matrices.give(matrices.scale(matrices.local(factors)), updates), state
 
     def update(updates, state, params=None):
