@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from muon_jax._newton_schulz import Form, NewtonSchulz
+from muon_jax._symmetric import accumulator
 
 Axes = tuple[str, ...]
 Sizes = tuple[tuple[str, int], ...]
@@ -137,7 +138,8 @@ class Bucket(NamedTuple):
         if replicas > 1:
             moved += replicas * cells
         triangle = self.other * (self.other + 1) // 2
-        return (moved + self.reductions * self.slots * triangle) * self.dtype.itemsize
+        summed = self.reductions * self.slots * triangle * accumulator(self.dtype).itemsize
+        return moved * self.dtype.itemsize + summed
 
     def cost(self, solver: NewtonSchulz | None, sizes: Sizes) -> float:
         return self.flops(solver) + FLOPS_PER_BYTE * self.exchanged_bytes(sizes)

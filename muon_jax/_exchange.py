@@ -68,10 +68,9 @@ class _Run:
     def whole_here(self, tiles: list[jax.Array]) -> list[jax.Array]:
         """Matrices that this device has whole: nothing moves."""
         [tile] = tiles
-        chunks = [tile[i : i + self.chunk] for i in range(0, tile.shape[0], self.chunk)]
         run, form = self.orthogonalizer, self.bucket.form
         whole = functools.partial(run, form=form) if form is not None else run
-        return [_one_after_another(whole, chunks)]
+        return [orthogonalize_chunks(whole, tile, self.chunk)]
 
     def exchange(self, tiles: list[jax.Array], blocks: Sequence[Block]) -> list[jax.Array]:
         bucket = self.bucket
@@ -117,7 +116,8 @@ class _Run:
         else:
             told = bucket.form is None or run.tells_sides(bucket.lead, bucket.other)
             run = run if bucket.form is None else functools.partial(run, form=bucket.form)
-            y = run(x.mT).mT if told and bucket.parts[0].flip else run(x)
+            turn = told and bucket.parts[0].flip
+            y = apply_checked(run, x.mT).mT if turn else apply_checked(run, x)
         return y.astype(bucket.dtype)
 
     # Tiles to whole cells and back. `tiles` is (devices, slots, lead here, other here): what this
@@ -237,10 +237,7 @@ class _Run:
 
         def total(x):
             packed = _pack_symmetric(x) if x.shape[-1] > 1 else x
-            # Rounding adds up along the ring, so only a few devices sum in low precision.
-            wide = packed.astype(jnp.float32) if bucket.width > 8 else packed
-            summed = lax.psum(jnp.where(here, wide, 0), bucket.axes, axis_index_groups=within)
-            summed = summed.astype(packed.dtype)
+            summed = lax.psum(jnp.where(here, packed, 0), bucket.axes, axis_index_groups=within)
             summed = _unpack_symmetric(summed) if x.shape[-1] > 1 else summed
             return jnp.where(here, summed, x)
 
@@ -251,13 +248,47 @@ class _Run:
         return Share(total, largest)
 
 
-def _one_after_another(function: Orthogonalizer, chunks: list[jax.Array]) -> jax.Array:
-    results: list[jax.Array] = []
-    for x in chunks:
-        if results:
-            x, _ = lax.optimization_barrier((x, results[-1]))
-        results.append(function(x))
-    return _joined(results, axis=0)
+def orthogonalize_chunks(
+    orthogonalizer: Orthogonalizer, x: jax.Array, chunk: int | None
+) -> jax.Array:
+    """`(*batch, fan_in, fan_out)` orthogonalised, at most `chunk` matrices at once; `None` is all.
+
+    Batch axes are not merged: what is split over a mesh would be put together.
+    """
+    previous = None
+
+    def run(x: jax.Array) -> jax.Array:
+        nonlocal previous
+        matrices = math.prod(x.shape[:-2])
+        if chunk is None or matrices <= chunk:
+            if previous is not None:
+                x, _ = lax.optimization_barrier((x, previous))
+            previous = apply_checked(orthogonalizer, x)
+            return previous
+        axis, size = next((axis, size) for axis, size in enumerate(x.shape) if size > 1)
+        step = max(1, chunk * size // matrices)
+        starts = range(0, size, step)
+        slices = [lax.slice_in_dim(x, i, min(i + step, size), axis=axis) for i in starts]
+        return _joined([run(piece) for piece in slices], axis)
+
+    return run(x)
+
+
+def apply_checked(orthogonalizer: Orthogonalizer, x: jax.Array) -> jax.Array:
+    """`orthogonalizer(x)`, which must have the shape of `x`.
+
+    Raises:
+        ValueError: it has another one, or none.
+    """
+    y = orthogonalizer(x)
+    shape = getattr(y, "shape", None)
+    if shape != x.shape:
+        returned = f"an array of shape {shape}" if shape is not None else type(y).__name__
+        raise ValueError(
+            "An orthogonalizer must return an array of its argument's shape, (..., fan_in, "
+            f"fan_out); for {x.shape} it returned {returned}."
+        )
+    return y
 
 
 def _joined(arrays: list[jax.Array], axis: int) -> jax.Array:

@@ -1,17 +1,15 @@
 """Every matrix of a tree orthogonalised once, on any mesh: where leaves lie → exchange → back."""
 
 import functools
-import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from muon_jax._assignment import plan_buckets
 from muon_jax._assumed_layout import assume_layouts
 from muon_jax._buckets import Block, Bucket, exchange_dtype
-from muon_jax._exchange import Orthogonalizer, orthogonalize_local
+from muon_jax._exchange import Orthogonalizer, orthogonalize_chunks, orthogonalize_local
 from muon_jax._layout import Entry, Layout, Placing, layout_of, whole_shape
 from muon_jax._match_sharding import match_sharding
 from muon_jax._matrix_axes import MatrixAxes
@@ -93,17 +91,8 @@ def _orthogonalize_here(
     x: jax.Array, axes: MatrixAxes, orthogonalizer: Orthogonalizer, chunk_size: int | None
 ) -> jax.Array:
     """A leaf that is whole here, or whose spreading is left to XLA: batch axes are not merged."""
-    matrices = axes.to_matrices(x)
-    if chunk_size is None or matrices.ndim < 3:
-        return axes.from_matrices(orthogonalizer(matrices), x.shape)
-    step = max(1, chunk_size // math.prod(matrices.shape[1:-2]))
-    done: list[jax.Array] = []
-    for i in range(0, matrices.shape[0], step):
-        chunk = matrices[i : i + step]
-        if done:
-            chunk, _ = lax.optimization_barrier((chunk, done[-1]))
-        done.append(orthogonalizer(chunk))
-    return axes.from_matrices(jnp.concatenate(done), x.shape)
+    done = orthogonalize_chunks(orthogonalizer, axes.to_matrices(x), chunk_size)
+    return axes.from_matrices(done, x.shape)
 
 
 def _exchange(entries, placing, orthogonalizer, chunk_size):

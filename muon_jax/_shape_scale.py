@@ -26,7 +26,7 @@ def as_shape_scale(scale: str | ShapeScale | None) -> ShapeScale:
         return SHAPE_SCALES["none"]
     if callable(scale):
         return scale
-    if scale not in SHAPE_SCALES:
+    if not isinstance(scale, str) or scale not in SHAPE_SCALES:
         raise ValueError(
             f"Unknown shape scale {scale!r}. Known: {', '.join(SHAPE_SCALES)}; or pass a callable "
             "(fan_in, fan_out) -> factor."

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from muon_jax._buckets import Axes
+from muon_jax._checks import check_integer, check_number
 from muon_jax._layout import (
     AnyMesh,
     Layout,
@@ -29,6 +30,7 @@ from muon_jax._paths import KeyPath, naming, path_strings
 from muon_jax._pieces import Piece, cut, join
 from muon_jax._placement import orthogonalize_leaves
 from muon_jax._shape_scale import ShapeScale, as_shape_scale
+from muon_jax._symmetric import accumulator
 
 Orthogonalizer = Callable[[jax.Array], jax.Array]
 
@@ -49,11 +51,11 @@ class Stages:
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
+        check_number("beta", self.beta, at_least=0, below=1)
         if self.momentum not in MOMENTA:
             raise ValueError(f"Unknown momentum {self.momentum!r}. Known: {', '.join(MOMENTA)}.")
-        chunk = self.chunk_size
-        if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
-            raise ValueError(f"chunk_size is a number of matrices, at least 1; got {chunk!r}.")
+        if self.chunk_size is not None:
+            check_integer("chunk_size", self.chunk_size, at_least=1)
         if self.mu_dtype is not None:
             init_momentum({}, self.mu_dtype)
         object.__setattr__(self, "orthogonalizer", as_newton_schulz(self.orthogonalizer))
@@ -192,9 +194,14 @@ class Matrices:
 
     def scale(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """Times the shape scale of each piece's fan_in and fan_out."""
-        factor = self._stages.scale
-        assert callable(factor)
-        return [factor(*p.fans) * x for p, x in zip(self.pieces, arrays, strict=True)]
+        return [self._scaled(piece, x) for piece, x in zip(self.pieces, arrays, strict=True)]
+
+    def _scaled(self, piece: Piece, x: jax.Array) -> jax.Array:
+        assert callable(self._stages.scale)
+        factor = self._stages.scale(*piece.fans)
+        check_number(f"The result of scale{piece.fans}", factor)
+        wide = accumulator(x.dtype)
+        return (jnp.asarray(factor, jnp.finfo(wide).dtype) * x.astype(wide)).astype(x.dtype)
 
     def sum(self, arrays: Iterable[jax.Array], over: str) -> list[jax.Array]:
         """Sums in float32 over `"fan_in"`, `"fan_out"` or `"matrix"`; the axes stay, of size 1."""
@@ -203,7 +210,7 @@ class Matrices:
     def _sum(self, piece: Piece, x: jax.Array, over: str) -> jax.Array:
         _, fan_in, fan_out = piece.axes.split(piece.shape)
         axes = {"fan_in": fan_in, "fan_out": fan_out, "matrix": fan_in + fan_out}[over]
-        total = jnp.sum(x, axis=axes, keepdims=True, dtype=jnp.promote_types(x.dtype, jnp.float32))
+        total = jnp.sum(x, axis=axes, keepdims=True, dtype=accumulator(x.dtype))
         names = [name for axis, along in self._split_fans(piece) if axis in axes for name in along]
         return jax.lax.psum(total, tuple(names)) if names else total
 
@@ -216,7 +223,7 @@ class Matrices:
         """The largest entry of each matrix by size, in float32 or wider; the axes stay."""
         found = []
         for piece, x in zip(self.pieces, arrays, strict=True):
-            x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            x = x.astype(accumulator(x.dtype))
             _, fan_in, fan_out = piece.axes.split(piece.shape)
             largest = jnp.max(jnp.abs(x), axis=fan_in + fan_out, keepdims=True)
             names = tuple(name for _, along in self._split_fans(piece) for name in along)
@@ -225,8 +232,9 @@ class Matrices:
 
     def norms(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """Frobenius norms of the matrices, in float32."""
-        wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in arrays]
-        return [jnp.sqrt(total) for total in self.sum([x * x for x in wide], over="matrix")]
+        wide = [x.astype(accumulator(x.dtype)) for x in arrays]
+        squares = [jnp.real(x * jnp.conj(x)) for x in wide]
+        return [jnp.sqrt(total) for total in self.sum(squares, over="matrix")]
 
     def whole(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """Pieces as `(*batch, fan_in, fan_out)`; inside `shard_map` gathered along their fans."""

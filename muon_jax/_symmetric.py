@@ -100,7 +100,8 @@ def matmul(x: jax.Array, y: jax.Array, *, transposed: bool = False) -> jax.Array
     )
 
 
-def accumulator(dtype: jnp.dtype) -> jnp.dtype:
+def accumulator(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype in which sums of `dtype` are formed: float32, or a wider one of its own."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
