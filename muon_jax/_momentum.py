@@ -161,10 +161,10 @@ def update_momentum(
         finite = jnp.isfinite(g) & jnp.isfinite(m)
         return clipped(used, finite, g.dtype), clipped(new, finite, dtype)
 
-    pairs = jax.tree.map(average, updates, as_array_tree(mu))
-    used, new_mu = jax.tree.transpose(
-        jax.tree.structure(updates), jax.tree.structure((0, 0)), pairs
-    )
+    gradients, tree = jax.tree.flatten(updates)
+    momenta = jax.tree.leaves(as_array_tree(mu))
+    pairs = [average(g, m) for g, m in zip(gradients, momenta, strict=True)]
+    used, new_mu = (jax.tree.unflatten(tree, [pair[i] for pair in pairs]) for i in (0, 1))
     return used, stored_like(new_mu, mu, count)
 
 

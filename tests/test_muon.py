@@ -211,7 +211,11 @@ def identity(x):
     [
         ({"momentum": "heavy_ball"}, optax.sgd(0.02, momentum=0.9, nesterov=True)),
         ({"momentum": "heavy_ball", "nesterov": False}, optax.sgd(0.02, momentum=0.9)),
-        ({"nesterov": False}, optax.chain(optax.ema(0.9, debias=False), optax.sgd(0.02))),
+        (
+            # With 1 - beta of the float32 beta, as ours; optax takes Python's for a Python number.
+            {"nesterov": False},
+            optax.chain(optax.ema(jnp.float32(0.9), debias=False), optax.sgd(0.02)),
+        ),
     ],
 )
 def test_without_orthogonalisation_it_is_plain_momentum(settings, expected):
