@@ -102,7 +102,7 @@ def _refuse(name: str, value: Any) -> NoReturn:
 
 
 def _checked_rows(name: str, rows: Any) -> tuple[Row, ...]:
-    if _length(rows) is None:
+    if _length(rows) is None or any(_length(row) != 3 for row in rows):
         _refuse(name, rows)
     return tuple(_checked_row(name, row) for row in rows)
 
