@@ -130,6 +130,8 @@ def _like_muon(variant: Callable[..., optax.GradientTransformation], **own: Any)
         muon = dataclasses.asdict(settings.muon) | {"learning_rate": rate} | rest | placed
         if "orthogonalizer" in own:
             del muon["ns_coeffs"], muon["ns_dtype"]
+        if "rest" in own:  # none of the others reads them
+            del muon["adam_b2"], muon["adam_eps"]
         return variant(**muon | own)
 
     return build
@@ -177,6 +179,10 @@ def _low_rank(method: str) -> Callable:
         return _like_muon(muon_jax.muon, orthogonalizer=polar)(settings, rate, rest, placed)
 
     return build
+
+
+def _muon_only(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+    return _like_muon(muon_jax.muon)(settings, rate, {"rest": "frozen"}, placed)
 
 
 def _rest(name: Literal["sgd", "lion"]) -> Callable:
@@ -238,7 +244,7 @@ def _gluon(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Op
 ARMS: dict[str, Arm] = {
     "adamw": Arm("AdamW for all parameters", _adamw),
     "muon": Arm("Muon for the hidden matrices", _like_muon(muon_jax.muon)),
-    "muon_only": Arm("Muon, and nothing else learns", _like_muon(muon_jax.muon, rest="frozen")),
+    "muon_only": Arm("Muon, and nothing else learns", _muon_only),
     "muon_sgd": Arm("Muon, and SGD for the rest", _rest("sgd")),
     "muon_lion": Arm("Muon, and Lion for the rest", _rest("lion")),
     "muon_bf16": Arm(

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -99,4 +100,54 @@ def check_static(name: str, value: Any) -> None:
             f"{name} must be a static Python value, since it decides what is compiled; got "
             f"{type(value).__name__}. Under inject_hyperparams it is not a hyperparameter: "
             "muon_jax.inject_hyperparams knows, and optax's takes it in static_args."
+        )
+
+
+def check_dtype(name: str, value: Any, *, or_int8: bool = False) -> None:
+    """Refuses what is no real floating-point dtype (nor `None`).
+
+    Args:
+        name: of the argument, for the message.
+        value: a dtype, or what JAX takes for one.
+        or_int8: int8 passes.
+
+    Raises:
+        TypeError: `value` is no dtype.
+        ValueError: it is of another kind.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> check_dtype("nu_dtype", jnp.int32)
+        Traceback (most recent call last):
+            ...
+        ValueError: nu_dtype must be real floating point or None; got int32.
+    """
+    if value is None:
+        return
+    wanted = f"{name} must be real floating point{', int8' * or_int8} or None"
+    if isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(f"{wanted}; got an array.")
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        raise TypeError(f"{wanted}; got {value!r}.") from None
+    if not (jnp.issubdtype(dtype, jnp.floating) or (or_int8 and dtype == jnp.int8)):
+        raise ValueError(f"{wanted}; got {dtype}.")
+
+
+def check_mesh(value: Any) -> None:
+    """Refuses what is no mesh (nor `None`).
+
+    Raises:
+        TypeError: `value` is something else.
+
+    Example:
+        >>> check_mesh("data")
+        Traceback (most recent call last):
+            ...
+        TypeError: mesh must be a jax.sharding.Mesh, as of jax.make_mesh, or None; got 'data'.
+    """
+    if value is not None and not isinstance(value, (jax.sharding.Mesh, jax.sharding.AbstractMesh)):
+        raise TypeError(
+            f"mesh must be a jax.sharding.Mesh, as of jax.make_mesh, or None; got {value!r}."
         )

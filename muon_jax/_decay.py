@@ -1,4 +1,4 @@
-"""Decoupled weight decay: scheduled, masked, cautious."""
+"""The last links of a chain: decoupled weight decay (scheduled, masked, cautious) and the rate."""
 
 import functools
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from muon_jax._paths import KeyPath, map_paths, values_by_path
+from muon_jax._precision import coefficient, widen
 from muon_jax._routing import MUON, Route, as_rules, is_rules, match_rules
 
 
@@ -18,25 +19,59 @@ def add_decayed_weights(
 ) -> optax.GradientTransformation:
     """`u + weight_decay * w`; cautious, only where `u` shrinks `w` by itself: `u * w >= 0`.
 
+    The sum is in float32 or wider, and left so.
+
     References:
         Chen et al., 2025, Cautious Weight Decay, arXiv 2510.12402, algorithm 1.
     """
-    plain = optax.add_decayed_weights(weight_decay, mask)
-    if not cautious:
-        return plain
+
+    def add(decay, u, w):
+        u, w = widen(u), widen(w)
+        decayed = coefficient(decay, w) * w
+        if cautious:
+            # By signs: the product of two small numbers may vanish.
+            along = jnp.real(jnp.sign(u) * jnp.conj(jnp.sign(w)))
+            decayed = jnp.where(along >= 0, decayed, jnp.zeros_like(decayed))
+        return u + decayed
 
     def update(updates, state, params=None):
-        decay, state = plain.update(optax.tree.zeros_like(updates), state, params)
-        updates = jax.tree.map(
-            # By signs: the product of two small numbers may vanish.
-            lambda u, d, w: u + jnp.where(jnp.sign(u) * jnp.sign(w) >= 0, d, jnp.zeros_like(d)),
-            updates,
-            decay,
-            params,
-        )
-        return updates, state
+        if params is None:
+            raise ValueError("Weight decay needs the params: call update(updates, state, params).")
+        decay, state = _at(weight_decay, state)
+        if isinstance(decay, (int, float)) and decay == 0:
+            return updates, state
+        return jax.tree.map(functools.partial(add, decay), updates, params), state
 
-    return optax.GradientTransformation(plain.init, update)
+    tx = optax.GradientTransformation(functools.partial(_init, weight_decay), update)
+    return tx if mask is None else optax.masked(tx, mask)
+
+
+def scale_by_learning_rate(
+    learning_rate: optax.ScalarOrSchedule,
+) -> optax.GradientTransformation:
+    """`-learning_rate * u`, in float32 or wider, and left so."""
+
+    def update(updates, state, params=None):
+        del params
+        rate, state = _at(learning_rate, state)
+        return jax.tree.map(lambda u: -coefficient(rate, widen(u)) * widen(u), updates), state
+
+    return optax.GradientTransformation(functools.partial(_init, learning_rate), update)
+
+
+def _init(value: optax.ScalarOrSchedule, params: Any) -> Any:
+    """Optax's states: a count where there is a schedule."""
+    del params
+    if callable(value):
+        return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
+    return optax.EmptyState()
+
+
+def _at(value: optax.ScalarOrSchedule, state: Any) -> tuple[Any, Any]:
+    """The value at this step, and the next state."""
+    if callable(value):
+        return value(state.count), state._replace(count=optax.safe_increment(state.count))
+    return value, state
 
 
 def as_decay_mask(

@@ -8,12 +8,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muon_jax._decay import add_decayed_weights, as_decay_mask
+from muon_jax._checks import check_dtype, check_mesh, check_number, check_static
+from muon_jax._decay import add_decayed_weights, as_decay_mask, scale_by_learning_rate
+from muon_jax._elementwise import scale_by_adam, scale_by_lion, sign_of_momentum, trace
 from muon_jax._layout import AnyMesh
 from muon_jax._paths import map_paths, only_updated
 from muon_jax._routing import ADAMW, FROZEN, MUON, Routing, route
 
-RESTS = ("adamw", "sgd", "lion", "sign", "frozen")
+# The named optimizers for the rest, and the adam_ arguments and others that each reads.
+RESTS = {
+    "adamw": (
+        *("adam_learning_rate", "adam_b1", "adam_b2", "adam_eps", "adam_eps_root"),
+        *("adam_weight_decay", "adam_nesterov", "nu_dtype"),
+    ),
+    "sgd": ("adam_learning_rate", "adam_b1", "adam_weight_decay"),
+    "lion": ("adam_learning_rate", "adam_b1", "adam_weight_decay"),
+    "sign": ("adam_learning_rate", "adam_b1", "adam_weight_decay"),
+    "frozen": (),
+}
 
 
 def hybrid(
@@ -24,13 +36,15 @@ def hybrid(
     weight_decay_mask: Any = None,
     cautious_weight_decay: bool = False,
     mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
     rest: str | optax.GradientTransformation = "adamw",
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
-    adam_b1: float | jax.Array = 0.9,
-    adam_b2: float | jax.Array = 0.95,
-    adam_eps: float | jax.Array = 1e-8,
+    adam_b1: float | jax.Array | None = None,
+    adam_b2: float | jax.Array | None = None,
+    adam_eps: float | jax.Array | None = None,
+    adam_eps_root: float | jax.Array | None = None,
     adam_weight_decay: optax.ScalarOrSchedule | None = None,
-    adam_nesterov: bool = False,
+    adam_nesterov: bool | None = None,
     routing: Routing = None,
     matrix_axes: Any = None,
     mesh: AnyMesh | None = None,
@@ -41,12 +55,15 @@ def hybrid(
 
     Every optimizer of the family is this function with its own `scale_by`, and takes its options.
 
+    Updates have their gradients' dtypes. Decay and rate act in float32, and are rounded once.
+
     Args:
         scale_by: called with `mu_dtype`, `matrix_axes`, `mesh`, `shardings` and `chunk_size`, gives
             the transformation of the Muon leaves, as `scale_by_muon` does.
         learning_rate: of the Muon leaves; a number or a schedule.
         weight_decay: decoupled, `w -= learning_rate * weight_decay * w`: not multiplied by the
-            shape scale; a number or a schedule.
+            shape scale; a number or a schedule. With an Optax optimizer as `rest`, which has a
+            decay of its own, it is that of the Muon leaves alone, as are the mask and the caution.
         weight_decay_mask: what is decayed; `None` is every leaf, norms, biases and embeddings too.
             `"matrices"` decays the leaves that the matrix optimizer takes, and no other. Or a tree
             of bools (or a prefix of one), a callable from the params to such a tree, or `(regex,
@@ -55,15 +72,21 @@ def hybrid(
         cautious_weight_decay: decay an entry only where its update shrinks it too (arXiv
             2510.12402). Holds for both optimizers.
         mu_dtype: dtype of the stored momentum, for AdamW's first moment too; `None` is each
-            parameter's own. `jnp.int8` stores Muon's in one byte and a scale a row, each entry
-            within 1/254 of the largest of its row, and leaves AdamW's as it is.
+            parameter's own. `jnp.int8` stores Muon's in one byte and a scale a row, and leaves
+            AdamW's as it is.
+        nu_dtype: dtype of AdamW's stored second moment; `None` is each parameter's own. In bfloat16
+            an average of squares with `adam_b2=0.999` does not move any more: ask for float32.
         rest: what takes the other leaves: `"adamw"`, `"sgd"` (heavy-ball momentum `adam_b1`),
             `"lion"` (`adam_b1` and 0.99), `"sign"` (0.001 of the sign of the momentum, decay
-            `adam_b1`), `"frozen"`, or any Optax optimizer with its own rate.
+            `adam_b1`), `"frozen"`, or any Optax optimizer with its own rate. All arithmetic is in
+            float32. So that one gradient never stops a leaf for good, a finite gradient that the
+            state cannot hold is bounded first: AdamW's at half the root of the largest number of
+            `nu_dtype` (9e18, in float16 128), the others' at half the largest of `mu_dtype`.
         adam_learning_rate: of the other leaves; `None` is `learning_rate`.
-        adam_b1, adam_b2, adam_eps: AdamW's own.
+        adam_b1, adam_b2, adam_eps, adam_eps_root: AdamW's own; `None` is 0.9, 0.95, 1e-8 and 0.
         adam_weight_decay: of the other leaves; `None` is `weight_decay`.
-        adam_nesterov: NAdamW in place of AdamW, which is what optax.contrib.muon runs.
+        adam_nesterov: NAdamW in place of AdamW, which is what optax.contrib.muon runs; `None` is
+            `False`.
         routing: which leaf goes where, if not by the built-in rules; see `label_params`.
         matrix_axes: axes for the Muon leaves, if not by the built-in rules; as in `scale_by_muon`,
             where `None` in place of axes keeps the built-in choice for that leaf.
@@ -73,7 +96,9 @@ def hybrid(
         A transformation that takes (and needs) `params` in `update`.
 
     Raises:
-        ValueError: an unknown name, a rule that matches no leaf, or a leaf that no rule takes.
+        ValueError: an unknown name, a number out of its range, an argument that `rest` does not
+            read, a rule that matches no leaf, or a leaf that no rule takes.
+        TypeError: a transformation where a function is meant that makes one, or the reverse.
 
     Example:
         >>> import functools, jax.numpy as jnp, muon_jax
@@ -82,41 +107,50 @@ def hybrid(
         >>> params = {"up": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}}
         >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    if isinstance(rest, str) and rest not in RESTS:
-        raise ValueError(
-            f"rest must be one of {', '.join(RESTS)}, or an Optax optimizer; got {rest!r}."
-        )
-    if not isinstance(rest, str) and (adam_learning_rate, adam_weight_decay) != (None, None):
-        raise ValueError(
-            "rest is an optimizer with a rate and a decay of its own; adam_learning_rate and "
-            "adam_weight_decay belong to the named ones. Give either."
-        )
-    packed = mu_dtype is not None and jnp.dtype(mu_dtype) == jnp.int8
+    check_number("learning_rate", learning_rate, at_least=0, schedule=True)
+    check_number("weight_decay", weight_decay, at_least=0, schedule=True)
+    check_dtype("mu_dtype", mu_dtype, or_int8=True)
+    check_dtype("nu_dtype", nu_dtype)
+    check_mesh(mesh)
+    check_static("cautious_weight_decay", cautious_weight_decay)
+    adam = {
+        "adam_learning_rate": adam_learning_rate,
+        "adam_b1": adam_b1,
+        "adam_b2": adam_b2,
+        "adam_eps": adam_eps,
+        "adam_eps_root": adam_eps_root,
+        "adam_weight_decay": adam_weight_decay,
+        "adam_nesterov": adam_nesterov,
+        "nu_dtype": nu_dtype,
+    }
+    _check_rest(rest, {name: value for name, value in adam.items() if value is not None})
+    _check_adam(adam)
 
     def rest_of(mask: Any) -> optax.GradientTransformation:
         if not isinstance(rest, str):
             return rest
         if rest == "frozen":
             return optax.set_to_zero()
-        dtype = None if packed else mu_dtype
-        rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-        decay = weight_decay if adam_weight_decay is None else adam_weight_decay
+        dtype = None if is_int8(mu_dtype) else mu_dtype
+        b1 = _or(adam_b1, 0.9)
         first = {
-            "adamw": lambda: optax.scale_by_adam(
-                adam_b1, adam_b2, adam_eps, mu_dtype=dtype, nesterov=adam_nesterov
+            "adamw": lambda: scale_by_adam(
+                b1,
+                _or(adam_b2, 0.95),
+                _or(adam_eps, 1e-8),
+                _or(adam_eps_root, 0.0),
+                mu_dtype=dtype,
+                nu_dtype=nu_dtype,
+                nesterov=bool(adam_nesterov),
             ),
-            "sgd": lambda: optax.trace(adam_b1, accumulator_dtype=dtype),
-            "lion": lambda: optax.scale_by_lion(adam_b1, 0.99, mu_dtype=dtype),
-            "sign": lambda: optax.chain(
-                optax.ema(adam_b1, debias=False, accumulator_dtype=dtype),
-                optax.stateless(lambda updates, _: jax.tree.map(jnp.sign, updates)),
-                optax.scale(0.001),
-            ),
+            "sgd": lambda: trace(b1, mu_dtype=dtype),
+            "lion": lambda: scale_by_lion(b1, mu_dtype=dtype),
+            "sign": lambda: sign_of_momentum(b1, mu_dtype=dtype),
         }[rest]()
         return optax.chain(
             first,
-            add_decayed_weights(decay, mask, cautious_weight_decay),
-            optax.scale_by_learning_rate(rate),
+            add_decayed_weights(_or(adam_weight_decay, weight_decay), mask, cautious_weight_decay),
+            scale_by_learning_rate(_or(adam_learning_rate, learning_rate)),
         )
 
     def routed(tree) -> optax.GradientTransformationExtraArgs:
@@ -135,7 +169,7 @@ def hybrid(
                         chunk_size=chunk_size,
                     ),
                     add_decayed_weights(weight_decay, mask, cautious_weight_decay),
-                    optax.scale_by_learning_rate(learning_rate),
+                    scale_by_learning_rate(learning_rate),
                 ),
                 ADAMW: rest_of(mask),
                 FROZEN: optax.set_to_zero(),
@@ -143,14 +177,88 @@ def hybrid(
             functools.partial(map_paths, {path: leaf.label for path, leaf in routes.items()}),
         )
 
+    _check_scale_by(scale_by)
     # Checked here, not at the first step.
-    scale_by(mu_dtype=mu_dtype, matrix_axes=None, mesh=None, shardings=None, chunk_size=chunk_size)
+    scale_by(mu_dtype=mu_dtype, matrix_axes=None, mesh=mesh, shardings=None, chunk_size=chunk_size)
+    return fitted(routed)
+
+
+def fitted(
+    build: Callable[[Any], optax.GradientTransformationExtraArgs],
+) -> optax.GradientTransformationExtraArgs:
+    """One transformation from `build(tree)`, which makes one for trees of a structure.
+
+    Its updates end in their gradients' dtypes, however wide the links before were.
+    """
 
     def init(params):
-        return routed(params).init(params)
+        return build(params).init(params)
 
     def update(updates, state, params=None, **extra_args):
         params = only_updated(params, updates)
-        return routed(updates).update(updates, state, params, **extra_args)
+        new, state = build(updates).update(updates, state, params, **extra_args)
+        return jax.tree.map(_cast_like, new, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def is_int8(dtype: jax.typing.DTypeLike | None) -> bool:
+    return dtype is not None and jnp.dtype(dtype) == jnp.int8
+
+
+def _cast_like(u: jax.Array, g: jax.Array) -> jax.Array:
+    return u if u.dtype == g.dtype else u.astype(g.dtype)
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _check_scale_by(scale_by: Any) -> None:
+    if isinstance(scale_by, optax.GradientTransformation) or not callable(scale_by):
+        raise TypeError(
+            "scale_by must be a function that makes the transformation, such as "
+            "muon_jax.scale_by_muon or a functools.partial of it with settings; got "
+            f"{type(scale_by).__name__}. Give the function, not what it returns."
+        )
+
+
+def _check_rest(rest: Any, given: dict[str, Any]) -> None:
+    """Refuses what `rest` is not, and the arguments that it does not read."""
+    known = f"one of {', '.join(RESTS)}, or an Optax optimizer"
+    if isinstance(rest, str) and rest not in RESTS:
+        raise ValueError(f"rest must be {known}; got {rest!r}.")
+    if not isinstance(rest, (str, optax.GradientTransformation)):
+        made = " It makes an optimizer: call it with its rate." if callable(rest) else ""
+        name = getattr(rest, "__name__", repr(rest))
+        raise TypeError(f"rest must be {known}, such as optax.adamw(1e-3); got {name}.{made}")
+    reads: tuple[str, ...] = RESTS[rest] if isinstance(rest, str) else ()
+    unread = [name for name in given if name not in reads]
+    if not unread:
+        return
+    if isinstance(rest, str):
+        reason = f"rest={rest!r} reads {', '.join(reads) or 'none of the adam_ arguments'}"
+    else:
+        reason = (
+            "rest is an optimizer with settings of its own, a rate and a decay among them; the "
+            "adam_ arguments and nu_dtype belong to the named ones"
+        )
+    raise ValueError(f"{reason}: leave {', '.join(unread)} out, or choose another rest.")
+
+
+def _check_adam(adam: dict[str, Any]) -> None:
+    check_number(
+        "adam_learning_rate",
+        adam["adam_learning_rate"],
+        at_least=0,
+        optional=True,
+        schedule=True,
+    )
+    check_number(
+        "adam_weight_decay", adam["adam_weight_decay"], at_least=0, optional=True, schedule=True
+    )
+    for name in ("adam_b1", "adam_b2"):
+        check_number(name, adam[name], at_least=0, below=1, optional=True)
+    for name in ("adam_eps", "adam_eps_root"):
+        check_number(name, adam[name], at_least=0, optional=True)
+    check_static("adam_nesterov", adam["adam_nesterov"])

@@ -293,7 +293,7 @@ def test_inject_hyperparams():
     inject = optax.inject_hyperparams(muon_jax.muon, static_args=("ns_steps",))
     rate = optax.linear_schedule(0.02, 0.0, 10)
     params = params_for("muon")
-    tx = inject(learning_rate=rate, weight_decay=0.1, beta=0.9, ns_steps=5)
+    tx = inject(learning_rate=rate, weight_decay=0.1, beta=0.9, adam_b1=0.9, ns_steps=5)
     step = make_step(tx)
     ours, state = train(tx, params, step=step)
     assert step._cache_size() == 1

@@ -373,11 +373,11 @@ VALUES = {
     "rest": (lambda: muon(0.1, rest="adam"), ["rest", "adamw, sgd, lion, sign, frozen", "'adam'"]),
     "two rates": (
         lambda: normuon(0.1, rest=optax.sgd(0.1), adam_learning_rate=0.1),
-        ["rest", "adam_learning_rate", "either"],
+        ["rest", "adam_learning_rate", "settings of its own"],
     ),
     "two decays": (
         lambda: muon(0.1, rest=optax.sgd(0.1), adam_weight_decay=0.0),
-        ["rest", "adam_weight_decay", "either"],
+        ["rest", "adam_weight_decay", "settings of its own"],
     ),
     "integers": (lambda: muon(0.1, mu_dtype=jnp.int32), ["mu_dtype", "int8", "int32"]),
     "complex": (lambda: scale_by_normuon(mu_dtype=jnp.complex64), ["mu_dtype", "complex64"]),

@@ -121,6 +121,8 @@ def _transformation(
         tx = optax.adamw(scheduled, **adam, weight_decay=rest_decay)
         return optax.with_extra_args_support(tx)
     rest = _rest(name, settings)
+    if rest == "sgd":
+        del adam["b2"], adam["eps"]
     muon = muon_jax.muon(
         scheduled,
         beta=settings.beta,

@@ -12,13 +12,14 @@ import optax
 from jax.sharding import PartitionSpec
 
 from muon_jax._checks import check_number, check_static
-from muon_jax._decay import add_decayed_weights, as_decay_mask
+from muon_jax._decay import add_decayed_weights, as_decay_mask, scale_by_learning_rate
+from muon_jax._hybrid import fitted
 from muon_jax._layout import SHARDING, AnyMesh, is_sharding
 from muon_jax._matrix_axes import MatrixAxes, axes_by_path
 from muon_jax._momentum import as_array_tree
 from muon_jax._names import EMBEDDING, VECTORS
 from muon_jax._newton_schulz import configured
-from muon_jax._paths import KeyPath, broadcast_prefix, map_paths, only_updated
+from muon_jax._paths import KeyPath, broadcast_prefix, map_paths
 from muon_jax._routing import FROZEN, MUON, Route, Routing, match_rules, route
 from muon_jax._stages import Orthogonalizer, Stages
 from muon_jax.variants.low_rank import widen
@@ -251,7 +252,7 @@ def by_layer(
                     chunk_size=chunk_size,
                 ),
                 add_decayed_weights(weight_decay, mask, cautious_weight_decay),
-                optax.scale_by_learning_rate(learning_rate),
+                scale_by_learning_rate(learning_rate),
             )
 
         optimizers = {name: optimizer(layer) for layer, name in names.items()}
@@ -260,14 +261,7 @@ def by_layer(
             optimizers | {FROZEN: optax.set_to_zero()}, functools.partial(map_paths, labels)
         )
 
-    def init(params):
-        return routed(params).init(params)
-
-    def update(updates, state, params=None, **extra_args):
-        params = only_updated(params, updates)
-        return routed(updates).update(updates, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return fitted(routed)
 
 
 def balls_of(

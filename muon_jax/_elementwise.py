@@ -1,0 +1,191 @@
+"""The optimizers of the leaves that are no hidden matrices: Adam, heavy ball, Lion, sign momentum.
+
+Each is Optax's own with its state, but for three things. Arithmetic is in float32 or wider, with
+coefficients in float32, and only the state is rounded to the dtype that it is stored in; the
+updates are left in float32, for the links that follow to round once. And a finite gradient is
+bounded, entry by entry, so that the state stays finite: after a gradient of 1e20 its square, in
+Optax's Adam, is infinite, and the entry stands still for ever. Infinities and NaN stay what they
+are, in their entry.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from muon_jax._precision import coefficient, complement, real_dtype, widen
+
+Number = float | jax.Array
+
+
+def scale_by_adam(
+    b1: Number,
+    b2: Number,
+    eps: Number = 1e-8,
+    eps_root: Number = 0.0,
+    *,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+    nesterov: bool = False,
+) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` for gradients of every size and state of every precision.
+
+    Gradients are bounded by half the root of the largest number of the second moment: 9e18 in
+    float32 and bfloat16, 128 in float16. A second moment of float16 that is not zero stays at its
+    smallest number at least (6e-8), since a zero under a momentum that has not vanished would make
+    the update a division by `eps`.
+
+    Args:
+        b1, b2, eps, eps_root, nesterov: as in `optax.scale_by_adam`.
+        mu_dtype, nu_dtype: of the stored moments; `None` is each parameter's own. Of complex
+            parameters the first moment is in their own dtype, and the second, that of |g|, real.
+
+    Returns:
+        A transformation whose state is `optax.ScaleByAdamState`.
+    """
+
+    def init(params):
+        return optax.ScaleByAdamState(
+            jnp.zeros([], jnp.int32),
+            _zeros(params, mu_dtype),
+            jax.tree.map(
+                lambda p: jnp.zeros_like(p, nu_dtype or real_dtype(jnp.result_type(p))), params
+            ),
+        )
+
+    def update(updates, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+
+        def bound(g, m, v):
+            g = widen(g)
+            return _bounded(g, min(_largest(g, m), _largest(g, v) ** 0.5) / 2)
+
+        def second(g, v):
+            return complement(b2, g) * _squared(g) + coefficient(b2, g) * widen(v)
+
+        def unbiased(x, decay, count):
+            return x / (1 - coefficient(decay, x) ** coefficient(count, x))
+
+        def direction(g, m, v):
+            mean = unbiased(m, b1, count)
+            if nesterov:
+                ahead = unbiased(m, b1, optax.safe_increment(count))
+                mean = coefficient(b1, g) * ahead + complement(b1, g) * unbiased(g, b1, count)
+            v = unbiased(v, b2, count)
+            return mean / (jnp.sqrt(v + coefficient(eps_root, v)) + coefficient(eps, v))
+
+        gradients = jax.tree.map(bound, updates, state.mu, state.nu)
+        mu = jax.tree.map(lambda g, m: _average(g, m, b1), gradients, state.mu)
+        nu = jax.tree.map(second, gradients, state.nu)
+        updates = jax.tree.map(direction, gradients, mu, nu)
+        nu = jax.tree.map(lambda v, old: _kept_from_zero(v, old.dtype), nu, state.nu)
+        return updates, optax.ScaleByAdamState(count, _stored_like(mu, state.mu), nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def trace(
+    decay: Number, *, mu_dtype: jax.typing.DTypeLike | None = None
+) -> optax.GradientTransformation:
+    """Heavy-ball momentum, `optax.trace`; gradients are bounded so that their sum stays finite."""
+
+    def init(params):
+        return optax.TraceState(_zeros(params, mu_dtype))
+
+    def update(updates, state, params=None):
+        del params
+
+        def accumulate(g, t):
+            g = widen(g)
+            g = _bounded(g, complement(decay, g) * (_largest(g, t) / 2))
+            return g + coefficient(decay, g) * widen(t)
+
+        new = jax.tree.map(accumulate, updates, state.trace)
+        return new, optax.TraceState(_stored_like(new, state.trace))
+
+    return optax.GradientTransformation(init, update)
+
+
+def scale_by_lion(
+    b1: Number, b2: Number = 0.99, *, mu_dtype: jax.typing.DTypeLike | None = None
+) -> optax.GradientTransformation:
+    """`optax.scale_by_lion`."""
+
+    def init(params):
+        return optax.ScaleByLionState(jnp.zeros([], jnp.int32), _zeros(params, mu_dtype))
+
+    def update(updates, state, params=None):
+        del params
+        gradients = jax.tree.map(_bounded_by_state, updates, state.mu)
+        signs = jax.tree.map(lambda g, m: jnp.sign(_average(g, m, b1)), gradients, state.mu)
+        mu = jax.tree.map(lambda g, m: _average(g, m, b2), gradients, state.mu)
+        count = optax.safe_increment(state.count)
+        return signs, optax.ScaleByLionState(count, _stored_like(mu, state.mu))
+
+    return optax.GradientTransformation(init, update)
+
+
+def sign_of_momentum(
+    decay: Number, *, mu_dtype: jax.typing.DTypeLike | None = None
+) -> optax.GradientTransformation:
+    """0.001 times the sign of the average gradient."""
+
+    def init(params):
+        return optax.EmaState(jnp.zeros([], jnp.int32), _zeros(params, mu_dtype))
+
+    def update(updates, state, params=None):
+        del params
+        gradients = jax.tree.map(_bounded_by_state, updates, state.ema)
+        mean = jax.tree.map(lambda g, m: _average(g, m, decay), gradients, state.ema)
+        count = optax.safe_increment(state.count)
+        steps = jax.tree.map(lambda m: coefficient(0.001, m) * jnp.sign(m), mean)
+        return steps, optax.EmaState(count, _stored_like(mean, state.ema))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _zeros(params: Any, dtype: jax.typing.DTypeLike | None) -> Any:
+    """In `dtype`, complex leaves in their own."""
+
+    def zeros(p):
+        own = jnp.result_type(p)
+        return jnp.zeros_like(p, own if jnp.issubdtype(own, jnp.complexfloating) else dtype)
+
+    return jax.tree.map(zeros, params)
+
+
+def _average(g: jax.Array, mean: jax.Array, decay: Number) -> jax.Array:
+    return complement(decay, g) * g + coefficient(decay, g) * widen(mean)
+
+
+def _squared(g: jax.Array) -> jax.Array:
+    """|g|²."""
+    return g.real**2 + g.imag**2 if jnp.iscomplexobj(g) else g**2
+
+
+def _largest(g: jax.Array, stored: jax.Array) -> float:
+    """The largest number that both the arithmetic on `g` and the state can hold."""
+    return min(float(jnp.finfo(x.dtype).max) for x in (g, stored))
+
+
+def _bounded(g: jax.Array, limit: Any) -> jax.Array:
+    if jnp.iscomplexobj(g):
+        return jax.lax.complex(_bounded(g.real, limit), _bounded(g.imag, limit))
+    return jnp.where(jnp.isinf(g), g, jnp.clip(g, -limit, limit))
+
+
+def _bounded_by_state(g: jax.Array, mean: jax.Array) -> jax.Array:
+    g = widen(g)
+    return _bounded(g, _largest(g, mean) / 2)
+
+
+def _stored_like(new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), new, old)
+
+
+def _kept_from_zero(v: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Rounded to `dtype`, but not to zero."""
+    smallest = float(jnp.finfo(dtype).smallest_subnormal)
+    return jnp.where(v > 0, jnp.maximum(v, smallest), v).astype(dtype)
