@@ -2,6 +2,7 @@
 
 from muon_jax._coefficients import Schedule
 from muon_jax._hybrid import hybrid
+from muon_jax._inject import inject_hyperparams
 from muon_jax._matrix_axes import MatrixAxes
 from muon_jax._muon import MuonState, muon, scale_by_muon
 from muon_jax._newton_schulz import newton_schulz
@@ -49,6 +50,7 @@ __all__ = [
     "evaluation_params",
     "gluon",
     "hybrid",
+    "inject_hyperparams",
     "label_params",
     "low_rank",
     "max_attention_logits",

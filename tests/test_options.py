@@ -330,33 +330,6 @@ def test_parts_of_some_leaves_in_the_hybrid():
     assert distance([split(way) for way in trajectory], expected, split(PARAMS)) < ROUNDING
 
 
-# --- Hyperparameters in the state ------------------------------------------------------------
-
-# With what has to be known when a step is traced.
-INJECTED = {
-    "normuon": (normuon, {"beta2": 0.9, "eps": 1e-3}, []),
-    "adamuon": (adamuon, {"beta2": 0.9, "eps": 1e-3}, []),
-    "low_rank": (low_rank, {"beta": 0.9, "rank": 2}, ["rank", "iterations"]),
-    "muonbp": (muonbp, {"block_ratio": 0.5, "blocks": (2, 2), "period": 2}, ["period"]),
-    "dion": (dion, {"beta": 0.9, "rank": 2}, ["rank", "seed"]),
-    "splus": (splus, {"b1": 0.8, "b2": 0.9, "max_dim": 7}, ["every", "max_dim"]),
-    "scion": (scion, {"alpha": 0.5}, []),
-    "gluon": (gluon, {"alpha": 0.5, "smoothness": (0.5, 9.0)}, []),
-}
-
-
-@pytest.mark.parametrize("name", INJECTED)
-def test_inject_hyperparams(name):
-    make, settings, static = INJECTED[name]
-    settings = {"learning_rate": RAMP, "weight_decay": 0.1} | settings
-    tx = optax.inject_hyperparams(make, static_args=static)(**settings)
-    trajectory, state = run(tx, grads=GRADS[:4], jit=True)
-    injected = {key for key, x in settings.items() if isinstance(x, float)}
-    assert {"learning_rate"} | injected <= set(state.hyperparams)
-    assert float(state.hyperparams["learning_rate"]) == pytest.approx(RAMP(3))
-    assert distance(trajectory, run(make(**settings), grads=GRADS[:4], jit=True)[0]) < ROUNDING
-
-
 # --- Errors ----------------------------------------------------------------------------------
 
 
