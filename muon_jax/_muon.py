@@ -144,13 +144,16 @@ def muon(
         beta, nesterov, momentum, scale: as in `scale_by_muon`.
         ns_coeffs, ns_steps, ns_dtype: `coeffs`, `steps` and `dtype` of `newton_schulz`.
         orthogonalizer: takes the place of `newton_schulz`; then give none of the `ns_` arguments.
-        options: those of `hybrid`: weight decay, the optimizer for the rest, routing, placement.
+        options: those of `hybrid`: weight decay (0.0 by default, where `muonclip` has 0.1), the
+            optimizer for the rest, routing, placement.
 
     Returns:
         A transformation that takes (and needs) `params` in `update`.
 
     Raises:
-        ValueError: an unknown name, a rule that matches no leaf, or a leaf that no rule takes.
+        ValueError: an unknown name, a number out of its range, an argument that `rest` does not
+            read, a rule that matches no leaf, or a leaf that no rule takes.
+        TypeError: an unknown argument, or a value of another kind.
 
     References:
         Jordan, 2024, kellerjordan.github.io/posts/muon; Liu et al., 2025, arXiv 2502.16982.

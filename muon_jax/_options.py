@@ -7,6 +7,15 @@ from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable)
 
+# What arguments of optax.contrib.muon that have no namesake here are called here.
+_HERE = {
+    "eps": "adam_eps (Newton-Schulz needs none)",
+    "adaptive": "no argument but muon_jax.optax_muon",
+    "preconditioning": "ns_coeffs with a Schedule, which has the normalization",
+    "consistent_rms": 'scale="match_rms_adamw", or a function (fan_in, fan_out) -> factor',
+    "muon_weight_dimension_numbers": "matrix_axes for the axes, and routing for the choice",
+}
+
 
 def takes_options_of(base: Callable, *, without: tuple[str, ...] = ()) -> Callable[[F], F]:
     """Writes the options of `base` in place of `**options` into a function's signature.
@@ -49,10 +58,33 @@ def takes_options_of(base: Callable, *, without: tuple[str, ...] = ()) -> Callab
             try:
                 merged.bind(*args, **kwargs)
             except TypeError as error:
-                raise TypeError(f"{function.__name__}: {error}.") from None
+                reason = _explain(merged, args, kwargs) or f"{error}."
+                raise TypeError(f"{function.__name__}: {reason}") from None
             return function(*args, **kwargs)
 
         checked.__signature__ = merged  # type: ignore[attr-defined]
         return checked  # type: ignore[return-value]
 
     return decorate
+
+
+def _explain(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    """Why the arguments do not fit, where more can be told than which one does not."""
+    unknown = [name for name in kwargs if name not in signature.parameters]
+    if any(name in _HERE for name in unknown):
+        here = "; ".join(f"{name!r} is here {_HERE[name]}" for name in unknown if name in _HERE)
+        return f"{here}. muon_jax.optax_muon takes the arguments of optax.contrib.muon as they are."
+    positional = [
+        name
+        for name, parameter in signature.parameters.items()
+        if parameter.kind == parameter.POSITIONAL_OR_KEYWORD
+    ]
+    if len(args) > len(positional):
+        return (
+            f"only {', '.join(positional)} may be given by position; name the argument that "
+            f'{args[len(positional)]!r} is for, as in ns_coeffs="jordan". muon_jax.optax_muon '
+            "takes those of optax.contrib.muon by position."
+        )
+    return None

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from muon_jax._buckets import Axes
-from muon_jax._checks import check_integer, check_number
+from muon_jax._checks import check_integer, check_mesh, check_number
 from muon_jax._layout import (
     AnyMesh,
     Layout,
@@ -54,6 +54,7 @@ class Stages:
         check_number("beta", self.beta, at_least=0, below=1)
         if self.momentum not in MOMENTA:
             raise ValueError(f"Unknown momentum {self.momentum!r}. Known: {', '.join(MOMENTA)}.")
+        check_mesh(self.mesh)
         if self.chunk_size is not None:
             check_integer("chunk_size", self.chunk_size, at_least=1)
         if self.mu_dtype is not None:

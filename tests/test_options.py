@@ -3,6 +3,7 @@
 import functools
 import inspect
 import itertools
+import pydoc
 
 import jax
 import jax.numpy as jnp
@@ -352,6 +353,34 @@ VALUES = {
         lambda: muon(0.1, rest=optax.sgd(0.1), adam_weight_decay=0.0),
         ["rest", "adam_weight_decay", "settings of its own"],
     ),
+    "SGD without a second moment": (
+        lambda: muon(0.1, rest="sgd", adam_b2=0.9, nu_dtype=jnp.float32),
+        ["rest='sgd'", "adam_b1", "leave adam_b2, nu_dtype out"],
+    ),
+    "a rate of what is frozen": (
+        lambda: normuon(0.1, rest="frozen", adam_learning_rate=0.1),
+        ["rest='frozen'", "leave adam_learning_rate out"],
+    ),
+    "sign momentum's eps": (lambda: splus(0.1, adam_eps=1e-6), ["rest='sign'", "adam_eps"]),
+    "NaN": (lambda: muon(float("nan")), ["learning_rate", "at least 0", "nan"]),
+    "a negative rate": (lambda: muon(-0.1), ["learning_rate", "at least 0", "-0.1"]),
+    "an infinite rate": (lambda: dion(jnp.inf), ["learning_rate", "at least 0", "inf"]),
+    "growth": (lambda: muon(0.1, weight_decay=-1), ["weight_decay", "at least 0", "-1"]),
+    "beta": (lambda: muon(0.1, beta=1.0), ["beta", "less than 1", "1.0"]),
+    "an array beta": (lambda: scale_by_muon(beta=jnp.float32(1.5)), ["beta", "less than 1"]),
+    "adam_b1": (lambda: muon(0.1, adam_b1=-0.1), ["adam_b1", "at least 0", "-0.1"]),
+    "adam_b2": (lambda: muon(0.1, adam_b2=1.0), ["adam_b2", "less than 1", "1.0"]),
+    "adam_eps": (lambda: muon(0.1, adam_eps=-1e-8), ["adam_eps", "at least 0"]),
+    "adam_eps_root": (lambda: muon(0.1, adam_eps_root=-1.0), ["adam_eps_root", "at least 0"]),
+    "adam_learning_rate": (
+        lambda: muon(0.1, adam_learning_rate=-1.0),
+        ["adam_learning_rate", "at least 0"],
+    ),
+    "adam_weight_decay": (
+        lambda: muon(0.1, adam_weight_decay=float("inf")),
+        ["adam_weight_decay", "at least 0"],
+    ),
+    "nu in integers": (lambda: muon(0.1, nu_dtype=jnp.int8), ["nu_dtype", "floating", "int8"]),
     "integers": (lambda: muon(0.1, mu_dtype=jnp.int32), ["mu_dtype", "int8", "int32"]),
     "complex": (lambda: scale_by_normuon(mu_dtype=jnp.complex64), ["mu_dtype", "complex64"]),
     "momentum": (lambda: adamuon(0.1, momentum="nag"), ["'nag'", "heavy_ball"]),
@@ -404,6 +433,61 @@ def test_a_wrong_value_is_named(case):
     with pytest.raises((TypeError, ValueError)) as raised:
         build()
     assert [word for word in words if word not in str(raised.value)] == []
+
+
+KINDS = {
+    "no number": (lambda: muon(None), ["learning_rate must be a number or a schedule; got None"]),
+    "text": (lambda: muon(0.1, weight_decay="0.1"), ["weight_decay", "'0.1'"]),
+    "a function for an optimizer": (
+        lambda: muon(0.1, rest=optax.adamw),
+        ["rest must be one of adamw", "got adamw", "call it with its rate"],
+    ),
+    "an optimizer for a function": (
+        lambda: hybrid(scale_by_muon(), 0.1),
+        ["scale_by must be a function", "muon_jax.scale_by_muon", "Give the function"],
+    ),
+    "mesh": (lambda: muon(0.1, mesh="x"), ["mesh must be a jax.sharding.Mesh", "'x'"]),
+    "mesh alone": (lambda: scale_by_muon(mesh="x"), ["mesh must be a jax.sharding.Mesh", "'x'"]),
+    "mu_dtype": (lambda: muon(0.1, mu_dtype="x"), ["mu_dtype must be real floating", "'x'"]),
+    "nu_dtype": (lambda: muon(0.1, nu_dtype=3.0), ["nu_dtype must be real floating", "3.0"]),
+    "a traced flag": (
+        lambda: muon(0.1, cautious_weight_decay=jnp.asarray(True)),
+        ["cautious_weight_decay", "static"],
+    ),
+    "optax's eps": (lambda: muon(0.1, eps=1e-8), ["muon", "adam_eps", "muon_jax.optax_muon"]),
+    "optax's adaptive": (lambda: muon(0.1, adaptive=True), ["'adaptive'", "muon_jax.optax_muon"]),
+    "optax's preconditioning": (
+        lambda: normuon(0.1, preconditioning="aol"),
+        ["normuon", "ns_coeffs", "muon_jax.optax_muon"],
+    ),
+    "optax's consistent_rms": (
+        lambda: muon(0.1, consistent_rms=0.2),
+        ["match_rms_adamw", "muon_jax.optax_muon"],
+    ),
+    "optax's axes": (
+        lambda: muon(0.1, muon_weight_dimension_numbers=None),
+        ["matrix_axes", "routing", "muon_jax.optax_muon"],
+    ),
+    "by position": (
+        lambda: muon(0.02, "jordan"),
+        ["only learning_rate", "'jordan'", "ns_coeffs", "muon_jax.optax_muon"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_a_value_of_the_wrong_kind_is_named(case):
+    build, words = KINDS[case]
+    with pytest.raises(TypeError) as raised:
+        build()
+    assert [word for word in words if word not in str(raised.value)] == []
+
+
+def test_help_shows_every_argument():
+    shown = pydoc.plain(pydoc.render_doc(muon)).splitlines()[2]
+    for name in inspect.signature(hybrid).parameters:
+        assert name == "scale_by" or f"{name}:" in shown
+    assert "**" not in shown and "beta: float" in shown and "ns_coeffs" in shown
 
 
 FAMILY = [muon, normuon, adamuon, muonbp, low_rank, dion, splus, scion, gluon, hybrid]

@@ -28,7 +28,8 @@ def muonclip(
     The next step may exceed it again, by what `qk_clip` says.
 
     Args:
-        learning_rate, scale, weight_decay: of `muon`.
+        learning_rate, scale: of `muon`.
+        weight_decay: of `muon`; 0.1 by default, Moonlight's, where `muon` has 0.0.
         specs, threshold, alpha: of `qk_clip`.
         options: those of `muon`.
 
