@@ -8,6 +8,7 @@ from muon_jax._muon import MuonState, muon, scale_by_muon
 from muon_jax._newton_schulz import newton_schulz
 from muon_jax._plan import Plan, plan
 from muon_jax._routing import label_params, routing_table
+from muon_jax._state_shardings import state_shardings
 from muon_jax.variants.adamuon import AdaMuonState, adamuon, scale_by_adamuon
 from muon_jax.variants.attention_specs import GroupedQuery, MultiHeadLatent
 from muon_jax.variants.dion import DionState, dion, scale_by_dion
@@ -72,4 +73,5 @@ __all__ = [
     "scale_by_splus",
     "scion",
     "splus",
+    "state_shardings",
 ]
