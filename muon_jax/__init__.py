@@ -6,6 +6,7 @@ from muon_jax._inject import inject_hyperparams
 from muon_jax._matrix_axes import MatrixAxes
 from muon_jax._muon import MuonState, muon, scale_by_muon
 from muon_jax._newton_schulz import newton_schulz
+from muon_jax._optax_muon import optax_muon
 from muon_jax._plan import Plan, plan
 from muon_jax._routing import label_params, routing_table
 from muon_jax._state_shardings import state_shardings
@@ -60,6 +61,7 @@ __all__ = [
     "muonclip",
     "newton_schulz",
     "normuon",
+    "optax_muon",
     "plan",
     "polar_factor",
     "qk_clip",

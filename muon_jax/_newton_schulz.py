@@ -91,7 +91,11 @@ ALONE = Share(sum=lambda x: x, max=lambda x: x)
 class NewtonSchulz:
     """`newton_schulz` with its settings checked and fixed: what placement and plans reason about.
 
-    Attributes as the arguments of `newton_schulz`.
+    Attributes as the arguments of `newton_schulz`, and:
+
+        absolute_eps: added to what the matrix as it was is divided by, under the normalizations
+            `"frobenius"` and `"spectral"`; gradients near it have smaller factors then, as in
+            optax.contrib.muon.
     """
 
     coeffs: Any = "jordan"
@@ -99,6 +103,7 @@ class NewtonSchulz:
     dtype: Any = None
     method: str = "auto"
     eps: Any = 1e-7
+    absolute_eps: Any = None
 
     def __post_init__(self) -> None:
         check_number("eps", self.eps, at_least=0)
@@ -193,6 +198,7 @@ class NewtonSchulz:
             form=form,
             share=share,
             eps=self.eps,
+            absolute_eps=self.absolute_eps,
         )
 
 
@@ -292,7 +298,9 @@ def current_platform() -> str:
     return getattr(device, "platform", None) or jax.default_backend()
 
 
-def _orthogonalize(x, *, rows, normalization, safety, dtype, form, share=ALONE, eps):
+def _orthogonalize(
+    x, *, rows, normalization, safety, dtype, form, share=ALONE, eps, absolute_eps=None
+):
     if x.size == 0:
         return x
     if form.one_by_one and x.ndim > 2:
@@ -304,15 +312,19 @@ def _orthogonalize(x, *, rows, normalization, safety, dtype, form, share=ALONE, 
             dtype=dtype,
             form=form,
             eps=eps,
+            absolute_eps=absolute_eps,
         )
         return jax.lax.map(one, x)
     out_dtype = x.dtype
     tall = x.shape[-2] > x.shape[-1] and share is ALONE
-    x = _unit_norm(x, eps, share)
+    x, norm = _unit_norm(x, eps, share)
     x = x.mT if tall else x
+    factor = 1
     if normalization != "frobenius":
-        r = share.sum(whole(gram(_written(x, dtype), 1)))
-        x = x * _rescaling(r, normalization)
+        factor = _rescaling(share.sum(whole(gram(_written(x, dtype), 1))), normalization)
+        x = x * factor
+    if absolute_eps is not None:
+        x = x / (1 + absolute_eps * factor / norm)
     x = _written(x / safety, dtype)
     gram_method = form.method == "gram"
     x = _gram_form(x, rows, form, share) if gram_method else _standard_form(x, rows, form)
@@ -387,8 +399,11 @@ def _rounded(panels: Panels, dtype: jnp.dtype) -> Panels:
     return jax.lax.optimization_barrier(tuple(panel.astype(dtype) for panel in panels))
 
 
-def _unit_norm(x: jax.Array, eps, share: Share = ALONE) -> jax.Array:
-    """X over its Frobenius norm without overflow or underflow, in float32 or wider."""
+def _unit_norm(x: jax.Array, eps, share: Share = ALONE) -> tuple[jax.Array, jax.Array]:
+    """X over its Frobenius norm without overflow or underflow, in float32 or wider, and that norm.
+
+    The norm itself may be 0 or infinite.
+    """
     x = x.astype(accumulator(x.dtype))
     largest = share.max(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
     # XLA turns division into a product with 1 / largest, which above 2^126 is flushed to zero.
@@ -396,7 +411,7 @@ def _unit_norm(x: jax.Array, eps, share: Share = ALONE) -> jax.Array:
     x = x * root * root
     squares = jnp.real(x * jnp.conj(x))
     norm = jnp.sqrt(share.sum(jnp.sum(squares, axis=(-2, -1), keepdims=True)))
-    return x / (norm + eps)
+    return x / (norm + eps), largest * norm
 
 
 def _rescaling(r: jax.Array, normalization: str) -> jax.Array:
