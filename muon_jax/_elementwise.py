@@ -46,13 +46,12 @@ def scale_by_adam(
     """
 
     def init(params):
-        return optax.ScaleByAdamState(
-            jnp.zeros([], jnp.int32),
-            _zeros(params, mu_dtype),
-            jax.tree.map(
-                lambda p: jnp.zeros_like(p, nu_dtype or real_dtype(jnp.result_type(p))), params
-            ),
-        )
+        def zeros(p):
+            own = real_dtype(jnp.result_type(p))
+            return jnp.zeros_like(p, own if nu_dtype is None else nu_dtype)
+
+        mu, nu = _zeros(params, mu_dtype), jax.tree.map(zeros, params)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
 
     def update(updates, state, params=None):
         del params
@@ -65,21 +64,24 @@ def scale_by_adam(
         def second(g, v):
             return complement(b2, g) * _squared(g) + coefficient(b2, g) * widen(v)
 
-        def unbiased(x, decay, count):
-            return x / (1 - coefficient(decay, x) ** coefficient(count, x))
+        def unbiased(tree, decay, count):
+            return optax.tree.bias_correction(tree, _unrounded(decay), count)
 
-        def direction(g, m, v):
-            mean = unbiased(m, b1, count)
-            if nesterov:
-                ahead = unbiased(m, b1, optax.safe_increment(count))
-                mean = coefficient(b1, g) * ahead + complement(b1, g) * unbiased(g, b1, count)
-            v = unbiased(v, b2, count)
-            return mean / (jnp.sqrt(v + coefficient(eps_root, v)) + coefficient(eps, v))
+        def look_ahead(g, m):
+            return coefficient(b1, g) * m + complement(b1, g) * g
+
+        def direction(m, v):
+            return m / (jnp.sqrt(v + coefficient(eps_root, v)) + coefficient(eps, v))
 
         gradients = jax.tree.map(bound, updates, state.mu, state.nu)
         mu = jax.tree.map(lambda g, m: _average(g, m, b1), gradients, state.mu)
         nu = jax.tree.map(second, gradients, state.nu)
-        updates = jax.tree.map(direction, gradients, mu, nu)
+        if nesterov:
+            ahead = unbiased(mu, b1, optax.safe_increment(count))
+            mean = jax.tree.map(look_ahead, unbiased(gradients, b1, count), ahead)
+        else:
+            mean = unbiased(mu, b1, count)
+        updates = jax.tree.map(direction, mean, unbiased(nu, b2, count))
         nu = jax.tree.map(lambda v, old: _kept_from_zero(v, old.dtype), nu, state.nu)
         return updates, optax.ScaleByAdamState(count, _stored_like(mu, state.mu), nu)
 
@@ -154,6 +156,11 @@ def _zeros(params: Any, dtype: jax.typing.DTypeLike | None) -> Any:
         return jnp.zeros_like(p, own if jnp.issubdtype(own, jnp.complexfloating) else dtype)
 
     return jax.tree.map(zeros, params)
+
+
+def _unrounded(decay: Number) -> Number:
+    """A float as it is, and an array in float32 or wider, whose powers are not 1 then."""
+    return decay if isinstance(decay, (int, float)) else widen(decay)
 
 
 def _average(g: jax.Array, mean: jax.Array, decay: Number) -> jax.Array:

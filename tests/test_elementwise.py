@@ -136,6 +136,7 @@ def test_nu_dtype_float32_moves_where_bfloat16_sticks():
         state, _ = jax.lax.scan(step, start, jnp.full((3000, 1), 3.0, jnp.bfloat16))
         return state.inner_states["adamw"].inner_state[0].nu["bias"]
 
-    assert second(None).dtype == jnp.bfloat16 and second(jnp.float32).dtype == jnp.float32
-    assert float(second(jnp.float32)[0]) == pytest.approx(expected, rel=1e-4)
+    # A dtype object, which Python takes for false, as well as its name.
+    assert second(None).dtype == jnp.bfloat16 and second(jnp.dtype("float32")).dtype == jnp.float32
+    assert float(second("float32")[0]) == pytest.approx(expected, rel=1e-4)
     assert abs(float(second(None)[0]) - expected) > 1
