@@ -24,6 +24,7 @@ from muon_jax._newton_schulz import Form, NewtonSchulz
 from muon_jax._paths import KeyPath, path_strings
 from muon_jax._pieces import cut
 from muon_jax._placement import plan_entries
+from muon_jax._precision import real_dtype
 from muon_jax._routing import ADAMW, FROZEN, MUON, Routing, route
 
 
@@ -158,6 +159,7 @@ def plan(
     ns_steps: int | None = None,
     ns_dtype: jax.typing.DTypeLike | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
     routing: Routing = None,
     matrix_axes: Any = None,
 ) -> Plan:
@@ -170,7 +172,7 @@ def plan(
             them, XLA moves a leaf once for each mesh axis that splits it, in place of once.
         tokens_per_step: of the whole batch; needed for the overhead.
         active_params: parameters that a token passes through; `None` is all of them.
-        ns_coeffs, ns_steps, ns_dtype, mu_dtype, routing, matrix_axes: as in `muon`.
+        ns_coeffs, ns_steps, ns_dtype, mu_dtype, nu_dtype, routing, matrix_axes: as in `muon`.
 
     Returns:
         A `Plan`: per bucket and in total FLOPs, bytes exchanged and memory.
@@ -194,12 +196,15 @@ def plan(
         *outer, last = (math.prod(size[name] for name in names) for names in layouts[path] or [()])
         width = jnp.dtype(x.dtype).itemsize
         packed = mu_dtype is not None and jnp.dtype(mu_dtype) == jnp.int8
-        first = width if mu_dtype is None or packed else jnp.dtype(mu_dtype).itemsize
+        complex_ = jnp.issubdtype(x.dtype, jnp.complexfloating)
+        own = mu_dtype is None or packed or complex_
+        first = width if own else jnp.dtype(mu_dtype).itemsize
+        second = real_dtype(x.dtype).itemsize if nu_dtype is None else jnp.dtype(nu_dtype).itemsize
         rows = math.prod(x.shape[:-1]) // math.prod(outer)
         here = math.prod(x.shape) // (math.prod(outer) * last)
         if packed and moments == 1:
             return here + 4 * rows  # a float32 scale a row, on each device that has some of it
-        return here * (first + width * (moments - 1))
+        return here * (first + second * (moments - 1))
 
     hidden: list[KeyPath] = []  # of each entry
     entries: list[Entry] = []

@@ -32,15 +32,19 @@ def held(state):
     return sum(x.addressable_shards[0].data.nbytes for x in arrays)
 
 
-@pytest.mark.parametrize("mu_dtype", [None, jnp.int8, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "dtypes",
+    [{}, {"mu_dtype": jnp.int8}, {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}],
+    ids=["own", "int8", "bfloat16"],
+)
 @pytest.mark.parametrize("told", ["Explicit", "AbstractMesh"])
-def test_the_momentum_is_what_a_device_holds(mu_dtype, told):
+def test_the_momentum_is_what_a_device_holds(dtypes, told):
     mesh = mesh_of("Explicit", fsdp=4, tp=4)
     shardings = {name: NamedSharding(mesh, spec) for name, (_, spec) in LEAVES.items()}
     shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, (shape, _) in LEAVES.items()}
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     params = jax.device_put(params, shardings)
-    settings = {"mu_dtype": mu_dtype, "matrix_axes": {name: AXES.get(name) for name in LEAVES}}
+    settings = dtypes | {"matrix_axes": {name: AXES.get(name) for name in LEAVES}}
     where = {"mesh": mesh}
     if told == "AbstractMesh":
         specs = {name: spec for name, (_, spec) in LEAVES.items()}

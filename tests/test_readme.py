@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
 from flax import nnx
 
@@ -68,39 +67,19 @@ def test_the_routing_examples_run(example):
     tx.update(params, tx.init(params), params)
 
 
-def test_the_replacement_for_optax_dimension_numbers():
-    number = optax.contrib.MuonDimensionNumbers
-    dims = {"w": number(0, (1, 2)), "b": None, "e": None}
-    params = {"w": jnp.ones((8, 2, 4)), "b": jnp.ones(8), "e": jnp.ones((16, 8))}
-    (routing,) = re.findall(r"`routing=(jax\.tree\.map\(.*?Numbers\)\))`", README)
-    names = {"jax": jax, "optax": optax, "dims": dims}
-    ours = muon_jax.muon(0.1, matrix_axes=dims, routing=eval(routing, names))
-    assert ours.init(params) is not None
-    labels = muon_jax.label_params(params, eval(routing, names))
-    assert labels == {"w": "muon", "b": "adamw", "e": "adamw"}
-
-
 def test_the_test_command_is_one_line_that_ci_can_find():
     commands = re.findall(r"^pip install .*pytest.*$", README, flags=re.MULTILINE)
     assert len(commands) == 1
 
 
-def test_the_static_arguments_of_inject_hyperparams():
-    (call,) = re.findall(r"`(optax\.inject_hyperparams\(.*?\)\))`", README)
-    tx = eval(call, {"optax": optax, "muon_jax": muon_jax})(
-        learning_rate=optax.linear_schedule(0.1, 0.0, 10),
-        ns_steps=3,
-        orthogonalizer=None,
-        routing=lambda path, leaf: None,
-        scale=lambda fan_in, fan_out: 0.5,
-        weight_decay_mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree),
+def test_the_call_of_inject_hyperparams():
+    (call,) = re.findall(
+        r"`(muon_jax\.inject_hyperparams\(muon_jax\.muon\)\(learning.*?\))`", README
     )
+    tx = eval(call, {"muon_jax": muon_jax})
     state = tx.init(PARAMS)
-    step = jax.jit(tx.update)
-    for _ in range(2):
-        _, state = step(PARAMS, state, PARAMS)
-    assert float(state.hyperparams["learning_rate"]) < 0.1
-    assert step._cache_size() == 1
+    assert {"learning_rate", "adam_b2"} <= set(state.hyperparams)
+    tx.update(PARAMS, state, PARAMS)
 
 
 def test_a_function_of_the_users_own_is_enough():
