@@ -26,6 +26,7 @@ IN_USE = {
         "jax.interpreters",
     },
     "tests/test_newton_schulz.py": {"jax.extend"},
+    "tests/test_precision.py": {"jax.extend"},
     "tests/test_symmetric.py": {"jax.extend"},
 }
 
