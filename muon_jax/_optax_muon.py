@@ -193,6 +193,8 @@ def _consistent(factor: Any) -> Any:
 def _choices(dimension_numbers: Any, tree: Any) -> Any:
     """The routing of `tree`: axes for the matrices, Adam for the rest."""
     paths = jax.tree_util.tree_leaves_with_path(tree)
+    if not paths:  # the stand-in for params with which optax.tree.map_params calls `init`
+        return None
     if dimension_numbers is None:
         found = {path: MatrixAxes(0, 1) for path, x in paths if jnp.ndim(x) == 2}
     else:

@@ -41,6 +41,7 @@ TRANSFORMATIONS = {
         ns_steps=1,
     ),
     "muon with trees": lambda: muon_jax.muon(0.02, weight_decay=DECAY, ns_steps=1, **TREES),
+    "optax_muon": lambda: muon_jax.optax_muon(0.02, ns_steps=1, weight_decay=0.1),
     "muon on a mesh": lambda: muon_jax.muon(0.02, weight_decay=0.1, ns_steps=1, mesh=mesh()),
     "scale_by_muon": lambda: optax.chain(
         muon_jax.scale_by_muon(
