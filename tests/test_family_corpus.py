@@ -2,6 +2,8 @@
 
 import hashlib
 import sys
+import sysconfig
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +27,28 @@ def test_the_standard_library_is_megabytes_of_source():
     digest = hashlib.sha256(text.train.tobytes() + text.validation.tobytes()).hexdigest()
     assert text.sha256 == digest == corpus.standard_library().sha256
     assert sys.prefix not in str(text.as_json())
+
+
+def test_held_out_files_have_no_near_copies_to_train_on():
+    """Where more than half of a file's lines are in one other, of lines that say something."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = corpus.library_files(root)
+    lines = {
+        name: {line for line in map(bytes.strip, (root / name).read_bytes().splitlines()) if line}
+        for name, _ in files
+    }
+    copied = [
+        name
+        for name, held_out in files
+        if held_out
+        and any(
+            len(lines[name] & lines[other]) > len(lines[name]) / 2
+            for other, its in files
+            if not its
+        )
+    ]
+    sizes = {name: (root / name).stat().st_size for name, held_out in files if held_out}
+    assert sum(sizes[name] for name in copied) < 0.01 * sum(sizes.values()), copied
 
 
 def test_files_come_in_order_and_tests_and_other_packages_stay_out(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,12 +14,13 @@ from etils import epath
 
 from experiments.language import cache, documents, shards, tokenizer
 
-_FORMAT = 1  # of the cache; another one makes all texts be tokenised again
+_FORMAT = 2  # of the cache; another one makes all texts be tokenised again
 _SAMPLE = 1 << 27  # characters that a tokenizer is trained on at most
 _PIECE = 1 << 20  # characters of a document that are tokenised at once at most
 _BATCH = 1 << 22  # characters of a batch of pieces, which threads share out
 _TOKENIZER = "tokenizer.json"
 _SIDES = "train.bin", "validation.bin"
+_HELD_OUT = {"val", "valid", "validation", "test"}  # words of the names of shards
 
 # What is under way, how much of it is done, and of how much. It may raise to stop the work.
 OnProgress = Callable[[str, int, int], None]
@@ -30,7 +32,8 @@ class Data:
 
     files: tuple[str, ...] = ()
     """Globs of .txt (a document each), .jsonl, .jsonl.gz or .parquet (whose field or column "text"
-    has a document), or of tokens: .npy (uint16 or uint32), .bin (uint16). They may be in gs:// or
+    has a document), or of tokens: .npy (uint16 or uint32), .bin (uint16), held out where a word of
+    the name is val, valid, validation or test, else the last one's end. They may be in gs:// or
     s3://. By default the Python standard library is learnt."""
     tokenizer: str | None = None
     """A tokenizer.json to use; by default a byte-level BPE is trained on the text."""
@@ -211,9 +214,12 @@ def _from_shards(
     vocabulary = tokenizer.Vocabulary(None, config.vocabulary, None, None)
     if given is not None:
         vocabulary = tokenizer.load(given, config.tokenizer, config.end_of_text)
-    names = [[file for file in files if ("val" in file.name) is side] for side in (False, True)]
+    names = [[file for file in files if _is_held_out(file) is side] for side in (False, True)]
     if not names[0]:
-        raise ValueError('--data.files names only shards with "val" in their names: none to learn.')
+        raise ValueError(
+            f"--data.files names only shards that are held out, as {files[0].name}, since their "
+            f"names have one of the words {', '.join(sorted(_HELD_OUT))}: none is left to train on."
+        )
     tokens = {}
     for done, file in enumerate(files):
         on_progress("fetching shards", done, len(files))
@@ -231,6 +237,11 @@ def _from_shards(
         train, validation = [*train, last[:cut]], [last[cut:]]
     digests = [[digests[file] for file in side] for side in names]
     return _tokens(config, (train, validation), vocabulary, digests)
+
+
+def _is_held_out(shard: epath.Path) -> bool:
+    """Whether a whole word of its name says so: "fineweb_val_0.bin", but not "interval_0.bin"."""
+    return not _HELD_OUT.isdisjoint(re.findall("[a-z]+", shard.name.lower()))
 
 
 def _tokens(
