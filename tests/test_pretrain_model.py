@@ -49,12 +49,29 @@ def test_the_gate_follows_deepseek_v3_token_by_token():
             weights = 2.446 * scores[ids] / scores[ids].sum()
             np.testing.assert_array_equal(found.ids[b, t], ids)
             np.testing.assert_allclose(found.weights[b, t], weights, rtol=1e-5)
-            count[ids] += 1
+            load[ids] += 1
+            count[np.argsort(-scores)[:3]] += 1  # equation 18: without the bias
             share += scores / scores.sum() / 5
-        load += count.astype(int)
         losses.append(np.sum(8 / (3 * 5) * count * share))
     np.testing.assert_array_equal(found.load, load)
     np.testing.assert_allclose(found.balance, np.mean(losses), rtol=1e-5)
+    assert found.ids.tolist() != gate(logits, jnp.zeros(8), 3, 2.446).ids.tolist()  # it matters
+
+
+def test_a_gate_whose_scores_all_underflow_is_finite():
+    logits = -200 + jnp.asarray(normal(0, 1, 4, 8))
+
+    def all_of(logits):
+        found = gate(logits, jnp.zeros(8), 2, 2.0)
+        return jnp.sum(found.weights[..., 1]) + found.balance, found
+
+    gradient, found = jax.grad(all_of, has_aux=True)(logits)
+    assert np.isfinite(gradient).all() and np.any(gradient)
+    np.testing.assert_allclose(np.sum(found.weights, axis=-1), 2.0, rtol=1e-6)
+    shares = jax.nn.softmax(logits, axis=-1)  # which scores are in proportion to, far down
+    entropy = -np.mean(np.sum(shares * np.log(shares), axis=-1))
+    np.testing.assert_allclose(found.entropy, entropy, rtol=1e-4)
+    np.testing.assert_array_equal(jnp.sum(found.load), 8)
 
 
 def test_the_bias_chooses_and_gets_no_gradient():

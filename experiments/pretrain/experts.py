@@ -47,19 +47,28 @@ class Gated(NamedTuple):
 def gate(logits_BxTxE: jax.Array, bias_E: jax.Array, active: int, scale: float) -> Gated:
     """Sigmoid gate with selection bias (DeepSeek-V3, 2412.19437, equations 12 to 20).
 
-    The bias chooses the top-k and is no part of the weights.
+    The bias chooses the top-k, and is no part of the weights nor of the balance loss, whose top-k
+    is of the scores alone (equation 18). Scores are divided by their sum as logarithms: they all
+    may be too small for float32.
     """
-    scores = jax.nn.sigmoid(logits_BxTxE)
-    _, ids = jax.lax.top_k(jax.lax.stop_gradient(scores) + bias_E[None, None], active)
-    chosen = jnp.take_along_axis(scores, ids, axis=-1)
-    weights = scale * chosen / jnp.sum(chosen, axis=-1, keepdims=True)
-    experts, length = scores.shape[-1], scores.shape[1]
-    count_BxE = jnp.sum(jax.nn.one_hot(ids, experts, dtype=jnp.int32), axis=(1, 2))
-    share = scores / jnp.sum(scores, axis=-1, keepdims=True)
-    frequency = count_BxE * (experts / (active * length))
+    log_scores = jax.nn.log_sigmoid(logits_BxTxE)
+    biased = jax.lax.stop_gradient(jnp.exp(log_scores)) + bias_E[None, None]
+    _, ids = jax.lax.top_k(biased, active)
+    weights = scale * jax.nn.softmax(jnp.take_along_axis(log_scores, ids, axis=-1), axis=-1)
+    log_share = jax.nn.log_softmax(log_scores, axis=-1)
+    share = jnp.exp(log_share)
+    _, unbiased = jax.lax.top_k(jax.lax.stop_gradient(logits_BxTxE), active)
+    experts, length = share.shape[-1], share.shape[1]
+    frequency = _count(unbiased, experts) * (experts / (active * length))
     balance = jnp.mean(jnp.sum(frequency * jnp.mean(share, axis=1), axis=-1))
-    entropy = -jnp.mean(jnp.sum(share * jnp.log(share + 1e-20), axis=-1))
-    return Gated(ids, weights, jnp.sum(count_BxE, axis=0), balance, jax.lax.stop_gradient(entropy))
+    entropy = -jnp.mean(jnp.sum(share * log_share, axis=-1))
+    load = jnp.sum(_count(ids, experts), axis=0)
+    return Gated(ids, weights, load, balance, jax.lax.stop_gradient(entropy))
+
+
+def _count(ids: jax.Array, experts: int) -> jax.Array:
+    """How often each sequence chooses each expert: `(B, T, K)` -> `(B, E)`."""
+    return jnp.sum(jax.nn.one_hot(ids, experts, dtype=jnp.int32), axis=(1, 2))
 
 
 def updated_bias(bias: jax.Array, load: jax.Array, rate: float | jax.Array) -> jax.Array:
