@@ -1,5 +1,7 @@
 """`python -m experiments.pretrain.speed`: both loops train one model, from one start."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from pretraining import DENSE, SMALL, VOCABULARY, one_device, training
@@ -29,6 +31,28 @@ def test_our_loop_and_that_of_pytorch_begin_with_the_same_loss(model, monkeypatc
         _, metrics = trainer.advance(trainer.start(config.seed), windows)
         np.testing.assert_allclose(losses[0], metrics["loss"], rtol=1e-5)
         assert losses[1] < losses[0]
+
+
+def test_the_rival_has_the_precision_that_is_timed():
+    torch = pytest.importorskip("torch", reason="the rival is PyTorch")
+    pytest.importorskip("transformers", reason="the rival is Hugging Face's model")
+    seen = []
+    product = torch.nn.functional.linear
+
+    def noted(x, *weights):
+        y = product(x, *weights)
+        seen.append(y.dtype)
+        return y
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(torch.nn.functional, "linear", noted)
+    for dtype in ("float32", "bfloat16"):
+        seen.clear()
+        model = dataclasses.replace(DENSE, layers=1, dense_layers=1, dtype=dtype)
+        (loop,) = speed.torch_loops(training(model, batch=2)).values()
+        loop(1)
+        assert set(seen) == {getattr(torch, dtype)}
+    patch.undo()
 
 
 def test_neither_the_first_turn_counts_nor_the_first_step_of_any(monkeypatch):

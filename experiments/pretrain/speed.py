@@ -28,7 +28,7 @@ from experiments.language.mesh import make_mesh, one_device
 from experiments.optimizers import OptimizerName
 from experiments.pretrain import export
 from experiments.pretrain.config import PresetName, Training
-from experiments.pretrain.costs import step_costs
+from experiments.pretrain.costs import step_costs, unknown_peak
 from experiments.pretrain.presets import PRESETS, preset_of
 from experiments.pretrain.step import Trainer
 
@@ -43,9 +43,10 @@ _PAUSE = 0.5
 class Command(Training):
     """Times training steps of a preset with each optimizer, and those of PyTorch.
 
-    PyTorch trains Hugging Face's implementation of the same model with AdamW, on the CPU, if
-    transformers is installed: pip install -e ".[experiments,parity]". With all its ways to run
-    experts; where there is a GPU or a TPU, our loops run on it alone.
+    PyTorch trains Hugging Face's implementation of the same model with fused AdamW, eagerly (no
+    torch.compile), on the CPU, if transformers is installed: pip install -e
+    ".[experiments,parity]". With all its ways to run experts; where there is a GPU or a TPU, our
+    loops run on it alone. All have float32 params, and the arithmetic of --model.dtype.
     """
 
     preset: PresetName = "tiny"
@@ -107,18 +108,21 @@ def torch_loops(config: Training) -> dict[str, Loop]:
             betas=(adamw.b1, adamw.b2),
             eps=adamw.eps,
             weight_decay=adamw.weight_decay,
+            fused=True,
         )
+        low = config.model.dtype == "bfloat16"
 
         def loop(steps: int) -> None:
             for _ in range(steps):
                 optimizer.zero_grad(set_to_none=True)
                 for windows in batch:
-                    logits = model(windows[:, :-1], use_cache=False).logits
+                    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                        logits = model(windows[:, :-1], use_cache=False).logits
                     loss = torch.nn.functional.cross_entropy(
-                        logits.flatten(0, 1), windows[:, 1:].flatten()
+                        logits.float().flatten(0, 1), windows[:, 1:].flatten()
                     )
                     (loss / len(batch)).backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
                 optimizer.step()
 
         return loop
@@ -199,7 +203,8 @@ def _print(
     base = median.get("ours, AdamW")
     table = Table(
         title=f"{command.preset}: {command.tokens_per_step:,} tokens a step, "
-        f"{jax.device_count()} × {jax.devices()[0].device_kind}, median of {command.rounds} turns"
+        f"{command.model.dtype} arithmetic, {jax.device_count()} × {jax.devices()[0].device_kind}, "
+        f"median of {command.rounds} turns"
     )
     for heading in ("loop", "s a step", "tokens/s", "× fastest PyTorch", "÷ AdamW step", "MFU"):
         table.add_column(heading, justify="left" if heading == "loop" else "right")
@@ -215,6 +220,8 @@ def _print(
         )
     console = Console()
     console.print(table)
+    if unknown := unknown_peak():
+        console.print(unknown)
     if missing:
         console.print(f"Without PyTorch: {', '.join(missing)} is not installed.")
 
