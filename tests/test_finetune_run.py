@@ -195,6 +195,8 @@ def test_params_that_an_update_breaks_are_not_saved(tmp_path):
 def test_a_batch_that_devices_do_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"= 8 windows, which .* = 16 do not divide"):
         Trainer(training(), "adamw", NORMED, mesh_of(1, 16, 1, 1))
+    with pytest.raises(ValueError, match=r"kv_heads: 2 .* tensor 4 does not divide"):
+        Trainer(training(), "adamw", NORMED, mesh_of(1, 1, 1, 4))
     with pytest.raises(ValueError, match="less than the steps, 1; got 2"):
         training(steps=0).with_steps(8)
 

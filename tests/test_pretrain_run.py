@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -23,7 +24,8 @@ from experiments.language import data
 from experiments.language.checkpoints import Checkpoints
 from experiments.language.mesh import Mesh
 from experiments.language.training_loop import TrainingError
-from experiments.pretrain import loop
+from experiments.optimizers import AdamW, Muon
+from experiments.pretrain import costs, loop
 from experiments.pretrain.__main__ import main, parse
 from experiments.pretrain.config import Running, from_json
 from experiments.pretrain.config import as_json as config_as_json
@@ -240,6 +242,23 @@ def test_a_run_without_finite_steps_stops_and_says_so(text, tokens, tmp_path, mo
     assert all(r.get("loss") is None for r in records(tmp_path) if "loss" in r)
 
 
+@pytest.mark.parametrize(
+    "optimizer, changes, remedy",
+    [
+        ("muon", {"muon": Muon(learning_rate=3e38)}, r"lower --muon.learning-rate 3e\+38 or "),
+        ("adamw", {"adamw": AdamW(eps=0.0)}, "or raise --adamw.eps 0. None is saved"),
+    ],
+)
+def test_params_that_an_update_breaks_are_not_saved(
+    text, tokens, tmp_path, optimizer, changes, remedy
+):
+    config = configured(text, model=DENSE, warmup=0, **changes)
+    often = dataclasses.replace(OFTEN, save_every=1)
+    with pytest.raises(TrainingError, match=f"update that is not.*{remedy}"):
+        run(config, tokens, tmp_path, optimizer=optimizer, running=often)
+    assert not [*(tmp_path / "checkpoints").glob("step_*")]
+
+
 # --- Microbatches and devices ----------------------------------------------------------------
 
 
@@ -283,6 +302,28 @@ def test_a_run_goes_on_with_fewer_devices(text, tokens, tmp_path):
 def test_a_batch_that_devices_do_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"= 8 windows, which .* = 16 do not divide"):
         Trainer(training(), "adamw", mesh_of(1, 16, 1, 1), VOCABULARY)
+
+
+def test_heads_that_devices_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match=r"heads: 4 .* tensor 8 does .* --mesh.tensor of 1, 2, 4"):
+        Trainer(training(), "adamw", mesh_of(1, 1, 1, 8), VOCABULARY)
+
+
+def test_a_peak_is_of_one_kind_of_device_exactly(monkeypatch):
+    def costs_on(kind):
+        device = types.SimpleNamespace(device_kind=kind, platform="gpu")
+        monkeypatch.setattr(jax, "devices", lambda: [device])
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        return costs.step_costs(training(model=DENSE), "adamw", params)
+
+    params = LanguageModel(DENSE, VOCABULARY).init(jax.random.key(0))
+    count = jax.device_count()
+    for kind, peak in [("80GB HBM3", 989e12), ("NVL", 835e12), ("PCIe", 756e12)]:
+        assert costs_on(f"NVIDIA H100 {kind}").peak_flops_per_second == peak * count
+        assert costs.unknown_peak() is None
+    unknown = costs_on("NVIDIA H200 MIG 1g.18gb")
+    assert unknown.peak_flops_per_second is None and "mfu" not in unknown.rates(1.0)
+    assert "NVIDIA H200 MIG 1g.18gb" in costs.unknown_peak()
 
 
 # --- MuonClip --------------------------------------------------------------------------------

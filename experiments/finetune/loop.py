@@ -26,7 +26,6 @@ from experiments.language.training_loop import (
     Metrics,
     OnMessage,
     OnStep,
-    TrainingError,
     TrainingLoop,
     speed,
 )
@@ -92,7 +91,8 @@ class _Run(TrainingLoop):
     def read(self, rows: Prepared, start: Start, on_finish: Callable[[Params], None]) -> None:
         """Takes rows and model."""
         self.rows, self.model, self.on_finish = rows, start, on_finish
-        self.packed = batches(rows.train, self.config, self.config.seed)
+        places = self.trainer.share.rows
+        self.packed = batches(rows.train, self.config, self.config.seed, places)
         self.held_out = held_out(rows.held_out, self.config, self.keeping.evaluation_tokens)
 
     def start(self) -> State:
@@ -109,20 +109,12 @@ class _Run(TrainingLoop):
         values = evaluate(self.trainer, state.params, self.held_out)
         return values, values["validation_loss"]
 
-    def _refuse_to_diverge(self, metrics: Metrics | None) -> None:
-        super()._refuse_to_diverge(metrics)
-        # The guard knows loss and gradient. To judge the update too it would have to hold the old
-        # params beside the new; so these are given up, and are not saved.
-        if (
-            metrics is not None
-            and not np.isfinite([*map(float, metrics["update_rms"].values())]).all()
-        ):
-            raise TrainingError(
-                "A step had a finite loss and gradient, and an update that is not: the params are "
-                "lost, and were not saved. Lower --optimizer.learning-rate "
-                f"{self.config.optimizer.learning_rate:g} or raise --optimizer.eps "
-                f"{self.config.optimizer.eps:g}, and go on in another --out."
-            )
+    def remedy(self) -> str:
+        optimizer = self.config.optimizer
+        return (
+            f"lower --optimizer.learning-rate {optimizer.learning_rate:g} or raise "
+            f"--optimizer.eps {optimizer.eps:g}"
+        )
 
     def meta(self, step: int) -> dict[str, Any]:
         return {
@@ -172,16 +164,11 @@ class _Run(TrainingLoop):
         write_json(self.folder / "summary.json", summary)
 
 
-def batches(rows: Rows, config: Training, seed: int) -> Batches:
-    """What the steps read; this process's share."""
-    return Batches(
-        rows,
-        batch=config.batch,
-        context=config.context,
-        seed=seed,
-        process=jax.process_index(),
-        processes=jax.process_count(),
-    )
+def batches(
+    rows: Rows, config: Training, seed: int, places: Sequence[int] | None = None
+) -> Batches:
+    """What the steps read; `places` are those of each batch that this process makes."""
+    return Batches(rows, batch=config.batch, context=config.context, seed=seed, places=places)
 
 
 def held_out(rows: Rows, config: Training, limit: int) -> list[Batch]:
@@ -194,8 +181,6 @@ def held_out(rows: Rows, config: Training, limit: int) -> list[Batch]:
         Rows.of([(rows.tokens[row], rows.learnt[row]) for row in chosen]),
         batch=config.microbatch,
         context=config.context,
-        process=jax.process_index(),
-        processes=jax.process_count(),
     )
 
 
@@ -203,7 +188,7 @@ def evaluate(trainer: Trainer, params: Params, windows: Sequence[Batch]) -> dict
     """`validation_loss` in nats and `validation_accuracy`, of all learnt tokens alike."""
     sums = {"loss": 0.0, "correct": 0.0, "learnt": 0.0}
     for batch in windows:
-        found = jax.device_get(trainer.evaluate(params, trainer.place(batch)))
+        found = jax.device_get(trainer.evaluate(params, trainer.place_whole(batch)))
         sums = {name: sums[name] + float(np.sum(x, dtype=float)) for name, x in found.items()}
     learnt = sums["learnt"]
     return {

@@ -51,7 +51,7 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """The windows that each step trains on, of which this process makes its share.
+    """The windows that each step trains on, or those of them that this process makes.
 
     Best-fit decreasing packs all rows of an epoch, so that every epoch has as many windows. Which
     rows of a length share one, and the windows' order, are the epoch's own; the windows of an
@@ -63,14 +63,14 @@ class Batches:
         batch: windows of a step, over all processes.
         context: tokens of a window.
         seed: of the order; not negative.
-        process: has the windows from `process * batch / processes` on.
-        processes: that share a batch.
+        places: in the batch, of the windows to make, as `processes.Share` tells them; by default
+            all.
 
     Attributes:
         windows: of an epoch.
 
     Raises:
-        ValueError: the batch does not divide among the processes, or a row is too long.
+        ValueError: a row is too long, or the batch or the seed is out of range.
     """
 
     def __init__(
@@ -80,13 +80,14 @@ class Batches:
         batch: int,
         context: int,
         seed: int,
-        process: int = 0,
-        processes: int = 1,
+        places: Sequence[int] | None = None,
     ):
+        _check_batch(batch)
         if seed < 0:
             raise ValueError(f"--seed must not be negative, got {seed}.")
         self._rows, self._context, self._seed = rows, context, seed
-        self._batch, self._share = batch, _share(batch, process, processes)
+        self._batch = batch
+        self._places = range(batch) if places is None else [int(place) for place in places]
         self._packed = pack(np.sort(rows.lengths)[::-1], context)
         self.windows = len(self._packed)
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -94,11 +95,11 @@ class Batches:
     def __getitem__(self, step: int) -> Batch:
         if step < 0:
             raise IndexError(f"steps are counted from 0, got {step}")
-        places = range(step * self._batch, (step + 1) * self._batch)[self._share]
-        return assemble(self._rows, [self._window(place) for place in places], self._context)
+        windows = [self._window(step * self._batch + place) for place in self._places]
+        return assemble(self._rows, windows, self._context)
 
-    def _window(self, place: int) -> list[int]:
-        epoch, index = divmod(place, self.windows)
+    def _window(self, number: int) -> list[int]:
+        epoch, index = divmod(number, self.windows)
         if epoch not in self._epochs:
             rng = np.random.default_rng((self._seed, epoch))
             rows = rng.permutation(len(self._rows.lengths))
@@ -109,18 +110,16 @@ class Batches:
         return rows[self._packed[order[index]]].tolist()
 
 
-def in_order(
-    rows: Rows, *, batch: int, context: int, process: int = 0, processes: int = 1
-) -> list[Batch]:
+def in_order(rows: Rows, *, batch: int, context: int) -> list[Batch]:
     """Every row once, to evaluate; the last batch ends with empty windows.
 
     Args and errors are those of `Batches`.
     """
-    share = _share(batch, process, processes)
+    _check_batch(batch)
     windows = pack(rows.lengths, context)
     windows += [[] for _ in range(-len(windows) % batch)]
     return [
-        assemble(rows, windows[start : start + batch][share], context)
+        assemble(rows, windows[start : start + batch], context)
         for start in range(0, len(windows), batch)
     ]
 
@@ -177,10 +176,6 @@ def assemble(rows: Rows, windows: Sequence[Sequence[int]], context: int) -> Batc
     return batch
 
 
-def _share(batch: int, process: int, processes: int) -> slice:
-    if batch < 1 or batch % processes:
-        raise ValueError(
-            f"--batch {batch} is no positive multiple of {processes}, one for each process."
-        )
-    size = batch // processes
-    return slice(process * size, (process + 1) * size)
+def _check_batch(batch: int) -> None:
+    if batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {batch}.")

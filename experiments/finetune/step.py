@@ -20,6 +20,7 @@ from experiments.finetune.model import LanguageModel, Losses, Params
 from experiments.finetune.packing import Batch
 from experiments.language import guard, sharding
 from experiments.language.guard import Guard
+from experiments.language.processes import Share, place_whole
 
 _NONE = -1  # the target of a position that is not learnt
 
@@ -64,6 +65,7 @@ class Trainer:
         if not config.steps or config.warmup is None:
             raise ValueError("A training has steps and a warm-up; `config.with_steps` gives them.")
         _check_batch(config, mesh)
+        sharding.check_heads(mesh, heads=architecture.heads, kv_heads=architecture.kv_heads)
         self.config, self.name, self.architecture, self.mesh = config, arm, architecture, mesh
         self.model = LanguageModel(architecture, config.dtype, config.remat)
         wanted, self.places = model.shapes(architecture), model.shardings(architecture, mesh)
@@ -108,16 +110,18 @@ class Trainer:
         windows: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.windows)
         return Windows(windows, windows, windows)
 
+    @functools.cached_property
+    def share(self) -> Share:
+        """What this process makes of a step's windows."""
+        return Share(self.windows, self.config.accumulate, self.config.microbatch)
+
     def place(self, batch: Batch) -> Windows:
-        """This process's `(B, T)` as a part of a step's windows, in microbatches of a step."""
-        parts = batch.tokens, np.where(batch.mask > 0, batch.targets, _NONE), batch.segments
+        """The windows of `share` as this process's part of a step's."""
+        return Windows(*map(self.share.place, _parts(batch)))
 
-        def local(x: np.ndarray) -> jax.Array:
-            share = self.config.microbatch // jax.process_count()
-            x = np.asarray(x, np.int32).reshape(-1, share, x.shape[1])
-            return jax.make_array_from_process_local_data(self.windows, x)
-
-        return Windows(*map(local, parts))
+    def place_whole(self, batch: Batch) -> Windows:
+        """A batch that every process has whole, as one microbatch, to evaluate."""
+        return Windows(*(place_whole(x[None], self.windows) for x in _parts(batch)))
 
     def start(self, params: Params) -> State:
         """The state before the first step; `params`, which lie as `places` says, are donated."""
@@ -138,7 +142,7 @@ class Trainer:
             The new state, and metrics: scalars, and dicts of these by group.
         """
         given = self.config.optimizer.learning_rate if rate is None else rate
-        return self.program(state, windows, jax.device_put(np.float32(given), self._whole))
+        return self.program(state, windows, place_whole(np.float32(given), self._whole))
 
     def evaluate(self, params: Params, windows: Windows) -> dict[str, jax.Array]:
         """Sums over the learnt tokens: `loss` in nats, how many are `correct`, `learnt`."""
@@ -243,6 +247,12 @@ class Trainer:
             }
 
         return jax.lax.map(sums, windows)
+
+
+def _parts(batch: Batch) -> list[np.ndarray]:
+    """What `Windows` have, `(B, T)` int32 each."""
+    parts = batch.tokens, np.where(batch.mask > 0, batch.targets, _NONE), batch.segments
+    return [np.asarray(x, np.int32) for x in parts]
 
 
 def _check_batch(config: Training, mesh: jax.sharding.Mesh) -> None:

@@ -16,7 +16,8 @@ class Guard(NamedTuple):
     Attributes:
         skipped: steps so far that changed nothing.
         in_a_row: the last of them without a finite loss and gradient.
-        norm: recent mean of the gradient's norm, over steps that were taken.
+        norm: recent mean of the gradient's norm, to which a skipped spike counts as the largest
+            norm that would have been taken: so a norm that stays large is taken after a while.
     """
 
     skipped: jax.Array
@@ -40,17 +41,20 @@ def judge(
         updates: steps that were taken before it.
         loss: of the step.
         norm: of its gradient.
-        spike: a norm that is so many times its recent mean is skipped, too; None for none.
+        spike: a norm that is so many times its recent mean, more than 1, is skipped, too; None for
+            none.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    taken = finite
+    taken, counted = finite, norm
     if spike is not None:
-        taken &= (norm <= spike * guard.norm) | (updates < _SETTLED)
-    mean = jnp.where(updates == 0, norm, _MEMORY * guard.norm + (1 - _MEMORY) * norm)
+        known = (updates >= _SETTLED) & (guard.norm > 0)
+        largest = jnp.where(known, spike * guard.norm, jnp.inf)
+        taken, counted = finite & (norm <= largest), jnp.minimum(norm, largest)
+    mean = jnp.where(updates == 0, counted, _MEMORY * guard.norm + (1 - _MEMORY) * counted)
     return taken, Guard(
         skipped=guard.skipped + ~taken,
         in_a_row=jnp.where(finite, 0, guard.in_a_row + 1),
-        norm=jnp.where(taken, mean, guard.norm),
+        norm=jnp.where(finite, mean, guard.norm),
     )
 
 

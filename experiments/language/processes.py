@@ -1,6 +1,10 @@
-"""Many processes as one run: finding each other, agreeing, an array on every host."""
+"""Many processes as one run: finding each other, agreeing, sharing a batch, arrays on hosts."""
 
 import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,11 +54,77 @@ class Agreement:
         if jax.process_count() == 1:
             return mine
         answer = bool(self._asked)
-        flags = np.full(jax.local_device_count(), mine)
-        self._asked = self._any(jax.make_array_from_process_local_data(self._flags, flags))
+        flags = jax.make_array_from_callback(
+            (self._flags.mesh.size,), self._flags, lambda at: np.full(1, mine)
+        )
+        self._asked = self._any(flags)
         if jax.default_backend() == "cpu":
             self._asked.block_until_ready()
         return answer
+
+
+class Share:
+    """The rows of a step's batch that this process loads, and how they become its array.
+
+    They are those that its devices read, which follows from where the batch lies. Devices of
+    several processes read the same rows where an axis of the mesh that does not split the batch
+    spans these processes. So a step's batch is the same, whatever the processes and the mesh.
+
+    Args:
+        sharding: of `(microbatches, rows, ...)`, split along the rows at most.
+        microbatches: of a step.
+        rows: of a microbatch.
+        devices: that read; by default those of this process.
+
+    Attributes:
+        rows: places in the batch, ascending: `microbatch * rows + row`.
+    """
+
+    def __init__(
+        self,
+        sharding: jax.sharding.Sharding,
+        microbatches: int,
+        rows: int,
+        devices: Iterable[jax.Device] | None = None,
+    ) -> None:
+        self._sharding = sharding
+        self._places = np.arange(microbatches * rows).reshape(microbatches, rows)
+        read = sharding.devices_indices_map((microbatches, rows, 1))
+        here = sharding.addressable_devices if devices is None else devices
+        self.rows = np.unique(np.concatenate([self._places[read[d][:2]].ravel() for d in here]))
+
+    def place(self, local: np.ndarray) -> jax.Array:
+        """This process's rows `(len(rows), ...)` as a part of `(microbatches, rows, ...)`."""
+        shape = (*self._places.shape, *local.shape[1:])
+        return jax.make_array_from_callback(
+            shape,
+            self._sharding,
+            lambda at: local[np.searchsorted(self.rows, self._places[at[:2]])],
+        )
+
+
+def place_whole(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process has whole, of which each places what its devices read."""
+    return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
+
+
+def check_same(facts: dict[str, Any]) -> None:
+    """To be called by every process with JSON-able facts, under the same names.
+
+    Raises:
+        ValueError: processes have different ones; those names.
+    """
+    if jax.process_count() == 1:
+        return
+    texts = (json.dumps(value, sort_keys=True).encode() for value in facts.values())
+    digests = b"".join(hashlib.sha256(text).digest() for text in texts)
+    seen = from_every_process(np.frombuffer(digests, np.uint8).reshape(len(facts), -1))
+    differs = np.any(seen != seen[:1], axis=(0, 2))
+    if names := [name for name, is_other in zip(facts, differs, strict=True) if is_other]:
+        raise ValueError(
+            f"The processes of this run differ in {', '.join(names)}. Give all of them the same "
+            "options, and text of which each host has the same copy."
+        )
 
 
 def on_host(x: jax.Array | np.ndarray) -> np.ndarray:

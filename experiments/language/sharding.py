@@ -75,6 +75,21 @@ def _check(
             )
 
 
+def check_heads(mesh: Mesh | AbstractMesh, **heads: int) -> None:
+    """Raises a ValueError where the devices that share out heads do not divide their number.
+
+    Their columns may divide where they do not; then devices would have parts of heads.
+    """
+    ways = math.prod(mesh.shape[axis] for axis in RULES["heads"])
+    for name, count in heads.items():
+        if count % ways:
+            fit = [str(n) for n in range(1, count + 1) if count % n == 0]
+            raise ValueError(
+                f"{name}: {count} attention heads, which the mesh axis tensor {ways} does not "
+                f"divide. Take a --mesh.tensor of {', '.join(fit)}."
+            )
+
+
 def state_specs(state: Any, params: Any, specs: Any) -> Any:
     """Specs of a tree whose leaves mirror params, as an optimizer's state; the rest is replicated.
 

@@ -2,17 +2,20 @@
 
 import abc
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 
+from experiments.commands import flat
 from experiments.language.checkpoints import Checkpoints
 from experiments.language.log import Log
-from experiments.language.processes import Agreement
+from experiments.language.processes import Agreement, check_same
 
 Metrics = dict[str, Any]
 
@@ -65,7 +68,8 @@ class TrainingLoop(abc.ABC):
 
     Args:
         trainer: has `config` (`steps`, `patience`, `tokens_per_step`), the `mesh`, the state as
-            shapes with shardings, `abstract`, and `advance(state, batch) -> (state, metrics)`.
+            shapes with shardings, `abstract`, the compiled step, `program`, and
+            `advance(state, batch) -> (state, metrics)`.
         keeping: what is saved, evaluated and logged when.
         folder: the run's, which this process has claimed.
         checkpoints: of the folder.
@@ -75,7 +79,6 @@ class TrainingLoop(abc.ABC):
     Attributes:
         first: whether this process is the one that writes.
         log: of the process that writes; None in others.
-        seconds: of training alone, over all parts of the run.
     """
 
     def __init__(
@@ -114,6 +117,10 @@ class TrainingLoop(abc.ABC):
         """Raises ValueError where a checkpoint is of another training."""
 
     @abc.abstractmethod
+    def remedy(self) -> str:
+        """What to change where an update is not finite: options, and their values now."""
+
+    @abc.abstractmethod
     def finish(self, state: Any) -> None:
         """Called once after the last step is saved."""
 
@@ -125,35 +132,56 @@ class TrainingLoop(abc.ABC):
         """What is logged of a step that takes so long, beside tokens a second."""
         return {}
 
+    @property
+    def seconds(self) -> float:
+        """Of training alone, over all parts of the run."""
+        return self._clock.seconds
+
     def to_the_end(self) -> bool:
         """Trains to the end, or until `stop` is set; then the state of the last step is saved.
+
+        What is saved has finite params and a finite held-out loss, so that no good checkpoint ever
+        makes room for one that is not.
 
         Returns:
             Whether the run is finished.
 
         Raises:
-            TrainingError: too many steps in a row without a finite loss.
+            TrainingError: too many steps in a row without a finite loss, or params that are lost.
             ValueError: the checkpoints are of another training.
             OSError: a checkpoint could not be written; those before are whole.
         """
         keeping, steps = self.keeping, self.config.steps
+        if keeping.profile and keeping.profile[0] >= steps:
+            raise ValueError(
+                f"--profile watches steps from {keeping.profile[0]} on, and the last of --steps "
+                f"{steps} is {steps - 1}; give a FIRST below that."
+            )
+        when = {f.name: getattr(keeping, f.name) for f in dataclasses.fields(Keeping)}
+        check_same(flat(self.meta(0) | when))
         state = self._begin()
-        step = int(state.step)
+        step = self._saved = int(state.step)
         # At the start nothing is kept: all of it comes again.
         self.log = Log(self.folder, step or -1) if self.first else None
         trained = [r for r in self.log.records if "loss" in r] if self.log else []
-        self.seconds = trained[-1]["seconds"] if trained else 0.0
+        self._clock = Clock(trained[-1]["seconds"] if trained else 0.0)
+        self._told = step, self.seconds
         self._shown: float | None = None
         self._window: list[Metrics] = []
         agreement = Agreement(self.trainer.mesh)
         batches = self.batches(step)
-        since, saved, stopping = (step, time.perf_counter()), step, False
+        profiler = Profiler(keeping.profile, self.folder / "profile")
+        if keeping.profile and step >= keeping.profile[1]:
+            self.on_message(f"--profile watches nothing: step {step} is behind its last one")
+        stopping = False
         metrics: Metrics | None = None
         try:
+            self.trainer.program  # noqa: B018 - compiles now, before the clock runs
             if step == 0:
                 self._evaluate(state)
+            self._clock.go()
             while step < steps and not stopping:
-                self._profile(step)
+                profiler.before(step)
                 state, newest = self.trainer.advance(state, next(batches))
                 # The step before this one is read while this one runs.
                 self._refuse_to_diverge(metrics)
@@ -162,15 +190,21 @@ class TrainingLoop(abc.ABC):
                 if jax.default_backend() == "cpu":
                     jax.block_until_ready(state)  # collectives of two steps at once deadlock there
                 stopping = agreement.any(self.stop.is_set())
-                if step % keeping.log_every == 0 or step == steps or stopping:
-                    since = self._tell(step, since)
-                if step % keeping.evaluate_every == 0 or step == steps:
-                    self._evaluate(state)
-                    since = step, time.perf_counter()
-                if step % keeping.save_every == 0 or step == steps or stopping:
+                saves = step % keeping.save_every == 0 or step == steps or stopping
+                # What is saved is told, so that what comes after a restart is told as it was.
+                if step % keeping.log_every == 0 or saves:
+                    self._tell(step)
+                evaluates = step % keeping.evaluate_every == 0 or step == steps
+                if evaluates or saves:
+                    jax.block_until_ready(metrics)
+                    self._clock.stand()
                     self._refuse_to_diverge(metrics)
-                    self._save(state, step)
-                    saved, since = step, (step, time.perf_counter())
+                    held_out = self._evaluate(state, log=evaluates)
+                    if saves:
+                        self._save(state, step, held_out)
+                    self._clock.go()
+            profiler.stop(wait_for=state)
+            self._clock.stand()
             self.checkpoints.wait()
             finished = step == steps
             if finished:
@@ -178,9 +212,10 @@ class TrainingLoop(abc.ABC):
             return finished
         except OSError as error:
             raise OSError(
-                f"{error}. The checkpoint of step {saved} or the one before is whole"
+                f"{error}. The checkpoint of step {self._saved} or the one before is whole"
             ) from error
         finally:
+            profiler.stop()
             if self.log:
                 self.log.close()
 
@@ -195,50 +230,113 @@ class TrainingLoop(abc.ABC):
         return restored.state
 
     def _refuse_to_diverge(self, metrics: Metrics | None) -> None:
+        if metrics is None:
+            return
         patience = self.config.patience
-        if metrics is not None and int(metrics["nonfinite_in_a_row"]) >= patience:
+        if int(metrics["nonfinite_in_a_row"]) >= patience:
             raise TrainingError(
                 f"{patience} steps in a row had no finite loss and gradient; they changed nothing. "
-                "Look at the text they read, or lower the learning rates; the checkpoints are from "
-                "before or are as good."
+                f"Look at the text they read, or {self.remedy()}. {self._what_is_safe()}"
+            )
+        # The guard knows loss and gradient. To judge the update too it would have to hold the old
+        # params beside the new; so these are given up, and are not saved. An update whose root mean
+        # square is finite is itself, and so are the params that it is added to.
+        if not np.isfinite([float(x) for x in metrics["update_rms"].values()]).all():
+            raise TrainingError(
+                "A step had a finite loss and gradient, and an update that is not: the params are "
+                f"lost, and were not saved; {self.remedy()}. {self._what_is_safe()}"
             )
 
-    def _tell(self, step: int, since: tuple[int, float]) -> tuple[int, float]:
+    def _what_is_safe(self) -> str:
+        saved = f"The checkpoint of step {self._saved} is good" if self._saved else "None is saved"
+        return f"{saved}; other settings need another --out."
+
+    def _tell(self, step: int) -> None:
         found = self.told(jax.device_get(self._window))
         self._window = []
-        now = time.perf_counter()
-        steps, seconds = step - since[0], now - since[1]
-        self.seconds += seconds
-        speed = steps * self.config.tokens_per_step / seconds if steps else None
+        steps, seconds = step - self._told[0], self.seconds - self._told[1]
+        self._told = step, self.seconds
+        speed = steps * self.config.tokens_per_step / seconds
         if self.log:
-            values = jax.tree.map(lambda x: x.tolist(), found) | {"seconds": self.seconds}
-            if speed is not None:
-                values |= {"tokens_per_second": speed} | self.rates(seconds / steps)
-            self.log.add(step, **values)
+            values = jax.tree.map(lambda x: x.tolist(), found)
+            values |= {"seconds": self.seconds, "tokens_per_second": speed}
+            self.log.add(step, **values | self.rates(seconds / steps))
         self.on_step(Progress(step, float(found["loss"]), self._shown, speed))
-        return step, now
 
-    def _evaluate(self, state: Any) -> None:
-        values, self._shown = self.evaluate(state)
-        if self.log:
-            self.log.add(int(state.step), **values)
+    def _evaluate(self, state: Any, log: bool = True) -> float:
+        """The figure that is shown."""
+        values, shown = self.evaluate(state)
+        if log:
+            self._shown = shown
+            if self.log:
+                self.log.add(int(state.step), **values)
+        return shown
 
-    def _save(self, state: Any, step: int) -> None:
+    def _save(self, state: Any, step: int, held_out: float) -> None:
+        if not math.isfinite(held_out):
+            raise TrainingError(
+                f"After step {step} the held-out loss is not finite, so the params are lost, and "
+                f"were not saved; {self.remedy()}. {self._what_is_safe()}"
+            )
         if self.log:
             self.log.flush()
         self.checkpoints.save(step, state, self.meta(step))
+        self._saved = step
 
-    def _profile(self, step: int) -> None:
-        begin, end = self.keeping.profile or (None, None)
-        if step == begin:
-            jax.profiler.start_trace(str(self.folder / "profile"))
-        elif step == end:
+
+class Clock:
+    """Seconds of training alone: it stands while a run compiles, evaluates and saves."""
+
+    def __init__(self, seconds: float) -> None:
+        self._until = seconds
+        self._since: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Now."""
+        now = 0.0 if self._since is None else time.perf_counter() - self._since
+        return self._until + now
+
+    def go(self) -> None:
+        """Begins to count."""
+        self._since = time.perf_counter()
+
+    def stand(self) -> None:
+        """Ends it, until `go`."""
+        self._until, self._since = self.seconds, None
+
+
+class Profiler:
+    """Watches the steps that it is asked to, or those of them that this part of a run has.
+
+    Args:
+        steps: the first that it watches, and the first that it does not; None for none.
+        folder: where traces are written.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, folder: epath.Path) -> None:
+        self._steps, self._folder, self._watches = steps, folder, False
+
+    def before(self, step: int) -> None:
+        """To be called before each step."""
+        if self._steps is None:
+            return
+        begin, end = self._steps
+        if self._watches and step >= end:
+            self.stop()
+        elif not self._watches and begin <= step < end:
+            jax.profiler.start_trace(str(self._folder))
+            self._watches = True
+
+    def stop(self, wait_for: Any = None) -> None:
+        """Writes what it has seen, when `wait_for` is there."""
+        if self._watches:
+            jax.block_until_ready(wait_for)
             jax.profiler.stop_trace()
+            self._watches = False
 
 
 def speed(log: Log, tokens_per_step: int) -> float | None:
-    """Tokens a second of a run, without its first record, whose steps compile."""
-    trained = [r for r in log.records if "loss" in r]
-    steps = trained[-1]["step"] - trained[0]["step"]
-    seconds = trained[-1]["seconds"] - trained[0]["seconds"]
-    return steps * tokens_per_step / seconds if steps else None
+    """Tokens a second of a run, over all its steps."""
+    last = next((r for r in reversed(log.records) if "loss" in r), None)
+    return last["step"] * tokens_per_step / last["seconds"] if last else None

@@ -13,9 +13,9 @@ _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # batches
 
 
 def batches(
-    tokens: Tokens, *, batch: int, context: int, seed: int, process: int = 0, processes: int = 1
+    tokens: Tokens, *, batch: int, context: int, seed: int, rows: Sequence[int] | None = None
 ) -> grain.MapDataset:
-    """The windows that each step trains on, of which this process loads its share.
+    """The windows that each step trains on, or those of them that this process loads.
 
     Documents follow each other, and every `context` tokens a window begins: each token but the
     first is a target once an epoch. Every epoch has its own order, and the windows of an epoch that
@@ -27,27 +27,24 @@ def batches(
         batch: windows a step, over all processes.
         context: targets of a window.
         seed: of the order; not negative.
-        process: has the windows from `process * batch / processes` on.
-        processes: that share a batch.
+        rows: places in the batch of the windows to load, as `processes.Share` tells them; by
+            default all.
 
     Returns:
-        An endless data set, indexed by step: `(batch / processes, context + 1)` int32.
+        An endless data set, indexed by step: `(rows, context + 1)` int32.
 
     Raises:
-        ValueError: the batch does not divide among the processes, or there is no whole window.
+        ValueError: there is no whole window, or the seed is negative.
     """
-    if batch % processes:
-        raise ValueError(f"--batch {batch} is not a multiple of {processes}, one for each process.")
     if seed < 0:
         raise ValueError(f"--seed must not be negative, got {seed}.")
     # Not left to Grain, which makes a seed of the place in the pipeline. Neighbouring seeds must
     # be far apart, since it adds the epoch to them.
     (start,) = np.random.SeedSequence(seed).generate_state(1)
     windows = grain.MapDataset.source(_Windows(tokens.train, context, "to train on"))
-    shares = (
-        windows.shuffle(seed=int(start)).repeat().batch(batch // processes, drop_remainder=True)
-    )
-    return shares[process::processes]
+    shuffled = windows.shuffle(seed=int(start)).repeat()
+    places = range(batch) if rows is None else [int(row) for row in rows]
+    return grain.MapDataset.source(_Steps(shuffled, batch, places))
 
 
 def from_step(data: grain.MapDataset, step: int) -> Iterator[np.ndarray]:
@@ -86,6 +83,19 @@ def held_out(tokens: Tokens, context: int, limit: int) -> HeldOut:
     chosen = np.stack([windows[i * len(windows) // count] for i in range(count)])
     table = tokens.bytes_per_token
     return HeldOut(chosen, None if table is None else int(table[chosen[:, 1:]].sum()))
+
+
+class _Steps:
+    """`(places, context + 1)` of each step: the windows at these places of its batch."""
+
+    def __init__(self, windows: grain.MapDataset, batch: int, places: Sequence[int]):
+        self._windows, self._batch, self._places = windows, batch, places
+
+    def __len__(self) -> int:
+        return len(self._windows) // self._batch
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        return np.stack([self._windows[step * self._batch + place] for place in self._places])
 
 
 class _Windows:

@@ -10,7 +10,7 @@ import muon_jax
 from experiments.optimizers import OptimizerName
 from experiments.pretrain.config import Model, Training
 
-# Dense bfloat16 FLOP/s of a chip, by the beginning of its `device_kind`.
+# Dense bfloat16 FLOP/s of a device, by its whole `device_kind`: cards of one name differ.
 PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -20,9 +20,16 @@ PEAKS = {
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
     "TPU7x": 1153.5e12,  # a device is half of a chip
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,  # SXM
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA GH200 480GB": 989e12,
     "NVIDIA B200": 2250e12,
 }
 
@@ -67,14 +74,21 @@ class Costs:
         return dataclasses.asdict(self) | {"newton_schulz_share": share}
 
 
+def unknown_peak() -> str | None:
+    """Says that no MFU is told of this machine's devices; None where it is, or nobody would ask."""
+    kind = jax.devices()[0].device_kind
+    if kind in PEAKS or jax.default_backend() == "cpu":
+        return None
+    return f"MFU is not told: the peak FLOP/s of {kind!r} is not among `pretrain.costs.PEAKS`."
+
+
 def step_costs(config: Training, optimizer: OptimizerName, params: Any) -> Costs:
     """Of a config; `params` are arrays or shapes."""
     plan = None
     if optimizer not in _WITHOUT_NEWTON_SCHULZ:
         muon = config.muon
         plan = muon_jax.plan(params, ns_coeffs=muon.ns_coeffs, ns_dtype=muon.ns_dtype)
-    device = jax.devices()[0]
-    peak = next((f for kind, f in PEAKS.items() if device.device_kind.startswith(kind)), None)
+    peak = PEAKS.get(jax.devices()[0].device_kind)
     tokens = config.tokens_per_step
     forward = active_entries(config.model, params) * 2 + attention_flops(config)
     return Costs(

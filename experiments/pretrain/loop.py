@@ -9,9 +9,11 @@ import jax
 import numpy as np
 from etils import epath
 
+from experiments.commands import option
 from experiments.language import data, windows
 from experiments.language.checkpoints import Checkpoints, params_sha256
 from experiments.language.mesh import make_mesh
+from experiments.language.processes import place_whole
 from experiments.language.training_loop import OnMessage, OnStep, TrainingLoop, speed
 from experiments.optimizers import OptimizerName
 from experiments.pretrain import costs
@@ -78,11 +80,12 @@ class _Run(TrainingLoop):
             batch=config.batch,
             context=config.context,
             seed=config.seed,
-            process=jax.process_index(),
-            processes=jax.process_count(),
+            rows=self.trainer.share.rows,
         )
         self.held_out = windows.held_out(tokens, config.context, self.keeping.evaluation_tokens)
         self.costs = costs.step_costs(config, self.trainer.optimizer, self.trainer.abstract.params)
+        if unknown := costs.unknown_peak():
+            self.on_message(unknown)
         if self.first and tokens.tokenizer is not None:
             (self.folder / TOKENIZER).write_text(tokens.tokenizer.to_str())
 
@@ -90,7 +93,7 @@ class _Run(TrainingLoop):
         return self.trainer.start(self.config.seed)
 
     def batches(self, step: int) -> Iterator[jax.Array]:
-        return map(self._place, windows.from_step(self.windows, step))
+        return map(self.trainer.share.place, windows.from_step(self.windows, step))
 
     def evaluate(self, state: State) -> tuple[dict[str, float], float]:
         values = evaluate(self.trainer, state, self.held_out)
@@ -112,17 +115,20 @@ class _Run(TrainingLoop):
                 "the same --data, or another --out."
             )
 
+    def remedy(self) -> str:
+        name, config = self.trainer.optimizer, self.config
+        own = option(*(("rates", name) if hasattr(config.rates, name) else (name, "learning_rate")))
+        rate = f"{own} {config.rate(name):g}"
+        if name != "adamw":
+            rate += f" or --adamw.learning-rate {config.adamw.learning_rate:g}"
+        return f"lower {rate}, or raise --adamw.eps {config.adamw.eps:g}"
+
     def rates(self, seconds: float) -> dict[str, float]:
         return self.costs.rates(seconds)
 
     def finish(self, state: State) -> None:
         self._write_samples(state)
         self._summarize(state)
-
-    def _place(self, rows: np.ndarray) -> jax.Array:
-        """This process's `(B / processes, T + 1)` as a part of `(microbatches, B, T + 1)`."""
-        local = rows.reshape(self.config.accumulate, -1, rows.shape[1])
-        return jax.make_array_from_process_local_data(self.trainer.windows, local)
 
     def _write_samples(self, state: State) -> None:
         if not self.keeping.samples or self.tokens.tokenizer is None:
@@ -167,7 +173,7 @@ def evaluate(trainer: Trainer, state: State, held_out: windows.HeldOut) -> dict[
     # The last chunk is filled up with windows that do not count.
     index = np.arange(-(-len(rows) // size) * size) % len(rows)
     chunks = rows[index].reshape(-1, size, rows.shape[1])
-    placed = jax.make_array_from_callback(chunks.shape, trainer.windows, lambda at: chunks[at])
+    placed = place_whole(chunks, trainer.windows)
     with jax.set_mesh(trainer.mesh):
         sums = np.asarray(trainer.evaluate(state, placed), np.float64).ravel()[: len(rows)]
     loss = float(sums.sum()) / rows[:, 1:].size

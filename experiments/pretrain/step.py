@@ -4,16 +4,19 @@ Params, optimizer state and accumulated gradients are float32 and lie as `shardi
 forward and backward passes see a copy in the model's dtype.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import muon_jax
 from experiments import optimizers
 from experiments.language import guard, sharding
 from experiments.language.guard import Guard
+from experiments.language.processes import Share, place_whole
 from experiments.optimizers import OptimizerName
 from experiments.pretrain.config import Training
 from experiments.pretrain.experts import updated_bias
@@ -41,6 +44,7 @@ class Trainer:
 
     Attributes:
         abstract: the state as shapes with shardings.
+        program: the compiled step; to be had before there is a state.
         schedule: the factor of the learning rates, by update.
 
     Raises:
@@ -53,6 +57,7 @@ class Trainer:
         self.config, self.optimizer, self.mesh = config, optimizer, mesh
         self.model = LanguageModel(config.model, vocabulary)
         _check_batch(config, mesh)
+        sharding.check_heads(mesh, heads=config.model.heads)
         self.schedule = optimizers.warmup_then_decay(
             config.warmup, config.steps, config.decay, config.final, config.cooldown
         )
@@ -76,6 +81,7 @@ class Trainer:
         self.windows = jax.NamedSharding(mesh, sharding.spec(None, "batch", None))
         whole = jax.NamedSharding(mesh, jax.P())
         self._compiled_start = jax.jit(self._start, out_shardings=self.shardings)
+        self._whole = whole
         self.step = jax.jit(
             self._step,
             in_shardings=(self.shardings, self.windows, whole),
@@ -85,6 +91,22 @@ class Trainer:
         self.evaluate = jax.jit(
             self._evaluate, in_shardings=(self.shardings, self.windows), out_shardings=whole
         )
+
+    @functools.cached_property
+    def share(self) -> Share:
+        """What this process loads of a step's windows."""
+        config = self.config
+        return Share(self.windows, config.accumulate, config.batch // config.accumulate)
+
+    @functools.cached_property
+    def program(self) -> jax.stages.Compiled:
+        """The compiled step."""
+        config = self.config
+        shape = config.accumulate, config.batch // config.accumulate, config.context + 1
+        windows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.windows)
+        rate = jax.ShapeDtypeStruct((), jnp.float32)
+        with jax.set_mesh(self.mesh):
+            return self.step.lower(self.abstract, windows, rate).compile()
 
     def transformation(self, rate: float | jax.Array) -> optax.GradientTransformationExtraArgs:
         """The optimizer; `rate` is the arm's own learning rate after warm-up, and may be traced."""
@@ -111,8 +133,7 @@ class Trainer:
             The new state, and metrics: scalars, and `load` of `(layers with experts, experts)`.
         """
         rate = self.config.rate(self.optimizer) if rate is None else rate
-        with jax.set_mesh(self.mesh):
-            return self.step(state, windows, jnp.float32(rate))
+        return self.program(state, windows, place_whole(np.float32(rate), self._whole))
 
     def start(self, seed: int) -> State:
         """The state before the first step; params depend on the seed alone."""
@@ -151,7 +172,9 @@ class Trainer:
             "loss": loss,
             "gradient_norm": norm,
             "learning_rate": rate * self.schedule(updates_before),
-            "update_rms": self._update_rms(updates),
+            "update_rms": {
+                name: jnp.where(taken, rms, 0.0) for name, rms in self._update_rms(updates).items()
+            },
             "max_logit": jnp.max(jnp.stack([jnp.max(x) for x in observed.max_logits.values()])),
             "taken": taken,
             "skipped": guarded.skipped,

@@ -79,7 +79,7 @@ def train_cell(
         until = min(step + evaluate_every, config.steps)
         began = time.perf_counter()
         while step < until:
-            state, metrics = arm.advance(state, _placed(arm, batches, step), rate)
+            state, metrics = arm.advance(state, arm.share.place(batches[step]), rate)
             step += 1
         loss, in_a_row = map(float, (metrics["loss"], metrics["nonfinite_in_a_row"]))
         seconds += time.perf_counter() - began
@@ -108,11 +108,6 @@ def train_cell(
 
 def _batches(config: Training, text: Text, seed: int) -> Any:
     return windows.batches(text.tokens, batch=config.batch, context=config.context, seed=seed)
-
-
-def _placed(arm: Trainer, batches: Any, step: int) -> jax.Array:
-    rows: np.ndarray = batches[step]
-    return jax.device_put(rows.reshape(arm.config.accumulate, -1, rows.shape[1]), arm.windows)
 
 
 def _no_windows(arm: Trainer) -> jax.Array:
