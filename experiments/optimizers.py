@@ -11,27 +11,32 @@ import tyro
 
 import muon_jax
 from experiments import baselines
+from experiments.settings import Average, Count, Decay, Positive, Rate, Rule
 
 ScheduleName = Literal[
     "jordan", "you", "polar_express", "polar_express_1.02", "cans", "aol", "deepseek_v4", "exact"
 ]
 ScaleName = Literal["spectral", "match_rms_adamw", "mup", "none"]
 DecayName = Literal["linear", "cosine"]
+_RANK = Rule(
+    "a whole number from 1 on, or a share above 0 and up to 1",
+    lambda value: value >= 1 if isinstance(value, int) else 0 < value <= 1,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
     """AdamW for all parameters; in the other arms, for those that are no hidden matrices."""
 
-    learning_rate: float = 1e-3
+    learning_rate: Rate = 1e-3
     """After warm-up."""
-    weight_decay: float = 1.0
+    weight_decay: Decay = 1.0
     """Decoupled: a step shrinks weights by learning rate × this."""
-    b1: float = 0.9
+    b1: Average = 0.9
     """Decay of the first moment."""
-    b2: float = 0.98
+    b2: Average = 0.98
     """Decay of the second moment."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Added to the root of the second moment."""
 
 
@@ -39,11 +44,11 @@ class AdamW:
 class Muon:
     """Muon for the hidden matrices."""
 
-    learning_rate: float = 0.02
+    learning_rate: Rate = 0.02
     """After warm-up."""
-    weight_decay: float = 0.1
+    weight_decay: Decay = 0.1
     """Decoupled, as AdamW's."""
-    beta: float = 0.95
+    beta: Average = 0.95
     """Decay of the momentum."""
     nesterov: bool = True
     """Look one step ahead."""
@@ -59,23 +64,23 @@ class Muon:
 class Variants:
     """What single optimizers of the family have to set."""
 
-    rank: int | float = 0.25
+    rank: Annotated[int | float, _RANK] = 0.25
     """Of dion and low_rank: a whole number, or a share of the short side."""
-    blocks: tuple[int, int] = (2, 2)
+    blocks: tuple[Count, Count] = (2, 2)
     """Of muonbp: blocks along fan_in and fan_out."""
-    period: int = 5
+    period: Count = 5
     """Of muonbp: steps from one whole matrix to the next."""
-    clip_threshold: float = 100.0
+    clip_threshold: Positive = 100.0
     """Of muonclip: largest attention logit."""
-    eigenbases_every: int = 100
+    eigenbases_every: Count = 100
     """Of splus: steps between eigendecompositions."""
-    gluon_norm: float = 1.0
+    gluon_norm: Positive = 1.0
     """Of gluon: dual norm of a gradient at which the step is half of its largest, L0 / L1."""
-    sgd_learning_rate: float = 0.1
+    sgd_learning_rate: Rate = 0.1
     """Of muon_sgd, for what is no hidden matrix."""
-    lion_learning_rate: float = 1e-3
+    lion_learning_rate: Rate = 1e-3
     """Of muon_lion, for what is no hidden matrix."""
-    tuned_weight_decay: float = 4.0
+    tuned_weight_decay: Decay = 4.0
     """Of adamw_tuned."""
 
 
@@ -314,7 +319,7 @@ Rates = dataclasses.make_dataclass(
         (
             name,
             Annotated[
-                float if arm.rate else float | None,
+                Rate if arm.rate else Rate | None,
                 tyro.conf.arg(help=f"{arm.about}{'' if arm.rate else '; by default as muon'}."),
             ],
             dataclasses.field(default=arm.rate),

@@ -116,6 +116,12 @@ def claim(
     return lock
 
 
+def leave_nothing_of_no_run(folder: Path) -> None:
+    """A start that failed leaves a folder free for another, whose settings are mended."""
+    if not (folder / "metrics.jsonl").exists():
+        (folder / "config.json").unlink(missing_ok=True)
+
+
 def _check_config(folder: Path, config: dict[str, Any], free: tuple[str, ...], other: str) -> None:
     path = folder / "config.json"
     if not path.exists():

@@ -13,13 +13,14 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 from rich.console import Console
 
 from experiments.commands import progress_bar
 from experiments.runs import Run, machine, read_blocks, read_json, write_json
+from experiments.settings import Whole, above
 from experiments.side_by_side import side_by_side
 
 Row = dict[str, Any]
@@ -30,31 +31,18 @@ Cell = TypeVar("Cell", bound=tuple)
 class Sweep:
     """Which learning rates an optimizer is tried at."""
 
-    factor: float = 2.0
+    factor: Annotated[float, above(1)] = 2.0
     """From one rate to the next."""
-    reach: int = 1
+    reach: Whole = 1
     """Rates on either side of the default one."""
-    limit: int = 4
+    limit: Whole = 4
     """Further rates on a side whose last one is the best; none is to be judged at an edge."""
 
-    def __post_init__(self) -> None:
-        if not self.factor > 1:
-            raise ValueError(f"--sweep.factor must be greater than 1, got {self.factor}.")
-        for field in ("reach", "limit"):
-            if getattr(self, field) < 0:
-                raise ValueError(
-                    f"--sweep.{field} must not be negative, got {getattr(self, field)}."
-                )
 
-
-def check_grid(config: Any, *fields: str) -> None:
-    """Raises ValueError unless there are seeds, and values without repetition in these fields."""
-    if config.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {config.seeds}.")
-    for field in fields:
-        values = getattr(config, field)
-        if not values or len(set(values)) != len(values):
-            raise ValueError(f"--{field} needs one or more different values, got {values}.")
+def check_sweep_seeds(seeds: int, sweep_seeds: int) -> None:
+    """Raises ValueError where more seeds choose a rate than there are."""
+    if sweep_seeds > seeds:
+        raise ValueError(f"--sweep-seeds must be at most --seeds {seeds}; got {sweep_seeds}.")
 
 
 class Best(NamedTuple):

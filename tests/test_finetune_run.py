@@ -197,7 +197,7 @@ def test_a_batch_that_devices_do_not_divide_is_refused():
         Trainer(training(), "adamw", NORMED, mesh_of(1, 16, 1, 1))
     with pytest.raises(ValueError, match=r"kv_heads: 2 .* tensor 4 does not divide"):
         Trainer(training(), "adamw", NORMED, mesh_of(1, 1, 1, 4))
-    with pytest.raises(ValueError, match="less than the steps, 1; got 2"):
+    with pytest.raises(ValueError, match="less than the steps of --epochs 1, 1; got 2"):
         training(steps=0).with_steps(8)
 
 
@@ -339,24 +339,30 @@ def test_arms_that_fit_are_advised_in_place_of_one_that_does_not():
     ("words", "message"),
     [
         ("--accumulate 3", "does not divide --batch"),
-        ("--arms adamw adamw", "each once"),
+        ("--arms adamw adamw", "each of them once; got adamw adamw"),
         ("--preset 4b", "--preset is of --dry-run"),
-        ("--warmup 500", "less than the steps"),
-        ("--context 1", "--context is 2"),
-        ("--optimizer.b1 1", "--optimizer.b1 is the share"),
-        ("--optimizer.b2 1", "--optimizer.b2 is the share"),
-        ("--optimizer.beta -0.1", "below 1, got -0.1"),
-        ("--optimizer.weight-decay -1", "--optimizer.weight-decay is 0 or more, got -1"),
-        ("--optimizer.learning-rate inf", "--optimizer.learning-rate is above 0, got inf"),
-        ("--final 1.5", "from 0 to 1; got 1.5"),
-        ("--seed -1", "--seed is 0 or more, got -1"),
-        ("--epochs inf", "--epochs is above 0"),
-        ("--warmup 3 --steps 3", "less than the steps, 3; got 3. Take fewer"),
-        ("--base.hidden 0", "--base.hidden is at least 1, got 0"),
-        ("--base.heads 3", "--base.heads is even and at least 2"),
-        ("--base.head-dim 3", "--base.head-dim is even and at least 2, since RoPE"),
-        ("--base.vocabulary 258", "--base.vocabulary is at least 259"),
-        ("--base.learning-rate 0", "--base.learning-rate is above 0, got 0"),
+        ("--warmup 500", "less than --steps 100; got 500"),
+        ("--context 1", "--context must be at least 2; got 1"),
+        ("--optimizer.b1 1", "--optimizer.b1 must be at least 0 and less than 1"),
+        ("--optimizer.b2 1", "--optimizer.b2 must be at least 0 and less than 1"),
+        ("--optimizer.beta -0.1", "that a step keeps; got -0.1"),
+        ("--optimizer.weight-decay -1", "--optimizer.weight-decay must be at least 0; got -1"),
+        (
+            "--optimizer.learning-rate inf",
+            "a finite number of at most 3.4e+38; got inf",
+        ),
+        ("--final 1.5", "--final must be from 0 to 1; got 1.5"),
+        ("--seed -1", "--seed must be at least 0; got -1"),
+        ("--epochs inf", "--epochs must be a finite number"),
+        ("--warmup 3 --steps 3", "less than --steps 3; got 3. Take fewer"),
+        ("--base.hidden 0", "--base.hidden must be at least 1; got 0"),
+        ("--base.heads 3", "--base.heads must be even and at least 2"),
+        ("--base.head-dim 3", "--base.head-dim must be even and at least 2, since RoPE"),
+        ("--base.vocabulary 258", "--base.vocabulary must be at least 259"),
+        (
+            "--base.learning-rate 0",
+            "--base.learning-rate must be greater than 0",
+        ),
         ("--model x --out gs://a/b", "Give --export False"),
         ("--suite qk --preset 4b --dry-run", "leave --preset 4b out"),
         ("--suite bogus", "For full helptext, run python -m experiments.finetune"),

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from experiments.commands import INTERRUPTED, conduct, progress_bar
 from experiments.family import cost, data
-from experiments.family.config import GRID, Cell, Config, as_json
+from experiments.family.config import GRID, Cell, Config, as_json, fitted
 from experiments.family.report import terminal_table, write_report
 from experiments.family.report_data import aggregate
 from experiments.family.train import train_cell
@@ -23,7 +23,8 @@ def main() -> int:
 
 def begin() -> tuple[tuple[Config, data.Data], Run]:
     """The command line's config and its corpus, and the run."""
-    config = tyro.cli(Config, prog="python -m experiments.family")
+    default = fitted(Config(), sys.argv[1:])
+    config = tyro.cli(Config, prog="python -m experiments.family", default=default)
     text = data.load(config)
     return (config, text), Run(config.folder(), as_json(config) | {"corpus": text.origin}, GRID)
 

@@ -3,11 +3,21 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.optimizers import ARMS, AdamW, DecayName, Muon, OptimizerName, Settings
-from experiments.sweep import Sweep, check_grid
+from experiments.settings import (
+    Count,
+    Whole,
+    check,
+    check_different,
+    fitting_divisor,
+    given,
+    tenth_at_most,
+)
+from experiments.sweep import Sweep
 from muon_jax import GroupedQuery
 
 BASELINE: OptimizerName = "adamw"
@@ -23,36 +33,33 @@ class Training(Settings):
     """The AdamW arm, and in the others the embedding, the head and the gains."""
     muon: Muon = dataclasses.field(default_factory=lambda: Muon(learning_rate=0.04))
     """The hidden matrices of the Muon arm."""
-    width: int = 128
+    width: Count = 128
     """Embedding size."""
-    layers: int = 2
+    layers: Count = 2
     """Transformer blocks."""
-    head_size: int = 32
+    head_size: Count = 32
     """Width of an attention head; there are width / this."""
-    context: int = 64
+    context: Count = 64
     """Bytes that a prediction sees at most."""
-    batch: int = 16
+    batch: Count = 16
     """Windows of context bytes a step."""
-    steps: int = 300
+    steps: Count = 300
     """Optimizer steps of a cell."""
-    warmup: int = 20
+    warmup: Whole = 20
     """Steps of linear warm-up."""
     decay: DecayName = "linear"
     """How the rate falls to zero after warm-up."""
-    evaluations: int = 6
+    evaluations: Count = 6
     """Times a cell is validated, the last time at its end; divides --steps."""
-    validation: int = 256
+    validation: Count = 256
     """Windows that it is validated on, always the same."""
     text: Path | None = dataclasses.field(default=None, compare=False)
     """A file to learn instead of the Python standard library."""
-    corpus_bytes: int | None = None
+    corpus_bytes: Count | None = None
     """Take no more of the text than this, validation included; by default all of it."""
 
     def __post_init__(self) -> None:
-        names = "width layers head_size context batch steps evaluations validation"
-        for field in names.split():
-            if getattr(self, field) < 1:
-                raise ValueError(f"{option(field)} must be at least 1, got {getattr(self, field)}.")
+        check(self)
         if self.head_size % 2 or self.width % self.head_size:
             raise ValueError(
                 f"--width {self.width} does not split into heads of --head-size {self.head_size}, "
@@ -63,11 +70,8 @@ class Training(Settings):
                 f"--steps {self.steps} is no multiple of --evaluations {self.evaluations}; try "
                 f"--steps {max(self.steps // self.evaluations, 1) * self.evaluations}."
             )
-        if not 0 <= self.warmup < self.steps:
-            raise ValueError(
-                f"--warmup must be at least 0 and less than --steps {self.steps}, got "
-                f"{self.warmup}."
-            )
+        if self.warmup >= self.steps:
+            raise ValueError(f"--warmup must be less than --steps {self.steps}; got {self.warmup}.")
 
     @property
     def attention_spec(self) -> GroupedQuery:
@@ -110,7 +114,7 @@ class Config(Training):
 
     optimizers: tuple[OptimizerName, ...] = tuple(name for name, arm in ARMS.items() if arm.member)
     """Arms of the comparison, by default the whole family; differences are to AdamW."""
-    seeds: int = 3
+    seeds: Count = 3
     """Seeds a rate: of the initial weights and the batches, the same for all optimizers."""
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
     """Which learning rates an optimizer is tried at."""
@@ -121,7 +125,7 @@ class Config(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_grid(self, "optimizers")
+        check_different(self, "optimizers")
 
     def folder(self) -> Path:
         """The run's folder: `name`, or one made of the settings, so that equal ones meet again."""
@@ -143,6 +147,14 @@ def digest(config: Training, grid: tuple[str, ...]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
 
 
-def option(field: str) -> str:
-    """A field as it is spelt on the command line."""
-    return "--" + field.replace("_", "-")
+def fitted(default: "Config", arguments: Sequence[str]) -> "Config":
+    """A command line's defaults: what it does not name follows what it does."""
+    width, steps = (given(arguments, f"--{x}", getattr(default, x)) for x in ("width", "steps"))
+    return dataclasses.replace(
+        default,
+        width=width,
+        head_size=2 * fitting_divisor(default.head_size // 2, width // 2),
+        steps=steps,
+        warmup=tenth_at_most(steps, default.warmup),
+        evaluations=fitting_divisor(default.evaluations, steps),
+    )

@@ -24,7 +24,8 @@ from experiments.family.train import train_cell
 from experiments.family.widths_report import terminal_table, write_report
 from experiments.optimizers import Muon, ScaleName
 from experiments.runs import Run
-from experiments.sweep import Sweep, carry_out, check_grid
+from experiments.settings import Count, check, check_different
+from experiments.sweep import Sweep, carry_out
 
 # What only chooses cells; the rest decides what a cell is.
 GRID = ("scales", "widths", "seeds", "sweep")
@@ -65,9 +66,9 @@ class Config(Training):
     width: tyro.conf.Suppress[int] = 128
     scales: tuple[ScaleName, ...] = ("spectral", "mup", "match_rms_adamw")
     """Shape scales, a panel each."""
-    widths: tuple[int, ...] = (64, 128, 256)
+    widths: tuple[Count, ...] = (64, 128, 256)
     """Embedding sizes, multiples of --head-size."""
-    seeds: int = 1
+    seeds: Count = 1
     """Seeds a rate."""
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
     """Which learning rates are tried."""
@@ -77,7 +78,8 @@ class Config(Training):
     """The run's folder; by default made of the settings."""
 
     def __post_init__(self) -> None:
-        check_grid(self, "scales", "widths")
+        check(self)
+        check_different(self, "scales", "widths")
         for width in self.widths:
             self.training(width=width)
 

@@ -18,7 +18,7 @@ from rich.progress import TaskID
 from experiments.commands import INTERRUPTED, print_error, progress_bar, stop_on_signals
 from experiments.figures import LABELS
 from experiments.finetune import architecture as config_json
-from experiments.finetune import base, data, dry_run, loop, memory, report, weights
+from experiments.finetune import base, data, dry_run, loop, memory, report, step, weights
 from experiments.finetune.chat import Chat
 from experiments.finetune.command import Command, parse
 from experiments.finetune.config import (
@@ -34,7 +34,7 @@ from experiments.finetune.suites.study import suite
 from experiments.language.hugging_face import CONFIG
 from experiments.language.mesh import make_mesh, one_device
 from experiments.language.training_loop import Progress, TrainingError
-from experiments.runs import RunError, claim
+from experiments.runs import RunError, claim, leave_nothing_of_no_run
 from experiments.side_by_side import a_device_for_each_core, devices_for, side_by_side
 
 
@@ -131,6 +131,8 @@ def _prepare(
         else:
             folder = Path(command.model).expanduser()
         architecture = config_json.read(folder / CONFIG)
+        if not dry_run.apart(command):
+            step.check(command.training(), architecture, make_mesh(command.mesh.sizes))
         weights.check(folder, architecture)  # before what takes long, and before --out is claimed
         chat = Chat(folder)
         if chat.vocabulary > architecture.vocabulary:
@@ -172,12 +174,6 @@ def _check_folder(model: str) -> None:
     )
 
 
-def _leave_nothing_of_no_run(folder: epath.Path) -> None:
-    """A start that failed leaves --out free for another, whose model or settings are mended."""
-    if not (folder / "metrics.jsonl").exists():
-        (folder / "config.json").unlink(missing_ok=True)
-
-
 def _fingerprint(folder: Path) -> str:
     """The model's name, and a digest of its config and tensors: arms begin with equal ones."""
     digest = hashlib.sha256((folder / CONFIG).read_bytes())
@@ -207,7 +203,7 @@ def _train(
             lock = claim(folder, settings, ("mesh",), other="another --out")
             stack.enter_context(contextlib.closing(lock))
             if new:
-                stack.callback(_leave_nothing_of_no_run, folder)
+                stack.callback(leave_nothing_of_no_run, folder)
         if (folder / "summary.json").exists():
             on_message(f"{LABELS.get(arm, arm)}: finished before, in {folder}")
             return

@@ -10,6 +10,7 @@ from etils import epath
 from experiments.finetune.config import ArmName, Base, Optimizer, Running, Training
 from experiments.finetune.suites.config import Suite, SuiteName, defaults
 from experiments.language.processes import Processes
+from experiments.settings import Positive, check_different
 
 # What fine-tuning a real model begins with: less to hold, longer windows, a rate for one.
 _REAL = Training(
@@ -54,7 +55,7 @@ class Command(Suite, Running, Training):
     """Print what a step takes of a device's memory, refuse what does not fit, and end."""
     preset: Literal["0.6b", "1.7b", "4b"] | None = None
     """Of --dry-run: a Qwen3 of that size, which need not be here."""
-    device_memory: float | None = None
+    device_memory: Positive | None = None
     """Gigabytes that a device has; by default it is asked."""
     processes: Processes = dataclasses.field(default_factory=Processes)
     """A run on many hosts."""
@@ -63,8 +64,7 @@ class Command(Suite, Running, Training):
         Suite.__post_init__(self)
         Running.__post_init__(self)
         Training.__post_init__(self)
-        if not self.arms or len(set(self.arms)) != len(self.arms):
-            raise ValueError(f"--arms names one or more, each once; got {self.arms}.")
+        check_different(self, "arms")
         if self.preset and not self.dry_run:
             raise ValueError(
                 "--preset is of --dry-run; to train, give --model with the folder of such a model."
@@ -82,8 +82,6 @@ class Command(Suite, Running, Training):
                 "--export False, which leaves checkpoints there and no model, or a local --out and "
                 "copy the arm's folder `model` from it."
             )
-        if self.device_memory is not None and not self.device_memory > 0:
-            raise ValueError(f"--device-memory is above 0 gigabytes, got {self.device_memory:g}.")
 
     @property
     def exports(self) -> bool:
@@ -98,7 +96,7 @@ class Command(Suite, Running, Training):
 def parse(arguments: list[str]) -> Command:
     """The command line; what it does not say is that of a real model or of the small one."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--model", "--preset", "--suite"):
+    for name in ("--model", "--preset", "--suite", "--epochs"):
         early.add_argument(name, nargs="?")  # what is wrong or missing is for tyro to tell
     named, _ = early.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
     real = bool(named.model or named.preset)
@@ -108,6 +106,8 @@ def parse(arguments: list[str]) -> Command:
         settings |= defaults(named.suite)
     elif not real:
         settings |= _SHORT
+    if named.epochs:
+        settings["steps"] = 0  # as many as these are, unless --steps is given too
     return tyro.cli(
         Command, args=arguments, default=Command(**settings), prog="python -m experiments.finetune"
     )

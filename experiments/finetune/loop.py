@@ -151,7 +151,9 @@ class _Run(TrainingLoop):
             "validation_accuracy": last["validation_accuracy"],
             "gradient_norm_median": median,
             "gradient_norm_spread": spread,
-            "max_logit": max((r["max_logit"] or -math.inf for r in trained), default=None),
+            "max_logit": max(
+                (r["max_logit"] for r in trained if r["max_logit"] is not None), default=None
+            ),
             "skipped_steps": trained[-1]["skipped"],
             "seconds": self.seconds,
             "tokens_per_second": speed(self.log, self.config.tokens_per_step),

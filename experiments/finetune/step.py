@@ -64,12 +64,10 @@ class Trainer:
     ):
         if not config.steps or config.warmup is None:
             raise ValueError("A training has steps and a warm-up; `config.with_steps` gives them.")
-        _check_batch(config, mesh)
-        sharding.check_heads(mesh, heads=architecture.heads, kv_heads=architecture.kv_heads)
         self.config, self.name, self.architecture, self.mesh = config, arm, architecture, mesh
         self.model = LanguageModel(architecture, config.dtype, config.remat)
+        self.specs = check(config, architecture, mesh)
         wanted, self.places = model.shapes(architecture), model.shardings(architecture, mesh)
-        self.specs = sharding.param_specs(wanted, mesh)
         placed = {"mesh": mesh, "shardings": self.specs} if arm != "adamw" else {}
         self.arm = arms.make(arm, config, architecture, **placed)
         with jax.set_mesh(mesh):
@@ -253,6 +251,13 @@ def _parts(batch: Batch) -> list[np.ndarray]:
     """What `Windows` have, `(B, T)` int32 each."""
     parts = batch.tokens, np.where(batch.mask > 0, batch.targets, _NONE), batch.segments
     return [np.asarray(x, np.int32) for x in parts]
+
+
+def check(config: Training, architecture: Qwen3, mesh: jax.sharding.Mesh) -> Any:
+    """The specs of the params, or a ValueError of what the mesh does not divide."""
+    _check_batch(config, mesh)
+    sharding.check_heads(mesh, heads=architecture.heads, kv_heads=architecture.kv_heads)
+    return sharding.param_specs(model.shapes(architecture), mesh)
 
 
 def _check_batch(config: Training, mesh: jax.sharding.Mesh) -> None:

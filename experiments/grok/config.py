@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,6 +13,7 @@ from experiments.grok import grid
 from experiments.grok.losses import SoftmaxName
 from experiments.grok.tasks import TRAIN_FRACTION, TaskName, split, table
 from experiments.optimizers import OptimizerName, Settings
+from experiments.settings import Average, Count, Whole, check, check_different
 from muon_jax import GroupedQuery
 
 SuiteName = Literal["paper", "critics", "width", "batch", "rank", "rates"]
@@ -77,33 +79,33 @@ class Config(Settings):
     """Output functions, each with its own loss."""
     optimizers: tuple[OptimizerName, ...] = ("adamw", "muon")
     """Arms of the comparison."""
-    seeds: int = 3
+    seeds: Count = 3
     """Seeds per arm: of the split, the initial weights, the batches and the dropout."""
     grid: tuple[str, ...] = ()
     """Axes of a sweep, as `width=32,64 muon.learning-rate=0.01,0.02`: settings by their options'
     names. One of a single optimizer's varies that optimizer alone."""
-    epochs: int = 200
+    epochs: Count = 200
     """Budget of a cell; one that has not grokked by then is censored."""
-    width: int = 128
+    width: Count = 128
     """Embedding size."""
-    layers: int = 1
+    layers: Count = 1
     """Transformer blocks."""
-    heads: int = 2
+    heads: Count = 2
     """Attention heads; width / heads must be even."""
-    batch: int = 512
+    batch: Count = 512
     """Rows a step; an epoch drops the rows that do not fill one."""
-    dropout: float = 0.0
+    dropout: Average = 0.0
     """Share of a block's outputs dropped in training."""
     train_fraction: float | None = None
     """Share of the table trained on; by default the published one of each task."""
-    warmup: int = 10
+    warmup: Whole = 10
     """Steps of linear warm-up."""
     full_length: bool = False
     """Train every cell for all epochs; by default one ends once it has grokked for good."""
-    probe_every: int = 10
+    probe_every: Whole = 10
     """Epochs between looks inside the model, besides the first and the last: spectra, norms,
     Fourier power; 0 for none."""
-    together: int | None = dataclasses.field(default=None, compare=False)
+    together: Count | None = dataclasses.field(default=None, compare=False)
     """Seeds that train side by side in one program; by default 1 on a CPU, elsewhere all."""
     out: Path = dataclasses.field(default=Path("runs/grok"), compare=False)
     """Where run folders are."""
@@ -111,31 +113,23 @@ class Config(Settings):
     """The run's folder; by default made of the settings."""
 
     def __post_init__(self) -> None:
-        for field in ("seeds", "epochs", "width", "layers", "heads", "batch"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"--{field} must be at least 1, got {getattr(self, field)}.")
-        for field in ("tasks", "softmax", "optimizers"):
-            values = getattr(self, field)
-            if not values or len(set(values)) != len(values):
-                raise ValueError(f"--{field} needs one or more different values, got {values}.")
+        check(self)
+        check_different(self, "tasks", "softmax", "optimizers")
         pair = 2 * self.heads
         if self.width % pair:
             raise ValueError(
                 f"--width {self.width} does not split into --heads {self.heads} heads of even "
                 f"size, which RoPE needs; try --width {max(self.width // pair, 1) * pair}."
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout must be in [0, 1), got {self.dropout}.")
         for task in self.tasks:
             split(len(table(task).tokens), self.fraction(task), seed=0)
-        for field in ("warmup", "probe_every"):
-            if getattr(self, field) < 0:
-                option = field.replace("_", "-")
-                raise ValueError(f"--{option} must not be negative, got {getattr(self, field)}.")
-        if self.together is not None and self.together < 1:
-            raise ValueError(f"--together must be at least 1, got {self.together}.")
-        for text in self.grid:
-            axis = grid.axis(text)
+        axes = [grid.axis(text) for text in self.grid]
+        if repeated := [name for name, n in Counter(a.setting for a in axes).items() if n > 1]:
+            raise ValueError(
+                f"--grid must name a setting once, with all of its values, as "
+                f"{repeated[0]}=1,2; got several axes of {', '.join(repeated)}."
+            )
+        for text, axis in zip(self.grid, axes, strict=True):
             if not any(map(axis.concerns, self.optimizers)):
                 raise ValueError(
                     f"--grid {text!r} concerns none of --optimizers {' '.join(self.optimizers)}."

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 # Whose axis a setting is; the others concern every optimizer.
 OWNERS = {
@@ -102,16 +102,17 @@ def _replaced(settings: Any, path: list[str], value: Any, name: str) -> Any:
     if len(path) > 1 and dataclasses.is_dataclass(old):
         new = _replaced(old, path[1:], value, name)
     else:
-        words = get_args(field.type) if get_origin(field.type) is Literal else ()
+        its = get_type_hints(type(settings))[field.name]  # without the rule beside it
+        words = get_args(its) if get_origin(its) is Literal else ()
         if words and value not in words:
             raise ValueError(
                 f"--grid {name}={value} is no value of this setting; there are {', '.join(words)}."
             )
-        kind = float if "float" in str(field.type) and not words else type(old)
+        kind = float if "float" in str(its) and not words else type(old)
         whole_is_number = kind is float and type(value) is int
         if len(path) > 1 or not (isinstance(value, kind) or whole_is_number):
             raise ValueError(f"--grid {name}={value} does not fit, as {name}={old} would.")
-        new = value if "int" in str(field.type) or not whole_is_number else float(value)
+        new = value if "int" in str(its) or not whole_is_number else float(value)
     return dataclasses.replace(settings, **{field.name: new})
 
 

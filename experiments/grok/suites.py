@@ -1,11 +1,13 @@
 """Named studies; `--suite NAME`, and any option given beside it goes before."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from typing import get_args
 
 from experiments.grok.config import Config, SuiteName
 from experiments.optimizers import ARMS
+from experiments.settings import fitting_divisor, given
 
 # Muon with its own decay, and with AdamW's by either reading of "equal".
 _DECAYS = ("adamw", "muon", "muon_equal_decay", "muon_equal_shrink")
@@ -70,4 +72,8 @@ def defaults(arguments: Sequence[str]) -> Config:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--suite", choices=get_args(SuiteName))
     named, _ = early.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
-    return SUITES[named.suite] if named.suite else Config()
+    config = SUITES[named.suite] if named.suite else Config()
+    # Heads divide the width in even parts, unless the command line names them.
+    width = given(arguments, "--width", config.width)
+    heads = fitting_divisor(config.heads, width // 2)
+    return dataclasses.replace(config, width=width, heads=heads)

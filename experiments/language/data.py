@@ -13,6 +13,7 @@ import tokenizers
 from etils import epath
 
 from experiments.language import cache, documents, shards, tokenizer
+from experiments.settings import Count
 
 _FORMAT = 2  # of the cache; another one makes all texts be tokenised again
 _SAMPLE = 1 << 27  # characters that a tokenizer is trained on at most
@@ -37,7 +38,7 @@ class Data:
     s3://. By default the Python standard library is learnt."""
     tokenizer: str | None = None
     """A tokenizer.json to use; by default a byte-level BPE is trained on the text."""
-    vocabulary: int = 2048
+    vocabulary: Count = 2048
     """Tokens of the trained tokenizer, or of --data.files that are tokens already."""
     end_of_text: str = "<|endoftext|>"
     """The special token that ends a document."""

@@ -3,28 +3,34 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType
 
 from experiments.experimental import arrange_devices
+from experiments.settings import Rule
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
+
+Axis = Annotated[
+    int,
+    Rule("at least 1, or -1 for what the others leave", lambda size: size >= 1 or size == -1),
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
     """How devices share the work; one size may be -1, which is what the others leave."""
 
-    data: int = 1
+    data: Axis = 1
     """Copies of the params; each takes a part of the batch."""
-    fsdp: int = -1
+    fsdp: Axis = -1
     """Devices that share out params, optimizer state and batch."""
-    expert: int = 1
+    expert: Axis = 1
     """Devices that share out the experts, and a part of the batch."""
-    tensor: int = 1
+    tensor: Axis = 1
     """Devices that share out heads and hidden sizes."""
 
     @property

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.settings import Count, Whole
+
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
@@ -19,9 +21,9 @@ class Processes:
     """Find the others: Slurm, GKE, Open MPI and TPU VMs tell who they are; elsewhere say it."""
     coordinator: str | None = None
     """HOST:PORT of the first process, where nothing tells."""
-    count: int | None = None
+    count: Count | None = None
     """How many there are, where nothing tells."""
-    index: int | None = None
+    index: Whole | None = None
     """Which one this is, from 0, where nothing tells."""
 
     def join(self) -> None:

@@ -16,6 +16,7 @@ from experiments.commands import flat
 from experiments.language.checkpoints import Checkpoints
 from experiments.language.log import Log
 from experiments.language.processes import Agreement, check_same
+from experiments.settings import Count, check
 
 Metrics = dict[str, Any]
 
@@ -41,26 +42,26 @@ OnMessage = Callable[[str], None]
 class Keeping:
     """How a run is kept and watched, which changes nothing of what it trains."""
 
-    save_every: int = 100
+    save_every: Count = 100
     """Steps from one checkpoint to the next."""
-    keep: int = 3
+    keep: Count = 3
     """Checkpoints that are kept."""
-    evaluate_every: int = 50
+    evaluate_every: Count = 50
     """Steps from one evaluation to the next."""
-    evaluation_tokens: int = 32_768
+    evaluation_tokens: Count = 32_768
     """Held-out tokens that it is evaluated on, always the same."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps from one record of metrics.jsonl to the next."""
     profile: tuple[int, int] | None = None
     """First step that the profiler watches, and the first that it does not."""
 
     def __post_init__(self) -> None:
-        for name in ("save_every", "keep", "evaluate_every", "evaluation_tokens", "log_every"):
-            if getattr(self, name) < 1:
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option} is at least 1, got {getattr(self, name)}.")
+        check(self)
         if self.profile is not None and not 0 <= self.profile[0] < self.profile[1]:
-            raise ValueError(f"--profile is FIRST END with FIRST < END, got {self.profile}.")
+            raise ValueError(
+                "--profile must be FIRST END, steps from 0 on with FIRST < END; got "
+                f"{self.profile[0]} {self.profile[1]}."
+            )
 
 
 class TrainingLoop(abc.ABC):

@@ -112,7 +112,7 @@ class _Windows:
             )
 
     def __len__(self) -> int:
-        return int(self._ends[-1] - 1) // self._context
+        return max(int(self._ends[-1]) - 1, 0) // self._context
 
     def __getitem__(self, index: int) -> np.ndarray:
         start, missing = index * self._context, self._context + 1

@@ -18,15 +18,18 @@ from rich.progress import TaskID
 
 from experiments.commands import INTERRUPTED, print_error, progress_bar, stop_on_signals
 from experiments.language import data
+from experiments.language.mesh import make_mesh
 from experiments.language.processes import Processes
 from experiments.language.training_loop import Progress, TrainingError
 from experiments.optimizers import OptimizerName
+from experiments.pretrain import step
 from experiments.pretrain.config import PresetName, Running, Training, as_json
 from experiments.pretrain.loop import train
-from experiments.pretrain.presets import PRESETS
+from experiments.pretrain.presets import PRESETS, fitted
+from experiments.pretrain.suites import study
 from experiments.pretrain.suites.config import Suite, SuiteName, defaults
-from experiments.pretrain.suites.study import suite
-from experiments.runs import RunError, claim
+from experiments.runs import RunError, claim, leave_nothing_of_no_run
+from experiments.settings import check_different, given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +62,12 @@ class Command(Suite, Running, Training):
         Suite.__post_init__(self)
         Running.__post_init__(self)
         Training.__post_init__(self)
-        if not self.optimizer or len(set(self.optimizer)) != len(self.optimizer):
-            raise ValueError(f"--optimizer names one or more, each once; got {self.optimizer}.")
+        check_different(self, "optimizer")
+        if self.evaluation_tokens < self.context:
+            raise ValueError(
+                f"--evaluation-tokens must be at least one --context, {self.context}; got "
+                f"{self.evaluation_tokens}."
+            )
         if self.compile_only != (self.topology is not None):
             raise ValueError(
                 "--compile-only and --topology go together, as --compile-only --topology v5p:4x4x4."
@@ -93,11 +100,18 @@ def parse(arguments: list[str]) -> Command:
     early.add_argument("--preset", choices=PRESETS)
     early.add_argument("--suite", choices=get_args(SuiteName))
     named, _ = early.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
-    if named.suite:
-        settings = defaults(named.suite, PRESETS.get(named.preset))
-    else:
-        preset = PRESETS[named.preset or "tiny"]
-        settings = {f.name: getattr(preset, f.name) for f in dataclasses.fields(Training)}
+    preset = PRESETS.get(named.preset)
+    settings = defaults(named.suite, preset) if named.suite else vars(preset or PRESETS["tiny"])
+    training = Training(**{f.name: settings[f.name] for f in dataclasses.fields(Training)})
+    context = given(arguments, "--context", training.context)
+    settings = (
+        settings
+        | vars(fitted(training, arguments))
+        | {
+            # One window is held out, at least.
+            "evaluation_tokens": max(Running.evaluation_tokens, context)
+        }
+    )
     default = Command(preset=named.preset or "tiny", **settings)
     return tyro.cli(Command, args=arguments, default=default, prog="python -m experiments.pretrain")
 
@@ -113,18 +127,24 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
 
         return compile_only(command.training(), command.optimizer, command.topology, console)
     if command.suite:
+        study.check(command, command.suite)
         tokens = _prepare(command, stop, console)
-        return suite(command, command.suite, tokens, console, stop)
+        return study.suite(command, command.suite, tokens, console, stop)
     if len(command.optimizer) > 1 and (command.folder() / "config.json").exists():
         raise RunError(
             f"{command.folder()} holds a run of one optimizer, and several get folders in --out. "
             "Give another --out, or the one --optimizer of that run."
         )
-    tokens = _prepare(command, stop, console)
-    for optimizer in command.optimizer:
-        if not _train(command, optimizer, tokens, stop, console):
-            console.print("Stopped and saved; the same command goes on from there.")
-            return INTERRUPTED
+    step.check(command.training(), make_mesh(command.mesh.sizes))
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            for optimizer in command.optimizer:
+                _claim(command, optimizer, stack)
+        tokens = _prepare(command, stop, console)
+        for optimizer in command.optimizer:
+            if not _train(command, optimizer, tokens, stop, console):
+                console.print("Stopped and saved; the same command goes on from there.")
+                return INTERRUPTED
     if jax.process_index() == 0:
         from experiments.pretrain.report import terminal_table, write_report
         from experiments.pretrain.report_data import load_runs
@@ -133,6 +153,17 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
         console.print(terminal_table(load_runs(command.folder(), command.optimizer)))
         console.print(f"Report: {report}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _claim(command: Command, optimizer: OptimizerName, stack: contextlib.ExitStack) -> None:
+    """Makes the folder of a run this process's, before what takes long."""
+    folder = command.folder(optimizer)
+    settings = {"optimizer": optimizer} | as_json(command.training())
+    is_new = not (folder / "config.json").exists()
+    lock = claim(folder, settings, ("mesh",), other="another --out")
+    stack.enter_context(contextlib.closing(lock))
+    if is_new:
+        stack.callback(leave_nothing_of_no_run, folder)
 
 
 def _prepare(command: Command, stop: threading.Event, console: Console) -> data.Tokens:
@@ -161,24 +192,19 @@ def _train(
     stop: threading.Event,
     console: Console,
 ) -> bool:
-    config, folder = command.training(), command.folder(optimizer)
-    settings = {"optimizer": optimizer} | as_json(config)
-    with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            lock = claim(folder, settings, ("mesh",), other="another --out")
-            stack.enter_context(contextlib.closing(lock))
-        with progress_bar(console) as bar:
-            task = bar.add_task(f"{optimizer}: compiling", total=config.steps)
-            return train(
-                config,
-                optimizer,
-                command,
-                tokens,
-                folder,
-                stop,
-                functools.partial(_show, optimizer, bar, task),
-                functools.partial(console.print, highlight=False),
-            )
+    config = command.training()
+    with progress_bar(console) as bar:
+        task = bar.add_task(f"{optimizer}: compiling", total=config.steps)
+        return train(
+            config,
+            optimizer,
+            command,
+            tokens,
+            command.folder(optimizer),
+            stop,
+            functools.partial(_show, optimizer, bar, task),
+            functools.partial(console.print, highlight=False),
+        )
 
 
 def _show(optimizer: str, bar: Bar, task: TaskID, progress: Progress) -> None:

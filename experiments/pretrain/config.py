@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from experiments.commands import option
 from experiments.language.data import Data
 from experiments.language.mesh import Mesh
 from experiments.language.training_loop import Keeping
 from experiments.optimizers import AdamW, DecayName, Muon, Settings
+from experiments.settings import Clip, Count, Decay, Positive, Share, Whole, above, check
 from muon_jax import GroupedQuery, MultiHeadLatent
 
 PresetName = Literal[
@@ -28,47 +28,47 @@ PresetName = Literal[
 class Model:
     """A transformer: some dense layers first, then layers with experts."""
 
-    layers: int = 4
+    layers: Count = 4
     """All of them."""
-    dense_layers: int = 1
+    dense_layers: Whole = 1
     """The first ones, which have no experts; as many as --model.layers for a dense model."""
-    width: int = 128
+    width: Count = 128
     """Of the residual stream."""
-    heads: int = 4
+    heads: Count = 4
     """Attention heads."""
     attention: Literal["latent", "multi-head"] = "latent"
     """Keys and values from a shared latent (DeepSeek's MLA), or from the stream itself."""
-    latent: int = 64
+    latent: Count = 64
     """Of latent attention: size of the latent."""
-    nope: int = 32
+    nope: Count = 32
     """Of latent attention: columns of a query or key head without position."""
-    rope: int = 16
+    rope: Count = 16
     """Of latent attention: rotated columns of a query or key head."""
-    value: int = 32
+    value: Count = 32
     """Of latent attention: columns of a value head."""
-    rope_base: float = 50_000.0
+    rope_base: Annotated[float, above(1)] = 50_000.0
     """Of the wavelengths of RoPE."""
-    hidden: int = 384
+    hidden: Count = 384
     """Hidden size of a dense layer's SwiGLU."""
-    experts: int = 8
+    experts: Count = 8
     """Routed experts of a layer."""
-    active: int = 2
+    active: Count = 2
     """Routed experts that a token goes to."""
-    shared: int = 1
+    shared: Whole = 1
     """Experts that every token goes to, as one SwiGLU of their joint size."""
-    expert_hidden: int = 96
+    expert_hidden: Count = 96
     """Hidden size of an expert."""
-    routed_scale: float = 2.446
+    routed_scale: Positive = 2.446
     """Factor of the routed experts' weights, which sum to 1."""
-    bias_rate: float = 1e-3
+    bias_rate: Decay = 1e-3
     """Step of the selection biases that balance the experts; 0 for the last phase."""
-    balance_loss: float = 1e-4
+    balance_loss: Decay = 1e-4
     """Factor of the sequence-wise balance loss."""
     tied: bool = False
     """Let the head be the embedding."""
-    init_std: float = 0.02
+    init_std: Positive = 0.02
     """Of all kernels and the embedding."""
-    epsilon: float = 1e-5
+    epsilon: Positive = 1e-5
     """Of RMSNorm."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the arithmetic; params, router and losses are float32."""
@@ -78,11 +78,7 @@ class Model:
     """How tokens reach experts of other devices; by default the better that the platform has."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            floor = 0 if field.name in ("dense_layers", "shared") else 1
-            if field.type in (int, "int") and value < floor:
-                raise ValueError(f"{option('model', field.name)} is at least {floor}, got {value}.")
+        check(self, "model")
         if self.dense_layers > self.layers:
             raise ValueError(
                 f"--model.dense-layers {self.dense_layers} is more than --model.layers "
@@ -118,43 +114,41 @@ class Training(Settings):
     """The text."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     """How devices share the work."""
-    context: int = 256
+    context: Count = 256
     """Tokens that a prediction sees at most."""
-    batch: int = 8
+    batch: Count = 8
     """Windows of context tokens a step, over all devices."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Microbatches that a step's batch is worked through in."""
-    steps: int = 400
+    steps: Count = 400
     """Optimizer steps."""
-    warmup: int = 40
+    warmup: Whole = 40
     """Steps of linear warm-up."""
     decay: DecayName = "cosine"
     """How the rate falls after warm-up."""
-    final: float = 0.1
+    final: Share = 0.1
     """Share of the rate that it falls to."""
-    cooldown: int = 0
+    cooldown: Whole = 0
     """Last steps, in which the rate falls linearly to 0 and the selection biases rest."""
-    clip: float = 1.0
+    clip: Clip = 1.0
     """Largest norm of the gradient of all params; above it is scaled down."""
-    spike: float | None = None
+    spike: Annotated[float, above(1)] | None = None
     """Skip steps whose gradient norm is so many times its recent mean; by default none."""
-    patience: int = 10
+    patience: Count = 10
     """Steps without finite loss and gradient, in a row, after which the run stops."""
-    seed: int = 0
+    seed: Whole = 0
     """Of the initial params and the order of the text."""
 
     def __post_init__(self) -> None:
-        for name in ["context", "batch", "accumulate", "steps", "patience"]:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{option(name)} is at least 1, got {getattr(self, name)}.")
+        check(self)
         if self.batch % self.accumulate:
             raise ValueError(
                 f"--accumulate {self.accumulate} does not divide --batch {self.batch}."
             )
-        if min(self.warmup, self.cooldown) < 0 or self.warmup + self.cooldown >= self.steps:
+        if self.warmup + self.cooldown >= self.steps:
             raise ValueError(
-                f"--warmup {self.warmup} and --cooldown {self.cooldown} are not negative and "
-                f"together less than --steps {self.steps}."
+                f"--warmup and --cooldown together must be less than --steps {self.steps}; got "
+                f"{self.warmup} and {self.cooldown}."
             )
 
     @property
@@ -178,7 +172,7 @@ class Training(Settings):
 class Running(Keeping):
     """How a run is kept and watched, which changes nothing of what it trains."""
 
-    samples: int = 3
+    samples: Whole = 3
     """Texts that the finished model writes."""
 
 

@@ -1,11 +1,13 @@
 """Named settings; `--preset NAME`, and any option given beside it goes before."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 
 from experiments.language.data import Data
 from experiments.optimizers import AdamW, Muon
 from experiments.pretrain.config import Model, PresetName, Training
+from experiments.settings import fitting_divisor, given, tenth_at_most
 
 
 def _dense(
@@ -127,6 +129,35 @@ PRESETS: dict[str, Training] = {
     "dense-1.5b": _dense(20, 2560, 6400, 38.91e9, 8.305e-4, 256),
     "moonlight-16b": _MOONLIGHT,
 }
+
+
+def fitted(default: Training, arguments: Sequence[str]) -> Training:
+    """A command line's defaults: what it does not name follows what it does.
+
+    Warm-up and cool-down are a tenth of the steps at most, microbatches divide the batch, a dense
+    model stays one, and a token goes to no more experts than there are.
+    """
+    model = default.model
+    layers = given(arguments, "--model.layers", model.layers)
+    experts = given(arguments, "--model.experts", model.experts)
+    is_dense = model.dense_layers == model.layers
+    model = dataclasses.replace(
+        model,
+        layers=layers,
+        dense_layers=layers if is_dense else min(model.dense_layers, layers),
+        experts=experts,
+        active=min(model.active, experts),
+    )
+    steps, batch = (given(arguments, f"--{x}", getattr(default, x)) for x in ("steps", "batch"))
+    return dataclasses.replace(
+        default,
+        model=model,
+        steps=steps,
+        warmup=tenth_at_most(steps, default.warmup),
+        cooldown=tenth_at_most(steps, default.cooldown),
+        batch=batch,
+        accumulate=fitting_divisor(default.accumulate, batch),
+    )
 
 
 def preset_of(arguments: Sequence[str]) -> PresetName:

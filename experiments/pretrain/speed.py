@@ -29,8 +29,9 @@ from experiments.optimizers import OptimizerName
 from experiments.pretrain import export
 from experiments.pretrain.config import PresetName, Training
 from experiments.pretrain.costs import step_costs, unknown_peak
-from experiments.pretrain.presets import PRESETS, preset_of
+from experiments.pretrain.presets import PRESETS, fitted, preset_of
 from experiments.pretrain.step import Trainer
+from experiments.settings import Count
 
 Loop = Callable[[int], None]
 """Trains some steps and waits until they are done."""
@@ -53,9 +54,9 @@ class Command(Training):
     """Model and batch; any option given beside it goes before."""
     optimizer: tuple[OptimizerName, ...] = ("adamw", "muon")
     """Of our loops."""
-    turn: int = 5
+    turn: Count = 5
     """Steps of a loop that count, before it is another's turn."""
-    rounds: int = 5
+    rounds: Count = 5
     """Turns of each loop after one that does not count; the medians are compared."""
 
 
@@ -171,7 +172,7 @@ def take_turns(loops: dict[str, Loop], steps: int, rounds: int) -> dict[str, flo
 def main() -> int:
     """Prints a table of tokens a second, and what there is to compare."""
     preset = preset_of(sys.argv[1:])
-    default = Command(preset=preset, **vars(PRESETS[preset]))
+    default = Command(preset=preset, **vars(fitted(PRESETS[preset], sys.argv[1:])))
     command = tyro.cli(Command, default=default, prog="python -m experiments.pretrain.speed")
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:

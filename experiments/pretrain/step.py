@@ -56,13 +56,11 @@ class Trainer:
     ):
         self.config, self.optimizer, self.mesh = config, optimizer, mesh
         self.model = LanguageModel(config.model, vocabulary)
-        _check_batch(config, mesh)
-        sharding.check_heads(mesh, heads=config.model.heads)
         self.schedule = optimizers.warmup_then_decay(
             config.warmup, config.steps, config.decay, config.final, config.cooldown
         )
         params = jax.eval_shape(self.model.init, jax.random.key(0))
-        self.specs = sharding.param_specs(params, mesh)
+        self.specs = check(config, mesh, params)
         self.labels = muon_jax.label_params(params)
         self.tx = self.transformation(config.rate(optimizer))
         with jax.set_mesh(mesh):
@@ -268,6 +266,16 @@ class Trainer:
             return jnp.sum(self.model.losses(compute, state.bias, windows)[0], axis=1)
 
         return jax.lax.map(losses, windows)
+
+
+def check(config: Training, mesh: jax.sharding.Mesh, params: Params | None = None) -> Any:
+    """The specs of the params, or a ValueError of what the mesh does not divide."""
+    _check_batch(config, mesh)
+    sharding.check_heads(mesh, heads=config.model.heads)
+    if params is None:
+        model = LanguageModel(config.model, config.data.vocabulary)
+        params = jax.eval_shape(model.init, jax.random.key(0))
+    return sharding.param_specs(params, mesh)
 
 
 def _check_batch(config: Training, mesh: jax.sharding.Mesh) -> None:

@@ -1,11 +1,12 @@
 """What the suites train: variants of a fine-tuning, each with several arms."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from experiments.finetune.arms import AS_PUBLISHED
 from experiments.finetune.config import ArmName, Base, QuirkName, Training
-from experiments.sweep import Sweep
+from experiments.settings import Count, Rule, check
+from experiments.sweep import Sweep, check_sweep_seeds
 
 SuiteName = Literal["as_published", "controlled", "mismatch", "qk"]
 
@@ -26,6 +27,7 @@ _CONCERNS: dict[QuirkName, tuple[ArmName, ...]] = {
     "frozen_in_norm": ("muon_frozen1d",),
     "muon_of_tables": ("muon_frozen1d", "muon_adamw", "muonclip"),
 }
+_CLIPPED = Rule("above 0 and below 1, so that something is clipped", lambda value: 0 < value < 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,26 +37,18 @@ class Suite:
     suite: SuiteName | None = None
     """The released code's quirks; all arms on equal terms, with a sweep of learning rates; models
     pretrained by AdamW and by Muon; or QK-clip with QK-norm and without."""
-    seeds: int = 3
+    seeds: Count = 3
     """Of a suite: seeds at each arm's best rate, of the order of the rows."""
-    sweep_seeds: int = 1
+    sweep_seeds: Count = 1
     """Of a suite: how many of the seeds choose that rate."""
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
     """Of a suite: which learning rates an arm is tried at."""
-    clip_share: float = 0.5
+    clip_share: Annotated[float, _CLIPPED] = 0.5
     """Of --suite qk: the threshold, as a share of the model's largest attention logit."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.sweep_seeds <= self.seeds:
-            raise ValueError(
-                f"--sweep-seeds is at least 1 and at most --seeds {self.seeds}, got "
-                f"{self.sweep_seeds}."
-            )
-        if not 0 < self.clip_share < 1:
-            raise ValueError(
-                f"--clip-share is above 0 and below 1, so that something is clipped; got "
-                f"{self.clip_share:g}."
-            )
+        check(self)
+        check_sweep_seeds(self.seeds, self.sweep_seeds)
 
 
 class Cell(NamedTuple):

@@ -12,7 +12,8 @@ from experiments.optimizers import AdamW, Muon, OptimizerName, Rates
 from experiments.pretrain import costs
 from experiments.pretrain.config import Model, Training
 from experiments.pretrain.model import LanguageModel, Params
-from experiments.sweep import Sweep
+from experiments.settings import Count, Positive, check, check_different
+from experiments.sweep import Sweep, check_sweep_seeds
 
 SuiteName = Literal["optimizers", "scaling"]
 
@@ -25,27 +26,21 @@ class Suite:
 
     suite: SuiteName | None = None
     """Compare many optimizers at one size, or the growth of few over several sizes."""
-    seeds: int = 3
+    seeds: Count = 3
     """Of a suite: seeds at each arm's best rate, of initial params and the order of the text."""
-    sweep_seeds: int = 1
+    sweep_seeds: Count = 1
     """Of a suite: how many of the seeds choose that rate."""
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
     """Of a suite: which learning rates an arm is tried at."""
-    widths: tuple[int, ...] = (32, 48, 64, 80)
+    widths: tuple[Count, ...] = (32, 48, 64, 80)
     """Of --suite scaling: sizes of the residual stream; all other sizes grow with it."""
-    tokens_per_param: float = 10.0
+    tokens_per_param: Positive = 10.0
     """Of --suite scaling: tokens that a model is trained on, for each of its active params."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.sweep_seeds <= self.seeds:
-            raise ValueError(
-                f"--sweep-seeds is at least 1 and at most --seeds {self.seeds}, got "
-                f"{self.sweep_seeds}."
-            )
-        if not self.widths or len(set(self.widths)) != len(self.widths) or min(self.widths) < 1:
-            raise ValueError(f"--widths needs different sizes, got {self.widths}.")
-        if not self.tokens_per_param > 0:
-            raise ValueError(f"--tokens-per-param is positive, got {self.tokens_per_param}.")
+        check(self)
+        check_different(self, "widths")
+        check_sweep_seeds(self.seeds, self.sweep_seeds)
 
 
 class Cell(NamedTuple):

@@ -21,6 +21,21 @@ _FREE = ("optimizer", "seeds", "sweep_seeds", "sweep", "widths", "rates", "mesh"
 _REPORTS = {"optimizers": optimizers_report, "scaling": scaling_report}
 
 
+def check(config: Any, which: SuiteName) -> dict[int, Training]:
+    """What a suite trains, by width.
+
+    Raises:
+        ValueError: a size that has no whole number of heads, a folder that is not of this machine,
+            or several processes.
+    """
+    if jax.process_count() > 1 or "://" in str(config.out):
+        raise ValueError(
+            f"--suite {which} runs in one process and keeps its cells in a local folder; got "
+            f"{jax.process_count()} processes and --out {config.out}."
+        )
+    return _trainings(config, which)
+
+
 def suite(
     config: Any, which: SuiteName, tokens: data.Tokens, console: Console, stop: threading.Event
 ) -> int:
@@ -41,12 +56,7 @@ def suite(
         ValueError: a size that has no whole number of heads, a text that is too short, a folder
             that is not of this machine, or several processes.
     """
-    if jax.process_count() > 1 or "://" in str(config.out):
-        raise ValueError(
-            f"--suite {which} runs in one process and keeps its cells in a local folder; got "
-            f"{jax.process_count()} processes and --out {config.out}."
-        )
-    trainings = _trainings(config, which)
+    trainings = check(config, which)
     held_out = windows.held_out(tokens, config.context, config.evaluation_tokens)
     text = cells.Text(tokens, held_out)
     report = _REPORTS[which]
