@@ -246,7 +246,7 @@ def test_a_run_without_finite_steps_stops_and_says_so(text, tokens, tmp_path, mo
     "optimizer, changes, remedy",
     [
         ("muon", {"muon": Muon(learning_rate=3e38)}, r"lower --muon.learning-rate 3e\+38 or "),
-        ("adamw", {"adamw": AdamW(eps=0.0)}, "or raise --adamw.eps 0. None is saved"),
+        ("adamw", {"adamw": AdamW(learning_rate=3e38)}, "raise --adamw.eps 1e-08. None is saved"),
     ],
 )
 def test_params_that_an_update_breaks_are_not_saved(

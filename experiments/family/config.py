@@ -38,7 +38,7 @@ class Training(Settings):
     layers: Count = 2
     """Transformer blocks."""
     head_size: Count = 32
-    """Width of an attention head; there are width / this."""
+    """Width of an attention head; there are width / this. The default divides --width."""
     context: Count = 64
     """Bytes that a prediction sees at most."""
     batch: Count = 16
@@ -46,11 +46,11 @@ class Training(Settings):
     steps: Count = 300
     """Optimizer steps of a cell."""
     warmup: Whole = 20
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; the default is a tenth of --steps at most."""
     decay: DecayName = "linear"
     """How the rate falls to zero after warm-up."""
     evaluations: Count = 6
-    """Times a cell is validated, the last time at its end; divides --steps."""
+    """Times a cell is validated, the last time at its end; divides --steps, as the default does."""
     validation: Count = 256
     """Windows that it is validated on, always the same."""
     text: Path | None = dataclasses.field(default=None, compare=False)

@@ -91,7 +91,7 @@ class Config(Settings):
     layers: Count = 1
     """Transformer blocks."""
     heads: Count = 2
-    """Attention heads; width / heads must be even."""
+    """Attention heads; width / heads must be even, and is by default."""
     batch: Count = 512
     """Rows a step; an epoch drops the rows that do not fill one."""
     dropout: Average = 0.0

@@ -119,21 +119,23 @@ class Training(Settings):
     batch: Count = 8
     """Windows of context tokens a step, over all devices."""
     accumulate: Count = 1
-    """Microbatches that a step's batch is worked through in."""
+    """Microbatches that a step's batch is worked through in; the default divides --batch."""
     steps: Count = 400
     """Optimizer steps."""
     warmup: Whole = 40
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; the default is a tenth of --steps at most."""
     decay: DecayName = "cosine"
     """How the rate falls after warm-up."""
     final: Share = 0.1
     """Share of the rate that it falls to."""
     cooldown: Whole = 0
-    """Last steps, in which the rate falls linearly to 0 and the selection biases rest."""
+    """Last steps, in which the rate falls linearly to 0 and the selection biases rest; the default
+    is a tenth of --steps at most."""
     clip: Clip = 1.0
     """Largest norm of the gradient of all params; above it is scaled down."""
     spike: Annotated[float, above(1)] | None = None
-    """Skip steps whose gradient norm is so many times its recent mean; by default none."""
+    """Skip steps whose gradient norm is more than so many times its recent mean, to which a skipped
+    one counts as the largest that would be taken; by default none."""
     patience: Count = 10
     """Steps without finite loss and gradient, in a row, after which the run stops."""
     seed: Whole = 0
