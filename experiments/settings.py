@@ -14,6 +14,7 @@ from experiments.commands import option
 _LARGEST, _SMALLEST = 3.4028234e38, 1.1754944e-38  # of float32, in which all arithmetic is
 
 Number = TypeVar("Number", int, float)
+Defaults = TypeVar("Defaults")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +139,14 @@ def given(arguments: Sequence[str], name: str, otherwise: Number) -> Number:
             except ValueError:
                 return otherwise
     return otherwise
+
+
+def replaced(default: Defaults, **changes: Any) -> Defaults:
+    """The defaults with what follows; as they are if it makes no sense, which is refused later."""
+    try:
+        return dataclasses.replace(default, **changes)
+    except ValueError:
+        return default
 
 
 def fitting_divisor(wanted: int, of: int) -> int:

@@ -215,7 +215,7 @@ def test_a_flipped_byte_costs_its_cell_alone(whole, tmp_path, capsys):
     ("options", "hint"),
     [
         (["--optimizers", "adam"], "'adamw'"),
-        (["--optimizers", "muon", "muon"], "different values"),
+        (["--optimizers", "muon", "muon"], "each of them once"),
         (["--steps", "7", "--warmup", "2"], "try --steps 6"),
         (["--head-size", "5"], "even for RoPE"),
         (["--warmup", "8"], "less than --steps 8"),

@@ -55,7 +55,7 @@ def test_a_run_and_its_report(tmp_path, capsys):
 def test_wrong_widths_are_refused(tmp_path, capsys):
     for options, hint in (
         (["--widths", "8", "12"], "--width 12"),
-        (["--widths", "8", "8"], "differ"),
+        (["--widths", "8", "8"], "each of them once"),
     ):
         with pytest.raises(SystemExit):
             run(*options, out=tmp_path)

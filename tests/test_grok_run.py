@@ -205,9 +205,9 @@ def test_a_run_from_before_an_optimizer_was_added_goes_on(tmp_path):
         (["--width", "17"], "try --width 16"),
         (["--width", "30", "--heads", "4"], "try --width 24"),
         (["--seeds", "0"], "--seeds must be at least 1"),
-        (["--tasks", "mul", "mul"], "different values"),
+        (["--tasks", "mul", "mul"], "each of them once"),
         (["--train-fraction", "1.5"], "both sides need a row"),
-        (["--dropout", "1"], "must be in [0, 1)"),
+        (["--dropout", "1"], "at least 0 and less than 1"),
         (["--muon.scale", "huge"], "'spectral'"),
     ],
 )

@@ -353,9 +353,9 @@ def test_defaults_are_settings_of_the_command(which):
 
 def test_wrong_settings_are_refused():
     for changes, hint in (
-        ({"sweep_seeds": 4}, "--sweep-seeds"),
-        ({"widths": (8, 8)}, "different sizes"),
-        ({"tokens_per_param": 0}, "positive"),
+        ({"sweep_seeds": 4}, "--sweep-seeds must be at most --seeds 3; got 4"),
+        ({"widths": (8, 8)}, "each of them once; got 8 8"),
+        ({"tokens_per_param": 0.0}, "must be greater than 0"),
     ):
         with pytest.raises(ValueError, match=hint):
             Suite(**changes)

@@ -15,6 +15,7 @@ from experiments.settings import (
     check_different,
     fitting_divisor,
     given,
+    replaced,
     tenth_at_most,
 )
 from experiments.sweep import Sweep
@@ -150,7 +151,7 @@ def digest(config: Training, grid: tuple[str, ...]) -> str:
 def fitted(default: "Config", arguments: Sequence[str]) -> "Config":
     """A command line's defaults: what it does not name follows what it does."""
     width, steps = (given(arguments, f"--{x}", getattr(default, x)) for x in ("width", "steps"))
-    return dataclasses.replace(
+    return replaced(
         default,
         width=width,
         head_size=2 * fitting_divisor(default.head_size // 2, width // 2),

@@ -25,7 +25,7 @@ from experiments.settings import (
 
 ArmName = Literal["adamw", "muon_frozen1d", "muon_adamw", "muonclip"]
 QuirkName = Literal[
-    "tenth_at_most_muonclip_alone",
+    "warmup_of_muonclip_alone",
     "decay_apart",
     "spectral_scale",
     "scale_in_root",

@@ -1,13 +1,12 @@
 """Named studies; `--suite NAME`, and any option given beside it goes before."""
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from typing import get_args
 
 from experiments.grok.config import Config, SuiteName
 from experiments.optimizers import ARMS
-from experiments.settings import fitting_divisor, given
+from experiments.settings import fitting_divisor, given, replaced
 
 # Muon with its own decay, and with AdamW's by either reading of "equal".
 _DECAYS = ("adamw", "muon", "muon_equal_decay", "muon_equal_shrink")
@@ -76,4 +75,4 @@ def defaults(arguments: Sequence[str]) -> Config:
     # Heads divide the width in even parts, unless the command line names them.
     width = given(arguments, "--width", config.width)
     heads = fitting_divisor(config.heads, width // 2)
-    return dataclasses.replace(config, width=width, heads=heads)
+    return replaced(config, width=width, heads=heads)

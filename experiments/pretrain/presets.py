@@ -1,13 +1,12 @@
 """Named settings; `--preset NAME`, and any option given beside it goes before."""
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 
 from experiments.language.data import Data
 from experiments.optimizers import AdamW, Muon
 from experiments.pretrain.config import Model, PresetName, Training
-from experiments.settings import fitting_divisor, given, tenth_at_most
+from experiments.settings import fitting_divisor, given, replaced, tenth_at_most
 
 
 def _dense(
@@ -141,7 +140,7 @@ def fitted(default: Training, arguments: Sequence[str]) -> Training:
     layers = given(arguments, "--model.layers", model.layers)
     experts = given(arguments, "--model.experts", model.experts)
     is_dense = model.dense_layers == model.layers
-    model = dataclasses.replace(
+    model = replaced(
         model,
         layers=layers,
         dense_layers=layers if is_dense else min(model.dense_layers, layers),
@@ -149,7 +148,7 @@ def fitted(default: Training, arguments: Sequence[str]) -> Training:
         active=min(model.active, experts),
     )
     steps, batch = (given(arguments, f"--{x}", getattr(default, x)) for x in ("steps", "batch"))
-    return dataclasses.replace(
+    return replaced(
         default,
         model=model,
         steps=steps,
