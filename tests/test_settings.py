@@ -1,6 +1,7 @@
 """Settings of all studies: those that make no sense are refused, and defaults follow the others."""
 
 import functools
+import json
 import sys
 
 import pytest
@@ -14,6 +15,7 @@ from experiments.grok import suites
 from experiments.grok.config import Config as Grok
 from experiments.language.processes import Processes
 from experiments.pretrain import __main__ as pretrain
+from experiments.pretrain.config import as_json
 
 
 def parse_family(kind, words):
@@ -173,7 +175,8 @@ def test_mesh_and_folder_are_checked_before_text_is_read(monkeypatch, capsys, tm
         assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text('{"optimizer": "muon"}')
+    other = {"optimizer": "muon"} | as_json(pretrain.parse(["--seed", "5"]))
+    (tmp_path / "run" / "config.json").write_text(json.dumps(other))
     monkeypatch.setattr(
         sys, "argv", [*words, "--optimizer", "adamw", "--mesh.fsdp", "8", "--mesh.tensor", "2"]
     )

@@ -164,7 +164,7 @@ def test_a_profile_has_the_steps_that_this_part_of_a_run_has(
     monkeypatch.setattr(jax.profiler, "stop_trace", now)
     settings = {"save_every": 100, "evaluate_every": 100, "log_every": 1}
     loop = Loop(clock, saved, folder, steps, profile=profile, **settings)
-    loop.evaluate = lambda state: ({}, 1.0)
+    loop.evaluate = lambda state: ({"validation_loss": 1.0}, 1.0)
     monkeypatch.setattr(saved, "save", lambda *_: None)
     assert loop.to_the_end()
     assert seen == watched
