@@ -69,6 +69,11 @@ def print_error(error: Exception | str) -> None:
     Console(stderr=True).print("[red]error:[/red]", Text(str(error)), soft_wrap=True)
 
 
+def print_warning(text: str) -> None:
+    """Says on stderr what a command goes on in spite of."""
+    Console(stderr=True).print("[yellow]warning:[/yellow]", Text(text), soft_wrap=True)
+
+
 def progress_bar(console: Console) -> Progress:
     """A bar with what is under way and the time left at most."""
     return Progress(

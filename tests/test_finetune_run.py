@@ -27,6 +27,7 @@ from experiments.finetune.architecture import PRESETS
 from experiments.finetune.config import Running
 from experiments.finetune.model import LanguageModel
 from experiments.finetune.step import Trainer
+from experiments.language import log
 from experiments.language.checkpoints import Checkpoints
 from experiments.language.training_loop import TrainingError
 from experiments.side_by_side import side_by_side
@@ -221,9 +222,10 @@ def run(trainer, folder, stop_after=None, rows=None, **calls):
 
 
 def records(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
     timeless = ("seconds", "tokens_per_second")
-    return [{k: v for k, v in json.loads(x).items() if k not in timeless} for x in lines]
+    found, damage = log.read(epath.Path(folder))
+    assert not damage
+    return [{k: v for k, v in record.items() if k not in timeless} for record in found]
 
 
 def test_stopping_and_going_on_gives_the_same_bits(tmp_path):

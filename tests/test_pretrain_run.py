@@ -19,7 +19,7 @@ import pytest
 from etils import epath
 from pretraining import DENSE, SMALL, VOCABULARY, mesh_of, one_device, text_file, training
 
-from experiments.language import data
+from experiments.language import data, log
 from experiments.language.checkpoints import Checkpoints
 from experiments.language.mesh import Mesh
 from experiments.language.training_loop import TrainingError
@@ -75,9 +75,10 @@ def state_in(config, folder, optimizer="muon", step=None, sizes=(1, 1, 1, 1)):
 
 
 def records(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
     timeless = ("seconds", "tokens_per_second", "flops_per_second", "mfu")
-    return [{k: v for k, v in json.loads(x).items() if k not in timeless} for x in lines]
+    found, damage = log.read(epath.Path(folder))
+    assert not damage
+    return [{k: v for k, v in record.items() if k not in timeless} for record in found]
 
 
 def assert_same_bits(a, b):

@@ -200,7 +200,7 @@ def _train(
     on_message: Callable[[str], None],
 ) -> None:
     arm, folder = trainer.name, command.folder(trainer.name)
-    settings = {"arm": arm, "model": start.name, "data": rows.report.sha256} | config.as_json()
+    settings = loop.settings_of(trainer, start, rows)
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             new = not (folder / "config.json").exists()

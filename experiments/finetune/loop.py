@@ -47,6 +47,12 @@ class Start(NamedTuple):
     load: Callable[[jax.sharding.Mesh], Params]
 
 
+def settings_of(trainer: Trainer, start: Start, rows: Prepared) -> dict[str, Any]:
+    """What says which run it is, as JSON."""
+    named = {"arm": trainer.name, "model": start.name, "data": rows.report.sha256}
+    return named | trainer.config.as_json()
+
+
 def train(
     trainer: Trainer,
     running: Running,
@@ -124,12 +130,11 @@ class _Run(TrainingLoop):
                 f"{self.config.optimizer.eps:g}, and go on in another --out."
             )
 
+    def settings(self) -> dict[str, Any]:
+        return settings_of(self.trainer, self.model, self.rows)
+
     def meta(self, step: int) -> dict[str, Any]:
-        return {
-            "arm": self.trainer.name,
-            "config": self.config.as_json(),
-            "data_sha256": self.rows.report.sha256,
-        }
+        return {"config": self.settings(), "data_sha256": self.rows.report.sha256}
 
     def check(self, meta: dict[str, Any]) -> None:
         if meta["data_sha256"] != self.rows.report.sha256:

@@ -94,6 +94,11 @@ def judged(runs: Sequence[Run]) -> list[claims.Judged]:
 def abstract(runs: Sequence[Run]) -> list[str]:
     """The result in plain sentences, every number computed from the records."""
     sentences = [
+        f"The log of {optimizer_label(run.arm)} is damaged: {damage}."
+        for run in runs
+        for damage in run.damage
+    ]
+    sentences += [
         f"{optimizer_label(run.arm)} has done {_steps(run)} steps."
         for run in runs
         if not run.trained.finished

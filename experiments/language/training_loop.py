@@ -106,6 +106,10 @@ class TrainingLoop(abc.ABC):
         """What is logged of the held-out text, and which figure of it is shown."""
 
     @abc.abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The run's, which the seals of its log hold."""
+
+    @abc.abstractmethod
     def meta(self, step: int) -> dict[str, Any]:
         """What is saved beside the state of that step."""
 
@@ -140,7 +144,9 @@ class TrainingLoop(abc.ABC):
         state = self._begin()
         step = int(state.step)
         # At the start nothing is kept: all of it comes again.
-        self.log = Log(self.folder, step or -1) if self.first else None
+        self.log = Log(self.folder, step or -1, self.settings()) if self.first else None
+        for damage in self.log.damage if self.log else ():
+            self.on_message(f"[yellow]metrics.jsonl is damaged:[/yellow] {damage}")
         trained = [r for r in self.log.records if "loss" in r] if self.log else []
         self.seconds = trained[-1]["seconds"] if trained else 0.0
         self._shown: float | None = None

@@ -21,11 +21,12 @@ from experiments.language import data
 from experiments.language.processes import Processes
 from experiments.language.training_loop import Progress, TrainingError
 from experiments.optimizers import OptimizerName
-from experiments.pretrain.config import PresetName, Running, Training, as_json
+from experiments.pretrain.config import PresetName, Running, Training
 from experiments.pretrain.loop import train
 from experiments.pretrain.presets import PRESETS
 from experiments.pretrain.suites.config import Suite, SuiteName, defaults
 from experiments.pretrain.suites.study import suite
+from experiments.pretrain.trained import settings_of
 from experiments.runs import RunError, claim
 
 
@@ -162,7 +163,7 @@ def _train(
     console: Console,
 ) -> bool:
     config, folder = command.training(), command.folder(optimizer)
-    settings = {"optimizer": optimizer} | as_json(config)
+    settings = settings_of(optimizer, config)
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             lock = claim(folder, settings, ("mesh",), other="another --out")

@@ -95,6 +95,11 @@ def terminal_table(runs: Sequence[Run]) -> Table:
 def abstract(runs: Sequence[Run]) -> list[str]:
     """The result in plain sentences, every number computed from the records."""
     sentences = [
+        f"The log of {optimizer_label(run.optimizer)} is damaged: {damage}."
+        for run in runs
+        for damage in run.damage
+    ]
+    sentences += [
         f"{optimizer_label(run.optimizer)} has done {run.steps:,} of {run.config.steps:,} steps."
         for run in runs
         if run.steps < run.config.steps
