@@ -34,6 +34,8 @@ Told = list[tuple[str, dict[str, Any]]]
 class RunError(Exception):
     """A folder that cannot be used as asked; the message says why and what to do."""
 
+    exit_code = 2  # of a command
+
 
 class Run:
     """A folder that one process at a time writes, and that any kill leaves usable.
@@ -106,7 +108,7 @@ class Run:
                 "to be done again. Bring the file back from a copy to keep it."
             )
         kept = sum(1 + len(records) for records, _ in pieces)
-        if dropped := len(found.text) + found.torn - kept:
+        if dropped := len(found.text) + bool(found.torn) - kept:
             notes.append(f"{dropped} lines of an unfinished or damaged cell were cut away.")
         if found.damage:
             copy = path.with_name(f"{LOG}.damaged")

@@ -41,15 +41,15 @@ class Lines(NamedTuple):
         blocks: oldest first.
         tail: records after the last seal, each with its line, counted from 0.
         damage: what is wrong with it, in words.
-        text: of each line, without one that is torn.
-        torn: whether there is one.
+        text: of each line that is whole.
+        torn: what is after these, of a line whose end was not written.
     """
 
     blocks: list[Block]
     tail: list[tuple[int, dict[str, Any]]]
     damage: list[str]
     text: list[bytes]
-    torn: bool
+    torn: bytes
 
     @property
     def config(self) -> dict[str, Any] | None:
@@ -118,7 +118,7 @@ def read(path: Any) -> Lines:
     tail = [(at, value) for at, _, value in pending if value is not None and "sha256" not in value]
     if odd := [at for at, _, value in pending if value is None or "sha256" in value]:
         damage.append(f"line {odd[0] + 1} is damaged")
-    return Lines(blocks, tail, damage, lines, bool(torn))
+    return Lines(blocks, tail, damage, lines, torn)
 
 
 def _told(lost: int, wanted: int, others: list[int], seal: int) -> str:

@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import TaskID
 
-from experiments.commands import INTERRUPTED, print_error, progress_bar, stop_on_signals
+from experiments.commands import guard, progress_bar, stop_on_signals
 from experiments.figures import LABELS
 from experiments.finetune import architecture as config_json
 from experiments.finetune import base, data, dry_run, loop, memory, report, weights
+from experiments.finetune.arms import ARMS
 from experiments.finetune.chat import Chat
 from experiments.finetune.command import Command, parse
 from experiments.finetune.config import (
@@ -33,8 +34,8 @@ from experiments.finetune.step import Trainer
 from experiments.finetune.suites.study import suite
 from experiments.language.hugging_face import CONFIG
 from experiments.language.mesh import make_mesh, one_device
-from experiments.language.training_loop import Progress, TrainingError
-from experiments.runs import RunError, claim
+from experiments.language.training_loop import Progress
+from experiments.runs import check_free, check_group, claim
 from experiments.side_by_side import a_device_for_each_core, devices_for, side_by_side
 
 
@@ -43,18 +44,15 @@ def main() -> int:
     a_device_for_each_core()
     console = Console()
     stop = stop_on_signals()
-    try:
+
+    def work() -> int:
         command = parse(sys.argv[1:])
         command.processes.join()
         if jax.process_index() > 0:
             console.quiet = True
         return run(command, stop, console)
-    except KeyboardInterrupt:
-        console.print("Stopped and saved; the same command goes on from there.")
-        return INTERRUPTED
-    except (ValueError, RunError, TrainingError, OSError) as error:
-        print_error(error)
-        return 1 if isinstance(error, (TrainingError, OSError)) else 2
+
+    return guard(work)
 
 
 def run(command: Command, stop: threading.Event, console: Console) -> int:
@@ -63,9 +61,13 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
         _check_folder(command.model)
     if command.suite:
         dry_run.plan_suite(command, command.suite, console)
-        return 0 if command.dry_run else suite(command, command.suite, console, stop)
+        if command.dry_run:
+            return 0
+        check_free(epath.Path(command.out), command.as_json(), other="another --out")
+        return suite(command, command.suite, console, stop)
     if command.dry_run:
         return dry_run.dry_run(command, console)
+    check_group(epath.Path(command.out), ARMS, command.as_json(), other="another --out")
     start, rows, folder = _prepare(command, stop, console)
     windows = loop.batches(rows.train, command, 0).windows
     config = command.training().with_steps(

@@ -108,7 +108,7 @@ def prepare(
     """
     if context < 2:
         raise ValueError(f"A context has two tokens or more, got {context}.")
-    made = instructions.prepare(cache) if file is None else None
+    made = instructions.prepare(cache, lambda: on_progress(0)) if file is None else None
     path = epath.Path(made.path if made else file).expanduser()
     if not path.name.endswith(SUFFIXES):
         raise ValueError(f"{path} ends in none of {', '.join(SUFFIXES)}.")

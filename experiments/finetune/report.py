@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.commands import flat
+from experiments.commands import flat, reporting
 from experiments.figures import figure_style, optimizer_label
 from experiments.finetune import claims
 from experiments.finetune.arms import ARMS, QUIRKS
@@ -215,16 +215,14 @@ def main(folder: tyro.conf.Positional[str]) -> None:
         folder: With a folder of each arm, e.g. runs/finetune/study.
     """
     path = epath.Path(folder)
-    try:
+    with reporting(folder):
         _refuse_a_suite(path)
         arms = found_arms(path)
         page = write_report(path, arms)
         runs = [load_run(path / arm) for arm in arms]
-    except (RunError, ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    console = Console()
-    console.print(terminal_table(runs))
-    console.print(Text(str(page)))
+        console = Console()
+        console.print(terminal_table(runs))
+        console.print(Text(str(page)))
 
 
 if __name__ == "__main__":

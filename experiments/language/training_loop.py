@@ -13,12 +13,15 @@ from etils import epath
 from experiments.language.checkpoints import Checkpoints
 from experiments.language.log import Log
 from experiments.language.processes import Agreement
+from experiments.runs import RunError
 
 Metrics = dict[str, Any]
 
 
-class TrainingError(Exception):
+class TrainingError(RunError):
     """A run that cannot go on; the message says why and what to do."""
+
+    exit_code = 1
 
 
 class Progress(NamedTuple):

@@ -19,14 +19,14 @@ import numpy as np
 import tyro
 from tokenizers import Tokenizer
 
-from experiments.commands import print_error
+from experiments.commands import guard
 from experiments.language import hugging_face
 from experiments.optimizers import ARMS
 from experiments.pretrain import export_config
 from experiments.pretrain.config import Model
 from experiments.pretrain.model import LanguageModel, Params
 from experiments.pretrain.trained import load_run
-from experiments.runs import RunError, write_json
+from experiments.runs import write_json
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -258,7 +258,8 @@ class Command:
 def main() -> int:
     """Runs the command; returns its exit code."""
     command = tyro.cli(Command, prog="python -m experiments.pretrain.export")
-    try:
+
+    def work() -> int:
         loaded = load_run(command.run)
         state, tokenizer = loaded.state, loaded.tokenizer
         end_of_text = tokenizer and tokenizer.token_to_id(loaded.config.data.end_of_text)
@@ -272,11 +273,10 @@ def main() -> int:
             tokenizer=tokenizer,
             end_of_text=end_of_text,
         )
-    except (ValueError, RunError, OSError) as error:
-        print_error(error)
-        return 2
-    print(f"Step {int(state.step)} of {command.run} is in {command.out}.")
-    return 0
+        print(f"Step {int(state.step)} of {command.run} is in {command.out}.")
+        return 0
+
+    return guard(work)
 
 
 if __name__ == "__main__":

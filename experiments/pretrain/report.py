@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.commands import flat
+from experiments.commands import flat, reporting
 from experiments.figures import figure_style, optimizer_label
 from experiments.optimizers import OptimizerName
 from experiments.pages import flop, number, save_figure, text_table, together, write_page
@@ -29,7 +29,7 @@ from experiments.pretrain.report_data import (
     measure_of,
 )
 from experiments.pretrain.report_figures import draw
-from experiments.runs import RunError, write_json
+from experiments.runs import write_json
 
 _BASELINE = optimizer_label("adamw")
 
@@ -210,15 +210,13 @@ def main(folder: tyro.conf.Positional[str]) -> None:
         folder: Of a run, or of several optimizers' runs, e.g. runs/pretrain/tiny.
     """
     path = epath.Path(folder)
-    try:
+    with reporting(folder):
         optimizers = found_optimizers(path)
         page = write_report(path, optimizers)
         runs = load_runs(path, optimizers)
-    except (RunError, ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    console = Console()
-    console.print(terminal_table(runs))
-    console.print(Text(str(page)))
+        console = Console()
+        console.print(terminal_table(runs))
+        console.print(Text(str(page)))
 
 
 if __name__ == "__main__":
