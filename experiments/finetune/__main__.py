@@ -147,10 +147,12 @@ def _prepare(
             on_progress=lambda done: show(f"reading rows, {done:,}", done, None),
         )
     report = rows.report
+    dropped = f", {report.dropped:,} thoughts or words beside a call dropped by the chat template"
     console.print(
         f"{report.name}: {report.rows:,} rows, {report.tokens:,} tokens, {report.learnt:,} of "
         f"these to learn; {report.held_out_rows:,} rows held out, {report.truncated:,} cut at "
-        f"{command.context:,} tokens, {report.too_long:,} left out.",
+        f"{command.context:,} tokens, {report.too_long:,} left out"
+        f"{dropped if report.dropped else ''}.",
         highlight=False,
     )
 
