@@ -10,7 +10,7 @@ from typing import Any
 LARGEST = 1 << 28  # bytes of a file that is one JSON value
 
 
-def loads(text: str | bytes) -> Any:
+def loads(text: str | bytes | bytearray) -> Any:
     """The value of a JSON text.
 
     Raises:
@@ -31,8 +31,10 @@ def read_json(path: Any) -> dict[str, Any]:
         ValueError: it has none; the message names the file.
         OSError: it cannot be read.
     """
+    text = bytearray()
     with path.open("rb") as file:
-        text = file.read(LARGEST + 1)
+        while len(text) <= LARGEST and (part := file.read(1 << 20)):
+            text += part
     if len(text) > LARGEST:
         raise ValueError(f"{path} has more than {LARGEST >> 20} MB, too many for a file of JSON.")
     try:

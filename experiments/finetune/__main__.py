@@ -32,6 +32,7 @@ from experiments.finetune.model import Params
 from experiments.finetune.report_data import load_run
 from experiments.finetune.step import Trainer
 from experiments.finetune.suites.study import suite
+from experiments.language import hugging_face
 from experiments.language.hugging_face import CONFIG
 from experiments.language.mesh import make_mesh, one_device
 from experiments.language.training_loop import Progress
@@ -183,11 +184,11 @@ def _leave_nothing_of_no_run(folder: epath.Path) -> None:
 
 
 def _fingerprint(folder: Path) -> str:
-    """The model's name, and a digest of its config and tensors: arms begin with equal ones."""
-    digest = hashlib.sha256((folder / CONFIG).read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    """The model's name, and a digest of all its files that are read: arms begin with equal ones."""
+    digest = hashlib.sha256()
+    for path in hugging_face.read_files(folder):
         with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return f"{folder.name} {digest.hexdigest()[:12]}"
 
 

@@ -141,9 +141,11 @@ def read(folder: Path) -> tuple[Model, int, Params, np.ndarray]:
         OSError: it cannot be read.
     """
     config, vocabulary = export_config.read(folder / hugging_face.CONFIG)
-    shapes = _shapes(config, vocabulary)
     with contextlib.ExitStack() as stack:
         files = hugging_face.open_tensors(folder, stack)
+        # An expert has tensors of its own, as a layer has.
+        hugging_face.check_layers(folder, max(config.layers, config.experts), files)
+        shapes = _shapes(config, vocabulary)
         wanted = {tensor.name: tensor for tensor in _tensors(config)}
         hugging_face.check_names(folder, wanted.keys(), files.keys())
         tree = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes)
