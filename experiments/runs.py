@@ -24,7 +24,7 @@ __all__ = ["Run", "RunError", "claim", "machine", "read_json", "write_json", "wr
 
 CONFIG, LOG = "config.json", "metrics.jsonl"
 # What a kill, or a start that failed, may leave in a folder that is free for any run.
-_LEFT = re.compile(r"\.lock|\.(config|summary|costs)\.json\.\w+|\.metrics\.jsonl\.\w+")
+_LEFT = re.compile(r"\.lock|\.\w+\.jsonl?\.[a-z0-9_]{8}")
 
 
 # Settings, and which of a folder's files tells them.

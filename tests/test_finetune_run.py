@@ -540,6 +540,17 @@ def test_tensors_are_checked_before_rows_are_read(tmp_path, monkeypatch, capsys)
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_out_with_other_files_is_refused_before_rows_are_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "_prepare", None)
+    (tmp_path / "thesis.tex").write_text("x")
+    for more in ([], ["--suite", "controlled"]):
+        monkeypatch.setattr(sys, "argv", ["finetune", "--out", str(tmp_path), *more])
+        monkeypatch.setattr(command.dry_run, "plan_suite", lambda *given: None)
+        assert command.main() == 2
+        assert "holds thesis.tex and no run of this study" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
 def test_a_start_that_failed_leaves_the_folder_free(tmp_path, monkeypatch, capsys):
     def fail(*given):
         raise ValueError("the weights are broken")

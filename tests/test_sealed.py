@@ -234,7 +234,7 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(tmp_path, files
 
 
 def test_what_a_kill_leaves_is_no_stranger_and_is_swept(tmp_path):
-    for name in (".lock", ".config.json.ab12_x", ".metrics.jsonl.cd34"):
+    for name in (".lock", ".config.json.ab12_xyz", ".metrics.jsonl.cd345678"):
         (tmp_path / name).write_text("x")
     claim(tmp_path, SETTINGS, other="another --out").close()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.json"]

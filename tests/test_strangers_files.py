@@ -167,3 +167,19 @@ def test_two_exports_to_one_folder_do_not_mix(tmp_path):
         (second / "a").write_text("x")
         raise OSError("full")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_what_killed_processes_leave_in_a_cache_is_swept(tmp_path):
+    with cache.alone(tmp_path / "c"):
+        for name in "abc":
+            (tmp_path / f".{name}.partial").mkdir()
+            (tmp_path / f".{name}.partial" / "x").write_text("x")
+
+        def write(partial):
+            (partial / "x").write_text("x")
+            return {}
+
+        with cache.alone(tmp_path / "a"):
+            cache.make(tmp_path / "a", write)
+    left = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert left == [".c.partial", "a"]

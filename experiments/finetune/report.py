@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.commands import flat, reporting
+from experiments.commands import flat, print_warning, reporting
 from experiments.figures import figure_style, optimizer_label
 from experiments.finetune import claims
 from experiments.finetune.arms import ARMS, QUIRKS
@@ -158,6 +158,9 @@ def write_report(folder: epath.Path, arms: Sequence[ArmName]) -> epath.Path:
         ValueError: a file is damaged; the message names it.
     """
     runs = [load_run(folder / arm) for arm in arms]
+    for run in runs:
+        for damage in run.damage:
+            print_warning(f"The log of {optimizer_label(run.arm)} is damaged: {damage}.")
     verdicts = judged(runs)
     write_json(
         folder / "summary.json",

@@ -72,6 +72,7 @@ def make(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    _sweep(folder.parent)
     partial.mkdir()
     try:
         meta = write(partial)
@@ -83,6 +84,14 @@ def make(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return meta
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what processes that were killed have left half-made: nobody holds its lock."""
+    for partial in folder.glob(".*.partial"):
+        with contextlib.suppress(OSError), open(f"{partial.with_suffix('')}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 def digest(value: Any) -> str:

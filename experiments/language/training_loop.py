@@ -150,6 +150,10 @@ class TrainingLoop(abc.ABC):
         self.log = Log(self.folder, step or -1, self.settings()) if self.first else None
         for damage in self.log.damage if self.log else ():
             self.on_message(f"[yellow]metrics.jsonl is damaged:[/yellow] {damage}")
+        if step == steps and (self.folder / "summary.json").exists():
+            if self.log:
+                self.log.close()
+            return True  # it was finished before
         trained = [r for r in self.log.records if "loss" in r] if self.log else []
         self.seconds = trained[-1]["seconds"] if trained else 0.0
         self._shown: float | None = None
@@ -183,6 +187,7 @@ class TrainingLoop(abc.ABC):
             self.checkpoints.wait()
             finished = step == steps
             if finished:
+                self._check_log()
                 self.finish(state)
             return finished
         except OSError as error:
@@ -202,6 +207,16 @@ class TrainingLoop(abc.ABC):
         self.check(restored.meta)
         self.on_message(f"going on from step {restored.step}")
         return restored.state
+
+    def _check_log(self) -> None:
+        """Raises a TrainingError where the log has lost what a summary tells."""
+        for key in ("loss", "validation_loss"):
+            if self.log and not any(key in record for record in self.log.records):
+                raise TrainingError(
+                    f"{self.folder / 'metrics.jsonl'} has lost its records of {key}, so that no "
+                    "summary can be made. Bring it back from a copy, or train in another folder; "
+                    "the checkpoints are whole."
+                )
 
     def _refuse_to_diverge(self, metrics: Metrics | None) -> None:
         patience = self.config.patience

@@ -99,7 +99,8 @@ def write(
         shard: bytes of a file of tensors at most, unless one tensor has more.
 
     Raises:
-        ValueError: as `to_hugging_face`, or the folder has something in it.
+        ValueError: as `to_hugging_face`, or some params are not finite, or the folder has something
+            in it.
         OSError: the folder cannot be written.
     """
     _check_exportable(config)
@@ -199,7 +200,10 @@ def _cast(
     tensors: Iterator[tuple[str, np.ndarray]], dtype: Dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
     for name, x in tensors:
-        yield name, x.astype(jnp.float32 if ".mlp.gate." in name else dtype)
+        x = x.astype(jnp.float32 if ".mlp.gate." in name else dtype)
+        if not np.isfinite(x).all():
+            raise ValueError(f"{name} has values that are not finite, and is not written.")
+        yield name, x
 
 
 def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:

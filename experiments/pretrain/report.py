@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.commands import flat, reporting
+from experiments.commands import flat, print_warning, reporting
 from experiments.figures import figure_style, optimizer_label
 from experiments.optimizers import OptimizerName
 from experiments.pages import flop, number, save_figure, text_table, together, write_page
@@ -176,6 +176,9 @@ def write_report(folder: epath.Path, optimizers: Sequence[OptimizerName]) -> epa
         ValueError: a file is damaged; the message names it.
     """
     runs = load_runs(folder, optimizers)
+    for run in runs:
+        for damage in run.damage:
+            print_warning(f"The log of {optimizer_label(run.optimizer)} is damaged: {damage}.")
     if len(runs) > 1:
         of = {run.optimizer: run.summary or None for run in runs}
         write_json(folder / "summary.json", {"runs": of})
