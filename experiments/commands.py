@@ -19,6 +19,7 @@ from experiments.runs import Run, RunError
 INTERRUPTED = 130
 # What code that reads a file raises where it has not what it should have.
 _MISREAD = (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError)
+_NO_PLATFORM, _FULL_DEVICE = "Unable to initialize backend", "RESOURCE_EXHAUSTED"
 _REMEDIES = {
     errno.ENOSPC: "Make room there; the same command goes on with what was finished.",
     errno.EDQUOT: "Make room there; the same command goes on with what was finished.",
@@ -118,11 +119,16 @@ def explain(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return f"The machine's memory does not suffice ({error or 'out of memory'})."
     text = re.sub(r"\[Errno -?\d+\] ", "", str(error))
-    if "Unable to initialize backend" in text:
+    if _NO_PLATFORM in text:
         asked = os.environ.get("JAX_PLATFORMS")
         return (
             f"JAX cannot start the platform that JAX_PLATFORMS={asked} asks for "
             f"({text.splitlines()[0]}). Install what it needs, or set JAX_PLATFORMS=cpu."
+        )
+    if _FULL_DEVICE in text:
+        return (
+            f"The device's memory does not suffice ({text.splitlines()[0]}). Take a smaller batch "
+            "or model, or more devices."
         )
     if isinstance(error, OSError) and error.errno in _REMEDIES:
         return f"{text.removesuffix('.')}. {_REMEDIES[error.errno]}"
@@ -137,7 +143,8 @@ def _exit_code(error: Exception) -> int | None:
         return 2
     if isinstance(error, OSError | MemoryError):
         return 1
-    return 1 if "Unable to initialize backend" in str(error) else None
+    known = (_NO_PLATFORM, _FULL_DEVICE)  # of JAX, which has no narrower kinds
+    return 1 if any(words in str(error) for words in known) else None
 
 
 def _give_up_a_broken_stdout() -> None:

@@ -56,11 +56,6 @@ class Lines(NamedTuple):
         """The settings under the last seal."""
         return self.blocks[-1].seal.get("config") if self.blocks else None
 
-    @property
-    def sealed(self) -> int:
-        """How many records its seals have."""
-        return self.blocks[-1].until if self.blocks else 0
-
 
 def record_line(record: dict[str, Any]) -> str:
     """A record as a line; a number that is not finite is a ValueError."""

@@ -53,6 +53,7 @@ def fail(error):
          "torch is not installed, and this command needs it"),
         (RuntimeError("Unable to initialize backend 'tpu': no libtpu"), 1,
          "JAX cannot start the platform"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 5 GB\nmore"), 1, "memory does not suffice (RES"),
         (MemoryError(), 1, "memory does not suffice"),
     ],
 )  # fmt: skip
