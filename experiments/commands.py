@@ -8,13 +8,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from experiments.runs import Run, RunError
+from experiments.runs import flat as flat  # by this name, too
 
 INTERRUPTED = 130
 # What code that reads a file raises where it has not what it should have.
@@ -207,14 +208,3 @@ def progress_bar(console: Console) -> Progress:
 def option(*fields: str) -> str:
     """A field as it is spelt on the command line."""
     return "--" + ".".join(fields).replace("_", "-")
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by the names that they have on the command line."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found

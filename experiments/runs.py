@@ -204,8 +204,8 @@ def _refuse_strangers(
     for where, settings in told:
         if 2 * len(settings.keys() & keys) < len(keys):
             raise RunError(
-                f"{folder} is no run of this study, by its {where}, so nothing is written there. "
-                f"Give {other}, or an empty folder."
+                f"{folder} is no run of this study, as {where} tells, so nothing is written "
+                f"there. Give {other}, or an empty folder."
             )
 
 
@@ -264,9 +264,9 @@ def _told(folder: Path) -> Told:
     with contextlib.suppress(FileNotFoundError, ValueError):
         told.append((CONFIG, read_json(folder / CONFIG)))
     if (config := sealed.read(folder / LOG).config) is not None:
-        told.append((f"the seals of {LOG}", config))
+        told.append((f"{LOG}, by its seals,", config))
     if (config := manifests.newest_meta(folder / "checkpoints").get("config")) is not None:
-        told.append(("checkpoints", config))
+        told.append(("its newest checkpoint", config))
     return told
 
 
@@ -280,13 +280,18 @@ def _check(folder: Path, config: dict[str, Any], free: tuple[str, ...], other: s
             changed = [key for key in changed if key in there]
         if changed:
             raise RunError(
-                f"{folder} holds a run with other settings, by its {where} "
+                f"{folder} holds a run with other settings, as {where} tells "
                 f"({_differences(changed, there, here)}). Give {other}, or the same settings."
             )
 
 
 def _differences(changed: Sequence[str], there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    return "; ".join(f"{key}: there {there.get(key)!r}, here {here.get(key)!r}" for key in changed)
+    ours, theirs = (flat({key: x.get(key) for key in changed}) for x in (here, there))
+    return "; ".join(
+        f"{key}: there {theirs.get(key)!r}, here {ours.get(key)!r}"
+        for key in dict.fromkeys([*theirs, *ours])
+        if theirs.get(key) != ours.get(key)
+    )
 
 
 def _names(folder: Path) -> list[str]:
@@ -323,6 +328,17 @@ def changed_settings(
         return there == here
 
     return sorted(key for key in {*old, *new} if key not in free and not same(key))
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by the names that they have on the command line."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
 
 
 def machine() -> dict[str, str]:

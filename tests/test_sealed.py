@@ -115,9 +115,9 @@ def test_a_config_that_differs_from_the_seals_is_refused(tmp_path):
     three_cells(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(SETTINGS | {"rate": 0.2}))
     for rate in (0.1, 0.2):
-        with pytest.raises(RunError, match="other settings, by its"):
+        with pytest.raises(RunError, match="other settings, as"):
             Run(tmp_path, SETTINGS | {"rate": rate}, ("seeds",))
-    with pytest.raises(RunError, match=r"config.json and the seals.*rate: there 0.2, here 0.1"):
+    with pytest.raises(RunError, match=r"config.json and metrics.jsonl.*rate: there 0.2, here 0.1"):
         known_settings(tmp_path)
 
 
@@ -127,7 +127,7 @@ def test_checkpoints_tell_the_settings_too(tmp_path):
     checkpoints.save(4, {"x": jnp.ones(2)}, {"config": config})
     checkpoints.close()
     assert known_settings(epath.Path(tmp_path)) == config
-    with pytest.raises(RunError, match=r"by its checkpoints .*width: there 8, here 16"):
+    with pytest.raises(RunError, match=r"as its newest checkpoint tells .*width: there 8, here 16"):
         claim(tmp_path, config | {"width": 16}, other="another --out")
     claim(tmp_path, config, other="another --out").close()
     assert json.loads((tmp_path / "config.json").read_text()) == config

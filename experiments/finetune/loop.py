@@ -130,11 +130,11 @@ class _Run(TrainingLoop):
                 f"{self.config.optimizer.eps:g}, and go on in another --out."
             )
 
-    def settings(self) -> dict[str, Any]:
-        return settings_of(self.trainer, self.model, self.rows)
-
     def meta(self, step: int) -> dict[str, Any]:
-        return {"config": self.settings(), "data_sha256": self.rows.report.sha256}
+        return {
+            "config": settings_of(self.trainer, self.model, self.rows),
+            "data_sha256": self.rows.report.sha256,
+        }
 
     def check(self, meta: dict[str, Any]) -> None:
         if meta["data_sha256"] != self.rows.report.sha256:

@@ -109,12 +109,8 @@ class TrainingLoop(abc.ABC):
         """What is logged of the held-out text, and which figure of it is shown."""
 
     @abc.abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """The run's, which the seals of its log hold."""
-
-    @abc.abstractmethod
     def meta(self, step: int) -> dict[str, Any]:
-        """What is saved beside the state of that step."""
+        """What is saved beside the state of that step; the seals of the log have its `config`."""
 
     @abc.abstractmethod
     def check(self, meta: dict[str, Any]) -> None:
@@ -147,7 +143,8 @@ class TrainingLoop(abc.ABC):
         state = self._begin()
         step = int(state.step)
         # At the start nothing is kept: all of it comes again.
-        self.log = Log(self.folder, step or -1, self.settings()) if self.first else None
+        config = self.meta(step).get("config")
+        self.log = Log(self.folder, step or -1, config) if self.first else None
         for damage in self.log.damage if self.log else ():
             self.on_message(f"[yellow]metrics.jsonl is damaged:[/yellow] {damage}")
         if step == steps and (self.folder / "summary.json").exists():

@@ -97,12 +97,9 @@ class _Run(TrainingLoop):
         values = evaluate(self.trainer, state, self.held_out)
         return values, values.get("bits_per_byte", values["validation_loss"])
 
-    def settings(self) -> dict[str, Any]:
-        return settings_of(self.trainer.optimizer, self.config)
-
     def meta(self, step: int) -> dict[str, Any]:
         return {
-            "config": self.settings(),
+            "config": settings_of(self.trainer.optimizer, self.config),
             "data_sha256": self.tokens.sha256,
             "data_position": step,
             "tokenizer_sha256": self.tokenizer and digest_of(self.tokenizer),
