@@ -73,9 +73,7 @@ def test_a_lost_config_is_read_from_the_checkpoint(copy, config):
 def test_a_config_that_is_not_the_saved_one_is_refused(copy, change, capsys):
     other = dataclasses.replace(CONFIG, model=dataclasses.replace(DENSE, **change))
     (copy / "config.json").write_text(json.dumps(trained.settings_of("adamw", other)))
-    with pytest.raises(
-        RunError, match=r"config.json and its newest checkpoint are of different runs"
-    ):
+    with pytest.raises(RunError, match=r"config.json and its newest .* of different runs"):
         trained.load_run(copy)
     for main, more in ((sample.main, ()), (export.main, (copy / "model",))):
         assert command(main, copy, *more) == 2
