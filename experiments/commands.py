@@ -30,6 +30,8 @@ _REMEDIES = {
     errno.EEXIST: "Give another place.",
 }
 
+_NO_OUTPUT = "The standard output cannot be written: "
+
 Config = TypeVar("Config")
 
 
@@ -83,9 +85,9 @@ def guard(work: Callable[[], int]) -> int:
         code = _exit_code(error)
         if code is None:
             raise
-        _give_up_a_broken_stdout()
+        broken = _give_up_a_broken_stdout()
         if not isinstance(error, BrokenPipeError):
-            print_error(explain(error))
+            print_error(f"{_NO_OUTPUT if broken else ''}{explain(error)}")
         return code
 
 
@@ -109,8 +111,8 @@ def reporting(folder: object) -> Iterator[None]:
     except Exception as error:
         if _exit_code(error) is None:
             raise
-        _give_up_a_broken_stdout()
-        raise SystemExit(f"error: {explain(error)}") from None
+        broken = _give_up_a_broken_stdout()
+        raise SystemExit(f"error: {_NO_OUTPUT if broken else ''}{explain(error)}") from None
 
 
 def explain(error: BaseException) -> str:
@@ -148,13 +150,19 @@ def _exit_code(error: Exception) -> int | None:
     return 1 if any(words in str(error) for words in known) else None
 
 
-def _give_up_a_broken_stdout() -> None:
-    """Else the interpreter says once more, as it ends, that its output cannot be written."""
+def _give_up_a_broken_stdout() -> bool:
+    """Else the interpreter says once more, as it ends, that its output cannot be written.
+
+    Returns:
+        Whether it is broken.
+    """
     try:
         sys.stdout.flush()
+        return False
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
 
 
 def stop_on_signals() -> threading.Event:

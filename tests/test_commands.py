@@ -106,7 +106,9 @@ def test_a_full_output_is_told_once():
             [sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert process.returncode == 1
-    assert process.stderr.startswith("error: No space left on device. Make room")
+    assert process.stderr.startswith(
+        "error: The standard output cannot be written: No space left on device. Make room"
+    )
     assert "Exception ignored" not in process.stderr and "Traceback" not in process.stderr
 
 

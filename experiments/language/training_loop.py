@@ -207,8 +207,10 @@ class TrainingLoop(abc.ABC):
 
     def _check_log(self) -> None:
         """Raises a TrainingError where the log has lost what a summary tells."""
+        if not (self.log and self.log.damage):
+            return
         for key in ("loss", "validation_loss"):
-            if self.log and not any(key in record for record in self.log.records):
+            if not any(key in record for record in self.log.records):
                 raise TrainingError(
                     f"{self.folder / 'metrics.jsonl'} has lost its records of {key}, so that no "
                     "summary can be made. Bring it back from a copy, or train in another folder; "
