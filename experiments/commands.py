@@ -30,8 +30,6 @@ _REMEDIES = {
     errno.EEXIST: "Give another place.",
 }
 
-_NO_OUTPUT = "The standard output cannot be written: "
-
 Config = TypeVar("Config")
 
 
@@ -85,9 +83,9 @@ def guard(work: Callable[[], int]) -> int:
         code = _exit_code(error)
         if code is None:
             raise
-        broken = _give_up_a_broken_stdout()
+        _give_up_a_broken_stdout()
         if not isinstance(error, BrokenPipeError):
-            print_error(f"{_NO_OUTPUT if broken else ''}{explain(error)}")
+            print_error(explain(error))
         return code
 
 
@@ -111,8 +109,8 @@ def reporting(folder: object) -> Iterator[None]:
     except Exception as error:
         if _exit_code(error) is None:
             raise
-        broken = _give_up_a_broken_stdout()
-        raise SystemExit(f"error: {_NO_OUTPUT if broken else ''}{explain(error)}") from None
+        _give_up_a_broken_stdout()
+        raise SystemExit(f"error: {explain(error)}") from None
 
 
 def explain(error: BaseException) -> str:
@@ -134,7 +132,8 @@ def explain(error: BaseException) -> str:
             "or model, or more devices."
         )
     if isinstance(error, OSError) and error.errno in _REMEDIES:
-        return f"{text.removesuffix('.')}. {_REMEDIES[error.errno]}"
+        where = "" if error.filename else ", for a file or for the standard output"
+        return f"{text.removesuffix('.')}{where}. {_REMEDIES[error.errno]}"
     return text
 
 
@@ -150,19 +149,13 @@ def _exit_code(error: Exception) -> int | None:
     return 1 if any(words in str(error) for words in known) else None
 
 
-def _give_up_a_broken_stdout() -> bool:
-    """Else the interpreter says once more, as it ends, that its output cannot be written.
-
-    Returns:
-        Whether it is broken.
-    """
+def _give_up_a_broken_stdout() -> None:
+    """Else the interpreter says once more, as it ends, that its output cannot be written."""
     try:
         sys.stdout.flush()
-        return False
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
 
 
 def stop_on_signals() -> threading.Event:

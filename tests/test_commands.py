@@ -107,7 +107,7 @@ def test_a_full_output_is_told_once():
         )
     assert process.returncode == 1
     assert process.stderr.startswith(
-        "error: The standard output cannot be written: No space left on device. Make room"
+        "error: No space left on device, for a file or for the standard output. Make room"
     )
     assert "Exception ignored" not in process.stderr and "Traceback" not in process.stderr
 
