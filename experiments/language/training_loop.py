@@ -147,7 +147,8 @@ class TrainingLoop(abc.ABC):
         self.log = Log(self.folder, step or -1, config) if self.first else None
         for damage in self.log.damage if self.log else ():
             self.on_message(f"[yellow]metrics.jsonl is damaged:[/yellow] {damage}")
-        if step == steps and (self.folder / "summary.json").exists():
+        trains = step < steps
+        if not trains and (self.folder / "summary.json").exists():
             if self.log:
                 self.log.close()
             return True  # it was finished before
@@ -184,7 +185,8 @@ class TrainingLoop(abc.ABC):
             self.checkpoints.wait()
             finished = step == steps
             if finished:
-                self._check_log()
+                if not trains:  # else the records are of this part
+                    self._check_log()
                 self.finish(state)
             return finished
         except OSError as error:
@@ -207,10 +209,8 @@ class TrainingLoop(abc.ABC):
 
     def _check_log(self) -> None:
         """Raises a TrainingError where the log has lost what a summary tells."""
-        if not (self.log and self.log.damage):
-            return
         for key in ("loss", "validation_loss"):
-            if not any(key in record for record in self.log.records):
+            if self.log and not any(key in record for record in self.log.records):
                 raise TrainingError(
                     f"{self.folder / 'metrics.jsonl'} has lost its records of {key}, so that no "
                     "summary can be made. Bring it back from a copy, or train in another folder; "
