@@ -1,31 +1,49 @@
-"""A run's folder: its config, its log of finished pieces of work, and files written whole."""
+"""A run's folder: whose it is, its config, and its log of finished pieces of work."""
 
+import contextlib
 import fcntl
-import hashlib
 import importlib.metadata
 import io
 import json
 import os
 import platform
+import re
+import shutil
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import jax
+
+from experiments import sealed
+from experiments.json_files import read_json, write_json, write_text
+from experiments.language import manifests
+
+__all__ = ["Run", "RunError", "claim", "machine", "read_json", "write_json", "write_text"]
+
+CONFIG, LOG = "config.json", "metrics.jsonl"
+# What a kill, or a start that failed, may leave in a folder that is free for any run.
+_LEFT = re.compile(r"\.lock|\.\w+\.jsonl?\.[a-z0-9_]{8}")
+
+
+# Settings, and which of a folder's files tells them.
+Told = list[tuple[str, dict[str, Any]]]
 
 
 class RunError(Exception):
     """A folder that cannot be used as asked; the message says why and what to do."""
 
+    exit_code = 2  # of a command
+
 
 class Run:
     """A folder that one process at a time writes, and that any kill leaves usable.
 
-    `metrics.jsonl` is the source of truth. A finished piece of work is appended to it as a block:
-    its records, then one record `{"cell": ..., "sha256": ...}` that seals them. Opening a folder
-    keeps the sealed blocks and cuts everything else away.
+    `metrics.jsonl` is the source of truth, a log of `experiments.sealed`. A finished piece of work
+    is appended to it: its records, and the seal with its outcome as `cell`. Opening a folder keeps
+    the whole pieces, and cuts away the others, which are to be done again; a log with damage is
+    kept beside it as `metrics.jsonl.damaged`.
 
     Args:
         folder: made if missing.
@@ -34,18 +52,19 @@ class Run:
             not what a piece is.
 
     Attributes:
-        finished: the sealed records, oldest first.
-        dropped: lines cut away because they were unsealed or damaged.
+        finished: the outcomes, oldest first.
+        notes: what was cut away and why, to be told.
 
     Raises:
-        RunError: another process writes the folder, or it holds a run with other settings.
+        RunError: another process writes the folder, it holds a run with other settings, or none.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], grid: tuple[str, ...] = ()):
         self.folder = folder
-        self._lock = claim(folder, config, grid, other="another --name")
+        self._identity = identity(config, grid)
+        self._lock = claim(folder, config, grid, other="another --name or --out")
         try:
-            self.finished, self.dropped = self._recover()
+            self.finished, self._sealed, self.notes = self._recover()
         except BaseException:
             self.close()
             raise
@@ -56,34 +75,73 @@ class Run:
 
     def extend(self, pieces: Sequence[tuple[list[dict[str, Any]], dict[str, Any]]]) -> None:
         """Adds pieces that were made together, in one write."""
-        text = ""
-        for records, cell in pieces:
-            lines = [_line(record) for record in records]
-            text += "".join([*lines, _line({"cell": cell, "sha256": _digest(lines, cell)})])
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        text, count = self._lines(pieces, self._sealed)
+        with open(self.folder / LOG, "a", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        self._sealed = count
         self.finished += [cell for _, cell in pieces]
 
     def close(self) -> None:
         """Lets another process have the folder."""
         self._lock.close()
 
-    def _recover(self) -> tuple[list[dict[str, Any]], int]:
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return [], 0
-        blocks, dropped = read_blocks(path)
-        if dropped:
-            write_text(path, "".join(block.text for block in blocks))
-        return [block.cell for block in blocks], dropped
+    def _lines(
+        self, pieces: Iterable[tuple[list[dict[str, Any]], dict[str, Any]]], before: int
+    ) -> tuple[str, int]:
+        text = ""
+        for records, cell in pieces:
+            lines = [sealed.record_line(record) for record in records]
+            seal = sealed.seal_line(lines, before, cell=cell, config=self._identity)
+            text, before = "".join([text, *lines, seal]), before + len(lines)
+        return text, before
+
+    def _recover(self) -> tuple[list[dict[str, Any]], int, list[str]]:
+        path = self.folder / LOG
+        found = sealed.read(path)
+        pieces = finished_pieces(found)
+        notes = []
+        if not found.text and (self.folder / "summary.json").exists():
+            notes.append(
+                f"{path} is empty or gone, though there is a summary.json: what it had finished is "
+                "to be done again. Bring the file back from a copy to keep it."
+            )
+        kept = sum(1 + len(records) for records, _ in pieces)
+        if dropped := len(found.text) + bool(found.torn) - kept:
+            notes.append(f"{dropped} lines of an unfinished or damaged cell were cut away.")
+        if found.damage:
+            copy = path.with_name(f"{LOG}.damaged")
+            shutil.copyfile(path, copy)
+            notes.append(f"{path} is damaged: {'; '.join(found.damage)}. A copy is {copy.name}.")
+        text, count = self._lines(pieces, 0)
+        if dropped or found.damage:
+            write_text(path, text)
+        return [cell for _, cell in pieces], count, notes
+
+
+def finished_pieces(log: sealed.Lines) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
+    """Records and outcome of the pieces of work that a log has whole, oldest first."""
+    return [
+        (block.records, block.seal["cell"])
+        for block in log.blocks
+        if not block.lost and "cell" in block.seal
+    ]
+
+
+def identity(config: Mapping[str, Any], free: Sequence[str] = ()) -> dict[str, Any]:
+    """What of a config says which run it is, as JSON gives it back."""
+    return json.loads(json.dumps({key: x for key, x in config.items() if key not in free}))
 
 
 def claim(
     folder: Path, config: dict[str, Any], free: tuple[str, ...] = (), *, other: str
 ) -> IO[str]:
     """Makes a run's folder this process's own, and writes its `config.json`.
+
+    What the folder says of its run, `config.json` and the seals of its log and of its checkpoints,
+    must agree with `config`; one that is lost or damaged is made again. Before that is sure nothing
+    is written.
 
     Args:
         folder: made if missing.
@@ -95,16 +153,19 @@ def claim(
         The lock; closing it lets another process have the folder.
 
     Raises:
-        RunError: another process writes the folder, or it holds a run with other settings.
+        RunError: another process writes the folder, it holds a run with other settings, or none.
     """
+    if not (folder / ".lock").exists():
+        _check(folder, config, free, other)
     folder.mkdir(parents=True, exist_ok=True)
     # Object stores (gs://, s3://) have no locks.
     lock = io.StringIO() if "://" in str(folder) else open(folder / ".lock", "w")  # noqa: SIM115
     try:
         if isinstance(lock, io.TextIOWrapper):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _check_config(folder, config, free, other)
-        write_json(folder / "config.json", config)
+        _check(folder, config, free, other)
+        _sweep(folder)
+        write_json(folder / CONFIG, config)
     except BlockingIOError:
         lock.close()
         raise RunError(
@@ -122,26 +183,139 @@ def leave_nothing_of_no_run(folder: Path) -> None:
         (folder / "config.json").unlink(missing_ok=True)
 
 
-def _check_config(folder: Path, config: dict[str, Any], free: tuple[str, ...], other: str) -> None:
-    path = folder / "config.json"
-    if not path.exists():
+def check_free(folder: Path, keys: Iterable[str], *, other: str) -> None:
+    """Refuses a folder that has files and is no run of a study, before any work.
+
+    Args:
+        folder: which may be missing.
+        keys: settings of the study's runs; a config that lacks most of them is another's.
+        other: what an error advises to give.
+
+    Raises:
+        RunError: it is not free.
+    """
+    _refuse_strangers(folder, _names(folder), _told(folder), keys, other)
+
+
+def _refuse_strangers(
+    folder: Path, names: Collection[str], told: Told, keys: Iterable[str], other: str
+) -> None:
+    keys = {*keys}
+    if names and not told:
+        found = f"{CONFIG}, which is damaged," if CONFIG in names else min(names)
+        raise RunError(
+            f"{folder} holds {found} {'and other files ' * (len(names) > 1)}and no run of this "
+            f"study, so nothing is written there. Give {other}, or an empty folder."
+        )
+    for where, settings in told:
+        if 2 * len(settings.keys() & keys) < len(keys):
+            raise RunError(
+                f"{folder} is no run of this study, as {where} tells, so nothing is written "
+                f"there. Give {other}, or an empty folder."
+            )
+
+
+def check_group(folder: Path, parts: Iterable[str], keys: Iterable[str], *, other: str) -> None:
+    """`check_free` for a folder that has a run in each of some folders, and their report.
+
+    Args:
+        folder: which may be missing.
+        parts: names of the folders that runs have.
+        keys, other: as of `check_free`.
+
+    Raises:
+        RunError: it is not free.
+    """
+    names, parts = _names(folder), {*parts}
+    runs = [name for name in names if name in parts]
+    for name in runs:
+        check_free(folder / name, keys, other=other)
+    if not any(_names(folder / name) for name in runs):
+        _refuse_strangers(folder, {*names} - parts, [], keys, other)
+
+
+def known_settings(folder: Path) -> dict[str, Any]:
+    """What the run in a folder was told, by its seals, or else its `config.json`.
+
+    Raises:
+        RunError: these contradict each other, or there are none.
+        ValueError: there is only a damaged `config.json`.
+        OSError: a file cannot be read.
+    """
+    told = _told(folder)
+    if not told:
+        if not (folder / CONFIG).exists():
+            raise RunError(f"{folder} holds no run: it has no {CONFIG}.")
+        told = [(CONFIG, read_json(folder / CONFIG))]
+    (where, settings), *more = reversed(told)
+    for other, there in more:
+        if changed := [key for key in changed_settings(there, settings) if key in settings]:
+            raise RunError(
+                f"{folder}: {other} and {where} are of different runs "
+                f"({_differences(changed, there, settings)}). Bring {other} back as it was."
+            )
+    return (dict(more[-1][1]) if more else {}) | settings
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder has a run's settings, whole or damaged."""
+    return (folder / CONFIG).exists() or bool(_told(folder))
+
+
+def _told(folder: Path) -> Told:
+    """The settings that a folder's files tell, and which file each is from; seals come last."""
+    if not _names(folder):
+        return []
+    told: Told = []
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        told.append((CONFIG, read_json(folder / CONFIG)))
+    if (config := sealed.read(folder / LOG).config) is not None:
+        told.append((f"{LOG}, by its seals,", config))
+    if (config := manifests.newest_meta(folder / "checkpoints").get("config")) is not None:
+        told.append(("its newest checkpoint", config))
+    return told
+
+
+def _check(folder: Path, config: dict[str, Any], free: tuple[str, ...], other: str) -> None:
+    """Raises a RunError unless what a folder holds is a run with this config, or nothing."""
+    here, told = identity(config, free), _told(folder)
+    _refuse_strangers(folder, _names(folder), told, here, other)
+    for where, there in told:
+        changed = changed_settings(there, here, free)
+        if where != CONFIG:  # a seal of an earlier version may know fewer settings
+            changed = [key for key in changed if key in there]
+        if changed:
+            raise RunError(
+                f"{folder} holds a run with other settings, as {where} tells "
+                f"({_differences(changed, there, here)}). Give {other}, or the same settings."
+            )
+
+
+def _differences(changed: Sequence[str], there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    ours, theirs = (flat({key: x.get(key) for key in changed}) for x in (here, there))
+    return "; ".join(
+        f"{key}: there {theirs.get(key)!r}, here {ours.get(key)!r}"
+        for key in dict.fromkeys([*theirs, *ours])
+        if theirs.get(key) != ours.get(key)
+    )
+
+
+def _names(folder: Path) -> list[str]:
+    """What is in a folder, without what a start that failed may have left there."""
+    if not folder.exists():
+        return []
+    if not folder.is_dir():
+        raise RunError(f"{folder} is a file, and a run is a folder. Give the name of a folder.")
+    return sorted(path.name for path in folder.iterdir() if not _LEFT.fullmatch(path.name))
+
+
+def _sweep(folder: Path) -> None:
+    """Removes the temporary files of processes that were killed; the folder is claimed."""
+    if "://" in str(folder):
         return
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(
-            f"{path} is damaged ({error}), so what its run trained is unknown. Give {other}, or "
-            "remove the folder."
-        ) from None
-    new = json.loads(json.dumps(config))
-    if changed := changed_settings(old, new, free):
-        differences = "; ".join(
-            f"{key}: there {old.get(key)!r}, here {new.get(key)!r}" for key in changed
-        )
-        raise RunError(
-            f"{folder} holds a run with other settings ({differences}). Give {other}, or the same "
-            "settings."
-        )
+    for path in Path(folder).iterdir():
+        if path.name != ".lock" and _LEFT.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def changed_settings(
@@ -162,70 +336,15 @@ def changed_settings(
     return sorted(key for key in {*old, *new} if key not in free and not same(key))
 
 
-class Block(NamedTuple):
-    """A sealed piece of work: its records, its outcome, and its lines as they stand in the log."""
-
-    records: list[dict[str, Any]]
-    cell: dict[str, Any]
-    text: str
-
-
-def read_blocks(path: Path) -> tuple[list[Block], int]:
-    """The sealed blocks of a `metrics.jsonl`, oldest first, and how many other lines it has."""
-    blocks: list[Block] = []
-    lines: list[str] = []
-    dropped = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        seal = _parse(line)
-        if seal is None or "cell" not in seal:
-            lines.append(line)
-            continue
-        if seal.get("sha256") == _digest(lines, seal["cell"]):
-            records = [json.loads(record) for record in lines]
-            blocks.append(Block(records, seal["cell"], "".join([*lines, line])))
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by the names that they have on the command line."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            dropped += len(lines) + 1
-        lines = []
-    return blocks, dropped + len(lines)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file at once: a reader, or a kill, sees the old text or the new."""
-    if "://" in str(path):  # object stores do that by themselves
-        path.write_text(text)
-        return
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's are for their maker alone
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_text` of JSON; NaN is refused, since it is none."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: it has none; the message names the file.
-        OSError: it cannot be read.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: no valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: no JSON object but a {type(value).__name__}")
-    return value
+            found[prefix + key] = value
+    return found
 
 
 def machine() -> dict[str, str]:
@@ -249,19 +368,3 @@ def _command() -> list[str]:
     spec = getattr(main, "__spec__", None)
     name = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
     return [name, *sys.argv[1:]]
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, allow_nan=False) + "\n"
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def _digest(lines: list[str], cell: dict[str, Any]) -> str:
-    return hashlib.sha256("".join([*lines, _line(cell)]).encode()).hexdigest()

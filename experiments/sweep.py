@@ -18,8 +18,9 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import numpy as np
 from rich.console import Console
 
-from experiments.commands import progress_bar
-from experiments.runs import Run, machine, read_blocks, read_json, write_json
+from experiments import sealed
+from experiments.commands import print_warning, progress_bar
+from experiments.runs import Run, finished_pieces, machine, read_json, write_json
 from experiments.settings import Whole, above
 from experiments.side_by_side import side_by_side
 
@@ -260,8 +261,8 @@ def carry_out(
             console.print(f"{cell}: {_outcome(outcome)}", highlight=False)
             _summarize(run, corpus, len(run.finished) + len(missing()))
 
-    if run.dropped:
-        console.print(f"{run.dropped} lines of an unfinished or damaged cell were cut away.")
+    for note in run.notes:
+        console.print(note, highlight=False, soft_wrap=True)
     console.print(
         f"[bold]{run.folder}[/bold]: {len(missing())} cells to go, and more where a best rate lies "
         f"at the edge; {len(run.finished)} finished.",
@@ -325,13 +326,16 @@ def load_run(folder: Path) -> Files:
     for name in ("config.json", "summary.json", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: has a cell of the run finished?")
-    blocks, _ = read_blocks(folder / "metrics.jsonl")
+    log = sealed.read(folder / "metrics.jsonl")
+    for damage in log.damage:
+        print_warning(f"{folder / 'metrics.jsonl'} is damaged: {damage}.")
+    pieces = finished_pieces(log)
     costs = folder / "costs.json"
     return Files(
         read_json(folder / "config.json"),
         read_json(folder / "summary.json"),
-        [block.cell for block in blocks],
-        [block.records for block in blocks],
+        [row for _, row in pieces],
+        [records for records, _ in pieces],
         read_json(costs)["costs"] if costs.exists() else {},
     )
 

@@ -406,3 +406,96 @@ def test_a_folder_without_a_whole_tokenizer_is_refused(tmp_path):
         (folder / name).unlink()
         with pytest.raises(FileNotFoundError, match=rf"{name} is not there; download it, or have"):
             Chat(folder)
+
+
+# --- What a template drops -------------------------------------------------------------------
+
+TOOLS = [{"type": "function", "function": {"name": "time", "parameters": {}}}]
+IGNORES = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + "
+    "(message.content or '') + '<|im_end|>\\n' }}{%- endfor %}"
+)
+
+
+def test_calls_and_tools_that_a_template_ignores_are_refused(tmp_path, folder):
+    model = Chat(folder_of(tmp_path / "ignores", IGNORES))
+    with pytest.raises(ValueError, match=r"the tool_calls of message 3, of the assistant, are now"):
+        model.conversation(CALLS)
+    with pytest.raises(ValueError, match="its tools are nowhere"):
+        model.conversation(said("a", "b"), tools=TOOLS)
+    assert Chat(folder).conversation(CALLS, tools=TOOLS).dropped == 0
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "content"])
+def test_thoughts_that_a_template_drops_are_counted(tmp_path, folder, key):
+    thought = {"content": "<think>\nFirst so.\n</think>\n\nb"} if key == "content" else {key: "Hm."}
+    messages = said("a", "b", "c", "d")
+    messages[1] |= thought
+    knows = Chat(folder).conversation(messages)
+    assert knows.dropped == 1 and "First so" not in "".join(knows.pieces)
+    messages = said("a", "b")
+    messages[1] |= thought
+    # The template shows those of the last turn, but for `thinking`, which it does not know.
+    assert Chat(folder).conversation(messages).dropped == (key == "thinking")
+    ignores = Chat(folder_of(tmp_path / "ignores", IGNORES)).conversation(messages)
+    assert ignores.dropped == (key != "content")
+
+
+def test_words_beside_a_call_that_a_template_drops_are_counted(tmp_path):
+    source = THINKING.replace("{{- content }}", "{{- '' if message.tool_calls else content }}")
+    messages = [dict(message) for message in CALLS]
+    messages[2]["content"] = "Let me look."
+    assert Chat(folder_of(tmp_path / "a", source)).conversation(messages).dropped == 1
+    assert Chat(folder_of(tmp_path / "b")).conversation(messages).dropped == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"eos_token": "</s>"}, "the eos_token is '</s>', which is no token"),
+        ({"eos_token": ""}, "eos_token is '', and a token is a text that is not empty"),
+        ({"eos_token": {"content": ""}}, "eos_token is .* not empty"),
+        ({"eos_token": {}}, "eos_token is {}, and a token is a text"),
+        ({"added_tokens_decoder": 5}, "added_tokens_decoder is 5, and no object"),
+        ({"added_tokens_decoder": {"x": {"content": "a"}}}, "has the token 'a' as x"),
+        ({"added_tokens_decoder": {"1": None}}, "added token 1 is None"),
+        ({"chat_template": [1]}, "no chat template"),
+    ],
+)
+def test_settings_of_a_tokenizer_that_are_wrong_are_refused(tmp_path, settings, error):
+    folder = folder_of(tmp_path / "hf")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(ValueError, match=error):
+        Chat(folder)
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        LOOP,
+        "{{ 'x' * 10 ** 10 }}",
+        "{{ messages[0].content * 10 ** 10 }}",
+        "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x * 2 %}"
+        "{% endfor %}",
+        "{{ 'x' * (10 ** 8) }}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
+)
+def test_a_template_takes_no_more_time_or_memory_than_it_may(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(template.renderer, "SECONDS", 1)
+    folder = folder_of(tmp_path / "hf", source + THINKING)
+    with pytest.raises(ValueError, match=r"it takes more than|it makes more than|recursion"):
+        Chat(folder).conversation(said("a", "b"))
+
+
+def test_a_template_s_process_ends_with_it(folder):
+    model = Chat(folder)
+    process = model._template._process
+    assert process.poll() is None
+    del model
+    assert process.wait(10) is not None

@@ -79,6 +79,7 @@ def test_rows_are_what_the_chat_makes_of_them(model, tmp_path):
         "too_long": 0,
         "truncated": 0,
         "escaped": 0,
+        "dropped": 0,
         "groups": 60,
         "tokens": len(tokens),
         "learnt": learnt.sum(),

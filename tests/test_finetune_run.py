@@ -27,6 +27,7 @@ from experiments.finetune.architecture import PRESETS
 from experiments.finetune.config import Running
 from experiments.finetune.model import LanguageModel
 from experiments.finetune.step import Trainer
+from experiments.language import log
 from experiments.language.checkpoints import Checkpoints
 from experiments.language.training_loop import TrainingError
 from experiments.side_by_side import side_by_side
@@ -223,9 +224,10 @@ def run(trainer, folder, stop_after=None, rows=None, **calls):
 
 
 def records(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
     timeless = ("seconds", "tokens_per_second")
-    return [{k: v for k, v in json.loads(x).items() if k not in timeless} for x in lines]
+    found, damage = log.read(epath.Path(folder))
+    assert not damage
+    return [{k: v for k, v in record.items() if k not in timeless} for record in found]
 
 
 def test_stopping_and_going_on_gives_the_same_bits(tmp_path):
@@ -544,6 +546,17 @@ def test_tensors_are_checked_before_rows_are_read(tmp_path, monkeypatch, capsys)
     assert command.main() != 0
     assert shards[1].name in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_out_with_other_files_is_refused_before_rows_are_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "_prepare", None)
+    (tmp_path / "thesis.tex").write_text("x")
+    for more in ([], ["--suite", "controlled"]):
+        monkeypatch.setattr(sys, "argv", ["finetune", "--out", str(tmp_path), *more])
+        monkeypatch.setattr(command.dry_run, "plan_suite", lambda *given: None)
+        assert command.main() == 2
+        assert "holds thesis.tex and no run of this study" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_start_that_failed_leaves_the_folder_free(tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 from etils import epath
 from pretraining import DENSE, SMALL, VOCABULARY, mesh_of, one_device, text_file, training
 
-from experiments.language import data
+from experiments.language import data, log
 from experiments.language.checkpoints import Checkpoints
 from experiments.language.mesh import Mesh
 from experiments.language.training_loop import TrainingError
@@ -30,6 +31,7 @@ from experiments.pretrain.__main__ import main, parse
 from experiments.pretrain.config import Running, from_json
 from experiments.pretrain.config import as_json as config_as_json
 from experiments.pretrain.model import LanguageModel
+from experiments.pretrain.report import write_report
 from experiments.pretrain.step import Trainer
 
 OFTEN = Running(
@@ -77,9 +79,10 @@ def state_in(config, folder, optimizer="muon", step=None, sizes=(1, 1, 1, 1)):
 
 
 def records(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
     timeless = ("seconds", "tokens_per_second", "flops_per_second", "mfu")
-    return [{k: v for k, v in json.loads(x).items() if k not in timeless} for x in lines]
+    found, damage = log.read(epath.Path(folder))
+    assert not damage
+    return [{k: v for k, v in record.items() if k not in timeless} for record in found]
 
 
 def assert_same_bits(a, b):
@@ -155,6 +158,21 @@ def test_damage_costs_the_steps_since_the_save_before(whole, tokens, tmp_path):
     assert "damaged" in said[0] and "going on from step 8" in said[1]
     assert_same_bits(state_in(config, tmp_path), state_in(config, folder))
     assert records(tmp_path) == records(folder)
+
+
+def test_a_log_that_is_lost_is_told_and_a_finished_run_stays(whole, tokens, tmp_path):
+    config, folder = whole
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    summary = (tmp_path / "summary.json").read_text()
+    (tmp_path / "metrics.jsonl").unlink()
+    said = []
+    assert run(config, tokens, tmp_path, on_message=said.append)
+    assert "the records of steps 0 to 12 are missing" in said[-1]
+    assert (tmp_path / "summary.json").read_text() == summary
+    write_report(epath.Path(tmp_path), ("muon",))
+    (tmp_path / "summary.json").unlink()
+    with pytest.raises(TrainingError, match="has lost its records of loss"):
+        run(config, tokens, tmp_path)
 
 
 def test_another_text_is_refused(whole, text, tmp_path):
@@ -419,6 +437,20 @@ def test_two_processes_train_and_save_together(text, tmp_path):
     two, one = (records(tmp_path / name) for name in ("two", "one"))
     assert [r["step"] for r in two] == [r["step"] for r in one]
     assert two[-1]["validation_loss"] == pytest.approx(one[-1]["validation_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizers", [["muon"], ["adamw", "muon"]])
+def test_an_out_with_other_files_is_refused_before_text_is_read(
+    monkeypatch, capsys, tmp_path, optimizers
+):
+    monkeypatch.setattr(data, "prepare", None)
+    (tmp_path / "thesis.tex").write_text("x")
+    arguments = ["pretrain", "--out", str(tmp_path), "--optimizer", *optimizers]
+    for more in ([], ["--suite", "optimizers"]):
+        monkeypatch.setattr(sys, "argv", arguments + more)
+        assert main() == 2
+        assert "holds thesis.tex and no run of this study" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_errors_of_the_command_are_one_line(monkeypatch, capsys, tmp_path):

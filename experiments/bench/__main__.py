@@ -19,10 +19,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.bench import sharding, spectra, speed
 from experiments.bench.cases import Case, simulated_cases, topology_cases
-from experiments.commands import INTERRUPTED, print_error
+from experiments.commands import guard
 from experiments.figures import save_png
 from experiments.runs import machine, write_json
-from experiments.topology import TopologyError, topology_devices
+from experiments.topology import topology_devices
 
 Row = dict[str, Any]
 PartName = Literal["sharding", "speed", "spectra"]
@@ -107,20 +107,16 @@ class Part(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    console = Console()
-    try:
+
+    def work() -> int:
         config = tyro.cli(Config, prog="python -m experiments.bench", args=arguments)
         chosen = parts(config)
         folder = config.folder()
         folder.mkdir(parents=True, exist_ok=True)
-        run(config, chosen, folder, console)
-    except (ValueError, OSError, TopologyError) as error:
-        print_error(error)
-        return 2
-    except KeyboardInterrupt:
-        console.print("Interrupted; finished parts are kept.")
-        return INTERRUPTED
-    return 0
+        run(config, chosen, folder, Console())
+        return 0
+
+    return guard(work)
 
 
 def parts(config: Config) -> list[Part]:

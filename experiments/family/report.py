@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from experiments.commands import reporting
 from experiments.family.config import BASELINE
 from experiments.family.report_data import Arm, aggregate, as_json, curves, points
 from experiments.figures import (
@@ -268,14 +269,12 @@ def main(folder: tyro.conf.Positional[Path]) -> None:
     Args:
         folder: The run's folder, e.g. runs/family/NAME.
     """
-    try:
+    with reporting(folder):
         path = write_report(folder)
         files = load_run(folder)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
-    console = Console()
-    console.print(terminal_table(aggregate(files.rows, files.costs)))
-    console.print(Text(str(path)))
+        console = Console()
+        console.print(terminal_table(aggregate(files.rows, files.costs)))
+        console.print(Text(str(path)))
 
 
 if __name__ == "__main__":

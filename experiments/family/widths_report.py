@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from experiments.commands import reporting
 from experiments.figures import (
     GROKKED_MARK,
     POINT_MARK,
@@ -193,11 +194,9 @@ def main(folder: tyro.conf.Positional[Path]) -> None:
     Args:
         folder: The run's folder, e.g. runs/widths/NAME.
     """
-    try:
+    with reporting(folder):
         path = write_report(folder)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
-    Console().print(terminal_table(load_run(folder).rows), Text(str(path)))
+        Console().print(terminal_table(load_run(folder).rows), Text(str(path)))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import TaskID
 
-from experiments.commands import INTERRUPTED, print_error, progress_bar, stop_on_signals
+from experiments.commands import guard, progress_bar, stop_on_signals
 from experiments.figures import LABELS
 from experiments.finetune import architecture as config_json
 from experiments.finetune import base, data, dry_run, loop, memory, report, step, weights
+from experiments.finetune.arms import ARMS
 from experiments.finetune.chat import Chat
 from experiments.finetune.command import Command, parse
 from experiments.finetune.config import (
@@ -31,10 +32,11 @@ from experiments.finetune.model import Params
 from experiments.finetune.report_data import load_run
 from experiments.finetune.step import Trainer
 from experiments.finetune.suites.study import suite
+from experiments.language import hugging_face
 from experiments.language.hugging_face import CONFIG
 from experiments.language.mesh import make_mesh, one_device
-from experiments.language.training_loop import Progress, TrainingError
-from experiments.runs import RunError, claim, leave_nothing_of_no_run
+from experiments.language.training_loop import Progress
+from experiments.runs import check_free, check_group, claim, leave_nothing_of_no_run
 from experiments.side_by_side import a_device_for_each_core, devices_for, side_by_side
 
 
@@ -43,18 +45,15 @@ def main() -> int:
     a_device_for_each_core()
     console = Console()
     stop = stop_on_signals()
-    try:
+
+    def work() -> int:
         command = parse(sys.argv[1:])
         command.processes.join()
         if jax.process_index() > 0:
             console.quiet = True
         return run(command, stop, console)
-    except KeyboardInterrupt:
-        console.print("Stopped and saved; the same command goes on from there.")
-        return INTERRUPTED
-    except (ValueError, RunError, TrainingError, OSError) as error:
-        print_error(error)
-        return 1 if isinstance(error, (TrainingError, OSError)) else 2
+
+    return guard(work)
 
 
 def run(command: Command, stop: threading.Event, console: Console) -> int:
@@ -63,9 +62,13 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
         _check_folder(command.model)
     if command.suite:
         dry_run.plan_suite(command, command.suite, console)
-        return 0 if command.dry_run else suite(command, command.suite, console, stop)
+        if command.dry_run:
+            return 0
+        check_free(epath.Path(command.out), command.as_json(), other="another --out")
+        return suite(command, command.suite, console, stop)
     if command.dry_run:
         return dry_run.dry_run(command, console)
+    check_group(epath.Path(command.out), ARMS, command.as_json(), other="another --out")
     start, rows, folder = _prepare(command, stop, console)
     windows = loop.batches(rows.train, command, 0).windows
     config = command.training().with_steps(
@@ -147,10 +150,12 @@ def _prepare(
             on_progress=lambda done: show(f"reading rows, {done:,}", done, None),
         )
     report = rows.report
+    dropped = f", {report.dropped:,} thoughts or words beside a call dropped by the chat template"
     console.print(
         f"{report.name}: {report.rows:,} rows, {report.tokens:,} tokens, {report.learnt:,} of "
         f"these to learn; {report.held_out_rows:,} rows held out, {report.truncated:,} cut at "
-        f"{command.context:,} tokens, {report.too_long:,} left out.",
+        f"{command.context:,} tokens, {report.too_long:,} left out"
+        f"{dropped if report.dropped else ''}.",
         highlight=False,
     )
 
@@ -175,11 +180,11 @@ def _check_folder(model: str) -> None:
 
 
 def _fingerprint(folder: Path) -> str:
-    """The model's name, and a digest of its config and tensors: arms begin with equal ones."""
-    digest = hashlib.sha256((folder / CONFIG).read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    """The model's name, and a digest of all its files that are read: arms begin with equal ones."""
+    digest = hashlib.sha256()
+    for path in hugging_face.read_files(folder):
         with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return f"{folder.name} {digest.hexdigest()[:12]}"
 
 
@@ -196,7 +201,7 @@ def _train(
     on_message: Callable[[str], None],
 ) -> None:
     arm, folder = trainer.name, command.folder(trainer.name)
-    settings = {"arm": arm, "model": start.name, "data": rows.report.sha256} | config.as_json()
+    settings = loop.settings_of(trainer, start, rows)
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             new = not (folder / "config.json").exists()

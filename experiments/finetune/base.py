@@ -3,10 +3,11 @@
 It reads the running Python's standard library, and learns every token of it.
 """
 
+import contextlib
 import dataclasses
 import math
-import tempfile
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ def prepare(
     folder = (folder or cache.home("finetune")) / f"base-{key}"
 
     def write(partial: Path) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as temporary:
-            tokenizer = Path(temporary) / "tokenizer"
+        with _scratch(folder) as temporary:
+            tokenizer = temporary / "tokenizer"
             on_progress("training a tokenizer", 0, 1)
             texts = documents.standard_library().sample(_SAMPLE)
             write_tokenizer(tokenizer, texts, base.vocabulary)
@@ -67,7 +68,7 @@ def prepare(
                 tokenizer=str(tokenizer / TOKENIZER),
                 vocabulary=base.vocabulary,
                 end_of_text=END_OF_TEXT,
-                cache=Path(temporary) / "tokens",
+                cache=temporary / "tokens",
             )
             tokens = data.prepare(settings, on_progress)
             architecture = architecture_of(base, tokens.vocabulary)
@@ -79,6 +80,18 @@ def prepare(
         if cache.read(folder) is None:
             cache.make(folder, write)
     return folder
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder beside another one, for what is not kept; a kill leaves it to the next call."""
+    scratch = folder.with_name(f".{folder.name}.scratch")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def architecture_of(base: Base, vocabulary: int) -> Qwen3:

@@ -1,10 +1,11 @@
 """Conversations as tokens: a model's tokenizer and chat template, and which tokens are learnt.
 
-The tokenizer is that of the `tokenizers` library, and the template is rendered in Jinja's sandbox
-with the settings of transformers: the tokens are those of its `apply_chat_template`, but that a
-template is told a fixed day.
+The tokenizer is that of the `tokenizers` library, and the template is rendered by Jinja, in a
+process of its own, with the settings of transformers: the tokens are those of its
+`apply_chat_template`, but that a template is told a fixed day.
 """
 
+import functools
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,6 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 
 from experiments.finetune import template
@@ -23,7 +23,8 @@ from experiments.runs import read_json, write_json, write_text
 TOKENIZER = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
 _OTHERS = "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"
-_KEYS = "role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id"
+_THOUGHTS = "reasoning_content", "thinking"
+_KEYS = ("role", "content", "name", *_THOUGHTS, "tool_calls", "tool_call_id")
 _PREDECESSORS: dict[str, tuple[str | None, ...]] = {
     "system": (None,),
     "developer": (None,),
@@ -31,6 +32,13 @@ _PREDECESSORS: dict[str, tuple[str | None, ...]] = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+_OTHER = "?"
+_CALL = {"type": "function", "function": {"name": _OTHER, "arguments": {}}}
+_LEFT_OUT = (
+    "{} nowhere in what the chat template makes of the conversation; leave {} out, or take a "
+    "template that shows everything"
+)
 _MARK = re.compile(f"([{CUT}{BEGIN}{END}])")
 
 
@@ -51,11 +59,13 @@ class Text(NamedTuple):
         pieces: that make it, each to be tokenised by itself.
         learnt: begins and ends of the characters to learn, in ascending order.
         escaped: whether content spells a special token or a marker.
+        dropped: thoughts, and words beside a call, that the template leaves out.
     """
 
     pieces: tuple[str, ...]
     learnt: tuple[tuple[int, int], ...]
     escaped: bool
+    dropped: int = 0
 
 
 class Encoded(NamedTuple):
@@ -99,17 +109,12 @@ class Chat:
         self._tokenizer.post_processor = None  # Llama's trims the offsets of tokens
         self.vocabulary = 1 + max(self._tokenizer.get_vocab().values())
         settings = read_json(folder / SETTINGS)
-        for index, token in settings.get("added_tokens_decoder", {}).items():
-            if self._tokenizer.token_to_id(token["content"]) != int(index):
-                raise ValueError(
-                    f"{folder / SETTINGS} has the token {token['content']!r} as {index}, and "
-                    f"{TOKENIZER} does not; save both again with transformers."
-                )
         self._names = {
-            name: value["content"] if isinstance(value, dict) else value
+            name: _content(folder, name, value)
             for name, value in settings.items()
             if name.endswith("_token") and isinstance(value, str | dict)
         }
+        self._check_tokens(settings.get("added_tokens_decoder") or {})
         self._template, has_blocks = template.read(folder, settings)
         self._markers = markers or (None if has_blocks else CHATML)
         begin, end = map(re.escape, self._markers or CHATML)
@@ -125,6 +130,25 @@ class Chat:
             f"(?={'|'.join(map(re.escape, sorted(reserved))) or '(?!)'})(.)", re.DOTALL
         )
 
+    def _check_tokens(self, added: Any) -> None:
+        """Raises a ValueError where the settings name a token that the tokenizer has not."""
+        path = self._folder / SETTINGS
+        if not isinstance(added, dict):
+            raise ValueError(f"{path}: added_tokens_decoder is {short(added)}, and no object.")
+        for index, token in added.items():
+            content = _content(self._folder, f"added token {index}", token)
+            if str(self._tokenizer.token_to_id(content)) != index:
+                raise ValueError(
+                    f"{path} has the token {content!r} as {index}, and {TOKENIZER} does not; save "
+                    "both again with transformers."
+                )
+        end = self._names.get("eos_token")
+        if end is not None and self._tokenizer.token_to_id(end) is None:
+            raise ValueError(
+                f"{path}: the eos_token is {end!r}, which is no token of {TOKENIZER}: it would be "
+                "learnt as plain text. Name one of its tokens."
+            )
+
     def conversation(
         self, messages: Sequence[Any], tools: Sequence[Any] | None = None, given: int = 0
     ) -> Text:
@@ -137,17 +161,13 @@ class Chat:
 
         Raises:
             ValueError: a message is none, a role is out of order, the template refuses them or
-                drops one, or the assistant's turns cannot be told apart in what it makes of them.
+                drops a message, a call or the tools, or the assistant's turns cannot be told apart
+                in what it makes of them.
         """
         roles = _check(messages)
         escaped, tools = self._escape(messages), self._escape(tools)
         rendered = self._render(escaped, tools)
-        for number, role in enumerate(roles, 1):
-            if self._is_dropped(escaped, number - 1, tools, rendered):
-                raise ValueError(
-                    f"message {number}, of the {role}, is nowhere in what the chat template makes "
-                    "of them; leave it out, or give its words to a role that the template shows"
-                )
+        dropped = self._dropped(escaped, tools, rendered)
         where = "{% generation %} blocks"
         if self._markers:
             rendered = rendered.replace(BEGIN, "").replace(END, "")
@@ -162,7 +182,9 @@ class Chat:
                 f"assistant's words, each turn's in one, in {self._folder / TEMPLATE}, which is "
                 f"read before the template in {SETTINGS}"
             )
-        return text._replace(learnt=text.learnt[roles[:given].count("assistant") :])
+        return text._replace(
+            learnt=text.learnt[roles[:given].count("assistant") :], dropped=dropped
+        )
 
     def completion(self, prompt: str, completion: str) -> Text:
         """A prompt and the completion to learn, with the end of a turn, and without a template.
@@ -202,23 +224,52 @@ class Chat:
                 add_generation_prompt=False,
                 **self._names,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"the chat template refuses it: {error}") from None
 
-    def _is_dropped(self, messages: list[Any], index: int, tools: Any, rendered: str) -> bool:
-        """Whether the text is the same whatever a message says, which then is not in it.
+    def _dropped(self, messages: list[Any], tools: Any, rendered: str) -> int:
+        """How many thoughts, and words beside a call, are not in what the template makes.
 
-        Templates may trim or quote content, and leave out a thought, or words beside a call. To
-        render again for each message would be slow: words that occur elsewhere, too, pass.
+        Raises:
+            ValueError: a message, a call or the tools are not.
         """
-        message = messages[index]
-        content = (message["content"] or "").strip()
-        if message.get("tool_calls") or content in rendered:
-            return False
-        other = [*messages[:index], message | {"content": "?"}, *messages[index + 1 :]]
+        if tools and self._same(messages, [{"name": _OTHER}], rendered):
+            raise ValueError(_LEFT_OUT.format("its tools are", "them"))
+        dropped = 0
+        for number, message in enumerate(messages, 1):
+            name = f"message {number}, of the {message['role']},"
+            other = functools.partial(self._is_dropped, messages, number - 1, tools, rendered)
+            calls = message.get("tool_calls")
+            if calls and other("tool_calls", [_CALL]):
+                raise ValueError(_LEFT_OUT.format(f"the tool_calls of {name} are", "them"))
+            # Templates may trim or quote content: only where it is not found they are asked.
+            content = (message["content"] or "").strip()
+            thought = _THOUGHT.match(content)
+            if thought and thought[1].strip() not in rendered:
+                changed = f"<think>\n{_OTHER}\n</think>\n\n{thought[2]}"
+                dropped += other("content", changed)
+                content = thought[2].strip()
+            if content not in rendered and other("content", _OTHER):
+                if not calls:
+                    raise ValueError(_LEFT_OUT.format(f"{name} is", "it"))
+                dropped += 1
+            for key in _THOUGHTS:
+                words = message.get(key)
+                if isinstance(words, str) and words.strip() and words.strip() not in rendered:
+                    dropped += other(key, _OTHER)
+        return dropped
+
+    def _is_dropped(
+        self, messages: list[Any], index: int, tools: Any, rendered: str, key: str, value: Any
+    ) -> bool:
+        """Whether the text is the same with another value in a message, which is not in it then."""
+        changed = messages[index] | {key: value}
+        return self._same([*messages[:index], changed, *messages[index + 1 :]], tools, rendered)
+
+    def _same(self, messages: list[Any], tools: Any, rendered: str) -> bool:
         try:
-            return self._render(other, tools) == rendered
-        except ValueError:
+            return self._render(messages, tools) == rendered
+        except ValueError:  # it looked at what is another
             return False
 
     def _escape(self, value: Any) -> Any:
@@ -236,6 +287,17 @@ class Chat:
             case list() | tuple():
                 return [self._escape(item) for item in value]
         return value
+
+
+def _content(folder: Path, name: str, token: Any) -> str:
+    """How a token of `tokenizer_config.json` is spelt."""
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str) or not content:
+        raise ValueError(
+            f"{folder / SETTINGS}: {name} is {short(token)}, and a token is a text that is not "
+            "empty; get the file again, or leave that token out."
+        )
+    return content
 
 
 def write_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int) -> None:

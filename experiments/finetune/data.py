@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,7 @@ from experiments import corpus
 from experiments.finetune import instructions
 from experiments.finetune.chat import Chat, Encoded, Text
 from experiments.finetune.packing import Rows
+from experiments.json_files import loads
 from experiments.language import documents
 
 SUFFIXES = ".jsonl", ".jsonl.gz", ".parquet"
@@ -33,6 +33,8 @@ class Report(NamedTuple):
         too_long: rows left out because all that is to be learnt is beyond the context.
         truncated: rows that lost their end.
         escaped: rows whose content spells a special token, or a marker, and is plain text.
+        dropped: thoughts, and words beside a call, that the chat template leaves out: mostly those
+            of earlier turns.
         groups: that the rows are of; none is on both sides.
         tokens: of rows that are kept, and within the context.
         learnt: of these, the ones to learn.
@@ -49,6 +51,7 @@ class Report(NamedTuple):
     too_long: int
     truncated: int
     escaped: int
+    dropped: int
     groups: int
     tokens: int
     learnt: int
@@ -108,7 +111,7 @@ def prepare(
     """
     if context < 2:
         raise ValueError(f"A context has two tokens or more, got {context}.")
-    made = instructions.prepare(cache) if file is None else None
+    made = instructions.prepare(cache, lambda: on_progress(0)) if file is None else None
     path = epath.Path(made.path if made else file).expanduser()
     if not path.name.endswith(SUFFIXES):
         raise ValueError(f"{path} ends in none of {', '.join(SUFFIXES)}.")
@@ -117,7 +120,7 @@ def prepare(
     name = f"functions of {len(made.rows)} installed Python modules" if made else path.name
     kept: list[tuple[str, Encoded]] = []
     groups: set[str] = set()
-    done = too_long = truncated = escaped = lost = 0
+    done = too_long = truncated = escaped = dropped = lost = 0
     for batch in _batches(_rows(path, chat)):
         for row, (tokens, learnt) in zip(batch, chat.encode(r.text for r in batch), strict=True):
             learnt[:1] = False  # nothing comes before it
@@ -125,6 +128,7 @@ def prepare(
                 raise ValueError(f"{row.place}: nothing in it is to be learnt.")
             groups.add(row.group)
             escaped += row.text.escaped
+            dropped += row.text.dropped
             truncated += len(tokens) > context
             lost += max(len(tokens) - context, 0)
             if learnt[:context].any():
@@ -153,6 +157,7 @@ def prepare(
         too_long=too_long,
         truncated=truncated,
         escaped=escaped,
+        dropped=dropped,
         groups=len(groups),
         tokens=sum(len(side.tokens) for side in sides),
         learnt=sum(int(side.learnt.sum()) for side in sides),
@@ -188,8 +193,8 @@ def _values(path: epath.Path) -> Iterator[tuple[str, Any]]:
         return
     for number, line in documents.lines(path):
         try:
-            yield f"{path}:{number}", json.loads(line)
-        except (ValueError, RecursionError) as error:
+            yield f"{path}:{number}", loads(line)
+        except ValueError as error:
             raise ValueError(f"{path}:{number}: no valid JSON: {error}.") from None
 
 

@@ -16,7 +16,7 @@ import sysconfig
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,11 +51,15 @@ class Instructions(NamedTuple):
     sha256: str
 
 
-def prepare(folder: Path | None = None) -> Instructions:
+def prepare(folder: Path | None = None, on_wait: Callable[[], None] = lambda: None) -> Instructions:
     """The rows of what is installed, from the cache in `folder` if it has them whole.
 
     No two rows have the same docstring or the same body, whatever spaces they have: a copy in
     another module is left out.
+
+    Args:
+        folder: of the cache; by default muon_jax/finetune in $XDG_CACHE_HOME or ~/.cache.
+        on_wait: called while another process makes the same rows; it may raise to give up.
 
     Raises:
         ValueError: nothing that is installed has documented functions.
@@ -80,7 +84,7 @@ def prepare(folder: Path | None = None) -> Instructions:
         groups = Counter(row["group"] for row in rows)
         return {"rows": dict(groups), "sha256": cache.digest(rows)}
 
-    with cache.alone(folder):
+    with cache.alone(folder, on_wait):
         meta = cache.read(folder) or cache.make(folder, write)
     return Instructions(folder / FILE, meta["rows"], packages, meta["sha256"])
 

@@ -46,6 +46,12 @@ class Start(NamedTuple):
     load: Callable[[jax.sharding.Mesh], Params]
 
 
+def settings_of(trainer: Trainer, start: Start, rows: Prepared) -> dict[str, Any]:
+    """What says which run it is, as JSON."""
+    named = {"arm": trainer.name, "model": start.name, "data": rows.report.sha256}
+    return named | trainer.config.as_json()
+
+
 def train(
     trainer: Trainer,
     running: Running,
@@ -118,8 +124,7 @@ class _Run(TrainingLoop):
 
     def meta(self, step: int) -> dict[str, Any]:
         return {
-            "arm": self.trainer.name,
-            "config": self.config.as_json(),
+            "config": settings_of(self.trainer, self.model, self.rows),
             "data_sha256": self.rows.report.sha256,
         }
 

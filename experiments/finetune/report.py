@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.commands import flat
+from experiments.commands import flat, print_warning, reporting
 from experiments.figures import figure_style, optimizer_label
 from experiments.finetune import claims
 from experiments.finetune.arms import ARMS, QUIRKS
@@ -94,6 +94,11 @@ def judged(runs: Sequence[Run]) -> list[claims.Judged]:
 def abstract(runs: Sequence[Run]) -> list[str]:
     """The result in plain sentences, every number computed from the records."""
     sentences = [
+        f"The log of {optimizer_label(run.arm)} is damaged: {damage}."
+        for run in runs
+        for damage in run.damage
+    ]
+    sentences += [
         f"{optimizer_label(run.arm)} has done {_steps(run)} steps."
         for run in runs
         if not run.trained.finished
@@ -153,6 +158,9 @@ def write_report(folder: epath.Path, arms: Sequence[ArmName]) -> epath.Path:
         ValueError: a file is damaged; the message names it.
     """
     runs = [load_run(folder / arm) for arm in arms]
+    for run in runs:
+        for damage in run.damage:
+            print_warning(f"The log of {optimizer_label(run.arm)} is damaged: {damage}.")
     verdicts = judged(runs)
     write_json(
         folder / "summary.json",
@@ -210,16 +218,14 @@ def main(folder: tyro.conf.Positional[str]) -> None:
         folder: With a folder of each arm, e.g. runs/finetune/study.
     """
     path = epath.Path(folder)
-    try:
+    with reporting(folder):
         _refuse_a_suite(path)
         arms = found_arms(path)
         page = write_report(path, arms)
         runs = [load_run(path / arm) for arm in arms]
-    except (RunError, ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    console = Console()
-    console.print(terminal_table(runs))
-    console.print(Text(str(page)))
+        console = Console()
+        console.print(terminal_table(runs))
+        console.print(Text(str(page)))
 
 
 if __name__ == "__main__":

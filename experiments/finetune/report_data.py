@@ -11,7 +11,7 @@ from experiments.finetune.arms import ARMS
 from experiments.finetune.config import ArmName
 from experiments.finetune.loop import steadiness
 from experiments.language import log
-from experiments.runs import RunError, read_json
+from experiments.runs import RunError, holds_run, known_settings, read_json
 
 EARLY, LATE = 0.25, 0.75  # of the steps: until when, and from when on
 
@@ -77,6 +77,7 @@ class Run(NamedTuple):
         summary: empty until the run is finished.
         tokens_per_second: median of the records; None without one.
         skipped: steps that changed nothing.
+        damage: what is wrong with its log, in words.
     """
 
     arm: ArmName
@@ -85,6 +86,7 @@ class Run(NamedTuple):
     summary: dict[str, Any]
     tokens_per_second: float | None
     skipped: int
+    damage: tuple[str, ...] = ()
 
 
 def load_run(folder: epath.Path) -> Run:
@@ -94,18 +96,18 @@ def load_run(folder: epath.Path) -> Run:
         RunError: it holds no run.
         ValueError: a file is damaged; the message names it.
     """
-    path = folder / "config.json"
-    if not path.exists():
-        raise RunError(f"{folder} holds no run: it has no config.json.")
-    settings = read_json(path)
+    settings = known_settings(folder)
     try:
         arm, seed = settings["arm"], settings["seed"]
         steps, warmup = settings["steps"], settings["warmup"]
         if arm not in ARMS:
             raise ValueError(f"no arm is named {arm!r}")
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} is of no run of this study: {error}.") from None
-    records = log.read(folder)
+        raise ValueError(
+            f"{folder / 'config.json'} is of no run of this study ({type(error).__name__}: "
+            f"{error}). Name the folder above the arms of python -m experiments.finetune."
+        ) from None
+    records, damage = log.read(folder)
     trained = [record for record in records if "loss" in record]
     evaluated = [record for record in records if "validation_loss" in record]
     series = {name: _series(trained, name) for name in _SCALARS}
@@ -122,6 +124,7 @@ def load_run(folder: epath.Path) -> Run:
         read_json(summary) if summary.exists() else {},
         float(np.median(rates)) if rates else None,
         trained[-1]["skipped"] if trained else 0,
+        tuple(damage),
     )
 
 
@@ -136,7 +139,7 @@ def found_arms(folder: epath.Path) -> tuple[ArmName, ...]:
     Raises:
         RunError: none.
     """
-    found = tuple(name for name in ARMS if (folder / name / "config.json").exists())
+    found = tuple(name for name in ARMS if holds_run(folder / name))
     if not found:
         raise RunError(
             f"{folder} holds no run: no folder of an arm in it ({', '.join(ARMS)}) has a "

@@ -1,18 +1,21 @@
-"""Chat templates: the one of a model's folder, in Jinja's sandbox, or ChatML, which Qwen speaks."""
+"""Chat templates: the one of a model's folder, rendered within bounds, or ChatML, Qwen's."""
 
-import datetime
+import contextlib
 import json
 import re
+import subprocess
+import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
+from experiments.finetune import renderer
+from experiments.finetune.renderer import BEGIN, END
+
+__all__ = ["BEGIN", "CHATML", "CUT", "END", "SETTINGS", "TEMPLATE", "Template", "read"]
 
 SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
-# Noncharacters, which no text has, mark a rendered one: cut here; an assistant's turn; its end.
-CUT, BEGIN, END = "\ufdd0", "\ufdd1", "\ufdd2"
+CUT = "\ufdd0"  # a noncharacter, which no text has: here a text is cut before it is tokenised
 CHATML = """\
 {%- if tools %}{{ raise_exception('this model knows no tools') }}{% endif %}
 {%- for message in messages %}
@@ -23,28 +26,65 @@ CHATML = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
 """
-# A template that asks for the day is told this one: with today's, a run's rows would be others when
-# it goes on tomorrow. Llama 3.2's template takes it where there is no clock.
-_DAY = datetime.datetime(2024, 7, 26)
 _BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
-class _Blocks(jinja2.ext.Extension):
-    """`{% generation %}`: transformers' tag around what the assistant says."""
+class Template:
+    """A chat template in a process of its own, which ends with this object.
 
-    tags = {"generation"}  # noqa: RUF012
+    Raises:
+        ValueError: it is no Jinja.
+    """
 
-    def parse(self, parser: Any) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = self.call_method("_mark")
-        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+    def __init__(self, source: str):
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", renderer.__file__, str(renderer.SECONDS)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        weakref.finalize(self, _end, self._process)
+        self._ask(source)
 
-    def _mark(self, caller: Any) -> str:
-        return BEGIN + caller() + END
+    def render(self, **values: Any) -> str:
+        """The text that it makes of JSON values.
+
+        Raises:
+            ValueError: it refuses them, or takes too much time or memory for them.
+        """
+        return self._ask(values)
+
+    def _ask(self, value: Any) -> str:
+        sent, given = self._process.stdin, self._process.stdout
+        assert sent is not None and given is not None
+        try:
+            sent.write(json.dumps(value).encode() + b"\n")
+            sent.flush()
+            # A character is no more than twelve of JSON.
+            line = given.readline(12 * renderer.LARGEST + 100)
+        except BrokenPipeError:
+            line = b""
+        except TypeError as error:
+            raise ValueError(f"it has what JSON has not: {error}") from None
+        if not line.endswith(b"\n"):
+            raise ValueError(
+                f"it takes more than {renderer.SECONDS} seconds or {renderer.MEMORY >> 20} MB"
+            )
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer["text"]
 
 
-def read(folder: Path, settings: dict[str, Any]) -> tuple[jinja2.Template, bool]:
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()  # type: ignore[union-attr]
+
+
+def read(folder: Path, settings: dict[str, Any]) -> tuple[Template, bool]:
     """A folder's chat template, and whether it has `{% generation %}` blocks.
 
     Rendered, a block stands between `BEGIN` and `END`.
@@ -59,29 +99,15 @@ def read(folder: Path, settings: dict[str, Any]) -> tuple[jinja2.Template, bool]
     """
     source = settings.get("chat_template")
     if isinstance(source, list):
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        named = [entry for entry in source if isinstance(entry, dict)]
+        source = {entry.get("name"): entry.get("template") for entry in named}.get("default")
     if (folder / TEMPLATE).exists():
-        source = (folder / TEMPLATE).read_text(encoding="utf-8")
+        source = (folder / TEMPLATE).read_bytes().decode(errors="replace")
     if not isinstance(source, str):
         raise ValueError(
             f"{folder} has no chat template; put one for this model there, as {TEMPLATE}."
         )
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Blocks, jinja2.ext.loopcontrols]
-    )
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
-
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = _DAY.strftime
-    environment.filters["tojson"] = to_json
     try:
-        return environment.from_string(source), bool(_BLOCK.search(source))
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(
-            f"The chat template of {folder} is damaged: line {error.lineno}: {error}."
-        ) from None
+        return Template(source), bool(_BLOCK.search(source))
+    except ValueError as error:
+        raise ValueError(f"The chat template of {folder} is damaged: {error}.") from None

@@ -130,6 +130,7 @@ def write(
 def _open(folder: Path, architecture: Qwen3, stack: contextlib.ExitStack) -> dict[str, File]:
     """The open file of each tensor, all of the shapes that the model has."""
     files = hugging_face.open_tensors(folder, stack)
+    hugging_face.check_layers(folder, architecture.layers, files)
     wanted = {
         name: _shape_of_one(path, leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes(architecture))

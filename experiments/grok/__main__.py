@@ -37,8 +37,8 @@ def study(config: Config, run: Run, stop: threading.Event, console: Console) -> 
     cells = config.cells()
     finished = {Cell.of(row) for row in run.finished}
     missing = [cell for cell in cells if cell not in finished]
-    if run.dropped:
-        console.print(f"{run.dropped} lines of an unfinished or damaged cell were cut away.")
+    for note in run.notes:
+        console.print(note, highlight=False, soft_wrap=True)
     console.print(
         f"[bold]{run.folder}[/bold]: {len(cells)} cells of at most {config.epochs} epochs, "
         f"{len(cells) - len(missing)} of them finished.",

@@ -7,9 +7,10 @@ axes is "".
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+from experiments.json_files import loads
 
 # Whose axis a setting is; the others concern every optimizer.
 OWNERS = {
@@ -118,7 +119,7 @@ def _replaced(settings: Any, path: list[str], value: Any, name: str) -> Any:
 
 def _value(text: str) -> float | str:
     try:
-        value = json.loads(text)
+        value = loads(text)
     except ValueError:
         return text
     return value if type(value) in (int, float) else text

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
+from experiments.commands import reporting
 from experiments.figures import figure_style, optimizer_label
 from experiments.grok import (
     grid,
@@ -305,15 +306,13 @@ def main(folder: tyro.conf.Positional[Path]) -> None:
     Args:
         folder: The run's folder, e.g. runs/grok/NAME.
     """
-    try:
+    with reporting(folder):
         path = write_report(folder)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
-    run = load_run(folder)
-    console = Console()
-    console.print(terminal_table(run.rows, run.budget))
-    console.print(Text(" ".join(abstract(run))))
-    console.print(Text(str(path)))
+        run = load_run(folder)
+        console = Console()
+        console.print(terminal_table(run.rows, run.budget))
+        console.print(Text(" ".join(abstract(run))))
+        console.print(Text(str(path)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What the report knows of a grokking run: its files, and the cells aggregated per arm."""
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -8,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments import sealed
+from experiments.commands import print_warning
 from experiments.grok import grid
 from experiments.grok.config import Cell, Panel
+from experiments.json_files import loads
 
 CONFIG_KEYS = ("tasks", "softmax", "optimizers", "epochs", "grid")
 EPOCH_KEYS = (*Cell._fields, "epoch", "train_accuracy")
@@ -111,15 +113,13 @@ def _rank(config: dict[str, Any]) -> Callable[[Cell], tuple]:
     return rank
 
 
-def _parse(text: str, path: Path, keys: Sequence[str], line: int | None = None) -> dict[str, Any]:
+def _parse(text: bytes, path: Path, keys: Sequence[str], line: int | None = None) -> dict[str, Any]:
     """One JSON object; a fault names the file and the line."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {line or error.lineno}: no valid JSON: {error.msg}"
-        ) from None
     where = f"{path}, line {line}" if line else f"{path}"
+    try:
+        value = loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: no valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where}: a JSON object is wanted, found {type(value).__name__}")
     # A line with "cell" is the runner's bookkeeping and has keys of its own.
@@ -127,6 +127,14 @@ def _parse(text: str, path: Path, keys: Sequence[str], line: int | None = None) 
     if missing:
         raise ValueError(f"{where}: lacks {', '.join(missing)}")
     return value
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def load_run(folder: Path) -> Run:
@@ -146,17 +154,20 @@ def load_run(folder: Path) -> Run:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: is it a run of experiments.grok?")
     path = folder / "config.json"
-    config = _parse(path.read_text("utf-8"), path, CONFIG_KEYS)
+    config = _parse(path.read_bytes(), path, CONFIG_KEYS)
     path = folder / "summary.json"
-    summary = _parse(path.read_text("utf-8"), path, ("cells_total", "cells"))
+    summary = _parse(path.read_bytes(), path, ("cells_total", "cells"))
     for number, row in enumerate(summary["cells"], start=1):
         if missing := [key for key in ROW_KEYS if key not in row]:
             raise ValueError(f"{path}: cell {number} lacks {', '.join(missing)}")
 
     path = folder / "metrics.jsonl"
     traces: dict[Cell, list[Row]] = {}
-    text = path.read_text("utf-8") if path.exists() else ""
-    for number, line in enumerate(text.splitlines(), start=1):
+    log = sealed.read(path)
+    for damage in log.damage:
+        print_warning(f"{path} is damaged: {damage}.")
+    whole = [*log.text, log.torn] if _is_json(log.torn) else log.text
+    for number, line in enumerate(whole, start=1):
         if not line.strip():
             continue
         row = _parse(line, path, (*EPOCH_KEYS, "validation_accuracy"), number)

@@ -5,6 +5,7 @@ so that a noisy machine disturbs all; what counts are the ratios.
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from experiments.commands import guard
 from experiments.grok import tasks
 from experiments.grok.config import Cell, Config
 from experiments.grok.model import FEED_FORWARD_RATIO, RMS_EPSILON, ROPE_BASE
@@ -195,7 +197,7 @@ def our_loop(config: Config, optimizer: OptimizerName) -> Loop:
 
 def main(
     layers: int = 2, width: int = 128, batch: int = 512, rounds: int = 9, epochs: int = 300
-) -> None:
+) -> int:
     """Trains with PyTorch, ours and optax.contrib.muon in turns, and prints how fast they are.
 
     Args:
@@ -205,6 +207,10 @@ def main(
         rounds: epochs at least.
         epochs: budget of a loop that has not reached 95 % on the validation rows.
     """
+    return guard(lambda: _compare(layers, width, batch, rounds, epochs))
+
+
+def _compare(layers: int, width: int, batch: int, rounds: int, epochs: int) -> int:
     config = Config(layers=layers, width=width, batch=batch)
     loops = {
         "PyTorch, AdamW": torch_loop(config),
@@ -255,7 +261,8 @@ def main(
         f"Medians of {rounds - 1} epochs in turns; at that speed, seconds of training alone until "
         "95 % of the validation rows are right."
     )
+    return 0
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(tyro.cli(main))

@@ -6,11 +6,15 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments.json_files import read_json
+
 _META = "meta.json"
+_POLL = 0.1  # seconds
 
 
 def home(study: str) -> Path:
@@ -21,14 +25,22 @@ def home(study: str) -> Path:
 
 @contextlib.contextmanager
 def alone(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Keeps this host's other processes from a path, which need not exist; waits for its turn."""
+    """Keeps this host's other processes from a path, which need not exist; waits for its turn.
+
+    Args:
+        path: to have alone.
+        on_wait: called again and again while another process has it; it may raise to give up.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        # A wait in the system's call would hear neither Ctrl-C nor SIGTERM.
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                on_wait()
+                time.sleep(_POLL)
         yield
 
 
@@ -38,7 +50,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     None unless all of it is as it was made.
     """
     try:
-        meta = json.loads((folder / _META).read_bytes())
+        meta = read_json(folder / _META)
         seal = meta.pop("seal")
         whole = seal == digest(meta) and meta["files"] == {
             name: _file_digest(folder / name) for name in meta["files"]
@@ -60,6 +72,7 @@ def make(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    _sweep(folder.parent)
     partial.mkdir()
     try:
         meta = write(partial)
@@ -71,6 +84,14 @@ def make(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return meta
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what processes that were killed have left half-made: nobody holds its lock."""
+    for partial in folder.glob(".*.partial"):
+        with contextlib.suppress(OSError), open(f"{partial.with_suffix('')}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 def digest(value: Any) -> str:

@@ -177,7 +177,7 @@ class Checkpoints:
     def _folders(self) -> dict[int, epath.Path]:
         if not self.folder.exists():
             return {}
-        names = (re.fullmatch(r"step_(\d+)", path.name) for path in self.folder.iterdir())
+        names = (re.fullmatch(manifests.STEP, path.name) for path in self.folder.iterdir())
         return {int(name[1]): self._path(int(name[1])) for name in names if name}
 
     def _make_room(self, step: int) -> None:

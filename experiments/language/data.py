@@ -224,7 +224,12 @@ def _from_shards(
     tokens = {}
     for done, file in enumerate(files):
         on_progress("fetching shards", done, len(files))
-        tokens[file] = shards.load(shards.fetch(file, config.folder() / "shards"))
+        where = shards.fetch(
+            file,
+            config.folder() / "shards",
+            lambda: on_progress("waiting for another process", 0, 1),
+        )
+        tokens[file] = shards.load(where)
     digests = {}
     with ThreadPoolExecutor() as threads:
         checked = threads.map(lambda file: shards.check(tokens[file], vocabulary.size, file), files)

@@ -7,7 +7,6 @@ other texts one in a hundred; a document's name, or its text, alone decides.
 import dataclasses
 import gzip
 import itertools
-import json
 import platform
 import sysconfig
 import zlib
@@ -19,8 +18,11 @@ import fsspec
 from etils import epath
 
 from experiments import corpus
+from experiments.json_files import loads
 
 HELD_OUT_SHARE = 100  # one document of the user's in so many
+# Bytes of a line at most, of what a file may unpack to in any case, and how many times its size.
+_LINE, _UNPACKED, _RATIO = 1 << 26, 1 << 26, 100
 _DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
@@ -144,8 +146,11 @@ def matching(patterns: tuple[str, ...], suffixes: tuple[str, ...]) -> tuple[epat
 
 
 def fingerprint(file: epath.Path) -> str:
-    """Another one when the file is another: made of its path, size, times, or its bucket's tag."""
-    system, path = fsspec.url_to_fs(str(file))
+    """Another one when the file is another: made of its path, size, times, or its bucket's tag.
+
+    Of a link it is that of the file that it leads to.
+    """
+    system, path = fsspec.url_to_fs(str(file if "://" in str(file) else file.resolve()))
     return system.ukey(path)
 
 
@@ -166,12 +171,28 @@ def lines(file: epath.Path) -> Iterator[tuple[int, bytes]]:
     """The lines of a .jsonl or .jsonl.gz that are not blank, each with its number.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, has a line that is too long for one document, or unpacks to
+            so many times its size that it is no text.
         OSError: it cannot be read.
     """
+    packed = file.suffix == ".gz"
+    left = max(_UNPACKED, _RATIO * file.stat().length)
     try:
-        with file.open("rb") as raw, gzip.open(raw) if file.suffix == ".gz" else raw as text:
-            yield from ((number, line) for number, line in enumerate(text, 1) if line.strip())
+        with file.open("rb") as raw, gzip.open(raw) if packed else raw as text:
+            for number in itertools.count(1):
+                line = text.readline(_LINE + 1)
+                if not line:
+                    return
+                if len(line) > _LINE:
+                    raise ValueError(f"{file}:{number} has more than {_LINE >> 20} MB.")
+                left -= len(line)
+                if packed and left < 0:
+                    raise ValueError(
+                        f"{file} unpacks to more than {_RATIO} times its size, which text does "
+                        "not. If it is what you want, unpack it and give the .jsonl."
+                    )
+                if line.strip():
+                    yield number, line
     except _DAMAGE as error:
         raise ValueError(f"{file} is damaged: {error}.") from None
 
@@ -179,7 +200,7 @@ def lines(file: epath.Path) -> Iterator[tuple[int, bytes]]:
 def _lines(file: epath.Path) -> Iterator[str]:
     for number, line in lines(file):
         try:
-            text = json.loads(line)["text"]
+            text = loads(line)["text"]
             text.encode()  # JSON may spell half a character, which is no text
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(

@@ -1,8 +1,10 @@
 """Folders of Hugging Face models: tensors in one safetensors file, or several with an index."""
 
 import contextlib
+import fcntl
+import os
 import shutil
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, NamedTuple
@@ -12,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from experiments.runs import read_json, write_json
+from experiments.json_files import read_json, write_json
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 SHARD = 5 * 10**9  # bytes of a file of tensors at most
@@ -29,20 +31,41 @@ class File(NamedTuple):
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which then takes its place: it is there whole, or not at all.
 
+    One process at a time fills it; what a killed one has left is removed.
+
     Raises:
-        ValueError: there is something in the folder already.
+        ValueError: there is something in the folder already, or another process fills it.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; remove it, or give another folder.")
+    _check_empty(folder)
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
     try:
-        yield partial
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = partial.exists() and partial.stat().st_ino == os.fstat(handle).st_ino
+        except BlockingIOError:
+            ours = False
+        if not ours:
+            raise ValueError(
+                f"Another process is writing {folder}. Wait for it, or give another folder."
+            )
+        try:
+            _check_empty(folder)
+            for left in partial.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield partial
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(handle)
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty; remove it, or give another folder.")
 
 
 def write_tensors(
@@ -125,10 +148,11 @@ def _files(folder: Path) -> list[str]:
             "tensors and their files; get it again."
         )
     for tensor, name in weight_map.items():
-        if not isinstance(name, str):
+        # A link may lead elsewhere, as those of a hub's cache do; a name may not.
+        if not isinstance(name, str) or {"..", "/"} & {*Path(name).parts} or not Path(name).name:
             raise ValueError(
-                f"{folder / INDEX}: the file of {tensor} is {short(name)} and should be a name; "
-                "get it again."
+                f"{folder / INDEX}: the file of {short(tensor)} is {short(name)} and should be the "
+                "name of one in this folder; get it again."
             )
     names = sorted(set(weight_map.values()))
     if single and names != [WEIGHTS]:  # transformers would read this one, and others the shards
@@ -142,6 +166,26 @@ def _files(folder: Path) -> list[str]:
                 f"{folder / INDEX} names {name}, which is not there; download it again."
             )
     return names
+
+
+def read_files(folder: Path) -> list[Path]:
+    """The files of a model's folder that are read: its config, tensors and tokenizer.
+
+    Raises:
+        ValueError, OSError: as `open_tensors`.
+    """
+    others = [path for path in folder.iterdir() if path.suffix in (".json", ".jinja", ".txt")]
+    tensors = (folder / name for name in _files(folder))
+    return sorted({*filter(Path.is_file, others), *tensors})
+
+
+def check_layers(folder: Path, layers: int, files: Mapping[str, File]) -> None:
+    """Raises a ValueError where a config has more layers than there are tensors."""
+    if layers > len(files):
+        raise ValueError(
+            f"{folder / CONFIG} tells of {layers} layers, and there are {len(files)} tensors: its "
+            "files are not those of that model. Get them again."
+        )
 
 
 def check_params(found: Any, wanted: Any) -> None:

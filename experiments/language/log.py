@@ -1,29 +1,52 @@
 """What a run tells on its way: `metrics.jsonl`, and the same for TensorBoard."""
 
-import json
+import itertools
 import math
+import os
 from typing import Any
 
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from experiments import sealed
+from experiments.json_files import write_bytes
+
 
 class Log:
-    """Records of a run by step, appended to a file that any kill leaves readable.
+    """Records of a run by step, in a log of `experiments.sealed` that any kill leaves readable.
+
+    Records are sealed by `flush`. A damaged line stays in the file as it is: it is told, and its
+    record is not read.
 
     Args:
         folder: the run's; in gs:// or s3://, where nothing can be appended, `flush` writes all.
         step: records of later steps are cut away: they come again.
+        config: the run's settings, for the seals.
 
     Attributes:
         records: what the file has.
+        damage: what is wrong with it, in words.
     """
 
-    def __init__(self, folder: epath.Path, step: int):
+    def __init__(self, folder: epath.Path, step: int, config: dict[str, Any] | None = None):
         self._path = folder / "metrics.jsonl"
         self._remote = "://" in str(folder)
-        self.records = [r for r in read(folder) if r["step"] <= step]
-        self._write_all()
+        self._config = config
+        found = sealed.read(self._path)
+        blocks = [*itertools.takewhile(lambda block: block.seal["step"] <= step, found.blocks)]
+        later = [block.begin for block in found.blocks[len(blocks) :]]
+        later += [line for line, record in found.tail if record["step"] > step]
+        kept = found.text[: min(later, default=len(found.text))] if step >= 0 else []
+        self._lines = [line + b"\n" for line in kept]
+        self._sealed = blocks[-1].until if blocks else 0
+        self.records = [record for block in blocks for record in block.records]
+        self.damage = found.damage if step >= 0 else []
+        last = blocks[-1].seal["step"] if blocks else -1
+        if last < step:
+            self.damage = [*self.damage, f"the records of steps {last + 1} to {step} are missing"]
+        self._pending: list[str] = []
+        if len(self._lines) < len(found.text) or found.torn or not self._path.exists():
+            self._write_all()
         self._file = None if self._remote else open(self._path, "a", encoding="utf-8")  # noqa: SIM115
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
@@ -31,15 +54,20 @@ class Log:
         """Adds a record: numbers, lists or dicts of these, None for what is not finite."""
         record = {"step": step} | {key: _finite(value) for key, value in values.items()}
         self.records.append(record)
-        if self._file:
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
-            self._file.flush()
+        self._pending.append(sealed.record_line(record))
+        self._append(self._pending[-1])
         for name, value in _scalars(record):
             self._board.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """To be called before a checkpoint says that these steps are done."""
-        if self._remote:
+        """Seals the records; to be called before a checkpoint says that these steps are done."""
+        if self._pending:
+            said = {"step": self.records[-1]["step"], "config": self._config}
+            self._append(sealed.seal_line(self._pending, self._sealed, **said))
+            self._sealed, self._pending = self._sealed + len(self._pending), []
+        if self._file:
+            os.fsync(self._file.fileno())
+        else:
             self._write_all()
         self._board.flush()
 
@@ -49,27 +77,21 @@ class Log:
         if self._file:
             self._file.close()
 
+    def _append(self, line: str) -> None:
+        self._lines.append(line.encode())
+        if self._file:
+            self._file.write(line)
+            self._file.flush()
+
     def _write_all(self) -> None:
-        lines = (json.dumps(record, allow_nan=False) + "\n" for record in self.records)
-        text = "".join(lines)
-        if self._remote:
-            self._path.write_text(text)
-        else:
-            partial = self._path.with_name(".metrics.jsonl.partial")
-            partial.write_text(text)
-            partial.replace(self._path)
+        write_bytes(self._path, b"".join(self._lines))
 
 
-def read(folder: epath.Path) -> list[dict[str, Any]]:
-    """The records of a run; a last line that a kill cut short is none."""
-    path = folder / "metrics.jsonl"
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+def read(folder: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records of a run, and what is wrong with its log; a line that a kill cut is no damage."""
+    found = sealed.read(folder / "metrics.jsonl")
+    sure = [record for block in found.blocks for record in block.records]
+    return sure + [record for _, record in found.tail], found.damage
 
 
 def _finite(value: Any) -> Any:

@@ -5,15 +5,17 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
-from experiments.runs import write_json
+from experiments.json_files import read_json, write_json
 
 NAME = "manifest.json"
+STEP = r"step_(\d+)"  # names of checkpoints
 _READERS = 4  # threads that hash; hashlib lets go of the GIL
 
 
@@ -42,11 +44,21 @@ def seal(path: epath.Path, manifest: dict[str, Any]) -> None:
 def read(path: epath.Path) -> dict[str, Any]:
     """The manifest, or an empty one where it is missing or damaged."""
     try:
-        manifest = json.loads((path / NAME).read_text())
+        manifest = read_json(path / NAME)
         whole = manifest["sha256"] == _digest(manifest) and f"step_{manifest['step']}" == path.name
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return {}
     return manifest if whole else {}
+
+
+def newest_meta(folder: epath.PathLike) -> dict[str, Any]:
+    """What was saved beside the newest checkpoint whose manifest is whole; of none nothing."""
+    folder = epath.Path(folder)
+    if not folder.exists():
+        return {}
+    steps = [int(path.name[5:]) for path in folder.iterdir() if re.fullmatch(STEP, path.name)]
+    manifests = (read(folder / f"step_{step}") for step in sorted(steps, reverse=True))
+    return next(filter(None, manifests), {}).get("meta", {})
 
 
 def problems(path: epath.Path, manifest: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -79,8 +80,10 @@ def check(tokens: np.ndarray, vocabulary: int, file: epath.Path) -> str:
     return hashlib.sha256(tokens).hexdigest()
 
 
-def fetch(file: epath.Path, folder: Path) -> Path:
+def fetch(file: epath.Path, folder: Path, on_wait: Callable[[], None] = lambda: None) -> Path:
     """The file itself where it is on this machine, else a whole copy of it in `folder`.
+
+    While another process fetches it, `on_wait` is called; it may raise to give up.
 
     Raises:
         OSError: it cannot be read or written.
@@ -88,7 +91,7 @@ def fetch(file: epath.Path, folder: Path) -> Path:
     if "://" not in str(file):
         return Path(file)
     copy = folder / (fingerprint(file) + file.suffix)
-    with alone(copy):
+    with alone(copy, on_wait):
         if not copy.exists():
             partial = copy.with_name(f".{copy.name}.partial")
             with file.open("rb") as source, open(partial, "wb") as target:

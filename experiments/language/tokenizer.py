@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+_LARGEST = 1 << 22  # tokens of a vocabulary at most; what is allocated grows with the last one
 _BYTES = pre_tokenizers.ByteLevel.alphabet()
 
 
@@ -93,8 +94,16 @@ def read(source: bytes, name: str) -> Tokenizer:
     """
     try:
         tokenizer = Tokenizer.from_buffer(source)
-    except Exception as error:  # the library has no narrower one
+        largest = max(tokenizer.get_vocab().values(), default=-1)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library has no narrower one, and panics are none of those
         raise ValueError(f"{name} is no tokenizer.json that can be read: {error}.") from None
+    if not 0 <= largest < _LARGEST:
+        found = "no tokens" if largest < 0 else f"the token {largest}"
+        raise ValueError(
+            f"{name} has {found}, and a vocabulary is 1 to {_LARGEST:,} tokens; get it again."
+        )
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

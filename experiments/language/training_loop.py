@@ -16,13 +16,16 @@ from experiments.commands import flat
 from experiments.language.checkpoints import Checkpoints
 from experiments.language.log import Log
 from experiments.language.processes import Agreement, check_same
+from experiments.runs import RunError
 from experiments.settings import Count, check
 
 Metrics = dict[str, Any]
 
 
-class TrainingError(Exception):
+class TrainingError(RunError):
     """A run that cannot go on; the message says why and what to do."""
+
+    exit_code = 1
 
 
 class Progress(NamedTuple):
@@ -111,7 +114,7 @@ class TrainingLoop(abc.ABC):
 
     @abc.abstractmethod
     def meta(self, step: int) -> dict[str, Any]:
-        """What is saved beside the state of that step."""
+        """What is saved beside the state of that step; the seals of the log have its `config`."""
 
     @abc.abstractmethod
     def check(self, meta: dict[str, Any]) -> None:
@@ -163,7 +166,15 @@ class TrainingLoop(abc.ABC):
         state = self._begin()
         step = self._saved = int(state.step)
         # At the start nothing is kept: all of it comes again.
-        self.log = Log(self.folder, step or -1) if self.first else None
+        config = self.meta(step).get("config")
+        self.log = Log(self.folder, step or -1, config) if self.first else None
+        for damage in self.log.damage if self.log else ():
+            self.on_message(f"[yellow]metrics.jsonl is damaged:[/yellow] {damage}")
+        trains = step < steps
+        if not trains and (self.folder / "summary.json").exists():
+            if self.log:
+                self.log.close()
+            return True  # it was finished before
         trained = [r for r in self.log.records if "loss" in r] if self.log else []
         self._clock = Clock(trained[-1]["seconds"] if trained else 0.0)
         self._told = step, self.seconds
@@ -209,6 +220,8 @@ class TrainingLoop(abc.ABC):
             self.checkpoints.wait()
             finished = step == steps
             if finished:
+                if not trains:  # else the records are of this part
+                    self._check_log()
                 self.finish(state)
             return finished
         except OSError as error:
@@ -229,6 +242,16 @@ class TrainingLoop(abc.ABC):
         self.check(restored.meta)
         self.on_message(f"going on from step {restored.step}")
         return restored.state
+
+    def _check_log(self) -> None:
+        """Raises a TrainingError where the log has lost what a summary tells."""
+        for key in ("loss", "validation_loss"):
+            if self.log and not any(key in record for record in self.log.records):
+                raise TrainingError(
+                    f"{self.folder / 'metrics.jsonl'} has lost its records of {key}, so that no "
+                    "summary can be made. Bring it back from a copy, or train in another folder; "
+                    "the checkpoints are whole."
+                )
 
     def _refuse_to_diverge(self, metrics: Metrics | None) -> None:
         if metrics is None:

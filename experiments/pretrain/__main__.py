@@ -16,19 +16,27 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import TaskID
 
-from experiments.commands import INTERRUPTED, print_error, progress_bar, stop_on_signals
+from experiments.commands import INTERRUPTED, guard, progress_bar, stop_on_signals
 from experiments.language import data
 from experiments.language.mesh import make_mesh
 from experiments.language.processes import Processes
-from experiments.language.training_loop import Progress, TrainingError
-from experiments.optimizers import OptimizerName
+from experiments.language.training_loop import Progress
+from experiments.optimizers import ARMS, OptimizerName
 from experiments.pretrain import step
-from experiments.pretrain.config import PresetName, Running, Training, as_json
+from experiments.pretrain.config import PresetName, Running, Training
 from experiments.pretrain.loop import train
 from experiments.pretrain.presets import PRESETS, fitted
 from experiments.pretrain.suites import study
 from experiments.pretrain.suites.config import Suite, SuiteName, defaults
-from experiments.runs import RunError, claim, leave_nothing_of_no_run
+from experiments.pretrain.trained import settings_of
+from experiments.runs import (
+    RunError,
+    check_free,
+    check_group,
+    claim,
+    holds_run,
+    leave_nothing_of_no_run,
+)
 from experiments.settings import check_different, given
 
 
@@ -83,15 +91,15 @@ def main() -> int:
     """Runs the command; returns its exit code."""
     console = Console()
     stop = stop_on_signals()
-    try:
+
+    def work() -> int:
         command = parse(sys.argv[1:])
         command.processes.join()
         if jax.process_index() > 0:
             console.quiet = True
         return run(command, stop, console)
-    except (ValueError, RunError, TrainingError, OSError) as error:
-        print_error(error)
-        return 1 if isinstance(error, (TrainingError, OSError)) else 2
+
+    return guard(work)
 
 
 def parse(arguments: list[str]) -> Command:
@@ -126,15 +134,11 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
         from experiments.pretrain.pod import compile_only
 
         return compile_only(command.training(), command.optimizer, command.topology, console)
+    _check_folder(command)
     if command.suite:
         study.check(command, command.suite)
         tokens = _prepare(command, stop, console)
         return study.suite(command, command.suite, tokens, console, stop)
-    if len(command.optimizer) > 1 and (command.folder() / "config.json").exists():
-        raise RunError(
-            f"{command.folder()} holds a run of one optimizer, and several get folders in --out. "
-            "Give another --out, or the one --optimizer of that run."
-        )
     step.check(command.training(), make_mesh(command.mesh.sizes))
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
@@ -155,11 +159,28 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
     return 0
 
 
+def _check_folder(command: Command) -> None:
+    """Refuses, before any work, an --out with something else in it than runs of this study."""
+    folder = command.folder()
+    if command.suite:
+        folder = epath.Path(command.out or f"runs/pretrain/suite-{command.suite}")
+    settings = settings_of(command.optimizer[0], command)
+    if command.suite or len(command.optimizer) == 1:
+        check_free(folder, settings, other="another --out")
+    elif holds_run(folder):
+        raise RunError(
+            f"{folder} holds a run of one optimizer, and several get folders in --out. "
+            "Give another --out, or the one --optimizer of that run."
+        )
+    else:
+        check_group(folder, ARMS, settings, other="another --out")
+
+
 def _claim(command: Command, optimizer: OptimizerName, stack: contextlib.ExitStack) -> None:
     """Makes the folder of a run this process's, before what takes long."""
     folder = command.folder(optimizer)
-    settings = {"optimizer": optimizer} | as_json(command.training())
-    is_new = not (folder / "config.json").exists()
+    is_new = not holds_run(folder)
+    settings = settings_of(optimizer, command.training())
     lock = claim(folder, settings, ("mesh",), other="another --out")
     stack.enter_context(contextlib.closing(lock))
     if is_new:

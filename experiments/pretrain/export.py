@@ -19,14 +19,14 @@ import numpy as np
 import tyro
 from tokenizers import Tokenizer
 
-from experiments.commands import print_error
+from experiments.commands import guard
 from experiments.language import hugging_face
 from experiments.optimizers import ARMS
 from experiments.pretrain import export_config
 from experiments.pretrain.config import Model
 from experiments.pretrain.model import LanguageModel, Params
 from experiments.pretrain.trained import load_run
-from experiments.runs import RunError, write_json
+from experiments.runs import write_json
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -99,7 +99,8 @@ def write(
         shard: bytes of a file of tensors at most, unless one tensor has more.
 
     Raises:
-        ValueError: as `to_hugging_face`, or the folder has something in it.
+        ValueError: as `to_hugging_face`, or some params are not finite, or the folder has something
+            in it.
         OSError: the folder cannot be written.
     """
     _check_exportable(config)
@@ -141,9 +142,11 @@ def read(folder: Path) -> tuple[Model, int, Params, np.ndarray]:
         OSError: it cannot be read.
     """
     config, vocabulary = export_config.read(folder / hugging_face.CONFIG)
-    shapes = _shapes(config, vocabulary)
     with contextlib.ExitStack() as stack:
         files = hugging_face.open_tensors(folder, stack)
+        # An expert has tensors of its own, as a layer has.
+        hugging_face.check_layers(folder, max(config.layers, config.experts), files)
+        shapes = _shapes(config, vocabulary)
         wanted = {tensor.name: tensor for tensor in _tensors(config)}
         hugging_face.check_names(folder, wanted.keys(), files.keys())
         tree = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes)
@@ -197,7 +200,10 @@ def _cast(
     tensors: Iterator[tuple[str, np.ndarray]], dtype: Dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
     for name, x in tensors:
-        yield name, x.astype(jnp.float32 if ".mlp.gate." in name else dtype)
+        x = x.astype(jnp.float32 if ".mlp.gate." in name else dtype)
+        if not np.isfinite(x).all():
+            raise ValueError(f"{name} has values that are not finite, and is not written.")
+        yield name, x
 
 
 def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
@@ -258,7 +264,8 @@ class Command:
 def main() -> int:
     """Runs the command; returns its exit code."""
     command = tyro.cli(Command, prog="python -m experiments.pretrain.export")
-    try:
+
+    def work() -> int:
         loaded = load_run(command.run)
         state, tokenizer = loaded.state, loaded.tokenizer
         end_of_text = tokenizer and tokenizer.token_to_id(loaded.config.data.end_of_text)
@@ -272,11 +279,10 @@ def main() -> int:
             tokenizer=tokenizer,
             end_of_text=end_of_text,
         )
-    except (ValueError, RunError, OSError) as error:
-        print_error(error)
-        return 2
-    print(f"Step {int(state.step)} of {command.run} is in {command.out}.")
-    return 0
+        print(f"Step {int(state.step)} of {command.run} is in {command.out}.")
+        return 0
+
+    return guard(work)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from experiments.language.processes import place_whole
 from experiments.language.training_loop import OnMessage, OnStep, TrainingLoop, speed
 from experiments.optimizers import OptimizerName
 from experiments.pretrain import costs
-from experiments.pretrain.config import Running, Training, as_json
+from experiments.pretrain.config import Running, Training
 from experiments.pretrain.sample import DIVIDER, write_texts
 from experiments.pretrain.step import State, Trainer
-from experiments.pretrain.trained import TOKENIZER
-from experiments.runs import machine, write_json
+from experiments.pretrain.trained import TOKENIZER, digest_of, settings_of
+from experiments.runs import machine, write_json, write_text
 
 
 def train(
@@ -86,8 +86,9 @@ class _Run(TrainingLoop):
         self.costs = costs.step_costs(config, self.trainer.optimizer, self.trainer.abstract.params)
         if unknown := costs.unknown_peak():
             self.on_message(unknown)
-        if self.first and tokens.tokenizer is not None:
-            (self.folder / TOKENIZER).write_text(tokens.tokenizer.to_str())
+        self.tokenizer = tokens.tokenizer and tokens.tokenizer.to_str()
+        if self.first and self.tokenizer is not None:
+            write_text(self.folder / TOKENIZER, self.tokenizer)
 
     def start(self) -> State:
         return self.trainer.start(self.config.seed)
@@ -101,10 +102,10 @@ class _Run(TrainingLoop):
 
     def meta(self, step: int) -> dict[str, Any]:
         return {
-            "optimizer": self.trainer.optimizer,
-            "config": as_json(self.config),
+            "config": settings_of(self.trainer.optimizer, self.config),
             "data_sha256": self.tokens.sha256,
             "data_position": step,
+            "tokenizer_sha256": self.tokenizer and digest_of(self.tokenizer),
         }
 
     def check(self, meta: dict[str, Any]) -> None:

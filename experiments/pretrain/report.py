@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.commands import flat
+from experiments.commands import flat, print_warning, reporting
 from experiments.figures import figure_style, optimizer_label
 from experiments.optimizers import OptimizerName
 from experiments.pages import flop, number, save_figure, text_table, together, write_page
@@ -29,7 +29,7 @@ from experiments.pretrain.report_data import (
     measure_of,
 )
 from experiments.pretrain.report_figures import draw
-from experiments.runs import RunError, write_json
+from experiments.runs import write_json
 
 _BASELINE = optimizer_label("adamw")
 
@@ -95,6 +95,11 @@ def terminal_table(runs: Sequence[Run]) -> Table:
 def abstract(runs: Sequence[Run]) -> list[str]:
     """The result in plain sentences, every number computed from the records."""
     sentences = [
+        f"The log of {optimizer_label(run.optimizer)} is damaged: {damage}."
+        for run in runs
+        for damage in run.damage
+    ]
+    sentences += [
         f"{optimizer_label(run.optimizer)} has done {run.steps:,} of {run.config.steps:,} steps."
         for run in runs
         if run.steps < run.config.steps
@@ -171,6 +176,9 @@ def write_report(folder: epath.Path, optimizers: Sequence[OptimizerName]) -> epa
         ValueError: a file is damaged; the message names it.
     """
     runs = load_runs(folder, optimizers)
+    for run in runs:
+        for damage in run.damage:
+            print_warning(f"The log of {optimizer_label(run.optimizer)} is damaged: {damage}.")
     if len(runs) > 1:
         of = {run.optimizer: run.summary or None for run in runs}
         write_json(folder / "summary.json", {"runs": of})
@@ -205,15 +213,13 @@ def main(folder: tyro.conf.Positional[str]) -> None:
         folder: Of a run, or of several optimizers' runs, e.g. runs/pretrain/tiny.
     """
     path = epath.Path(folder)
-    try:
+    with reporting(folder):
         optimizers = found_optimizers(path)
         page = write_report(path, optimizers)
         runs = load_runs(path, optimizers)
-    except (RunError, ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    console = Console()
-    console.print(terminal_table(runs))
-    console.print(Text(str(page)))
+        console = Console()
+        console.print(terminal_table(runs))
+        console.print(Text(str(page)))
 
 
 if __name__ == "__main__":

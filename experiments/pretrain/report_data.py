@@ -1,6 +1,5 @@
 """A pretraining run's files, read back."""
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -13,8 +12,9 @@ from experiments.commands import flat
 from experiments.figures import optimizer_color
 from experiments.language import log
 from experiments.optimizers import ARMS, OptimizerName
-from experiments.pretrain.config import Training, from_json
-from experiments.runs import RunError
+from experiments.pretrain.config import Training
+from experiments.pretrain.trained import told_by
+from experiments.runs import RunError, holds_run, known_settings, read_json
 
 
 class Run(NamedTuple):
@@ -26,6 +26,7 @@ class Run(NamedTuple):
         evaluated: records of evaluations.
         summary: empty until it is finished.
         samples: texts that the finished model wrote.
+        damage: what is wrong with its log, in words.
     """
 
     optimizer: OptimizerName
@@ -36,6 +37,7 @@ class Run(NamedTuple):
     evaluated: list[dict[str, Any]]
     summary: dict[str, Any]
     samples: str
+    damage: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -63,16 +65,9 @@ def load_run(folder: epath.Path) -> Run:
         RunError: it holds no run.
         ValueError: a file is damaged; the message names it.
     """
-    if not (folder / "config.json").exists():
-        raise RunError(f"{folder} holds no run: it has no config.json.")
-    settings = _object(folder / "config.json")
-    try:
-        own = {key: value for key, value in settings.items() if key != "optimizer"}
-        optimizer, config = settings["optimizer"], from_json(Training, own)
-        config.rate(optimizer)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'} is of no run of this study: {error}.") from None
-    records = log.read(folder)
+    settings = known_settings(folder)
+    optimizer, config = told_by(folder, settings)
+    records, damage = log.read(folder)
     summary, samples = folder / "summary.json", folder / "samples.txt"
     return Run(
         optimizer,
@@ -81,19 +76,10 @@ def load_run(folder: epath.Path) -> Run:
         settings,
         [record for record in records if "loss" in record],
         [record for record in records if "validation_loss" in record],
-        _object(summary) if summary.exists() else {},
+        read_json(summary) if summary.exists() else {},
         samples.read_bytes().decode(errors="replace") if samples.exists() else "",
+        tuple(damage),
     )
-
-
-def _object(path: epath.Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON object is wanted, found {type(value).__name__}.")
-    return value
 
 
 def load_runs(folder: epath.Path, optimizers: Sequence[OptimizerName]) -> list[Run]:
@@ -105,7 +91,7 @@ def load_runs(folder: epath.Path, optimizers: Sequence[OptimizerName]) -> list[R
     """
     if len(optimizers) == 1:
         return [load_run(folder)]
-    if (folder / "config.json").exists():
+    if holds_run(folder):
         raise RunError(f"{folder} is a run itself. Compare optimizers in another folder.")
     return [load_run(folder / optimizer) for optimizer in optimizers]
 
@@ -116,9 +102,9 @@ def found_optimizers(folder: epath.Path) -> tuple[OptimizerName, ...]:
     Raises:
         RunError: none.
     """
-    if (folder / "config.json").exists():
+    if holds_run(folder):
         return (load_run(folder).optimizer,)
-    found = tuple(name for name in ARMS if (folder / name / "config.json").exists())
+    found = tuple(name for name in ARMS if holds_run(folder / name))
     if not found:
         raise RunError(
             f"{folder} holds no run: neither it nor a folder of an optimizer in it has a "

@@ -12,13 +12,12 @@ import numpy as np
 import tokenizers
 import tyro
 
-from experiments.commands import print_error
+from experiments.commands import guard
 from experiments.language import sharding
 from experiments.optimizers import ARMS
 from experiments.pretrain.model import Params
 from experiments.pretrain.step import State, Trainer
 from experiments.pretrain.trained import load_run
-from experiments.runs import RunError
 
 DIVIDER = f"\n{'─' * 40}\n"
 
@@ -183,14 +182,14 @@ class Command:
 def main() -> int:
     """Runs the command; returns its exit code."""
     settings = dataclasses.asdict(tyro.cli(Command, prog="python -m experiments.pretrain.sample"))
-    try:
+
+    def work() -> int:
         loaded = load_run(settings.pop("run"))
         texts = write_texts(loaded.trainer, loaded.state, loaded.tokenizer, **settings)
-    except (ValueError, RunError, OSError) as error:
-        print_error(error)
-        return 2
-    print(DIVIDER.join(texts))
-    return 0
+        print(DIVIDER.join(texts))
+        return 0
+
+    return guard(work)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.commands import guard
 from experiments.figures import optimizer_label
 from experiments.language.mesh import make_mesh, one_device
 from experiments.optimizers import OptimizerName
@@ -174,6 +175,10 @@ def main() -> int:
     preset = preset_of(sys.argv[1:])
     default = Command(preset=preset, **vars(fitted(PRESETS[preset], sys.argv[1:])))
     command = tyro.cli(Command, default=default, prog="python -m experiments.pretrain.speed")
+    return guard(lambda: _compare(command))
+
+
+def _compare(command: Command) -> int:
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         loops: dict[str, Loop] = {}

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.commands import flat
+from experiments.commands import flat, reporting
 from experiments.figures import figure_style, optimizer_label
 from experiments.finetune import claims
 from experiments.finetune.arms import ARMS, QUIRKS
@@ -301,11 +301,9 @@ def main(folder: tyro.conf.Positional[Path]) -> None:
     Args:
         folder: The suite's folder, e.g. runs/finetune/controlled.
     """
-    try:
+    with reporting(folder):
         path = write_report(folder)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
-    Console().print(terminal_table(folder), Text(str(path)))
+        Console().print(terminal_table(folder), Text(str(path)))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from experiments.commands import reporting
 from experiments.figures import (
     CENSORED_MARK,
     GROKKED_MARK,
@@ -358,11 +359,9 @@ def main(folder: tyro.conf.Positional[Path]) -> None:
     Args:
         folder: The suite's folder, e.g. runs/pretrain/suite-scaling.
     """
-    try:
+    with reporting(folder):
         path = write_report(folder)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
-    Console().print(terminal_table(folder), Text(str(path)))
+        Console().print(terminal_table(folder), Text(str(path)))
 
 
 if __name__ == "__main__":

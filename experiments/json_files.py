@@ -1,0 +1,92 @@
+"""JSON in files: read within bounds, whoever wrote it, and written whole."""
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+LARGEST = 1 << 28  # bytes of a file that is one JSON value
+
+
+def loads(text: str | bytes | bytearray) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is none, is no UTF-8 or is nested too deep to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is no UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def read_json(path: Any) -> dict[str, Any]:
+    """The object in a JSON file, which may lie in gs:// or s3://.
+
+    Raises:
+        ValueError: it has none; the message names the file.
+        OSError: it cannot be read.
+    """
+    text = bytearray()
+    with path.open("rb") as file:
+        while len(text) <= LARGEST and (part := file.read(1 << 20)):
+            text += part
+    if len(text) > LARGEST:
+        raise ValueError(f"{path} has more than {LARGEST >> 20} MB, too many for a file of JSON.")
+    try:
+        value = loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: no valid JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: no JSON object but a {type(value).__name__}.")
+    return value
+
+
+def write_bytes(path: Any, content: bytes) -> None:
+    """Replaces a file at once: a reader, or a kill, sees the old content or the new."""
+    if "://" in str(path):  # object stores do that by themselves
+        path.write_bytes(content)
+        return
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's are for their maker alone
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Any, text: str) -> None:
+    """`write_bytes` of text."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Any, value: Any) -> None:
+    """`write_text` of JSON; a number that is not finite is refused, since JSON has none."""
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except ValueError:
+        name, number = next(_not_finite(value))
+        raise ValueError(
+            f"{path} cannot be written: {name} is {number}, and JSON has finite numbers alone."
+        ) from None
+    write_text(path, text + "\n")
+
+
+def _not_finite(value: Any, name: str = "") -> Any:
+    """Names and values of the numbers in a JSON value that are not finite."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, item in items:
+        inner = f"{name}.{key}" if name else str(key)
+        if isinstance(item, dict | list | tuple):
+            yield from _not_finite(item, inner)
+        elif isinstance(item, float) and not math.isfinite(item):
+            yield inner, item
