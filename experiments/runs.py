@@ -23,6 +23,7 @@ from experiments.language import manifests
 __all__ = ["Run", "RunError", "claim", "machine", "read_json", "write_json", "write_text"]
 
 CONFIG, LOG = "config.json", "metrics.jsonl"
+_STARTED = CONFIG, "tokenizer.json"  # what a start writes before its log
 # What a kill, or a start that failed, may leave in a folder that is free for any run.
 _LEFT = re.compile(r"\.lock|\.\w+\.jsonl?\.[a-z0-9_]{8}")
 
@@ -179,8 +180,9 @@ def claim(
 
 def leave_nothing_of_no_run(folder: Path) -> None:
     """A start that failed leaves a folder free for another, whose settings are mended."""
-    if not (folder / "metrics.jsonl").exists():
-        (folder / "config.json").unlink(missing_ok=True)
+    if not (folder / LOG).exists():
+        for name in _STARTED:
+            (folder / name).unlink(missing_ok=True)
 
 
 def check_free(folder: Path, keys: Iterable[str], *, other: str) -> None:
