@@ -1,8 +1,10 @@
 """QK-clip: the query and key weights of a head shrink where its attention logits grew too large.
 
 After the optimizer's step, for a head whose largest logit S of that step's forward pass is above
-the threshold: gamma = threshold / S, `W_q *= gamma ** alpha`, `W_k *= gamma ** (1 - alpha)`. The
-logits of that head are then gamma times what they would be, and no other head changes.
+the threshold: gamma = threshold / S, `W_q *= gamma ** alpha`, `W_k *= gamma ** (1 - alpha)`. Where
+each query head has a key head of its own, that head's logits are then gamma times what they would
+be, and no other head changes. A key head that several query heads read takes the smallest gamma of
+theirs, so the logits of all of them shrink.
 
 No logit is cut off: S is of the params before the step, gamma brings it back to the threshold, and
 what the step itself and the clips of the layers below add to the next forward pass comes on top.
