@@ -10,6 +10,7 @@ from muon_jax._optax_muon import optax_muon
 from muon_jax._plan import Plan, plan
 from muon_jax._routing import label_params, routing_table
 from muon_jax._state_shardings import state_shardings
+from muon_jax._use import trace_routing
 from muon_jax.variants.adamuon import AdaMuonState, adamuon, scale_by_adamuon
 from muon_jax.variants.attention_specs import GroupedQuery, MultiHeadLatent
 from muon_jax.variants.dion import DionState, dion, scale_by_dion
@@ -76,4 +77,5 @@ __all__ = [
     "scion",
     "splus",
     "state_shardings",
+    "trace_routing",
 ]

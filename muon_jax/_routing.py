@@ -56,6 +56,20 @@ class Route(NamedTuple):
     doubt: str = ""
 
 
+class Decision(NamedTuple):
+    """What the user's rules say of a leaf.
+
+    Attributes:
+        choice: as in `label_params`; `None` leaves it to the built-in rules.
+        why: what decided, or what is said before the built-in rules' reason.
+        doubt: as in `Route`.
+    """
+
+    choice: Choice | None
+    why: str = ""
+    doubt: str = ""
+
+
 def label_params(params: Any, rules: Routing = None) -> Any:
     """A tree like `params` of `"muon"`, `"adamw"` or `"frozen"`, for `optax.multi_transform`.
 
@@ -154,7 +168,7 @@ def route(params: Any, rules: Routing = None, matrix_axes: Any = None) -> dict[K
     tree = survey(list(names.values()))
     chosen = _overrides(params, leaves, rules)
     routes = {
-        path: _route_leaf(name, leaves[path], tree, *chosen.get(path, (None, "")))
+        path: _route_leaf(name, leaves[path], tree, chosen.get(path, Decision(None)))
         for path, name in names.items()
     }
     if matrix_axes is not None:
@@ -185,14 +199,18 @@ def _check_axes(axes: MatrixAxes, shape: tuple[int, ...]) -> None:
         cut(shape, axes)
 
 
-def _route_leaf(name: LeafName, leaf: Any, tree: Survey, choice: Choice | None, why: str) -> Route:
+def _route_leaf(name: LeafName, leaf: Any, tree: Survey, decision: Decision) -> Route:
+    choice, why, doubt = decision
+    if choice is None and why:
+        named = _route_leaf(name, leaf, tree, Decision(None))
+        return named._replace(why=f"{why}; by name {named.why}", doubt=doubt or named.doubt)
     if choice is not None and not is_matrix_axes(choice) and not _is_label(choice):
         raise ValueError(
             f"{why} sends {name.path!r} to {choice!r}; known are {', '.join(LABELS)}, or "
             "MatrixAxes for Muon along these axes."
         )
     if choice == FROZEN:
-        return Route(name.path, name.shape, FROZEN, None, why)
+        return Route(name.path, name.shape, FROZEN, None, why, doubt)
     dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
         sent = "No rule takes" if choice is None else f"{why} sends to {choice!r} the leaf"
@@ -201,10 +219,10 @@ def _route_leaf(name: LeafName, leaf: Any, tree: Survey, choice: Choice | None, 
             "optimised. Filter it out of the params, or send it to 'frozen' by a rule."
         )
     if choice is not None and is_matrix_axes(choice):
-        return Route(name.path, name.shape, MUON, as_matrix_axes(choice), why)
+        return Route(name.path, name.shape, MUON, as_matrix_axes(choice), why, doubt)
     against = reason_for_adamw(name, tree)
     if choice == ADAMW:
-        return Route(name.path, name.shape, ADAMW, None, why)
+        return Route(name.path, name.shape, ADAMW, None, why, doubt)
     if choice is None and against is not None:
         return Route(name.path, name.shape, ADAMW, None, against.why, against.doubt)
     if len(name.shape) < 2:
@@ -213,30 +231,30 @@ def _route_leaf(name: LeafName, leaf: Any, tree: Survey, choice: Choice | None, 
             "it to 'adamw' or 'frozen'."
         )
     axes, reading = read_hidden(name, tree)
-    return Route(name.path, name.shape, MUON, axes, why or reading.why, reading.doubt)
+    return Route(name.path, name.shape, MUON, axes, why or reading.why, doubt or reading.doubt)
 
 
-def _overrides(
-    params: Any, leaves: dict[KeyPath, Any], rules: Routing
-) -> dict[KeyPath, tuple[Choice | None, str]]:
-    """What the user's rules say, by key path, each with the name of the rule that says it."""
+def _overrides(params: Any, leaves: dict[KeyPath, Any], rules: Routing) -> dict[KeyPath, Decision]:
+    """What the user's rules say, by key path."""
     if rules is None or (isinstance(rules, (list, tuple, dict)) and not rules):
         return {}
     if is_rules(rules, params, lambda x: _is_label(x) or is_matrix_axes(x)):
-        return match_rules(as_rules(rules, "routing", "choice", _is_choice), params, leaves)
-    if any(_is_choice(x) for _, x in positions(rules, _is_choice)):
+        pairs = as_rules(rules, "routing", "choice", is_choice)
+        decided = match_rules(pairs, params, leaves)
+        return {path: Decision(choice, why) for path, (choice, why) in decided.items()}
+    if any(is_choice(x) for _, x in positions(rules, is_choice)):
         found = broadcast_prefix(
             rules,
             params,
             what="The label tree",
             kind=f"one of {', '.join(LABELS)} or MatrixAxes",
-            is_value=_is_choice,
+            is_value=is_choice,
             remedy="A tree has a choice for every leaf or subtree, by its keys. Rules by regex are "
             "a list of pairs, such as [('head', 'adamw')]."
             if isinstance(rules, Mapping)
             else "",
         )
-        return {path: (choice, "the label tree") for path, choice in found.items()}
+        return {path: Decision(choice, "the label tree") for path, choice in found.items()}
     if callable(rules):
         strings = path_strings(params)
         answers = {
@@ -244,8 +262,10 @@ def _overrides(
             for path, args in ((path, (strings[path], leaf)) for path, leaf in leaves.items())
         }
         return {
-            path: (choice, "" if choice is None else "the routing callable")
-            for path, choice in answers.items()
+            path: answer
+            if isinstance(answer, Decision)
+            else Decision(answer, "" if answer is None else "the routing callable")
+            for path, answer in answers.items()
         }
     raise ValueError(
         "Routing rules must be (regex, label) pairs, a callable (path, leaf) -> label, or a tree "
@@ -315,7 +335,7 @@ def _is_label(x: Any) -> bool:
     return isinstance(x, str) and x in LABELS
 
 
-def _is_choice(x: Any) -> bool:
+def is_choice(x: Any) -> bool:
     return isinstance(x, str) or is_matrix_axes(x)
 
 

@@ -1,0 +1,83 @@
+"""What each primitive of JAX does to the leaves in its operands: one table, for `_trace.py`.
+
+A primitive that is not here may take and give activations; a leaf that enters it is left to the
+name rules.
+"""
+
+from typing import Any
+
+from muon_jax._trace import Handler, Tracer, Value, plain
+from muon_jax._trace_arrays import (
+    broadcast,
+    combine,
+    drop_axes,
+    dynamic_slice,
+    each,
+    elementwise,
+    gather,
+    gather_shards,
+    moved,
+    reduce,
+    reshape_axes,
+    resize_axes,
+    sort,
+    tile,
+    transpose_axes,
+)
+from muon_jax._trace_products import convolution, dot_general, ragged_dot_general
+from muon_jax._trace_programs import cond, scan, shard_map, while_loop
+
+
+def _opaque(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
+    if any(value.views for value in values):
+        return tracer.unknown(eqn, values)
+    return [plain(values)] * len(eqn.outvars)
+
+
+def _constant(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
+    """Positions, and random numbers: no data, whatever key they come from."""
+    del tracer, values
+    return [Value(table=len(var.aval.shape) > 0) for var in eqn.outvars]
+
+
+_ROWS: dict[Handler, str] = {
+    elementwise: "abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type "
+    "cbrt ceil clamp complex conj convert_element_type copy copy_p cos cosh digamma div eq erf "
+    "erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag integer_pow is_finite le lgamma "
+    "log log1p log2 logistic lt max min mul ne neg nextafter not one_minus_square or polygamma "
+    "polynomial pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n "
+    "shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient "
+    "sub tan tanh xor zeta bessel_i0e bessel_i1e population_count clz "
+    "sharding_constraint layout_constraint reshard mesh_cast name",
+    each: "optimization_barrier psum psum_invariant pmax pmin ppermute pvary pcast pbroadcast "
+    "psum2 preduced vary_unreduced_cast device_put",
+    sort: "sort",
+    moved(transpose_axes): "transpose",
+    moved(reshape_axes): "reshape",
+    moved(drop_axes("dimensions")): "squeeze",
+    moved(resize_axes): "slice pad split fft all_to_all rev cumsum cumprod cummax cummin "
+    "cumlogsumexp",
+    tile: "tile",
+    moved(gather_shards): "all_gather all_gather_invariant all_gather_reduced reduce_scatter "
+    "unreduced_reduce_scatter",
+    reduce: "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax "
+    "argmin",
+    combine: "concatenate stack dynamic_update_slice",
+    broadcast: "broadcast_in_dim",
+    gather: "gather",
+    dynamic_slice: "dynamic_slice",
+    dot_general: "dot_general",
+    ragged_dot_general: "ragged_dot_general",
+    convolution: "conv_general_dilated",
+    scan: "scan",
+    while_loop: "while",
+    cond: "cond",
+    shard_map: "shard_map",
+    _opaque: "pallas_call",
+    _constant: "iota random_bits random_seed random_wrap random_unwrap random_fold_in random_split "
+    "threefry2x32 rng_bit_generator axis_index",
+}
+
+HANDLERS: dict[str, Handler] = {
+    name: handler for handler, names in _ROWS.items() for name in names.split()
+}

@@ -1,0 +1,380 @@
+"""Follows the leaves of a parameter tree through a jaxpr, to where activations meet them.
+
+An abstract interpretation: each value of the program is a `Value`, which knows the leaves that it
+is made of and where their axes lie in it. Operations between parameters keep them; a `Use` is
+recorded where one meets what depends on the function's inputs. What each primitive does is in
+`_primitives.py`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from muon_jax._leaf_axes import NONE, Axes, LeafAxes, along, fit, leaf_axes, length, resize
+
+
+class View(NamedTuple):
+    """One leaf within a value.
+
+    Attributes:
+        leaf: its number.
+        axes: where its axes lie in the value.
+        inner: its axes that are contracted with another parameter or a constant.
+        shared: its axes that were batch axes of such a product.
+        rows: its axes along which a part was looked up by data.
+        partners: the leaves that it is multiplied with.
+        statistic: whether it is reduced to a norm, mean or other statistic.
+        unknown: primitives that it passed through and that this module does not know.
+        place: where it was looked up, as a number of the tracer's.
+    """
+
+    leaf: int
+    axes: Axes
+    inner: LeafAxes = NONE
+    shared: LeafAxes = NONE
+    rows: LeafAxes = NONE
+    partners: frozenset[int] = frozenset()
+    statistic: bool = False
+    unknown: frozenset[str] = frozenset()
+    place: int | None = None
+
+    def carrying(self) -> frozenset[int]:
+        """Axes of the value that run along the leaf's."""
+        return frozenset(i for i, axis in enumerate(self.axes) if along([axis]))
+
+    def free(self, taken: Iterable[int] = ()) -> LeafAxes:
+        """Axes of the leaf along the value's axes, but for those `taken`."""
+        taken = set(taken)
+        return along(axis for i, axis in enumerate(self.axes) if i not in taken)
+
+
+class Value(NamedTuple):
+    """What is known of an array in the program.
+
+    Attributes:
+        views: the leaves in it; empty in activations and constants.
+        data: whether it depends on the function's inputs. With views it is a looked-up or
+            input-scaled parameter, of which what meets it next tells the use.
+        stream: made of parameters alone, but it acts as an activation does (biases were added, or
+            it was broadcast over a batch): learned queries and their like.
+        deep: whether a matrix or an embedding lies between it and the function's inputs.
+        frontier: the leaves whose product reaches it without another matrix in between.
+        one_hot: whether it selects rows where it is multiplied.
+        table: whether it is a constant whose entries differ.
+        captured: whether it is an array that the function closes over.
+        uniform: axes along which all entries are the same.
+    """
+
+    views: frozenset[View] = frozenset()
+    data: bool = False
+    stream: bool = False
+    deep: bool = False
+    frontier: frozenset[int] = frozenset()
+    one_hot: bool = False
+    table: bool = False
+    captured: bool = False
+    uniform: frozenset[int] = frozenset()
+
+
+CONSTANT = Value()
+INPUT = Value(data=True)
+
+
+class Use(NamedTuple):
+    """Where a leaf meets activations.
+
+    Attributes:
+        leaf: its number.
+        how: `"matrix"`, `"convolution"`, `"depthwise"`, `"vector"` (contracted without output
+            axes, or between one input or output), `"rows"`, `"elementwise"`, `"statistic"`,
+            `"mixed"` (its axes were merged before) or `"unknown"`.
+        fan_in, fan_out: axes of the leaf; of `"rows"` those looked up are `fan_in`.
+        parts: into how many matrices fan_in and fan_out are split: groups of one axis.
+        partners: leaves that it is multiplied with before.
+        names: of the unknown primitives.
+        reads_input: whether nothing but elementwise operations lie between it and the inputs.
+        place: of the tracer's places.
+    """
+
+    leaf: int
+    how: str
+    fan_in: tuple[int, ...] = ()
+    fan_out: tuple[int, ...] = ()
+    parts: tuple[int, int] = (1, 1)
+    partners: frozenset[int] = frozenset()
+    names: frozenset[str] = frozenset()
+    reads_input: bool = False
+    place: int = -1
+
+
+MATRICES = ("matrix", "convolution", "mixed", "unknown")  # what may be a matrix, to be safe
+
+Handler = Callable[["Tracer", Any, list[Value]], list[Value]]
+
+
+class Tracer:
+    """Interprets a jaxpr on `Value`s.
+
+    Attributes:
+        shapes: of the leaves.
+        uses: in program order.
+        read: leaves whose output a later matrix reads.
+        passed: leaves whose output a vector is contracted with.
+        enclosing: the equation at hand and those that call it, the innermost last, each with the
+            debug information of the program that it is in.
+        places: the enclosing equations of uses and lookups.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], handlers: dict[str, Handler]):
+        self.shapes = shapes
+        self.handlers = handlers
+        self.uses: list[Use] = []
+        self.read: set[int] = set()
+        self.passed: set[int] = set()
+        self.enclosing: list[tuple[Any, Any]] = []
+        self.places: list[tuple[tuple[Any, Any], ...]] = []
+        self._numbers: dict[tuple[int, ...], int] = {}
+
+    def leaf(self, number: int) -> Value:
+        shape = self.shapes[number]
+        return Value(frozenset((View(number, leaf_axes(shape)),)))
+
+    def run(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
+        """The outputs of an open or closed jaxpr."""
+        inner = getattr(jaxpr, "jaxpr", jaxpr)
+        env = dict(zip(inner.invars, args, strict=True))
+        env |= {var: _captured(var.aval) for var in inner.constvars}
+
+        def read(var: Any) -> Value:
+            return _captured(var.aval) if hasattr(var, "val") else env[var]
+
+        for eqn in inner.eqns:
+            self.enclosing.append((eqn, inner.debug_info))
+            outputs = self.apply(eqn, [read(var) for var in eqn.invars])
+            self.enclosing.pop()
+            env.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(var) for var in inner.outvars]
+
+    def place(self) -> int:
+        """The number of where the interpreter is."""
+        key = tuple(id(eqn) for eqn, _ in self.enclosing)
+        if key not in self._numbers:
+            self._numbers[key] = len(self.places)
+            self.places.append(tuple(self.enclosing))
+        return self._numbers[key]
+
+    def apply(self, eqn: Any, values: list[Value]) -> list[Value]:
+        name = eqn.primitive.name
+        if name in self.handlers:
+            return self.handlers[name](self, eqn, values)
+        jaxpr = called_jaxpr(eqn)
+        if jaxpr is not None:
+            return self.run(jaxpr, values)
+        if any(value.views for value in values):
+            return self.unknown(eqn, values)
+        return [plain(values)] * len(eqn.outvars)
+
+    def record(self, view: View, how: str, fan_in=(), fan_out=(), **details: Any) -> None:
+        if view.statistic:
+            how, fan_in, fan_out = "statistic", (), ()
+        if view.unknown:
+            how, fan_in, fan_out = "unknown", (), ()
+        self.uses.append(
+            Use(
+                view.leaf,
+                how,
+                tuple(sorted(fan_in)),
+                tuple(sorted(fan_out)),
+                partners=view.partners,
+                names=view.unknown,
+                place=self.place() if view.place is None else view.place,
+                **details,
+            )
+        )
+
+    def settle(self, value: Value) -> Value:
+        """What the value's leaves are used as where it meets activations entry by entry."""
+        matrices = set()
+        for view in value.views:
+            free = view.free()
+            if view.rows:
+                self.record(view, "rows", view.rows)
+            elif view.inner and free and not view.partners:  # a product with a constant
+                how = self.fans(view, view.inner, free)
+                self.record(view, how, view.inner, free)
+                matrices.add(view.leaf)
+            else:
+                self.record(view, "elementwise")
+        return value._replace(
+            views=frozenset(),
+            data=True,
+            stream=False,
+            table=False,
+            deep=value.deep or bool(matrices),
+            frontier=value.frontier | matrices,
+        )
+
+    def fans(self, view: View, fan_in: LeafAxes, fan_out: LeafAxes) -> str:
+        """Which use a contraction over `fan_in` with outputs along `fan_out` is."""
+        shape = self.shapes[view.leaf]
+        sizes = [length(tuple((NONE, shape[i]) for i in fan)) for fan in (fan_in, fan_out)]
+        if len(shape) < 2 or not fan_in or not fan_out:
+            return "vector"
+        if fan_in & fan_out:
+            return "mixed"
+        return "vector" if 1 in sizes else "matrix"
+
+    def meet(
+        self,
+        value: Value,
+        activation: Value,
+        contracted: Sequence[int],
+        batch: Sequence[int],
+        how: str = "",
+    ) -> Value:
+        """A product that contracts axes of a parameter with an activation.
+
+        `batch` are axes that both have and keep.
+        """
+        reads_input = activation.data and not activation.deep
+        hows = {}
+        for view in value.views:
+            fan_in = along(view.axes[i] for i in contracted) - view.rows
+            free = view.free([*contracted, *batch]) - view.rows
+            fan_out = free | view.inner
+            if not fan_in and view.inner:
+                fan_in, fan_out = view.inner, free - view.shared or free
+            kind = self.fans(view, fan_in, fan_out)
+            details: dict[str, Any] = {"reads_input": reads_input}
+            if kind == "matrix":
+                kind = how or kind
+                details["parts"] = tuple(_parts(view, batch, fan) for fan in (fan_in, fan_out))
+            if kind == "vector" and view.rows:
+                self.record(view, "rows", view.rows)
+            if kind == "vector" and not fan_in:
+                self.record(view, "elementwise")
+                continue
+            self.record(view, kind, fan_in, fan_out, **details)
+            if not view.statistic:
+                hows[view.leaf] = kind
+        if set(hows.values()) & set(MATRICES):
+            self.read |= activation.frontier
+        else:
+            self.passed |= activation.frontier
+        deep = activation.deep or bool(hows)
+        return Value(data=True, deep=deep, frontier=frozenset(hows) or activation.frontier)
+
+    def unknown(self, eqn: Any, values: list[Value]) -> list[Value]:
+        """Leaves that pass through what this module does not know stay known by name."""
+        name = eqn.primitive.name
+        marked = [
+            value._replace(
+                views=frozenset(v._replace(unknown=v.unknown | {name}) for v in value.views)
+            )
+            for value in values
+        ]
+        joined = plain(marked)
+        if joined.data:
+            views = [view for value in marked for view in value.views]
+            for view in views:
+                self.record(view, "unknown")
+            self.read |= joined.frontier
+            joined = Value(data=True, deep=True, frontier=frozenset(view.leaf for view in views))
+            return [joined] * len(eqn.outvars)
+        return [
+            joined._replace(
+                views=merge(
+                    view._replace(axes=_mixed(view, var.aval.shape))
+                    for value in marked
+                    for view in value.views
+                )
+            )
+            for var in eqn.outvars
+        ]
+
+    def join(self, values: Sequence[Value], shape: Sequence[int]) -> Value:
+        """What may be any of these: the branches of a condition, a loop's carry."""
+        if any(v.data and not v.views for v in values):
+            values = [self.settle(v) if v.views else v for v in values]
+        views = merge(v._replace(axes=fit(v.axes, shape)) for x in values for v in x.views)
+        shared = frozenset.intersection(*(v.uniform for v in values))
+        return plain(values)._replace(views=views, uniform=shared)
+
+    def loop(
+        self, run: Callable[[list[Value]], list[Value]], carry: list[Value], variables: Sequence
+    ) -> list[Value]:
+        """Runs a loop's body until its carry is what it began with; returns all its outputs."""
+        shapes = [var.aval.shape for var in variables]
+
+        def joined(outputs: list[Value]) -> list[Value]:
+            triples = zip(carry, outputs, shapes, strict=False)
+            return [self.join([before, after], shape) for before, after, shape in triples]
+
+        while True:
+            mark = len(self.uses)
+            outputs = run(carry)
+            if (wider := joined(outputs)) == carry:
+                return wider + outputs[len(carry) :]
+            del self.uses[mark:]
+            carry = joined(outputs)  # again, for its uses
+
+
+def plain(values: Sequence[Value]) -> Value:
+    """What the flags of several values are together; their views are left out."""
+    constant = not any(v.data or v.views for v in values)
+    return Value(
+        data=any(v.data for v in values),
+        stream=any(v.stream for v in values),
+        deep=any(v.deep for v in values),
+        frontier=frozenset().union(*(v.frontier for v in values)),
+        table=constant and any(v.table for v in values),
+        captured=constant and any(v.captured for v in values),
+    )
+
+
+def merge(views: Iterable[View]) -> frozenset[View]:
+    """A leaf's statistics beside itself, as in a normalised weight, tell nothing more."""
+    views = frozenset(views)
+    whole = {view.leaf for view in views if not view.statistic}
+    return frozenset(v for v in views if not (v.statistic and v.leaf in whole))
+
+
+def with_views(value: Value, views: Iterable[View]) -> Value:
+    return value._replace(views=merge(views))
+
+
+def resized(values: Sequence[Value], variables: Sequence[Any]) -> list[Value]:
+    """The values in the shapes of these variables: shards, slices or wholes."""
+    return [
+        with_views(
+            value,
+            (v._replace(axes=tuple(map(resize, v.axes, var.aval.shape))) for v in value.views),
+        )
+        for value, var in zip(values, variables, strict=True)
+    ]
+
+
+def _parts(view: View, batch: Sequence[int], fan: LeafAxes) -> int:
+    """The size of a batch axis that is a part of the fan's own axis."""
+    own = [length(view.axes[i]) for i in batch if along([view.axes[i]]) & fan]
+    return own[0] if len(own) == 1 and len(fan) == 1 else 1
+
+
+def called_jaxpr(eqn: Any) -> Any:
+    """The one jaxpr that an equation calls with its own operands; None if there is no such."""
+    jaxprs = [x for x in eqn.params.values() if hasattr(getattr(x, "jaxpr", x), "eqns")]
+    if len(jaxprs) != 1:
+        return None
+    inner = getattr(jaxprs[0], "jaxpr", jaxprs[0])
+    pairs = ((inner.invars, eqn.invars), (inner.outvars, eqn.outvars))
+    same = all([x.aval.shape for x in a] == [x.aval.shape for x in b] for a, b in pairs)
+    return jaxprs[0] if same else None
+
+
+def _captured(aval: Any) -> Value:
+    shape = getattr(aval, "shape", ())
+    entries = len(shape) > 0
+    return Value(table=entries, captured=len(shape) > 1)
+
+
+def _mixed(view: View, shape: Sequence[int]) -> Axes:
+    return tuple(((view.free(), size),) for size in shape)

@@ -1,0 +1,274 @@
+"""Leaves in arrays that are moved, resized, joined, looked up, or combined entry by entry."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from muon_jax._leaf_axes import NONE, Axes, Axis, along, blank, fit, length, reshape, resize
+from muon_jax._trace import Handler, Tracer, Value, plain, resized, with_views
+
+Move = Callable[[Any, Axes, Sequence[int]], Axes]
+
+
+# --- Entry by entry ---
+
+
+def elementwise(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
+    name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
+    uniform = [_uniform(v, x.aval.shape, shape) for v, x in zip(values, eqn.invars, strict=True)]
+    pure = [i for i, value in enumerate(values) if value.data and not value.views]
+    holders = [value for value in values if value.views]
+    settled = bool(pure) and not _scales(name, values, uniform, pure)
+    # What is looked up acts as an activation where whole parameters meet it.
+    looked_up = any(view.rows for value in holders for view in value.views)
+    if settled or (looked_up and not all(value.data for value in holders)):
+        values = [tracer.settle(value) if value.views else value for value in values]
+    views = [
+        [view._replace(axes=fit(view.axes, shape)) for view in value.views] for value in values
+    ]
+    joined = with_views(plain(values), [view for one in views for view in one])
+    if name in ("mul", "div"):
+        stream = all(value.stream for value in values if value.views)
+    else:
+        carried = {
+            frozenset(i for i in view.carrying() if shape[i] > 1)
+            for one in views
+            for view in one
+            if not view.statistic
+        }
+        stream = joined.stream or (name in ("add", "sub") and len(carried) > 1)
+    return [
+        joined._replace(
+            stream=stream and not joined.data,
+            one_hot=_selects(name, values),
+            uniform=frozenset.intersection(*uniform),
+        )
+    ]
+
+
+def _uniform(value: Value, before: Sequence[int], after: Sequence[int]) -> frozenset[int]:
+    """Axes of the result along which this operand is the same throughout."""
+    if len(before) != len(after):
+        return frozenset(range(len(after)))
+    grown = {i for i, sizes in enumerate(zip(before, after, strict=True)) if sizes[0] != sizes[1]}
+    return value.uniform | grown
+
+
+def _scales(name: str, values: list[Value], uniform: list[frozenset[int]], pure: list[int]) -> bool:
+    """Whether a parameter is only scaled by data: as a whole, or along some of its axes.
+
+    Such as a weight divided by its spectral norm, or modulated by a style. It is then used by what
+    meets it next.
+    """
+    if name != "mul" and not (name == "div" and pure == [1]):
+        return False
+    shared = frozenset.intersection(*(uniform[i] for i in pure))
+    return all(view.carrying() & shared for value in values for view in value.views)
+
+
+_KEEP_ROWS = {"convert_element_type", "mul", "copy", "copy_p", "stop_gradient", "select_n"}
+
+
+def _selects(name: str, values: list[Value]) -> bool:
+    if name == "eq":
+        return any(value.table for value in values)
+    return name in _KEEP_ROWS and any(value.one_hot for value in values)
+
+
+def each(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
+    """Every output is its own operand."""
+    del tracer
+    return resized(values, eqn.outvars)
+
+
+def sort(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
+    """The order of the first operand is that of all."""
+    keys = plain(values)
+    return [
+        value._replace(data=keys.data, deep=keys.deep, frontier=keys.frontier, uniform=NONE)
+        for value in each(tracer, eqn, values)
+    ]
+
+
+# --- Moved and resized ---
+
+
+def moved(move: Move) -> Handler:
+    """The first operand moved; of others, such as a padding value, only the flags count."""
+
+    def handler(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
+        del tracer
+        first = values[0]
+        flags = plain(values)._replace(
+            data=first.data, stream=first.stream, one_hot=first.one_hot, table=first.table
+        )
+        return [
+            with_views(
+                flags,
+                (v._replace(axes=move(eqn, v.axes, var.aval.shape)) for v in first.views),
+            )
+            for var in eqn.outvars
+        ]
+
+    return handler
+
+
+def _broadcast_axes(eqn: Any, axes: Axes, shape: Sequence[int]) -> Axes:
+    placed = dict(zip(eqn.params["broadcast_dimensions"], axes, strict=True))
+    return tuple(
+        placed[i] if i in placed and length(placed[i]) == size else blank(size)
+        for i, size in enumerate(shape)
+    )
+
+
+def broadcast(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
+    [value] = moved(_broadcast_axes)(tracer, eqn, values[:1])
+    shape, kept = eqn.outvars[0].aval.shape, eqn.params["broadcast_dimensions"]
+    before = dict(zip(kept, eqn.invars[0].aval.shape, strict=True))
+    grown = frozenset(i for i, size in enumerate(shape) if before.get(i, 1) != size)
+    inherited = frozenset(kept[i] for i in values[0].uniform if i < len(kept))
+    batch = bool(value.views) and bool(grown) and not value.data
+    return [
+        value._replace(
+            uniform=grown | inherited,
+            stream=value.stream or batch,
+            table=value.table and bool(before),
+        )
+    ]
+
+
+def tile(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
+    [value] = moved(lambda eqn, axes, shape: tuple(map(_repeated, axes, shape)))(
+        tracer, eqn, values
+    )
+    batch = bool(value.views) and not value.data
+    return [value._replace(stream=value.stream or batch)]
+
+
+def _repeated(axis: Axis, size: int) -> Axis:
+    return blank(size) if length(axis) == 1 else resize(axis, size)
+
+
+def transpose_axes(eqn: Any, axes: Axes, shape: Sequence[int]) -> Axes:
+    return tuple(axes[i] for i in eqn.params["permutation"])
+
+
+def reshape_axes(eqn: Any, axes: Axes, shape: Sequence[int]) -> Axes:
+    order = eqn.params.get("dimensions")
+    return reshape(axes if order is None else tuple(axes[i] for i in order), shape)
+
+
+def drop_axes(parameter: str) -> Move:
+    def move(eqn: Any, axes: Axes, shape: Sequence[int]) -> Axes:
+        dropped = eqn.params[parameter]
+        return tuple(axis for i, axis in enumerate(axes) if i not in dropped)
+
+    return move
+
+
+def resize_axes(eqn: Any, axes: Axes, shape: Sequence[int]) -> Axes:
+    return tuple(map(resize, axes, shape))
+
+
+def gather_shards(eqn: Any, axes: Axes, shape: Sequence[int]) -> Axes:
+    """Untiled, the shards lie along an axis of their own."""
+    if len(axes) < len(shape):
+        at = eqn.params["all_gather_dimension"]
+        axes = (*axes[:at], blank(shape[at]), *axes[at:])
+    elif len(axes) > len(shape):  # reduce_scatter
+        at = eqn.params["scatter_dimension"]
+        axes = (*axes[:at], *axes[at + 1 :])
+    return resize_axes(eqn, axes, shape)
+
+
+def reduce(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
+    """Reduced along its own axes, a leaf is a statistic; along those of a broadcast it is not."""
+    del tracer
+    axes = eqn.params["axes"]
+    outputs = []
+    for value in values[: len(eqn.outvars)]:
+        views = (
+            view._replace(
+                axes=tuple(axis for i, axis in enumerate(view.axes) if i not in axes),
+                statistic=view.statistic or bool(view.carrying() & set(axes)),
+            )
+            for view in value.views
+        )
+        one_hot = value.one_hot and eqn.primitive.name in ("reduce_sum", "reduce_max")
+        outputs.append(with_views(value, views)._replace(one_hot=one_hot, uniform=NONE))
+    return outputs
+
+
+def combine(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
+    """Operands side by side in one array: concatenated, stacked, written into a buffer."""
+    if any(value.data and not value.views for value in values):
+        values = [tracer.settle(value) if value.views else value for value in values]
+    shape = eqn.outvars[0].aval.shape
+    views = []
+    for value in values:
+        for view in value.views:
+            axes = view.axes
+            if eqn.primitive.name == "stack":
+                at = eqn.params["axis"]
+                axes = (*axes[:at], blank(1), *axes[at:])
+            views.append(view._replace(axes=tuple(map(resize, axes, shape))))
+    return [with_views(plain(values), views)]
+
+
+# --- Lookups ---
+
+
+def gather(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
+    operand, indices = values[0], plain(values[1:])
+    dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    shape, before = eqn.outvars[0].aval.shape, eqn.invars[0].aval.shape
+    gone = {*dims.collapsed_slice_dims, *dims.operand_batching_dims}
+    kept = [i for i in range(len(before)) if i not in gone]
+    searched = [i for i in dims.start_index_map if sizes[i] < before[i] or before[i] == 1]
+    batch = [i for i in range(len(shape)) if i not in dims.offset_dims]
+    paired = zip(dims.start_indices_batching_dims, dims.operand_batching_dims, strict=True)
+    source = dict(zip(dims.offset_dims, kept, strict=True)) | {batch[i]: j for i, j in paired}
+
+    def move(axes: Axes) -> Axes:
+        return tuple(
+            resize(axes[source[i]], size) if i in source else blank(size)
+            for i, size in enumerate(shape)
+        )
+
+    return [looked_up(tracer, operand, indices, searched, move)]
+
+
+def dynamic_slice(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
+    shape, before = eqn.outvars[0].aval.shape, eqn.invars[0].aval.shape
+    searched = [i for i, size in enumerate(shape) if size < before[i]]
+    starts = [value for i, value in enumerate(values[1:]) if i in searched]
+    return [
+        looked_up(
+            tracer, values[0], plain(starts), searched, lambda axes: tuple(map(resize, axes, shape))
+        )
+    ]
+
+
+def looked_up(
+    tracer: Tracer,
+    operand: Value,
+    indices: Value,
+    searched: Sequence[int],
+    move: Callable[[Axes], Axes],
+) -> Value:
+    """A part of the operand. Where data tell which, it is looked up, else it is a slice."""
+    flags = plain([operand, indices])._replace(one_hot=operand.one_hot, stream=operand.stream)
+    if not operand.views:
+        deep = flags.deep or (operand.captured and indices.data)
+        return flags._replace(deep=deep)
+    by_data = indices.data
+    return with_views(
+        flags._replace(deep=flags.deep or by_data, stream=operand.stream and not by_data),
+        (
+            view._replace(
+                axes=move(view.axes),
+                rows=view.rows | along(view.axes[i] for i in searched) if by_data else view.rows,
+                place=tracer.place() if by_data else view.place,
+            )
+            for view in operand.views
+        ),
+    )

@@ -1,0 +1,72 @@
+"""Leaves in programs within a program: loops, branches, and what runs on shards."""
+
+from typing import Any
+
+from muon_jax._leaf_axes import blank
+from muon_jax._trace import Tracer, Value, resized, with_views
+
+
+def scan(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
+    """What is scanned over loses its first axis, which so is no fan but a batch."""
+    jaxpr = eqn.params["jaxpr"]
+    body = getattr(jaxpr, "jaxpr", jaxpr)
+    grown = [
+        len(outer.aval.shape) > len(inner.aval.shape)
+        for outer, inner in zip(eqn.invars, body.invars, strict=True)
+    ]
+    stacked = sum(
+        len(outer.aval.shape) > len(inner.aval.shape)
+        for outer, inner in zip(eqn.outvars, body.outvars, strict=True)
+    )
+    carried = len(eqn.outvars) - stacked
+    constants = len(values) - sum(grown) - carried
+    xs = [_first_axis_off(value) for value in values[constants + carried :]]
+    fixed = values[:constants]
+    outputs = tracer.loop(
+        lambda carry: tracer.run(jaxpr, [*fixed, *carry, *xs]),
+        values[constants : constants + carried],
+        eqn.outvars,
+    )
+    ys = [
+        with_views(
+            value._replace(uniform=frozenset(i + 1 for i in value.uniform)),
+            (v._replace(axes=(blank(eqn.params["length"]), *v.axes)) for v in value.views),
+        )
+        for value in outputs[carried:]
+    ]
+    return outputs[:carried] + ys
+
+
+def _first_axis_off(value: Value) -> Value:
+    return with_views(
+        value._replace(uniform=frozenset(i - 1 for i in value.uniform if i)),
+        (v._replace(axes=v.axes[1:]) for v in value.views),
+    )
+
+
+def while_loop(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
+    before, fixed = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    tests, constants = values[:before], values[before : before + fixed]
+
+    def run(carry: list[Value]) -> list[Value]:
+        tracer.run(eqn.params["cond_jaxpr"], [*tests, *carry])
+        return tracer.run(eqn.params["body_jaxpr"], [*constants, *carry])
+
+    return tracer.loop(run, values[before + fixed :], eqn.outvars)
+
+
+def cond(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
+    index, *operands = values
+    branches = [tracer.run(branch, operands) for branch in eqn.params["branches"]]
+    joined = [
+        tracer.join(list(outputs), var.aval.shape)
+        for outputs, var in zip(zip(*branches, strict=True), eqn.outvars, strict=True)
+    ]
+    return [x if x.views else x._replace(data=x.data or index.data) for x in joined]
+
+
+def shard_map(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
+    """The body sees shards: the same axes, shorter."""
+    body = eqn.params["jaxpr"]
+    outputs = tracer.run(body, resized(values, getattr(body, "jaxpr", body).invars))
+    return resized(outputs, eqn.outvars)

@@ -1,0 +1,282 @@
+"""Routing by use: what a function does with each parameter tells where it goes."""
+
+import dataclasses
+import functools
+import sys
+import sysconfig
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from muon_jax._matrix_axes import MatrixAxes
+from muon_jax._paths import path_strings, positions, some
+from muon_jax._primitives import HANDLERS
+from muon_jax._routing import (
+    ADAMW,
+    FROZEN,
+    LABELS,
+    MUON,
+    Choice,
+    Decision,
+    as_rules,
+    is_choice,
+    match_rules,
+    routing_table,
+)
+from muon_jax._trace import CONSTANT, INPUT, MATRICES, Tracer, Use
+
+# Layers of these libraries are called from where a model is written.
+_LIBRARIES = ("jax", "jaxlib", "flax", "haiku", "equinox", "optax", "penzai", "haliax", "einops")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TracedRouting:
+    """What `trace_routing` returns: a routing, which prints as `routing_table`.
+
+    Attributes:
+        leaves: shape and dtype of each leaf that was traced, by its path.
+        decisions: what its use says, by its path.
+    """
+
+    leaves: OrderedDict[str, jax.ShapeDtypeStruct]
+    decisions: dict[str, Decision]
+
+    def __call__(self, path: str, leaf: Any) -> Decision:
+        """The decision for a leaf of the params, or of a part of them with the same paths."""
+        if path in self.decisions:
+            return self.decisions[path]
+        if not hasattr(leaf, "shape"):  # a setting among the arrays of a module
+            return Decision(None)
+        raise ValueError(
+            f"The routing was traced without a leaf {path!r}. Trace the function again, with these "
+            "params."
+        )
+
+    def __str__(self) -> str:
+        return routing_table(self.leaves, self)
+
+
+def trace_routing(
+    function: Callable[..., Any],
+    params: Any = None,
+    *args: Any,
+    rules: Sequence[tuple[str, Any]] = (),
+    first: str = ADAMW,
+    last: str = ADAMW,
+) -> TracedRouting:
+    """A routing read from how a function uses each parameter, not from its name.
+
+    The function is traced, not run: nothing is computed and nothing allocated. What is contracted
+    with activations is a matrix; its contracted axes are fan_in, its free ones fan_out, batch and
+    scanned ones a stack. What is looked up by rows is an embedding; what is added to or multiplied
+    with activations entry by entry is a vector, whatever its shape. These, depthwise convolutions,
+    the first matrices (which read the function's inputs) and the last ones (whose output no other
+    matrix reads) go to AdamW, all other matrices to Muon.
+
+    Args:
+        function: `function(params, *args)`, a forward pass or a loss, with all that it returns. Or
+            a Flax NNX module, with its inputs as the arguments that follow.
+        params: arrays or `jax.ShapeDtypeStruct`s, in any tree: plain, of Linen, Haiku or Equinox,
+            or a Flax NNX module, of which the `nnx.Param`s are the params. What is no array stays
+            as it is.
+        *args: other arguments: trees of arrays, `jax.ShapeDtypeStruct`s and static values.
+        rules: `(regex, choice)` pairs as in `label_params`, which go before what the trace says.
+        first: where the first matrices go: `"adamw"`, `"muon"` or `"frozen"`.
+        last: where the last matrices go.
+
+    Returns:
+        A routing, for `routing=` of any optimizer here, `label_params`, `routing_table` or `plan`.
+        It fits all trees with the same paths, and parts of them. `str` of it is the table of
+        routes, with the source line of each use. A leaf that the function does not use, or that
+        passes through an unknown operation, is left to the name rules, and the table says so.
+
+    Raises:
+        ValueError: an unknown choice, or a rule that decides no leaf.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, muon_jax
+        >>> def model(params, tokens):
+        ...     x = params["table"][tokens]
+        ...     x = x + jax.nn.relu(x @ params["a"] + params["b"]) @ params["c"]
+        ...     return x @ params["d"]
+        >>> shapes = {"a": (8, 32), "b": (32,), "c": (32, 8), "d": (8, 50), "table": (50, 8)}
+        >>> params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+        >>> tokens = jax.ShapeDtypeStruct((4, 16), jnp.int32)
+        >>> routing = muon_jax.trace_routing(model, params, tokens)
+        >>> muon_jax.label_params(params, routing)
+        {'a': 'muon', 'b': 'adamw', 'c': 'muon', 'd': 'adamw', 'table': 'adamw'}
+        >>> optimizer = muon_jax.muon(0.02, routing=routing)
+    """
+    for name, choice in (("first", first), ("last", last)):
+        if choice not in LABELS:
+            raise ValueError(f"{name} must be one of {', '.join(LABELS)}; got {choice!r}.")
+    if _is_nnx_module(function):
+        args = args if params is None else (params, *args)
+        function, params = type(function).__call__, function
+    if _is_nnx_module(params):
+        function, params, args = _functional(function, params, args)
+    strings = path_strings(params)
+    arrays = {path: x for path, x in positions(params) if _is_array(x)}
+    leaves = OrderedDict(
+        (strings[path], jax.ShapeDtypeStruct(jnp.shape(x), x.dtype)) for path, x in arrays.items()
+    )
+    tracer, outputs = _trace(function, params, args)
+    names, uses = list(leaves), defaultdict(list)
+    for use in tracer.uses:
+        uses[use.leaf].append(use)
+    lines = [_line(sources) for sources in tracer.places]
+    decisions = {}
+    for number, (name, leaf) in enumerate(leaves.items()):
+        reaches = number in outputs or number not in tracer.passed
+        end = last if reaches and number not in tracer.read else None
+        decisions[name] = _decide(leaf, uses[number], names, lines, first, end)
+    chosen = match_rules(as_rules(rules, "rules", "choice", is_choice), params, arrays)
+    decisions |= {strings[path]: Decision(*rule) for path, rule in chosen.items()}
+    return TracedRouting(leaves, decisions)
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _is_nnx_module(x: Any) -> bool:
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(x, nnx.Module)
+
+
+def _functional(
+    function: Callable[..., Any], module: Any, args: tuple[Any, ...]
+) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
+    """The same function of the module's params and of the rest of its state."""
+    nnx = sys.modules["flax.nnx"]
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+
+    def call(params: Any, rest: Any, *args: Any) -> Any:
+        return function(nnx.merge(graph, params, rest), *args)
+
+    return call, params, (rest, *args)
+
+
+def _trace(function: Callable[..., Any], params: Any, args: Any) -> tuple[Tracer, frozenset[int]]:
+    """The leaves' uses, and the leaves whose product the outputs are made of."""
+    given, treedef = jax.tree.flatten((params, args))
+    arrays = [i for i, x in enumerate(given) if _is_array(x)]
+    count = sum(map(_is_array, jax.tree.leaves(params)))
+
+    def run(traced: list[jax.Array]) -> list[jax.Array]:
+        filled = list(given)
+        for i, x in zip(arrays, traced, strict=True):
+            filled[i] = x
+        params, args = jax.tree.unflatten(treedef, filled)
+        return [x for x in jax.tree.leaves(function(params, *args)) if isinstance(x, jax.Array)]
+
+    jaxpr = jax.make_jaxpr(run)([given[i] for i in arrays])
+    tracer = Tracer([jnp.shape(given[i]) for i in arrays[:count]], HANDLERS)
+    values = [
+        INPUT if n >= count else tracer.leaf(n) if _is_trained(given[i]) else CONSTANT
+        for n, i in enumerate(arrays)
+    ]
+    outputs = [tracer.settle(x) if x.data else x for x in tracer.run(jaxpr, values)]
+    return tracer, frozenset().union(*(x.frontier for x in outputs))
+
+
+def _is_trained(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jnp.inexact)
+
+
+# --- From uses to decisions ---
+
+
+def _decide(
+    leaf: Any,
+    uses: Sequence[Use],
+    names: Sequence[str],
+    lines: Sequence[str],
+    first: str,
+    last: str | None,
+) -> Decision:
+    """Where a leaf goes; `last` is None where another matrix reads what it is multiplied into."""
+    if not _is_trained(leaf):
+        return Decision(FROZEN, f"{leaf.dtype}: quantised, or no weight")
+    if not uses:
+        doubt = "the traced function does not use it, so its name decides"
+        return Decision(None, "not used", doubt)
+    uses = [use for use in uses if use.how != "statistic"] or uses
+    if unknown := [use for use in uses if use.how == "unknown"]:
+        passed = ", ".join(sorted(frozenset().union(*(use.names for use in unknown))))
+        doubt = f"it passes through {passed}, which is unknown, so its name decides"
+        return Decision(None, f"passes through {passed}" + lines[unknown[0].place], doubt)
+    if any(use.how == "mixed" for use in uses):
+        doubt = "its axes are merged before they are contracted, so its name decides"
+        return Decision(None, "its axes are merged" + lines[uses[0].place], doubt)
+    ways = list({(use.how, use.fan_in, use.fan_out): use for use in reversed(uses)}.values())[::-1]
+    why = " and ".join(dict.fromkeys(_words(use, names) for use in ways)) + lines[ways[0].place]
+    hows = {use.how for use in ways}
+    if "rows" in hows:
+        return Decision(ADAMW, ("tied: " if hows - {"rows", "elementwise"} else "") + why)
+    if not hows & set(MATRICES):
+        return Decision(ADAMW, why)
+    fans = {frozenset((use.fan_in, use.fan_out)) for use in ways}  # a transposed use is the same
+    if not hows <= set(MATRICES) or len(fans) > 1:
+        return Decision(ADAMW, why, "it is used in several ways, of which Muon fits one at most")
+    use = ways[0]
+    choice: Choice = MatrixAxes(use.fan_in, use.fan_out, *use.parts)
+    if last is not None:
+        why = f"the last matrix, {why}"
+    elif all(use.reads_input for use in uses):
+        why, last = f"the first matrix, {why}", first
+    return Decision(choice if last in (None, MUON) else last, why)
+
+
+_WORDS = {
+    "matrix": "contracted over",
+    "convolution": "convolved over",
+    "vector": "contracted as a vector over",
+    "rows": "looked up along",
+    "elementwise": "elementwise with activations",
+    "depthwise": "a depthwise convolution",
+    "statistic": "used through a norm or another statistic",
+}
+
+
+def _words(use: Use, names: Sequence[str]) -> str:
+    axes = ""
+    if use.fan_in:
+        axes = f" {'axis' if len(use.fan_in) == 1 else 'axes'} {', '.join(map(str, use.fan_in))}"
+    partners = sorted(names[i] for i in use.partners)
+    product = f", in a product with {some(partners, 3)}" if partners else ""
+    return _WORDS[use.how] + axes + product
+
+
+# --- Where in the source ---
+
+
+def _line(sources: Sequence[tuple[Any, Any]]) -> str:
+    """The line of the model that the use is on, as in ` · model.py:57`; else nothing."""
+    line = None
+    for eqn, info in sources:
+        frames = _frames(eqn)
+        # What a library's own function does is where it is called from, unless it was traced
+        # there: its program may be that of an earlier call.
+        if frames and (line is None or line in frames or not _in_library(info.func_src_info or "")):
+            line = frames[0]
+    return f" · {Path(line[0]).name}:{line[1]}" if line else ""
+
+
+def _frames(eqn: Any) -> list[tuple[str, int]]:
+    """The lines outside of the libraries that led to an equation, the innermost first."""
+    traceback = eqn.source_info.traceback
+    frames = traceback.frames if traceback else []
+    return [(x.file_name, x.line_num) for x in frames if not _in_library(x.file_name)]
+
+
+@functools.cache
+def _in_library(file: str) -> bool:
+    parts = Path(file.split(" at ")[-1]).parts
+    if "site-packages" in parts:
+        return parts[parts.index("site-packages") + 1] in _LIBRARIES
+    return file.startswith((sysconfig.get_path("stdlib"), "<frozen")) or file == __file__
