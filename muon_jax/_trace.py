@@ -256,12 +256,13 @@ class Tracer:
             self.record(view, kind, fan_in, fan_out, **details)
             if not view.statistic:
                 hows[view.leaf] = kind
+        before = activation.frontier | value.frontier
         if set(hows.values()) & set(MATRICES):
-            self.read |= activation.frontier
+            self.read |= before
         else:
-            self.passed |= activation.frontier
+            self.passed |= before
         deep = activation.deep or bool(hows)
-        return Value(data=True, deep=deep, frontier=frozenset(hows) or activation.frontier)
+        return Value(data=True, deep=deep, frontier=frozenset(hows) or before)
 
     def unknown(self, eqn: Any, values: list[Value]) -> list[Value]:
         """Leaves that pass through what this module does not know stay known by name."""
