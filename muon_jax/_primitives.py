@@ -6,7 +6,7 @@ name rules.
 
 from typing import Any
 
-from muon_jax._trace import Handler, Tracer, Value, plain
+from muon_jax._trace import Handler, Tracer, Value
 from muon_jax._trace_arrays import (
     broadcast,
     combine,
@@ -20,18 +20,13 @@ from muon_jax._trace_arrays import (
     reduce,
     reshape_axes,
     resize_axes,
+    sliced,
     sort,
     tile,
     transpose_axes,
 )
 from muon_jax._trace_products import convolution, dot_general, ragged_dot_general
 from muon_jax._trace_programs import cond, scan, shard_map, while_loop
-
-
-def _opaque(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
-    if any(value.views for value in values):
-        return tracer.unknown(eqn, values)
-    return [plain(values)] * len(eqn.outvars)
 
 
 def _constant(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
@@ -55,8 +50,8 @@ _ROWS: dict[Handler, str] = {
     moved(transpose_axes): "transpose",
     moved(reshape_axes): "reshape",
     moved(drop_axes("dimensions")): "squeeze",
-    moved(resize_axes): "slice pad split fft all_to_all rev cumsum cumprod cummax cummin "
-    "cumlogsumexp",
+    sliced: "slice split",
+    moved(resize_axes): "pad fft all_to_all rev cumsum cumprod cummax cummin cumlogsumexp",
     tile: "tile",
     moved(gather_shards): "all_gather all_gather_invariant all_gather_reduced reduce_scatter "
     "unreduced_reduce_scatter",
@@ -73,7 +68,7 @@ _ROWS: dict[Handler, str] = {
     while_loop: "while",
     cond: "cond",
     shard_map: "shard_map",
-    _opaque: "pallas_call",
+    Tracer.unknown: "pallas_call",
     _constant: "iota random_bits random_seed random_wrap random_unwrap random_fold_in random_split "
     "threefry2x32 rng_bit_generator axis_index",
 }

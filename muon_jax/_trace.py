@@ -6,10 +6,22 @@ recorded where one meets what depends on the function's inputs. What each primit
 `_primitives.py`.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from muon_jax._leaf_axes import NONE, Axes, LeafAxes, along, fit, leaf_axes, length, resize
+from muon_jax._leaf_axes import (
+    NONE,
+    Axes,
+    Axis,
+    LeafAxes,
+    along,
+    blank,
+    fit,
+    leaf_axes,
+    length,
+    resize,
+)
 
 
 class View(NamedTuple):
@@ -62,6 +74,8 @@ class Value(NamedTuple):
         table: whether it is a constant whose entries differ.
         captured: whether it is an array that the function closes over.
         uniform: axes along which all entries are the same.
+        outputs: leaves whose first axes, in front of fan_in, became axes of this activation. What
+            follows tells whether they index matrices, as experts do, or are of fan_out.
     """
 
     views: frozenset[View] = frozenset()
@@ -73,6 +87,7 @@ class Value(NamedTuple):
     table: bool = False
     captured: bool = False
     uniform: frozenset[int] = frozenset()
+    outputs: frozenset[View] = frozenset()
 
 
 CONSTANT = Value()
@@ -119,6 +134,7 @@ class Tracer:
         uses: in program order.
         read: leaves whose output a later matrix reads.
         passed: leaves whose output a vector is contracted with.
+        stacks: leaves and those of their output axes that turn out to index matrices.
         enclosing: the equation at hand and those that call it, the innermost last, each with the
             debug information of the program that it is in.
         places: the enclosing equations of uses and lookups.
@@ -130,6 +146,7 @@ class Tracer:
         self.uses: list[Use] = []
         self.read: set[int] = set()
         self.passed: set[int] = set()
+        self.stacks: set[tuple[int, int]] = set()
         self.enclosing: list[tuple[Any, Any]] = []
         self.places: list[tuple[tuple[Any, Any], ...]] = []
         self._numbers: dict[tuple[int, ...], int] = {}
@@ -169,9 +186,7 @@ class Tracer:
         jaxpr = called_jaxpr(eqn)
         if jaxpr is not None:
             return self.run(jaxpr, values)
-        if any(value.views for value in values):
-            return self.unknown(eqn, values)
-        return [plain(values)] * len(eqn.outvars)
+        return self.unknown(eqn, values)
 
     def record(self, view: View, how: str, fan_in=(), fan_out=(), **details: Any) -> None:
         if view.statistic:
@@ -230,13 +245,14 @@ class Tracer:
         contracted: Sequence[int],
         batch: Sequence[int],
         how: str = "",
+        place: Callable[[Axes], Axes] | None = None,
     ) -> Value:
         """A product that contracts axes of a parameter with an activation.
 
-        `batch` are axes that both have and keep.
+        `batch` are axes that both have and keep; `place` tells where the others lie in the result.
         """
         reads_input = activation.data and not activation.deep
-        hows = {}
+        hows, outputs = {}, set()
         for view in value.views:
             fan_in = along(view.axes[i] for i in contracted) - view.rows
             free = view.free([*contracted, *batch]) - view.rows
@@ -256,17 +272,29 @@ class Tracer:
             self.record(view, kind, fan_in, fan_out, **details)
             if not view.statistic:
                 hows[view.leaf] = kind
+            front = frozenset(i for i in fan_out if i < min(fan_in))
+            if kind == "matrix" and front and front != fan_out and place is not None:
+                outputs.add(View(view.leaf, place(tuple(_only(front, a) for a in view.axes))))
         before = activation.frontier | value.frontier
         if set(hows.values()) & set(MATRICES):
             self.read |= before
         else:
             self.passed |= before
         deep = activation.deep or bool(hows)
-        return Value(data=True, deep=deep, frontier=frozenset(hows) or before)
+        return Value(
+            data=True, deep=deep, frontier=frozenset(hows) or before, outputs=frozenset(outputs)
+        )
+
+    def index(self, value: Value, axes: Iterable[int]) -> None:
+        """Entries along these axes are taken one by one: each is the output of a matrix."""
+        for view in value.outputs:
+            self.stacks |= {(view.leaf, i) for i in along(view.axes[j] for j in axes)}
 
     def unknown(self, eqn: Any, values: list[Value]) -> list[Value]:
         """Leaves that pass through what this module does not know stay known by name."""
         name = eqn.primitive.name
+        if not any(value.views for value in values):
+            return [plain(values)] * len(eqn.outvars)
         marked = [
             value._replace(
                 views=frozenset(v._replace(unknown=v.unknown | {name}) for v in value.views)
@@ -298,7 +326,8 @@ class Tracer:
             values = [self.settle(v) if v.views else v for v in values]
         views = merge(v._replace(axes=fit(v.axes, shape)) for x in values for v in x.views)
         shared = frozenset.intersection(*(v.uniform for v in values))
-        return plain(values)._replace(views=views, uniform=shared)
+        outputs = fit_outputs(values, shape)
+        return plain(values)._replace(views=views, uniform=shared, outputs=outputs)
 
     def loop(
         self, run: Callable[[list[Value]], list[Value]], carry: list[Value], variables: Sequence
@@ -343,15 +372,35 @@ def with_views(value: Value, views: Iterable[View]) -> Value:
     return value._replace(views=merge(views))
 
 
+def move(value: Value, axes: Callable[[Axes], Axes]) -> Value:
+    """The value with its axes elsewhere."""
+    views, outputs = (
+        frozenset(view._replace(axes=axes(view.axes)) for view in of)
+        for of in (value.views, value.outputs)
+    )
+    return value._replace(views=merge(views), outputs=outputs)
+
+
+def fit_outputs(values: Sequence[Value], shape: Sequence[int]) -> frozenset[View]:
+    outputs = (view._replace(axes=fit(view.axes, shape)) for x in values for view in x.outputs)
+    return frozenset(view for view in outputs if view.carrying())
+
+
 def resized(values: Sequence[Value], variables: Sequence[Any]) -> list[Value]:
     """The values in the shapes of these variables: shards, slices or wholes."""
     return [
-        with_views(
-            value,
-            (v._replace(axes=tuple(map(resize, v.axes, var.aval.shape))) for v in value.views),
-        )
+        move(value, functools.partial(_resize_each, var.aval.shape))
         for value, var in zip(values, variables, strict=True)
     ]
+
+
+def _resize_each(shape: Sequence[int], axes: Axes) -> Axes:
+    return tuple(map(resize, axes, shape))
+
+
+def _only(which: LeafAxes, axis: Axis) -> Axis:
+    """The axis, if it runs along these axes of the leaf alone."""
+    return axis if along([axis]) and along([axis]) <= which else blank(length(axis))
 
 
 def _parts(view: View, batch: Sequence[int], fan: LeafAxes) -> int:

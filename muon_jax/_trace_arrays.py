@@ -1,12 +1,13 @@
 """Leaves in arrays that are moved, resized, joined, looked up, or combined entry by entry."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from muon_jax._leaf_axes import NONE, Axes, Axis, along, blank, fit, length, reshape, resize
-from muon_jax._trace import Handler, Tracer, Value, plain, resized, with_views
+from muon_jax._trace import Handler, Tracer, Value, fit_outputs, move, plain, resized, with_views
 
-Move = Callable[[Any, Axes, Sequence[int]], Axes]
+Move = Callable[[Any, Sequence[int], Axes], Axes]
 
 
 # --- Entry by entry ---
@@ -41,6 +42,7 @@ def elementwise(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
             stream=stream and not joined.data,
             one_hot=_selects(name, values),
             uniform=frozenset.intersection(*uniform),
+            outputs=fit_outputs(values, shape),
         )
     ]
 
@@ -92,27 +94,30 @@ def sort(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
 # --- Moved and resized ---
 
 
-def moved(move: Move) -> Handler:
-    """The first operand moved; of others, such as a padding value, only the flags count."""
+def moved(place: Move) -> Handler:
+    """The first operand moved; a second one is a padding value."""
 
     def handler(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
         del tracer
-        first = values[0]
-        flags = plain(values)._replace(
-            data=first.data, stream=first.stream, one_hot=first.one_hot, table=first.table
-        )
-        return [
-            with_views(
-                flags,
-                (v._replace(axes=move(eqn, v.axes, var.aval.shape)) for v in first.views),
-            )
-            for var in eqn.outvars
-        ]
+        value = values[0]._replace(uniform=NONE)
+        return [move(value, functools.partial(place, eqn, var.aval.shape)) for var in eqn.outvars]
 
     return handler
 
 
-def _broadcast_axes(eqn: Any, axes: Axes, shape: Sequence[int]) -> Axes:
+def sliced(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
+    before, shape = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    tracer.index(values[0], _single(before, shape))
+    return resized(values * len(eqn.outvars), eqn.outvars)
+
+
+def _single(before: Sequence[int], after: Sequence[int]) -> list[int]:
+    return [
+        i for i, sizes in enumerate(zip(before, after, strict=True)) if sizes[0] > sizes[1] == 1
+    ]
+
+
+def _broadcast_axes(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
     placed = dict(zip(eqn.params["broadcast_dimensions"], axes, strict=True))
     return tuple(
         placed[i] if i in placed and length(placed[i]) == size else blank(size)
@@ -137,7 +142,7 @@ def broadcast(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 def tile(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
-    [value] = moved(lambda eqn, axes, shape: tuple(map(_repeated, axes, shape)))(
+    [value] = moved(lambda eqn, shape, axes: tuple(map(_repeated, axes, shape)))(
         tracer, eqn, values
     )
     batch = bool(value.views) and not value.data
@@ -148,28 +153,28 @@ def _repeated(axis: Axis, size: int) -> Axis:
     return blank(size) if length(axis) == 1 else resize(axis, size)
 
 
-def transpose_axes(eqn: Any, axes: Axes, shape: Sequence[int]) -> Axes:
+def transpose_axes(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
     return tuple(axes[i] for i in eqn.params["permutation"])
 
 
-def reshape_axes(eqn: Any, axes: Axes, shape: Sequence[int]) -> Axes:
+def reshape_axes(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
     order = eqn.params.get("dimensions")
     return reshape(axes if order is None else tuple(axes[i] for i in order), shape)
 
 
 def drop_axes(parameter: str) -> Move:
-    def move(eqn: Any, axes: Axes, shape: Sequence[int]) -> Axes:
+    def move(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
         dropped = eqn.params[parameter]
         return tuple(axis for i, axis in enumerate(axes) if i not in dropped)
 
     return move
 
 
-def resize_axes(eqn: Any, axes: Axes, shape: Sequence[int]) -> Axes:
+def resize_axes(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
     return tuple(map(resize, axes, shape))
 
 
-def gather_shards(eqn: Any, axes: Axes, shape: Sequence[int]) -> Axes:
+def gather_shards(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
     """Untiled, the shards lie along an axis of their own."""
     if len(axes) < len(shape):
         at = eqn.params["all_gather_dimension"]
@@ -177,25 +182,25 @@ def gather_shards(eqn: Any, axes: Axes, shape: Sequence[int]) -> Axes:
     elif len(axes) > len(shape):  # reduce_scatter
         at = eqn.params["scatter_dimension"]
         axes = (*axes[:at], *axes[at + 1 :])
-    return resize_axes(eqn, axes, shape)
+    return resize_axes(eqn, shape, axes)
 
 
 def reduce(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
     """Reduced along its own axes, a leaf is a statistic; along those of a broadcast it is not."""
     del tracer
-    axes = eqn.params["axes"]
-    outputs = []
-    for value in values[: len(eqn.outvars)]:
-        views = (
-            view._replace(
-                axes=tuple(axis for i, axis in enumerate(view.axes) if i not in axes),
-                statistic=view.statistic or bool(view.carrying() & set(axes)),
-            )
-            for view in value.views
+    gone = set(eqn.params["axes"])
+    one_hot = eqn.primitive.name in ("reduce_sum", "reduce_max")
+    marked = [
+        with_views(
+            value._replace(one_hot=value.one_hot and one_hot, uniform=NONE),
+            (v._replace(statistic=v.statistic or bool(v.carrying() & gone)) for v in value.views),
         )
-        one_hot = value.one_hot and eqn.primitive.name in ("reduce_sum", "reduce_max")
-        outputs.append(with_views(value, views)._replace(one_hot=one_hot, uniform=NONE))
-    return outputs
+        for value in values[: len(eqn.outvars)]
+    ]
+    return [
+        move(value, lambda axes: tuple(axis for i, axis in enumerate(axes) if i not in gone))
+        for value in marked
+    ]
 
 
 def combine(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
@@ -228,18 +233,21 @@ def gather(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
     paired = zip(dims.start_indices_batching_dims, dims.operand_batching_dims, strict=True)
     source = dict(zip(dims.offset_dims, kept, strict=True)) | {batch[i]: j for i, j in paired}
 
-    def move(axes: Axes) -> Axes:
+    def place(axes: Axes) -> Axes:
         return tuple(
             resize(axes[source[i]], size) if i in source else blank(size)
             for i, size in enumerate(shape)
         )
 
-    return [looked_up(tracer, operand, indices, searched, move)]
+    if not indices.data:
+        tracer.index(operand, [i for i in searched if sizes[i] == 1])
+    return [looked_up(tracer, operand, indices, searched, place)]
 
 
 def dynamic_slice(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
     shape, before = eqn.outvars[0].aval.shape, eqn.invars[0].aval.shape
     searched = [i for i, size in enumerate(shape) if size < before[i]]
+    tracer.index(values[0], _single(before, shape))
     starts = [value for i, value in enumerate(values[1:]) if i in searched]
     return [
         looked_up(

@@ -42,7 +42,7 @@ def _product(
             rows = looked_up(tracer, value, other, contracted[i], axes)
             return rows._replace(one_hot=False)
         if other.data:
-            return tracer.meet(value, other, contracted[i], batch[i])
+            return _meet(tracer, eqn, i, value, other, contracted, batch)
         if not value.data:
             inside = [_inside(v, i, eqn, contracted, batch, frozenset()) for v in value.views]
             return with_views(plain(values)._replace(stream=value.stream), inside)
@@ -60,7 +60,23 @@ def _product(
     i = ranks.index(min(ranks))
     activation = tracer.settle(values[1 - i])
     deep = activation.deep or not values[1 - i].data
-    return tracer.meet(values[i], activation._replace(deep=deep), contracted[i], batch[i])
+    activation = activation._replace(deep=deep)
+    return _meet(tracer, eqn, i, values[i], activation, contracted, batch)
+
+
+def _meet(
+    tracer: Tracer,
+    eqn: Any,
+    side: int,
+    value: Value,
+    activation: Value,
+    contracted: Sequence[Sequence[int]],
+    batch: Sequence[Sequence[int]],
+) -> Value:
+    """Axes of the activation that are a batch here index matrices where it came from, too."""
+    tracer.index(activation, batch[1 - side])
+    place = _product_axes(eqn, side, contracted, batch)
+    return tracer.meet(value, activation, contracted[side], batch[side], place=place)
 
 
 def _rank(value: Value, contracted: Sequence[int]) -> int:

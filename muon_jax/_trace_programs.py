@@ -3,7 +3,7 @@
 from typing import Any
 
 from muon_jax._leaf_axes import blank
-from muon_jax._trace import Tracer, Value, resized, with_views
+from muon_jax._trace import Tracer, Value, move, resized
 
 
 def scan(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
@@ -28,9 +28,9 @@ def scan(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
         eqn.outvars,
     )
     ys = [
-        with_views(
+        move(
             value._replace(uniform=frozenset(i + 1 for i in value.uniform)),
-            (v._replace(axes=(blank(eqn.params["length"]), *v.axes)) for v in value.views),
+            lambda axes: (blank(eqn.params["length"]), *axes),
         )
         for value in outputs[carried:]
     ]
@@ -38,10 +38,8 @@ def scan(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 def _first_axis_off(value: Value) -> Value:
-    return with_views(
-        value._replace(uniform=frozenset(i - 1 for i in value.uniform if i)),
-        (v._replace(axes=v.axes[1:]) for v in value.views),
-    )
+    uniform = frozenset(i - 1 for i in value.uniform if i)
+    return move(value._replace(uniform=uniform), lambda axes: axes[1:])
 
 
 def while_loop(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:

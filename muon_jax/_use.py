@@ -30,7 +30,7 @@ from muon_jax._routing import (
 from muon_jax._trace import CONSTANT, INPUT, MATRICES, Tracer, Use
 
 # Layers of these libraries are called from where a model is written.
-_LIBRARIES = ("jax", "jaxlib", "flax", "haiku", "equinox", "optax", "penzai", "haliax", "einops")
+_LIBRARIES = ("jax", "jaxlib", "flax", "haiku", "equinox", "optax", "penzai", "haliax", "keras")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -127,7 +127,8 @@ def trace_routing(
     tracer, outputs = _trace(function, params, args)
     names, uses = list(leaves), defaultdict(list)
     for use in tracer.uses:
-        uses[use.leaf].append(use)
+        out = tuple(axis for axis in use.fan_out if (use.leaf, axis) not in tracer.stacks)
+        uses[use.leaf].append(use._replace(fan_out=out or use.fan_out))
     lines = [_line(sources) for sources in tracer.places]
     decisions = {}
     for number, (name, leaf) in enumerate(leaves.items()):

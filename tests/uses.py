@@ -16,6 +16,7 @@ IDS = jax.ShapeDtypeStruct((4,), jnp.int32)
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 IMAGES = jax.ShapeDtypeStruct((2, 8, 8, 6), jnp.float32)
 A, ROWS, COLUMNS = "adamw", ((), (0,), (1,)), ((), (1,), (0,))
+STACK = ((0,), (1,), (2,))
 
 
 def case(shapes, args, expected, wrap=True):
@@ -85,7 +86,7 @@ def concatenated(p, h):
     return jax.nn.softmax(q @ k.T) @ v
 
 
-@simple({"w": ((0,), (1,), (2,))}, w=(3, 6, 6))
+@simple({"w": STACK}, w=(3, 6, 6))
 def scanned(p, h):
     return lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), h, p["w"])[0]
 
@@ -104,12 +105,12 @@ def scanned_twice(p, h):
     return lax.scan(lambda x, block: (lax.scan(inner, x, block)[0], None), h, stacks)[0]
 
 
-@simple({"w": ((0,), (1,), (2,))}, w=(3, 6, 6))
+@simple({"w": STACK}, w=(3, 6, 6))
 def indexed_in_a_loop(p, h):
     return lax.fori_loop(0, 3, lambda i, x: x + x @ p["w"][i], h)
 
 
-@simple({"w": ((0,), (1,), (2,))}, w=(3, 6, 6))
+@simple({"w": STACK}, w=(3, 6, 6))
 def indexed_layer_by_layer(p, h):
     for i in range(3):
         h = h + h @ p["w"][i]
@@ -142,7 +143,7 @@ def derivatives_of_ones_own(p, h):
     return jax.checkpoint(lambda x: other(product(x, p["w"]), p["v"]))(h)
 
 
-@simple({"w": ((0,), (1,), (2,))}, w=(4, 6, 6))
+@simple({"w": STACK}, w=(4, 6, 6))
 def an_ensemble(p, h):
     return jax.vmap(lambda w, x: x @ w)(p["w"], h)
 
@@ -172,30 +173,44 @@ def a_complex_pair(p, h):
 # --- Experts ---
 
 
-@simple({"w": ((0,), (1,), (2,)), "r": ROWS}, w=(3, 6, 6), r=(6, 3))
+@simple({"w": STACK, "r": ROWS}, w=(3, 6, 6), r=(6, 3))
 def ragged_experts(p, h):
     order = jnp.argsort(jnp.argmax(h @ p["r"], -1))
     sizes = jnp.bincount(jnp.argmax(h @ p["r"], -1), length=3)
     return lax.ragged_dot(h[order], p["w"], sizes)[jnp.argsort(order)]
 
 
-@simple({"w": ((0,), (1,), (2,)), "r": ROWS}, w=(3, 6, 6), r=(6, 3))
+@simple({"w": STACK, "r": ROWS}, w=(3, 6, 6), r=(6, 3))
 def experts_by_gather(p, h):
     weight, ids = lax.top_k(jax.nn.softmax(h @ p["r"]), 2)
     return jnp.einsum("td,tkdf,tk->tf", h, p["w"][ids], weight)
 
 
-@simple({"w": ((0,), (1,), (2,))}, X, IDS, w=(3, 6, 6))
+@simple({"w": STACK}, X, IDS, w=(3, 6, 6))
 def experts_by_one_hot(p, h, ids):
     chosen = jnp.einsum("te,edf->tdf", jax.nn.one_hot(ids, 3), p["w"])
     return jnp.einsum("td,tdf->tf", h, chosen)
 
 
-@simple({"w": ((0,), (1,), (2,)), "r": ROWS}, w=(3, 6, 6), r=(6, 3))
+@simple({"w": STACK, "r": ROWS}, w=(3, 6, 6), r=(6, 3))
 def experts_by_dispatch(p, h):
     mask = jax.nn.one_hot(jnp.argmax(h @ p["r"], -1), 3)
     sent = jnp.einsum("td,te->etd", h, mask)
     return jnp.einsum("etf,te->tf", jnp.einsum("etd,edf->etf", sent, p["w"]), mask)
+
+
+@simple({"w": STACK, "v": STACK, "r": ROWS}, w=(3, 6, 6), v=(3, 6, 6), r=(6, 3))
+def all_experts_for_every_token(p, h):
+    y = jnp.einsum("tef,efd->ted", jax.nn.silu(jnp.einsum("td,edf->tef", h, p["w"])), p["v"])
+    return jnp.einsum("ted,te->td", y, jax.nn.softmax(h @ p["r"]))
+
+
+@simple({"q": ((), (1,), (0, 2)), "kv": ((0,), (2,), (1, 3))}, q=(2, 6, 3), kv=(2, 2, 6, 3))
+def keys_and_values_in_one(p, h):
+    q = jnp.einsum("td,hdk->thk", h, p["q"])
+    k, v = jnp.einsum("td,chdk->cthk", h, p["kv"])
+    scores = jax.nn.softmax(jnp.einsum("thk,shk->hts", q, k))
+    return jnp.einsum("hts,shk->thk", scores, v).reshape(4, 6)
 
 
 # --- Lookups ---
