@@ -6,7 +6,7 @@ name rules.
 
 from typing import Any
 
-from muon_jax._trace import Handler, Tracer, Value
+from muon_jax._trace import Handler, Tracer
 from muon_jax._trace_arrays import (
     broadcast,
     combine,
@@ -27,6 +27,7 @@ from muon_jax._trace_arrays import (
 )
 from muon_jax._trace_products import convolution, dot_general, ragged_dot_general
 from muon_jax._trace_programs import cond, scan, shard_map, while_loop
+from muon_jax._trace_values import Value
 
 
 def _constant(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:

@@ -3,7 +3,8 @@
 from typing import Any
 
 from muon_jax._leaf_axes import blank
-from muon_jax._trace import Tracer, Value, move, resized
+from muon_jax._trace import Tracer
+from muon_jax._trace_values import Value, move, resized
 
 
 def scan(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:

@@ -27,7 +27,8 @@ from muon_jax._routing import (
     match_rules,
     routing_table,
 )
-from muon_jax._trace import CONSTANT, INPUT, MATRICES, Tracer, Use
+from muon_jax._trace import Tracer
+from muon_jax._trace_values import CONSTANT, INPUT, MATRICES, Use
 
 # Layers of these libraries are called from where a model is written.
 _LIBRARIES = ("jax", "jaxlib", "flax", "haiku", "equinox", "optax", "penzai", "haliax", "keras")
@@ -220,7 +221,10 @@ def _decide(
     if "rows" in hows:
         return Decision(ADAMW, ("tied: " if hows - {"rows", "elementwise"} else "") + why)
     if not hows & set(MATRICES):
-        return Decision(ADAMW, why)
+        reduced = "only a norm or a sum of it is used, so it could be a matrix"
+        return Decision(
+            ADAMW, why, reduced if hows == {"statistic"} and len(leaf.shape) > 1 else ""
+        )
     fans = {frozenset((use.fan_in, use.fan_out)) for use in ways}  # a transposed use is the same
     if not hows <= set(MATRICES) or len(fans) > 1:
         return Decision(ADAMW, why, "it is used in several ways, of which Muon fits one at most")
@@ -240,7 +244,7 @@ _WORDS = {
     "rows": "looked up along",
     "elementwise": "elementwise with activations",
     "depthwise": "a depthwise convolution",
-    "statistic": "used through a norm or another statistic",
+    "statistic": "used through a norm or a sum",
 }
 
 
@@ -263,14 +267,18 @@ def _line(sources: Sequence[tuple[Any, Any]]) -> str:
         frames = _frames(eqn)
         # What a library's own function does is where it is called from, unless it was traced
         # there: its program may be that of an earlier call.
-        if frames and (line is None or line in frames or not _in_library(info.func_src_info or "")):
+        if frames and (
+            line is None
+            or line in frames
+            or not _in_library(getattr(info, "func_src_info", None) or "")
+        ):
             line = frames[0]
     return f" · {Path(line[0]).name}:{line[1]}" if line else ""
 
 
 def _frames(eqn: Any) -> list[tuple[str, int]]:
     """The lines outside of the libraries that led to an equation, the innermost first."""
-    traceback = eqn.source_info.traceback
+    traceback = getattr(eqn.source_info, "traceback", None)
     frames = traceback.frames if traceback else []
     return [(x.file_name, x.line_num) for x in frames if not _in_library(x.file_name)]
 

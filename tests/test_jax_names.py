@@ -28,6 +28,7 @@ IN_USE = {
     "tests/test_newton_schulz.py": {"jax.extend"},
     "tests/test_precision.py": {"jax.extend"},
     "tests/test_symmetric.py": {"jax.extend"},
+    "tests/test_trace_routing.py": {"jax.experimental", "jax.experimental.custom_partitioning"},
 }
 
 
