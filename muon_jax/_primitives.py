@@ -24,6 +24,7 @@ from muon_jax._trace_arrays import (
     sort,
     tile,
     transpose_axes,
+    unstack,
 )
 from muon_jax._trace_products import convolution, dot_general, ragged_dot_general
 from muon_jax._trace_programs import cond, scan, shard_map, while_loop
@@ -52,6 +53,7 @@ _ROWS: dict[Handler, str] = {
     moved(reshape_axes): "reshape",
     moved(drop_axes("dimensions")): "squeeze",
     sliced: "slice split",
+    unstack: "unstack",
     moved(resize_axes): "pad fft all_to_all rev cumsum cumprod cummax cummin cumlogsumexp",
     tile: "tile",
     moved(gather_shards): "all_gather all_gather_invariant all_gather_reduced reduce_scatter "

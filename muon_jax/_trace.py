@@ -79,7 +79,7 @@ class Tracer:
 
     def record(self, view: View, how: str, fan_in=(), fan_out=(), **details: Any) -> None:
         if view.statistic:
-            how, fan_in, fan_out = "statistic", (), ()
+            how, fan_out = "statistic", ()
         if view.unknown:
             how, fan_in, fan_out = "unknown", (), ()
         self.uses.append(

@@ -20,6 +20,7 @@ def elementwise(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
     pure = [i for i, value in enumerate(values) if value.data and not value.views]
     holders = [value for value in values if value.views]
     settled = bool(pure) and not _scales(name, values, uniform, pure)
+    settled = settled or (name in _CURVED and any(value.data for value in holders))
     # What is looked up acts as an activation where whole parameters meet it.
     looked_up = any(view.rows for value in holders for view in value.views)
     if settled or (looked_up and not all(value.data for value in holders)):
@@ -46,6 +47,13 @@ def elementwise(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
             outputs=fit_outputs(values, shape),
         )
     ]
+
+
+# Where a parameter that data scale enters these, it is no matrix that they modulate.
+_CURVED = frozenset(
+    ("cos", "erf", "exp", "exp2", "expm1", "log", "log1p")
+    + ("logistic", "max", "min", "pow", "sin", "tanh")
+)
 
 
 def _uniform(value: Value, before: Sequence[int], after: Sequence[int]) -> frozenset[int]:
@@ -110,6 +118,13 @@ def sliced(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
     before, shape = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     tracer.index(values[0], _single(before, shape))
     return resized(values * len(eqn.outvars), eqn.outvars)
+
+
+def unstack(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
+    at = eqn.params["axis"]
+    tracer.index(values[0], [at])
+    part = move(values[0], lambda axes: (*axes[:at], *axes[at + 1 :]))
+    return [part._replace(uniform=NONE)] * len(eqn.outvars)
 
 
 def _single(before: Sequence[int], after: Sequence[int]) -> list[int]:

@@ -221,10 +221,9 @@ def _decide(
     if "rows" in hows:
         return Decision(ADAMW, ("tied: " if hows - {"rows", "elementwise"} else "") + why)
     if not hows & set(MATRICES):
-        reduced = "only a norm or a sum of it is used, so it could be a matrix"
-        return Decision(
-            ADAMW, why, reduced if hows == {"statistic"} and len(leaf.shape) > 1 else ""
-        )
+        summed = hows == {"statistic"} and any(use.fan_in for use in ways)
+        doubt = "only a norm or a sum of it is contracted; it could be a matrix" if summed else ""
+        return Decision(ADAMW, why, doubt)
     fans = {frozenset((use.fan_in, use.fan_out)) for use in ways}  # a transposed use is the same
     if not hows <= set(MATRICES) or len(fans) > 1:
         return Decision(ADAMW, why, "it is used in several ways, of which Muon fits one at most")
@@ -265,13 +264,10 @@ def _line(sources: Sequence[tuple[Any, Any]]) -> str:
     line = None
     for eqn, info in sources:
         frames = _frames(eqn)
+        program = getattr(info, "func_src_info", None) or ""
         # What a library's own function does is where it is called from, unless it was traced
         # there: its program may be that of an earlier call.
-        if frames and (
-            line is None
-            or line in frames
-            or not _in_library(getattr(info, "func_src_info", None) or "")
-        ):
+        if frames and (line is None or line in frames or not _in_library(program)):
             line = frames[0]
     return f" · {Path(line[0]).name}:{line[1]}" if line else ""
 

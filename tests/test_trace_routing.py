@@ -147,7 +147,7 @@ def test_leaves_of_no_use_or_several_are_told():
     assert routes["steps"].label == "adamw"
     assert "not used" in routes["spare"].why and "does not use it" in routes["spare"].doubt
     assert routes["both"].why.startswith("elementwise with activations and contracted over axis 0")
-    assert routes["summed"].label == "adamw" and "norm or a sum" in routes["summed"].doubt
+    assert routes["summed"].label == "adamw" and "could be a matrix" in routes["summed"].doubt
     for name in ("both", "cube"):
         assert routes[name].label == "adamw" and "several ways" in routes[name].doubt
     # The transposed matrix is the same matrix.
@@ -324,8 +324,6 @@ OPTIMIZERS = {
     "muon": functools.partial(muon_jax.muon, ns_steps=1),
     "normuon": functools.partial(muon_jax.normuon, ns_steps=1),
     "scion": functools.partial(muon_jax.scion, ns_steps=1),
-    "splus": muon_jax.splus,
-    "dion": functools.partial(muon_jax.dion, rank=2),
 }
 
 

@@ -205,12 +205,19 @@ def all_experts_for_every_token(p, h):
     return jnp.einsum("ted,te->td", y, jax.nn.softmax(h @ p["r"]))
 
 
-@simple({"q": ((), (1,), (0, 2)), "kv": ((0,), (2,), (1, 3))}, q=(2, 6, 3), kv=(2, 2, 6, 3))
+@simple(
+    {"q": ((), (1,), (0, 2)), "kv": ((0,), (2,), (1, 3)), "u": STACK},
+    q=(2, 6, 3),
+    kv=(2, 2, 6, 3),
+    u=(2, 6, 6),
+)
 def keys_and_values_in_one(p, h):
     q = jnp.einsum("td,hdk->thk", h, p["q"])
-    k, v = jnp.einsum("td,chdk->cthk", h, p["kv"])
+    k, v = jnp.unstack(jnp.einsum("td,chdk->cthk", h, p["kv"]))
     scores = jax.nn.softmax(jnp.einsum("thk,shk->hts", q, k))
-    return jnp.einsum("hts,shk->thk", scores, v).reshape(4, 6)
+    h = jnp.einsum("hts,shk->thk", scores, v).reshape(4, 6)
+    up = jnp.einsum("td,gdf->tgf", h, p["u"])
+    return jax.nn.silu(up[:, 0]) * up[:, 1]
 
 
 # --- Lookups ---
@@ -253,7 +260,8 @@ def rows_at_a_traced_place(p, h, ids):
 def entry_by_entry(p, h):
     h = h * p["gain"] + p["bias"] + p["mix"] * p["scalar"]
     h = jax.nn.softmax(h @ h.T + p["table"]) @ h
-    return jnp.sum(h[..., None] * jnp.exp(-jnp.exp(p["decay"])), -1)
+    decay = jnp.exp(h[..., None] * -jnp.exp(p["decay"]))
+    return jnp.einsum("tdn,tn->td", decay, h[:, :3])
 
 
 @simple({"gain": A, "bias": A}, gain=(2, 3), bias=(2, 3))
