@@ -48,10 +48,10 @@ class Tracer:
         """The outputs of an open or closed jaxpr."""
         inner = getattr(jaxpr, "jaxpr", jaxpr)
         env = dict(zip(inner.invars, args, strict=True))
-        env |= {var: _captured(var.aval) for var in inner.constvars}
+        env |= {var: captured(var.aval) for var in inner.constvars}
 
         def read(var: Any) -> Value:
-            return _captured(var.aval) if hasattr(var, "val") else env[var]
+            return captured(var.aval) if hasattr(var, "val") else env[var]
 
         for eqn in inner.eqns:
             self.enclosing.append((eqn, inner.debug_info))
@@ -161,8 +161,8 @@ class Tracer:
             self.record(view, kind, fan_in, fan_out, **details)
             if not view.statistic:
                 hows[view.leaf] = kind
-            front = frozenset(i for i in fan_out if i < min(fan_in))
-            if kind == "matrix" and front and front != fan_out and place is not None:
+            front = frozenset(i for i in fan_out if i < min(fan_in)) - {max(fan_out, default=0)}
+            if kind == "matrix" and front and place is not None:
                 outputs.add(View(view.leaf, place(tuple(_only(front, a) for a in view.axes))))
         before = activation.frontier | value.frontier
         if set(hows.values()) & set(MATRICES):
@@ -259,10 +259,10 @@ def called_jaxpr(eqn: Any) -> Any:
     return jaxprs[0] if same else None
 
 
-def _captured(aval: Any) -> Value:
-    shape = getattr(aval, "shape", ())
-    entries = len(shape) > 0
-    return Value(table=entries, captured=len(shape) > 1)
+def captured(x: Any) -> Value:
+    """An array that is neither a param nor an input."""
+    axes = len(getattr(x, "shape", ()))
+    return Value(table=axes > 0, captured=axes > 1)
 
 
 def _mixed(view: View, shape: Sequence[int]) -> Axes:

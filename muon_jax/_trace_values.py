@@ -73,7 +73,6 @@ class Value(NamedTuple):
     outputs: frozenset[View] = frozenset()
 
 
-CONSTANT = Value()
 INPUT = Value(data=True)
 
 

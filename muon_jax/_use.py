@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from muon_jax._matrix_axes import MatrixAxes
-from muon_jax._paths import path_strings, positions, some
+from muon_jax._paths import leaf_names, path_strings, positions, some
 from muon_jax._primitives import HANDLERS
 from muon_jax._routing import (
     ADAMW,
@@ -27,8 +27,8 @@ from muon_jax._routing import (
     match_rules,
     routing_table,
 )
-from muon_jax._trace import Tracer
-from muon_jax._trace_values import CONSTANT, INPUT, MATRICES, Use
+from muon_jax._trace import Tracer, captured
+from muon_jax._trace_values import INPUT, MATRICES, Use
 
 # Layers of these libraries are called from where a model is written.
 _LIBRARIES = ("jax", "jaxlib", "flax", "haiku", "equinox", "optax", "penzai", "haliax", "keras")
@@ -84,7 +84,9 @@ def trace_routing(
         params: arrays or `jax.ShapeDtypeStruct`s, in any tree: plain, of Linen, Haiku or Equinox,
             or a Flax NNX module, of which the `nnx.Param`s are the params. What is no array stays
             as it is.
-        *args: other arguments: trees of arrays, `jax.ShapeDtypeStruct`s and static values.
+        *args: other arguments: trees of arrays, `jax.ShapeDtypeStruct`s and static values. A tree
+            with arrays in the same modules as the params, such as the frozen model of an adapter,
+            is a part of the model; all others are its inputs.
         rules: `(regex, choice)` pairs as in `label_params`, which go before what the trace says.
         first: where the first matrices go: `"adamw"`, `"muon"` or `"frozen"`.
         last: where the last matrices go.
@@ -178,12 +180,25 @@ def _trace(function: Callable[..., Any], params: Any, args: Any) -> tuple[Tracer
 
     jaxpr = jax.make_jaxpr(run)([given[i] for i in arrays])
     tracer = Tracer([jnp.shape(given[i]) for i in arrays[:count]], HANDLERS)
-    values = [
-        INPUT if n >= count else tracer.leaf(n) if _is_trained(given[i]) else CONSTANT
-        for n, i in enumerate(arrays)
-    ]
+    frozen = []
+    for arg in args:
+        size = sum(map(_is_array, jax.tree.leaves(arg)))
+        frozen += [_is_rest(arg, params)] * size
+    values = []
+    for n, i in enumerate(arrays):
+        if n < count:
+            values.append(tracer.leaf(n) if _is_trained(given[i]) else captured(given[i]))
+        else:
+            rest = frozen[n - count] and _is_trained(given[i])
+            values.append(captured(given[i]) if rest else INPUT)
     outputs = [tracer.settle(x) if x.data else x for x in tracer.run(jaxpr, values)]
     return tracer, frozenset().union(*(x.frontier for x in outputs))
+
+
+def _is_rest(arg: Any, params: Any) -> bool:
+    """Whether an argument has arrays beside the params, as the frozen base of an adapter has."""
+    modules = [{name[:-1] for name in leaf_names(tree).values()} - {()} for tree in (arg, params)]
+    return bool(modules[0] & modules[1])
 
 
 def _is_trained(leaf: Any) -> bool:
@@ -204,14 +219,16 @@ def _decide(
     """Where a leaf goes; `last` is None where another matrix reads what it is multiplied into."""
     if not _is_trained(leaf):
         return Decision(FROZEN, f"{leaf.dtype}: quantised, or no weight")
+    vector = len(leaf.shape) < 2
     if not uses:
         doubt = "the traced function does not use it, so its name decides"
-        return Decision(None, "not used", doubt)
+        return Decision(None, "not used", "" if vector else doubt)
     uses = [use for use in uses if use.how != "statistic"] or uses
     if unknown := [use for use in uses if use.how == "unknown"]:
         passed = ", ".join(sorted(frozenset().union(*(use.names for use in unknown))))
-        doubt = f"it passes through {passed}, which is unknown, so its name decides"
-        return Decision(None, f"passes through {passed}" + lines[unknown[0].place], doubt)
+        doubt = f"it passes through {passed}, which is not known, so its name decides"
+        why = f"passes through {passed}" + lines[unknown[0].place]
+        return Decision(None, why, "" if vector else doubt)
     if any(use.how == "mixed" for use in uses):
         doubt = "its axes are merged before they are contracted, so its name decides"
         return Decision(None, "its axes are merged" + lines[uses[0].place], doubt)

@@ -307,6 +307,26 @@ def test_an_equinox_module_with_what_is_no_array():
     assert matrices(params, routing) == {"layers/1/weight": uses.COLUMNS}
 
 
+def adapted(adapters, base, ids):
+    x = base["table"][ids]
+    for layer, adapter in zip(base["layers"], adapters["layers"], strict=True):
+        x = x + jnp.tanh(x @ layer["kernel"] + x @ adapter["a"] @ adapter["b"])
+    return x @ base["head"]
+
+
+@pytest.mark.parametrize("closed_over", [False, True])
+def test_adapters_of_a_frozen_model_have_no_first_and_no_last_matrix(closed_over):
+    adapters = {"layers": [shapes(a=(6, 2), b=(2, 6)) for _ in range(2)]}
+    base = shapes(table=(9, 6), head=(6, 9)) | {"layers": [shapes(kernel=(6, 6))] * 2}
+    function, args = adapted, (base, uses.IDS)
+    if closed_over:
+        held = jax.tree.map(lambda x: jnp.ones(x.shape), base)
+        function, args = (lambda adapters, ids: adapted(adapters, held, ids)), (uses.IDS,)
+    routing = muon_jax.trace_routing(function, adapters, *args)
+    names = [f"layers/{i}/{name}" for i in range(2) for name in "ab"]
+    assert matrices(adapters, routing) == dict.fromkeys(names, uses.ROWS)
+
+
 # --- As a routing ---
 
 

@@ -206,10 +206,11 @@ def all_experts_for_every_token(p, h):
 
 
 @simple(
-    {"q": ((), (1,), (0, 2)), "kv": ((0,), (2,), (1, 3)), "u": STACK},
+    {"q": ((), (1,), (0, 2)), "kv": ((0,), (2,), (1, 3)), "u": STACK, "t": ((0,), (2,), (1,))},
     q=(2, 6, 3),
     kv=(2, 2, 6, 3),
     u=(2, 6, 6),
+    t=(2, 6, 6),
 )
 def keys_and_values_in_one(p, h):
     q = jnp.einsum("td,hdk->thk", h, p["q"])
@@ -217,6 +218,8 @@ def keys_and_values_in_one(p, h):
     scores = jax.nn.softmax(jnp.einsum("thk,shk->hts", q, k))
     h = jnp.einsum("hts,shk->thk", scores, v).reshape(4, 6)
     up = jnp.einsum("td,gdf->tgf", h, p["u"])
+    h = jax.nn.silu(up[:, 0]) * up[:, 1]
+    up = jnp.einsum("td,gfd->tgf", h, p["t"])
     return jax.nn.silu(up[:, 0]) * up[:, 1]
 
 
