@@ -89,6 +89,7 @@ def label_params(params: Any, rules: Routing = None) -> Any:
               built-in rules. Each pair must decide some leaf: one that is found nowhere, or only
               where earlier ones have decided, is an error. Put the narrow rules first.
             - A callable `(path, leaf) -> choice`; `None` leaves the leaf to the built-in rules.
+            - What `trace_routing` returns: choices read from how a function uses each leaf.
             - A dict, or any other tree of choices: a choice for each leaf, or for each subtree,
               which must decide every leaf. It is matched by name, so a tree of NNX variables or of
               Linen's partitioned params fits a tree of plain arrays, and the reverse. Where
