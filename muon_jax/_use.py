@@ -104,7 +104,7 @@ def trace_routing(
         >>> import jax, jax.numpy as jnp, muon_jax
         >>> def model(params, tokens):
         ...     x = params["table"][tokens]
-        ...     x = x + jax.nn.relu(x @ params["a"] + params["b"]) @ params["c"]
+        ...     x = x + jax.nn.relu(x @ params["a"] + params["b"][None, None]) @ params["c"]
         ...     return x @ params["d"]
         >>> shapes = {"a": (8, 32), "b": (32,), "c": (32, 8), "d": (8, 50), "table": (50, 8)}
         >>> params = {name: jnp.ones(shape) for name, shape in shapes.items()}

@@ -65,7 +65,7 @@ def test_an_axis_of_one_optimizer_leaves_the_others_one_cell():
         ("muon.ns-dtype=float16", "there are bfloat16, float32."),
         ("muon.scale=2", "muon.scale=2 is no value of this setting"),
         ("variants.rank=4", "concerns none of --optimizers adamw muon"),
-        ("dropout=1", "must be in [0, 1)"),
+        ("dropout=1", "must be at least 0 and less than 1"),
     ],
 )
 def test_axes_that_are_none_are_refused_by_name(text, hint):

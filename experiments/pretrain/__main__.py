@@ -134,9 +134,10 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
         from experiments.pretrain.pod import compile_only
 
         return compile_only(command.training(), command.optimizer, command.topology, console)
-    _check_folder(command)
     if command.suite:
         study.check(command, command.suite)
+    _check_folder(command)
+    if command.suite:
         tokens = _prepare(command, stop, console)
         return study.suite(command, command.suite, tokens, console, stop)
     step.check(command.training(), make_mesh(command.mesh.sizes))
