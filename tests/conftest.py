@@ -11,6 +11,14 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 16)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs():
+    """Drops a file's programs: each takes memory maps, and a process that has 65530 crashes."""
+    yield
+    jax.clear_caches()
