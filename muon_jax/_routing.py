@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from muon_jax._layout import find_placing
 from muon_jax._matrix_axes import MatrixAxes, as_matrix_axes, axes_by_path, is_matrix_axes
-from muon_jax._names import LeafName, Survey, read_hidden, reason_for_adamw, survey
+from muon_jax._name_axes import read_hidden
+from muon_jax._name_ends import read_tree, reason_for_adamw
+from muon_jax._names import LeafName
 from muon_jax._paths import (
     KeyPath,
     broadcast_prefix,
@@ -23,6 +25,7 @@ from muon_jax._paths import (
     some,
 )
 from muon_jax._pieces import cut
+from muon_jax._survey import Survey
 
 MUON, ADAMW, FROZEN = LABELS = ("muon", "adamw", "frozen")
 
@@ -166,7 +169,7 @@ def route(params: Any, rules: Routing = None, matrix_axes: Any = None) -> dict[K
     for path, leaf in leaves.items():
         _check_array(strings[path], leaf)
     names = {path: LeafName.of(strings[path], jnp.shape(x)) for path, x in leaves.items()}
-    tree = survey(list(names.values()))
+    tree = read_tree(list(names.values()))
     chosen = _overrides(params, leaves, rules)
     routes = {
         path: _route_leaf(name, leaves[path], tree, chosen.get(path, Decision(None)))
