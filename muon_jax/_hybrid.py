@@ -13,7 +13,7 @@ from muon_jax._decay import add_decayed_weights, as_decay_mask, scale_by_learnin
 from muon_jax._elementwise import scale_by_adam, scale_by_lion, sign_of_momentum, trace
 from muon_jax._layout import AnyMesh
 from muon_jax._paths import map_paths, only_updated
-from muon_jax._routing import ADAMW, FROZEN, MUON, Routing, route
+from muon_jax._routing import ADAMW, FROZEN, MUON, Routing, route, warn_of_guesses
 
 # The named optimizers for the rest, and the adam_ arguments and others that each reads.
 RESTS = {
@@ -180,11 +180,12 @@ def hybrid(
     _check_scale_by(scale_by)
     # Checked here, not at the first step.
     scale_by(mu_dtype=mu_dtype, matrix_axes=None, mesh=mesh, shardings=None, chunk_size=chunk_size)
-    return fitted(routed)
+    return fitted(routed, lambda params: warn_of_guesses(route(params, routing, matrix_axes)))
 
 
 def fitted(
     build: Callable[[Any], optax.GradientTransformationExtraArgs],
+    at_init: Callable[[Any], None] = lambda params: None,
 ) -> optax.GradientTransformationExtraArgs:
     """One transformation from `build(tree)`, which makes one for trees of a structure.
 
@@ -192,6 +193,7 @@ def fitted(
     """
 
     def init(params):
+        at_init(params)
         return build(params).init(params)
 
     def update(updates, state, params=None, **extra_args):

@@ -40,7 +40,9 @@ def read_hidden(name: LeafName, tree: Survey) -> tuple[MatrixAxes, Reading]:
     axes, reading = _read_core(name, core, tree)
     scans = "".join(f", scanned along axis {axis}" for axis in tree.scans.get(name.path, ()))
     place = tree.ends.get(name.path)
-    return axes, Reading(reading.why + scans, reading.doubt or (place.doubt if place else ""))
+    nameless = "its name is unknown" if name.is_nameless else ""
+    doubt = reading.doubt or (place.doubt if place else "") or nameless
+    return axes, Reading(reading.why + scans, doubt)
 
 
 def _read_core(name: LeafName, core: tuple[int, ...], tree: Survey) -> tuple[MatrixAxes, Reading]:

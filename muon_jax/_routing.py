@@ -3,6 +3,7 @@
 import math
 import numbers
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
@@ -157,6 +158,22 @@ def routing_table(params: Any, rules: Routing = None) -> str:
     return "\n".join(lines)
 
 
+def warn_of_guesses(routes: Mapping[KeyPath, Route]) -> None:
+    """One warning that names the leaves whose route is a guess, since who trains reads no table."""
+    guesses = [
+        f"{leaf.path or '(root)'} ({leaf.label}: {leaf.doubt})"
+        for leaf in routes.values()
+        if leaf.doubt
+    ]
+    if guesses:
+        warnings.warn(
+            f"The routes of these leaves are guesses from their names and shapes: {some(guesses)}. "
+            "See muon_jax.routing_table, and give routing=: rules for these leaves, or what "
+            "muon_jax.trace_routing reads from the model itself.",
+            stacklevel=4,
+        )
+
+
 def route(params: Any, rules: Routing = None, matrix_axes: Any = None) -> dict[KeyPath, Route]:
     """The route of every leaf, by key path; see `label_params`.
 
@@ -178,7 +195,7 @@ def route(params: Any, rules: Routing = None, matrix_axes: Any = None) -> dict[K
     if matrix_axes is not None:
         for path, axes in axes_by_path(matrix_axes, params, partial=True).items():
             if routes[path].label == MUON:
-                routes[path] = routes[path]._replace(axes=axes)
+                routes[path] = routes[path]._replace(axes=axes, doubt="")
     for found in routes.values():
         if found.axes is not None:
             with naming(found.path):

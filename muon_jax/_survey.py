@@ -79,7 +79,8 @@ def _bias_paths(name: LeafName) -> Iterable[str]:
         yield f"{before}{slash}{int(last or -1) + 1}"
         return
     flat = re.sub("weight", "bias", last), re.sub("^[wW]_", "b_", last), re.sub("_w$", "_b", last)
-    for bias in ("bias", "b", f"{last}_bias", f"{last}_b", *flat):
+    beside = ("bias", "b") if name.is_array_name else ()
+    for bias in (*beside, f"{last}_bias", f"{last}_b", *flat):
         if bias != last:
             yield f"{before}{slash}{bias}"
 

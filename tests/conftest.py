@@ -22,3 +22,11 @@ def _forget_compiled_programs():
     """Drops a file's programs: each takes memory maps, and a process that has 65530 crashes."""
     yield
     jax.clear_caches()
+
+
+def pytest_configure(config):
+    """The toy trees of most tests have leaves such as `square`, of which no name tells what it is.
+
+    `test_names.py` tests when the optimizers warn of such leaves, and when not.
+    """
+    config.addinivalue_line("filterwarnings", "ignore:The routes of these leaves are guesses")

@@ -4,8 +4,15 @@ An expectation is one letter an axis (i: fan_in, o: fan_out, b: batch) for a hid
 for AdamW, with a `?` behind it where the routing must say that it guesses.
 """
 
+import warnings
+
+import jax
+import jax.numpy as jnp
 import pytest
 from test_routing import nested, routes_by_path
+from trees import FAMILIES
+
+import muon_jax
 
 NORM = {"norm/scale": (16,)}
 
@@ -176,6 +183,13 @@ KINDS = {
 }
 
 
+NAMELESS = {
+    "a Keras value list": ([(50, 16), (16, 24), (24,), (24, 16), (16,)], 3),
+    "stax": ([((3, 3, 12, 32), (1, 1, 1, 32)), (), ((512, 24), (24,))], 2),
+    "an unknown name": ({"square": (8, 8), "bias": (8,)}, 1),
+}
+
+
 def spelled(leaf):
     if leaf.label == "adamw":
         return "-" + "?" * bool(leaf.doubt)
@@ -189,3 +203,39 @@ def test_kinds_of_real_trees(kind):
     shapes, expected = KINDS[kind]
     found = routes_by_path(nested(shapes))
     assert " ".join(spelled(found[path]) for path in shapes) == expected
+
+
+def structs(shapes):
+    def is_shape(x):
+        return isinstance(x, tuple) and x != () and all(isinstance(size, int) for size in x)
+
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=is_shape)
+
+
+@pytest.mark.parametrize("optimizer", [muon_jax.muon, muon_jax.scion])
+@pytest.mark.parametrize("tree", NAMELESS)
+def test_init_warns_once_of_the_leaves_that_are_guesses(tree, optimizer):
+    shapes, guesses = NAMELESS[tree]
+    params = structs(shapes)
+    with pytest.warns(UserWarning, match="guesses from their names") as caught:
+        jax.eval_shape(optimizer(0.1).init, params)
+    assert len(caught) == 1
+    text = str(caught[0].message)
+    assert "routing=" in text and "trace_routing" in text and "routing_table" in text
+    named = [leaf for leaf in routes_by_path(params).values() if leaf.doubt]
+    assert len(named) >= guesses
+    assert all(f"{leaf.path} ({leaf.label}: {leaf.doubt})" in text for leaf in named)
+
+
+def test_init_is_silent_for_known_names_and_where_the_user_decides():
+    square = structs({"square": (8, 8)})
+    llama = nested({path: shape for path, shape, *_ in FAMILIES["maxtext_llama_scan"]()})
+    cases = [
+        (llama, {}),
+        (square, {"routing": [("square", muon_jax.MatrixAxes())]}),
+        (square, {"routing": [("square", "adamw")]}),
+        (square, {"matrix_axes": {"square": muon_jax.MatrixAxes()}}),
+    ]
+    for params, options in cases:
+        with warnings.catch_warnings(action="error"):
+            jax.eval_shape(muon_jax.muon(0.1, **options).init, params)

@@ -20,7 +20,7 @@ from muon_jax._momentum import as_array_tree
 from muon_jax._names import EMBEDDING, VECTORS
 from muon_jax._newton_schulz import configured
 from muon_jax._paths import KeyPath, broadcast_prefix, map_paths
-from muon_jax._routing import FROZEN, MUON, Route, Routing, match_rules, route
+from muon_jax._routing import FROZEN, MUON, Route, Routing, match_rules, route, warn_of_guesses
 from muon_jax._stages import Orthogonalizer, Stages
 from muon_jax.variants.low_rank import widen
 from muon_jax.variants.oracles import Ball, as_oracle, checked_ball
@@ -261,7 +261,7 @@ def by_layer(
             optimizers | {FROZEN: optax.set_to_zero()}, functools.partial(map_paths, labels)
         )
 
-    return fitted(routed)
+    return fitted(routed, lambda params: warn_of_guesses(route(params, routing, matrix_axes)))
 
 
 def balls_of(
