@@ -166,11 +166,11 @@ def _end(
         return None
     readers = [other for other in reads.get(kernel.fan_out, ()) if other.owner != name.owner]
     writers = [other for other in writes.get(kernel.fan_in, ()) if other.owner != name.owner]
-    if not (readers or writers or {kernel.fan_in, kernel.fan_out} & known):
-        return Reading("", "no other leaf is as wide as its input or its output")
     series = [other for other in readers + writers if other.series == name.series]
     doubt = ""
     gates = has("in_proj|w_in", name.module) or _is_recurrent_input(name)
+    if not (readers or writers or {kernel.fan_in, kernel.fan_out} & known or gates):
+        return Reading("", "no other leaf is as wide as its input or its output")
     if not gates and kernel.fan_out not in known:
         later = any(other.number > name.number for other in series)
         later |= any((head := other.read()) and head.why == HEAD for other in readers)
