@@ -45,6 +45,15 @@ def read_hidden(name: LeafName, tree: Survey) -> tuple[MatrixAxes, Reading]:
     return axes, Reading(reading.why + scans, doubt)
 
 
+def sides(axes: MatrixAxes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """fan_in and fan_out as tuples."""
+    fan_in, fan_out = axes.fan_in, axes.fan_out
+    return (
+        (fan_in,) if isinstance(fan_in, int) else tuple(fan_in),
+        (fan_out,) if isinstance(fan_out, int) else tuple(fan_out),
+    )
+
+
 def _read_core(name: LeafName, core: tuple[int, ...], tree: Survey) -> tuple[MatrixAxes, Reading]:
     if name.within(LORA):
         return _lora_axes(name, core, tree), Reading("a LoRA factor: its product is the matrix")
@@ -63,8 +72,7 @@ def _read_core(name: LeafName, core: tuple[int, ...], tree: Survey) -> tuple[Mat
     if len(core) >= 3 and (split := _split_axes(name, core, tree)):
         return split, Reading("a kernel whose input or output is split", STACK + ", or not")
     axes = by_bias or _plain_axes(name, core[-2:], tree)
-    _, _, (fan_out, *_) = axes.split(name.shape)
-    order = "(fan_out, fan_in)" if fan_out == core[-2] else "(fan_in, fan_out)"
+    order = "(fan_out, fan_in)" if core[-2] in sides(axes)[1] else "(fan_in, fan_out)"
     if not name.is_known:
         doubt = "its name is unknown; could be an embedding or a head"
         return axes, Reading("a matrix by shape", doubt)

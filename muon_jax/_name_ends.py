@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from muon_jax._name_axes import CONV_KERNEL, read_hidden, read_window
+from muon_jax._name_axes import CONV_KERNEL, read_hidden, read_window, sides
 from muon_jax._names import (
     ATTENTION,
     BIAS,
@@ -27,7 +27,7 @@ from muon_jax._survey import Survey, survey
 # A matrix whose name says nothing and whose long side is this many times the short one is taken
 # for a table of vectors; feed-forward kernels reach 8.
 _TABLE_ASPECT = 16
-_IMAGE_CHANNELS = 4
+_IMAGE_CHANNELS = 3
 _FEWEST = 3
 """Matrices that a tree needs for a first and a last one among them."""
 _HIDDEN = "could be a hidden matrix"
@@ -82,15 +82,15 @@ def _by_shape(name: LeafName, tree: Survey) -> Reading | None:
     if sum(size != 1 for size in shape) < 2:
         return Reading(VECTOR + (" a layer" if len(core) < len(name.shape) else ""))
     if len(shape) >= 3 and not name.within(LORA) and (axes := read_window(name, core, tree)):
-        _, fan_in, fan_out = axes.split(name.shape)
+        fan_in, fan_out = sides(axes)
         ordered = fan_in[1:] + fan_in[:1] if name.output_first else fan_in
         *window, channels = (name.shape[axis] for axis in ordered)
         outputs = name.shape[fan_out[0]]
         if channels == 1 or outputs == 1:
             return Reading("a depthwise conv kernel, or one of a single channel")
-        if channels <= _IMAGE_CHANNELS and max(window) > 1:
+        if channels == _IMAGE_CHANNELS and max(window) > 1:
             return Reading("a conv kernel that reads an image")
-        if outputs <= _IMAGE_CHANNELS and max(window) > 1:
+        if outputs == _IMAGE_CHANNELS and max(window) > 1:
             return Reading("a conv kernel that writes an image", _HIDDEN)
     elif name.is_nameless and tree.follows_its_kernel(name):
         return Reading(BIAS + " by its place", "its name is unknown")
@@ -160,6 +160,8 @@ def _end(
 ) -> Reading | None:
     name = kernel.name
     core = tree.core_shape(name)
+    if max(core[:-2], default=1) > 1 and {2, 4} & {kernel.fan_in, kernel.fan_out}:
+        return Reading("", "could read or write an image of so few channels")
     pointwise = len(core) == 2 or (len(core) > 3 and core[:-2] == (1,) * len(core[:-2]))
     told = has(ROLE, name.module) or name.within(f"{ATTENTION}|{LORA}")
     if not pointwise or told or _is_recurrent(name):
@@ -194,7 +196,7 @@ def _end(
 
 def _kernel(name: LeafName, tree: Survey) -> _Kernel:
     axes, reading = read_hidden(name, tree)
-    _, fan_in, fan_out = axes.split(name.shape)
+    fan_in, fan_out = sides(axes)
     if reading.why.startswith(CONV_KERNEL):
         fan_in = fan_in[:1] if name.output_first else fan_in[-1:]
     sizes = [math.prod(name.shape[axis] for axis in side) for side in (fan_in, fan_out)]

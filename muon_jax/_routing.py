@@ -252,7 +252,9 @@ def _route_leaf(name: LeafName, leaf: Any, tree: Survey, decision: Decision) -> 
             "it to 'adamw' or 'frozen'."
         )
     axes, reading = read_hidden(name, tree)
-    return Route(name.path, name.shape, MUON, axes, why or reading.why, doubt or reading.doubt)
+    # Whoever sends a leaf to Muon knows that it is a matrix, but of which axes is read here.
+    guess = reading.doubt if choice is None or len(name.shape) > 2 else ""
+    return Route(name.path, name.shape, MUON, axes, why or reading.why, doubt or guess)
 
 
 def _overrides(params: Any, leaves: dict[KeyPath, Any], rules: Routing) -> dict[KeyPath, Decision]:

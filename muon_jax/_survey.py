@@ -54,7 +54,8 @@ class Survey(NamedTuple):
     def follows_its_kernel(self, name: LeafName) -> bool:
         """Whether, in a tree without names, the leaf before ends in this one's shape."""
         before, slash, last = key(name.path).rpartition("/")
-        kernel = self.names.get(f"{before}{slash}{int(last or 0) - 1}")
+        number = int(last) if last.isdigit() else 0
+        kernel = self.names.get(f"{before}{slash}{number - 1}")
         return kernel is not None and self.bias(kernel) == name.shape
 
     def beside(self, name: LeafName) -> list[LeafName]:
@@ -76,7 +77,7 @@ def key(path: str) -> str:
 def _bias_paths(name: LeafName) -> Iterable[str]:
     before, slash, last = key(name.path).rpartition("/")
     if name.is_nameless:
-        yield f"{before}{slash}{int(last or -1) + 1}"
+        yield f"{before}{slash}{int(last) + 1 if last.isdigit() else 0}"
         return
     flat = re.sub("weight", "bias", last), re.sub("^[wW]_", "b_", last), re.sub("_w$", "_b", last)
     beside = ("bias", "b") if name.is_array_name else ()

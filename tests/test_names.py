@@ -234,6 +234,7 @@ def test_init_is_silent_for_known_names_and_where_the_user_decides():
         (llama, {}),
         (square, {"routing": [("square", muon_jax.MatrixAxes())]}),
         (square, {"routing": [("square", "adamw")]}),
+        (square, {"routing": [("square", "muon")]}),
         (square, {"matrix_axes": {"square": muon_jax.MatrixAxes()}}),
     ]
     for params, options in cases:
