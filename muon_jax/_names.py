@@ -54,7 +54,8 @@ class LeafName(NamedTuple):
         if not named:
             numbers = tuple(int(part) for part in components if part)
             return cls(path, tuple(shape), "", "", (), "/".join(components), "", numbers)
-        owned = len(named) > 1 and has(ARRAY, words[-1])
+        numbered = re.fullmatch(r"[A-Za-z]\d+", components[named[-1]])  # `w1` beside `w2`
+        owned = len(named) > 1 and has(ARRAY, words[-1]) and not numbered
         at, end = (named[-2], named[-1]) if owned else (named[-1], len(components))
         stem = re.sub(r"_?\d+$", "", components[at])
         found = re.findall(r"\d+$", components[at]) + components[at + 1 : end]

@@ -80,8 +80,9 @@ def label_params(params: Any, rules: Routing = None) -> Any:
     The built-in rules read names first and shapes second: embeddings, heads, norms, gains and
     biases (scan-stacked ones too) go to AdamW, the matrices between them to Muon, complex ones
     too. They know the names of Flax NNX and Linen, Equinox, Haiku, Hugging Face, MaxText and
-    Levanter. Leaves of integers or bools have no built-in rule: filter them out, or send them to
-    `"frozen"`.
+    Levanter. Where they guess, such as at the ends of an MLP, `routing_table` says so and the
+    optimizer's `init` warns. Leaves of integers or bools have no built-in rule: filter them out,
+    or send them to `"frozen"`.
 
     Args:
         params: arrays or `jax.ShapeDtypeStruct`s.

@@ -15,12 +15,12 @@ class Survey(NamedTuple):
     """What is known of a tree.
 
     Attributes:
-    names: by path.
-    scans: path -> the axes along which scans stacked the layers.
-    widths: the lengths of the gains of norms: what the residual stream is as wide as.
-    parents: path -> the leaves of the modules right below it.
-    experts: of each router, the path of what has it and the sizes that may count experts.
-    ends: path -> what its place in the tree tells; see `_name_ends`.
+        names: by path.
+        scans: path -> the axes along which scans stacked the layers.
+        widths: the lengths of the gains of norms: what the residual stream is as wide as.
+        parents: path -> the leaves of the modules right below it.
+        experts: of each router, the path of what has it and the sizes that may count experts.
+        ends: path -> what its place in the tree tells; see `_name_ends`.
     """
 
     names: dict[str, LeafName]
@@ -28,7 +28,7 @@ class Survey(NamedTuple):
     widths: frozenset[int]
     parents: dict[str, list[LeafName]]
     experts: tuple[tuple[str, frozenset[int]], ...]
-    ends: dict[str, Reading] = {}  # noqa: RUF012
+    ends: dict[str, Reading]
 
     def core(self, name: LeafName) -> tuple[int, ...]:
         """The leaf's axes without those of scans."""
@@ -65,8 +65,10 @@ class Survey(NamedTuple):
 
     def counts_experts(self, name: LeafName, size: int) -> bool:
         """Whether a router beside it, or beside a module that has it, chooses among so many."""
-        path = name.owner
-        return any(path.startswith(above) and size in sizes for above, sizes in self.experts)
+        return any(
+            size in sizes and (not above or key(name.path).startswith(f"{above}/"))
+            for above, sizes in self.experts
+        )
 
 
 def key(path: str) -> str:
@@ -90,7 +92,9 @@ def survey(names: Sequence[LeafName]) -> Survey:
     parents = defaultdict(list)
     for name in names:
         parents[name.owner.rpartition("/")[0]].append(name)
-    tree = Survey({key(name.path): name for name in names}, _scans(names), frozenset(), parents, ())
+    tree = Survey(
+        {key(name.path): name for name in names}, _scans(names), frozenset(), parents, (), {}
+    )
     widths = {
         size
         for name in names

@@ -205,6 +205,12 @@ def test_kinds_of_real_trees(kind):
     assert " ".join(spelled(found[path]) for path in shapes) == expected
 
 
+def test_the_reason_says_that_a_factor_is_one_of_lora():
+    found = routes_by_path(nested({"q/lora_a": (16, 4), "q/lora_b": (4, 16), "q/kernel": (16, 16)}))
+    told = {path for path, leaf in found.items() if leaf.why.startswith("a LoRA factor")}
+    assert told == {"q/lora_a", "q/lora_b"}
+
+
 def structs(shapes):
     def is_shape(x):
         return isinstance(x, tuple) and x != () and all(isinstance(size, int) for size in x)
