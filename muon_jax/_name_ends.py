@@ -170,13 +170,15 @@ def _end(
     writers = [other for other in writes.get(kernel.fan_in, ()) if other.owner != name.owner]
     series = [other for other in readers + writers if other.series == name.series]
     doubt = ""
+    # What is repeated, layer by layer, is neither the first nor the last of a model.
+    alike = [x for x in tree.beside(name) if (x.series, x.shape) == (name.series, name.shape)]
     gates = has("in_proj|w_in", name.module) or _is_recurrent_input(name)
     if not (readers or writers or {kernel.fan_in, kernel.fan_out} & known or gates):
         return Reading("", "no other leaf is as wide as its input or its output")
     if not gates and kernel.fan_out not in known:
         later = any(other.number > name.number for other in series)
         later |= any((head := other.read()) and head.why == HEAD for other in readers)
-        if not readers:
+        if not readers and not alike:
             alone = not any(other.series == name.series for other in tree.beside(name))
             told = not name.above and has("^(fc|linear)$", name.module) and alone
             return Reading(HEAD) if told else _LAST
@@ -185,7 +187,9 @@ def _end(
             doubt = "could be the model's last matrix"
     if len(core) == 2 and kernel.fan_in not in known:
         several = any(size >= 8 and kernel.fan_in % size == 0 for size in writes)
-        if not writers and not several:  # several outputs side by side, or a flattened image
+        if (
+            not writers and not several and not alike
+        ):  # several outputs side by side, or a flattened image
             return _FIRST
         earlier = any(other.number < name.number for other in series)
         many = len(writers) > 1 or kernel.fan_out in known
