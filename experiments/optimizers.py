@@ -376,7 +376,8 @@ def build(
         schedule: factor of the learning rates, from the step.
         rate: takes the place of the arm's own learning rate; AdamW's for the other leaves stays.
             It may be traced, so that one program serves all rates.
-        **placed: `mesh` and `shardings` of the params, as `muon_jax.muon` takes them.
+        **placed: `routing`, and `mesh` and `shardings` of the params, as `muon_jax.muon` takes
+            them.
     """
 
     def scheduled(learning_rate: float | jax.Array) -> optax.Schedule:

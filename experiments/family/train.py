@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+import muon_jax
 from experiments import optimizers
 from experiments.family import data
 from experiments.family.config import Training
@@ -45,12 +46,14 @@ class Model(NamedTuple):
         loss: `(params, windows) -> (mean loss, observed)`; `observed` are the extra arguments of
             `tx.update` that tell an optimizer of the forward pass.
         evaluate: `(params, windows) -> losses`, one a window, compiled.
+        routing: which params Muon takes, from their use in `loss`.
         parameters: how many it has.
     """
 
     start: Callable
     loss: Callable
     evaluate: Callable
+    routing: Any
     parameters: int
 
 
@@ -77,10 +80,12 @@ def language_model(config: Training) -> Model:
             lambda window: loss(params, window[None])[0], windows, batch_size=_EVALUATION_BATCH
         )
 
+    window = jax.ShapeDtypeStruct((1, config.context + 1), jnp.uint8)
     return Model(
         jax.jit(start),
         loss,
         jax.jit(evaluate),
+        muon_jax.trace_routing(loss, shapes, window),
         sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)),
     )
 
@@ -90,7 +95,8 @@ def transformation(
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer as a cell runs it: warm-up, then decay to zero."""
     schedule = optimizers.warmup_then_decay(config.warmup, config.steps, config.decay)
-    return optimizers.build(optimizer, config, schedule, rate)
+    routing = language_model(config).routing
+    return optimizers.build(optimizer, config, schedule, rate, routing=routing)
 
 
 def start(config: Training, optimizer: OptimizerName, seed: int) -> State:

@@ -19,6 +19,7 @@ import muon_jax
 from experiments.finetune import model
 from experiments.finetune.architecture import Qwen3
 from experiments.finetune.config import ArmName, Optimizer, QuirkName, Training
+from experiments.language.mesh import make_mesh
 from experiments.optimizers import warmup_then_decay
 
 ARMS: dict[ArmName, str] = {
@@ -148,8 +149,12 @@ def _rest(name: ArmName, settings: Optimizer) -> str:
     return "sgd" if name == "muonclip" and "sgd_of_gains" in settings.quirks else "adamw"
 
 
-def routing(name: ArmName, settings: Optimizer, architecture: Qwen3) -> list[tuple[str, Any]]:
-    """What a Muon arm does not leave to the rules of `muon_jax.label_params`."""
+@functools.cache
+def routing(name: ArmName, settings: Optimizer, architecture: Qwen3) -> Any:
+    """Which params a Muon arm takes: what the arm and the quirks say, else their use in the loss.
+
+    It is kept, for it cannot be traced within a compiled step.
+    """
     rules: list[tuple[str, Any]] = []
     if name == "muon_frozen1d":
         rules.append((r"/scale$", "frozen"))
@@ -157,8 +162,13 @@ def routing(name: ArmName, settings: Optimizer, architecture: Qwen3) -> list[tup
         # torch holds an embedding as (vocabulary, hidden) and reads that as (fan_out, fan_in).
         rules.append((r"^embedding/", muon_jax.MatrixAxes(fan_in=1, fan_out=0)))
         if not architecture.tied:
-            rules.append((r"^head/", "muon"))
-    return rules
+            rules.append((r"^head/", muon_jax.MatrixAxes()))
+    losses = model.LanguageModel(architecture).losses
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    with jax.set_mesh(make_mesh((1, 1, 1, 1), jax.devices()[:1])):
+        return muon_jax.trace_routing(
+            losses, model.shapes(architecture), tokens, tokens, tokens, rules=rules
+        )
 
 
 def _scale(name: ArmName, quirks: tuple[QuirkName, ...]) -> Any:

@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
+import muon_jax
 from experiments import optimizers
 from experiments.grok import prefixes, probes, tasks
 from experiments.grok.config import Cell, Config
@@ -116,8 +117,7 @@ def compile_arm(
         heads=config.heads,
         dropout=config.dropout,
     )
-    graph = nnx.graphdef(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
-    tx = optimizers.build(cell.optimizer, config, optimizers.warmup(config.warmup))
+    graph, shapes, _ = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), nnx.Param, ...)
 
     def forward(params, batch_rows, dropout_key=None):
         """The logits, and the largest attention logits, which cost nothing where nobody asks."""
@@ -129,6 +129,10 @@ def compile_arm(
             dropout_rngs=None if dropout_key is None else nnx.Rngs(dropout=dropout_key),
             return_max_logits=True,
         )
+
+    routing = muon_jax.trace_routing(forward, shapes, jax.ShapeDtypeStruct((batch,), jnp.int32))
+    warmup = optimizers.warmup(config.warmup)
+    tx = optimizers.build(cell.optimizer, config, warmup, routing=routing)
 
     def start(seed):
         params = nnx.state(make(rngs=nnx.Rngs(params=jax.random.key(seed))), nnx.Param)

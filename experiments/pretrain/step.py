@@ -61,7 +61,8 @@ class Trainer:
         )
         params = jax.eval_shape(self.model.init, jax.random.key(0))
         self.specs = check(config, mesh, params)
-        self.labels = muon_jax.label_params(params)
+        self.routing = self._routing(params)
+        self.labels = muon_jax.label_params(params, self.routing)
         self.tx = self.transformation(config.rate(optimizer))
         with jax.set_mesh(mesh):
             shapes = jax.eval_shape(self._start, 0)
@@ -108,7 +109,7 @@ class Trainer:
 
     def transformation(self, rate: float | jax.Array) -> optax.GradientTransformationExtraArgs:
         """The optimizer; `rate` is the arm's own learning rate after warm-up, and may be traced."""
-        placed = {"mesh": self.mesh, "shardings": self.specs}
+        placed = {"mesh": self.mesh, "shardings": self.specs, "routing": self.routing}
         return optimizers.build(
             self.optimizer,
             self.config,
@@ -116,6 +117,18 @@ class Trainer:
             rate,
             **(placed if self.optimizer != "adamw" else {}),
         )
+
+    def _routing(self, params: Params) -> Any:
+        """Which params Muon takes, from their use in the loss."""
+
+        def losses(params, bias, windows):
+            return self.model.losses(self.in_model_dtype(params), bias, windows)
+
+        rows = self.config.batch // self.config.accumulate
+        windows = jax.ShapeDtypeStruct((rows, self.config.context + 1), jnp.int32)
+        with jax.set_mesh(self.mesh):
+            bias = jax.eval_shape(self.model.initial_bias)
+            return muon_jax.trace_routing(losses, params, bias, windows)
 
     def advance(
         self, state: State, windows: jax.Array, rate: float | None = None
