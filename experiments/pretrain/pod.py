@@ -192,12 +192,22 @@ def newton_schulz_share(trainer: Trainer) -> NewtonSchulzShare:
     """What the update of this trainer's optimizer takes of a device."""
     muon, mesh, params = trainer.config.muon, trainer.mesh, trainer.abstract.params
     alone = one_device(mesh.devices.flat[0])
-    plan = muon_jax.plan(params, mesh=alone, ns_coeffs=muon.ns_coeffs, ns_dtype=muon.ns_dtype)
+    plan = muon_jax.plan(
+        params,
+        mesh=alone,
+        routing=trainer.routing,
+        ns_coeffs=muon.ns_coeffs,
+        ns_dtype=muon.ns_dtype,
+    )
     whole = update_alone(trainer, trainer.optimizer, params, trainer.specs)
     experts: dict[str, Collective] = {}
     if "moe_layers" in params:
         part, specs = (
-            {"experts": tree["moe_layers"]["feed_forward"]["experts"]}
+            {
+                "moe_layers": {
+                    "feed_forward": {"experts": tree["moe_layers"]["feed_forward"]["experts"]}
+                }
+            }
             for tree in (params, trainer.specs)
         )
         experts = update_alone(trainer, "muon", part, specs).collectives
@@ -208,17 +218,18 @@ def newton_schulz_share(trainer: Trainer) -> NewtonSchulzShare:
 def update_alone(trainer: Trainer, optimizer: OptimizerName, params: Any, specs: Any) -> Program:
     """The optimizer's update of some params, compiled where they lie."""
     mesh = trainer.mesh
-    tx = optimizers.build(optimizer, trainer.config, trainer.schedule, mesh=mesh, shardings=specs)
+    placed = {"mesh": mesh, "shardings": specs, "routing": trainer.routing}
+    tx = optimizers.build(optimizer, trainer.config, trainer.schedule, **placed)
     state = jax.eval_shape(tx.init, params)
-    placed = sharding.shardings(sharding.state_specs(state, params, specs), mesh)
+    shardings = sharding.shardings(sharding.state_specs(state, params, specs), mesh)
     state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
     )
 
     def update(gradient, state, params, max_logits):
         return tx.update(gradient, state, params, max_logits=max_logits)
 
-    out = sharding.shardings(specs, mesh), placed
+    out = sharding.shardings(specs, mesh), shardings
     jitted = jax.jit(update, out_shardings=out, donate_argnums=(0, 1))
     model = trainer.config.model
     max_logits = {
