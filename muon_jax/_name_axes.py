@@ -16,7 +16,7 @@ from muon_jax._names import (
     Reading,
     has,
 )
-from muon_jax._survey import Survey
+from muon_jax._survey import Survey, is_expert
 
 # Kernels that read the residual stream, and kernels that write to it: with the width known from
 # the norms, this tells (fan_in, fan_out) from (fan_out, fan_in).
@@ -78,7 +78,7 @@ def _read_core(name: LeafName, core: tuple[int, ...], tree: Survey) -> tuple[Mat
         return axes, Reading("a matrix by shape", doubt)
     if len(core) == 2:
         return axes, Reading(f"a kernel {order}")
-    if _is_expert(name) or tree.counts_experts(name, name.shape[core[0]]):
+    if is_expert(name) or tree.counts_experts(name, name.shape[core[0]]):
         return axes, Reading(f"an expert stack {order}")
     doubt = "" if tree.scans.get(name.path) else STACK
     return axes, Reading(f"a stack of kernels {order}", doubt)
@@ -154,12 +154,7 @@ def _is_attention(name: LeafName) -> bool:
     named = has(f"{QKV}|{OUT}", name.module) or name.module == "c_attn"
     if not (named or (name.module == "c_proj" and inside)):
         return False
-    return inside or not (_is_expert(name) or name.within(FEED_FORWARD))
-
-
-def _is_expert(name: LeafName) -> bool:
-    """`moe_layers/attention` is an attention, and `moe/experts/attention` too."""
-    return name.within(EXPERT) and not name.within(ATTENTION)
+    return inside or not (is_expert(name) or name.within(FEED_FORWARD))
 
 
 def _attention_axes(name: LeafName, core: tuple[int, ...], tree: Survey) -> MatrixAxes:

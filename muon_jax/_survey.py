@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from muon_jax._names import CONV, HIDDEN, QKV, LeafName, Reading, has
+from muon_jax._names import ATTENTION, CONV, EXPERT, HIDDEN, QKV, LeafName, Reading, has
 
 _STACK = "layers?|blocks?|stack(ed)?|scan(ned)?|h|encoderblock|encoder|decoder|repeat(s|ed)?|body"
 _ROUTER = "router|gate|switch|gating"
@@ -69,6 +69,11 @@ class Survey(NamedTuple):
             size in sizes and (not above or key(name.path).startswith(f"{above}/"))
             for above, sizes in self.experts
         )
+
+
+def is_expert(name: LeafName) -> bool:
+    """`moe_layers/attention` is an attention, and `moe/experts/attention` too."""
+    return name.within(EXPERT) and not name.within(ATTENTION)
 
 
 def key(path: str) -> str:
@@ -146,14 +151,20 @@ def _scan_axes(names: Sequence[LeafName], found: dict[str, tuple[int, ...]]) -> 
             continue
         if any(len(cores[leaf.path]) < 2 for leaf in leaves):
             continue
-        for at in (0, 1):
-            sizes = {leaf.shape[cores[leaf.path][at]] for leaf in leaves}
+        stacks = {leaf.path for leaf in leaves if is_expert(leaf) and len(cores[leaf.path]) >= 4}
+        # The axis of experts may lie in front of that of layers.
+        for at, of_stacks in ((0, 0), (1, 1), *([(0, 1)] if stacks else [])):
+            axes = {
+                path: cores[path][of_stacks if path in stacks else at]
+                for path in (leaf.path for leaf in leaves)
+            }
+            sizes = {leaf.shape[axes[leaf.path]] for leaf in leaves}
             rests = {
-                leaf.path: tuple(leaf.shape[a] for i, a in enumerate(cores[leaf.path]) if i != at)
+                leaf.path: tuple(leaf.shape[a] for a in cores[leaf.path] if a != axes[leaf.path])
                 for leaf in leaves
             }
             if len(sizes) == 1 and _is_scan(leaves, rests, at):
-                scanned |= {leaf.path: cores[leaf.path][at] for leaf in leaves}
+                scanned |= axes
                 break
     return scanned
 

@@ -1,5 +1,6 @@
 """Routing by use: what functions do with their parameters, and what the result is good for."""
 
+import dataclasses
 import functools
 
 import chex
@@ -415,6 +416,9 @@ STUDIES = {
     "family": family_model,
     "pretrain": functools.partial(pretrain_model, pretraining.SMALL),
     "pretrain, dense": functools.partial(pretrain_model, pretraining.DENSE),
+    "pretrain, heads and experts": functools.partial(
+        pretrain_model, dataclasses.replace(pretraining.SMALL, attention="multi-head")
+    ),
     "finetune": finetune_model,
     "finetune, untied": functools.partial(finetune_model, tied=False, layers=9, qk_norm=False),
 }
