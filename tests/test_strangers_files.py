@@ -4,13 +4,16 @@ import gzip
 import json
 import os
 import shutil
+import struct
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from etils import epath
 from finetuning import NORMED, initial, written
 from pretraining import DENSE, VOCABULARY
+from pyarrow import parquet
 from safetensors.numpy import save_file
 
 from experiments.finetune import __main__ as command
@@ -99,6 +102,57 @@ def test_a_file_that_unpacks_to_no_text_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "_LINE", 500)
     with pytest.raises(ValueError, match=r"a\.jsonl\.gz:1 has more than"):
         list(documents.lines(path))
+
+
+def test_a_table_that_expands_to_no_text_is_refused(tmp_path, monkeypatch):
+    path = epath.Path(tmp_path / "a.parquet")
+
+    def read(column, **how):
+        """The rows that come before the error, and the error."""
+        how = {"compression": "zstd", "store_schema": False} | how
+        parquet.write_table(pa.table({"text": column}), path, **how)
+        rows = []
+        with pytest.raises(ValueError) as error:
+            rows.extend(documents._column(path))
+        return len(rows), str(error.value)
+
+    long = pa.array(["a" * (48 << 20)])
+    many = pa.DictionaryArray.from_arrays(pa.array(np.zeros(10_000, np.int32)), long)
+    nested = pa.ListArray.from_arrays([0, 10_000], many)
+    for column, told in (
+        (many, "unpacks to more than 100 times its size, which text does not. If it is what you "
+         "want, write it as .jsonl."),
+        (nested, "takes more than 4096 MB to read; write it as .jsonl."),
+    ):  # fmt: skip
+        count, error = read(column)
+        assert path.stat().length < 10_000 and count < 2
+        assert error == f"{path} {told}"
+    encoding = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
+    for how in ({}, encoding):
+        count, error = read(pa.array(["a" * (1 << 20)] * 80), **how)
+        assert f"{path} unpacks to more than 100 times its size" in error
+        assert "write it as .jsonl" in error
+    monkeypatch.setattr(documents, "_LINE", 500)
+    assert read(pa.array(["a" * 1000] * 10))[1] == f"{path}: row 1 has more than 0 MB."
+    with pytest.raises(FileNotFoundError):
+        list(documents.table(epath.Path(tmp_path / "b.parquet"), {"text"}))
+
+
+def test_a_reader_that_is_killed_is_no_end_of_a_table(tmp_path, monkeypatch):
+    path = epath.Path(tmp_path / "a.parquet")
+    parquet.write_table(pa.table({"text": ["a"] * 9}), path)
+    assert len(list(documents.table(path, {"text"}))) == 9
+    reader = tmp_path / "reader.py"
+    for said in (b"", b"abc", struct.pack("<Q", 9) + b"abc"):
+        reader.write_text(
+            "import os, sys\n"
+            f"sys.stdout.buffer.write({said})\n"
+            "sys.stdout.flush()\n"
+            "os.kill(os.getpid(), 9)\n"
+        )
+        monkeypatch.setattr(documents.table_reader, "__file__", str(reader))
+        with pytest.raises(ValueError, match=r"row 1 is damaged, or takes more than 4096 MB"):
+            list(documents.table(path, {"text"}))
 
 
 @pytest.mark.parametrize("index", [2**32 - 1, 1 << 22])

@@ -7,7 +7,10 @@ other texts one in a hundred; a document's name, or its text, alone decides.
 import dataclasses
 import gzip
 import itertools
+import pickle
 import platform
+import subprocess
+import sys
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Set
@@ -19,10 +22,15 @@ from etils import epath
 
 from experiments import corpus
 from experiments.json_files import loads
+from experiments.language import table_reader
 
 HELD_OUT_SHARE = 100  # one document of the user's in so many
 # Bytes of a line at most, of what a file may unpack to in any case, and how many times its size.
 _LINE, _UNPACKED, _RATIO = 1 << 26, 1 << 26, 100
+_TOO_MUCH = (
+    f"{{}} unpacks to more than {_RATIO} times its size, which text does not. If it is what you "
+    "want, {}."
+)
 _DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
@@ -187,10 +195,7 @@ def lines(file: epath.Path) -> Iterator[tuple[int, bytes]]:
                     raise ValueError(f"{file}:{number} has more than {_LINE >> 20} MB.")
                 left -= len(line)
                 if packed and left < 0:
-                    raise ValueError(
-                        f"{file} unpacks to more than {_RATIO} times its size, which text does "
-                        "not. If it is what you want, unpack it and give the .jsonl."
-                    )
+                    raise ValueError(_TOO_MUCH.format(file, "unpack it and give the .jsonl"))
                 if line.strip():
                     yield number, line
     except _DAMAGE as error:
@@ -213,22 +218,40 @@ def table(file: epath.Path, columns: Set[str]) -> Iterator[dict[str, Any]]:
     """The rows of a .parquet, with those of the columns that it has.
 
     Raises:
-        ValueError: it is damaged, or has none of the columns.
+        ValueError: it is damaged, has none of the columns, or expands to so much that it is no
+            text.
     """
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with file.open("rb") as raw, parquet.ParquetFile(raw) as rows:
-            names = rows.schema_arrow.names
-            found = [name for name in names if name in columns]
-            if not found:
-                wanted = " or ".join(f'"{name}"' for name in sorted(columns))
-                raise ValueError(f"{file} has no column {wanted}, but {', '.join(names)}.")
-            for batch in rows.iter_batches(batch_size=1024, columns=found):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file} cannot be read: {error}.") from None
+    left = max(_UNPACKED, _RATIO * file.stat().length)
+    with subprocess.Popen(
+        [sys.executable, "-P", table_reader.__file__, str(file), *sorted(columns)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for number in itertools.count(1):
+                header = process.stdout.read(table_reader.LENGTH.size)
+                if not header and process.wait() == 0:
+                    return
+                whole = len(header) == table_reader.LENGTH.size
+                size = table_reader.LENGTH.unpack(header)[0] if whole else 0
+                if size > _LINE:
+                    raise ValueError(f"{file}: row {number} has more than {_LINE >> 20} MB.")
+                left -= size
+                if left < 0:
+                    raise ValueError(_TOO_MUCH.format(file, "write it as .jsonl"))
+                packed = process.stdout.read(size)
+                if not packed or len(packed) < size:
+                    raise ValueError(
+                        f"{file} cannot be read: row {number} is damaged, or takes more than "
+                        f"{table_reader.MEMORY >> 20} MB."
+                    )
+                row = pickle.loads(packed)  # of our own process
+                if isinstance(row, str):
+                    raise ValueError(f"{file} {row.removesuffix('.')}.")
+                yield row
+        finally:
+            process.kill()
 
 
 def _column(file: epath.Path) -> Iterator[str]:
