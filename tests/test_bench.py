@@ -146,7 +146,7 @@ def test_a_ratio_is_taken_round_by_round():
     [
         ({"devices": 3}, "--devices must be even and at least 4"),
         ({"layers": 0}, "--layers must be at least 1"),
-        ({"parts": ()}, "--parts needs at least one"),
+        ({"parts": ()}, "--parts must name one or more, each of them once; got none"),
     ],
 )
 def test_settings_that_cannot_be_run_are_refused(settings, complaint):

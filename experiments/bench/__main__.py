@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from experiments.bench.cases import Case, simulated_cases, topology_cases
 from experiments.commands import guard
 from experiments.figures import save_png
 from experiments.runs import machine, write_json
+from experiments.settings import Count, Rule, check, check_different
 from experiments.topology import topology_devices
 
 Row = dict[str, Any]
@@ -29,6 +30,8 @@ PartName = Literal["sharding", "speed", "spectra"]
 
 # XLA's partitioner has one thread a program.
 COMPILER_THREADS = 2
+
+_EVEN = Rule("even and at least 4", lambda value: value >= 4 and value % 2 == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +52,15 @@ class Config:
     """Which parts to run."""
     topology: str | None = None
     """Compile for this TPU: v5e:16x16, v5p:8x8x8, v6e:16x16, ... Needs libtpu (extra `tpu`)."""
-    devices: int = 16
+    devices: Annotated[int, _EVEN] = 16
     """Simulated CPU devices of the sharding part; an even number, at least 4."""
-    layers: int | None = None
+    layers: Count | None = None
     """Layers of the sharding part; by default 16, and 64 for a topology."""
-    width: int | None = None
+    width: Count | None = None
     """D, fan_in and fan_out of its square kernels; by default 256, and 2048 for a topology."""
-    hidden: int | None = None
+    hidden: Count | None = None
     """F, of its up (D, F) and down (F, D); by default 4 × width."""
-    rounds: int = 7
+    rounds: Count = 7
     """Updates of each optimizer in the speed part."""
     out: Path = Path("runs/bench")
     """Where result folders are."""
@@ -66,14 +69,8 @@ class Config:
     replaced."""
 
     def __post_init__(self) -> None:
-        if not self.parts:
-            raise ValueError("--parts needs at least one of sharding, speed, spectra.")
-        for field in ("layers", "width", "hidden", "rounds"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ValueError(f"--{field} must be at least 1, got {value}.")
-        if self.devices < 4 or self.devices % 2:
-            raise ValueError(f"--devices must be even and at least 4, got {self.devices}.")
+        check(self)
+        check_different(self, "parts")
 
     def folder(self) -> Path:
         """Where the results go."""
@@ -134,7 +131,7 @@ def parts(config: Config) -> list[Part]:
         "speed": lambda: speed_part(config.rounds),
         "spectra": spectra_part,
     }
-    return [made[name]() for name in dict.fromkeys(config.parts)]
+    return [made[name]() for name in config.parts]
 
 
 def topology_table(config: Config) -> list[Case]:

@@ -4,11 +4,12 @@ All train the same transformer on `mul`, without dropout, to 95 %. They take tur
 so that a noisy machine disturbs all; what counts are the ratios.
 """
 
+import dataclasses
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from experiments.grok.config import Cell, Config
 from experiments.grok.model import FEED_FORWARD_RATIO, RMS_EPSILON, ROPE_BASE
 from experiments.grok.train import GROKKED_ACCURACY, compile_arm, evaluation_rows, split
 from experiments.optimizers import AdamW, OptimizerName
+from experiments.settings import Count, at_least, check, fitting_divisor
 
 TASK: tasks.TaskName = "mul"
 
@@ -195,23 +197,54 @@ def our_loop(config: Config, optimizer: OptimizerName) -> Loop:
     return Loop(epoch, accuracy, program.steps)
 
 
-def main(
-    layers: int = 2, width: int = 128, batch: int = 512, rounds: int = 9, epochs: int = 300
-) -> int:
-    """Trains with PyTorch, ours and optax.contrib.muon in turns, and prints how fast they are.
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Trains with PyTorch, ours and optax.contrib.muon in turns, and prints how fast they are."""
 
-    Args:
-        layers: transformer blocks.
-        width: embedding size.
-        batch: rows a step.
-        rounds: epochs at least.
-        epochs: budget of a loop that has not reached 95 % on the validation rows.
-    """
-    return guard(lambda: _compare(layers, width, batch, rounds, epochs))
+    layers: Count = 2
+    """Transformer blocks."""
+    width: Count = 128
+    """Embedding size."""
+    batch: Count = 512
+    """Rows a step."""
+    rounds: Annotated[int, at_least(2)] = 9
+    """Epochs at least, of which the first warms up."""
+    epochs: Count = 300
+    """Budget of a loop that has not reached 95 % on the validation rows; --rounds at least."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.epochs < self.rounds:
+            raise ValueError(
+                f"--epochs must be at least --rounds {self.rounds}; got {self.epochs}. Take fewer "
+                "rounds, or more epochs."
+            )
+        self.config()
+
+    def config(self) -> Config:
+        """What all loops train."""
+        return Config(
+            layers=self.layers,
+            width=self.width,
+            heads=fitting_divisor(Config.heads, self.width // 2),
+            batch=self.batch,
+        )
 
 
-def _compare(layers: int, width: int, batch: int, rounds: int, epochs: int) -> int:
-    config = Config(layers=layers, width=width, batch=batch)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+
+    def work() -> int:
+        prog = "python -m experiments.grok.speed"
+        return _compare(tyro.cli(Command, prog=prog, args=arguments))
+
+    return guard(work)
+
+
+def _compare(command: Command) -> int:
+    layers, width, batch = command.layers, command.width, command.batch
+    rounds, epochs = command.rounds, command.epochs
+    config = command.config()
     loops = {
         "PyTorch, AdamW": torch_loop(config),
         "ours, AdamW": our_loop(config, "adamw"),
@@ -265,4 +298,4 @@ def _compare(layers: int, width: int, batch: int, rounds: int, epochs: int) -> i
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    sys.exit(main())
