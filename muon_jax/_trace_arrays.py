@@ -248,6 +248,12 @@ def gather(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
     batch = [i for i in range(len(shape)) if i not in dims.offset_dims]
     paired = zip(dims.start_indices_batching_dims, dims.operand_batching_dims, strict=True)
     source = dict(zip(dims.offset_dims, kept, strict=True)) | {batch[i]: j for i, j in paired}
+    single = [i for i in searched if sizes[i] == 1]
+    free = [i for i in batch if i not in source]
+    if not indices.data and len(single) == len(free) == 1:
+        [at], [out] = single, free
+        if 1 < shape[out] <= before[at]:  # rows in another order, or some of them
+            source[out], single = at, []
 
     def place(axes: Axes) -> Axes:
         return tuple(
@@ -256,7 +262,7 @@ def gather(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
         )
 
     if not indices.data:
-        tracer.index(operand, [i for i in searched if sizes[i] == 1])
+        tracer.index(operand, single)
     return [looked_up(tracer, operand, indices, searched, place)]
 
 

@@ -42,6 +42,14 @@ def read(routes):
     return {leaf.path: axes(leaf) if leaf.label == "muon" else leaf.label for leaf in leaves}
 
 
+def test_nothing_is_allocated():
+    """Each of these would take four terabytes."""
+    x, w = (jax.ShapeDtypeStruct((1 << 20, 1 << 20), jnp.float32) for _ in range(2))
+    params = {"a": w, "b": w, "c": w}
+    routes = routes_of(lambda p, x: jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"], params, x)
+    assert [routes[name].label for name in params] == ["adamw", "muon", "adamw"]
+
+
 @pytest.mark.parametrize("name", uses.CASES)
 def test_each_use(name):
     function, leaves, args, expected = uses.CASES[name]

@@ -74,6 +74,13 @@ def sliced_halves(p, h):
     return (h @ p["w"][:, :6]) * jax.nn.silu(h @ p["w"][:, 6:])
 
 
+@simple({"a": ROWS, "b": ROWS, "c": ROWS}, a=(6, 6), b=(6, 6), c=(6, 9))
+def in_another_order(p, h):
+    order = jnp.array([2, 0, 1, 5, 4, 3])
+    h = jnp.tanh(jnp.tanh(h @ p["a"][order]) @ p["b"][:, order])
+    return h @ jnp.take(p["c"], order, axis=1)
+
+
 @simple({"w": ROWS}, w=(6, 6))
 def reshaped_there_and_back(p, h):
     w = p["w"].reshape(2, 3, 6).transpose(2, 0, 1).reshape(6, 6).T
