@@ -197,3 +197,17 @@ def test_the_commands_read_a_run(run, monkeypatch, capsys, tmp_path):
     code, printed = call(export, folder, tmp_path / "hf")
     assert code == 2
     assert "not empty" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("--count=0", "1; got 0"), ("--length=-1", "1; got -1"), ("--top-k=0", "1; got 0"),
+     ("--temperature=-1", "0; got -1"), ("--temperature=nan", "nan")],
+)  # fmt: skip
+def test_numbers_are_refused_before_a_run_is_looked_for(option, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["command", "nowhere", option])
+    with pytest.raises(SystemExit, match="2"):
+        sample.main()
+    printed = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert f"{option.split('=')[0]} must be" in printed and said in printed
+    assert "holds no run" not in printed

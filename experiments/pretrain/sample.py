@@ -5,6 +5,7 @@ import functools
 import math
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from experiments.optimizers import ARMS
 from experiments.pretrain.model import Params
 from experiments.pretrain.step import State, Trainer
 from experiments.pretrain.trained import load_run
+from experiments.settings import Count, at_least, check
 
 DIVIDER = f"\n{'─' * 40}\n"
 
@@ -167,16 +169,19 @@ class Command:
     """The run's folder; it may be in gs:// or s3://."""
     prompt: str = ""
     """What they begin with; by default the beginning of a document."""
-    length: int = 200
+    length: Count = 200
     """Tokens of each text at most, without the prompt's."""
-    temperature: float = 0.8
+    temperature: Annotated[float, at_least(0)] = 0.8
     """0 takes the likeliest token; higher is more varied."""
-    top_k: int | None = 40
+    top_k: Count | None = 40
     """How many of the likeliest tokens are drawn from; None for all."""
     seed: int = 0
     """Other seeds give other texts."""
-    count: int = 3
+    count: Count = 3
     """How many texts."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def main() -> int:
