@@ -420,6 +420,29 @@ def test_a_model_that_is_no_folder_is_refused_with_a_way_to_get_it(monkeypatch, 
     assert "has no config.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "rows", "said"),
+    [
+        (["--data", "{}/none.jsonl"], None, "is not there"),
+        (["--data", "{}/rows.csv"], "{}", "ends in none of .jsonl"),
+        (["--data", "{}/rows.jsonl"], "[", "rows.jsonl:1: no valid JSON"),
+        (["--data", "{}/rows.jsonl"], "5", "a row is an object, and this is a int"),
+        (["--mesh.tensor", "3"], None, "does not make up 16 devices"),
+        (["--mesh.data", "16", "--mesh.fsdp", "1", "--batch", "6"], None, "= 16 do not divide"),
+    ],
+)
+def test_a_base_is_not_pretrained_for_what_will_be_refused(
+    words, rows, said, monkeypatch, capsys, tmp_path
+):
+    if rows:
+        (tmp_path / words[1].removeprefix("{}/")).write_text(rows)
+    words = [word.format(tmp_path) for word in words]
+    monkeypatch.setattr(sys, "argv", ["command", *words, "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(command.base, "prepare", lambda *_: pytest.fail("it was"))
+    assert command.main() == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_context_beyond_the_models_positions_is_told(monkeypatch, capsys):
     for context, told in (("40960", False), ("40961", True)):
         words = f"finetune --dry-run --preset 0.6b --batch 1 --context {context}"

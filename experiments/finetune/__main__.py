@@ -19,6 +19,7 @@ from experiments.commands import guard, progress_bar, stop_on_signals
 from experiments.figures import LABELS
 from experiments.finetune import architecture as config_json
 from experiments.finetune import base, data, dry_run, loop, memory, report, step, weights
+from experiments.finetune.architecture import Qwen3
 from experiments.finetune.arms import ARMS
 from experiments.finetune.chat import Chat
 from experiments.finetune.command import Command, parse
@@ -60,6 +61,8 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
     """Does what the command asks for."""
     if command.model is not None:
         _check_folder(command.model)
+    if command.data is not None:
+        data.located(command.data)
     if command.suite:
         dry_run.plan_suite(command, command.suite, console)
         if command.dry_run:
@@ -69,6 +72,8 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
     if command.dry_run:
         return dry_run.dry_run(command, console)
     check_group(epath.Path(command.out), ARMS, command.as_json(), other="another --out")
+    if command.model is None:  # before minutes of pretraining
+        _check(command, base.architecture_of(command.base, command.base.vocabulary))
     start, rows, folder = _prepare(command, stop, console)
     windows = loop.batches(rows.train, command, 0).windows
     config = command.training().with_steps(
@@ -134,8 +139,7 @@ def _prepare(
         else:
             folder = Path(command.model).expanduser()
         architecture = config_json.read(folder / CONFIG)
-        if not dry_run.apart(command):
-            step.check(command.training(), architecture, make_mesh(command.mesh.sizes))
+        _check(command, architecture)
         weights.check(folder, architecture)  # before what takes long, and before --out is claimed
         chat = Chat(folder)
         if chat.vocabulary > architecture.vocabulary:
@@ -163,6 +167,12 @@ def _prepare(
         return weights.read(folder, mesh)[1]
 
     return loop.Start(_fingerprint(folder), architecture, load), rows, folder
+
+
+def _check(command: Command, architecture: Qwen3) -> None:
+    """Raises a ValueError where the mesh does not divide the batch or the model."""
+    if not dry_run.apart(command):
+        step.check(command.training(), architecture, make_mesh(command.mesh.sizes))
 
 
 def _check_folder(model: str) -> None:

@@ -112,11 +112,7 @@ def prepare(
     if context < 2:
         raise ValueError(f"A context has two tokens or more, got {context}.")
     made = instructions.prepare(cache, lambda: on_progress(0)) if file is None else None
-    path = epath.Path(made.path if made else file).expanduser()
-    if not path.name.endswith(SUFFIXES):
-        raise ValueError(f"{path} ends in none of {', '.join(SUFFIXES)}.")
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is not there; give the path of a file with rows.")
+    path = located(made.path if made else file)
     name = f"functions of {len(made.rows)} installed Python modules" if made else path.name
     kept: list[tuple[str, Encoded]] = []
     groups: set[str] = set()
@@ -169,6 +165,24 @@ def prepare(
         modules=made and made.rows,
     )
     return Prepared(train, held_out, report)
+
+
+def located(file: Any) -> epath.Path:
+    """The path of a file whose first row can be read, before there is a tokenizer for the rows.
+
+    Raises:
+        ValueError: the name has another ending, or the first row is no object.
+        OSError: the file is not there or cannot be read.
+    """
+    path = epath.Path(file).expanduser()
+    if not path.name.endswith(SUFFIXES):
+        raise ValueError(f"{path} ends in none of {', '.join(SUFFIXES)}.")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there; give the path of a file with rows.")
+    for place, row in itertools.islice(_values(path), 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: a row is an object, and this is a {type(row).__name__}.")
+    return path
 
 
 def _rows(path: epath.Path, chat: Chat) -> Iterator[_Row]:
