@@ -59,6 +59,10 @@ Average = Annotated[
     Rule("at least 0 and less than 1, the share of an average that a step keeps",
          lambda value: 0 <= value < 1),
 ]  # fmt: skip
+Dropout = Annotated[
+    float, Rule("at least 0 and less than 1, the share of numbers that are dropped",
+                lambda value: 0 <= value < 1),
+]  # fmt: skip
 Clip = Annotated[float, above(0, "; a large number clips nothing")]
 
 

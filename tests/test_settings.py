@@ -78,7 +78,7 @@ def test_settings_of_all_optimizers_are_held_to_one_rule(study, line, message, c
         ("grok", "--grid width=32,-64", "--width must be at least 1; got -64"),
         ("grok", "--grid muon.learning-rate=0.1,0", "--muon.learning-rate must be greater than 0"),
         ("grok", "--dropout nan", "--dropout must be a finite number"),
-        ("grok", "--dropout 1", "--dropout must be at least 0 and less than 1"),
+        ("grok", "--dropout 1", "less than 1, the share of numbers that are dropped; got 1"),
         ("grok", "--train-fraction nan", "--train-fraction must be a finite number"),
         ("grok", "--together 0", "--together must be at least 1"),
         ("grok", "--tasks mul mul", "--tasks must name one or more, each of them once"),

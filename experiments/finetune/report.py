@@ -229,4 +229,4 @@ def main(folder: tyro.conf.Positional[str]) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog="python -m experiments.finetune.report")

@@ -13,7 +13,7 @@ from experiments.grok import grid
 from experiments.grok.losses import SoftmaxName
 from experiments.grok.tasks import TRAIN_FRACTION, TaskName, split, table
 from experiments.optimizers import OptimizerName, Settings
-from experiments.settings import Average, Count, Whole, check, check_different
+from experiments.settings import Count, Dropout, Whole, check, check_different
 from muon_jax import GroupedQuery
 
 SuiteName = Literal["paper", "critics", "width", "batch", "rank", "rates"]
@@ -94,7 +94,7 @@ class Config(Settings):
     """Attention heads; width / heads must be even, and is by default."""
     batch: Count = 512
     """Rows a step; an epoch drops the rows that do not fill one."""
-    dropout: Average = 0.0
+    dropout: Dropout = 0.0
     """Share of a block's outputs dropped in training."""
     train_fraction: float | None = None
     """Share of the table trained on; by default the published one of each task."""

@@ -223,4 +223,4 @@ def main(folder: tyro.conf.Positional[str]) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog="python -m experiments.pretrain.report")
