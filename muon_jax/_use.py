@@ -240,6 +240,8 @@ def _decide(
     if not hows & set(MATRICES):
         summed = hows == {"statistic"} and any(use.fan_in for use in ways)
         doubt = "only a norm or a sum of it is contracted; it could be a matrix" if summed else ""
+        if not vector and any(use.how == "elementwise" and use.partners for use in ways):
+            doubt = "its product with other leaves is used entry by entry; it could be a matrix"
         return Decision(ADAMW, why, doubt)
     fans = {frozenset((use.fan_in, use.fan_out)) for use in ways}  # a transposed use is the same
     if not hows <= set(MATRICES) or len(fans) > 1:

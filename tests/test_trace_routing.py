@@ -17,11 +17,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.custom_partitioning import custom_partitioning
 
 import muon_jax
+from experiments.family import config as family_config
 from experiments.family import model as family
-from experiments.finetune import architecture
+from experiments.family import train as family_train
+from experiments.finetune import architecture, arms
+from experiments.finetune import config as finetune_config
 from experiments.finetune import model as finetune
+from experiments.grok import config as grok_config
 from experiments.grok import model as grok
+from experiments.grok import train as grok_train
 from experiments.pretrain import model as pretrain
+from experiments.pretrain import step
 from muon_jax._routing import route
 
 X = uses.X
@@ -432,6 +438,17 @@ STUDIES = {
 }
 
 
+def test_a_product_of_parameters_that_is_used_entry_by_entry_is_told():
+    def function(p, ids):
+        keys, values = p["t"] @ p["k"], p["t"] @ p["v"]
+        return jnp.tanh(keys[ids] * values[ids]) @ p["w"] @ p["last"]
+
+    params = shapes(t=(9, 6), k=(6, 6), v=(6, 6), w=(6, 6), last=(6, 9))
+    routes = routes_of(function, params, uses.IDS)
+    doubts = {name: bool(leaf.doubt) for name, leaf in routes.items()}
+    assert doubts == {"t": False, "k": True, "v": True, "w": False, "last": False}
+
+
 @pytest.mark.parametrize("study", STUDIES)
 def test_use_and_names_agree_on_the_models_of_the_studies(study):
     function, params, *args = STUDIES[study]()
@@ -441,3 +458,41 @@ def test_use_and_names_agree_on_the_models_of_the_studies(study):
     by_use = route(params, routing)
     assert read(by_use) == read(route(params))
     assert not any(leaf.doubt for leaf in by_use.values())
+
+
+class _Traced(Exception):
+    pass
+
+
+PROGRAMS = {
+    "grok": lambda: grok_train.compile_arm(
+        grok_config.Config(width=32, layers=2), grok_config.Cell("mul", "softmax", "muon", 0)
+    ),
+    "family": lambda: family_train.language_model.__wrapped__(family_config.Training()),
+    "pretrain": lambda: step.Trainer(
+        pretraining.training(), "muon", pretraining.one_device(), pretraining.VOCABULARY
+    ),
+    "finetune": lambda: arms.routing.__wrapped__(
+        "muon_adamw",
+        finetune_config.Optimizer(),
+        architecture.Qwen3(
+            vocabulary=256, layers=2, hidden=64, ffn=176, heads=4, kv_heads=2, head_dim=32
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("study", PROGRAMS)
+def test_the_programs_of_the_studies_take_the_routes_of_their_models(study, monkeypatch):
+    trace, found = muon_jax.trace_routing, {}
+
+    def spy(function, params, *args, **options):
+        found.update(by_use=route(params, trace(function, params, *args, **options)))
+        found.update(by_name=route(params))
+        raise _Traced
+
+    monkeypatch.setattr(muon_jax, "trace_routing", spy)
+    with pytest.raises(_Traced):
+        PROGRAMS[study]()
+    assert read(found["by_use"]) == read(found["by_name"])
+    assert not any(leaf.doubt for leaf in found["by_use"].values())

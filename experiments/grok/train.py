@@ -130,7 +130,12 @@ def compile_arm(
             return_max_logits=True,
         )
 
-    routing = muon_jax.trace_routing(forward, shapes, jax.ShapeDtypeStruct((batch,), jnp.int32))
+    def plain(params, tokens):
+        """The model without `prefixes`, whose products of parameters hide what a kernel reads."""
+        return nnx.merge(graph, params)(tokens)
+
+    windows = jax.ShapeDtypeStruct((batch, tokens.shape[1]), tokens.dtype)
+    routing = muon_jax.trace_routing(plain, shapes, windows)
     warmup = optimizers.warmup(config.warmup)
     tx = optimizers.build(cell.optimizer, config, warmup, routing=routing)
 
