@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from muon_jax._layout import find_placing
 from muon_jax._matrix_axes import MatrixAxes, as_matrix_axes, axes_by_path, is_matrix_axes
-from muon_jax._name_axes import read_hidden
+from muon_jax._name_axes import CONV_KERNEL, read_hidden
 from muon_jax._name_ends import read_tree, reason_for_adamw
-from muon_jax._names import LeafName
+from muon_jax._names import EMBEDDING as TABLE
+from muon_jax._names import VECTORS, LeafName, Reading
 from muon_jax._paths import (
     KeyPath,
     broadcast_prefix,
@@ -29,6 +30,7 @@ from muon_jax._pieces import cut
 from muon_jax._survey import Survey
 
 MUON, ADAMW, FROZEN = LABELS = ("muon", "adamw", "frozen")
+EMBEDDING, VECTOR, CONV, MATRIX = "embedding", "vector", "conv", "matrix"
 
 Choice = str | MatrixAxes
 Routing = (
@@ -50,6 +52,7 @@ class Route(NamedTuple):
         axes: its matrix axes if it goes to Muon.
         why: the rule that decided.
         doubt: what another reading of the shape would be; empty where there is none.
+        kind: `"embedding"`, `"vector"`, `"conv"`, or `"matrix"` for all others.
     """
 
     path: str
@@ -58,6 +61,7 @@ class Route(NamedTuple):
     axes: MatrixAxes | None
     why: str
     doubt: str = ""
+    kind: str = MATRIX
 
 
 class Decision(NamedTuple):
@@ -67,11 +71,13 @@ class Decision(NamedTuple):
         choice: as in `label_params`; `None` leaves it to the built-in rules.
         why: what decided, or what is said before the built-in rules' reason.
         doubt: as in `Route`.
+        kind: as in `Route`; `None` leaves it to the leaf's name.
     """
 
     choice: Choice | None
     why: str = ""
     doubt: str = ""
+    kind: str | None = None
 
 
 def label_params(params: Any, rules: Routing = None) -> Any:
@@ -222,7 +228,7 @@ def _check_axes(axes: MatrixAxes, shape: tuple[int, ...]) -> None:
 
 
 def _route_leaf(name: LeafName, leaf: Any, tree: Survey, decision: Decision) -> Route:
-    choice, why, doubt = decision
+    choice, why, doubt, kind = decision
     if choice is None and why:
         named = _route_leaf(name, leaf, tree, Decision(None))
         return named._replace(why=f"{why}; by name {named.why}", doubt=doubt or named.doubt)
@@ -240,13 +246,14 @@ def _route_leaf(name: LeafName, leaf: Any, tree: Survey, decision: Decision) -> 
             f"{sent} {name.path!r}, whose dtype is {dtype}: only real or complex floating point is "
             "optimised. Filter it out of the params, or send it to 'frozen' by a rule."
         )
-    if choice is not None and is_matrix_axes(choice):
-        return Route(name.path, name.shape, MUON, as_matrix_axes(choice), why, doubt)
     against = reason_for_adamw(name, tree)
+    kind = kind or _kind(name, tree, against)
+    if choice is not None and is_matrix_axes(choice):
+        return Route(name.path, name.shape, MUON, as_matrix_axes(choice), why, doubt, kind)
     if choice == ADAMW:
-        return Route(name.path, name.shape, ADAMW, None, why, doubt)
+        return Route(name.path, name.shape, ADAMW, None, why, doubt, kind)
     if choice is None and against is not None:
-        return Route(name.path, name.shape, ADAMW, None, against.why, against.doubt)
+        return Route(name.path, name.shape, ADAMW, None, against.why, against.doubt, kind)
     if len(name.shape) < 2:
         raise ValueError(
             f"{why} sends {name.path!r} to 'muon', but its shape {name.shape} is no matrix. Send "
@@ -255,7 +262,16 @@ def _route_leaf(name: LeafName, leaf: Any, tree: Survey, decision: Decision) -> 
     axes, reading = read_hidden(name, tree)
     # Whoever sends a leaf to Muon knows that it is a matrix, but of which axes is read here.
     guess = reading.doubt if choice is None or len(name.shape) > 2 else ""
-    return Route(name.path, name.shape, MUON, axes, why or reading.why, doubt or guess)
+    return Route(name.path, name.shape, MUON, axes, why or reading.why, doubt or guess, kind)
+
+
+def _kind(name: LeafName, tree: Survey, against: Reading | None) -> str:
+    """What its name and shape tell of a leaf; `against` is why it is no hidden matrix."""
+    if against is None:
+        return CONV if read_hidden(name, tree)[1].why.startswith(CONV_KERNEL) else MATRIX
+    if len(name.shape) < 2 or against.why.startswith(VECTORS):
+        return VECTOR
+    return EMBEDDING if against.why == TABLE else MATRIX
 
 
 def _overrides(params: Any, leaves: dict[KeyPath, Any], rules: Routing) -> dict[KeyPath, Decision]:

@@ -17,9 +17,13 @@ from muon_jax._paths import leaf_names, path_strings, positions, some
 from muon_jax._primitives import HANDLERS
 from muon_jax._routing import (
     ADAMW,
+    CONV,
+    EMBEDDING,
     FROZEN,
     LABELS,
+    MATRIX,
     MUON,
+    VECTOR,
     Choice,
     Decision,
     as_rules,
@@ -139,7 +143,9 @@ def trace_routing(
         end = last if reaches and number not in tracer.read else None
         decisions[name] = _decide(leaf, uses[number], names, lines, first, end)
     chosen = match_rules(as_rules(rules, "rules", "choice", is_choice), params, arrays)
-    decisions |= {strings[path]: Decision(*rule) for path, rule in chosen.items()}
+    for path, (choice, why) in chosen.items():
+        kind = decisions[strings[path]].kind
+        decisions[strings[path]] = Decision(choice, why, kind=kind)
     return TracedRouting(leaves, decisions)
 
 
@@ -236,23 +242,27 @@ def _decide(
     why = " and ".join(dict.fromkeys(_words(use, names) for use in ways)) + lines[ways[0].place]
     hows = {use.how for use in ways}
     if "rows" in hows:
-        return Decision(ADAMW, ("tied: " if hows - {"rows", "elementwise"} else "") + why)
+        tied = "tied: " if hows - {"rows", "elementwise"} else ""
+        return Decision(ADAMW, tied + why, kind=EMBEDDING)
     if not hows & set(MATRICES):
         summed = hows == {"statistic"} and any(use.fan_in for use in ways)
         doubt = "only a norm or a sum of it is contracted; it could be a matrix" if summed else ""
         if not vector and any(use.how == "elementwise" and use.partners for use in ways):
             doubt = "its product with other leaves is used entry by entry; it could be a matrix"
-        return Decision(ADAMW, why, doubt)
+        kind = MATRIX if doubt or "depthwise" in hows else VECTOR
+        return Decision(ADAMW, why, doubt, kind)
     fans = {frozenset((use.fan_in, use.fan_out)) for use in ways}  # a transposed use is the same
     if not hows <= set(MATRICES) or len(fans) > 1:
-        return Decision(ADAMW, why, "it is used in several ways, of which Muon fits one at most")
+        doubt = "it is used in several ways, of which Muon fits one at most"
+        return Decision(ADAMW, why, doubt, MATRIX)
     use = ways[0]
     choice: Choice = MatrixAxes(use.fan_in, use.fan_out, *use.parts)
     if last is not None:
         why = f"the last matrix, {why}"
     elif all(use.reads_input for use in uses):
         why, last = f"the first matrix, {why}", first
-    return Decision(choice if last in (None, MUON) else last, why)
+    kind = CONV if use.how == "convolution" else MATRIX
+    return Decision(choice if last in (None, MUON) else last, why, kind=kind)
 
 
 _WORDS = {

@@ -389,6 +389,36 @@ def test_labels_plan_and_table_take_it():
 # --- The studies ---
 
 
+def test_scion_gives_traced_leaves_the_balls_of_their_use():
+    """An embedding, a gain a layer and a kernel of windows, of which no name tells anything."""
+
+    def model(p, ids):
+        x = p["x"][ids]
+        for i in range(2):
+            x = jnp.tanh((x * p["y"][i, None]) @ p["z"])
+        x = lax.conv_general_dilated(x[None], p["v"], (1,), "SAME", dimension_numbers=_NWC)[0]
+        return x @ p["w"]
+
+    named = {"x": "embed/embedding", "y": "norm/scale", "z": "mlp/kernel", "v": "conv/kernel"}
+    named |= {"w": "head/kernel"}
+    params = {
+        name: jax.random.normal(jax.random.key(n), shape)
+        for n, (name, shape) in enumerate(
+            {"x": (9, 6), "y": (2, 6), "z": (6, 6), "v": (3, 6, 6), "w": (6, 9)}.items()
+        )
+    }
+    routing = muon_jax.trace_routing(model, params, uses.IDS)
+    by_use = muon_jax.scion(0.1, routing=routing)
+    by_name = muon_jax.scion(0.1)
+    renamed = {named[name]: leaf for name, leaf in params.items()}
+    found, _ = by_use.update(params, by_use.init(params), params)
+    expected, _ = by_name.update(renamed, by_name.init(renamed), renamed)
+    chex.assert_trees_all_equal({named[name]: leaf for name, leaf in found.items()}, expected)
+
+
+_NWC = ("NWC", "WIO", "NWC")
+
+
 def grok_model():
     def make():
         rngs = nnx.Rngs(0)

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from muon_jax import _routing
 from muon_jax._checks import check_number, check_static
 from muon_jax._decay import add_decayed_weights, as_decay_mask, scale_by_learning_rate
 from muon_jax._hybrid import fitted
 from muon_jax._layout import SHARDING, AnyMesh, is_sharding
 from muon_jax._matrix_axes import MatrixAxes, axes_by_path
 from muon_jax._momentum import as_array_tree
-from muon_jax._names import EMBEDDING, VECTORS
 from muon_jax._newton_schulz import configured
 from muon_jax._paths import KeyPath, broadcast_prefix, map_paths
 from muon_jax._routing import FROZEN, MUON, Route, Routing, match_rules, route, warn_of_guesses
@@ -277,16 +277,12 @@ def balls_of(
 
 def _ball_of(found: Route) -> Ball:
     if found.label == MUON:
-        return CONV if "conv" in found.why else HIDDEN
-    return VECTOR if _is_vector(found) else TABLE
+        return CONV if found.kind == _routing.CONV else HIDDEN
+    return VECTOR if found.kind == _routing.VECTOR else TABLE
 
 
 def _axes_of(found: Route) -> MatrixAxes:
     """Of a table, the width of the model is fan_in: the last axis of an embedding."""
     if found.axes is not None:
         return found.axes
-    return MatrixAxes(-1, -2) if found.why == EMBEDDING else MatrixAxes()
-
-
-def _is_vector(found: Route) -> bool:
-    return len(found.shape) < 2 or found.why.startswith(VECTORS)
+    return MatrixAxes(-1, -2) if found.kind == _routing.EMBEDDING else MatrixAxes()
