@@ -4,14 +4,17 @@ About one document in ten of the standard library is held out, as in `experiment
 other texts one in a hundred; a document's name, or its text, alone decides.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import itertools
 import pickle
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
@@ -222,11 +225,14 @@ def table(file: epath.Path, columns: Set[str]) -> Iterator[dict[str, Any]]:
             text.
     """
     left = max(_UNPACKED, _RATIO * file.stat().length)
-    with subprocess.Popen(
-        [sys.executable, "-P", table_reader.__file__, str(file), *sorted(columns)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    ) as process:
+    with (
+        _copied_here(file) as here,
+        subprocess.Popen(
+            [sys.executable, "-P", table_reader.__file__, str(here), *sorted(columns)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ) as process,
+    ):
         assert process.stdout is not None
         try:
             for number in itertools.count(1):
@@ -252,6 +258,19 @@ def table(file: epath.Path, columns: Set[str]) -> Iterator[dict[str, Any]]:
                 yield row
         finally:
             process.kill()
+
+
+@contextlib.contextmanager
+def _copied_here(file: epath.Path) -> Iterator[Path]:
+    """A file of a bucket is copied to one that is deleted in the end; another is itself."""
+    if "://" not in str(file):
+        yield Path(file)
+        return
+    with tempfile.NamedTemporaryFile(suffix=file.suffix) as copy:
+        with file.open("rb") as raw:
+            shutil.copyfileobj(raw, copy, 1 << 20)
+        copy.flush()
+        yield Path(copy.name)
 
 
 def _column(file: epath.Path) -> Iterator[str]:

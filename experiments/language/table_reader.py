@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow
-from etils import epath
 from pyarrow import parquet
 
 MEMORY = 4 << 30  # bytes
@@ -24,10 +23,7 @@ _ROWS, _BUFFER = 16, 1 << 20  # that are decoded at a time, and bytes that are r
 
 def _rows(file: str, columns: list[str]) -> Iterator[dict[str, Any] | str]:
     try:
-        with (
-            epath.Path(file).open("rb") as raw,
-            parquet.ParquetFile(raw, buffer_size=_BUFFER, pre_buffer=False) as rows,
-        ):
+        with parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False) as rows:
             names = rows.schema_arrow.names
             found = [name for name in names if name in columns]
             if not found:
