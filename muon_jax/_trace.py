@@ -104,7 +104,10 @@ class Tracer:
                 self.record(view, "rows", view.rows)
             elif view.inner and free and not view.partners:  # a product with a constant
                 how = self.fans(view, view.inner, free)
-                self.record(view, how, view.inner, free)
+                if view.taken:
+                    self.record(view, "taken", view.taken)
+                else:
+                    self.record(view, how, view.inner, free)
                 matrices.add(view.leaf)
             else:
                 self.record(view, "elementwise")
@@ -143,6 +146,10 @@ class Tracer:
         reads_input = activation.data and not activation.deep
         hows, outputs = {}, set()
         for view in value.views:
+            if view.taken and contracted:
+                self.record(view, "taken", view.taken)
+                hows[view.leaf] = "matrix"
+                continue
             fan_in = along(view.axes[i] for i in contracted) - view.rows
             free = view.free([*contracted, *batch]) - view.rows
             fan_out = free | view.inner

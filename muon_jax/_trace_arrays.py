@@ -253,7 +253,8 @@ def gather(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
     if not indices.data and len(single) == len(free) == 1:
         [at], [out] = single, free
         if 1 < shape[out] <= before[at]:  # rows in another order, or some of them
-            source[out], single = at, []
+            source[out], single, free = at, [], []
+    scattered = [i for i in single if before[i] > 1] if free else []
 
     def place(axes: Axes) -> Axes:
         return tuple(
@@ -263,7 +264,7 @@ def gather(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
 
     if not indices.data:
         tracer.index(operand, single)
-    return [looked_up(tracer, operand, indices, searched, place)]
+    return [looked_up(tracer, operand, indices, searched, place, scattered)]
 
 
 def dynamic_slice(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
@@ -284,8 +285,12 @@ def looked_up(
     indices: Value,
     searched: Sequence[int],
     move: Callable[[Axes], Axes],
+    scattered: Sequence[int] = (),
 ) -> Value:
-    """A part of the operand. Where data tell which, it is looked up, else it is a slice."""
+    """A part of the operand. Where data tell which, it is looked up, else it is a slice.
+
+    Along `scattered` axes it may be one entry several times.
+    """
     flags = plain([operand, indices])._replace(one_hot=operand.one_hot, stream=operand.stream)
     if not operand.views:
         deep = flags.deep or (operand.captured and indices.data)
@@ -297,6 +302,7 @@ def looked_up(
             view._replace(
                 axes=move(view.axes),
                 rows=view.rows | along(view.axes[i] for i in searched) if by_data else view.rows,
+                taken=view.taken | along(view.axes[i] for i in scattered if not by_data),
                 place=tracer.place() if by_data else view.place,
             )
             for view in operand.views

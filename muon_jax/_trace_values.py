@@ -16,6 +16,7 @@ class View(NamedTuple):
         inner: its axes that are contracted with another parameter or a constant.
         shared: its axes that were batch axes of such a product.
         rows: its axes along which a part was looked up by data.
+        taken: its axes along which constants took entries, some of them several times.
         partners: the leaves that it is multiplied with.
         statistic: whether it is reduced to a norm, mean or other statistic.
         unknown: primitives that it passed through and that this module does not know.
@@ -27,6 +28,7 @@ class View(NamedTuple):
     inner: LeafAxes = NONE
     shared: LeafAxes = NONE
     rows: LeafAxes = NONE
+    taken: LeafAxes = NONE
     partners: frozenset[int] = frozenset()
     statistic: bool = False
     unknown: frozenset[str] = frozenset()
@@ -82,9 +84,10 @@ class Use(NamedTuple):
     Attributes:
         leaf: its number.
         how: `"matrix"`, `"convolution"`, `"depthwise"`, `"vector"` (contracted without output
-            axes, or between one input or output), `"rows"`, `"elementwise"`, `"statistic"`,
-            `"mixed"` (its axes were merged before) or `"unknown"`.
-        fan_in, fan_out: axes of the leaf; of `"rows"` those looked up are `fan_in`.
+            axes, or between one input or output), `"rows"`, `"taken"` (contracted, after constants
+            took entries several times), `"elementwise"`, `"statistic"`, `"mixed"` (its axes were
+            merged before) or `"unknown"`.
+        fan_in, fan_out: axes of the leaf; of `"rows"` and `"taken"` those looked up are `fan_in`.
         parts: into how many matrices fan_in and fan_out are split: groups of one axis.
         partners: leaves that it is multiplied with before.
         names: of the unknown primitives.

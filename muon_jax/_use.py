@@ -244,6 +244,9 @@ def _decide(
     if "rows" in hows:
         tied = "tied: " if hows - {"rows", "elementwise"} else ""
         return Decision(ADAMW, tied + why, kind=EMBEDDING)
+    if "taken" in hows:
+        doubt = "constants take some of its entries several times; it could be a matrix"
+        return Decision(ADAMW, why, doubt, MATRIX)
     if not hows & set(MATRICES):
         summed = hows == {"statistic"} and any(use.fan_in for use in ways)
         doubt = "only a norm or a sum of it is contracted; it could be a matrix" if summed else ""
@@ -270,6 +273,7 @@ _WORDS = {
     "convolution": "convolved over",
     "vector": "contracted as a vector over",
     "rows": "looked up along",
+    "taken": "contracted after its entries were taken by constants along",
     "elementwise": "elementwise with activations",
     "depthwise": "a depthwise convolution",
     "statistic": "used through a norm or a sum",

@@ -107,6 +107,23 @@ def unknown(p, x):
     return jax.nn.relu(h @ q) @ p["last"]
 
 
+def test_entries_that_constants_take_several_times_are_no_matrix():
+    def model(p, x):
+        h = jnp.tanh(x @ p["first"])
+        h = jnp.tanh(h @ p["columns"][:, jnp.array([0, 0, 1, 1, 2, 2])])
+        h = jnp.tanh(h @ p["pairs"][jnp.array([0, 1] * 3), jnp.array([0, 0, 1, 1, 2, 2])])
+        distances = jnp.abs(jnp.arange(4)[:, None] - jnp.arange(4)[None])
+        h = jnp.einsum("td,tsd->ts", h, p["distances"][distances]) + p["bias"][distances]
+        return h @ p["last"]
+
+    leaves = {"first": (6, 6), "columns": (6, 3), "pairs": (2, 3, 6), "distances": (4, 6)}
+    routes = routes_of(model, shapes(**leaves, bias=(4,), last=(4, 9)), X)
+    assert read(routes) == dict.fromkeys(routes, "adamw")
+    for name in ("columns", "pairs", "distances"):
+        assert "constants take" in routes[name].doubt and "taken by constants" in routes[name].why
+    assert not routes["bias"].doubt
+
+
 def test_an_unknown_operation_is_named_and_leaves_the_leaf_to_its_name():
     params = shapes(first=(6, 8), q_proj=(8, 6), k_proj=(6, 6), last=(6, 3))
     routes = routes_of(unknown, params, X)
