@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from experiments.programs import keep_compiled_programs
 from experiments.runs import Run, RunError
 from experiments.runs import flat as flat  # by this name, too
 
@@ -46,6 +47,7 @@ def conduct(
     Returns:
         The command's exit code.
     """
+    keep_compiled_programs()
     stop = stop_on_signals()
     console = Console()
 

@@ -1,7 +1,8 @@
 """Settings that must stand before JAX starts: sixteen CPU devices, no silent rank promotion.
 
 One thread for LAPACK, whose own spin against XLA's: an SVD of 128² takes 300 times as long. And
-quick code generation: the tests compile far longer than they run.
+quick code generation: the tests compile far longer than they run. What the studies compile stays
+out of the user's cache of programs.
 """
 
 import os
@@ -9,6 +10,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 import jax
 import pytest

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import threading
 
 import pytest
 
@@ -156,11 +157,13 @@ def test_groups_are_seeds_of_one_arm():
 
 
 def test_an_estimate_is_a_bound_where_nothing_is_known_and_says_so():
-    bound = estimate(TINY, TINY.cells())
+    bound = estimate(TINY, TINY.cells(), threading.Event())
     assert bound.known == 0 and min(bound.seconds.values()) > 0 and str(bound).startswith("At most")
-    twice = estimate(dataclasses.replace(TINY, epochs=3000), TINY.cells())
+    twice = estimate(dataclasses.replace(TINY, epochs=3000), TINY.cells(), threading.Event())
     assert sum(twice.seconds.values()) > 3 * sum(bound.seconds.values())
-    whole = str(estimate(dataclasses.replace(TINY, full_length=True), TINY.cells()))
+    whole = str(
+        estimate(dataclasses.replace(TINY, full_length=True), TINY.cells(), threading.Event())
+    )
     assert whole.startswith("About") and "to the end" in whole
 
 
@@ -173,7 +176,7 @@ def test_an_estimate_times_an_arm_of_each_optimizer(monkeypatch):
 
     monkeypatch.setattr("experiments.grok.estimate._seconds_per_step", slow_muon)
     cells = TINY.cells()
-    found = estimate(TINY, cells).seconds
+    found = estimate(TINY, cells, threading.Event()).seconds
     assert sorted(timed) == ["adamw", "muon"]
     of = {cell.optimizer: found[cell] for cell in cells}
     assert of["muon"] > 20 * of["adamw"]
@@ -189,7 +192,7 @@ def test_an_estimate_times_the_smallest_and_the_largest_step(monkeypatch):
     monkeypatch.setattr("experiments.grok.estimate._seconds_per_step", by_width)
     monkeypatch.setattr("experiments.grok.estimate._COMPILING", 0.0)
     swept = dataclasses.replace(TINY, optimizers=("muon",), seeds=2, grid=("width=64,16,32",))
-    found = estimate(swept, swept.cells()).seconds
+    found = estimate(swept, swept.cells(), threading.Event()).seconds
     assert timed == ["width=16", "width=64"]
     of = {cell.point: found[cell] for cell in swept.cells()}
     # The width of 32 has a fifth of the way from 16² to 64².
@@ -212,11 +215,11 @@ def test_an_estimate_follows_an_earlier_run_of_the_same_settings(tmp_path, monke
         (tmp_path / name / "config.json").write_text(json.dumps(TINY.as_json()))
         elsewhere = [row | {"seed": 99} for row in rows]
         (tmp_path / name / "summary.json").write_text(json.dumps({"cells": elsewhere}))
-    found = estimate(TINY, cells)
+    found = estimate(TINY, cells, threading.Event())
     assert found.known == 2 and str(found).startswith("About")
     first, second = (found.seconds[cell] for cell in cells)
     assert second > first
-    assert estimate(dataclasses.replace(TINY, epochs=4), cells).known == 0
+    assert estimate(dataclasses.replace(TINY, epochs=4), cells, threading.Event()).known == 0
     assert isinstance(found, Estimate)
 
 

@@ -1,4 +1,4 @@
-"""Jobs on all devices: all done once, keys keep their device, a failure stops the rest."""
+"""Jobs on all devices: all done once, keys keep their place, a failure stops the rest."""
 
 import threading
 import time
@@ -6,35 +6,51 @@ import time
 import jax.numpy as jnp
 import pytest
 
-from experiments.side_by_side import devices_for, side_by_side
+from experiments.side_by_side import devices_for, once, side_by_side
 
 
-def test_every_job_is_done_once_on_the_device_of_its_key():
+def test_every_job_is_done_once_in_the_place_of_its_key():
     done, lock = [], threading.Lock()
 
     def work(job, device):
         where = jnp.ones(3).devices()
         time.sleep(0.002)
         with lock:
-            done.append((job, device))
-            assert where == {device}
+            done.append((job, threading.current_thread().name))
+            assert where == {device} == {devices_for(1)[0]}
 
     jobs = [(key, i) for i in range(4) for key in "abcdef"]
     side_by_side(jobs, lambda job: job[0], work, threading.Event())
     assert sorted(job for job, _ in done) == sorted(jobs)
-    assert {device for _, device in done} == {*devices_for(len(jobs))}
+    assert len({place for _, place in done}) == len(devices_for(len(jobs)))
 
 
-def test_an_idle_device_takes_over_rather_than_wait():
-    devices, lock = set(), threading.Lock()
+def test_an_idle_core_takes_over_rather_than_wait():
+    places, lock = set(), threading.Lock()
 
     def work(job, device):
         time.sleep(0.02)
         with lock:
-            devices.add(device)
+            places.add(threading.current_thread().name)
 
     side_by_side(range(8), lambda job: "one", work, threading.Event())
-    assert devices == {*devices_for(8)}
+    assert len(places) == len(devices_for(8))
+
+
+def test_what_threads_ask_for_together_is_made_once():
+    made, found = [], []
+
+    @once(keep=2)
+    def make(key):
+        made.append(key)
+        time.sleep(0.02)
+        return object()
+
+    def work(job, device):
+        found.append(make("a"))
+
+    side_by_side(range(8), lambda job: job, work, threading.Event())
+    assert made == ["a"] and len(found) == 8 and len(set(map(id, found))) == 1
 
 
 def test_a_failure_ends_the_others_and_is_what_the_caller_sees():

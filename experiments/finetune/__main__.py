@@ -37,6 +37,7 @@ from experiments.language import hugging_face
 from experiments.language.hugging_face import CONFIG
 from experiments.language.mesh import make_mesh, one_device
 from experiments.language.training_loop import Progress
+from experiments.programs import keep_compiled_programs
 from experiments.runs import check_free, check_group, claim, leave_nothing_of_no_run
 from experiments.side_by_side import a_device_for_each_core, devices_for, side_by_side
 
@@ -44,6 +45,7 @@ from experiments.side_by_side import a_device_for_each_core, devices_for, side_b
 def main() -> int:
     """Runs the command; returns its exit code."""
     a_device_for_each_core()
+    keep_compiled_programs()
     console = Console()
     stop = stop_on_signals()
 
@@ -80,15 +82,16 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
         windows, WARMUP if command.model is None else REAL_WARMUP
     )
     alone = dry_run.apart(command)
+    places = devices_for(len(command.arms)) if alone else [None]
     meshes = (
-        {device: one_device(device) for device in devices_for(len(command.arms))}
+        {device: one_device(device) for device in places}
         if alone
         else {None: make_mesh(config.mesh.sizes)}
     )
     made = functools.cache(
         lambda arm, device: Trainer(config, arm, start.architecture, meshes[device])
     )
-    limit = dry_run.limit_of(command, len(meshes))
+    limit = dry_run.limit_of(command, len(places))
     first = next(iter(meshes))
     dry_run.plan(command, {arm: made(arm, first) for arm in command.arms}, limit, console)
     try:

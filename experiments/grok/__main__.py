@@ -16,12 +16,11 @@ from experiments.grok.estimate import estimate
 from experiments.grok.report import terminal_table, write_report
 from experiments.grok.train import Epoch, Outcome, train_cells
 from experiments.runs import Run, machine, write_json
-from experiments.side_by_side import a_device_for_each_core, side_by_side
+from experiments.side_by_side import side_by_side
 
 
 def main() -> int:
     """Runs the command; returns its exit code."""
-    a_device_for_each_core()
     return conduct(begin, study)
 
 
@@ -69,7 +68,7 @@ def train(
         KeyboardInterrupt: `stop` was set before the cells ended.
     """
     with console.status("estimating the time"):
-        expected = estimate(config, missing)
+        expected = estimate(config, missing, stop)
     console.print(str(expected), highlight=False)
     writing = threading.Lock()
     with progress_bar(console) as progress:

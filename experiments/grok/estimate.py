@@ -2,6 +2,7 @@
 
 import datetime
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from experiments.grok.config import GRID, Cell, Config
 from experiments.grok.tasks import table
 from experiments.grok.train import compile_arm, split
 from experiments.runs import changed_settings, read_json
-from experiments.side_by_side import devices_for
+from experiments.side_by_side import devices_for, side_by_side
 
 RESULTS = Path(__file__).parent / "results"
 _COMPILING = 4.0  # seconds an arm, on two cores
@@ -44,15 +45,20 @@ class Estimate(NamedTuple):
         return f"At most {total}: a cell that groks ends then."
 
 
-def estimate(config: Config, cells: Sequence[Cell]) -> Estimate:
+def estimate(config: Config, cells: Sequence[Cell], stop: threading.Event) -> Estimate:
     """Times the smallest and the largest step of each optimizer that no earlier run tells of.
 
-    The programs are needed anyway. Between the two a step's time is linear in its work. Where all
-    is known, the first arm tells this machine's speed.
+    The programs are needed anyway, and each core compiles some. Between the two a step's time is
+    linear in its work. Where all is known, the first arm tells this machine's speed.
+
+    Raises:
+        KeyboardInterrupt: `stop` was set.
     """
     earlier = _earlier(config, cells)
-    unknown = [cell for cell in cells if cell == cells[0] or cell not in earlier]
-    seconds_of = _timed(config, unknown)
+    first = {cell._replace(seed=0): cell for cell in reversed(cells)}
+    busy = list(first.values())[-len(devices_for(len(first))) :]
+    unknown = [cell for cell in cells if cell in busy or cell not in earlier]
+    seconds_of = _timed(config, unknown, stop)
     there = earlier.get(cells[0])
     factor = seconds_of(cells[0]) * there["steps_per_second"] if there else 1.0
     arms = {cell._replace(seed=0) for cell in cells}
@@ -67,19 +73,23 @@ def estimate(config: Config, cells: Sequence[Cell]) -> Estimate:
     return Estimate(seconds, sum(cell in earlier for cell in cells), config.full_length)
 
 
-def _timed(config: Config, cells: Sequence[Cell]) -> Callable[[Cell], float]:
+def _timed(config: Config, cells: Sequence[Cell], stop: threading.Event) -> Callable[[Cell], float]:
     """What a step of each of these cells takes, in seconds."""
     works: dict[tuple, dict[int, Cell]] = {}
     for cell in cells:
         works.setdefault(_kind(cell), {}).setdefault(_work(config, cell), cell)
-    points: dict[tuple, list[tuple[int, float]]] = {
-        kind: [(work, _seconds_per_step(config, of[work])) for work in sorted({min(of), max(of)})]
-        for kind, of in works.items()
-    }
+    points = {kind: sorted({min(of), max(of)}) for kind, of in works.items()}
+    chosen = [works[kind][work] for kind, at in points.items() for work in at]
+    taken: dict[Cell, float] = {}
+
+    def time_one(cell: Cell, device: jax.Device) -> None:
+        taken[cell] = _seconds_per_step(config, cell, device)
+
+    side_by_side(chosen, lambda cell: cell, time_one, stop)
 
     def seconds(cell: Cell) -> float:
-        known, taken = zip(*points[_kind(cell)], strict=True)
-        return float(np.interp(_work(config, cell), known, taken))
+        kind, at = _kind(cell), points[_kind(cell)]
+        return float(np.interp(_work(config, cell), at, [taken[works[kind][w]] for w in at]))
 
     return seconds
 
@@ -94,10 +104,10 @@ def _earlier(config: Config, cells: Sequence[Cell]) -> dict[Cell, dict]:
     return max(found, key=lambda run: len(run.keys() & set(cells)), default={})
 
 
-def _seconds_per_step(config: Config, cell: Cell) -> float:
+def _seconds_per_step(config: Config, cell: Cell, device: jax.Device) -> float:
     """Of the cell's arm, without the compilation."""
     settings = config.at(cell)
-    program = compile_arm(settings, cell._replace(seed=0, point=""), 1, jax.local_devices()[0])
+    program = compile_arm(settings, cell._replace(seed=0, point=""), 1, device)
     rows = program.place(split(settings, cell).train[None])
     one = program.place(np.array([cell.seed], np.int32))
     state, seconds = program.start(one), []

@@ -178,7 +178,8 @@ def torch_loop(config: Config) -> Loop:
 def our_loop(config: Config, optimizer: OptimizerName) -> Loop:
     """Ours, with any optimizer."""
     cell = Cell(TASK, "softmax", optimizer, 0)
-    program, rows = compile_arm(config, cell), split(config, cell)
+    program = compile_arm(config, cell, 1, jax.local_devices()[0])
+    rows = split(config, cell)
     train = program.place(rows.train[None])
     evaluated = program.place(evaluation_rows(rows)[None])
     seed = program.place(np.zeros(1, np.int32))

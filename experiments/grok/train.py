@@ -20,6 +20,7 @@ from experiments.grok import prefixes, probes, tasks
 from experiments.grok.config import Cell, Config
 from experiments.grok.losses import LOSSES
 from experiments.grok.model import Transformer
+from experiments.side_by_side import once
 
 MEMORIZED_ACCURACY = 0.99
 GROKKED_ACCURACY = 0.95
@@ -90,17 +91,15 @@ def split(config: Config, cell: Cell) -> tasks.Split:
 
 
 # Each arm's programs map some 1600 pieces of memory on a CPU, and Linux gives a process 65 530.
-@functools.lru_cache(maxsize=24)
-def compile_arm(
-    config: Config, cell: Cell, seeds: int = 1, device: jax.Device | None = None
-) -> Program:
+@once(keep=24)
+def compile_arm(config: Config, cell: Cell, seeds: int, device: jax.Device) -> Program:
     """Compiles the program of cells that differ in their seed alone.
 
     Args:
         config: the cells' settings, `Config.at` its point.
         cell: any of them; neither its seed nor its point matters, so give 0 and "".
         seeds: how many train together.
-        device: to run on; by default the first.
+        device: to run on.
     """
     table = tasks.table(cell.task)
     rows = split(config, cell)
@@ -180,7 +179,7 @@ def compile_arm(
         logits = _in_chunks(lambda chunk_rows: forward(state.params, chunk_rows)[0], everything)
         return probes.measure(cell.task, cell.softmax, state.params, updates, logits, train_rows)
 
-    place = SingleDeviceSharding(device or jax.local_devices()[0])
+    place = SingleDeviceSharding(device)
 
     def compiled(f: Callable, *arguments: Any, **options: Any) -> Callable:
         """`f`, of one seed's arrays as `arguments` are, for all seeds."""
@@ -251,7 +250,7 @@ def train_cells(
     """
     settings = config.at(cells[0])
     arm = cells[0]._replace(seed=0, point="")
-    program = compile_arm(settings, arm, len(cells), device)
+    program = compile_arm(settings, arm, len(cells), device or jax.local_devices()[0])
     splits = [split(settings, cell) for cell in cells]
     train_rows = program.place(np.stack([rows.train for rows in splits]))
     eval_rows = program.place(np.stack([evaluation_rows(rows) for rows in splits]))

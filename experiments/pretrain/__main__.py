@@ -29,6 +29,7 @@ from experiments.pretrain.presets import PRESETS, fitted
 from experiments.pretrain.suites import study
 from experiments.pretrain.suites.config import Suite, SuiteName, defaults
 from experiments.pretrain.trained import settings_of
+from experiments.programs import keep_compiled_programs
 from experiments.runs import (
     RunError,
     check_free,
@@ -89,6 +90,7 @@ class Command(Suite, Running, Training):
 
 def main() -> int:
     """Runs the command; returns its exit code."""
+    keep_compiled_programs()
     console = Console()
     stop = stop_on_signals()
 
