@@ -513,7 +513,10 @@ class _Traced(Exception):
 
 PROGRAMS = {
     "grok": lambda: grok_train.compile_arm(
-        grok_config.Config(width=32, layers=2), grok_config.Cell("mul", "softmax", "muon", 0)
+        grok_config.Config(width=32, layers=2),
+        grok_config.Cell("mul", "softmax", "muon", 0),
+        1,
+        jax.local_devices()[0],
     ),
     "family": lambda: family_train.language_model.__wrapped__(family_config.Training()),
     "pretrain": lambda: step.Trainer(
