@@ -1,15 +1,17 @@
-"""What a compiled XLA program does, read from its text: FLOPs, collectives, memory.
+"""What a compiled XLA program does, read from its text: FLOPs, kernels, collectives, memory.
 
 `compiled.cost_analysis()` counts the body of a while loop once and knows no collectives; the
 program's own text has both. Every figure is of one device.
 """
 
 import dataclasses
-import functools
-import math
 import re
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any
+
+from experiments.hlo import Computation, Instruction, Text, parse, root_of, size_in_bytes
+from experiments.products import convolution_flops, dot_flops, library_flops
+from experiments.trips import Trips
 
 KINDS = (
     "all-gather",
@@ -32,12 +34,40 @@ class Collective:
         output_bytes: what they deliver to a device. Of an all-gather or all-to-all over 16 devices
             one sixteenth of it had been there already.
         operand_bytes: what they take from a device.
+        beside: how many have kernels between their start and their end, which run meanwhile.
     """
 
     count: int = 0
     in_loops: int = 0
     output_bytes: int = 0
     operand_bytes: int = 0
+    beside: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One launch on a GPU; elsewhere what the compiler schedules as one piece.
+
+    Attributes:
+        name: as XLA calls it.
+        runs: how often; one inside a loop runs once a trip.
+        flops: of its matrix products, in one run.
+        wide_flops: of these, those of products of float32 or wider.
+        hbm_bytes: that one run reads and writes: its operands and outputs; of those that it only
+            slices or updates in place, the slices.
+        cycles: that the compiler estimates for one run; 0 where it tells none, as for GPUs.
+        operation: of JAX, as `jit(step)/while/body/dot_general`.
+        source: as `model.py:12 attend`; empty where the program does not tell.
+    """
+
+    name: str
+    runs: int = 1
+    flops: int = 0
+    wide_flops: int = 0
+    hbm_bytes: int = 0
+    cycles: int = 0
+    operation: str = ""
+    source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +83,7 @@ class Program:
         output_bytes: of all outputs, those that take the place of donated arguments included.
         unread: other custom calls that may hold matrix products, of which `flops` has none: how
             many run, by target or, of a TPU's kernels, by name.
+        kernels: all but the collectives, in the order of the program.
     """
 
     flops: int
@@ -61,6 +92,22 @@ class Program:
     argument_bytes: int = 0
     output_bytes: int = 0
     unread: dict[str, int] = dataclasses.field(default_factory=dict)
+    kernels: tuple[Kernel, ...] = dataclasses.field(default=(), compare=False, repr=False)
+
+    @property
+    def kernel_count(self) -> int:
+        """How many run."""
+        return sum(kernel.runs for kernel in self.kernels)
+
+    @property
+    def hbm_bytes(self) -> int:
+        """That all kernels read and write."""
+        return sum(kernel.runs * kernel.hbm_bytes for kernel in self.kernels)
+
+    @property
+    def estimated_cycles(self) -> int:
+        """The compiler's own estimate, of kernels one after another; 0 but on TPUs."""
+        return sum(kernel.runs * kernel.cycles for kernel in self.kernels)
 
     @property
     def exchanged_bytes(self) -> int:
@@ -79,7 +126,7 @@ def measure(compiled: Any) -> Program:
     Loops count once a trip, a conditional as its dearest branch.
 
     Raises:
-        ValueError: a loop whose number of trips depends on data.
+        UnreadableLoopError: a loop whose number of trips the program does not tell.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -98,242 +145,221 @@ def measure(compiled: Any) -> Program:
 
 def read(text: str) -> Program:
     """`measure` of a program's text alone, which does not tell its memory."""
-    computations, entry = _parse(text)
-    cost = _Reader(computations).cost(entry)
+    program = parse(text)
+    cost = _Reader(program).cost(program.entry)
     fields = [field.name for field in dataclasses.fields(Collective)]
     collectives = {
-        kind: Collective(*(cost[kind, field] for field in fields))
+        kind: Collective(*(cost.sums[kind, field] for field in fields))
         for kind in KINDS
-        if cost[kind, "count"]
+        if cost.sums[kind, "count"]
     }
-    unread = {key[1]: runs for key, runs in cost.items() if key[0] == "unread"}
-    return Program(cost["flops"], collectives, unread=dict(sorted(unread.items())))
+    unread = {key[1]: runs for key, runs in cost.sums.items() if key[0] == "unread"}
+    return Program(
+        cost.flops, collectives, unread=dict(sorted(unread.items())), kernels=tuple(cost.kernels)
+    )
 
 
-class _Instruction(NamedTuple):
-    """One line: `%name = shape opcode(operands), attributes`."""
-
-    name: str
-    shape: str
-    opcode: str
-    operands: str
-    attributes: str
-
-    def inputs(self) -> list[str]:
-        return re.findall(r"%([\w.-]+)", self.operands)
-
-    def attribute(self, name: str) -> str:
-        """The value of `name=`, without quotes, braces or %; empty where there is none."""
-        found = re.search(rf'\b{name}=(?:\{{([^}}]*)\}}|"([^"]*)"|%?([^\s,]+))', self.attributes)
-        return "".join(group or "" for group in found.groups()) if found else ""
+# Work that no device does, or that is counted where it begins.
+_FREE = frozenset(
+    {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier"}
+    | {"after-all", "add-dependency", "partition-id", "replica-id", "get-dimension-size"}
+    | {"async-update", "async-done", "copy-done"}
+)
 
 
-_Computation = dict[str, _Instruction]
-# Sums under the keys "flops", (kind of collective, field of Collective) and ("unread", target).
-_Cost = Counter
+@dataclasses.dataclass
+class _Cost:
+    """Of a part of a program.
+
+    Attributes:
+        kernels: in their order.
+        sums: under the keys (kind of collective, field of Collective) and ("unread", target).
+    """
+
+    kernels: list[Kernel] = dataclasses.field(default_factory=list)
+    sums: Counter = dataclasses.field(default_factory=Counter)
+
+    @property
+    def flops(self) -> int:
+        return sum(kernel.runs * kernel.flops for kernel in self.kernels)
+
+    def add(self, other: "_Cost") -> None:
+        self.kernels += other.kernels
+        self.sums.update(other.sums)
+
+    def repeated(self, trips: int) -> "_Cost":
+        """Of a loop with this body."""
+        if trips == 0:
+            return _Cost()
+        sums = Counter({key: trips * n for key, n in self.sums.items()})
+        for kind in KINDS:
+            if (kind, "count") in sums:
+                sums[kind, "in_loops"] = sums[kind, "count"]
+        kernels = [dataclasses.replace(k, runs=trips * k.runs) for k in self.kernels]
+        return _Cost(kernels, sums)
+
+    def dearness(self) -> tuple[int, int, int]:
+        """By which a conditional's branches are compared."""
+        exchanged = sum(self.sums[kind, "output_bytes"] for kind in KINDS)
+        return self.flops, exchanged, sum(k.runs * k.hbm_bytes for k in self.kernels)
 
 
 class _Reader:
     """Adds up one program, computation by computation."""
 
-    def __init__(self, computations: dict[str, _Computation]) -> None:
-        self.computations = computations
+    def __init__(self, program: Text) -> None:
+        self.computations = program.computations
+        self.frames = program.frames
+        self.trips = Trips(program.computations)
         # A TPU spreads one asynchronous collective over several fusions: one channel, one exchange.
         self.channels: set[str] = set()
 
-    @functools.cache  # noqa: B019 - a reader lives for one program
-    def cost(self, name: str, fused: bool = False) -> _Cost:
-        """Of one call of a computation, which lies inside a fusion or not."""
+    def cost(self, name: str) -> _Cost:
+        """Of one call of a computation that is no fusion's."""
         scope, total = self.computations[name], _Cost()
+        begun: dict[str, tuple[int, _Cost]] = {}  # kernels before an instruction, and its cost
         for it in scope.values():
-            total.update(self._cost_of(it, scope, fused))
+            part = self._cost_of(it, scope)
+            begun[it.name] = len(total.kernels), part
+            total.add(part)
+            if it.opcode.endswith("-done"):
+                start = scope[it.inputs()[0]]
+                while start.opcode == "async-update":
+                    start = scope[start.inputs()[0]]
+                before, started = begun[start.name]
+                if len(total.kernels) > before + len(started.kernels):
+                    pair = started if it.opcode == "async-done" else part
+                    for kind in KINDS:
+                        total.sums[kind, "beside"] += pair.sums[kind, "count"]
         return total
 
-    def _cost_of(self, it: _Instruction, scope: _Computation, fused: bool) -> dict[Any, int]:
+    def _cost_of(self, it: Instruction, scope: Computation) -> _Cost:
         kind = it.opcode.removesuffix("-done")
-        if it.opcode == "dot":
-            return {"flops": _dot_flops(it, scope)}
-        if it.opcode == "convolution":
-            return {"flops": _convolution_flops(it, scope)}
+        if it.opcode in _FREE or (it.opcode.removesuffix("-start") in KINDS and kind not in KINDS):
+            return _Cost()
         if it.opcode == "while":
-            trips = self._trips(it)
-            body = {key: trips * n for key, n in self.cost(it.attribute("body")).items()}
-            return body | {(k, "in_loops"): body[k, "count"] for k in KINDS if (k, "count") in body}
+            return self.cost(it.attribute("body")).repeated(self.trips.of(it, scope))
         if it.opcode == "conditional":
-            return max((self.cost(name) for name in _branches(it)), key=_dearness)
-        if it.opcode in ("fusion", "call", "async-start"):
-            called = it.attribute("calls") or it.attribute("to_apply")
-            if called.startswith("all-reduce-scatter"):  # how a TPU spells it
-                return _collective("reduce-scatter", it, it, scope)
-            return self.cost(called, fused or it.opcode == "fusion")
-        if it.opcode == "custom-call":
-            return _kernel(it)
+            return max((self.cost(name) for name in it.called()), key=_Cost.dearness)
+        if it.opcode in ("call", "async-start"):
+            return self.cost(it.called()[0])
         if kind in KINDS:  # a whole one, or the end of a pair
-            channel = it.attribute("channel_id")
-            if fused and channel in self.channels:
-                return {}
-            if fused and channel:
-                self.channels.add(channel)
             begin = it if it.opcode == kind else scope[it.inputs()[0]]
-            return _collective(kind, begin, it, scope)
-        return {}
-
-    def _trips(self, loop: _Instruction) -> int:
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-        if known:
-            return int(known[1])
-        # XLA for TPUs drops it; JAX's counted loops go from 0 up to a constant.
-        condition = self.computations[loop.attribute("condition")]
-        for it in condition.values():
-            if it.opcode == "compare" and it.attribute("direction") == "LT":
-                index, limit = (condition[name] for name in it.inputs())
-                if index.opcode == "get-tuple-element" and limit.opcode == "constant":
-                    return int(limit.operands)
-        raise ValueError(
-            f"The loop %{loop.name} ends when its data say so, so its cost is unknown. Measure one "
-            "with a fixed number of trips."
+            return _Cost(sums=_collective(kind, begin, it, scope))
+        if it.opcode == "fusion" and it.called()[0].startswith("all-reduce-scatter"):
+            return _Cost(sums=_collective("reduce-scatter", it, it, scope))  # how a TPU spells it
+        sums: Counter = Counter()
+        flops, wide = self._flops(it, scope, sums)
+        if not flops and any(key[0] in KINDS for key in sums):
+            return _Cost(sums=sums)
+        cycles = re.search(r'"estimated_cycles":"(\d{1,15})"', it.attributes)
+        frame = re.search(r"stack_frame_id=(\d+)", it.attributes)
+        kernel = Kernel(
+            it.name,
+            flops=flops,
+            wide_flops=wide,
+            hbm_bytes=_traffic(it, scope, self.computations),
+            cycles=int(cycles[1]) if cycles else 0,
+            operation=it.attribute("op_name"),
+            source=self.frames.get(frame[1], "") if frame else "",
         )
+        return _Cost([kernel], sums)
+
+    def _flops(self, it: Instruction, scope: Computation, sums: Counter) -> tuple[int, int]:
+        """Of one kernel, and of these the wide ones; what else is in it is added to `sums`."""
+        flops = 0
+        if it.opcode == "dot":
+            flops = dot_flops(it, scope)
+        elif it.opcode == "convolution":
+            flops = convolution_flops(it, scope)
+        elif it.opcode == "custom-call":
+            flops = _call_flops(it, scope, sums)
+        elif it.opcode in ("fusion", "call", "async-start"):
+            inner = self.computations[it.called()[0]]
+            found = [self._flops(part, inner, sums) for part in inner.values()]
+            return sum(f for f, _ in found), sum(w for _, w in found)
+        elif it.opcode in KINDS and it.attribute("channel_id") not in self.channels:
+            self.channels |= {it.attribute("channel_id")} - {""}
+            sums.update(_collective(it.opcode, it, it, scope))
+            sums[it.opcode, "beside"] += 1
+        if not flops:
+            return 0, 0
+        wide = re.match(r"[(]?[fc](32|64|128)", scope[it.inputs()[0]].shape)
+        return flops, flops if wide else 0
 
 
-def _collective(
-    kind: str, begin: _Instruction, end: _Instruction, scope: _Computation
-) -> dict[Any, int]:
-    return {
-        (kind, "count"): 1,
-        (kind, "output_bytes"): _bytes(end.shape),
-        (kind, "operand_bytes"): sum(_bytes(scope[name].shape) for name in begin.inputs()),
-    }
-
-
-def _kernel(it: _Instruction) -> dict[Any, int]:
-    told = re.search(r'"cost_estimate":\{"flops":"(\d+)"', it.attributes)
-    if told:
-        return {"flops": int(told[1])}
-    target = it.attribute("custom_call_target")
-    if target == "tpu_custom_call":
-        return {("unread", re.sub(r"[.\d]+$", "", it.name)): 1}
-    return {("unread", target): 1} if re.search("gemm|matmul|dot|conv|triton", target) else {}
-
-
-def _branches(it: _Instruction) -> list[str]:
-    names = re.findall(r"%([\w.-]+)", it.attribute("branch_computations"))
-    return names or [it.attribute("true_computation"), it.attribute("false_computation")]
-
-
-def _dearness(cost: _Cost) -> tuple[int, int]:
-    return cost["flops"], sum(cost[kind, "output_bytes"] for kind in KINDS)
-
-
-def _dot_flops(it: _Instruction, scope: _Computation) -> int:
-    lhs = _dims(scope[it.inputs()[0]].shape)
-    contracted = _ints(it.attribute("lhs_contracting_dims"))
-    return 2 * math.prod(_dims(it.shape)) * math.prod(lhs[axis] for axis in contracted)
-
-
-def _convolution_flops(it: _Instruction, scope: _Computation) -> int:
-    """A TPU's matrix products are convolutions.
-
-    The batch of a batched one is a spatial axis, spread by dilation (`window={size=64 stride=63
-    lhs_dilate=64}`) until a window meets one matrix and otherwise holes, which cost nothing.
-    """
-    lhs_labels, rhs_labels, out_labels = re.split("_|->", it.attribute("dim_labels"))
-    lhs, rhs = (_dims(scope[name].shape) for name in it.inputs()[:2])
-    out = _dims(it.shape)
-    flops = 2 * rhs[rhs_labels.index("i")] * out[out_labels.index("b")] * out[out_labels.index("f")]
-    window = dict(re.findall(r"(\w+)=(\S+)", it.attribute("window")))
-    for axis, size in enumerate(window["size"].split("x") if window else ()):
-
-        def of(name: str, default: str, axis: int = axis) -> str:
-            return window[name].split("x")[axis] if name in window else default
-
-        flops *= _products(
-            places=out[out_labels.index(str(axis))],
-            size=int(size),
-            elements=lhs[lhs_labels.index(str(axis))],
-            stride=int(of("stride", "1")),
-            low=int(of("pad", "0_0").split("_")[0]),
-            element_step=int(of("lhs_dilate", "1")),
-            window_step=int(of("rhs_dilate", "1")),
-        )
-    return flops
-
-
-def _products(
-    *, places: int, size: int, elements: int, stride: int, low: int, element_step: int, window_step
-) -> int:
-    """Pairs (place of the window, place in it) that meet an element: no padding, no hole.
-
-    >>> batch = {"places": 64, "size": 64, "elements": 64, "stride": 63, "element_step": 64}
-    >>> _products(**batch, low=0, window_step=1)
-    64
-    """
-    met = range(0, elements * element_step, element_step)
-    return sum(
-        place * stride + inside * window_step - low in met
-        for place in range(places)
-        for inside in range(size)
+def _collective(kind: str, begin: Instruction, end: Instruction, scope: Computation) -> Counter:
+    operands = sum(size_in_bytes(scope[name].shape) for name in begin.inputs())
+    return Counter(
+        {
+            (kind, "count"): 1,
+            (kind, "output_bytes"): size_in_bytes(end.shape),
+            (kind, "operand_bytes"): operands,
+        }
     )
 
 
-def _bytes(shape: str) -> int:
-    """Of an array or a tuple of arrays, without the padding of its layout.
-
-    >>> _bytes("(bf16[64,8]{1,0:T(8,128)(2,1)}, s4[6]{0}, pred[])")
-    1028
-    """
-    bits = 0
-    for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape):
-        width = re.search(r"\d+", dtype)
-        bits += math.prod(_ints(dims)) * (int(width[0]) if width else 8 * (dtype == "pred"))
-    return bits // 8
-
-
-def _dims(shape: str) -> list[int]:
-    return _ints(shape[shape.index("[") + 1 : shape.index("]")])
+def _call_flops(it: Instruction, scope: Computation, sums: Counter) -> int:
+    told = re.search(r'"cost_estimate":\{"flops":"(\d+)"', it.attributes)
+    if told:
+        return int(told[1])
+    target = it.attribute("custom_call_target")
+    flops = library_flops(it, scope) if target.startswith("__cublas") else None
+    if flops is not None:
+        return flops
+    if target == "tpu_custom_call":
+        sums["unread", re.sub(r"[.\d]+$", "", it.name)] += 1
+    elif re.search("gemm|matmul|dot|conv|triton|cudnn", target):
+        sums["unread", target] += 1
+    return 0
 
 
-def _ints(text: str) -> list[int]:
-    return [int(x) for x in text.split(",") if x]
+def _traffic(it: Instruction, scope: Computation, computations: dict[str, Computation]) -> int:
+    """Bytes of HBM that one run of a kernel reads and writes."""
+
+    def size(name: str) -> int:
+        return size_in_bytes(scope[name].shape, on_chip=False)
+
+    inputs = it.inputs()
+    written = size_in_bytes(it.shape, on_chip=False)
+    if it.opcode == "copy-start":
+        return written  # it returns its operand and its copy
+    if it.opcode in ("dynamic-slice", "slice", "gather"):
+        return 2 * written
+    if it.opcode == "dynamic-update-slice":
+        return 2 * size(inputs[1])
+    if it.opcode == "custom-call" and it.attribute("custom_call_target").startswith("__cublas"):
+        arrays = re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", it.shape)
+        written = sum(size_in_bytes(a) for a in arrays if not a.startswith("s8["))  # workspace
+    if it.opcode != "fusion":
+        return written + sum(size(name) for name in dict.fromkeys(inputs))
+    inner = computations[it.called()[0]]
+    read = {}
+    for parameter in (p for p in inner.values() if p.opcode == "parameter"):
+        name = inputs[int(parameter.operands)]
+        taken = min(size(name), _taken(parameter, inner, size_in_bytes(parameter.shape)))
+        read[name] = max(taken, read.get(name, 0))
+    root = root_of(inner)
+    outputs = [inner[name] for name in root.inputs()] if root.opcode == "tuple" else [root]
+    for output in outputs:
+        while output.opcode in ("bitcast", "copy", "convert") and output.inputs():
+            output = inner[output.inputs()[0]]
+        if output.opcode == "dynamic-update-slice":  # in place
+            update = inner[output.inputs()[1]].shape
+            written += min(0, size_in_bytes(update) - size_in_bytes(output.shape))
+    return max(written, 0) + sum(read.values())
 
 
-def _parse(text: str) -> tuple[dict[str, _Computation], str]:
-    """Computations by name, each its instructions by name; and the name of the entry."""
-    computations: dict[str, _Computation] = {}
-    entry, scope = "", None
-    text = re.sub(r'\{\n(".*")\n\}', r"{\1}", text)  # metadata of kernels, in lines of their own
-    for line in text.splitlines():
-        head = re.match(r"(ENTRY )?%([\w.-]+) .*\{$", line)
-        if head:
-            scope = computations[head[2]] = {}
-            entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
-            scope = None
-        elif scope is not None:
-            it = _parse_line(line)
-            scope[it.name] = it
-    return computations, entry
-
-
-def _parse_line(line: str) -> _Instruction:
-    """
-    >>> _parse_line("  ROOT %a.1 = (f32[2]{0:T(128)}, /*index=1*/u32[]) f-done(%b), x=1")[:4]
-    ('a.1', '(f32[2]{0:T(128)}, u32[])', 'f-done', '%b')
-    """
-    line = re.sub(r"/\*.*?\*/", "", line).strip().removeprefix("ROOT ")
-    name, rest = line.split(" = ", 1)
-    end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
-    shape, rest = rest[:end], rest[end:].lstrip()
-    opening = rest.index("(")
-    end = _closing(rest, opening)
-    operands = rest[opening + 1 : end - 1]
-    return _Instruction(name.removeprefix("%"), shape, rest[:opening], operands, rest[end:])
-
-
-def _closing(text: str, opening: int) -> int:
-    """Where the parenthesis that opens there has closed."""
-    depth = 0
-    for bracket in re.finditer(r"[()]", text[opening:]):
-        depth += 1 if bracket[0] == "(" else -1
-        if depth == 0:
-            return opening + bracket.end()
-    raise ValueError(f"Unbalanced parentheses in {text[:80]!r}.")
+def _taken(it: Instruction, inner: Computation, whole: int) -> int:
+    """Bytes that a fusion reads of this: all, or the slices if it only slices it."""
+    total = 0
+    for user in inner.values():
+        if it.name not in user.inputs():
+            continue
+        if user.opcode == "bitcast":
+            total += _taken(user, inner, whole)
+        elif user.opcode in ("dynamic-slice", "slice", "gather"):
+            total += size_in_bytes(user.shape) if user.inputs()[0] == it.name else 0
+        elif user.opcode != "dynamic-update-slice" or user.inputs()[0] != it.name:
+            return whole
+    return min(total, whole)

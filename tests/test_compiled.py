@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from experiments.bench.cases import make_mesh
 from experiments.compiled import Collective, Program, measure, read
 from experiments.topology import topology_devices
+from experiments.trips import UnreadableLoopError
 
 DEVICES = 8
 FLOAT = 4  # bytes
@@ -67,6 +69,104 @@ def test_flops_equal_those_of_xla(function, shapes, flops):
 )
 def test_loops_count_their_trips_and_conditionals_their_dearest_branch(function, products):
     assert measured(function, array(64, 64)).flops == products * 2 * 64**3
+
+
+def counted(start, goes_on, step):
+    """As many products as a loop whose index has this start, condition and step has trips."""
+    return lambda x: jax.lax.while_loop(
+        lambda c: goes_on(c[0]), lambda c: (step(c[0]), square(c[1])), (start, x)
+    )[1]
+
+
+def nested(x):
+    """Five times an inner loop from 2 that counts by 3 below 12: 2, 5, 8, 11."""
+    inner = counted(2, lambda i: i < 12, lambda i: i + 3)
+    return counted(9, lambda i: i >= 5, lambda i: i - 1)(inner(x)) + repeat(inner, 5)(x)
+
+
+LOOPS = {
+    "from 3": (counted(3, lambda i: i < 11, lambda i: i + 1), 8),
+    "by 2": (counted(0, lambda i: i < 8, lambda i: i + 2), 4),
+    "by 2 from 3, past the bound": (counted(3, lambda i: i < 10, lambda i: i + 2), 4),
+    "down": (counted(11, lambda i: i > 2, lambda i: i - 2), 5),
+    "up to and with": (counted(0, lambda i: i <= 6, lambda i: i + 1), 7),
+    "unequal": (counted(0, lambda i: i != 6, lambda i: i + 3), 2),
+    "doubling": (counted(1, lambda i: i < 100, lambda i: i * 2), 7),
+    "never": (counted(5, lambda i: i < 5, lambda i: i + 1), 0),
+    "nested": (nested, 4 + 5 + 5 * 4),
+}
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["trips told", "trips read"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_loops_have_the_trips_that_their_index_counts(loop, told):
+    function, trips = LOOPS[loop]
+    text = jax.jit(function).lower(array(64, 64)).compile().as_text()
+    if not told:  # as TPUs' programs are
+        text = re.sub(r'"known_\w+":\{[^}]*\},?', "", text)
+        assert "known_trip_count" not in text
+    assert read(text).flops == trips * 2 * 64**3
+
+
+LOOP = """HloModule loop
+
+%%step (i: s32[], by: s32[]) -> s32[] {
+  %%i = s32[] parameter(0)
+  %%by = s32[] parameter(1)
+  ROOT %%sum = s32[] add(%%i, %%by)
+}
+
+%%body (state: (s32[], s32[], f32[4,4])) -> (s32[], s32[], f32[4,4]) {
+  %%state = (s32[], s32[], f32[4,4]) parameter(0)
+  %%index = s32[] get-tuple-element(%%state), index=0
+  %%stride = s32[] get-tuple-element(%%state), index=1
+  %%x = f32[4,4]{1,0} get-tuple-element(%%state), index=2
+  %%next = s32[] fusion(%%index, %%stride), kind=kLoop, calls=%%step
+  %%y = f32[4,4]{1,0} dot(%%x, %%x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %%out = (s32[], s32[], f32[4,4]) tuple(%%next, %%stride, %%y)
+}
+
+%%condition (given: (s32[], s32[], f32[4,4])) -> pred[] {
+  %%bound = s32[] constant(%(bound)d)
+  %%given = (s32[], s32[], f32[4,4]) parameter(0)
+  %%at = s32[] get-tuple-element(%%given), index=0
+  ROOT %%more = pred[] compare(%%at, %%bound), direction=%(direction)s
+}
+
+ENTRY %%main (a: f32[4,4], n: s32[]) -> f32[4,4] {
+  %%a = f32[4,4]{1,0} parameter(0)
+  %%n = s32[] parameter(1)
+  %%start = s32[] %(start)s
+  %%by.1 = s32[] constant(%(step)d)
+  %%begin = (s32[], s32[], f32[4,4]) tuple(%%start, %%by.1, %%a)
+  %%loop = (s32[], s32[], f32[4,4]) while(%%begin), condition=%%condition, body=%%body
+  ROOT %%result = f32[4,4]{1,0} get-tuple-element(%%loop), index=2
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "direction", "bound", "step", "trips"),
+    [
+        (0, "LT", 5, 1, 5),
+        (0, "LT", 16, 2, 8),
+        (3, "LT", 16, 2, 7),
+        (7, "GT", 0, -2, 4),
+        (7, "GE", 1, -2, 4),
+        (0, "NE", 6, 3, 2),
+        (2**31 - 2, "GT", 0, 1, 2),  # wraps to the smallest
+    ],
+)
+def test_trips_are_read_from_start_step_and_bound(start, direction, bound, step, trips):
+    values = {"direction": direction, "bound": bound, "step": step}
+    text = LOOP % (values | {"start": f"constant({start})"})
+    assert read(text).flops == trips * 2 * 4**3
+
+
+def test_a_start_that_an_argument_gives_is_no_silent_one():
+    values = {"direction": "LT", "bound": 5, "step": 1, "start": "copy(%n)"}
+    with pytest.raises(UnreadableLoopError, match=r"its start, step and bound are not"):
+        read(LOOP % values)
 
 
 def test_a_loop_that_data_end_is_refused():
@@ -185,7 +285,7 @@ def test_an_asynchronous_collective_counts_once_however_it_is_spelled():
     assert read(ASYNCHRONOUS) == Program(
         flops=0,
         collectives={
-            "all-gather": Collective(1, 0, 64, 32),
+            "all-gather": Collective(1, 0, 64, 32, beside=1),
             "all-to-all": Collective(1, 0, 32, 32),
             "collective-permute": Collective(1, 0, 32, 32),
             "reduce-scatter": Collective(1, 0, 8, 32),
