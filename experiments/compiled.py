@@ -358,8 +358,8 @@ def _taken(it: Instruction, inner: Computation, whole: int) -> int:
             continue
         if user.opcode == "bitcast":
             total += _taken(user, inner, whole)
-        elif user.opcode in ("dynamic-slice", "slice", "gather"):
-            total += size_in_bytes(user.shape) if user.inputs()[0] == it.name else 0
-        elif user.opcode != "dynamic-update-slice" or user.inputs()[0] != it.name:
+        elif user.inputs()[0] == it.name and user.opcode in ("dynamic-slice", "slice", "gather"):
+            total += size_in_bytes(user.shape)
+        elif user.inputs()[0] != it.name or user.opcode != "dynamic-update-slice":
             return whole
     return min(total, whole)

@@ -1,25 +1,133 @@
-"""TPUs that are not there, for the compiler alone."""
+"""GPUs and TPUs that are not there, for the compiler alone."""
 
+import importlib.util
 import os
+import re
 from typing import Any
 
 import jax
 
 from experiments.experimental import topologies
 
+# What XLA's plugin for NVIDIA loads to compile, as modules; names differ with CUDA's version.
+_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+
+# What XLA must know of a GPU to compile for it, from openxla/xla's descriptions of these chips.
+_GPUS = {
+    "h100": {
+        "device_description_str": '"NVIDIA H100 80GB HBM3"',
+        "core_count": 132,
+        "memory_bandwidth": 3_352_320_000_000,
+        "l2_cache_size": 52_428_800,
+        "clock_rate_ghz": 1.98,
+        "device_memory_size": 84_942_979_072,
+        "cuda_compute_capability": "{ major: 9 }",
+    },
+    "h200": {
+        "device_description_str": '"NVIDIA H200"',
+        "core_count": 132,
+        "memory_bandwidth": 4_800_000_000_000,
+        "l2_cache_size": 52_428_800,
+        "clock_rate_ghz": 1.98,
+        "device_memory_size": 151_397_597_184,
+        "cuda_compute_capability": "{ major: 9 }",
+    },
+    "b200": {
+        "device_description_str": '"NVIDIA B200"',
+        "core_count": 148,
+        "memory_bandwidth": 7_672_320_000_000,
+        "l2_cache_size": 132_644_864,
+        "clock_rate_ghz": 1.965,
+        "device_memory_size": 191_514_411_008,
+        "cuda_compute_capability": "{ major: 10 }",
+    },
+}
+_ALL_GPUS = {
+    "threads_per_block_limit": 1024,
+    "threads_per_warp": 32,
+    "shared_memory_per_block": 49_152,
+    "shared_memory_per_core": 233_472,
+    "shared_memory_per_block_optin": 232_448,
+    "threads_per_core_limit": 2048,
+    "fpus_per_core": 128,
+    "block_dim_limit_x": 2_147_483_647,
+    "block_dim_limit_y": 65_535,
+    "block_dim_limit_z": 65_535,
+    "registers_per_core_limit": 65_536,
+    "registers_per_block_limit": 65_536,
+}
+
 
 class TopologyError(ValueError):
-    """No such TPU can be compiled for here; the message says why and what to do."""
+    """No such device can be compiled for here; the message says why and what to do."""
 
 
 def topology_devices(name: str) -> list[Any]:
-    """The chips of a topology as v5e:16x16, v5p:8x8x8, v6e:16x16 or tpu7x:4x4x4, for `Mesh`.
+    """The devices of a topology, for `Mesh`. Programs compile for them and do not run.
 
-    Programs compile for them and do not run.
+    Every argument of such a program, scalars too, needs a sharding on the mesh.
+
+    Args:
+        name: of GPUs their kind and number, or hosts × devices, as h100:8, h200:8, b200:8 or
+            h100:8x8; of TPUs their kind and torus, as v5e:16x16, v5p:8x8x8, v6e:16x16 or
+            tpu7x:4x4x4.
 
     Raises:
-        TopologyError: libtpu is missing, or knows no such topology.
+        TopologyError: the compiler is missing, or knows no such topology.
     """
+    if topologies is None:
+        raise TopologyError(
+            f"JAX {jax.__version__} has no jax.experimental.topologies, which compiling for a "
+            "device that is not here needs. Install another version of JAX."
+        )
+    is_gpu = name.partition(":")[0] in _GPUS
+    return _gpus(name) if is_gpu else _tpus(name)
+
+
+def _gpus(name: str) -> list[Any]:
+    kind, _, size = name.partition(":")
+    shape = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", size)
+    if shape is None:
+        raise TopologyError(
+            f"{name!r} is no topology of GPUs. Write the number of devices as {kind}:8, or hosts × "
+            f"devices as {kind}:8x8."
+        )
+    if not any(importlib.util.find_spec(plugin) for plugin in _PLUGINS):
+        raise TopologyError(
+            "Compiling for a GPU that is not here needs XLA's plugin for CUDA, which is not "
+            'installed. Run: pip install -e ".[experiments,gpu-compile]"'
+        )
+    # Nothing can be timed, and so no kernel chosen by its time.
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_autotune_level" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0"
+    info = _ALL_GPUS | _GPUS[kind]
+    description = info.pop("device_description_str")
+    fields = " ".join(
+        f"{field} {value}" if str(value).startswith("{") else f"{field}: {value}"
+        for field, value in info.items()
+    )
+    target = (
+        f'gpu_device_info {{ {fields} }} platform_name: "CUDA" '
+        "dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 9 } "
+        f"device_description_str: {description}"
+    )
+    try:
+        return list(
+            topologies.get_topology_desc(
+                platform="cuda",
+                target_config=target,
+                topology=f"1x{shape[1] or 1}x{shape[2]}",
+            ).devices
+        )
+    except Exception as error:  # the plugin's own kinds differ from version to version
+        raise TopologyError(
+            f"XLA's plugin for CUDA makes no topology {name!r}: {str(error).splitlines()[0]}. It "
+            'comes with what it loads by: pip install -e ".[experiments,gpu-compile]"'
+        ) from error
+
+
+def _tpus(name: str) -> list[Any]:
     try:
         import libtpu  # noqa: F401 - JAX looks for it and otherwise says only "no TPU"
     except ImportError:
@@ -27,11 +135,6 @@ def topology_devices(name: str) -> list[Any]:
             "Compiling for a TPU needs libtpu, which is not installed. "
             'Run: pip install -e ".[experiments,tpu]"'
         ) from None
-    if topologies is None:
-        raise TopologyError(
-            f"JAX {jax.__version__} has no jax.experimental.topologies, which compiling for a TPU "
-            "that is not here needs. Install another version of JAX."
-        )
 
     # libtpu asks the cloud which machine this is, unless it is told; and it lets one process at a
     # time have a machine's chips, which nobody wants here.
@@ -43,5 +146,6 @@ def topology_devices(name: str) -> list[Any]:
     except Exception as error:  # libtpu's own kinds differ from version to version
         raise TopologyError(
             f"libtpu makes no topology {name!r}: {str(error).splitlines()[0]}. Known are, for "
-            "example, v5e:4x4, v5e:16x16, v5p:8x8x8, v6e:16x16 and tpu7x:4x4x4."
+            "example, v5e:4x4, v5e:16x16, v5p:8x8x8, v6e:16x16 and tpu7x:4x4x4; and of GPUs "
+            "h100:8, h200:8, b200:8 and h100:8x8."
         ) from error

@@ -44,14 +44,15 @@ class Config:
     device that JAX finds (two CPU cores are enough; on a GPU it takes larger trees), optimizers
     taking turns. `spectra` compares the standard and the Gram form. All together take minutes.
 
-    With --topology only `sharding` runs, compiled for a TPU that need not be there:
+    With --topology only `sharding` runs, compiled for devices that need not be there:
     `python -m experiments.bench --topology v5e:16x16`.
     """
 
     parts: tuple[PartName, ...] = ("sharding", "speed", "spectra")
     """Which parts to run."""
     topology: str | None = None
-    """Compile for this TPU: v5e:16x16, v5p:8x8x8, v6e:16x16, ... Needs libtpu (extra `tpu`)."""
+    """Compile for TPUs, as v5e:16x16 or v5p:8x8x8, or GPUs, as h100:8, h100:8x8 (hosts × devices),
+    h200:8 or b200:8. Needs the extra `tpu` or `gpu-compile`."""
     devices: Annotated[int, _EVEN] = 16
     """Simulated CPU devices of the sharding part; an even number, at least 4."""
     layers: Count | None = None

@@ -63,7 +63,8 @@ class Command(Suite, Running, Training):
     compile_only: bool = False
     """Compile the step for a --topology that is not there, and print what it takes there."""
     topology: str | None = None
-    """Of --compile-only: TPUs as v5p:4x4x4, v5e:16x16, v6e:16x16 or tpu7x:4x4x4."""
+    """Of --compile-only: TPUs as v5p:4x4x4 or v5e:16x16, GPUs as h100:8 or h100:8x8 (hosts ×
+    devices), h200:8, b200:8. Needs the extra `tpu` or `gpu-compile`."""
     processes: Processes = dataclasses.field(default_factory=Processes)
     """A run on many hosts."""
 

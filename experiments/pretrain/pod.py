@@ -1,4 +1,4 @@
-"""`--compile-only`: the training step compiled for TPUs that are not here, and what it takes there.
+"""`--compile-only`: the training step compiled for devices that are not here, and what it takes there.
 
 Every figure is read from the compiled program, but for the FLOPs of attention's kernels, which do
 not tell theirs, and those of the model.
@@ -32,8 +32,11 @@ from experiments.topology import topology_devices
 _GIB = 2**30
 
 # What a program may use of a device's memory, by `device_kind`, in GiB. A v4 of a topology and a
-# TPU7x are half of a chip.
+# TPU7x are half of a chip. Of GPUs 95 %, as with XLA_PYTHON_CLIENT_MEM_FRACTION=.95.
 MEMORY = {
+    "NVIDIA H100 80GB HBM3": 75.1,
+    "NVIDIA H200": 133.9,
+    "NVIDIA B200": 169.4,
     "TPU v4": 15.25,
     "TPU v5 lite": 15.75,
     "TPU v5": 95.74,
@@ -130,7 +133,7 @@ def compile_only(
         The command's exit code: 1 if a step does not fit.
 
     Raises:
-        TopologyError: libtpu is missing, or knows no such topology.
+        TopologyError: the compiler is missing, or knows no such topology.
         ValueError: an axis that the mesh does not divide.
     """
     devices = topology_devices(topology)
@@ -162,8 +165,9 @@ def compile_for(
         jnp.int32,
         sharding=trainer.windows,
     )
+    rate = _everywhere(mesh, ())
     began = time.perf_counter()
-    compiled = _compile(trainer.step, mesh, trainer.abstract, windows, jnp.float32(0))
+    compiled = _compile(trainer.step, mesh, trainer.abstract, windows, rate)
     seconds = time.perf_counter() - began
     program = measure(compiled)
     attention_flops, unread = kernel_flops(program.unread, config, mesh)
@@ -233,10 +237,16 @@ def update_alone(trainer: Trainer, optimizer: OptimizerName, params: Any, specs:
     jitted = jax.jit(update, out_shardings=out, donate_argnums=(0, 1))
     model = trainer.config.model
     max_logits = {
-        f"{name}/attention": jax.ShapeDtypeStruct((layers, model.heads), jnp.float32)
+        f"{name}/attention": _everywhere(mesh, (layers, model.heads))
         for name, (layers, _) in trainer.model.stacks.items()
     }
     return measure(_compile(jitted, mesh, params, state, params, max_logits))
+
+
+def _everywhere(mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """An argument that every device has whole: without a place on the mesh GPUs refuse it."""
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole)
 
 
 def _compile(function: Any, mesh: jax.sharding.Mesh, *arguments: Any) -> Any:

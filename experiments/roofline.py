@@ -1,0 +1,102 @@
+"""How long a compiled program would take at best, from its kernels' bytes and FLOPs."""
+
+import dataclasses
+import heapq
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from experiments.compiled import Kernel, Program
+from experiments.pages import flop
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What is assumed of a device.
+
+    Attributes:
+        name: of the device.
+        bandwidth: of its memory, in bytes a second.
+        flops: a second, of bfloat16 products as they reach it, which is less than the data sheet's
+            peak on a GPU; float32 products are taken to need twice as long.
+        launch: seconds that each kernel takes beside.
+    """
+
+    name: str
+    bandwidth: float
+    flops: float
+    launch: float
+
+    def seconds(self, kernel: Kernel) -> float:
+        """Of one run: its launch, and the longer of its traffic and its products."""
+        products = (kernel.flops + kernel.wide_flops) / self.flops
+        return self.launch + max(kernel.hbm_bytes / self.bandwidth, products)
+
+    def total(self, program: Program) -> float:
+        """Seconds of all kernels, one after another; collectives take none."""
+        return sum(kernel.runs * self.seconds(kernel) for kernel in program.kernels)
+
+    def floor(self, flops: float, hbm_bytes: float) -> float:
+        """Seconds that this work takes in any number of kernels: traffic beside products."""
+        return max(flops / self.flops, hbm_bytes / self.bandwidth)
+
+    def assumptions(self) -> str:
+        """In a sentence."""
+        launch = f"{1e6 * self.launch:g} µs a launch, " if self.launch else ""
+        return (
+            f"Roofline of {self.name}: {launch}{self.bandwidth / 1e12:.3g} TB/s, "
+            f"{self.flops / 1e12:.4g} TFLOP/s (float32 products at half of it); kernels one after "
+            "another, collectives beside them."
+        )
+
+
+# By `device_kind`. GPUs: about 70 % of the peak of dense bfloat16 products. TPUs start the next
+# kernel without a launch; of a v4 of a topology and a TPU7x, a device is half of a chip.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("NVIDIA H100 80GB HBM3", 3.35e12, 700e12, 2e-6),
+        Chip("NVIDIA H200", 4.8e12, 700e12, 2e-6),
+        Chip("NVIDIA B200", 7.67e12, 1600e12, 2e-6),
+        Chip("TPU v5 lite", 0.819e12, 197e12, 0),
+        Chip("TPU v5", 2.765e12, 459e12, 0),
+        Chip("TPU v6 lite", 1.64e12, 918e12, 0),
+        Chip("TPU7x", 3.69e12, 1154e12, 0),
+    )
+}
+
+
+def dearest(program: Program, chip: Chip, count: int = 10) -> list[tuple[Kernel, float]]:
+    """The kernels that take longest in all their runs, and how many seconds.
+
+    Kernels of one operation and source line, and of the same work, count together.
+    """
+    together: Counter = Counter()
+    first: dict[tuple, Kernel] = {}
+    for kernel in program.kernels:
+        work = (kernel.operation, kernel.source, kernel.flops, kernel.hbm_bytes, kernel.cycles)
+        first.setdefault(work, kernel)
+        together[work] += kernel.runs
+    merged = [dataclasses.replace(first[work], runs=runs) for work, runs in together.items()]
+    timed = [(kernel, kernel.runs * chip.seconds(kernel)) for kernel in merged]
+    return heapq.nlargest(count, timed, key=lambda pair: pair[1])
+
+
+def dearest_table(found: Sequence[tuple[Kernel, float]]) -> Table:
+    """A row a kernel."""
+    table = Table(title="The dearest kernels", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for heading in ("ms", "runs", "MB a run", "FLOPs a run"):
+        table.add_column(heading, justify="right")
+    table.add_column("kernel", overflow="fold")
+    table.add_column("source", overflow="fold")
+    for kernel, seconds in found:
+        table.add_row(
+            f"{1e3 * seconds:.3f}",
+            f"{kernel.runs:,}",
+            f"{kernel.hbm_bytes / 1e6:,.2f}",
+            flop(kernel.flops or None),
+            f"{kernel.name} ({'/'.join(kernel.operation.split('/')[-2:])})",
+            kernel.source or "–",
+        )
+    return table

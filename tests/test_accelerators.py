@@ -1,0 +1,151 @@
+"""Programs for GPUs and TPUs that are not here: hand-counted figures of small ones."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments.bench.cases import make_mesh
+from experiments.compiled import Kernel, Program, measure, read
+from experiments.roofline import CHIPS, Chip, dearest, dearest_table
+from experiments.topology import TopologyError, topology_devices
+
+REPLICATED = P()
+CHIP = Chip("made up", bandwidth=1e12, flops=1e14, launch=2e-6)
+
+
+@functools.cache
+def mesh_of(name):
+    if name == "cpu":
+        return make_mesh(jax.devices("cpu"), {"d": 8})
+    try:
+        return make_mesh(topology_devices(name), {"d": 8})
+    except TopologyError as error:
+        pytest.skip(str(error))
+
+
+def compiled_for(name, function, *shapes, spec=REPLICATED, dtype=jnp.bfloat16):
+    """The program, of arguments that lie over eight devices as `spec` says."""
+    sharding = NamedSharding(mesh_of(name), spec)
+    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape in shapes]
+    return measure(jax.jit(function, out_shardings=sharding).lower(*arguments).compile())
+
+
+def iterated(x):
+    def step(_, x):
+        gram = x @ x.T
+        return (gram @ x + 0.5 * x).astype(x.dtype)
+
+    return jax.lax.fori_loop(0, 6, step, x)
+
+
+@pytest.mark.parametrize("spec", [P(), P("d")], ids=["replicated", "sharded"])
+@pytest.mark.parametrize("name", ["cpu", "h100:8", "v5e:2x4"])
+def test_one_program_has_the_same_flops_on_every_platform(name, spec):
+    program = compiled_for(name, iterated, (1024, 2048), spec=spec)
+    expected = 6 * 4 * 1024 * 1024 * 2048 // (8 if spec == P("d") else 1)
+    assert program.flops == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["h100:8", "h200:8", "b200:8", "h100:2x4"])
+def test_gpus_that_are_not_here(name):
+    program = compiled_for(name, lambda x: x @ x, (512, 512))
+    assert program.flops == 2 * 512**3
+    # Reads one operand, which is both, and writes the product.
+    assert program.hbm_bytes >= 2 * 512**2 * 2
+    mesh = mesh_of(name)
+    assert mesh.devices.size == 8 and mesh.devices[0].device_kind in CHIPS
+    assert len({device.process_index for device in mesh.devices}) == (2 if "x" in name else 1)
+
+
+def test_kernels_of_a_gpu_in_a_loop_run_once_a_trip():
+    program = compiled_for(
+        "h100:8", lambda x: jax.lax.fori_loop(0, 9, lambda _, y: y @ y, x), (1024, 1024)
+    )
+    products = [kernel for kernel in program.kernels if kernel.flops]
+    assert sum(kernel.runs for kernel in products) == 9
+    assert program.flops == 9 * 2 * 1024**3
+    assert all("test_accelerators.py" in kernel.source for kernel in products)
+    assert "dot_general" in products[0].operation
+
+
+def test_the_compiler_of_tpus_estimates_cycles():
+    once = compiled_for("v5e:2x4", lambda x: x @ x, (2048, 2048))
+    often = compiled_for("v5e:2x4", lambda x: x @ x @ x @ x @ x, (2048, 2048))
+    assert 2 * 2048**3 / 210e3 < once.estimated_cycles < 2 * 2 * 2048**3 / 210e3
+    assert 3.5 < often.estimated_cycles / once.estimated_cycles < 5
+
+
+TRAFFIC = """HloModule traffic
+
+%slices (p: f32[12,64], i: s32[]) -> f32[1,64] {
+  %p = f32[12,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %part = f32[1,64]{1,0} dynamic-slice(%p, %i, %zero), dynamic_slice_sizes={1,64}
+  ROOT %sine = f32[1,64]{1,0} sine(%part)
+}
+
+%writes (whole: f32[12,64], part: f32[1,64], j: s32[]) -> f32[12,64] {
+  %whole = f32[12,64]{1,0} parameter(0)
+  %part.1 = f32[1,64]{1,0} parameter(1)
+  %j = s32[] parameter(2)
+  %none = s32[] constant(0)
+  ROOT %new = f32[12,64]{1,0} dynamic-update-slice(%whole, %part.1, %j, %none)
+}
+
+ENTRY %main (a: f32[12,64], n: s32[]) -> f32[12,64] {
+  %a = f32[12,64]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %one = f32[1,64]{1,0} fusion(%a, %n), kind=kLoop, calls=%slices
+  %begun = (f32[1,64]{1,0}, f32[1,64]{1,0}) all-reduce-start(%one), to_apply=%add
+  %cubed = (f32[12,12]{1,0}, s8[1000]{0}) custom-call(%a, %a), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"]}}}
+  %ended = f32[1,64]{1,0} all-reduce-done(%begun)
+  ROOT %all = f32[12,64]{1,0} fusion(%a, %ended, %n), kind=kLoop, calls=%writes
+}
+"""  # noqa: E501
+
+
+def test_bytes_of_slices_updates_and_products_by_hand():
+    program = read(TRAFFIC)
+    row, whole = 64 * 4, 12 * 64 * 4
+    assert [(k.name, k.hbm_bytes, k.flops) for k in program.kernels] == [
+        ("one", row + 4 + row, 0),
+        ("cubed", whole + 12 * 12 * 4, 2 * 12 * 12 * 64),
+        ("all", row + 4 + row, 0),
+    ]
+    assert program.kernels[1].wide_flops == program.flops
+    assert (program.collectives["all-reduce"].count, program.collectives["all-reduce"].beside) == (
+        1,
+        1,
+    )
+    assert program.kernel_count == 3 and program.unread == {}
+
+
+def test_the_roofline_by_hand():
+    moves = Kernel("moves", runs=3, hbm_bytes=10**6)  # 2 + 1 µs
+    works = Kernel("works", runs=1, flops=10**10, hbm_bytes=10**6)  # 2 + 100 µs
+    wide = Kernel("wide", runs=1, flops=10**10, wide_flops=10**10)  # 2 + 200 µs
+    program = Program(0, {}, kernels=(moves, works, wide))
+    assert CHIP.total(program) == pytest.approx(9e-6 + 102e-6 + 202e-6)
+    found = dearest(program, CHIP, count=2)
+    assert [kernel.name for kernel, _ in found] == ["wide", "works"]
+    assert dearest_table(found).row_count == 2
+    assert CHIP.floor(1e10, 1e6) == pytest.approx(1e-4)
+    assert "2 µs a launch, 1 TB/s, 100 TFLOP/s" in CHIP.assumptions()
+
+
+@pytest.mark.parametrize("name", ["h100:0", "h100:", "h100:8x", "b200:2x2x2"])
+def test_sizes_that_no_gpus_have_are_refused(name):
+    with pytest.raises(TopologyError, match=r"hosts × devices as \w+:8x8"):
+        topology_devices(name)
+
+
+def test_gpus_without_the_plugin_say_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(TopologyError, match=r'pip install -e "\.\[experiments,gpu-compile\]"'):
+        topology_devices("h100:8")
