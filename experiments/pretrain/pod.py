@@ -1,4 +1,4 @@
-"""`--compile-only`: the training step compiled for devices that are not here, and what it takes there.
+"""`--compile-only`: the step compiled for devices that are not here, and what it takes there.
 
 Every figure is read from the compiled program, but for the FLOPs of attention's kernels, which do
 not tell theirs, and those of the model.
