@@ -127,6 +127,7 @@ def measure(compiled: Any) -> Program:
 
     Raises:
         UnreadableLoopError: a loop whose number of trips the program does not tell.
+        UnreadableProductError: a matrix product of a kind that is not counted.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -163,8 +164,14 @@ def read(text: str) -> Program:
 _FREE = frozenset(
     {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier"}
     | {"after-all", "add-dependency", "partition-id", "replica-id", "get-dimension-size"}
-    | {"async-update", "async-done", "copy-done"}
+    | {"async-update"}
 )
+# Matrix products that no program has had yet.
+_UNREAD = frozenset({"ragged-dot", "scaled-dot"})
+
+
+class UnreadableProductError(ValueError):
+    """A matrix product whose FLOPs a program's text does not tell."""
 
 
 @dataclasses.dataclass
@@ -237,6 +244,8 @@ class _Reader:
         kind = it.opcode.removesuffix("-done")
         if it.opcode in _FREE or (it.opcode.removesuffix("-start") in KINDS and kind not in KINDS):
             return _Cost()
+        if it.opcode.endswith("-done") and kind not in KINDS:  # counted where it began
+            return _Cost()
         if it.opcode == "while":
             return self.cost(it.attribute("body")).repeated(self.trips.of(it, scope))
         if it.opcode == "conditional":
@@ -272,6 +281,11 @@ class _Reader:
             flops = dot_flops(it, scope)
         elif it.opcode == "convolution":
             flops = convolution_flops(it, scope)
+        elif it.opcode in _UNREAD:
+            raise UnreadableProductError(
+                f"%{it.name} is a {it.opcode}, whose FLOPs are not counted. Teach "
+                "experiments.products what it multiplies."
+            )
         elif it.opcode == "custom-call":
             flops = _call_flops(it, scope, sums)
         elif it.opcode in ("fusion", "call", "async-start"):
@@ -304,7 +318,7 @@ def _call_flops(it: Instruction, scope: Computation, sums: Counter) -> int:
     if told:
         return int(told[1])
     target = it.attribute("custom_call_target")
-    flops = library_flops(it, scope) if target.startswith("__cublas") else None
+    flops = library_flops(it, scope) if target.startswith(("__cublas", "__cudnn")) else None
     if flops is not None:
         return flops
     if target == "tpu_custom_call":
@@ -324,6 +338,9 @@ def _traffic(it: Instruction, scope: Computation, computations: dict[str, Comput
     written = size_in_bytes(it.shape, on_chip=False)
     if it.opcode == "copy-start":
         return written  # it returns its operand and its copy
+    if it.opcode in ("slice-start", "dynamic-slice-start"):  # operands, slice and context
+        part = re.search(r"\), (\w+\[[\d,]*\](?:\{[^}]*\})?)", it.shape)[1]
+        return size_in_bytes(part) + size_in_bytes(part, on_chip=False)
     if it.opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * written
     if it.opcode == "dynamic-update-slice":

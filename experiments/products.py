@@ -58,10 +58,28 @@ def _products(
 
 
 def library_flops(it: Instruction, scope: Computation) -> int | None:
-    """Of a product that cuBLAS computes; None where its call does not tell what it contracts."""
+    """Of a call of cuBLAS or cuDNN; None where it does not tell what it multiplies."""
+    logits = re.search(
+        r'"intermediate_tensor_shape": ?\{.*?"dimensions": ?\[([^\]]*)\]', it.attributes
+    )
+    if logits is not None:
+        return _attention_flops(it, scope, integers(logits[1].replace('"', "")))
     contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', it.attributes)
     if contracted is None:
         return None
     lhs = dimensions(scope[it.inputs()[0]].shape)
     axes = integers(contracted[1].replace('"', ""))
     return 2 * math.prod(dimensions(it.shape)) * math.prod(lhs[axis] for axis in axes)
+
+
+def _attention_flops(it: Instruction, scope: Computation, logits: list[int]) -> int:
+    """Of cuDNN's kernel, whose logits have this shape: under a causal mask the lower triangle."""
+    *batch, queries, keys = logits
+    is_causal = re.search(r'"mask_type": ?"[A-Z_]*CAUSAL', it.attributes)
+    pairs = sum(min(i + 1, keys) for i in range(queries)) if is_causal else queries * keys
+    key, value = (dimensions(scope[name].shape)[-1] for name in it.inputs()[1:3])
+    # Logits and mixing; backwards the logits again, gradients of them and of the values, and from
+    # these those of queries and keys.
+    is_backward = it.attribute("custom_call_target").endswith("Backward")
+    columns = 3 * key + 2 * value if is_backward else key + value
+    return 2 * math.prod(batch) * pairs * columns

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.bench.cases import make_mesh
-from experiments.compiled import Collective, Program, measure, read
+from experiments.compiled import Collective, Program, UnreadableProductError, measure, read
 from experiments.topology import topology_devices
 from experiments.trips import UnreadableLoopError
 
@@ -309,6 +309,47 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 def test_a_kernel_counts_what_it_tells_and_is_named_if_it_tells_nothing():
     assert read(KERNELS) == Program(flops=640, collectives={}, unread={"splash": 2})
+
+
+def test_a_product_of_a_kind_that_is_not_counted_is_refused():
+    text = """HloModule other
+
+ENTRY %main (x: f32[8,4], w: f32[2,4,4], n: s32[2]) -> f32[8,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %w = f32[2,4,4]{2,1,0} parameter(1)
+  %n = s32[2]{0} parameter(2)
+  ROOT %groups = f32[8,4]{1,0} ragged-dot(%x, %w, %n), lhs_contracting_dims={1}
+}
+"""
+    with pytest.raises(UnreadableProductError, match="%groups is a ragged-dot"):
+        read(text)
+
+
+ATTENTION = """HloModule attention
+
+ENTRY %%main (q: bf16[2,512,8,64], k: bf16[2,512,4,64], v: bf16[2,512,4,32]) -> bf16[2,8,512,32] {
+  %%q = bf16[2,512,8,64]{3,2,1,0} parameter(0)
+  %%k = bf16[2,512,4,64]{3,2,1,0} parameter(1)
+  %%v = bf16[2,512,4,32]{3,2,1,0} parameter(2)
+  %%call = (bf16[2,8,512,32]{3,1,2,0}, u8[0]{0}) custom-call(%%q, %%k, %%v), custom_call_target="%s", backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "8", "512", "512"], "tuple_shapes": []}, "is_flash_attention": true, "mask_type": "%s"}}
+  ROOT %%out = bf16[2,8,512,32]{3,1,2,0} get-tuple-element(%%call), index=0
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("target", "mask", "pairs", "columns"),
+    [
+        ("__cudnn$fmhaSoftmax", "CAUSAL", 512 * 513 // 2, 64 + 32),
+        ("__cudnn$fmhaScaleBiasSoftmax", "PADDING_CAUSAL", 512 * 513 // 2, 64 + 32),
+        ("__cudnn$fmhaSoftmax", "NO_MASK", 512 * 512, 64 + 32),
+        ("__cudnn$fmhaSoftmaxBackward", "CAUSAL", 512 * 513 // 2, 3 * 64 + 2 * 32),
+    ],
+)
+def test_attention_of_cudnn_counts_the_pairs_that_its_mask_leaves(target, mask, pairs, columns):
+    program = read(ATTENTION % (target, mask))
+    assert program.flops == 2 * 2 * 8 * pairs * columns
+    assert program.unread == {}
 
 
 @pytest.fixture(scope="module")
