@@ -1,14 +1,15 @@
-"""How long a compiled program would take at best, from its kernels' bytes and FLOPs."""
+"""What a compiled program takes, and how long at best: from its kernels' bytes and FLOPs."""
 
 import dataclasses
 import heapq
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from rich.console import Console
 from rich.table import Table
 
-from experiments.compiled import Kernel, Program
-from experiments.pages import flop
+from experiments.compiled import Collective, Kernel, Program
+from experiments.pages import flop, readable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +60,110 @@ CHIPS = {
         Chip("NVIDIA H100 80GB HBM3", 3.35e12, 700e12, 2e-6),
         Chip("NVIDIA H200", 4.8e12, 700e12, 2e-6),
         Chip("NVIDIA B200", 7.67e12, 1600e12, 2e-6),
+        Chip("TPU v4", 0.614e12, 137.5e12, 0),
         Chip("TPU v5 lite", 0.819e12, 197e12, 0),
         Chip("TPU v5", 2.765e12, 459e12, 0),
         Chip("TPU v6 lite", 1.64e12, 918e12, 0),
         Chip("TPU7x", 3.69e12, 1154e12, 0),
     )
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """How long one run of a program takes, and of what; `dataclasses.asdict` is ready for JSON.
+
+    Attributes:
+        kernels: how many run.
+        hbm_bytes: that they read and write.
+        seconds: by the roofline of the chip.
+        cycles: by the compiler; 0 where it tells none, as for GPUs.
+        dearest: ten kernels, and how many seconds each takes in all its runs.
+    """
+
+    kernels: int
+    hbm_bytes: int
+    seconds: float
+    cycles: int
+    dearest: tuple[tuple[Kernel, float], ...]
+
+    def figures(self) -> dict[str, str]:
+        """As text, by name."""
+        cycles = {"estimated cycles": f"{self.cycles / 1e6:,.2f} M"} if self.cycles else {}
+        return {
+            "kernels": f"{self.kernels:,}",
+            "HBM traffic": readable(self.hbm_bytes),
+            "roofline": f"{1e3 * self.seconds:,.3g} ms",
+            **cycles,
+        }
+
+
+def estimate(program: Program, device_kind: str) -> Estimate | None:
+    """Of a program for devices of this kind; None where `CHIPS` has no such chip, as for CPUs."""
+    chip = CHIPS.get(device_kind)
+    if chip is None:
+        return None
+    return Estimate(
+        kernels=program.kernel_count,
+        hbm_bytes=program.hbm_bytes,
+        seconds=chip.total(program),
+        cycles=program.estimated_cycles,
+        dearest=tuple(dearest(program, chip)),
+    )
+
+
+def exchange_text(collective: Collective | None) -> str:
+    """How much crosses the network and by how many, as in "1.20 MB in 12 (3 in loops)"."""
+    if collective is None:
+        return "–"
+    parts = []
+    if collective.in_loops:
+        parts.append(f"{collective.in_loops:,} in loops")
+    if collective.beside:
+        parts.append(f"{collective.beside:,} beside computation")
+    more = f" ({', '.join(parts)})" if parts else ""
+    return f"{readable(collective.output_bytes)} in {collective.count:,}{more}"
+
+
+def print_programs(programs: Mapping[str, Program], device_kind: str, console: Console) -> None:
+    """A column a program, what is assumed, and the dearest kernels of each.
+
+    Args:
+        programs: by name, all for devices of one kind.
+        device_kind: one of `CHIPS`.
+        console: to print on.
+    """
+    estimates = {name: estimate(program, device_kind) for name, program in programs.items()}
+    table = Table("of a device", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    columns = []
+    for name, program in programs.items():
+        table.add_column(name, justify="right")
+        columns.append(
+            {"FLOPs": flop(program.flops), **estimates[name].figures()}
+            | {kind: exchange_text(found) for kind, found in program.collectives.items()}
+            | {"temporaries": readable(program.temp_bytes)}
+        )
+    names = dict.fromkeys(name for column in columns for name in column if name != "temporaries")
+    for name in (*names, "temporaries"):
+        table.add_row(name, *(column.get(name, "–") for column in columns))
+    console.print(table)
+    for name, program in programs.items():
+        if program.unread:
+            console.print(f"{name}: {unread_text(program.unread)}", highlight=False)
+    print_estimates(estimates, device_kind, console)
+
+
+def print_estimates(estimates: Mapping[str, Estimate], device_kind: str, console: Console) -> None:
+    """What is assumed, and the dearest kernels of each program by name."""
+    console.print(CHIPS[device_kind].assumptions(), highlight=False, soft_wrap=True)
+    for name, found in estimates.items():
+        console.print(dearest_table(found.dearest, f"The dearest kernels of {name}"))
+
+
+def unread_text(unread: Mapping[str, int]) -> str:
+    """That FLOPs, and so the roofline, are without those of some kernels."""
+    kernels = ", ".join(f"{runs:,} × {name}" for name, runs in unread.items())
+    return f"FLOPs, and the roofline, are without those of {kernels}."
 
 
 def dearest(program: Program, chip: Chip, count: int = 10) -> list[tuple[Kernel, float]]:
@@ -83,9 +182,11 @@ def dearest(program: Program, chip: Chip, count: int = 10) -> list[tuple[Kernel,
     return heapq.nlargest(count, timed, key=lambda pair: pair[1])
 
 
-def dearest_table(found: Sequence[tuple[Kernel, float]]) -> Table:
+def dearest_table(
+    found: Sequence[tuple[Kernel, float]], title: str = "The dearest kernels"
+) -> Table:
     """A row a kernel."""
-    table = Table(title="The dearest kernels", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for heading in ("ms", "runs", "MB a run", "FLOPs a run"):
         table.add_column(heading, justify="right")
     table.add_column("kernel", overflow="fold")

@@ -9,6 +9,25 @@ import jax
 
 from experiments.experimental import topologies
 
+# What a program may use of a device's memory, by `device_kind`, in GiB. A v4 of a topology and a
+# TPU7x are half of a chip. Of GPUs 95 %, as with XLA_PYTHON_CLIENT_MEM_FRACTION=.95.
+MEMORY = {
+    "NVIDIA H100 80GB HBM3": 75.1,
+    "NVIDIA H200": 133.9,
+    "NVIDIA B200": 169.4,
+    "TPU v4": 15.25,
+    "TPU v5 lite": 15.75,
+    "TPU v5": 95.74,
+    "TPU v6 lite": 31.25,
+    "TPU7x": 94.75,
+}
+
+# What `--topology` takes, for its help and its errors.
+NAMES = (
+    "GPUs as h100:8, h200:8, b200:8 or h100:8x8 (hosts × devices), with the extra `gpu-compile`, "
+    "or TPUs as v5e:4x4, v5p:4x4x4, v6e:16x16 or tpu7x:4x4x4, with the extra `tpu`"
+)
+
 # What XLA's plugin for NVIDIA loads to compile, as modules; names differ with CUDA's version.
 _PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
@@ -62,6 +81,14 @@ class TopologyError(ValueError):
     """No such device can be compiled for here; the message says why and what to do."""
 
 
+def leave_accelerators_alone() -> None:
+    """Has JAX look for no GPU or TPU here: to be called before it has looked for any device.
+
+    Without a driver the plugins that compile for them would tell at length that they find none.
+    """
+    jax.config.update("jax_platforms", "cpu")
+
+
 def topology_devices(name: str) -> list[Any]:
     """The devices of a topology, for `Mesh`. Programs compile for them and do not run.
 
@@ -80,8 +107,11 @@ def topology_devices(name: str) -> list[Any]:
             f"JAX {jax.__version__} has no jax.experimental.topologies, which compiling for a "
             "device that is not here needs. Install another version of JAX."
         )
-    is_gpu = name.partition(":")[0] in _GPUS
-    return _gpus(name) if is_gpu else _tpus(name)
+    if name.partition(":")[0] in _GPUS:
+        return _gpus(name)
+    if re.fullmatch(r"(v\d+\w*|tpu\w+):\d+(x\d+)*", name):
+        return _tpus(name)
+    raise TopologyError(f"There is no topology {name!r}. Give {NAMES}.")
 
 
 def _gpus(name: str) -> list[Any]:
@@ -145,7 +175,5 @@ def _tpus(name: str) -> list[Any]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:  # libtpu's own kinds differ from version to version
         raise TopologyError(
-            f"libtpu makes no topology {name!r}: {str(error).splitlines()[0]}. Known are, for "
-            "example, v5e:4x4, v5e:16x16, v5p:8x8x8, v6e:16x16 and tpu7x:4x4x4; and of GPUs "
-            "h100:8, h200:8, b200:8 and h100:8x8."
+            f"libtpu makes no topology {name!r}: {str(error).splitlines()[0]}. Give {NAMES}."
         ) from error

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -30,6 +31,7 @@ from experiments.finetune.step import Trainer
 from experiments.language import log
 from experiments.language.checkpoints import Checkpoints
 from experiments.language.training_loop import TrainingError
+from experiments.roofline import CHIPS, Chip
 from experiments.side_by_side import side_by_side
 
 ROOT = Path(__file__).parent.parent
@@ -367,6 +369,7 @@ def test_arms_that_fit_are_advised_in_place_of_one_that_does_not():
         ),
         ("--model x --out gs://a/b", "Give --export False"),
         ("--suite qk --preset 4b --dry-run", "leave --preset 4b out"),
+        ("--topology h100:8", "--topology is of --dry-run without --suite"),
         ("--suite bogus", "For full helptext, run python -m experiments.finetune"),
         ("--suite", "Missing value for argument '--suite'"),
         ("--model", "Missing value for argument '--model'"),
@@ -483,6 +486,26 @@ def test_a_dry_run_shows_the_plan_and_refuses(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", f"{words} adamw --device-memory 60".split())
     assert command.main() == 2
     assert "needs" in capsys.readouterr().err
+
+
+def test_a_dry_run_compiles_for_a_topology(monkeypatch, capsys):
+    chip = Chip("made up", bandwidth=1e9, flops=1e10, launch=1e-6)
+    monkeypatch.setitem(CHIPS, "cpu", chip)
+    monkeypatch.setitem(command.dry_run.MEMORY, "cpu", 1.0)
+    monkeypatch.setattr(command.dry_run, "topology_devices", lambda name: jax.devices()[:2])
+    monkeypatch.setenv("COLUMNS", "200")
+    small = "--base.layers 1 --base.hidden 16 --base.ffn 16 --base.heads 2 --base.head-dim 8"
+    words = f"finetune --dry-run --arms muon_adamw --context 16 {small} --topology made:2"
+    monkeypatch.setattr(sys, "argv", words.split())
+    assert command.main() == 0
+    said = capsys.readouterr().out
+    assert "on made:2 (cpu), data 1 × fsdp 2" in said
+    for text in ("kernels", "HBM traffic", "roofline", "all-reduce", "temporaries"):
+        assert re.search(rf"^{text} .*\d", said, re.MULTILINE), text
+    assert "Roofline of made up" in said and "The dearest kernels of" in said
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--device-memory", "0.001"])
+    assert command.main() == 2
+    assert "By the plan a step of muon_adamw needs" in capsys.readouterr().err
 
 
 def begin(words, out, devices=None):

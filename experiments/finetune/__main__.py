@@ -40,6 +40,7 @@ from experiments.language.training_loop import Progress
 from experiments.programs import keep_compiled_programs
 from experiments.runs import check_free, check_group, claim, leave_nothing_of_no_run
 from experiments.side_by_side import a_device_for_each_core, devices_for, side_by_side
+from experiments.topology import leave_accelerators_alone
 
 
 def main() -> int:
@@ -51,6 +52,8 @@ def main() -> int:
 
     def work() -> int:
         command = parse(sys.argv[1:])
+        if command.topology:
+            leave_accelerators_alone()
         command.processes.join()
         if jax.process_index() > 0:
             console.quiet = True

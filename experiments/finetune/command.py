@@ -55,6 +55,10 @@ class Command(Suite, Running, Training):
     """Print what a step takes of a device's memory, refuse what does not fit, and end."""
     preset: Literal["0.6b", "1.7b", "4b"] | None = None
     """Of --dry-run: a Qwen3 of that size, which need not be here."""
+    topology: str | None = None
+    """Of --dry-run: compile the step for devices that are not here, and print what it takes there:
+    GPUs as h100:8, h200:8, b200:8 or h100:8x8 (hosts × devices), TPUs as v5e:4x4 or v5p:4x4x4.
+    Needs the extra `gpu-compile` or `tpu`."""
     device_memory: Positive | None = None
     """Gigabytes that a device has; by default it is asked."""
     processes: Processes = dataclasses.field(default_factory=Processes)
@@ -68,6 +72,11 @@ class Command(Suite, Running, Training):
         if self.preset and not self.dry_run:
             raise ValueError(
                 "--preset is of --dry-run; to train, give --model with the folder of such a model."
+            )
+        if self.topology and (self.suite or not self.dry_run):
+            raise ValueError(
+                "--topology is of --dry-run without --suite, as --dry-run --topology h100:8; to "
+                "train on devices that are here, leave it out."
             )
         if self.preset and self.model:
             raise ValueError("Give --preset or --model, not both.")

@@ -1,11 +1,14 @@
 """What a command's trainings take of a device's memory, told and judged before they begin."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 from rich.console import Console
 
+from experiments.compiled import measure
+from experiments.figures import LABELS
 from experiments.finetune import architecture as config_json
 from experiments.finetune import base, memory
 from experiments.finetune.architecture import PRESETS, Qwen3
@@ -14,19 +17,63 @@ from experiments.finetune.config import ArmName, Base
 from experiments.finetune.step import Trainer
 from experiments.finetune.suites.config import SuiteName, variants
 from experiments.language.hugging_face import CONFIG
-from experiments.language.mesh import Mesh, mesh_of_config, one_device
+from experiments.language.kernels import Shape, with_attention
+from experiments.language.mesh import Mesh, make_mesh, mesh_of_config, one_device
+from experiments.language.sharding import RULES
+from experiments.roofline import print_programs
 from experiments.side_by_side import devices_for
+from experiments.topology import MEMORY, topology_devices
 
 _MADE_UP_STEPS = 1000  # of a dry run, whose rows are not read
 
 
 def dry_run(command: Command, console: Console) -> int:
     """Prints the plan; raises `memory.TooLarge` if an arm does not fit."""
+    if command.topology:
+        return compile_for(command, command.topology, console)
     config = command.training().with_steps(_MADE_UP_STEPS * command.batch)
     mesh = one_device() if apart(command) else mesh_of_config(command.mesh)
     architecture = _architecture(command, command.base)
     trainers = {arm: Trainer(config, arm, architecture, mesh) for arm in command.arms}
     plan(command, trainers, limit_of(command, len(devices_for(len(trainers)))), console)
+    return 0
+
+
+def compile_for(command: Command, topology: str, console: Console) -> int:
+    """Prints the plan on a topology's devices, and what the compiled steps take of one.
+
+    Raises:
+        TopologyError: the compiler is missing, or knows no such topology.
+        memory.TooLarge: an arm does not fit, by its plan or when it is compiled.
+        ValueError: an axis that the mesh does not divide.
+    """
+    devices = topology_devices(topology)
+    kind = devices[0].device_kind
+    mesh = make_mesh(command.mesh.sizes, devices)
+    config = command.training().with_steps(_MADE_UP_STEPS * command.batch)
+    architecture = _architecture(command, command.base)
+    trainers = {arm: Trainer(config, arm, architecture, mesh) for arm in command.arms}
+    if command.device_memory is not None:
+        limit = round(command.device_memory * 1e9)
+    else:
+        limit = round(MEMORY[kind] * 2**30)
+    sizes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    memory.show(trainers, limit, console, f"{topology} ({kind}), {sizes}")
+    for trainer in trainers.values():
+        memory.check(trainer, limit)
+    shape = Shape(
+        sequences=config.microbatch // math.prod(mesh.shape[a] for a in RULES["batch"]),
+        heads=architecture.heads // mesh.shape["tensor"],
+        length=config.context,
+        key=architecture.head_dim,
+        value=architecture.head_dim,
+    )
+    programs = {}
+    for arm, trainer in trainers.items():
+        with console.status(f"{arm}: compiling for {topology}, which takes minutes"):
+            programs[LABELS.get(arm, arm)] = with_attention(measure(trainer.program), shape)
+        memory.check(trainer, limit, memory.compiled(trainer))
+    print_programs(programs, kind, console)
     return 0
 
 

@@ -97,7 +97,7 @@ class Trainer:
                 out_shardings=(self.shardings, self._whole),
                 donate_argnums=0,
             )
-            rate = jax.ShapeDtypeStruct((), jnp.float32)
+            rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._whole)
             return step.lower(self.abstract, self.abstract_windows, rate).compile()
 
     @property

@@ -39,6 +39,7 @@ from experiments.runs import (
     leave_nothing_of_no_run,
 )
 from experiments.settings import check_different, given
+from experiments.topology import leave_accelerators_alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,8 @@ def main() -> int:
 
     def work() -> int:
         command = parse(sys.argv[1:])
+        if command.topology:
+            leave_accelerators_alone()
         command.processes.join()
         if jax.process_index() > 0:
             console.quiet = True

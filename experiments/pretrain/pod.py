@@ -1,12 +1,11 @@
 """`--compile-only`: the step compiled for devices that are not here, and what it takes there.
 
-Every figure is read from the compiled program, but for the FLOPs of attention's kernels, which do
-not tell theirs, and those of the model.
+Every figure is read from the compiled program, but for the FLOPs of attention's kernels on TPUs,
+which do not tell theirs, and those of the model.
 """
 
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,33 +19,18 @@ import muon_jax
 from experiments import optimizers
 from experiments.compiled import Collective, Program, measure
 from experiments.figures import optimizer_label
-from experiments.language import attention, sharding
+from experiments.language import sharding
+from experiments.language.kernels import Shape, with_attention
 from experiments.language.mesh import make_mesh, one_device
 from experiments.optimizers import OptimizerName
 from experiments.pages import flop
 from experiments.pretrain.config import Training
 from experiments.pretrain.costs import step_costs
 from experiments.pretrain.step import Trainer
-from experiments.topology import topology_devices
+from experiments.roofline import Estimate, estimate, exchange_text, print_estimates, unread_text
+from experiments.topology import MEMORY, topology_devices
 
 _GIB = 2**30
-
-# What a program may use of a device's memory, by `device_kind`, in GiB. A v4 of a topology and a
-# TPU7x are half of a chip. Of GPUs 95 %, as with XLA_PYTHON_CLIENT_MEM_FRACTION=.95.
-MEMORY = {
-    "NVIDIA H100 80GB HBM3": 75.1,
-    "NVIDIA H200": 133.9,
-    "NVIDIA B200": 169.4,
-    "TPU v4": 15.25,
-    "TPU v5 lite": 15.75,
-    "TPU v5": 95.74,
-    "TPU v6 lite": 31.25,
-    "TPU7x": 94.75,
-}
-
-# Products that each of attention's kernels computes for a pair of blocks: over the columns of a key
-# head, and over those of a value head.
-_KERNELS = {"splash_mha_fwd": (1, 1), "splash_mha_dq": (2, 1), "splash_mha_dkv": (2, 2)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +76,7 @@ class PodReport:
         unread: kernels whose FLOPs are in no figure.
         newton_schulz: None for an optimizer without.
         compile_seconds: of the whole step.
+        estimate: how long the step takes at best; None for devices of a kind that is not known.
     """
 
     optimizer: OptimizerName
@@ -109,6 +94,7 @@ class PodReport:
     unread: dict[str, int]
     newton_schulz: NewtonSchulzShare | None
     compile_seconds: float
+    estimate: Estimate | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -169,8 +155,7 @@ def compile_for(
     began = time.perf_counter()
     compiled = _compile(trainer.step, mesh, trainer.abstract, windows, rate)
     seconds = time.perf_counter() - began
-    program = measure(compiled)
-    attention_flops, unread = kernel_flops(program.unread, config, mesh)
+    program = with_attention(measure(compiled), attention_shape(config, mesh))
     memory, available = compiled.memory_analysis(), MEMORY.get(devices[0].device_kind)
     costs = step_costs(config, optimizer, trainer.abstract.params)
     return PodReport(
@@ -183,12 +168,13 @@ def compile_for(
         temp_bytes=program.temp_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
         memory_bytes=None if available is None else round(available * _GIB),
-        flops=program.flops + attention_flops,
+        flops=program.flops,
         model_flops=costs.model_flops // mesh.size,
         collectives=program.collectives,
-        unread=unread,
+        unread=program.unread,
         newton_schulz=newton_schulz_share(trainer) if costs.newton_schulz_flops else None,
         compile_seconds=seconds,
+        estimate=estimate(program, devices[0].device_kind),
     )
 
 
@@ -264,29 +250,23 @@ def _compile(function: Any, mesh: jax.sharding.Mesh, *arguments: Any) -> Any:
 def kernel_flops(
     unread: dict[str, int], config: Training, mesh: jax.sharding.Mesh
 ) -> tuple[int, dict[str, int]]:
-    """Of attention's kernels on one device, and which others there are and how many run.
+    """Of attention's kernels on one device, and which others there are and how many run."""
+    program = with_attention(Program(0, {}, unread=unread), attention_shape(config, mesh))
+    return program.flops, program.unread
 
-    A kernel computes the blocks on and below the diagonal.
-    """
-    model, length = config.model, config.context
+
+def attention_shape(config: Training, mesh: jax.sharding.Mesh) -> Shape:
+    """What a kernel of attention has to do on one device."""
+    model = config.model
     latent = model.attention == "latent"
-    key = model.nope + model.rope if latent else model.width // model.heads
-    value = model.value if latent else model.width // model.heads
-    block = math.gcd(length, attention.BLOCK)
-    pairs = (length // block) * (length // block + 1) // 2
     ways = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
-    sequences = config.batch // config.accumulate // ways
-    heads = model.heads // mesh.shape["tensor"]
-    flops, others = 0, {}
-    for name, runs in unread.items():
-        kernel = re.sub("_(no_)?residuals$", "", name)
-        if kernel in _KERNELS:
-            keys, values = _KERNELS[kernel]
-            columns = keys * key + values * value
-            flops += runs * sequences * heads * pairs * 2 * block**2 * columns
-        else:
-            others[name] = runs
-    return flops, others
+    return Shape(
+        sequences=config.batch // config.accumulate // ways,
+        heads=model.heads // mesh.shape["tensor"],
+        length=config.context,
+        key=model.nope + model.rope if latent else model.width // model.heads,
+        value=model.value if latent else model.width // model.heads,
+    )
 
 
 def print_reports(reports: Sequence[PodReport], console: Console) -> None:
@@ -305,6 +285,9 @@ def print_reports(reports: Sequence[PodReport], console: Console) -> None:
     console.print(table)
     for report in reports:
         console.print(_verdict(report), highlight=False, soft_wrap=True)
+    estimates = {optimizer_label(r.optimizer): r.estimate for r in reports if r.estimate}
+    if estimates:
+        print_estimates(estimates, first.device_kind, console)
 
 
 def _rows(reports: Sequence[PodReport]) -> dict[str, list[str]]:
@@ -315,6 +298,7 @@ def _rows(reports: Sequence[PodReport]) -> dict[str, list[str]]:
         return of(lambda r: value(r.newton_schulz) if r.newton_schulz else "–")
 
     kinds = sorted({kind for report in reports for kind in report.collectives})
+    estimated = reports[0].estimate.figures() if reports[0].estimate else {}
     return {
         "params, state, batch": of(lambda r: _memory(r.argument_bytes)),
         "outputs beside them": of(lambda r: _memory(r.output_bytes)),
@@ -324,7 +308,8 @@ def _rows(reports: Sequence[PodReport]) -> dict[str, list[str]]:
         "available": of(lambda r: "unknown" if r.memory_bytes is None else _memory(r.memory_bytes)),
         "FLOPs": of(lambda r: flop(r.flops)),
         "FLOPs ÷ the model's": of(lambda r: f"{r.flops / r.model_flops:.2f}"),
-        **{kind: of(lambda r, k=kind: _exchange(r.collectives.get(k))) for kind in kinds},
+        **{name: of(lambda r, n=name: r.estimate.figures()[n]) for name in estimated},
+        **{kind: of(lambda r, k=kind: exchange_text(r.collectives.get(k))) for kind in kinds},
         "the update's FLOPs": share(lambda s: flop(s.flops)),
         "÷ ideal share": share(lambda s: f"{s.ratio:.2f}"),
         "the update's collectives": share(lambda s: _count(s.collectives)),
@@ -345,15 +330,7 @@ def _verdict(report: PodReport) -> str:
         )
         if not report.fits:
             text += " More devices, a larger --accumulate or --model.remat full take less."
-    kernels = ", ".join(f"{runs} × {name}" for name, runs in report.unread.items())
-    return text + (f" FLOPs without those of {kernels}." if kernels else "")
-
-
-def _exchange(collective: Collective | None) -> str:
-    if collective is None:
-        return "–"
-    inside = f", {collective.in_loops:,} in loops" if collective.in_loops else ""
-    return f"{_memory(collective.output_bytes)} in {collective.count:,}{inside}"
+    return text + (f" {unread_text(report.unread)}" if report.unread else "")
 
 
 def _count(collectives: dict[str, Collective]) -> str:
