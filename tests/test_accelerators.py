@@ -2,17 +2,31 @@
 
 import functools
 import importlib.util
+import sys
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from rich.console import Console
 
-from experiments.bench.cases import make_mesh
-from experiments.compiled import Kernel, Program, measure, read
-from experiments.roofline import CHIPS, Chip, dearest, dearest_table
-from experiments.topology import TopologyError, topology_devices
+from experiments.bench.all_to_all import all_to_all_muon
+from experiments.bench.arms import matrix_dimensions
+from experiments.bench.cases import make_mesh, on_mesh
+from experiments.bench.sharding import compile_step
+from experiments.compiled import Collective, Kernel, Program, measure, read
+from experiments.roofline import (
+    CHIPS,
+    Chip,
+    dearest,
+    dearest_table,
+    estimate,
+    exchange_text,
+    print_programs,
+)
+from experiments.topology import MEMORY, TopologyError, topology_devices
 
 REPLICATED = P()
 CHIP = Chip("made up", bandwidth=1e12, flops=1e14, launch=2e-6)
@@ -49,6 +63,58 @@ def test_one_program_has_the_same_flops_on_every_platform(name, spec):
     program = compiled_for(name, iterated, (1024, 2048), spec=spec)
     expected = 6 * 4 * 1024 * 1024 * 2048 // (8 if spec == P("d") else 1)
     assert program.flops == pytest.approx(expected, rel=0.02)
+
+
+def optax_muon(case):
+    return optax.contrib.muon(0.02, muon_weight_dimension_numbers=matrix_dimensions(case.params))
+
+
+def exchanged(case):
+    return all_to_all_muon(0.02, case.shardings)
+
+
+# An optimizer whose forms depend on the platform would be another program on each.
+@pytest.mark.parametrize("name", ["h100:8", "v5e:2x4"])
+@pytest.mark.parametrize("made", [optax_muon, exchanged], ids=["propagated", "in a loop"])
+def test_an_update_has_the_flops_on_accelerators_that_it_has_on_cpus(name, made):
+    def flops(name):
+        shapes = {"up": (8, 256, 512), "square": (256, 256)}
+        case = on_mesh("small", mesh_of(name), shapes, ("d", None), dtype=jnp.bfloat16)
+        program = measure(compile_step(case, made(case)))
+        assert program.unread == {}
+        return program.flops
+
+    assert flops(name) == pytest.approx(flops("cpu"), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["h100:8", "v5e:2x4"])
+def test_a_training_step_has_the_flops_on_accelerators_that_it_has_on_cpus(name):
+    """Layers in a scan with remat, params and batch cut over all devices: loops of collectives."""
+
+    def loss(params, x):
+        def layer(x, kernels):
+            up, down = kernels
+            return x + jnp.tanh(x @ up) @ down, None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, params)[0].astype(jnp.float32) ** 2)
+
+    def flops(name):
+        mesh = mesh_of(name)
+
+        def array(*shape, spec):
+            return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
+
+        up, down = (array(3, *shape, spec=(None, "d")) for shape in ((256, 1024), (1024, 256)))
+        x = array(1024, 256, spec=("d",))
+        step = jax.jit(jax.grad(loss), out_shardings=(up.sharding, down.sharding))
+        program = measure(step.lower((up, down), x).compile())
+        assert program.unread == {}
+        return program.flops
+
+    # Forward, forward again, and two products for each backward.
+    expected = 3 * 2 * (2 * 128 * 256 * 1024) * (1 + 1 + 2)
+    assert flops("cpu") == pytest.approx(expected, rel=0.15)  # the last product again is not needed
+    assert flops(name) == pytest.approx(flops("cpu"), rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["h100:8", "h200:8", "b200:8", "h100:2x4"])
@@ -126,6 +192,32 @@ def test_bytes_of_slices_updates_and_products_by_hand():
     assert program.kernel_count == 3 and program.unread == {}
 
 
+SLICES = """HloModule slices
+
+ENTRY %main (a: f32[12,64]) -> f32[4,64] {
+  %a = f32[12,64]{1,0:T(8,128)} parameter(0)
+  %here = ((f32[12,64]{1,0:T(8,128)}), f32[4,64]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:4], [0:64]}
+  %held = f32[4,64]{1,0:T(8,128)S(1)} slice-done(%here)
+  %there = ((f32[12,64]{1,0:T(8,128)}), f32[4,64]{1,0:T(8,128)}, s32[]{:S(2)}) slice-start(%a), slice={[0:4], [0:64]}
+  %kept = f32[4,64]{1,0:T(8,128)} slice-done(%there)
+  %moved = (f32[4,64]{1,0:T(8,128)S(1)}, f32[4,64]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%kept)
+  %copied = f32[4,64]{1,0:T(8,128)S(1)} copy-done(%moved)
+  ROOT %sum = f32[4,64]{1,0:T(8,128)} add(%held, %copied)
+}
+"""  # noqa: E501
+
+
+def test_bytes_of_what_a_tpu_fetches_ahead_by_hand():
+    """Into its own memory a slice is read; in HBM it is written, too; its end costs nothing."""
+    part, context = 4 * 64 * 4, 4
+    assert [(k.name, k.hbm_bytes) for k in read(SLICES).kernels] == [
+        ("here", part),
+        ("there", 2 * part),
+        ("moved", part + context),
+        ("sum", part),
+    ]
+
+
 def test_the_roofline_by_hand():
     moves = Kernel("moves", runs=3, hbm_bytes=10**6)  # 2 + 1 µs
     works = Kernel("works", runs=1, flops=10**10, hbm_bytes=10**6)  # 2 + 100 µs
@@ -137,6 +229,48 @@ def test_the_roofline_by_hand():
     assert dearest_table(found).row_count == 2
     assert CHIP.floor(1e10, 1e6) == pytest.approx(1e-4)
     assert "2 µs a launch, 1 TB/s, 100 TFLOP/s" in CHIP.assumptions()
+
+
+def test_a_program_is_printed_with_all_that_it_takes(monkeypatch):
+    kernels = (
+        Kernel("works", runs=3, flops=10**9, hbm_bytes=10**6, cycles=500_000, source="a.py:7 f"),
+        Kernel("moves", runs=2, hbm_bytes=10**7),
+    )
+    collectives = {"all-gather": Collective(6, 4, 24_000_000, 3_000_000, beside=5)}
+    program = Program(3 * 10**9, collectives, 7_000_000, unread={"other": 2}, kernels=kernels)
+    monkeypatch.setitem(CHIPS, "made up", CHIP)
+    console = Console(record=True, width=160)
+    print_programs({"Muon": program}, "made up", console)
+    said = " ".join(console.export_text().split())
+    for text in (
+        "FLOPs 3 GFLOP",
+        "kernels 5",
+        "HBM traffic 23.00 MB",
+        "roofline 0.06 ms",  # 3 × (2 + 10) + 2 × (2 + 10) µs
+        "estimated cycles 1.50 M",
+        "all-gather 24.00 MB in 6 (4 in loops, 5 beside computation)",
+        "temporaries 7.00 MB",
+        "without those of 2 × other",
+        "Roofline of made up",
+        "a.py:7 f",
+    ):
+        assert text in said, text
+
+
+def test_a_cpu_has_no_roofline():
+    assert estimate(Program(0, {}), "cpu") is None
+    assert exchange_text(None) == "–"
+    assert MEMORY.keys() == CHIPS.keys()
+
+
+@pytest.mark.parametrize("name", ["nope", "h100x8", "v5e", "gpu:8", "H100:8", "v5e:", "cpu:4"])
+def test_what_is_no_topology_says_which_there_are(name, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(TopologyError, match=f"no topology '{name}'") as refused:
+        topology_devices(name)
+    for text in ("h100:8", "`gpu-compile`", "v5e:4x4", "`tpu`"):
+        assert text in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["h100:0", "h100:", "h100:8x", "b200:2x2x2"])

@@ -1,5 +1,6 @@
 """`python -m experiments.bench`: its rows, its files, and what it says if something is missing."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -11,7 +12,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from experiments.bench import __main__ as bench
-from experiments.bench import arms, cases, sharding, spectra, speed
+from experiments.bench import accelerators, arms, cases, sharding, spectra, speed
+from experiments.bench.all_to_all import all_to_all_muon
+from experiments.roofline import CHIPS, Chip
+from experiments.topology import TopologyError
 
 PNG = b"\x89PNG"
 TINY = ["--devices", "8", "--layers", "8", "--width", "32", "--rounds", "1"]
@@ -191,9 +195,99 @@ def test_a_topology_compiles(tmp_path, monkeypatch, capsys):
     ours = summary["sharding"][0]
     assert ours["raises"] is None and ours["ns_dtype"] == "bfloat16"
     assert 0 < ours["flops_ratio"] < 1.2
+    assert ours["kernels"] > 10 and ours["cycles"] > 0 and len(ours["dearest"]) == 10
+    printed = capsys.readouterr().out
+    assert "Roofline of TPU v5 lite" in printed and "The dearest kernels" in printed
 
 
 @needs_libtpu
 def test_an_unknown_topology_is_named(tmp_path, capsys):
-    assert bench.main(["--topology", "nonsense:3", "--out", str(tmp_path)]) == 2
-    assert "libtpu makes no topology 'nonsense:3'" in capsys.readouterr().err
+    assert bench.main(["--topology", "v5e:3", "--out", str(tmp_path)]) == 2
+    assert "libtpu makes no topology 'v5e:3'" in capsys.readouterr().err
+
+
+# --- Accelerators ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cpus(monkeypatch):
+    """Eight CPU devices in the place of a topology's, with a roofline."""
+    chip = Chip("made up", bandwidth=1e9, flops=1e10, launch=1e-6)
+    monkeypatch.setitem(CHIPS, "cpu", chip)
+
+    def devices(name):
+        if name == "missing:8":
+            raise TopologyError("It needs an extra.")
+        return jax.devices()[:8]
+
+    monkeypatch.setattr(accelerators, "topology_devices", devices)
+    return chip
+
+
+def test_accelerators_compile_every_arm_beside_the_floor(cpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(accelerators, "TOPOLOGIES", ("made:8", "missing:8"))
+    monkeypatch.setenv("COLUMNS", "250")
+    words = "--parts accelerators --layers 1 --width 16 --hidden 32 --name made --out"
+    assert bench.main([*words.split(), str(tmp_path)]) == 0
+    summary = json.loads((tmp_path / "made" / "summary.json").read_text(encoding="utf-8"))
+    rows = [row for row in summary["accelerators"] if "case" in row]
+    assert all(row["raises"] is None for row in rows), rows
+    on_all = [row for row in rows if "fsdp" in row["case"]]
+    assert {row["arm"] for row in on_all} == {"muon_jax", "optax.contrib", "all-to-all", "floor"}
+    one = [row for row in rows if row["case"] == "1 layer of 16 / 32, separate"]
+    programs = [row for row in one if row["arm"] != "floor"]
+    assert {(row["arm"], row["leaves"], row["products"]) for row in programs} == {
+        (arm, leaves, products)
+        for arm in ("muon_jax", "optax.contrib")
+        for leaves in ("float32", "bfloat16")
+        for products in ("XLA's choice", "cuBLAS")
+    }
+    floor = next(row for row in one if row["arm"] == "floor")
+    # Four squares and two of 16 × 32, each by the lesser form; five passes over float32 leaves.
+    assert floor["flops"] == 4 * 20 * 16**3 + 2 * (3 * 32 * 16**2 + 17 * 16**3)
+    assert floor["hbm_bytes"] == 5 * 4 * (4 * 16**2 + 2 * 16 * 32)
+    assert floor["seconds"] == max(floor["flops"] / 1e10, floor["hbm_bytes"] / 1e9)
+    assert all(row["seconds"] > floor["seconds"] for row in programs)
+    printed = capsys.readouterr().out
+    assert "It needs an extra." in printed and "Roofline of made up" in printed
+    assert (tmp_path / "made" / "accelerators.png").read_bytes().startswith(PNG)
+
+
+def test_accelerators_without_any_compiler_say_what_to_install(cpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(accelerators, "TOPOLOGIES", ("missing:8",))
+    assert bench.main(["--parts", "accelerators", "--out", str(tmp_path)]) == 2
+    assert "It needs an extra." in capsys.readouterr().err
+
+
+def test_a_program_with_products_that_cannot_be_read_has_no_figures(cpus, monkeypatch):
+    made, _ = accelerators.pieces(["made:8"], 1, 16, 32)
+    read = accelerators.measure
+
+    def unread(compiled):
+        return dataclasses.replace(read(compiled), unread={"mystery": 3})
+
+    monkeypatch.setattr(accelerators, "measure", unread)
+    row = accelerators.cost(made[0])
+    assert row["raises"] == "FLOPs of mystery cannot be read." and "seconds" not in row
+    assert accelerators.table([row]).row_count == 1
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 32), (3, 32, 16), (16, 32)])
+def test_the_all_to_all_rival_orthogonalises(shape):
+    case = cases.on_mesh(
+        "x", cases.make_mesh(jax.devices()[:8], {"d": 8}), {"a": shape}, ("d", None)
+    )
+    gradient = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    x = gradient / np.linalg.norm(gradient, axis=(-2, -1), keepdims=True)
+    if shape[-2] > shape[-1]:
+        x = x.swapaxes(-1, -2)
+    for _ in range(5):
+        square = x @ x.swapaxes(-1, -2)
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    expected = x.swapaxes(-1, -2) if shape[-2] > shape[-1] else x
+    tx = all_to_all_muon(1.0, case.shardings)
+    params = {"a": jax.device_put(jnp.asarray(gradient), case.shardings["a"])}
+    updates = jax.jit(lambda g: tx.update(g, tx.init(g))[0])(params)
+    np.testing.assert_allclose(-updates["a"], expected, atol=1e-4)
+    kinds = sharding.measure(sharding.compile_step(case, tx)).collectives
+    assert ("all-to-all" in kinds) == (len(shape) == 3)

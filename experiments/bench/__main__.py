@@ -17,16 +17,16 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments.bench import sharding, spectra, speed
+from experiments.bench import accelerators, sharding, spectra, speed
 from experiments.bench.cases import Case, simulated_cases, topology_cases
 from experiments.commands import guard
 from experiments.figures import save_png
 from experiments.runs import machine, write_json
 from experiments.settings import Count, Rule, check, check_different
-from experiments.topology import topology_devices
+from experiments.topology import leave_accelerators_alone, topology_devices
 
 Row = dict[str, Any]
-PartName = Literal["sharding", "speed", "spectra"]
+PartName = Literal["sharding", "speed", "spectra", "accelerators"]
 
 # XLA's partitioner has one thread a program.
 COMPILER_THREADS = 2
@@ -44,8 +44,12 @@ class Config:
     device that JAX finds (two CPU cores are enough; on a GPU it takes larger trees), optimizers
     taking turns. `spectra` compares the standard and the Gram form. All together take minutes.
 
-    With --topology only `sharding` runs, compiled for devices that need not be there:
-    `python -m experiments.bench --topology v5e:16x16`.
+    `accelerators`, if asked for, compiles the update for an H100 and a v5e, eight of each too, that
+    need not be there: kernels, bytes, roofline and compile time beside its rivals'. It takes half
+    an hour.
+
+    With --topology only `sharding` runs, or `accelerators` if it is asked for, compiled for those
+    devices: `python -m experiments.bench --topology v5e:16x16`.
     """
 
     parts: tuple[PartName, ...] = ("sharding", "speed", "spectra")
@@ -56,7 +60,8 @@ class Config:
     devices: Annotated[int, _EVEN] = 16
     """Simulated CPU devices of the sharding part; an even number, at least 4."""
     layers: Count | None = None
-    """Layers of the sharding part; by default 16, and 64 for a topology."""
+    """Layers of the sharding part; by default 16, and 64 for a topology. With --width of the
+    accelerators part too, by default 2."""
     width: Count | None = None
     """D, fan_in and fan_out of its square kernels; by default 256, and 2048 for a topology."""
     hidden: Count | None = None
@@ -120,9 +125,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parts(config: Config) -> list[Part]:
     """The parts asked for, their work not yet begun."""
     if config.topology is not None:
-        # Whatever accelerator is here stays untouched.
-        jax.config.update("jax_platforms", "cpu")
+        leave_accelerators_alone()
+        if "accelerators" in config.parts:
+            return [accelerators_part(config, [config.topology])]
         return [sharding_part(topology_table(config), jnp.bfloat16)]
+    if config.parts == ("accelerators",):
+        leave_accelerators_alone()
     if "sharding" in config.parts:
         # Only before JAX has looked for devices can it be told how many to simulate.
         with contextlib.suppress(RuntimeError):
@@ -131,12 +139,13 @@ def parts(config: Config) -> list[Part]:
         "sharding": lambda: sharding_part(simulated_table(config), jnp.float32),
         "speed": lambda: speed_part(config.rounds),
         "spectra": spectra_part,
+        "accelerators": lambda: accelerators_part(config, accelerators.TOPOLOGIES),
     }
     return [made[name]() for name in config.parts]
 
 
 def topology_table(config: Config) -> list[Case]:
-    """The cases on a TPU that is not there."""
+    """The cases on devices that are not there."""
     width = config.width or 2048
     hidden = config.hidden or 4 * width
     devices = topology_devices(config.topology)
@@ -163,7 +172,15 @@ def sharding_part(cases: Sequence[Case], dtype: Any) -> Part:
         for case in cases
         for arm in case.arms
     ]
-    return Part("sharding", work, sharding.table, sharding.figure, COMPILER_THREADS)
+    return Part("sharding", work, sharding.tables, sharding.figure, COMPILER_THREADS)
+
+
+def accelerators_part(config: Config, topologies: Sequence[str]) -> Part:
+    """The update compiled for each topology, one program at a time since that is timed too."""
+    sizes = config.layers, config.width, config.hidden
+    made, refused = accelerators.pieces(topologies, *sizes)
+    work = [*accelerators.work(made), ("", lambda: refused)]
+    return Part("accelerators", work, accelerators.tables, accelerators.figure)
 
 
 def speed_part(rounds: int) -> Part:

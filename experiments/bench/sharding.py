@@ -1,8 +1,9 @@
 """What one optimizer step costs each device of a mesh, read from its compiled program."""
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,18 +13,30 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from experiments.bench.arms import ARMS, COLORS, update_step
 from experiments.bench.cases import Case
-from experiments.compiled import measure
+from experiments.compiled import Kernel, measure
 from experiments.figures import figure_style, legend_line, new_figure
+from experiments.pages import flop, readable
+from experiments.roofline import CHIPS, dearest_table, estimate
 
 Row = dict[str, Any]
 
 
-def compile_step(case: Case, tx: optax.GradientTransformation) -> Any:
-    """One donated step with params, gradients and momentum laid out as the case says."""
+def compile_step(
+    case: Case, tx: optax.GradientTransformation, options: Mapping[str, Any] | None = None
+) -> Any:
+    """One donated step with params, gradients and momentum laid out as the case says.
+
+    Args:
+        case: the params.
+        tx: the optimizer.
+        options: XLA's, for this program alone.
+    """
     with jax.set_mesh(case.mesh) if case.explicit else contextlib.nullcontext():
         state = laid_out(case, jax.eval_shape(tx.init, case.params))
         layouts = jax.tree.map(lambda leaf: leaf.sharding, (case.params, state, case.params))
@@ -33,7 +46,8 @@ def compile_step(case: Case, tx: optax.GradientTransformation) -> Any:
             out_shardings=(layouts[2], layouts[1]),
             donate_argnums=(1, 2),
         )
-        return step.lower(case.params, state, case.params).compile()
+        lowered = step.lower(case.params, state, case.params)
+        return lowered.compile(compiler_options=dict(options or {}))
 
 
 def laid_out(case: Case, state: Any) -> Any:
@@ -62,6 +76,17 @@ def cost(case: Case, arm: str, dtype: jax.typing.DTypeLike) -> Row:
         program = measure(compile_step(case, ARMS[arm](case, dtype)))
     except Exception as error:  # whatever a rival raises is its result
         return row | {"raises": type(error).__name__, "message": str(error).split("\n")[0]}
+    device_kind = case.mesh.devices.flat[0].device_kind
+    if found := estimate(program, device_kind):
+        row |= {
+            "device_kind": device_kind,
+            "kernels": found.kernels,
+            "hbm_bytes": found.hbm_bytes,
+            "seconds": found.seconds,
+            "cycles": found.cycles,
+            "beside": sum(c.beside for c in program.collectives.values()),
+            "dearest": [[dataclasses.asdict(kernel), took] for kernel, took in found.dearest],
+        }
     return row | {
         "flops_ratio": program.flops * case.mesh.size / case.standard_flops(),
         "bytes_ratio": program.exchanged_bytes / case.shard_bytes(),
@@ -100,6 +125,36 @@ def table(rows: Sequence[Row]) -> Table:
         end = last is None or last["case"] != row["case"]
         result.add_row(row["case"], row["arm"], *figures, end_section=end)
     return result
+
+
+def tables(rows: Sequence[Row]) -> Group:
+    """The same; of a topology also what the kernels take, and each optimizer's dearest ones."""
+    parts: list[Any] = [table(rows)]
+    timed = [row for row in rows if "kernels" in row]
+    if timed:
+        result = Table(title="The same step, on each device of the topology")
+        result.add_column("case")
+        result.add_column("optimizer")
+        for heading in ("kernels", "FLOPs", "HBM", "exchanged", "beside", "ms", "Mcycles"):
+            result.add_column(heading, justify="right")
+        for row in timed:
+            result.add_row(
+                row["case"],
+                row["arm"],
+                f"{row['kernels']:,}",
+                flop(row["flops"]),
+                readable(row["hbm_bytes"]),
+                readable(row["exchanged_bytes"]),
+                f"{row['beside']:,}",
+                f"{1e3 * row['seconds']:.3g}",
+                f"{row['cycles'] / 1e6:.2f}" if row["cycles"] else "–",
+            )
+        told = "ms: all kernels one after another. beside: collectives beside computation."
+        parts += [result, Text(f"{told}\n{CHIPS[timed[0]['device_kind']].assumptions()}")]
+    for row in timed:
+        dearest = [(Kernel(**kernel), seconds) for kernel, seconds in row["dearest"]]
+        parts.append(dearest_table(dearest, f"The dearest kernels, {row['case']}, {row['arm']}"))
+    return Group(*parts)
 
 
 def collectives(row: Row) -> str:

@@ -1,0 +1,309 @@
+"""The update compiled for GPUs and TPUs that are not here, beside its rivals and the floor.
+
+Compiled and never run: FLOPs, kernels, bytes and the TPU compiler's cycles are the program's own,
+milliseconds are the roofline's of `experiments.roofline`.
+"""
+
+import dataclasses
+import importlib.metadata
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from matplotlib.figure import Figure
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+import muon_jax
+from experiments.bench.all_to_all import all_to_all_muon
+from experiments.bench.arms import RATE, matrix_dimensions
+from experiments.bench.cases import (
+    OPTAX,
+    OURS,
+    Case,
+    layer,
+    least_flops,
+    make_mesh,
+    on_mesh,
+    separate,
+    stacked,
+)
+from experiments.bench.sharding import compile_step
+from experiments.compiled import Kernel, measure
+from experiments.figures import figure_style, new_figure, optimizer_color
+from experiments.pages import flop, readable
+from experiments.roofline import CHIPS, dearest_table, estimate
+from experiments.topology import TopologyError, topology_devices
+
+Row = dict[str, Any]
+
+TOPOLOGIES = ("h100:8", "v5e:2x4")
+
+EXCHANGED, FLOOR = "all-to-all", "floor"
+
+# What XLA multiplies by: its own choice, which without a device to time on is Triton, or cuBLAS.
+CHOICE, CUBLAS = "XLA's choice", "cuBLAS"
+_OPTIONS = {CHOICE: {}, CUBLAS: {"xla_gpu_enable_triton_gemm": False}}
+
+_LEAVES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One program: an optimizer's update of a tree.
+
+    Attributes:
+        case: the tree on its mesh, its leaves float32 or bfloat16.
+        arm: whose update; `FLOOR` is no program.
+        topology: as h100:8.
+        leaves: their dtype. Ours multiplies in bfloat16 whatever it is, the others in it.
+        products: `CHOICE` or `CUBLAS`.
+    """
+
+    case: Case
+    arm: str
+    topology: str
+    leaves: str
+    products: str = CHOICE
+
+    @property
+    def name(self) -> str:
+        """What it is, for whoever waits."""
+        return f"{self.case.name} · {self.arm}, {self.leaves}, {self.products}"
+
+
+def pieces(
+    topologies: Sequence[str], layers: int | None, width: int | None, hidden: int | None
+) -> tuple[list[Piece], list[Row]]:
+    """The programs of the table, and a row for each topology that cannot be compiled for here.
+
+    Args:
+        topologies: of `topology_devices`.
+        layers, width, hidden: of one tree in the place of the usual ones, all or none.
+
+    Raises:
+        TopologyError: none of them can.
+    """
+    made: list[Piece] = []
+    refused: list[Row] = []
+    for topology in topologies:
+        try:
+            devices = topology_devices(topology)
+        except TopologyError as error:
+            refused.append({"topology": topology, "raises": str(error)})
+            if len(refused) == len(topologies):
+                raise
+            continue
+        gpu = devices[0].platform != "tpu"
+        if width:
+            sizes = [(layers or 2, width, hidden or 4 * width)]
+        else:
+            sizes = [(12, 768, 3072), (4, 2048, 8192)] if gpu else [(2, 768, 3072), (1, 2048, 8192)]
+        for number, size in enumerate(sizes):
+            made += _on_one(topology, devices, *size, gpu=gpu, first=number == 0)
+        made += _on_all(topology, devices, *(sizes[0] if width else (8, 768, 3072)))
+    return made, refused
+
+
+def _on_one(
+    topology: str, devices: Any, layers: int, width: int, hidden: int, gpu: bool, first: bool
+) -> list[Piece]:
+    mesh = make_mesh(devices, {"device": 1})
+    shapes = layer(4, width, hidden)
+    trees = {"separate": separate(shapes, layers)}
+    if first:
+        trees["stacked"] = stacked(shapes, layers)
+    made = []
+    for form, tree in trees.items():
+        name = f"{_many(layers)} of {width} / {hidden}, {form}"
+        for leaves, dtype in _LEAVES.items():
+            case = on_mesh(name, mesh, tree, (None, None), dtype=dtype)
+            for products in (CHOICE, CUBLAS) if gpu and form == "separate" else (CHOICE,):
+                made += [Piece(case, arm, topology, leaves, products) for arm in (OURS, OPTAX)]
+            made.append(Piece(case, FLOOR, topology, leaves))
+    return made
+
+
+def _on_all(topology: str, devices: Any, layers: int, width: int, hidden: int) -> list[Piece]:
+    mesh = make_mesh(devices, {"fsdp": len(devices)})
+    shapes = layer(2, width, hidden)
+    made = []
+    for form, tree in {"stacked": stacked, "separate": separate}.items():
+        name = f"{_many(layers)} of {width} / {hidden}, {form}, fsdp {len(devices)}"
+        spec = ("fsdp", None)
+        case = on_mesh(name, mesh, tree(shapes, layers), spec, dtype=jnp.bfloat16)
+        arms = (OURS, OPTAX, EXCHANGED, FLOOR)
+        made += [Piece(case, arm, topology, "bfloat16") for arm in arms]
+    return made
+
+
+def _many(layers: int) -> str:
+    return f"{layers} layer" + "s" * (layers != 1)
+
+
+def transformation(arm: str, case: Case) -> optax.GradientTransformation:
+    """The arm's optimizer."""
+    if arm == OURS:
+        return muon_jax.muon(RATE, ns_dtype=jnp.bfloat16, mesh=case.mesh, shardings=case.shardings)
+    if arm == EXCHANGED:
+        return all_to_all_muon(RATE, case.shardings)
+    dimensions = matrix_dimensions(case.params)
+    return optax.contrib.muon(RATE, muon_weight_dimension_numbers=dimensions)
+
+
+def cost(piece: Piece) -> Row:
+    """The row of a piece; one that raises has a row that says so.
+
+    `compile_seconds` are of the process's CPU time, which other processes do not lengthen.
+    """
+    case = piece.case
+    device_kind = case.mesh.devices.flat[0].device_kind
+    row: Row = {"topology": piece.topology, "device_kind": device_kind, "case": case.name}
+    row |= {"arm": piece.arm, "leaves": piece.leaves, "products": piece.products, "raises": None}
+    if piece.arm == FLOOR:
+        return row | _floor(case, device_kind)
+    if piece.arm == OPTAX:
+        row["version"] = importlib.metadata.version("optax")
+    began = time.process_time()
+    try:
+        compiled = compile_step(case, transformation(piece.arm, case), _OPTIONS[piece.products])
+        seconds = time.process_time() - began
+        program = measure(compiled)
+    except Exception as error:  # whatever a rival raises is its result
+        message = f"{type(error).__name__}: {error}".split("\n")[0]
+        return row | {"raises": message}
+    if program.unread:
+        return row | {"raises": f"FLOPs of {', '.join(program.unread)} cannot be read."}
+    found = estimate(program, device_kind)
+    return row | {
+        "flops": program.flops,
+        "kernels": found.kernels,
+        "hbm_bytes": found.hbm_bytes,
+        "seconds": found.seconds,
+        "cycles": found.cycles,
+        "exchanged_bytes": program.exchanged_bytes,
+        "collectives": {k: dataclasses.asdict(c) for k, c in program.collectives.items()},
+        "temp_bytes": program.temp_bytes,
+        "compile_seconds": seconds,
+        "dearest": [[dataclasses.asdict(kernel), time] for kernel, time in found.dearest],
+    }
+
+
+def _floor(case: Case, device_kind: str) -> Row:
+    """What no program is faster than: the least FLOPs known, beside each array's bytes once.
+
+    Gradient, momentum and params are read, the latter two are written.
+    """
+    leaves = jax.tree.leaves(case.params)
+    flops = least_flops([leaf.shape for leaf in leaves]) // case.mesh.size
+    held = sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves
+    )
+    seconds = CHIPS[device_kind].floor(flops, 5 * held)
+    return {"flops": flops, "hbm_bytes": 5 * held, "seconds": seconds}
+
+
+def work(made: Sequence[Piece]) -> list[tuple[str, Callable[[], list[Row]]]]:
+    """Each piece's name, and what gives its row."""
+    return [(piece.name, lambda piece=piece: [cost(piece)]) for piece in made]
+
+
+def tables(rows: Sequence[Row]) -> Group:
+    """All rows, what is assumed, and our dearest kernels on each chip's first tree."""
+    parts: list[Any] = [table(rows)]
+    shown: set[str] = set()
+    for row in rows:
+        if row["raises"] or row["topology"] in shown or row["arm"] != OURS:
+            continue
+        shown.add(row["topology"])
+        parts.append(Text(CHIPS[row["device_kind"]].assumptions()))
+        dearest = [(Kernel(**kernel), seconds) for kernel, seconds in row["dearest"]]
+        parts.append(dearest_table(dearest, f"Our dearest kernels, {row['case']}"))
+    return Group(*parts)
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """A piece a line."""
+    result = Table(
+        title="One update of a device, compiled",
+        caption="ms by the roofline; Mcycles by the TPU's compiler; compile: CPU time ÷ optax's. "
+        "Our products are bfloat16, the others' in the dtype of the leaves. Floor: the least FLOPs "
+        "known, beside gradient, momentum and params once.",
+    )
+    for heading in ("tree", "leaves", "optimizer"):
+        result.add_column(heading)
+    for heading in ("kernels", "FLOPs", "HBM", "exchanged", "temp", "ms", "Mcycles", "compile"):
+        result.add_column(heading, justify="right")
+    for row, after in zip(rows, [*rows[1:], {}], strict=True):
+        if "case" not in row:
+            result.add_row(row["topology"], "", row["raises"], end_section=True)
+            continue
+        cells = [row["raises"]] if row["raises"] else _cells(row, rows)
+        names = f"{row['topology']}: {row['case']}", row["leaves"], label(row)
+        result.add_row(*names, *cells, end_section=not _alike(row, after))
+    return result
+
+
+def label(row: Row) -> str:
+    """The arm, its version if it is another package's, and what multiplies if it is told."""
+    name = f"{row['arm']} {row['version']}" if "version" in row else row["arm"]
+    return f"{name}, cuBLAS" if row["products"] == CUBLAS else name
+
+
+def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
+    if row["arm"] == FLOOR:
+        ms = f"{1e3 * row['seconds']:.3g}"
+        return ["–", flop(row["flops"]), readable(row["hbm_bytes"]), "–", "–", ms, "–", "–"]
+    rivals = (r for r in rows if r.get("arm") == OPTAX and _alike(r, row))
+    rival = next((r for r in rivals if r["products"] == row["products"]), None)
+    ratio = "–"
+    if rival and not rival["raises"]:
+        ratio = f"{row['compile_seconds'] / rival['compile_seconds']:.1f}"
+    return [
+        f"{row['kernels']:,}",
+        flop(row["flops"]),
+        readable(row["hbm_bytes"]),
+        readable(row["exchanged_bytes"]) if row["exchanged_bytes"] else "–",
+        readable(row["temp_bytes"]),
+        f"{1e3 * row['seconds']:.3g}",
+        f"{row['cycles'] / 1e6:.2f}" if row["cycles"] else "–",
+        ratio,
+    ]
+
+
+def _alike(row: Row, other: Row) -> bool:
+    """Whether both are of one tree on one topology, of one dtype."""
+    return all(row.get(key) == other.get(key) for key in ("topology", "case", "leaves"))
+
+
+COLORS = {
+    OURS: optimizer_color("muon"),
+    OPTAX: optimizer_color("optax"),
+    EXCHANGED: "#8C6BB1",
+    FLOOR: "#999999",
+}
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Milliseconds of every piece, as bars."""
+    shown = [row for row in rows if not row["raises"]]
+    with figure_style():
+        drawing = new_figure(9, 1 + 0.24 * len(shown))
+        axes = drawing.subplots()
+        names = []
+        for place, row in enumerate(shown):
+            axes.barh(place, 1e3 * row["seconds"], 0.8, color=COLORS[row["arm"]])
+            text = f" {1e3 * row['seconds']:.3g}"
+            axes.annotate(text, (1e3 * row["seconds"], place), va="center", fontsize=6.5)
+            names.append(f"{row['topology']}, {row['case']}, {row['leaves']}: {label(row)}")
+        axes.set_yticks(range(len(shown)), names, fontsize=6.5)
+        axes.set_xscale("log")
+        axes.set_xlabel("ms by the roofline")
+        axes.grid(axis="y", visible=False)
+        axes.invert_yaxis()
+    return drawing
