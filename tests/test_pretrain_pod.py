@@ -13,8 +13,9 @@ import pytest
 from pretraining import DENSE, SMALL, VOCABULARY, mesh_of, one_device, training
 from rich.console import Console
 
-from experiments.compiled import measure
+from experiments.compiled import Kernel, Program, measure
 from experiments.language.attention import BLOCK, causal_attention, splash
+from experiments.language.kernels import Shape, with_attention
 from experiments.language.mesh import Mesh, make_mesh
 from experiments.pretrain import pod
 from experiments.pretrain.costs import step_costs
@@ -22,6 +23,7 @@ from experiments.pretrain.experts import tpu_ragged_dot
 from experiments.pretrain.model import LanguageModel
 from experiments.pretrain.presets import PRESETS
 from experiments.pretrain.step import Trainer
+from experiments.roofline import estimate
 from experiments.topology import topology_devices
 
 change = dataclasses.replace
@@ -100,6 +102,7 @@ def test_a_report_tells_what_one_device_has(report):
     assert 1 < report.flops / report.model_flops < 3
     assert {"all-gather", "all-reduce", "reduce-scatter"} <= set(report.collectives)
     assert (report.fits, report.unread, report.newton_schulz) == (None, {}, None)
+    assert report.estimate is None  # a CPU has no roofline
     assert json.loads(json.dumps(dataclasses.asdict(report)))["optimizer"] == "adamw"
 
 
@@ -121,6 +124,30 @@ def test_what_does_not_fit_is_said_and_exits_with_1(report, monkeypatch):
         console = Console(record=True, width=120)
         assert pod.compile_only(config, ["adamw"], "simulated", console) == code
         assert text in console.export_text()
+
+
+def test_a_report_tells_the_roofline_and_the_dearest_kernels(report):
+    _, made = report
+    kernel = Kernel("works", runs=4, flops=10**9, hbm_bytes=10**6, source="model.py:3 f")
+    program = Program(0, {}, kernels=(kernel,))
+    kind = "NVIDIA H100 80GB HBM3"
+    known = change(made, device_kind=kind, estimate=estimate(program, kind), unread={"other": 3})
+    console = Console(record=True, width=160)
+    pod.print_reports([known], console)
+    said = " ".join(console.export_text().split())
+    for text in ("kernels 4", "HBM traffic 4.00 MB", "roofline 0.0137 ms", "model.py:3 f"):
+        assert text in said, text
+    assert "2 µs a launch, 3.35 TB/s" in said and "without those of 3 × other" in said
+
+
+def test_kernels_of_attention_count_in_the_roofline():
+    shape = Shape(sequences=2, heads=4, length=1024, key=64, value=32)
+    kernels = Kernel("splash_mha_fwd_residuals.7", runs=3), Kernel("other.1", runs=2)
+    unread = {"splash_mha_fwd_residuals": 3, "other": 2}
+    program = with_attention(Program(10, {}, unread=unread, kernels=kernels), shape)
+    once = 2 * 4 * 3 * 2 * BLOCK**2 * (64 + 32)  # three pairs of blocks
+    assert [kernel.flops for kernel in program.kernels] == [once, 0]
+    assert (program.flops, program.unread) == (10 + 3 * once, {"other": 2})
 
 
 def test_the_compilers_refusal_is_passed_on(report, monkeypatch):

@@ -37,7 +37,10 @@ def compile_step(
         tx: the optimizer.
         options: XLA's, for this program alone.
     """
-    with jax.set_mesh(case.mesh) if case.explicit else contextlib.nullcontext():
+    # A program is for the platform of the mesh in use, and without one for that of this machine.
+    is_away = case.mesh.devices.flat[0].platform != jax.default_backend()
+    in_use = case.explicit or is_away
+    with jax.set_mesh(case.mesh) if in_use else contextlib.nullcontext():
         state = laid_out(case, jax.eval_shape(tx.init, case.params))
         layouts = jax.tree.map(lambda leaf: leaf.sharding, (case.params, state, case.params))
         step = jax.jit(
