@@ -45,8 +45,7 @@ class Config:
     taking turns. `spectra` compares the standard and the Gram form. All together take minutes.
 
     `accelerators`, if asked for, compiles the update for an H100 and a v5e, eight of each too, that
-    need not be there: kernels, bytes, roofline and compile time beside its rivals'. It takes half
-    an hour.
+    need not be there: kernels, bytes, roofline and compile time beside its rivals', in ten minutes.
 
     With --topology only `sharding` runs, or `accelerators` if it is asked for, compiled for those
     devices: `python -m experiments.bench --topology v5e:16x16`.
@@ -248,7 +247,7 @@ def finish(part: Part, console: Console) -> list[Row]:
 def versions() -> dict[str, str]:
     """Of what else took part."""
     found = {}
-    for package in ("jaxlib", "libtpu", "torch"):
+    for package in ("jaxlib", "libtpu", "jax-cuda12-plugin", "torch"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
