@@ -213,6 +213,11 @@ def _muonbp(settings: "Settings", rate: optax.Schedule, rest: Options, placed: O
     return _like_muon(muon_jax.muonbp, **own)(settings, rate, rest, placed)
 
 
+def clip_threshold(name: str, settings: "Settings") -> float | None:
+    """The largest attention logit that an arm's QK-clip allows; None of an arm without one."""
+    return settings.variants.clip_threshold if name == "muonclip" else None
+
+
 def _muonclip(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
     own = {"specs": settings.attention_spec, "threshold": settings.variants.clip_threshold}
     return _like_muon(muon_jax.muonclip, **own)(settings, rate, rest, placed)

@@ -54,6 +54,10 @@ class Trainer:
     def program(self):
         self.loop.clock.now += COMPILATION
 
+    @functools.cached_property
+    def looking(self):
+        self.loop.clock.now += COMPILATION
+
 
 class Loop(TrainingLoop):
     """A training whose steps do nothing; `bad` steps have an infinite update."""
@@ -64,10 +68,11 @@ class Loop(TrainingLoop):
         super().__init__(
             Trainer(self, steps), Keeping(**keeping), folder, saved, stop, lambda _: None, said
         )
-        self.until = None
+        self.until, self.looked = None, []
 
-    def advance(self, state, batch):
+    def advance(self, state, batch, look):
         self.clock.now += STEP
+        self.looked += [state.step + 1] if look else []
         if state.step + 1 == self.until:
             self.stop.set()
         rms = jnp.inf if state.step in self.bad else 1.0
@@ -132,6 +137,22 @@ def test_seconds_are_of_training_alone(clock, folder, every, stops):
     assert training_loop.speed(loop.log, TOKENS) == TOKENS / STEP
 
 
+@pytest.mark.parametrize(
+    ("log_every", "expected"),
+    [(1, [1, 11, 21, 31, 41, 51]), (10, [10, 20, 30, 40, 50, 60]), (25, [25, 50])]
+    + [(4, [4, 12, 24, 32, 44, 52])],
+)
+def test_one_logged_step_in_ten_has_the_largest_logit(clock, folder, log_every, expected):
+    """A run that stops and goes on looks at the same steps."""
+    saved, looked = Saved(clock), []
+    for stop in (13, 40, None):
+        loop = Loop(clock, saved, folder, 60, log_every=log_every, save_every=20)
+        loop.until = stop
+        loop.to_the_end()
+        looked += loop.looked
+    assert looked == expected
+
+
 def test_what_a_restart_tells_is_what_was_told(clock, folder, tmp_path_factory):
     """Records end at every checkpoint, so that means over their steps are the same."""
     settings = {"log_every": 10, "save_every": 25, "evaluate_every": 50}
@@ -165,6 +186,7 @@ def test_a_profile_has_the_steps_that_this_part_of_a_run_has(
     settings = {"save_every": 100, "evaluate_every": 100, "log_every": 1}
     loop = Loop(clock, saved, folder, steps, profile=profile, **settings)
     loop.evaluate = lambda state: ({"validation_loss": 1.0}, 1.0)
+    loop.trainer.looking = loop.trainer.program  # compiled by now, as where logits are at hand
     monkeypatch.setattr(saved, "save", lambda *_: None)
     assert loop.to_the_end()
     assert seen == watched

@@ -65,12 +65,14 @@ class Arm(NamedTuple):
         counted: whether each is part of the gradient's norm.
         schedule: factor of the learning rate, by update.
         build: `rate -> transformation`; the rate after warm-up may be traced.
+        clips_at: largest attention logit of its QK-clip, which needs to know them; None without.
     """
 
     labels: Any
     counted: Any
     schedule: optax.Schedule
     build: Callable[[float | jax.Array], optax.GradientTransformationExtraArgs]
+    clips_at: float | None
 
 
 def make(name: ArmName, config: Training, architecture: Qwen3, **placed: Any) -> Arm:
@@ -100,6 +102,7 @@ def make(name: ArmName, config: Training, architecture: Qwen3, **placed: Any) ->
         jax.tree.map(lambda label: counts_frozen or label != "frozen", labels),
         schedule,
         functools.partial(_transformation, name, settings, architecture, schedule, placed),
+        settings.clip_threshold if _clips(name, settings) else None,
     )
 
 
@@ -137,12 +140,16 @@ def _transformation(
         **{f"adam_{key}": value for key, value in adam.items()},
         **placed,
     )
-    if name != "muonclip" or "no_clip" in settings.quirks:
+    if not _clips(name, settings):
         return muon
     spec = model.attention_spec(architecture)
     if settings.clip_projections:
         spec = dataclasses.replace(spec, qk_norm="ignore")
     return optax.chain(muon, muon_jax.qk_clip(spec, threshold=settings.clip_threshold))
+
+
+def _clips(name: ArmName, settings: Optimizer) -> bool:
+    return name == "muonclip" and "no_clip" not in settings.quirks
 
 
 def _rest(name: ArmName, settings: Optimizer) -> str:

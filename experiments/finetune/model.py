@@ -7,6 +7,7 @@ Shapes: B rows, T positions, D hidden, N query heads, K key heads, H head_dim.
 """
 
 import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -56,7 +57,11 @@ class Attention(nnx.Module):
             self.key_norm = nnx.RMSNorm(a.head_dim, epsilon=a.epsilon, rngs=rngs)
 
     def __call__(
-        self, x_BxTxD: jax.Array, segments_BxT: jax.Array | None, positions: jax.Array
+        self,
+        x_BxTxD: jax.Array,
+        segments_BxT: jax.Array | None,
+        positions: jax.Array,
+        threshold: float | None,
     ) -> tuple[jax.Array, jax.Array]:
         a = self.a
         q_BxTxNxH = split_heads(self.query(x_BxTxD), a.heads)
@@ -67,7 +72,7 @@ class Attention(nnx.Module):
         q_BxTxNxH, k_BxTxKxH = (
             rotate_heads(x, positions, a.rope_theta) for x in (q_BxTxNxH, k_BxTxKxH)
         )
-        mixed, largest = causal_attention(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segments_BxT, None)
+        mixed, largest = causal_attention(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segments_BxT, threshold)
         return self.out(join_heads(mixed)), largest
 
 
@@ -81,11 +86,15 @@ class Layer(nnx.Module):
         self.feed_forward = SwiGLU(a.hidden, a.ffn, rngs=rngs)
 
     def __call__(
-        self, x_BxTxD: jax.Array, segments_BxT: jax.Array | None, positions: jax.Array
+        self,
+        x_BxTxD: jax.Array,
+        segments_BxT: jax.Array | None,
+        positions: jax.Array,
+        threshold: float | None,
     ) -> tuple[jax.Array, jax.Array]:
         x_BxTxD = constrain(x_BxTxD, "batch", None, None)
         normed = self.attention_norm(x_BxTxD)
-        mixed, largest = self.attention(normed, segments_BxT, positions)
+        mixed, largest = self.attention(normed, segments_BxT, positions, threshold)
         x_BxTxD = x_BxTxD + mixed
         x_BxTxD = x_BxTxD + self.feed_forward(self.feed_forward_norm(x_BxTxD))
         return constrain(x_BxTxD, "batch", None, None), largest
@@ -111,6 +120,7 @@ class LanguageModel:
         segments_BxT: jax.Array | None = None,
         *,
         max_logits: bool = False,
+        threshold: float | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """What the head reads, `(B, T, D)`, and `Losses.max_logits`.
 
@@ -120,6 +130,7 @@ class LanguageModel:
             segments_BxT: int32; neighbours with one number are one text, which sees no other and
                 whose positions begin at 0; 0 is padding. None is a text in every row.
             max_logits: whether to tell them.
+            threshold: up to here upper bounds of them will do, as `causal_attention` has it.
 
         Raises:
             ValueError: segments of another shape than the tokens.
@@ -135,7 +146,9 @@ class LanguageModel:
 
         def layer(x_BxTxD, kernels):
             kernels = self._cast({"layers": kernels})["layers"]
-            x_BxTxD, largest = nnx.merge(self._layer, kernels)(x_BxTxD, segments_BxT, positions)
+            x_BxTxD, largest = nnx.merge(self._layer, kernels)(
+                x_BxTxD, segments_BxT, positions, threshold if max_logits else math.inf
+            )
             return x_BxTxD, largest if max_logits else None
 
         x_BxTxD = vocabulary.look_up(params["embedding"]["embedding"], tokens_BxT, self.dtype)
@@ -156,14 +169,17 @@ class LanguageModel:
         segments_BxT: jax.Array | None = None,
         *,
         max_logits: bool = False,
+        threshold: float | None = None,
     ) -> Losses:
         """The loss of each position's target, the token that follows it; logits exist in pieces.
 
         Args:
-            params, tokens_BxT, segments_BxT, max_logits: as `hidden` takes them.
+            params, tokens_BxT, segments_BxT, max_logits, threshold: as `hidden` takes them.
             targets_BxT: int32, negative where there is none.
         """
-        hidden, largest = self.hidden(params, tokens_BxT, segments_BxT, max_logits=max_logits)
+        hidden, largest = self.hidden(
+            params, tokens_BxT, segments_BxT, max_logits=max_logits, threshold=threshold
+        )
         loss, correct = vocabulary.cross_entropy(self._head(params), hidden, targets_BxT)
         return Losses(jnp.where(targets_BxT >= 0, loss, 0), correct, largest)
 

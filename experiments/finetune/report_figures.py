@@ -63,7 +63,7 @@ def held_out_figure(arms: Arms) -> Figure:
     panels = figure.subplots(1, 3)
     _draw(panels[0], arms, "validation_loss", marked=True)
     _draw(panels[1], arms, "validation_accuracy", scale=100, marked=True)
-    _draw(panels[2], arms, "max_logit")
+    _draw(panels[2], arms, "max_logit", gaps=False)
     titles = ("Held-out loss (nats a token)", "Held-out accuracy (%)", "Largest attention logit")
     for axes, title in zip(panels, titles, strict=True):
         axes.set_title(title, loc="left")
@@ -96,16 +96,20 @@ def _draw(
     scale: float = 1.0,
     log: bool = False,
     marked: bool = False,
+    gaps: bool = True,
 ) -> None:
     """Every training thin, and each arm's mean, smoothed where it is of single steps.
 
-    With `log` the axis is logarithmic if there is a decade to show.
+    With `log` the axis is logarithmic if there is a decade to show; without `gaps` lines go on
+    where a value is not known.
     """
 
     def line(steps: np.ndarray, values: np.ndarray, **style: Any) -> None:
         shown = np.where(values > 0, values, np.nan) if log else scale * values
-        if np.isfinite(shown).any():  # the updates of frozen params are 0
-            axes.plot(steps, shown, **style)
+        known = np.isfinite(shown)
+        if known.any():  # the updates of frozen params are 0
+            drawn = slice(None) if gaps else known
+            axes.plot(steps[drawn], shown[drawn], **style)
 
     for arm, trainings in arms.items():
         color = color_of(arm)

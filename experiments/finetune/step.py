@@ -6,6 +6,7 @@ is the sum over all learnt tokens of a step, of all microbatches and devices, ov
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from experiments.finetune.architecture import Qwen3
 from experiments.finetune.config import ArmName, Training
 from experiments.finetune.model import LanguageModel, Losses, Params
 from experiments.finetune.packing import Batch
-from experiments.language import guard, sharding
+from experiments.language import attention, guard, sharding
 from experiments.language.guard import Guard
 from experiments.language.processes import Share, place_whole
 
@@ -54,6 +55,9 @@ class Trainer:
     Attributes:
         abstract: the state as shapes with shardings.
         program: the compiled step; to be had before there are params.
+        looking: the compiled step that tells the exact largest attention logit, too. It is
+            `program` itself where attention has its logits at hand; else it is compiled when first
+            needed, and updates as `program` does.
 
     Raises:
         ValueError: an axis that the mesh does not divide.
@@ -90,9 +94,20 @@ class Trainer:
 
     @functools.cached_property
     def program(self) -> jax.stages.Compiled:
+        return self._compile(look=self._shows_logits)
+
+    @functools.cached_property
+    def looking(self) -> jax.stages.Compiled:
+        return self.program if self._shows_logits else self._compile(look=True)
+
+    @property
+    def _shows_logits(self) -> bool:
+        return attention.shows_logits(self.mesh, self.config.context)
+
+    def _compile(self, look: bool) -> jax.stages.Compiled:
         with jax.set_mesh(self.mesh):
             step = jax.jit(
-                self._step,
+                functools.partial(self._step, look=look),
                 in_shardings=(self.shardings, self.windows, self._whole),
                 out_shardings=(self.shardings, self._whole),
                 donate_argnums=0,
@@ -127,7 +142,7 @@ class Trainer:
             return self._compiled_start(params)
 
     def advance(
-        self, state: State, windows: Windows, rate: float | None = None
+        self, state: State, windows: Windows, rate: float | None = None, look: bool = True
     ) -> tuple[State, dict[str, Any]]:
         """One step, `state` is donated.
 
@@ -135,12 +150,15 @@ class Trainer:
             state: of the step before.
             windows: of `place`.
             rate: takes the place of the config's learning rate; all share one program.
+            look: whether to tell the exact `max_logit`, which changes nothing else; without it
+                that may be NaN.
 
         Returns:
             The new state, and metrics: scalars, and dicts of these by group.
         """
         given = self.config.optimizer.learning_rate if rate is None else rate
-        return self.program(state, windows, place_whole(np.float32(given), self._whole))
+        program = self.looking if look else self.program
+        return program(state, windows, place_whole(np.float32(given), self._whole))
 
     def evaluate(self, params: Params, windows: Windows) -> dict[str, jax.Array]:
         """Sums over the learnt tokens: `loss` in nats, how many are `correct`, `learnt`."""
@@ -152,9 +170,15 @@ class Trainer:
         return State(jnp.zeros([], jnp.int32), params, tx.init(params), guard.begin())
 
     def _step(
-        self, state: State, windows: Windows, rate: jax.Array
+        self, state: State, windows: Windows, rate: jax.Array, look: bool = False
     ) -> tuple[State, dict[str, Any]]:
-        loss, gradient, seen = self._gradient(state.params, windows)
+        # A clip takes an upper bound for what is below its threshold.
+        threshold = None if look else self.arm.clips_at
+        clips = self.arm.clips_at is not None
+        observe = functools.partial(
+            self.model.losses, max_logits=look or clips, threshold=threshold
+        )
+        loss, gradient, seen = self._gradient(observe, state.params, windows)
         counted = jax.tree.map(
             lambda g, counts: g if counts else jnp.zeros_like(g), gradient, self.arm.counted
         )
@@ -181,7 +205,6 @@ class Trainer:
             taken, update, keep, state.params, state.opt_state, counted
         )
         learnt, correct = seen["learnt"], seen["correct"]
-        per_head = [jnp.max(x) for x in jax.tree.leaves(seen["max_logits"])]
         metrics = {
             "loss": loss,
             "accuracy": jnp.sum(correct) / jnp.maximum(jnp.sum(learnt), 1),
@@ -191,7 +214,7 @@ class Trainer:
             "gradient_norm": norm,
             "gradient_norms": arms.by_group(gradient, arms.norm),
             "update_rms": size,
-            "max_logit": jnp.max(jnp.stack(per_head)),
+            "max_logit": attention.largest_known(seen["max_logits"], threshold),
             "learning_rate": rate * self.arm.schedule(updates_before),
             "taken": taken,
             "skipped": guarded.skipped,
@@ -200,13 +223,13 @@ class Trainer:
         return State(state.step + 1, params, opt_state, guarded), metrics
 
     def _gradient(
-        self, params: Params, windows: Windows
+        self, observe: Callable[..., Losses], params: Params, windows: Windows
     ) -> tuple[jax.Array, Params, dict[str, Any]]:
         """Of the mean over all learnt tokens; and what was seen, by microbatch but the logits."""
         total = jnp.maximum(jnp.sum(windows.targets >= 0), 1).astype(jnp.float32)
 
         def objective(params: Params, windows: Windows) -> tuple[jax.Array, Losses]:
-            found = self.model.losses(params, *windows, max_logits=True)
+            found = observe(params, *windows)
             return jnp.sum(found.loss) / total, found
 
         def microbatch(windows: Windows) -> tuple[jax.Array, Params, dict[str, Any]]:

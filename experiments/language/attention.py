@@ -6,6 +6,8 @@ key head, V of a value.
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,7 @@ def causal_attention(
     k_BxTxKxH: jax.Array,
     v_BxTxKxV: jax.Array,
     segments_BxT: jax.Array | None = None,
-    threshold: float | None = 100.0,
+    threshold: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of each position to itself and those before it in its segment.
 
@@ -39,17 +41,15 @@ def causal_attention(
         segments_BxT: positions with one number are one text; those with 0 are padding, whose mixed
             values are finite and mean nothing. None is one text in each sequence.
         threshold: up to here an upper bound of a largest logit will do, which is what a kernel
-            tells; None is for the logits themselves.
+            tells; None is for the logits themselves, and infinity always takes the bound.
 
     Returns:
         The mixed values `(B, T, N, V)`, and each head's largest logit `(N,)`, float32.
     """
     length = q_BxTxNxH.shape[1]
-    platform = jax.sharding.get_abstract_mesh().abstract_device.platform
-    if platform == "gpu":
-        return _by_cudnn(q_BxTxNxH, k_BxTxKxH, v_BxTxKxV, segments_BxT, threshold)
-    if platform == "tpu" and length % _LANES == 0 and splash_attention is not None:
-        return _by_splash(q_BxTxNxH, k_BxTxKxH, v_BxTxKxV, segments_BxT, threshold)
+    kernel = _kernel(jax.sharding.get_abstract_mesh(), length)
+    if kernel is not None:
+        return kernel(q_BxTxNxH, k_BxTxKxH, v_BxTxKxV, segments_BxT, threshold)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BxTxNxH, k_BxTxKxH, v_BxTxKxV))
     k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     # Eight blocks skip nearly half of the pairs; smaller ones than 64 are slow products.
@@ -65,6 +65,31 @@ def causal_attention(
         mixed.append(found[0])
         largest.append(found[1])
     return jnp.swapaxes(jnp.concatenate(mixed, 2), 1, 2), jnp.max(jnp.stack(largest), axis=0)
+
+
+def shows_logits(mesh: jax.sharding.Mesh, length: int) -> bool:
+    """Whether attention on this mesh has its logits at hand, so that the largest cost nothing.
+
+    A kernel keeps them to itself: the exact largest ones take another product of queries and keys.
+    """
+    return _kernel(mesh.abstract_mesh, length) is None
+
+
+def largest_known(max_logits: dict[str, jax.Array], threshold: float | None) -> jax.Array:
+    """The largest of all heads' logits as `causal_attention` told them; NaN for a mere bound."""
+    if not max_logits:
+        return jnp.full([], jnp.nan)
+    largest = jnp.max(jnp.stack([jnp.max(of_heads) for of_heads in max_logits.values()]))
+    return largest if threshold is None else jnp.where(largest > threshold, largest, jnp.nan)
+
+
+def _kernel(mesh: jax.sharding.AbstractMesh, length: int) -> Callable[..., Any] | None:
+    platform = mesh.abstract_device.platform
+    if platform == "gpu":
+        return _by_cudnn
+    if platform == "tpu" and length % _LANES == 0 and splash_attention is not None:
+        return _by_splash
+    return None
 
 
 @jax.checkpoint
@@ -135,6 +160,10 @@ def _largest(
 ) -> jax.Array:
     """Each head's largest logit beside a kernel; of padding there is none."""
     mask = None
+    if threshold == math.inf:
+        if segments is not None:
+            logsumexp = jnp.where(segments[..., None] > 0, logsumexp, -jnp.inf)
+        return jax.lax.stop_gradient(jnp.max(logsumexp, axis=(0, 1)).astype(jnp.float32))
     if segments is not None:
         own = segments[:, None, :, None]
         mask = (own == segments[:, None, None]) & (own > 0)
@@ -185,14 +214,16 @@ class MultiHead(nnx.Module):
         self.value = Linear(width, width, init=init, rngs=rngs)
         self.out = Linear(width, width, init=init, rngs=rngs)
 
-    def __call__(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, x_BxTxD: jax.Array, threshold: float | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         positions = jnp.arange(x_BxTxD.shape[1])
         q, k, v = (
             split_heads(project(x_BxTxD), self.heads)
             for project in (self.query, self.key, self.value)
         )
         q, k = (rotate_heads(x, positions, self.rope_base) for x in (q, k))
-        mixed, largest = causal_attention(q, k, v)
+        mixed, largest = causal_attention(q, k, v, threshold=threshold)
         return self.out(join_heads(mixed)), largest
 
 
@@ -221,7 +252,9 @@ class Latent(nnx.Module):
         self.key_value = Linear(latent, heads * (nope + value), init=init, rngs=rngs)
         self.out = Linear(heads * value, width, init=init, rngs=rngs)
 
-    def __call__(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, x_BxTxD: jax.Array, threshold: float | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         positions = jnp.arange(x_BxTxD.shape[1])
         q = split_heads(self.query(x_BxTxD), self.heads)
         latent, shared_key = jnp.split(self.latent(x_BxTxD), [self.latent_size], axis=-1)
@@ -232,7 +265,10 @@ class Latent(nnx.Module):
         k_rotated = rotate_heads(shared_key[:, :, None], positions, self.rope_base)
         k_rotated = jnp.broadcast_to(k_rotated, (*k.shape[:-1], self.rope))
         mixed, largest = causal_attention(
-            jnp.concatenate([q, q_rotated], axis=-1), jnp.concatenate([k, k_rotated], axis=-1), v
+            jnp.concatenate([q, q_rotated], axis=-1),
+            jnp.concatenate([k, k_rotated], axis=-1),
+            v,
+            threshold=threshold,
         )
         return self.out(join_heads(mixed)), largest
 

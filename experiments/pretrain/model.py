@@ -5,6 +5,7 @@ experts `(experts, layers, ...)`: then no axis that the mesh splits is ever merg
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,7 +27,8 @@ class Observed(NamedTuple):
     """What a forward pass tells beside its loss.
 
     Attributes:
-        max_logits: largest attention logits `(layers, heads)`, by the path of the attention.
+        max_logits: largest attention logits `(layers, heads)`, by the path of the attention. Empty
+            where they were not asked for.
         load: `(layers with experts, E)` int32, tokens of each expert.
         entropy: `(layers with experts,)`, nats, of the normalised scores.
         balance: `(layers with experts,)`, the sequence-wise balance loss before its factor.
@@ -88,9 +90,11 @@ class Layer(nnx.Module):
         else:
             self.feed_forward = SwiGLU(width, config.hidden, init=init, rngs=rngs)
 
-    def __call__(self, x_BxTxD: jax.Array, bias_E: jax.Array | None) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x_BxTxD: jax.Array, bias_E: jax.Array | None, threshold: float | None
+    ) -> tuple[jax.Array, Any]:
         x_BxTxD = constrain(x_BxTxD, "batch", None, None)
-        mixed, max_logits = self.attention(self.attention_norm(x_BxTxD))
+        mixed, max_logits = self.attention(self.attention_norm(x_BxTxD), threshold)
         x_BxTxD = x_BxTxD + mixed
         normed = self.feed_forward_norm(x_BxTxD)
         if self.sparse:
@@ -138,29 +142,46 @@ class LanguageModel:
         return jnp.zeros((layers, self.config.experts if layers else 0))
 
     def hidden(
-        self, params: Params, bias: jax.Array, tokens_BxT: jax.Array
+        self,
+        params: Params,
+        bias: jax.Array,
+        tokens_BxT: jax.Array,
+        *,
+        max_logits: bool = False,
+        threshold: float | None = None,
     ) -> tuple[jax.Array, Observed]:
-        """What the head reads, `(B, T, D)`, and what was seen on the way."""
+        """What the head reads, `(B, T, D)`, and what was seen on the way.
+
+        Args:
+            params: of the config.
+            bias: of the experts' selection.
+            tokens_BxT: int32, below the vocabulary.
+            max_logits: whether to tell the largest attention logits.
+            threshold: up to here upper bounds of them will do, as `causal_attention` has it.
+        """
         table = params["embedding"]["embedding"]
         x_BxTxD = look_up(table, tokens_BxT, self.config.dtype)
-        max_logits, routed = {}, (jnp.zeros((0, 0), jnp.int32), jnp.zeros(0), jnp.zeros(0))
+        largest, routed = {}, (jnp.zeros((0, 0), jnp.int32), jnp.zeros(0), jnp.zeros(0))
         stacks = _swap_expert_axes({name: params[name] for name in self.stacks})
         for name, (_, sparse) in self.stacks.items():
             graph = self._layers[name]
 
             def layer(x, inputs, graph=graph):
                 params, bias = inputs
-                return nnx.merge(graph, params)(x, bias)
+                x, (of_heads, routed) = nnx.merge(graph, params)(
+                    x, bias, threshold if max_logits else math.inf
+                )
+                return x, (of_heads if max_logits else None, routed)
 
             run = _REMAT[self.config.remat](layer)
             inputs = stacks[name], bias if sparse else None
-            x_BxTxD, (max_logits[f"{name}/attention"], found) = jax.lax.scan(
+            x_BxTxD, (largest[f"{name}/attention"], found) = jax.lax.scan(
                 run, x_BxTxD, inputs, unroll=8
             )
             routed = found if sparse else routed
         x_BxTxD = nnx.merge(self._norm, params["norm"])(x_BxTxD)
         load, entropy, balance = routed
-        return x_BxTxD, Observed(max_logits, load, entropy, balance)
+        return x_BxTxD, Observed(largest if max_logits else {}, load, entropy, balance)
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """`(..., D)` -> `(..., vocabulary)` float32."""
@@ -172,10 +193,18 @@ class LanguageModel:
         return kernel.astype(self.config.dtype)
 
     def losses(
-        self, params: Params, bias: jax.Array, windows: jax.Array
+        self,
+        params: Params,
+        bias: jax.Array,
+        windows: jax.Array,
+        *,
+        max_logits: bool = False,
+        threshold: float | None = None,
     ) -> tuple[jax.Array, Observed]:
         """Of windows `(B, T + 1)` the cross-entropy of each next token, `(B, T)`, in nats."""
-        hidden, observed = self.hidden(params, bias, windows[:, :-1])
+        hidden, observed = self.hidden(
+            params, bias, windows[:, :-1], max_logits=max_logits, threshold=threshold
+        )
         losses, _ = cross_entropy(self._head(params), hidden, windows[:, 1:])
         return losses, observed
 

@@ -100,8 +100,10 @@ def optimization_figure(runs: Sequence[Run]) -> Figure:
         rate.plot(*series(run, "learning_rate"), color=color, lw=max(3.0 - 1.2 * place, 1.2))
         for group, dashes in (("matrices", "-"), ("others", DASHES)):
             update.plot(*series(run, "update_rms", group), color=color, lw=1.3, ls=dashes)
-        for axes, key in ((gradient, "gradient_norm"), (logit, "max_logit")):
-            _draw_noisy(axes, *series(run, key), color)
+        _draw_noisy(gradient, *series(run, "gradient_norm"), color)
+        steps, logits = series(run, "max_logit")
+        known = np.isfinite(logits)  # of some steps it is not told
+        _draw_noisy(logit, steps[known], logits[known], color)
         gradient.axhline(run.config.clip, **_REFERENCE)
     titles = ("Learning rate", "Gradient norm", "RMS of the update", "Largest attention logit")
     for axes, title in zip((rate, gradient, update, logit), titles, strict=True):

@@ -5,6 +5,7 @@ forward and backward passes see a copy in the model's dtype.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import optax
 
 import muon_jax
 from experiments import optimizers
-from experiments.language import guard, sharding
+from experiments.language import attention, guard, sharding
 from experiments.language.guard import Guard
 from experiments.language.processes import Share, place_whole
 from experiments.optimizers import OptimizerName
@@ -44,7 +45,12 @@ class Trainer:
 
     Attributes:
         abstract: the state as shapes with shardings.
-        program: the compiled step; to be had before there is a state.
+        step: a step as a jitted function, which is told no more of attention than the optimizer
+            needs.
+        program: the same compiled; to be had before there is a state.
+        looking: the compiled step that tells the exact largest attention logit, too. It is
+            `program` itself where attention has its logits at hand; else it is compiled when first
+            needed, and updates as `program` does.
         schedule: the factor of the learning rates, by update.
 
     Raises:
@@ -81,12 +87,9 @@ class Trainer:
         whole = jax.NamedSharding(mesh, jax.P())
         self._compiled_start = jax.jit(self._start, out_shardings=self.shardings)
         self._whole = whole
-        self.step = jax.jit(
-            self._step,
-            in_shardings=(self.shardings, self.windows, whole),
-            out_shardings=(self.shardings, whole),
-            donate_argnums=0,
-        )
+        self.clips_at = optimizers.clip_threshold(optimizer, config)
+        self._shows_logits = attention.shows_logits(mesh, config.context)
+        self.step = self._jitted(look=self._shows_logits)
         self.evaluate = jax.jit(
             self._evaluate, in_shardings=(self.shardings, self.windows), out_shardings=whole
         )
@@ -100,12 +103,28 @@ class Trainer:
     @functools.cached_property
     def program(self) -> jax.stages.Compiled:
         """The compiled step."""
+        return self._compiled(self.step)
+
+    @functools.cached_property
+    def looking(self) -> jax.stages.Compiled:
+        """The compiled step that tells the largest attention logit."""
+        return self.program if self._shows_logits else self._compiled(self._jitted(look=True))
+
+    def _jitted(self, look: bool) -> Any:
+        return jax.jit(
+            functools.partial(self._step, look=look),
+            in_shardings=(self.shardings, self.windows, self._whole),
+            out_shardings=(self.shardings, self._whole),
+            donate_argnums=0,
+        )
+
+    def _compiled(self, step: Any) -> jax.stages.Compiled:
         config = self.config
         shape = config.accumulate, config.batch // config.accumulate, config.context + 1
         windows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.windows)
         rate = jax.ShapeDtypeStruct((), jnp.float32)
         with jax.set_mesh(self.mesh):
-            return self.step.lower(self.abstract, windows, rate).compile()
+            return step.lower(self.abstract, windows, rate).compile()
 
     def transformation(self, rate: float | jax.Array) -> optax.GradientTransformationExtraArgs:
         """The optimizer; `rate` is the arm's own learning rate after warm-up, and may be traced."""
@@ -131,7 +150,7 @@ class Trainer:
             return muon_jax.trace_routing(losses, params, bias, windows)
 
     def advance(
-        self, state: State, windows: jax.Array, rate: float | None = None
+        self, state: State, windows: jax.Array, rate: float | None = None, look: bool = True
     ) -> tuple[State, dict[str, Any]]:
         """One step, `state` is donated.
 
@@ -139,12 +158,15 @@ class Trainer:
             state: of the step before.
             windows: `(microbatches, B, T + 1)` int32, placed as `self.windows`.
             rate: takes the place of the config's learning rate of the arm; all share one program.
+            look: whether to tell the exact `max_logit`, which changes nothing else; without it
+                that may be NaN.
 
         Returns:
             The new state, and metrics: scalars, and `load` of `(layers with experts, experts)`.
         """
         rate = self.config.rate(self.optimizer) if rate is None else rate
-        return self.program(state, windows, place_whole(np.float32(rate), self._whole))
+        program = self.looking if look else self.program
+        return program(state, windows, place_whole(np.float32(rate), self._whole))
 
     def start(self, seed: int) -> State:
         """The state before the first step; params depend on the seed alone."""
@@ -158,10 +180,16 @@ class Trainer:
         return State(zero, params, opt_state, bias, guard.begin())
 
     def _step(
-        self, state: State, windows: jax.Array, rate: jax.Array
+        self, state: State, windows: jax.Array, rate: jax.Array, look: bool = False
     ) -> tuple[State, dict[str, Any]]:
         config = self.config
-        loss, gradient, observed = self._gradient(state, windows)
+        # A clip takes an upper bound for what is below its threshold.
+        threshold = None if look else self.clips_at
+        clips = self.clips_at is not None
+        observe = functools.partial(
+            self.model.losses, max_logits=look or clips, threshold=threshold
+        )
+        loss, gradient, observed = self._gradient(observe, state, windows)
         norm = optax.tree.norm(gradient)
         updates_before = state.step - state.guard.skipped
         taken, guarded = guard.judge(state.guard, updates_before, loss, norm, config.spike)
@@ -186,7 +214,7 @@ class Trainer:
             "update_rms": {
                 name: jnp.where(taken, rms, 0.0) for name, rms in self._update_rms(updates).items()
             },
-            "max_logit": jnp.max(jnp.stack([jnp.max(x) for x in observed.max_logits.values()])),
+            "max_logit": attention.largest_known(observed.max_logits, threshold),
             "taken": taken,
             "skipped": guarded.skipped,
             "nonfinite_in_a_row": guarded.in_a_row,
@@ -202,12 +230,14 @@ class Trainer:
             }
         return State(state.step + 1, params, opt_state, bias, guarded), metrics
 
-    def _gradient(self, state: State, windows: jax.Array) -> tuple[jax.Array, Params, Observed]:
+    def _gradient(
+        self, observe: Callable[..., tuple[jax.Array, Observed]], state: State, windows: jax.Array
+    ) -> tuple[jax.Array, Params, Observed]:
         """Mean loss and gradient of the microbatches, and what their forward passes observed."""
         compute = self.in_model_dtype(state.params)
 
         def objective(params, windows):
-            losses, observed = self.model.losses(params, state.bias, windows)
+            losses, observed = observe(params, state.bias, windows)
             loss = jnp.mean(losses)
             penalty = self.config.model.balance_loss * jnp.sum(observed.balance)
             return loss + penalty, (loss, observed)

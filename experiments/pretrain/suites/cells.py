@@ -175,7 +175,8 @@ def _optimizer_flops(arm: Trainer) -> float:
 
     shapes, blank = arm.abstract, _no_windows(arm)[0]
     with jax.set_mesh(arm.mesh):
-        _, observed = jax.eval_shape(arm.model.losses, shapes.params, shapes.bias, blank)
+        losses = functools.partial(arm.model.losses, max_logits=True)
+        _, observed = jax.eval_shape(losses, shapes.params, shapes.bias, blank)
         jitted = jax.jit(update)
         program = jitted.lower(shapes, shapes.params, observed.max_logits).compile()
     return float(compiled.measure(program).flops)
