@@ -299,6 +299,42 @@ def test_the_loss_holds_few_logits_and_is_optax_s(monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 2, 1, 2)], ids=["one device", "fsdp, tensor"])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_the_weighted_loss_and_its_gradient_are_optax_s(monkeypatch, sizes, dtype, tolerance):
+    """In chunks that the tokens do not fill, with targets that do not count."""
+    monkeypatch.setattr(vocabulary, "LOSS_TOKENS", 64)
+    kernel, hidden = normal(0, 16, 1024).astype(dtype), normal(1, 4, 75, 16).astype(dtype)
+    rng = np.random.default_rng(2)
+    targets, weights = rng.integers(0, 1024, (4, 75)), rng.uniform(0, 1, (4, 75))
+    weights[rng.uniform(size=weights.shape) < 0.3] = 0.0
+    targets, weights = np.where(weights > 0, targets, -1), jnp.asarray(weights, jnp.float32)
+
+    def ours(kernel, hidden):
+        total, found = vocabulary.weighted_loss(kernel, hidden, targets, weights)
+        return 3.0 * total, found
+
+    def plain(kernel, hidden):
+        logits = hidden @ kernel
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, np.maximum(targets, 0))
+        return 3.0 * jnp.sum(weights * losses), (losses, jnp.argmax(logits, axis=-1) == targets)
+
+    with jax.set_mesh(mesh_of(*sizes)), jax.default_matmul_precision("highest"):
+        step = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True)).lower(kernel, hidden)
+        step = step.compile()
+        (total, (losses, correct)), gradient = jax.device_get(step(kernel, hidden))
+        whole = kernel.astype(jnp.float32), hidden.astype(jnp.float32)
+        (expected, (each, hits)), exact = jax.value_and_grad(plain, (0, 1), has_aux=True)(*whole)
+    assert step.memory_analysis().temp_size_in_bytes < 300 * 1024 * 4
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    np.testing.assert_allclose(losses[targets >= 0], each[targets >= 0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(correct[targets >= 0], hits[targets >= 0])
+    for ours, theirs in zip(gradient, exact, strict=True):
+        assert ours.dtype == dtype
+        error = np.linalg.norm(ours.astype(np.float32) - theirs)
+        assert error < tolerance * np.linalg.norm(theirs)
+
+
 def test_of_equal_logits_the_first_is_the_argmax():
     kernel = np.zeros((8, 8), np.float32)
     kernel[0, [2, 3, 6]] = kernel[1, 6] = 1.0  # 0 to 3 lie on one device, 4 to 7 on the other

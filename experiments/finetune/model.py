@@ -183,6 +183,30 @@ class LanguageModel:
         loss, correct = vocabulary.cross_entropy(self._head(params), hidden, targets_BxT)
         return Losses(jnp.where(targets_BxT >= 0, loss, 0), correct, largest)
 
+    def loss(
+        self,
+        params: Params,
+        tokens_BxT: jax.Array,
+        targets_BxT: jax.Array,
+        segments_BxT: jax.Array | None,
+        total: jax.Array,
+        *,
+        max_logits: bool = False,
+        threshold: float | None = None,
+    ) -> tuple[jax.Array, Losses]:
+        """The losses' sum ÷ `total`, to be differentiated, and `losses`, of which no gradient is.
+
+        It is the faster one: the cross-entropy's gradient is found on the way forward.
+        """
+        hidden, largest = self.hidden(
+            params, tokens_BxT, segments_BxT, max_logits=max_logits, threshold=threshold
+        )
+        weights = (targets_BxT >= 0) / total
+        loss, (each, correct) = vocabulary.weighted_loss(
+            self._head(params), hidden, targets_BxT, weights
+        )
+        return loss, Losses(jnp.where(targets_BxT >= 0, each, 0), correct, largest)
+
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """`(..., D)` -> `(..., vocabulary)` float32, all at once."""
         return vocabulary.logits(self._head(params), hidden)

@@ -175,10 +175,8 @@ class Trainer:
         # A clip takes an upper bound for what is below its threshold.
         threshold = None if look else self.arm.clips_at
         clips = self.arm.clips_at is not None
-        observe = functools.partial(
-            self.model.losses, max_logits=look or clips, threshold=threshold
-        )
-        loss, gradient, seen = self._gradient(observe, state.params, windows)
+        loss_of = functools.partial(self.model.loss, max_logits=look or clips, threshold=threshold)
+        loss, gradient, seen = self._gradient(loss_of, state.params, windows)
         counted = jax.tree.map(
             lambda g, counts: g if counts else jnp.zeros_like(g), gradient, self.arm.counted
         )
@@ -223,17 +221,18 @@ class Trainer:
         return State(state.step + 1, params, opt_state, guarded), metrics
 
     def _gradient(
-        self, observe: Callable[..., Losses], params: Params, windows: Windows
+        self,
+        loss_of: Callable[..., tuple[jax.Array, Losses]],
+        params: Params,
+        windows: Windows,
     ) -> tuple[jax.Array, Params, dict[str, Any]]:
         """Of the mean over all learnt tokens; and what was seen, by microbatch but the logits."""
         total = jnp.maximum(jnp.sum(windows.targets >= 0), 1).astype(jnp.float32)
 
-        def objective(params: Params, windows: Windows) -> tuple[jax.Array, Losses]:
-            found = observe(params, *windows)
-            return jnp.sum(found.loss) / total, found
-
         def microbatch(windows: Windows) -> tuple[jax.Array, Params, dict[str, Any]]:
-            (loss, found), gradient = jax.value_and_grad(objective, has_aux=True)(params, windows)
+            (loss, found), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+                params, *windows, total
+            )
             # Summed where it lies, and not whole on every device.
             gradient = jax.tree.map(jax.lax.with_sharding_constraint, gradient, self.specs)
             gradient = jax.lax.optimization_barrier(gradient)

@@ -73,6 +73,74 @@ def cross_entropy(
     )(kernel, hidden, targets)
 
 
+def weighted_loss(
+    kernel: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The sum of weight × loss, to be differentiated, and what `cross_entropy` returns.
+
+    With its gradient it takes three products of the size of the logits, where `cross_entropy` takes
+    four: the weights are there when the logits are, so that these become their own gradient at
+    once, in the dtype of the products, and are not made again.
+    """
+
+    def local(kernel, hidden, targets, weights):
+        whole = jax.lax.all_gather(kernel, "fsdp", axis=0, tiled=True).astype(hidden.dtype)
+        first = jax.lax.axis_index("tensor") * kernel.shape[1]
+        flat = hidden.reshape(-1, hidden.shape[-1]), targets.ravel() - first, weights.ravel()
+        total, found = _weighted_loss(whole, *flat)
+        return total[None], tuple(x.reshape(targets.shape) for x in found)
+
+    batch = spec("batch", None)
+    totals, found = jax.shard_map(
+        local,
+        in_specs=(spec("width", "vocabulary"), spec("batch", None, None), batch, batch),
+        out_specs=(spec("batch"), (batch, batch)),
+        check_vma=False,
+    )(kernel, hidden, targets, weights)
+    return jnp.sum(totals), found
+
+
+@jax.custom_vjp
+def _weighted_loss(kernel, hidden, targets, weights):
+    """Of a device's tokens `(T, D)` and, along "tensor", its part of the vocabulary."""
+    return _weighted_loss_forward(kernel, hidden, targets, weights)[0]
+
+
+def _weighted_loss_forward(kernel, hidden, targets, weights):
+    count = -(-len(targets) // LOSS_TOKENS)
+    size = -(-len(targets) // count)
+
+    def cut(x):
+        """`(T, ...)` as `(chunks, t, ...)`, filled up with zeros."""
+        rest = ((0, count * size - len(x)), *((0, 0),) * (x.ndim - 1))
+        return jnp.pad(x, rest).reshape(count, size, *x.shape[1:])
+
+    def add(of_kernel, chunk):
+        hidden, targets, weights = chunk
+        made = logits(kernel, hidden)
+        losses, (_, normalisers, _) = jax.vmap(_token_loss_forward)(made, targets)
+        of_logits = jax.vmap(_token_loss_gradient)(made, normalisers, targets, weights)
+        of_logits = of_logits.astype(hidden.dtype)
+        of_kernel += jax.lax.dot_general(
+            hidden, of_logits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return of_kernel, (losses, jax.vmap(_is_argmax)(made, targets), of_logits @ kernel.T)
+
+    zeros = jnp.zeros(kernel.shape, jnp.float32)
+    of_kernel, found = jax.lax.scan(add, zeros, tuple(map(cut, (hidden, targets, weights))))
+    losses, correct, of_hidden = (x.reshape(-1, *x.shape[2:])[: len(targets)] for x in found)
+    gradients = of_kernel.astype(kernel.dtype), of_hidden
+    return (jnp.sum(weights * losses), (losses, correct)), gradients
+
+
+def _weighted_loss_backward(gradients, g):
+    g = jax.lax.psum(g[0], "tensor")  # each device has a share of the loss that all of them return
+    return *((g * x).astype(x.dtype) for x in gradients), None, None
+
+
+_weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
+
+
 @jax.custom_vjp
 def token_loss(logits: jax.Array, target: jax.Array) -> jax.Array:
     """Cross-entropy of one token; along "tensor" each device has some of the vocabulary's logits.
@@ -94,8 +162,12 @@ def _token_loss_forward(logits, target):
 def _token_loss_backward(saved, g):
     logits, normaliser, target = saved
     g = jax.lax.psum(g, "tensor")  # each device has a share of the loss that all of them return
+    return _token_loss_gradient(logits, normaliser, target, g), None
+
+
+def _token_loss_gradient(logits, normaliser, target, g):
     own = jnp.arange(logits.size) == target
-    return g * (jnp.exp(logits - normaliser) - own), None
+    return g * (jnp.exp(logits - normaliser) - own)
 
 
 token_loss.defvjp(_token_loss_forward, _token_loss_backward)

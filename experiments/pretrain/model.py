@@ -15,7 +15,7 @@ from flax import nnx
 
 from experiments.language.attention import Latent, MultiHead
 from experiments.language.sharding import constrain
-from experiments.language.vocabulary import cross_entropy, logits, look_up
+from experiments.language.vocabulary import cross_entropy, logits, look_up, weighted_loss
 from experiments.layers import Linear, SwiGLU
 from experiments.pretrain.config import Model as ModelConfig
 from experiments.pretrain.experts import Experts, gate
@@ -207,6 +207,23 @@ class LanguageModel:
         )
         losses, _ = cross_entropy(self._head(params), hidden, windows[:, 1:])
         return losses, observed
+
+    def loss(
+        self,
+        params: Params,
+        bias: jax.Array,
+        windows: jax.Array,
+        *,
+        max_logits: bool = False,
+        threshold: float | None = None,
+    ) -> tuple[jax.Array, Observed]:
+        """The mean of `losses`: the faster one to differentiate, see `weighted_loss`."""
+        hidden, observed = self.hidden(
+            params, bias, windows[:, :-1], max_logits=max_logits, threshold=threshold
+        )
+        targets = windows[:, 1:]
+        weights = jnp.full(targets.shape, 1 / targets.size, jnp.float32)
+        return weighted_loss(self._head(params), hidden, targets, weights)[0], observed
 
 
 _REMAT: dict[str, Callable[[Callable], Callable]] = {

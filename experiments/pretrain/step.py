@@ -186,10 +186,8 @@ class Trainer:
         # A clip takes an upper bound for what is below its threshold.
         threshold = None if look else self.clips_at
         clips = self.clips_at is not None
-        observe = functools.partial(
-            self.model.losses, max_logits=look or clips, threshold=threshold
-        )
-        loss, gradient, observed = self._gradient(observe, state, windows)
+        loss_of = functools.partial(self.model.loss, max_logits=look or clips, threshold=threshold)
+        loss, gradient, observed = self._gradient(loss_of, state, windows)
         norm = optax.tree.norm(gradient)
         updates_before = state.step - state.guard.skipped
         taken, guarded = guard.judge(state.guard, updates_before, loss, norm, config.spike)
@@ -231,14 +229,13 @@ class Trainer:
         return State(state.step + 1, params, opt_state, bias, guarded), metrics
 
     def _gradient(
-        self, observe: Callable[..., tuple[jax.Array, Observed]], state: State, windows: jax.Array
+        self, loss_of: Callable[..., tuple[jax.Array, Observed]], state: State, windows: jax.Array
     ) -> tuple[jax.Array, Params, Observed]:
         """Mean loss and gradient of the microbatches, and what their forward passes observed."""
         compute = self.in_model_dtype(state.params)
 
         def objective(params, windows):
-            losses, observed = observe(params, state.bias, windows)
-            loss = jnp.mean(losses)
+            loss, observed = loss_of(params, state.bias, windows)
             penalty = self.config.model.balance_loss * jnp.sum(observed.balance)
             return loss + penalty, (loss, observed)
 
