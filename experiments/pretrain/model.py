@@ -163,7 +163,7 @@ class LanguageModel:
         x_BxTxD = look_up(table, tokens_BxT, self.config.dtype)
         largest, routed = {}, (jnp.zeros((0, 0), jnp.int32), jnp.zeros(0), jnp.zeros(0))
         stacks = _swap_expert_axes({name: params[name] for name in self.stacks})
-        for name, (_, sparse) in self.stacks.items():
+        for name, (layers, sparse) in self.stacks.items():
             graph = self._layers[name]
 
             def layer(x, inputs, graph=graph):
@@ -176,7 +176,7 @@ class LanguageModel:
             run = _REMAT[self.config.remat](layer)
             inputs = stacks[name], bias if sparse else None
             x_BxTxD, (largest[f"{name}/attention"], found) = jax.lax.scan(
-                run, x_BxTxD, inputs, unroll=8
+                run, x_BxTxD, inputs, unroll=layers if layers <= 12 else 8
             )
             routed = found if sparse else routed
         x_BxTxD = nnx.merge(self._norm, params["norm"])(x_BxTxD)
