@@ -23,6 +23,8 @@ def optional_module(name: str) -> Any:
 megablox = optional_module("pallas.ops.tpu.megablox")
 # Attention on a TPU; without it blocks of queries, one after another.
 splash_attention = optional_module("pallas.ops.tpu.splash_attention")
+# Kernels for attention on a GPU; without them cuDNN's, with a mask in memory.
+pallas, triton = optional_module("pallas"), optional_module("pallas.triton")
 # Ahead-of-time compilation for chips that are not here; without it an error that says so.
 topologies = optional_module("topologies")
 _mesh_utils = optional_module("mesh_utils")

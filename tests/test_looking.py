@@ -47,7 +47,7 @@ def stepped(study, arm):
 
 @pytest.fixture
 def hidden_logits(monkeypatch):
-    monkeypatch.setattr(attention, "_kernel", lambda mesh, length: kernel)
+    monkeypatch.setattr(attention, "_kernel", lambda mesh, length, packed: kernel)
 
 
 @pytest.mark.parametrize("study", ["finetune", "pretrain"])

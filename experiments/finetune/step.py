@@ -102,7 +102,7 @@ class Trainer:
 
     @property
     def _shows_logits(self) -> bool:
-        return attention.shows_logits(self.mesh, self.config.context)
+        return attention.shows_logits(self.mesh, self.config.context, packed=True)
 
     def _compile(self, look: bool) -> jax.stages.Compiled:
         with jax.set_mesh(self.mesh):

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.experimental import splash_attention
+from experiments.experimental import splash_attention, triton
+from experiments.language import packed_attention
 from experiments.language.sharding import constrain, spec
 from experiments.layers import Linear, rotate
 from muon_jax import max_attention_logits
@@ -33,13 +34,15 @@ def causal_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of each position to itself and those before it in its segment.
 
-    On a GPU cuDNN's kernel does it, on a TPU the splash kernel, elsewhere blocks of queries one
-    after another, each against the keys that it sees, so that logits of few are held at a time.
+    On a GPU cuDNN's kernel does it, and of segments one of ours; on a TPU the splash kernel;
+    elsewhere blocks of queries one after another, each against the keys that it sees, so that
+    logits of few are held at a time.
 
     Args:
         q_BxTxNxH, k_BxTxKxH, v_BxTxKxV: K divides N; each key head serves N / K query heads.
-        segments_BxT: positions with one number are one text; those with 0 are padding, whose mixed
-            values are finite and mean nothing. None is one text in each sequence.
+        segments_BxT: neighbours with one number are one text, and no other text has that number;
+            those with 0 are padding, whose mixed values are finite and mean nothing. None is one
+            text in each sequence.
         threshold: up to here an upper bound of a largest logit will do, which is what a kernel
             tells; None is for the logits themselves, and infinity always takes the bound.
 
@@ -47,7 +50,8 @@ def causal_attention(
         The mixed values `(B, T, N, V)`, and each head's largest logit `(N,)`, float32.
     """
     length = q_BxTxNxH.shape[1]
-    kernel = _kernel(jax.sharding.get_abstract_mesh(), length)
+    packed = segments_BxT is not None
+    kernel = _kernel(jax.sharding.get_abstract_mesh(), length, packed)
     if kernel is not None:
         return kernel(q_BxTxNxH, k_BxTxKxH, v_BxTxKxV, segments_BxT, threshold)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BxTxNxH, k_BxTxKxH, v_BxTxKxV))
@@ -67,12 +71,12 @@ def causal_attention(
     return jnp.swapaxes(jnp.concatenate(mixed, 2), 1, 2), jnp.max(jnp.stack(largest), axis=0)
 
 
-def shows_logits(mesh: jax.sharding.Mesh, length: int) -> bool:
+def shows_logits(mesh: jax.sharding.Mesh, length: int, packed: bool = False) -> bool:
     """Whether attention on this mesh has its logits at hand, so that the largest cost nothing.
 
-    A kernel keeps them to itself: the exact largest ones take another product of queries and keys.
+    Other kernels than ours keep them: the exact largest take another product of queries and keys.
     """
-    return _kernel(mesh.abstract_mesh, length) is None
+    return _kernel(mesh.abstract_mesh, length, packed) in (None, _by_packed)
 
 
 def largest_known(max_logits: dict[str, jax.Array], threshold: float | None) -> jax.Array:
@@ -83,10 +87,12 @@ def largest_known(max_logits: dict[str, jax.Array], threshold: float | None) -> 
     return largest if threshold is None else jnp.where(largest > threshold, largest, jnp.nan)
 
 
-def _kernel(mesh: jax.sharding.AbstractMesh, length: int) -> Callable[..., Any] | None:
+def _kernel(
+    mesh: jax.sharding.AbstractMesh, length: int, packed: bool
+) -> Callable[..., Any] | None:
     platform = mesh.abstract_device.platform
     if platform == "gpu":
-        return _by_cudnn
+        return _by_packed if packed and triton is not None else _by_cudnn
     if platform == "tpu" and length % _LANES == 0 and splash_attention is not None:
         return _by_splash
     return None
@@ -131,6 +137,26 @@ def _by_cudnn(
         q, k, padded, mask=mask, is_causal=True, implementation="cudnn", return_residual=True
     )
     return mixed[..., : v.shape[-1]], _largest(q, k, segments, logsumexp, threshold)
+
+
+def _by_packed(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    threshold: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    padding = q.shape[-1] - v.shape[-1]
+    padded = jnp.pad(v, ((0, 0),) * 3 + ((0, padding),))
+    place, heads = spec("batch", None, "heads", None), spec("batch", "heads", None)
+    mixed, largest = jax.shard_map(
+        packed_attention.attend,
+        in_specs=(place, place, place, spec("batch", None)),
+        out_specs=(place, heads),
+        check_vma=False,
+    )(q, k, padded, segments)
+    largest = jnp.where(segments[:, None] > 0, largest, -jnp.inf)
+    return mixed[..., : v.shape[-1]], jnp.max(largest, axis=(0, 2))
 
 
 def _by_splash(
