@@ -73,7 +73,7 @@ def our_loop(config: Training, optimizer: OptimizerName) -> tuple[Loop, Trainer]
     def loop(steps: int) -> None:
         nonlocal state
         for _ in range(steps):
-            state, _ = trainer.advance(state, batch)
+            state, _ = trainer.advance(state, batch, look=False)
             if jax.default_backend() == "cpu":  # where steps in flight would share its cores
                 jax.block_until_ready(state)
         jax.block_until_ready(state)

@@ -53,7 +53,7 @@ def trainer(config: Training, optimizer: OptimizerName) -> Trainer:
     mesh = one_device()
     arm = Trainer(config, optimizer, mesh, config.data.vocabulary)
     # Compiles now, before a clock runs.
-    jax.block_until_ready(arm.advance(arm.start(0), _no_windows(arm)))
+    jax.block_until_ready(arm.advance(arm.start(0), _no_windows(arm), look=False))
     return arm
 
 
@@ -79,7 +79,7 @@ def train_cell(
         until = min(step + evaluate_every, config.steps)
         began = time.perf_counter()
         while step < until:
-            state, metrics = arm.advance(state, arm.share.place(batches[step]), rate)
+            state, metrics = arm.advance(state, arm.share.place(batches[step]), rate, look=False)
             step += 1
         loss, in_a_row = map(float, (metrics["loss"], metrics["nonfinite_in_a_row"]))
         seconds += time.perf_counter() - began
@@ -150,7 +150,7 @@ def measure(
             blank = _no_windows(arm)
             began = time.perf_counter()
             for _ in range(STEPS):
-                held[name], _ = arm.advance(held[name], blank)
+                held[name], _ = arm.advance(held[name], blank, look=False)
             jax.block_until_ready(held[name])
             seconds[name].append((time.perf_counter() - began) / STEPS)
             on_turn()
