@@ -153,13 +153,13 @@ def test_mean_token_accuracy_is_a_mean_of_microbatches():
 @pytest.fixture
 def poisoned(monkeypatch):
     """The loss of a window that begins with token 63 is NaN."""
-    plain = LanguageModel.losses
+    plain = LanguageModel.loss
 
-    def losses(self, params, tokens, *rest, **how):
-        found = plain(self, params, tokens, *rest, **how)
-        return found._replace(loss=found.loss * jnp.where(tokens[:, :1] == 63, jnp.nan, 1.0))
+    def loss(self, params, tokens, *rest, **how):
+        mean, found = plain(self, params, tokens, *rest, **how)
+        return mean * jnp.where(jnp.any(tokens[:, 0] == 63), jnp.nan, 1.0), found
 
-    monkeypatch.setattr(LanguageModel, "losses", losses)
+    monkeypatch.setattr(LanguageModel, "loss", loss)
 
 
 def poison(given):

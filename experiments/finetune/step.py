@@ -6,7 +6,6 @@ is the sum over all learnt tokens of a step, of all microbatches and devices, ov
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ import optax
 from experiments.finetune import arms, model
 from experiments.finetune.architecture import Qwen3
 from experiments.finetune.config import ArmName, Training
-from experiments.finetune.model import LanguageModel, Losses, Params
+from experiments.finetune.model import LanguageModel, Params
 from experiments.finetune.packing import Batch
 from experiments.language import attention, guard, sharding
 from experiments.language.guard import Guard
@@ -172,11 +171,7 @@ class Trainer:
     def _step(
         self, state: State, windows: Windows, rate: jax.Array, look: bool = False
     ) -> tuple[State, dict[str, Any]]:
-        # A clip takes an upper bound for what is below its threshold.
-        threshold = None if look else self.arm.clips_at
-        clips = self.arm.clips_at is not None
-        loss_of = functools.partial(self.model.loss, max_logits=look or clips, threshold=threshold)
-        loss, gradient, seen = self._gradient(loss_of, state.params, windows)
+        loss, gradient, seen = self._gradient(state.params, windows, look)
         counted = jax.tree.map(
             lambda g, counts: g if counts else jnp.zeros_like(g), gradient, self.arm.counted
         )
@@ -212,7 +207,7 @@ class Trainer:
             "gradient_norm": norm,
             "gradient_norms": arms.by_group(gradient, arms.norm),
             "update_rms": size,
-            "max_logit": attention.largest_known(seen["max_logits"], threshold),
+            "max_logit": attention.largest_known(seen["max_logits"], self._threshold(look)),
             "learning_rate": rate * self.arm.schedule(updates_before),
             "taken": taken,
             "skipped": guarded.skipped,
@@ -220,13 +215,18 @@ class Trainer:
         }
         return State(state.step + 1, params, opt_state, guarded), metrics
 
+    def _threshold(self, look: bool) -> float | None:
+        """Up to where upper bounds of largest logits will do: a clip's own threshold."""
+        return None if look else self.arm.clips_at
+
     def _gradient(
-        self,
-        loss_of: Callable[..., tuple[jax.Array, Losses]],
-        params: Params,
-        windows: Windows,
+        self, params: Params, windows: Windows, look: bool = False
     ) -> tuple[jax.Array, Params, dict[str, Any]]:
         """Of the mean over all learnt tokens; and what was seen, by microbatch but the logits."""
+        told = look or self.arm.clips_at is not None
+        loss_of = functools.partial(
+            self.model.loss, max_logits=told, threshold=self._threshold(look)
+        )
         total = jnp.maximum(jnp.sum(windows.targets >= 0), 1).astype(jnp.float32)
 
         def microbatch(windows: Windows) -> tuple[jax.Array, Params, dict[str, Any]]:

@@ -5,7 +5,6 @@ forward and backward passes see a copy in the model's dtype.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -183,11 +182,7 @@ class Trainer:
         self, state: State, windows: jax.Array, rate: jax.Array, look: bool = False
     ) -> tuple[State, dict[str, Any]]:
         config = self.config
-        # A clip takes an upper bound for what is below its threshold.
-        threshold = None if look else self.clips_at
-        clips = self.clips_at is not None
-        loss_of = functools.partial(self.model.loss, max_logits=look or clips, threshold=threshold)
-        loss, gradient, observed = self._gradient(loss_of, state, windows)
+        loss, gradient, observed = self._gradient(state, windows, look)
         norm = optax.tree.norm(gradient)
         updates_before = state.step - state.guard.skipped
         taken, guarded = guard.judge(state.guard, updates_before, loss, norm, config.spike)
@@ -212,7 +207,7 @@ class Trainer:
             "update_rms": {
                 name: jnp.where(taken, rms, 0.0) for name, rms in self._update_rms(updates).items()
             },
-            "max_logit": attention.largest_known(observed.max_logits, threshold),
+            "max_logit": attention.largest_known(observed.max_logits, self._threshold(look)),
             "taken": taken,
             "skipped": guarded.skipped,
             "nonfinite_in_a_row": guarded.in_a_row,
@@ -228,10 +223,18 @@ class Trainer:
             }
         return State(state.step + 1, params, opt_state, bias, guarded), metrics
 
+    def _threshold(self, look: bool) -> float | None:
+        """Up to where upper bounds of largest logits will do: a clip's own threshold."""
+        return None if look else self.clips_at
+
     def _gradient(
-        self, loss_of: Callable[..., tuple[jax.Array, Observed]], state: State, windows: jax.Array
+        self, state: State, windows: jax.Array, look: bool = False
     ) -> tuple[jax.Array, Params, Observed]:
         """Mean loss and gradient of the microbatches, and what their forward passes observed."""
+        told = look or self.clips_at is not None
+        loss_of = functools.partial(
+            self.model.loss, max_logits=told, threshold=self._threshold(look)
+        )
         compute = self.in_model_dtype(state.params)
 
         def objective(params, windows):
