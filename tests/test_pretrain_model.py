@@ -210,6 +210,25 @@ def test_no_position_sees_a_later_one(model):
     assert np.all(a[:, 8:12] != b[:, 8:12])
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 2, 1, 2)], ids=["one device", "fsdp, tensor"])
+def test_the_loss_that_is_differentiated_is_the_mean_of_all(sizes):
+    lm = LanguageModel(DENSE, VOCABULARY)
+    windows = np.random.default_rng(0).integers(0, VOCABULARY, (4, 17)).astype(np.int32)
+
+    def mean(params):
+        return jnp.mean(lm.losses(params, lm.initial_bias(), windows)[0])
+
+    def loss(params):
+        return lm.loss(params, lm.initial_bias(), windows)[0]
+
+    with jax.set_mesh(mesh_of(*sizes)):
+        params = lm.init(jax.random.key(0))
+        found, expected = (jax.jit(jax.value_and_grad(f))(params) for f in (loss, mean))
+    assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-6)
+    for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
 # --- The whole model on meshes ---------------------------------------------------------------
 
 
