@@ -314,9 +314,12 @@ def _collective(kind: str, begin: Instruction, end: Instruction, scope: Computat
 
 
 def _call_flops(it: Instruction, scope: Computation, sums: Counter) -> int:
-    told = re.search(r'"cost_estimate":\{"flops":"(\d+)"', it.attributes)
+    # As XLA writes what Pallas tells of a kernel for TPUs, and its metadata of one for GPUs.
+    told = re.search(
+        r'"cost_estimate":\{"flops":"(\d+)"|\\22flops\\22: \\22(\d+)\\22', it.attributes
+    )
     if told:
-        return int(told[1])
+        return int(told[1] or told[2])
     target = it.attribute("custom_call_target")
     flops = library_flops(it, scope) if target.startswith(("__cublas", "__cudnn")) else None
     if flops is not None:

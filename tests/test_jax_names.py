@@ -11,7 +11,7 @@ import pytest
 
 from experiments import experimental, topology
 from experiments.language import attention, mesh
-from experiments.pretrain import experts
+from experiments.pretrain import experts, grouped
 
 ROOT = Path(__file__).parent.parent
 UNSTABLE = ("jax._src", "jax.experimental", "jax.extend", "jax.interpreters", "jax.lib")
@@ -78,7 +78,7 @@ def test_compiling_for_a_topology_says_what_is_missing(monkeypatch):
 def on_a_tpu_without_kernels(monkeypatch):
     tpu = SimpleNamespace(abstract_device=SimpleNamespace(platform="tpu"))
     monkeypatch.setattr(attention, "splash_attention", None)
-    monkeypatch.setattr(experts, "megablox", None)
+    monkeypatch.setattr(grouped, "megablox", None)
     monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: tpu)
 
 
@@ -99,8 +99,15 @@ def test_ragged_products_without_megablox(on_a_tpu_without_kernels):
     down = jax.random.normal(jax.random.key(4), (3, 5, 4))
     order = experts.sort_by_expert(ids, 3, 1)
     rows = experts.dispatch(x, order)
-    found = experts.expert_ffn(rows, order, gate, up, down, block=1)
+    found = experts.expert_ffn(rows, order, gate, up, down, expected=24)
     owner = jnp.sort(ids.ravel())
     hidden = jax.nn.silu(jnp.einsum("rd,rdf->rf", rows, gate[owner]))
     hidden *= jnp.einsum("rd,rdf->rf", rows, up[owner])
     np.testing.assert_allclose(found, jnp.einsum("rf,rfd->rd", hidden, down[owner]), atol=1e-4)
+
+
+def test_ragged_products_of_a_gpu_without_triton(monkeypatch):
+    monkeypatch.setattr(grouped, "triton", None)
+    x, kernels = jax.random.normal(jax.random.key(0), (256, 16)), jnp.ones((2, 16, 16))
+    found = grouped.grouped_product(x, kernels, jnp.array([128, 128]), "gpu", expected=256)
+    np.testing.assert_allclose(found, x @ kernels[0], atol=1e-5)

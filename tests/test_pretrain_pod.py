@@ -19,7 +19,6 @@ from experiments.language.kernels import Shape, with_attention
 from experiments.language.mesh import Mesh, make_mesh
 from experiments.pretrain import pod
 from experiments.pretrain.costs import step_costs
-from experiments.pretrain.experts import tpu_ragged_dot
 from experiments.pretrain.model import LanguageModel
 from experiments.pretrain.presets import PRESETS
 from experiments.pretrain.step import Trainer
@@ -200,26 +199,6 @@ def test_the_splash_kernel_is_causal_attention():
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
     bound = jnp.max(logsumexp, axis=(0, 1))
     assert np.all(bound >= largest) and np.all(bound <= largest + np.log(384))
-
-
-def test_the_ragged_product_of_tpus_is_that_of_jax():
-    x, kernels, g = normal(0, 300, 48), normal(1, 3, 48, 32), normal(2, 260, 32)
-    sizes = jnp.array([0, 100, 160])  # 40 rows belong to nobody
-
-    def weighted(product, x, kernels):
-        return jnp.sum(product(x, kernels, sizes)[:260] * g)
-
-    ours = functools.partial(tpu_ragged_dot, interpret=True)
-    with jax.default_matmul_precision("highest"):
-        np.testing.assert_allclose(
-            ours(x, kernels, sizes)[:260], jax.lax.ragged_dot(x, kernels, sizes)[:260], atol=1e-5
-        )
-        (dx, dk), (other_dx, other_dk) = (
-            jax.grad(functools.partial(weighted, product), (0, 1))(x, kernels)
-            for product in (ours, jax.lax.ragged_dot)
-        )
-    np.testing.assert_allclose(dx[:260], other_dx[:260], atol=1e-5)
-    np.testing.assert_allclose(dk, other_dk, atol=1e-4)
 
 
 # --- TPUs that are not there -----------------------------------------------------------------

@@ -7,22 +7,18 @@ the backward pass too, so no sum depends on the order in which a scatter adds.
 """
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.experimental import megablox
 from experiments.language.sharding import spec
-from experiments.layers import gated, project
+from experiments.layers import gated
+from experiments.pretrain.grouped import block_of, grouped_product
 
 Exchange = Literal["gather", "ragged"]
 
-# A CPU multiplies blocks of tokens with one expert each: its ragged products take E times the work.
-_CPU_BLOCK = 64
-# Tokens that a TPU multiplies with one expert at a time, and the largest side of a kernel's tile.
-_TPU_TOKENS, _TPU_TILE = 256, 1024
 _NOWHERE = 2**30
 
 
@@ -100,15 +96,13 @@ class Experts(nnx.Module):
         there are as many others to gather as devices.
         """
         mesh = jax.sharding.get_abstract_mesh()
-        platform = mesh.abstract_device.platform
         far = mesh.shape["expert"] > ids.shape[-1]
-        exchange = exchange or ("ragged" if far and platform != "cpu" else "gather")
-        block = _CPU_BLOCK if platform == "cpu" else 1
+        exchange = exchange or ("ragged" if far and _platform() != "cpu" else "gather")
         run = {"gather": _by_gather, "ragged": _by_ragged}[exchange]
         tokens = spec("batch", None, None)
         up, down = spec("experts", None, "hidden"), spec("experts", "hidden", None)
         return jax.shard_map(
-            functools.partial(_with_gathered_kernels, functools.partial(run, block=block)),
+            functools.partial(_with_gathered_kernels, run),
             in_specs=(tokens, tokens, tokens, up, up, down),
             out_specs=tokens,
             check_vma=False,
@@ -121,7 +115,7 @@ def _with_gathered_kernels(run, x, ids, weights, *kernels):
     return run(x, ids, weights, *whole)
 
 
-def _by_gather(x, ids, weights, *kernels, block):
+def _by_gather(x, ids, weights, *kernels):
     """Every device of the group sees all its tokens, and adds what its own experts make of them."""
     experts = kernels[0].shape[0]
     everyone = [
@@ -131,14 +125,16 @@ def _by_gather(x, ids, weights, *kernels, block):
     tokens, ids, weights = everyone
     ids = ids - jax.lax.axis_index("expert") * experts
     ids = jnp.where((ids >= 0) & (ids < experts), ids, _NOWHERE)
-    order = sort_by_expert(ids, experts, block)
-    y = combine(expert_ffn(dispatch(tokens, order), order, *kernels, block=block), order, weights)
+    order = sort_by_expert(ids, experts, block_of(_platform()))
+    share = ids.size // jax.lax.axis_size("expert")
+    y = expert_ffn(dispatch(tokens, order), order, *kernels, expected=share)
+    y = combine(y, order, weights)
     y = jax.lax.psum(y.astype(x.dtype), "tensor")
     y = y.reshape(-1, *x.shape[1:])
     return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
 
 
-def _by_ragged(x, ids, weights, *kernels, block):
+def _by_ragged(x, ids, weights, *kernels):
     """Each token travels to the devices of its experts and back, and nothing else does.
 
     The buffer of arrivals has room for all tokens of the group: none is dropped.
@@ -165,9 +161,10 @@ def _by_ragged(x, ids, weights, *kernels, block):
     ends = jnp.cumsum(sizes[:, me].reshape(-1))
     segment = jnp.searchsorted(ends, jnp.arange(arrivals), side="right")
     expert = jnp.where(segment < devices * experts, segment % experts, _NOWHERE)
-    local = sort_by_expert(expert[:, None], experts, block)
+    local = sort_by_expert(expert[:, None], experts, block_of(_platform()))
     ones = jnp.ones((arrivals, 1), jnp.float32)
-    y = combine(expert_ffn(dispatch(received, local), local, *kernels, block=block), local, ones)
+    y = expert_ffn(dispatch(received, local), local, *kernels, expected=ids.size)
+    y = combine(y, local, ones)
     y = jax.lax.psum(y.astype(x.dtype), "tensor")
     back = jax.lax.ragged_all_to_all(
         y,
@@ -253,45 +250,23 @@ _pick.defvjp(lambda y, order: (_pick(y, order), order), _pick_backward)
 
 
 def expert_ffn(
-    x: jax.Array, order: Order, gate: jax.Array, up: jax.Array, down: jax.Array, *, block: int
+    x: jax.Array,
+    order: Order,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    *,
+    expected: int,
 ) -> jax.Array:
-    """SwiGLU of each place by its expert: `(places, D)` -> `(places, D)`."""
-    platform = jax.sharding.get_abstract_mesh().abstract_device.platform
-    if platform == "tpu" and megablox is not None:
-        product: Any = functools.partial(tpu_ragged_dot, group_sizes=order.padded)
-    elif block == 1:
-        product = functools.partial(jax.lax.ragged_dot, group_sizes=order.padded)
-    else:
-        x = x.reshape(-1, block, x.shape[-1])
-        starts = block * jnp.arange(x.shape[0])
-        owner = jnp.searchsorted(jnp.cumsum(order.padded), starts, side="right")
-        # Blocks beyond the last expert's hold zeros.
-        owner = jnp.minimum(owner, gate.shape[0] - 1)
+    """SwiGLU of each place by its expert: `(places, D)` -> `(places, D)`.
 
-        @jax.checkpoint  # each block's copy of a kernel is made again, not kept
-        def product(x, kernels):
-            return jax.vmap(project)(x, kernels[owner])
-
-    y = product(gated(product(x, gate), product(x, up)), down)
-    return y.reshape(-1, y.shape[-1])
-
-
-def tpu_ragged_dot(
-    x: jax.Array, kernels: jax.Array, group_sizes: jax.Array, interpret: bool = False
-) -> jax.Array:
-    """`jax.lax.ragged_dot`; what XLA makes of its gradient takes E times the work.
-
-    Rows beyond the last group are not written.
+    `expected` is how many places are in use where all experts have the same load.
     """
-    rows = x.shape[0]
-    x = jnp.pad(x, ((0, -rows % _TPU_TOKENS), (0, 0)))
-    return megablox.gmm(x, kernels, group_sizes, x.dtype, _tiling, interpret=interpret)[:rows]
+    product = functools.partial(
+        grouped_product, group_sizes=order.padded, platform=_platform(), expected=expected
+    )
+    return product(gated(product(x, gate), product(x, up)), down)
 
 
-def _tiling(rows: int, fan_in: int, fan_out: int) -> tuple[int, int, int]:
-    def tile(size: int) -> int:
-        """All of it, or equal parts that are multiples of a TPU's 128 lanes."""
-        parts = -(-size // _TPU_TILE)
-        return size if parts == 1 else -(-size // (128 * parts)) * 128
-
-    return _TPU_TOKENS, tile(fan_in), tile(fan_out)
+def _platform() -> str:
+    return jax.sharding.get_abstract_mesh().abstract_device.platform

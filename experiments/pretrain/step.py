@@ -137,14 +137,23 @@ class Trainer:
         )
 
     def _routing(self, params: Params) -> Any:
-        """Which params Muon takes, from their use in the loss."""
+        """Which params Muon takes, from their use in the loss.
+
+        It is traced as for CPUs, where no kernel hides its products.
+        """
 
         def losses(params, bias, windows):
             return self.model.losses(self.in_model_dtype(params), bias, windows)
 
         rows = self.config.batch // self.config.accumulate
         windows = jax.ShapeDtypeStruct((rows, self.config.context + 1), jnp.int32)
-        with jax.set_mesh(self.mesh):
+        mesh = jax.sharding.AbstractMesh(
+            self.mesh.axis_sizes,
+            self.mesh.axis_names,
+            axis_types=self.mesh.axis_types,
+            abstract_device=jax.sharding.AbstractDevice("cpu", None, "cpu"),
+        )
+        with jax.sharding.use_abstract_mesh(mesh):
             bias = jax.eval_shape(self.model.initial_bias)
             return muon_jax.trace_routing(losses, params, bias, windows)
 
