@@ -11,6 +11,7 @@ from flax import nnx
 from pretraining import SMALL, VOCABULARY, mesh_of, training
 
 from experiments.compiled import measure
+from experiments.language import sharding
 from experiments.language.mesh import make_mesh
 from experiments.language.sharding import spec
 from experiments.pretrain import experts, grouped
@@ -92,8 +93,8 @@ def gradients(mesh, count, width, hidden, active, tokens, dtype=jnp.float32):
         return jnp.sum((y * jnp.cos(x)).astype(jnp.float32))
 
     def placed(shape, axis, dtype):
-        sharding = jax.NamedSharding(mesh, spec(axis, None, None))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        place = jax.NamedSharding(mesh, spec(axis, None, None))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     params = jax.tree.map(lambda x: placed(x.shape, "experts", dtype), params)
     x = placed((*tokens, width), "batch", dtype)
@@ -158,3 +159,44 @@ def test_no_kernel_hides_the_experts_from_the_optimizer(recwarn):
     labels = trainer.labels["moe_layers"]["feed_forward"]["experts"]
     assert labels == {"down": "muon", "gate": "muon", "up": "muon"}
     assert not recwarn.list
+
+
+# --- What devices along fsdp exchange --------------------------------------------------------
+
+
+def test_a_gather_in_two_stages_is_one_gather(monkeypatch):
+    mesh = mesh_of(1, 8, 1, 1)
+    x, g = normal(0, 16, 3), normal(1, 8, 16, 3)
+
+    def weighted(x, g):
+        whole = sharding.gather(x, "fsdp")
+        return jnp.sum(whole * g[0] + whole**2)[None]
+
+    def run():
+        mapped = jax.shard_map(weighted, in_specs=jax.P("fsdp"), out_specs=jax.P("fsdp"))
+        return jax.jit(jax.value_and_grad(lambda x, g: jnp.sum(mapped(x, g))))(x, g)
+
+    with jax.set_mesh(mesh):
+        expected = run()
+        monkeypatch.setattr(sharding, "_line", lambda mesh, axis: 4)
+        found = run()
+    np.testing.assert_allclose(found[0], np.sum(8 * x**2 + x * g.sum(axis=0)), rtol=1e-5)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1], 16 * x + g.sum(axis=0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("topology", "sizes"), [("h100:8", (1, 8, 1, 1)), ("v5p:4x4x4", (1, 64, 1, 1))]
+)
+def test_experts_exchange_kernels_and_gradients_once(topology, sizes):
+    """Gathered for the forward pass and, anew, for the backward; gradients leave scattered."""
+    mesh = make_mesh(sizes, devices_of(topology))
+    with jax.set_mesh(mesh):
+        step, shapes = gradients(mesh, 64, 512, 256, 2, (64, 64), jnp.bfloat16)
+        program = measure(step.lower(*shapes).compile())
+    kernels = 3 * 64 * 512 * 256 * 2
+    found = program.collectives
+    assert found["all-gather"].output_bytes <= 1.3 * kernels
+    assert found["reduce-scatter"].operand_bytes <= 1.3 * kernels
+    others = sum(c.output_bytes for kind, c in found.items() if "all-re" in kind)
+    assert others < 0.01 * kernels

@@ -244,7 +244,9 @@ def test_the_16b_step_fits():
     assert report.argument_bytes == pytest.approx(0.32 * 2**30, rel=0.02)
     assert report.total_bytes == pytest.approx(10.6 * 2**30, rel=0.1)
     assert report.flops / report.model_flops == pytest.approx(1.43, abs=0.05)
-    assert {kind: c.in_loops for kind, c in report.collectives.items()} == {
-        "all-reduce": 0,
-        "all-to-all": 0,
-    }
+    assert all(c.in_loops == 0 for c in report.collectives.values())
+    # The experts' kernels, which nearly all params are, are gathered twice; their gradients leave
+    # by reduce-scatters.
+    kernels = 2 * 64 * 3 * 2048 * 1408 * 2
+    assert report.collectives["all-gather"].output_bytes < 1.3 * 2 * kernels
+    assert report.collectives["reduce-scatter"].operand_bytes < 1.3 * kernels

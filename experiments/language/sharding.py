@@ -131,3 +131,29 @@ def on_device(tree: Any) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
+
+
+def gather(x: jax.Array, axis: str) -> jax.Array:
+    """Inside of `shard_map`: all parts along a mesh axis, one after another on the leading axis.
+
+    The gradient's parts are summed where they belong, by reduce-scatters. If the axis has all
+    devices of a TPU slice, XLA would make all-reduces of both, which move twice as much; not so
+    of lines of the torus, and then of what is at the same place of each line.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    line, count = _line(mesh, axis), mesh.shape[axis]
+    if not 1 < line < count:
+        return jax.lax.all_gather(x, axis, axis=0, tiled=True)
+    lines = [list(range(begin, begin + line)) for begin in range(0, count, line)]
+    for groups in (lines, [list(across) for across in zip(*lines, strict=True)]):
+        x = jax.lax.all_gather(x, axis, axis=0, tiled=True, axis_index_groups=groups)
+    return x
+
+
+def _line(mesh: AbstractMesh, axis: str) -> int:
+    """Devices of a torus of equal sides that follow each other; 1 where nobody has to know."""
+    device, count = mesh.abstract_device, mesh.shape[axis]
+    if device.platform != "tpu" or count < mesh.size:
+        return 1
+    dimensions = 2 if "lite" in device.device_kind else 3
+    return math.gcd(count, 1 << (count.bit_length() - 1) // dimensions)

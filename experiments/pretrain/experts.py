@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.language.sharding import spec
+from experiments.language.sharding import gather, spec
 from experiments.layers import gated
 from experiments.pretrain.grouped import block_of, grouped_product
 
@@ -111,8 +111,7 @@ class Experts(nnx.Module):
 
 def _with_gathered_kernels(run, x, ids, weights, *kernels):
     """Runs with all kernels of the group, of which each device along fsdp has some."""
-    whole = (jax.lax.all_gather(kernel, "fsdp", axis=0, tiled=True) for kernel in kernels)
-    return run(x, ids, weights, *whole)
+    return run(x, ids, weights, *(gather(kernel, "fsdp") for kernel in kernels))
 
 
 def _by_gather(x, ids, weights, *kernels):
