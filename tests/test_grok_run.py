@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import jax
+import optax
 import pytest
 
 from experiments.grok import __main__ as command
+from experiments.grok import train
 from experiments.grok.config import Cell, Config
 from experiments.grok.train import Epoch, milestones
 
@@ -291,3 +293,22 @@ def test_it_really_groks_and_muon_first(tmp_path):
     }
     last = rows["muon"]["epochs_run"]
     assert looks == {"adamw": [1, 10, 20, 30], "muon": sorted({1, *range(10, last, 10), last})}
+
+
+def test_the_optimizer_knows_whose_program_it_is(monkeypatch):
+    """Its form depends on the platform, which need not be JAX's default one."""
+    build, seen = train.optimizers.build, []
+
+    def observed(*args, **options):
+        tx = build(*args, **options)
+
+        def update(*args, **extra):
+            seen.append(jax.sharding.get_abstract_mesh().abstract_device)
+            return tx.update(*args, **extra)
+
+        return optax.GradientTransformationExtraArgs(tx.init, update)
+
+    monkeypatch.setattr(train.optimizers, "build", observed)
+    config = Config(width=8, heads=1, probe_every=0)
+    train.compile_arm(config, Cell("mul", "softmax", "adamw", 0, ""), 1, jax.devices()[0])
+    assert seen[0].platform == "cpu"

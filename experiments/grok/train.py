@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
 
 import muon_jax
 from experiments import optimizers
@@ -20,6 +19,7 @@ from experiments.grok import prefixes, probes, tasks
 from experiments.grok.config import Cell, Config
 from experiments.grok.losses import LOSSES
 from experiments.grok.model import Transformer
+from experiments.language.mesh import one_device
 from experiments.side_by_side import once
 
 MEMORIZED_ACCURACY = 0.99
@@ -179,14 +179,18 @@ def compile_arm(config: Config, cell: Cell, seeds: int, device: jax.Device) -> P
         logits = _in_chunks(lambda chunk_rows: forward(state.params, chunk_rows)[0], everything)
         return probes.measure(cell.task, cell.softmax, state.params, updates, logits, train_rows)
 
-    place = SingleDeviceSharding(device)
+    # A mesh, so that the optimizer knows whose program this is: the device may not be of JAX's
+    # default platform, and not even be here.
+    mesh = one_device(device)
+    place = jax.NamedSharding(mesh, jax.P())
 
     def compiled(f: Callable, *arguments: Any, **options: Any) -> Callable:
         """`f`, of one seed's arrays as `arguments` are, for all seeds."""
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((seeds, *x.shape), x.dtype, sharding=place), arguments
         )
-        return jax.jit(_together(f, seeds), **options).lower(*shapes).compile()
+        with jax.set_mesh(mesh):
+            return jax.jit(_together(f, seeds), **options).lower(*shapes).compile()
 
     state = jax.eval_shape(start, 0)
     number = jax.ShapeDtypeStruct((), jnp.int32)
