@@ -55,12 +55,15 @@ class Form(NamedTuple):
         restarts: the steps after which the Gram form forms XXᵀ anew.
         panels: how many slices symmetric products are computed in.
         one_by_one: a stack is a loop over its matrices, and no batched product.
+        rounded: products are written in the dtype of their operands, and not in that of their
+            sums, so that half of the bytes are read again.
     """
 
     method: str
     restarts: tuple[int, ...] = ()
     panels: int = 1
     one_by_one: bool = False
+    rounded: bool = False
 
     def flops(self, short: int, long: int, rows: tuple[Row, ...]) -> int:
         """FLOPs of the matrix products for one matrix, or for a cell with `long` of its columns."""
@@ -148,8 +151,8 @@ class NewtonSchulz:
         short, long = sorted((m, n))
         panels = panel_count(short, dtype, platform)
         one_by_one = local and platform == "cpu" and short >= _LOOP_FROM
-        standard = Form("standard", (), panels, one_by_one)
-        gram_form = Form("gram", gram_restarts(rows, dtype), panels, one_by_one)
+        standard = Form("standard", (), panels, one_by_one, platform != "cpu")
+        gram_form = standard._replace(method="gram", restarts=gram_restarts(rows, dtype))
         if self.method == "auto":
             cheaper = gram_form.flops(short, long, rows) < standard.flops(short, long, rows)
             return gram_form if cheaper else standard
@@ -168,7 +171,8 @@ class NewtonSchulz:
         limits = (_SQUARE_NOISE_LIMIT,) * 2 if exact else ()
         restarts = gram_restarts(rows, dtype, *limits)
         # Here n × n products are most of the work, so that blocks pay earlier.
-        return Form("gram", restarts, max(2, panel_count(short, dtype, platform)))
+        panels = max(2, panel_count(short, dtype, platform))
+        return Form("gram", restarts, panels, rounded=platform != "cpu")
 
     def __call__(
         self, x: jax.Array, *, form: "Form | None" = None, share: Share = ALONE
@@ -339,53 +343,60 @@ _jitted = jax.jit(
 
 def _standard_form(x: jax.Array, rows: tuple[Row, ...], form: Form) -> jax.Array:
     dtype = x.dtype
-    for a, b, c in rows:
-        r = _rounded(gram(x, form.panels), dtype)
-        polynomial = _combine(b, r, c, square(r), dtype)
-        [x] = _combine(a, (x,), 1, (matmul(whole(polynomial), x),), dtype)
+    written = dtype if form.rounded else None
+    for row in rows:
+        r = _rounded(gram(x, form.panels, written), dtype)
+        p = _polynomial(row, r, form)
+        [x] = _rounded((matmul(whole(p), x, dtype=written),), dtype)
     return x
 
 
 def _gram_form(x: jax.Array, rows: tuple[Row, ...], form: Form, share: Share = ALONE) -> jax.Array:
     """The same polynomial, iterated on R = XXᵀ; Q collects the factor that X still lacks."""
     dtype = x.dtype
+    written = dtype if form.rounded else None
 
     def summed_gram(x: jax.Array) -> Panels:
-        r = gram(x, form.panels)
-        return _rounded(r if share is ALONE else cut(share.sum(whole(r)), form.panels), dtype)
+        if share is ALONE:
+            return _rounded(gram(x, form.panels, written), dtype)
+        return _rounded(cut(share.sum(whole(gram(x, form.panels))), form.panels), dtype)
+
+    def times(p: Panels, q: Panels) -> Panels:
+        return _rounded(product(p, q, written), dtype)
 
     r = summed_gram(x)
     q: Panels | None = None  # the identity
-    for step, (a, b, c) in enumerate(rows, start=1):
-        z = _combine(b, r, c, square(r), dtype)
-        if q is None:
-            q = _combine(a, cut(_identity(x), form.panels), 1, z, dtype)
-        else:
-            q = _combine(a, q, 1, product(q, z), dtype)
+    for step, row in enumerate(rows, start=1):
+        p = _polynomial(row, r, form)
+        q = p if q is None else times(q, p)
         if step in form.restarts or step == len(rows):
-            [x] = _rounded((matmul(whole(q), x),), dtype)
+            [x] = _rounded((matmul(whole(q), x, dtype=written),), dtype)
         if step in form.restarts:
             r, q = summed_gram(x), None
         elif step < len(rows):
-            w = _combine(a, r, 1, product(r, z), dtype)
-            r = _combine(a, w, 1, product(z, w), dtype)
+            r = times(p, times(r, p))
     return x
 
 
-def _identity(x: jax.Array) -> jax.Array:
-    """For `(..., n, k)`, `(1, ..., n, n)`."""
-    return jnp.expand_dims(jnp.eye(x.shape[-2], dtype=x.dtype), range(x.ndim - 2))
-
-
-def _combine(a: float, x: Panels, b: float, y: Panels, dtype: jnp.dtype) -> Panels:
-    """aX + bY, with the coefficients and the sum in `accumulator(dtype)`.
+def _polynomial(row: Row, r: Panels, form: Form) -> Panels:
+    """aI + bR + cR², which a step multiplies X by; summed in `accumulator`, rounded once.
 
     A number of Python's takes the dtype of the array that it meets: in bfloat16, 3.4445 would be
     3.4375.
     """
+    a, b, c = row
+    dtype = r[0].dtype
     wide = accumulator(dtype)
-    sums = (a * u.astype(wide) + b * v.astype(wide) for u, v in zip(x, y, strict=True))
-    return _rounded(tuple(sums), dtype)
+    n = r[0].shape[-1]
+    eye = jnp.expand_dims(jnp.eye(n, dtype=wide), range(r[0].ndim - 2))
+    squared = square(r, dtype if form.rounded else None)
+    return _rounded(
+        tuple(
+            a * one + (b * u.astype(wide) + c * v.astype(wide))
+            for one, u, v in zip(cut(eye, form.panels), r, squared, strict=True)
+        ),
+        dtype,
+    )
 
 
 def _rounded(panels: Panels, dtype: jnp.dtype) -> Panels:
@@ -394,7 +405,7 @@ def _rounded(panels: Panels, dtype: jnp.dtype) -> Panels:
     XLA drops a rounding where float32 arithmetic follows. R would then be exact in bR and rounded
     in cR², and where the two cancel the rounding would be what is left.
     """
-    if all(panel.dtype == dtype for panel in panels):
+    if dtype == accumulator(dtype):
         return panels
     return jax.lax.optimization_barrier(tuple(panel.astype(dtype) for panel in panels))
 

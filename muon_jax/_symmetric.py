@@ -43,31 +43,32 @@ def symmetric_flops(n: int, k: int, count: int) -> int:
     return sum(2 * (stop - start) * stop * k for start, stop in itertools.pairwise((0, *stops)))
 
 
-def gram(x: jax.Array, count: int) -> Panels:
-    """XXᵀ of `(..., n, k)`: at most `count` panels of `(..., n, n)`, in `accumulator(x.dtype)`."""
+def gram(x: jax.Array, count: int, dtype: jax.typing.DTypeLike | None = None) -> Panels:
+    """XXᵀ of `(..., n, k)`: at most `count` panels of `(..., n, n)`; `dtype` as of `matmul`."""
     panels = cut(x, count)
-    return _mirror(_lower_blocks(panels, panels), x.dtype)
+    return _mirror(_lower_blocks(panels, panels, dtype), x.dtype)
 
 
-def square(p: Panels) -> Panels:
-    """PP of a symmetric matrix, in `accumulator(p[0].dtype)`."""
+def square(p: Panels, dtype: jax.typing.DTypeLike | None = None) -> Panels:
+    """PP of a symmetric matrix; `dtype` as of `matmul`."""
     if len(p) == 1:
-        return (matmul(p[0], p[0]),)
-    return _mirror(_lower_blocks(p, p), p[0].dtype)
+        return (matmul(p[0], p[0], dtype=dtype),)
+    return _mirror(_lower_blocks(p, p, dtype), p[0].dtype)
 
 
-def product(p: Panels, q: Panels) -> Panels:
+def product(p: Panels, q: Panels, dtype: jax.typing.DTypeLike | None = None) -> Panels:
     """PQ of symmetric matrices that commute, so that it is symmetric too.
 
     Args:
         p, q: panels of `(..., n, n)`, of one dtype.
+        dtype: as of `matmul`.
 
     Returns:
-        Panels of `(..., n, n)` in `accumulator(p[0].dtype)`.
+        Panels of `(..., n, n)`.
     """
     if len(p) == 1:
-        return (matmul(p[0], q[0]),)
-    return _mirror(_lower_blocks(p, q), p[0].dtype, exactly=True)
+        return (matmul(p[0], q[0], dtype=dtype),)
+    return _mirror(_lower_blocks(p, q, dtype), p[0].dtype, exactly=True)
 
 
 def cut(x: jax.Array, count: int) -> Panels:
@@ -81,8 +82,14 @@ def whole(panels: Panels) -> jax.Array:
     return jnp.concatenate(panels, axis=-2) if len(panels) > 1 else panels[0]
 
 
-def matmul(x: jax.Array, y: jax.Array, *, transposed: bool = False) -> jax.Array:
-    """XY, or XYᴴ if `transposed`, in `accumulator(x.dtype)`.
+def matmul(
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    transposed: bool = False,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+    """XY, or XYᴴ if `transposed`, in `dtype`: by default that in which its sums are formed.
 
     The transpose is part of the product: XLA:CPU runs bfloat16 products with an operand that was
     transposed before in float32, at half the rate. Its bfloat16 kernels are fast where the result
@@ -96,7 +103,7 @@ def matmul(x: jax.Array, y: jax.Array, *, transposed: bool = False) -> jax.Array
         y,
         (contracted, (batch, batch)),
         precision=jax.lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else None,
-        preferred_element_type=accumulator(x.dtype),
+        preferred_element_type=accumulator(x.dtype) if dtype is None else dtype,
     )
 
 
@@ -105,9 +112,13 @@ def accumulator(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _lower_blocks(p: Panels, q: Panels) -> Panels:
+def _lower_blocks(p: Panels, q: Panels, dtype: jax.typing.DTypeLike | None) -> Panels:
     """Blocks (0, 0), (1, 0), (1, 1), (2, 0), ... of PQᵀ."""
-    return tuple(matmul(p[i], q[j], transposed=True) for i in range(len(p)) for j in range(i + 1))
+    return tuple(
+        matmul(p[i], q[j], transposed=True, dtype=dtype)
+        for i in range(len(p))
+        for j in range(i + 1)
+    )
 
 
 def _mirror(blocks: Panels, dtype: jnp.dtype, *, exactly: bool = False) -> Panels:
