@@ -66,11 +66,17 @@ class _Run:
         self.chunk = chunk or max(bucket.slots, 1)
 
     def whole_here(self, tiles: list[jax.Array]) -> list[jax.Array]:
-        """Matrices that this device has whole: nothing moves."""
-        [tile] = tiles
-        run, form = self.orthogonalizer, self.bucket.form
-        whole = functools.partial(run, form=form) if form is not None else run
-        return [orthogonalize_chunks(whole, tile, self.chunk)]
+        """Matrices that this device has whole: those of several arrays become one stack."""
+        bucket, run = self.bucket, self.orthogonalizer
+        run = functools.partial(run, form=bucket.form) if bucket.form is not None else run
+        if bucket.slots == 1:  # a loop over matrices needs none
+            return [apply_checked(run, tiles[0][0])[None]]
+        if len(tiles) == 1:
+            return [orthogonalize_chunks(run, tiles[0], self.chunk)]
+        stack = jnp.concatenate([tile.astype(bucket.dtype) for tile in tiles])
+        done = orthogonalize_chunks(run, stack, self.chunk).astype(bucket.dtype)
+        ends = np.cumsum([part.matrices for part in bucket.parts])
+        return jnp.split(done, ends[:-1])
 
     def exchange(self, tiles: list[jax.Array], blocks: Sequence[Block]) -> list[jax.Array]:
         bucket = self.bucket
@@ -227,7 +233,7 @@ class _Run:
         return over_other, still, -(-lead // math.prod(self.size[a] for a in over_other + still))
 
     def _share(self, shared: np.ndarray) -> Share:
-        """Sums and maxima over the devices that hold cells of the same matrix."""
+        """Sums over the devices that hold cells of the same matrix."""
         bucket = self.bucket
         if bucket.width == 1:
             return ALONE
@@ -241,11 +247,7 @@ class _Run:
             summed = _unpack_symmetric(summed) if x.shape[-1] > 1 else summed
             return jnp.where(here, summed, x)
 
-        def largest(x):
-            found = lax.pmax(jnp.where(here, x, 0), bucket.axes, axis_index_groups=within)
-            return jnp.where(here, found, x)
-
-        return Share(total, largest)
+        return Share(total)
 
 
 def orthogonalize_chunks(

@@ -30,6 +30,7 @@ _LARGEST_PATCH = 32
 STACK = "its leading axes are read as a stack of matrices"
 HEADS = "an attention kernel split into heads"
 CONV_KERNEL = "a conv kernel"
+EXPERT_STACK = "an expert stack"
 
 
 def read_hidden(name: LeafName, tree: Survey) -> tuple[MatrixAxes, Reading]:
@@ -79,7 +80,7 @@ def _read_core(name: LeafName, core: tuple[int, ...], tree: Survey) -> tuple[Mat
     if len(core) == 2:
         return axes, Reading(f"a kernel {order}")
     if is_expert(name) or tree.counts_experts(name, name.shape[core[0]]):
-        return axes, Reading(f"an expert stack {order}")
+        return axes, Reading(f"{EXPERT_STACK} {order}")
     doubt = "" if tree.scans.get(name.path) else STACK
     return axes, Reading(f"a stack of kernels {order}", doubt)
 

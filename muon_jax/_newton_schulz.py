@@ -57,6 +57,8 @@ class Form(NamedTuple):
         one_by_one: a stack is a loop over its matrices, and no batched product.
         rounded: products are written in the dtype of their operands, and not in that of their
             sums, so that half of the bytes are read again.
+        upright: matrices with more rows than columns are multiplied from the right, and not
+            transposed first and last.
     """
 
     method: str
@@ -64,6 +66,7 @@ class Form(NamedTuple):
     panels: int = 1
     one_by_one: bool = False
     rounded: bool = False
+    upright: bool = False
 
     def flops(self, short: int, long: int, rows: tuple[Row, ...]) -> int:
         """FLOPs of the matrix products for one matrix, or for a cell with `long` of its columns."""
@@ -79,15 +82,13 @@ class Share(NamedTuple):
     """How devices that hold different columns of the same matrices combine what they know.
 
     Attributes:
-        sum: `(..., n, n)` or `(..., 1, 1)` partial sums -> their totals.
-        max: `(..., 1, 1)` -> the largest.
+        sum: `(..., n, n)` or `(..., k, 1)` partial sums -> their totals.
     """
 
     sum: Callable[[jax.Array], jax.Array]
-    max: Callable[[jax.Array], jax.Array]
 
 
-ALONE = Share(sum=lambda x: x, max=lambda x: x)
+ALONE = Share(lambda x: x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +152,8 @@ class NewtonSchulz:
         short, long = sorted((m, n))
         panels = panel_count(short, dtype, platform)
         one_by_one = local and platform == "cpu" and short >= _LOOP_FROM
-        standard = Form("standard", (), panels, one_by_one, platform != "cpu")
+        accelerator = platform != "cpu"
+        standard = Form("standard", (), panels, one_by_one, accelerator, accelerator)
         gram_form = standard._replace(method="gram", restarts=gram_restarts(rows, dtype))
         if self.method == "auto":
             cheaper = gram_form.flops(short, long, rows) < standard.flops(short, long, rows)
@@ -276,7 +278,7 @@ def newton_schulz(
             their own.
         method: `"standard"`, `"gram"`, or `"auto"`: whichever needs fewer FLOPs for this shape,
             schedule and dtype (the Gram form is restarted as often as its dtype needs).
-        eps: added to the Frobenius norm once the largest entry is 1, so it is relative.
+        eps: what the Frobenius norm that divides is greater by, as a share of it.
 
     Returns:
         `(..., m, n)` in `x.dtype`.
@@ -321,18 +323,22 @@ def _orthogonalize(
         return jax.lax.map(one, x)
     out_dtype = x.dtype
     tall = x.shape[-2] > x.shape[-1] and share is ALONE
+    upright = tall and form.upright
+    turned = tall and not upright
     x, norm = _unit_norm(x, eps, share)
-    x = x.mT if tall else x
+    x = x.mT if turned else x
     factor = 1
     if normalization != "frobenius":
-        factor = _rescaling(share.sum(whole(gram(_written(x, dtype), 1))), normalization)
+        written = _written(x, dtype)
+        written = written.mT if upright else written
+        factor = _rescaling(share.sum(whole(gram(written, 1))), normalization)
+        factor = factor.mT if upright else factor
         x = x * factor
     if absolute_eps is not None:
         x = x / (1 + absolute_eps * factor / norm)
     x = _written(x / safety, dtype)
-    gram_method = form.method == "gram"
-    x = _gram_form(x, rows, form, share) if gram_method else _standard_form(x, rows, form)
-    return (x.mT if tall else x).astype(out_dtype)
+    x = _FORMS[form.method](x, rows, _Products(form, x.dtype, upright, share))
+    return (x.mT if turned else x).astype(out_dtype)
 
 
 _jitted = jax.jit(
@@ -341,62 +347,85 @@ _jitted = jax.jit(
 )
 
 
-def _standard_form(x: jax.Array, rows: tuple[Row, ...], form: Form) -> jax.Array:
-    dtype = x.dtype
-    written = dtype if form.rounded else None
+class _Products(NamedTuple):
+    """The products of a form, each rounded to `dtype` once; its symmetric matrices are panels.
+
+    Attributes:
+        form: of the arithmetic.
+        dtype: of the operands.
+        upright: X has more rows than columns, and Xᵀ takes its place.
+        share: how partial sums are combined.
+    """
+
+    form: Form
+    dtype: jnp.dtype
+    upright: bool
+    share: Share
+
+    @property
+    def written(self) -> jnp.dtype | None:
+        return self.dtype if self.form.rounded else None
+
+    def gram(self, x: jax.Array) -> Panels:
+        """XXᵀ."""
+        x = x.mT if self.upright else x
+        if self.share is ALONE:
+            return _rounded(gram(x, self.form.panels, self.written), self.dtype)
+        total = self.share.sum(whole(gram(x, self.form.panels)))
+        return _rounded(cut(total, self.form.panels), self.dtype)
+
+    def symmetric(self, p: Panels, q: Panels) -> Panels:
+        """PQ."""
+        return _rounded(product(p, q, self.written), self.dtype)
+
+    def apply(self, p: Panels, x: jax.Array) -> jax.Array:
+        """PX."""
+        p_ = whole(p)
+        pair = (x, jnp.conj(p_)) if self.upright else (p_, x)
+        [x] = _rounded((matmul(*pair, dtype=self.written),), self.dtype)
+        return x
+
+    def polynomial(self, row: Row, r: Panels) -> Panels:
+        """aI + bR + cR², which a step multiplies X by; summed in `accumulator`, rounded once.
+
+        A number of Python's takes the dtype of the array that it meets: in bfloat16, 3.4445 would
+        be 3.4375.
+        """
+        a, b, c = row
+        wide = accumulator(self.dtype)
+        eye = jnp.expand_dims(jnp.eye(r[0].shape[-1], dtype=wide), range(r[0].ndim - 2))
+        squared = square(r, self.written)
+        sums = tuple(
+            a * one + (b * u.astype(wide) + c * v.astype(wide))
+            for one, u, v in zip(cut(eye, self.form.panels), r, squared, strict=True)
+        )
+        return _rounded(sums, self.dtype)
+
+
+def _standard_form(x: jax.Array, rows: tuple[Row, ...], products: _Products) -> jax.Array:
     for row in rows:
-        r = _rounded(gram(x, form.panels, written), dtype)
-        p = _polynomial(row, r, form)
-        [x] = _rounded((matmul(whole(p), x, dtype=written),), dtype)
+        x = products.apply(products.polynomial(row, products.gram(x)), x)
     return x
 
 
-def _gram_form(x: jax.Array, rows: tuple[Row, ...], form: Form, share: Share = ALONE) -> jax.Array:
+def _gram_form(x: jax.Array, rows: tuple[Row, ...], products: _Products) -> jax.Array:
     """The same polynomial, iterated on R = XXᵀ; Q collects the factor that X still lacks."""
-    dtype = x.dtype
-    written = dtype if form.rounded else None
-
-    def summed_gram(x: jax.Array) -> Panels:
-        if share is ALONE:
-            return _rounded(gram(x, form.panels, written), dtype)
-        return _rounded(cut(share.sum(whole(gram(x, form.panels))), form.panels), dtype)
-
-    def times(p: Panels, q: Panels) -> Panels:
-        return _rounded(product(p, q, written), dtype)
-
-    r = summed_gram(x)
+    restarts = products.form.restarts
+    r = products.gram(x)
     q: Panels | None = None  # the identity
     for step, row in enumerate(rows, start=1):
-        p = _polynomial(row, r, form)
-        q = p if q is None else times(q, p)
-        if step in form.restarts or step == len(rows):
-            [x] = _rounded((matmul(whole(q), x, dtype=written),), dtype)
-        if step in form.restarts:
-            r, q = summed_gram(x), None
+        p = products.polynomial(row, r)
+        q = p if q is None else products.symmetric(q, p)
+        if step in restarts or step == len(rows):
+            x = products.apply(q, x)
+        if step in restarts:
+            r, q = products.gram(x), None
         elif step < len(rows):
-            r = times(p, times(r, p))
+            r = products.symmetric(p, products.symmetric(r, p))
     return x
 
 
-def _polynomial(row: Row, r: Panels, form: Form) -> Panels:
-    """aI + bR + cR², which a step multiplies X by; summed in `accumulator`, rounded once.
-
-    A number of Python's takes the dtype of the array that it meets: in bfloat16, 3.4445 would be
-    3.4375.
-    """
-    a, b, c = row
-    dtype = r[0].dtype
-    wide = accumulator(dtype)
-    n = r[0].shape[-1]
-    eye = jnp.expand_dims(jnp.eye(n, dtype=wide), range(r[0].ndim - 2))
-    squared = square(r, dtype if form.rounded else None)
-    return _rounded(
-        tuple(
-            a * one + (b * u.astype(wide) + c * v.astype(wide))
-            for one, u, v in zip(cut(eye, form.panels), r, squared, strict=True)
-        ),
-        dtype,
-    )
+_FORMS = {"standard": _standard_form, "gram": _gram_form}
 
 
 def _rounded(panels: Panels, dtype: jnp.dtype) -> Panels:
@@ -413,16 +442,29 @@ def _rounded(panels: Panels, dtype: jnp.dtype) -> Panels:
 def _unit_norm(x: jax.Array, eps, share: Share = ALONE) -> tuple[jax.Array, jax.Array]:
     """X over its Frobenius norm without overflow or underflow, in float32 or wider, and that norm.
 
-    The norm itself may be 0 or infinite.
+    The norm itself may be 0 or infinite. The squares of huge and of tiny entries are summed in
+    scales of their own, so that one pass is enough (Blue, 1978, A portable Fortran program to find
+    the Euclidean norm of a vector).
     """
     x = x.astype(accumulator(x.dtype))
-    largest = share.max(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
-    # XLA turns division into a product with 1 / largest, which above 2^126 is flushed to zero.
-    root = jax.lax.rsqrt(jnp.where(largest == 0, 1, largest))
-    x = x * root * root
-    squares = jnp.real(x * jnp.conj(x))
-    norm = jnp.sqrt(share.sum(jnp.sum(squares, axis=(-2, -1), keepdims=True)))
-    return x / (norm + eps), largest * norm
+    bits = jnp.finfo(x.dtype).maxexp
+    edge, scale = 2.0 ** (2 * bits // 5), 2.0 ** (7 * bits // 10)
+    sums = []
+    for part in (x.real, x.imag) if jnp.iscomplexobj(x) else (x,):
+        size = jnp.abs(part)
+        huge, tiny = size > edge, size < 1 / edge
+        scaled = (
+            jnp.where(huge, size / scale, 0),
+            jnp.where(huge | tiny, 0, size),
+            jnp.where(tiny, size * scale, 0),
+        )
+        sums.append([jnp.sum(s * s, axis=(-2, -1), keepdims=True) for s in scaled])
+    totals = share.sum(jnp.concatenate([sum(same) for same in zip(*sums, strict=True)], axis=-2))
+    huge, usual, tiny = jnp.split(jnp.sqrt(totals), 3, axis=-2)
+    norm, larger = jnp.where(usual == 0, tiny, jnp.hypot(usual, tiny / scale)), huge > 0
+    norm = jnp.where(larger, jnp.hypot(huge, usual / scale), norm)
+    unit = jnp.where(larger, 1 / scale, jnp.where(usual == 0, scale, 1.0)).astype(norm.dtype)
+    return x * unit / (jnp.where(norm == 0, 1, norm) * (1 + eps)), norm / unit
 
 
 def _rescaling(r: jax.Array, normalization: str) -> jax.Array:

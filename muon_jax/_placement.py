@@ -40,9 +40,9 @@ def orthogonalize_leaves(
     Returns:
         Arrays like `leaves`, sharded like them.
     """
-    if not placing.free and not (placing.taken and any(layouts)):
+    if placing.mesh is None and jax.device_count() > 1:
         return [
-            _orthogonalize_here(x, a, orthogonalizer, chunk_size)
+            _orthogonalize_here(x, a, orthogonalizer, placing.platform, chunk_size)
             for x, a in zip(leaves, axes, strict=True)
         ]
     found: dict[int, Layout] = {}
@@ -88,10 +88,20 @@ def _lie_like(x: jax.Array, like: jax.Array, placing: Placing) -> jax.Array:
 
 
 def _orthogonalize_here(
-    x: jax.Array, axes: MatrixAxes, orthogonalizer: Orthogonalizer, chunk_size: int | None
+    x: jax.Array,
+    axes: MatrixAxes,
+    orthogonalizer: Orthogonalizer,
+    platform: str,
+    chunk_size: int | None,
 ) -> jax.Array:
-    """A leaf that is whole here, or whose spreading is left to XLA: batch axes are not merged."""
-    done = orthogonalize_chunks(orthogonalizer, axes.to_matrices(x), chunk_size)
+    """A leaf whose spreading is left to XLA: batch axes are not merged."""
+    matrices = axes.to_matrices(x)
+    solver = as_solver(orthogonalizer)
+    if solver is not None:
+        m, n = matrices.shape[-2:]
+        form = solver.form(m, n, x.dtype, platform, local=False)
+        orthogonalizer = functools.partial(solver, form=form)
+    done = orthogonalize_chunks(orthogonalizer, matrices, chunk_size)
     return axes.from_matrices(done, x.shape)
 
 
@@ -145,12 +155,15 @@ def _built_exchange(
 
 
 def plan_entries(
-    entries: Sequence[Entry], placing: Placing, solver: NewtonSchulz | None
+    entries: Sequence[Entry],
+    placing: Placing,
+    solver: NewtonSchulz | None,
+    platform: str | None = None,
 ) -> tuple[tuple[Block, ...], tuple[Bucket, ...]]:
-    """The blocks of these entries, and the buckets that they fall into."""
+    """The blocks of these entries, and the buckets that they fall into on `platform`."""
     sizes = placing.sizes
     blocks = tuple(entry.block(sizes, exchange_dtype(entry.dtype, solver)) for entry in entries)
-    return blocks, plan_buckets(blocks, sizes, solver, placing.platform)
+    return blocks, plan_buckets(blocks, sizes, solver, platform or placing.platform)
 
 
 def as_solver(orthogonalizer: Orthogonalizer) -> NewtonSchulz | None:

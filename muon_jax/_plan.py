@@ -20,12 +20,15 @@ from muon_jax._layout import (
     told_layout,
 )
 from muon_jax._matrix_axes import MatrixAxes
+from muon_jax._name_axes import EXPERT_STACK
 from muon_jax._newton_schulz import Form, NewtonSchulz
 from muon_jax._paths import KeyPath, path_strings
 from muon_jax._pieces import cut
 from muon_jax._placement import plan_entries
 from muon_jax._precision import real_dtype
 from muon_jax._routing import ADAMW, FROZEN, MUON, Routing, route
+
+PLATFORMS = ("cpu", "gpu", "tpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +165,7 @@ def plan(
     nu_dtype: jax.typing.DTypeLike | None = None,
     routing: Routing = None,
     matrix_axes: Any = None,
+    platform: str | None = None,
 ) -> Plan:
     """What a step of `muon` costs on a mesh, from shapes alone.
 
@@ -171,11 +175,18 @@ def plan(
         shardings: as in `muon`: where the params lie. Under Auto axes, where `muon` is not told
             them, XLA moves a leaf once for each mesh axis that splits it, in place of once.
         tokens_per_step: of the whole batch; needed for the overhead.
-        active_params: parameters that a token passes through; `None` is all of them.
+        active_params: parameters that a token passes through; `None` is all of them, where no leaf
+            is a stack of experts.
         ns_coeffs, ns_steps, ns_dtype, mu_dtype, nu_dtype, routing, matrix_axes: as in `muon`.
+        platform: of the devices: `"cpu"`, `"gpu"` or `"tpu"`, which an `AbstractMesh` may not know;
+            `None` is the mesh's, or else that of JAX's default devices.
 
     Returns:
         A `Plan`: per bucket and in total FLOPs, bytes exchanged and memory.
+
+    Raises:
+        ValueError: another platform, or an overhead asked for without `active_params` where experts
+            are stacked, of which a token passes through a few.
 
     Example:
         >>> import jax, jax.numpy as jnp, muon_jax
@@ -183,6 +194,8 @@ def plan(
         >>> muon_jax.plan(params).total("standard_flops") == 64 * 5 * (4 + 2) * 256**3
         True
     """
+    if platform not in (None, *PLATFORMS):
+        raise ValueError(f"platform must be one of {', '.join(PLATFORMS)}; got {platform!r}.")
     solver = NewtonSchulz(ns_coeffs, ns_steps, ns_dtype)
     routes = route(params, routing, matrix_axes)
     leaves: dict[KeyPath, Any] = dict(jax.tree_util.tree_leaves_with_path(params))
@@ -215,7 +228,7 @@ def plan(
                 assert piece.layout is not None
                 hidden.append(path)
                 entries.append(Entry(piece.shape, jnp.dtype(x.dtype), piece.layout, piece.axes))
-    blocks, buckets = plan_entries(entries, placing, solver)
+    blocks, buckets = plan_entries(entries, placing, solver, platform)
 
     def muon_row(group: list[Bucket]) -> PlanRow:
         parts = [part for bucket in group for part in bucket.parts]
@@ -258,6 +271,12 @@ def plan(
             rows.append(PlanRow(label, names, momentum_bytes=held))
     tokens = tokens_per_step
     if tokens is not None:
+        stacked = (found.path for found in routes.values() if EXPERT_STACK in found.why)
+        if active_params is None and (experts := next(stacked, None)) is not None:
+            raise ValueError(
+                f"{experts!r} stacks experts, of which a token passes through a few: the model's "
+                "FLOPs need active_params=, how many parameters a token passes through."
+            )
         active = active_params or sum(math.prod(x.shape) for x in leaves.values())
         tokens = 6 * active * tokens
     return Plan(tuple(rows), placing.devices, tokens)

@@ -25,9 +25,9 @@ def panel_count(n: int, dtype: jax.typing.DTypeLike, platform: str) -> int:
         # 5 to 10 % from 2048, for twice the time to compile.
         return 1 if n < 512 else 2 if n < 2048 else 4
     # Not measured. A quarter of the FLOPs is n³/2; to write the blocks and read them back moves
-    # 6 n² bytes. A TPU does 170 to 240 FLOPs a byte in bfloat16, a GPU 300; 10 to 40 in float32.
-    least = 1024 if jnp.dtype(dtype).itemsize >= 4 else 2048 if platform == "tpu" else 4096
-    return 2 if n >= least else 1
+    # 6 n² bytes. In float32 accelerators do 10 to 40 FLOPs a byte. In bfloat16 they do 170 to 300,
+    # and the compiler of TPUs estimates half as many cycles again for two panels at 2048.
+    return 2 if n >= 1024 and jnp.dtype(dtype).itemsize >= 4 else 1
 
 
 def panel_stops(n: int, count: int) -> tuple[int, ...]:

@@ -160,6 +160,9 @@ def test_a_plan_spreads_experts_and_prints_and_saves():
         lambda x: P("expert") if x.shape[0] == 64 else P(*(None,) * (x.ndim - 2), "expert"), params
     )
     settings = {"ns_dtype": jnp.bfloat16, "mu_dtype": jnp.bfloat16, "tokens_per_step": 3_100_000}
+    with pytest.raises(ValueError, match=r"'moe/experts/\w+/kernel' stacks.*active_params="):
+        muon_jax.plan(params, mesh=mesh, shardings=shardings, **settings)
+    settings["active_params"] = 2_244_000_000
     plan = muon_jax.plan(params, mesh=mesh, shardings=shardings, **settings)
     routed = [row for row in plan.rows if any("experts" in leaf for leaf in row.leaves)]
     assert all(row.exchanged_bytes == 0 for row in routed)
@@ -176,3 +179,16 @@ def test_a_plan_without_muon_leaves():
     plan = muon_jax.plan({"scale": jnp.ones(4)}, tokens_per_step=10)
     assert plan.total("flops") == 0 and plan.overhead == 0
     assert "adamw" in str(plan)
+
+
+def test_a_plan_is_for_the_platform_that_it_is_told():
+    """Of 20 leaves a GPU makes one stack; symmetric products in panels are a CPU's."""
+    params = [{"kernel": jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)} for _ in range(20)]
+    mesh = jax.sharding.AbstractMesh((1,), ("fsdp",))
+    cpu, gpu = (muon_jax.plan(params, mesh=mesh, platform=name) for name in ("cpu", "gpu"))
+    assert [row.matrices for row in cpu.rows] == [row.matrices for row in gpu.rows] == [20]
+    assert "panels" in cpu.rows[0].form and "panels" not in gpu.rows[0].form
+    assert cpu.total("flops") < gpu.total("flops") == gpu.total("standard_flops")
+    assert 10 < gpu.total("working_bytes") / cpu.total("working_bytes") < 40
+    with pytest.raises(ValueError, match="platform must be one of cpu, gpu, tpu; got 'cuda'"):
+        muon_jax.plan(params, platform="cuda")

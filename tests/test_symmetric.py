@@ -198,7 +198,9 @@ def test_panels_cover_every_row_once_and_end_at_tiles(n, count):
 def test_small_matrices_are_not_cut(platform):
     for dtype in (jnp.float32, jnp.bfloat16):
         assert _symmetric.panel_count(384, dtype, platform) == 1
-        assert _symmetric.panel_count(8192, dtype, platform) > 1
+        large = _symmetric.panel_count(8192, dtype, platform)
+        # Accelerators are as fast in bfloat16 as they read and write the blocks.
+        assert (large > 1) == (platform == "cpu" or dtype == jnp.float32)
 
 
 def test_the_platform_is_that_of_the_mesh_in_use():

@@ -1,0 +1,118 @@
+"""What accelerators do otherwise: products rounded once, upright matrices, leaves in one stack."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from meshes import mesh_of
+from trajectories import relative_error
+
+import muon_jax
+from muon_jax import MatrixAxes
+from muon_jax._assignment import _STACK_FLOPS, plan_buckets
+from muon_jax._buckets import Block
+from muon_jax._layout import Placing
+from muon_jax._newton_schulz import NewtonSchulz
+
+
+def gaussian(*shape, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def on(platform, solver, x):
+    y = solver(x, form=solver.form(*x.shape[-2:], x.dtype, platform))
+    return np.asarray(y if jnp.iscomplexobj(x) else y.astype(jnp.float32))
+
+
+def distance(x, y):
+    return np.linalg.norm(x - y) / np.linalg.norm(y)
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize("coeffs", ["jordan", "aol"])
+def test_forms_of_accelerators_agree_with_the_cpus(coeffs, method):
+    solver = NewtonSchulz(coeffs, method=method)
+    for shape in ((12, 12), (2, 40, 12)):
+        z = gaussian(*shape) + 1j * gaussian(*shape, seed=1)
+        form = solver.form(*shape[-2:], z.dtype, "gpu")
+        assert form.rounded and form.upright
+        assert not solver.form(*shape[-2:], z.dtype, "cpu").rounded
+        assert distance(on("gpu", solver, z), on("cpu", solver, z)) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize("coeffs", ["jordan", "polar_express", "deepseek_v4"])
+def test_products_rounded_once_keep_singular_values_in_range(coeffs, method):
+    """Flat and steep spectra; the limit is that of the CPU's form."""
+    solver = NewtonSchulz(coeffs, dtype=jnp.bfloat16, method=method)
+    basis = [np.linalg.qr(gaussian(n, n, seed=n))[0] for n in (32, 128)]
+    decay = np.arange(32)
+    spectra = np.stack([np.ones(32), 1 / (1 + decay), 1 / (1 + decay) ** 2, 10.0 ** (-decay / 8)])
+    x = (basis[0] * spectra[:, None]) @ basis[1][:32]
+    for matrices in (x.swapaxes(1, 2), x[..., :32]):
+        values = np.linalg.svd(on("gpu", solver, jnp.asarray(matrices)), compute_uv=False)
+        assert values[:, 0].min() > 0.6 and values.max() < 1.21
+
+
+def block(count, m=256, n=256, dtype=jnp.bfloat16):
+    return Block(count, m, n, (), (), (), jnp.dtype(dtype))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_matrices_of_one_shape_share_a_stack_where_launches_pay(platform):
+    blocks = (block(1), block(3, n=512), block(2), block(1, dtype=jnp.float32))
+    buckets = plan_buckets(blocks, (), NewtonSchulz(dtype=jnp.bfloat16), platform)
+    found = sorted(tuple(part.block for part in bucket.parts) for bucket in buckets)
+    assert found == ([(0,), (1,), (2,), (3,)] if platform == "cpu" else [(0, 2), (1,), (3,)])
+    assert sum(bucket.matrices for bucket in buckets) == 7
+
+
+def test_a_stack_ends_where_its_products_are_long_enough():
+    side = 4096
+    most = _STACK_FLOPS // (2 * side**3)
+    blocks = (block(1, side, side),) * (2 * most + 1) + (block(5 * most, side, side),)
+    buckets = plan_buckets(blocks, (), NewtonSchulz(), "gpu")
+    assert [bucket.slots for bucket in buckets] == [most, most, 1, 5 * most]
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(Placing, "platform", "gpu")
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_leaves_in_one_stack_have_their_own_updates(chunk_size, as_on_a_gpu, monkeypatch):
+    """(16, 4, 4) is one 16 × 16 matrix along the axes that it is told."""
+    shapes = {"a": (16, 16), "b": (3, 16, 16), "c": (16, 4, 4), "d": (4, 4, 16), "e": (16, 40)}
+    axes = {"c": MatrixAxes(0, (1, 2)), "d": MatrixAxes((0, 1), 2)}
+    params = {name: gaussian(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    axes = {name: axes.get(name, MatrixAxes()) for name in params}
+    seen = []
+
+    def orthogonalize(x):
+        seen.append(x.shape)
+        return muon_jax.newton_schulz(x)
+
+    def update(mesh, **settings):
+        tx = muon_jax.scale_by_muon(matrix_axes=axes, mesh=mesh, **settings)
+        return jax.jit(tx.update)(params, tx.init(params))[0]
+
+    mesh = mesh_of("Auto", d=1)
+    together = update(mesh, chunk_size=chunk_size)
+    update(mesh, chunk_size=chunk_size, orthogonalizer=orthogonalize)
+    sizes = [6] if chunk_size is None else [2, 2, 2]
+    assert seen == [*((size, 16, 16) for size in sizes), (16, 40)]
+    monkeypatch.undo()
+    apart = update(mesh)
+    for name in params:
+        assert together[name].shape == params[name].shape
+        assert relative_error(together[name], apart[name]) < 1e-5
+
+
+def test_a_norm_of_huge_and_tiny_entries_is_that_of_float64():
+    rows = [[3e38, 1e38, 1e-38], [2e15, 3e15, 1e15], [3e-16, 4e-16, 0], [2e-38, 4e-38, 4e-38]]
+    x = np.array(rows, np.float32)[:, None, :]
+    y = np.asarray(muon_jax.newton_schulz(x, coeffs="exact"))
+    wide = x.astype(np.float64)
+    exact = wide / np.linalg.norm(wide, axis=(1, 2), keepdims=True)
+    np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-30)
