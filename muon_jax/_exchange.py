@@ -70,7 +70,7 @@ class _Run:
         bucket, run = self.bucket, self.orthogonalizer
         run = functools.partial(run, form=bucket.form) if bucket.form is not None else run
         if bucket.slots == 1:  # a loop over matrices needs none
-            return [apply_checked(run, tiles[0][0])[None]]
+            return [jnp.expand_dims(apply_checked(run, jnp.squeeze(tiles[0], 0)), 0)]
         if len(tiles) == 1:
             return [orthogonalize_chunks(run, tiles[0], self.chunk)]
         stack = jnp.concatenate([tile.astype(bucket.dtype) for tile in tiles])

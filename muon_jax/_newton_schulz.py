@@ -325,7 +325,7 @@ def _orthogonalize(
     tall = x.shape[-2] > x.shape[-1] and share is ALONE
     upright = tall and form.upright
     turned = tall and not upright
-    x, norm = _unit_norm(x, eps, share)
+    x, norm = _unit_norm(x, eps, form, share)
     x = x.mT if turned else x
     factor = 1
     if normalization != "frobenius":
@@ -439,32 +439,53 @@ def _rounded(panels: Panels, dtype: jnp.dtype) -> Panels:
     return jax.lax.optimization_barrier(tuple(panel.astype(dtype) for panel in panels))
 
 
-def _unit_norm(x: jax.Array, eps, share: Share = ALONE) -> tuple[jax.Array, jax.Array]:
+def _unit_norm(x: jax.Array, eps, form: Form, share: Share = ALONE) -> tuple[jax.Array, jax.Array]:
     """X over its Frobenius norm without overflow or underflow, in float32 or wider, and that norm.
 
-    The norm itself may be 0 or infinite. The squares of huge and of tiny entries are summed in
-    scales of their own, so that one pass is enough (Blue, 1978, A portable Fortran program to find
-    the Euclidean norm of a vector).
+    The norm itself may be 0 or infinite.
     """
     x = x.astype(accumulator(x.dtype))
+    # XLA:CPU would run through X for each of three sums, and form the momentum anew for each.
+    two_passes = not form.rounded and share is ALONE
+    root, norm = _norm_in_two_passes(x) if two_passes else _norm_in_one_pass(x, share)
+    x = x * root * root / (jnp.where(norm == 0, 1, norm) * (1 + eps))
+    return x, norm / root / root
+
+
+def _norm_in_two_passes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A factor r, and the norm of r²X, whose largest entry is 1."""
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    # XLA turns division into a product with 1 / largest, which above 2^126 is flushed to zero.
+    root = jax.lax.rsqrt(jnp.where(largest == 0, 1, largest))
+    x = x * root * root
+    return root, jnp.sqrt(jnp.sum(jnp.real(x * jnp.conj(x)), axis=(-2, -1), keepdims=True))
+
+
+def _norm_in_one_pass(x: jax.Array, share: Share) -> tuple[jax.Array, jax.Array]:
+    """A factor r, and the norm of r²X, whose square is a number.
+
+    The squares of huge, of usual and of tiny entries are summed apart, in scales of their own
+    (Blue, 1978, A portable Fortran program to find the Euclidean norm of a vector).
+    """
     bits = jnp.finfo(x.dtype).maxexp
-    edge, scale = 2.0 ** (2 * bits // 5), 2.0 ** (7 * bits // 10)
+    edge, root = 2.0 ** (2 * bits // 5), 2.0 ** (7 * bits // 20)
+    scale = root * root
     sums = []
     for part in (x.real, x.imag) if jnp.iscomplexobj(x) else (x,):
         size = jnp.abs(part)
-        huge, tiny = size > edge, size < 1 / edge
+        is_huge, is_tiny = size > edge, size < 1 / edge
         scaled = (
-            jnp.where(huge, size / scale, 0),
-            jnp.where(huge | tiny, 0, size),
-            jnp.where(tiny, size * scale, 0),
+            jnp.where(is_huge, size / scale, 0),
+            jnp.where(is_huge | is_tiny, 0, size),
+            jnp.where(is_tiny, size * scale, 0),
         )
         sums.append([jnp.sum(s * s, axis=(-2, -1), keepdims=True) for s in scaled])
     totals = share.sum(jnp.concatenate([sum(same) for same in zip(*sums, strict=True)], axis=-2))
     huge, usual, tiny = jnp.split(jnp.sqrt(totals), 3, axis=-2)
-    norm, larger = jnp.where(usual == 0, tiny, jnp.hypot(usual, tiny / scale)), huge > 0
-    norm = jnp.where(larger, jnp.hypot(huge, usual / scale), norm)
-    unit = jnp.where(larger, 1 / scale, jnp.where(usual == 0, scale, 1.0)).astype(norm.dtype)
-    return x * unit / (jnp.where(norm == 0, 1, norm) * (1 + eps)), norm / unit
+    norm = jnp.where(usual == 0, tiny, jnp.hypot(usual, tiny / scale))
+    norm = jnp.where(huge > 0, jnp.hypot(huge, usual / scale), norm)
+    factor = jnp.where(huge > 0, 1 / root, jnp.where(usual == 0, root, 1.0))
+    return factor.astype(norm.dtype), norm
 
 
 def _rescaling(r: jax.Array, normalization: str) -> jax.Array:
