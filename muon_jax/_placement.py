@@ -45,6 +45,8 @@ def orthogonalize_leaves(
             _orthogonalize_here(x, a, orthogonalizer, placing.platform, chunk_size)
             for x, a in zip(leaves, axes, strict=True)
         ]
+    if not placing.free and not any(layouts):
+        placing = placing._replace(taken=())  # leaves are whole inside `shard_map`
     found: dict[int, Layout] = {}
     for i, (x, layout) in enumerate(zip(leaves, layouts, strict=True)):
         if layout is None:
