@@ -21,11 +21,10 @@ def optional_module(name: str) -> Any:
 
 # Grouped products on a TPU; without them `jax.lax.ragged_dot`.
 megablox = optional_module("pallas.ops.tpu.megablox")
-# And on a GPU; without these, blocks of rows, each with a copy of its kernel.
-pallas, triton = optional_module("pallas"), optional_module("pallas.triton")
 # Attention on a TPU; without it blocks of queries, one after another.
 splash_attention = optional_module("pallas.ops.tpu.splash_attention")
-# Kernels for attention on a GPU; without them cuDNN's, with a mask in memory.
+# Kernels for GPUs. Without them grouped products are blocks of rows, each with a copy of its
+# kernel, and attention to packed rows is cuDNN's, with a mask in memory.
 pallas, triton = optional_module("pallas"), optional_module("pallas.triton")
 # Ahead-of-time compilation for chips that are not here; without it an error that says so.
 topologies = optional_module("topologies")
