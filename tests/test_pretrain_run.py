@@ -201,15 +201,15 @@ BAD = VOCABULARY - 1
 @pytest.fixture
 def poisoned(monkeypatch):
     """The loss of a window that begins with this token is NaN; another's gradient is huge."""
-    plain = LanguageModel.losses
+    plain = LanguageModel.loss
 
-    def losses(self, params, bias, windows):
-        found, observed = plain(self, params, bias, windows)
-        factor = jnp.where(windows[:, :1] == BAD, jnp.nan, 1.0)
-        factor *= jnp.where(windows[:, :1] == BAD - 1, 1e4, 1.0)
+    def loss(self, params, bias, windows, **how):
+        found, observed = plain(self, params, bias, windows, **how)
+        factor = jnp.where(jnp.any(windows[:, 0] == BAD), jnp.nan, 1.0)
+        factor *= jnp.where(jnp.any(windows[:, 0] == BAD - 1), 1e4, 1.0)
         return found * factor, observed
 
-    monkeypatch.setattr(LanguageModel, "losses", losses)
+    monkeypatch.setattr(LanguageModel, "loss", loss)
 
 
 def batch_of(trainer, first, seed=0):
@@ -247,13 +247,13 @@ def test_spikes_are_skipped_where_asked_for(poisoned):
 
 
 def test_a_run_without_finite_steps_stops_and_says_so(text, tokens, tmp_path, monkeypatch):
-    plain = LanguageModel.losses
+    plain = LanguageModel.loss
 
-    def losses(self, params, bias, windows):
-        found, observed = plain(self, params, bias, windows)
+    def loss(self, params, bias, windows, **how):
+        found, observed = plain(self, params, bias, windows, **how)
         return found * jnp.nan, observed
 
-    monkeypatch.setattr(LanguageModel, "losses", losses)
+    monkeypatch.setattr(LanguageModel, "loss", loss)
     config = configured(text, model=DENSE, patience=3)
     with pytest.raises(TrainingError, match="3 steps in a row had no finite loss"):
         run(config, tokens, tmp_path, optimizer="adamw")
