@@ -101,7 +101,7 @@ def test_a_step_on_a_tpu_that_is_not_there_meets_its_bars(name, explicit):
     most = 4.5 if mesh.size <= 256 else 4.9
     assert program.exchanged_bytes <= most * case.shard_bytes()
     assert set(program.collectives) <= CUT
-    assert program.temp_bytes <= 2 * case.shard_bytes() + plan.total("working_bytes")
+    assert program.temp_bytes <= 1.05 * (2 * case.shard_bytes() + plan.total("working_bytes"))
     assert plan.total("device_flops") == pytest.approx(program.flops, rel=0.05)
     assert plan.total("exchanged_bytes") == pytest.approx(program.exchanged_bytes, rel=0.05)
 
