@@ -1,5 +1,6 @@
 """What a step costs each device: figures of compiled programs, and the plan that tells them."""
 
+import functools
 import json
 
 import jax
@@ -85,25 +86,40 @@ def test_rivals_stand_where_the_table_says():
     assert 250 < program.exchanged_bytes / case.shard_bytes() < 300
 
 
-@pytest.mark.parametrize("explicit", [False, True], ids=["Auto", "Explicit"])
-@pytest.mark.parametrize("name", ["v5e:16x16", "v5p:8x8x8"])
-def test_a_step_on_a_tpu_that_is_not_there_meets_its_bars(name, explicit):
+@functools.cache
+def step_on(name, explicit):
+    """A step compiled for a TPU that is not there: the case, the program, the plan."""
     try:
         mesh = on_line(topology_devices(name), explicit)
     except TopologyError as error:
         pytest.skip(str(error))
     case = on_mesh(name, mesh, stacked(layer(2, 2048, 8192), 64), FAN_IN, (OURS,))
     tx = muon_jax.muon(0.02, mesh=mesh, ns_dtype=jnp.bfloat16)
-    program = measure(compile_step(case, tx))
     plan = muon_jax.plan(case.params, mesh=mesh, ns_dtype=jnp.bfloat16)
-    assert program.flops <= 1.15 * case.standard_flops() / mesh.size
-    # On 512 devices the Grams of cut matrices are added up in float32, a triangle of each.
-    most = 4.5 if mesh.size <= 256 else 4.9
-    assert program.exchanged_bytes <= most * case.shard_bytes()
+    return case, measure(compile_step(case, tx)), plan
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["Auto", "Explicit"])
+@pytest.mark.parametrize("name", ["v5e:16x16", "v5p:8x8x8"])
+def test_a_step_on_a_tpu_that_is_not_there_takes_what_its_plan_says(name, explicit):
+    case, program, plan = step_on(name, explicit)
+    assert program.flops <= 1.15 * case.standard_flops() / case.mesh.size
     assert set(program.collectives) <= CUT
-    assert program.temp_bytes <= 1.05 * (2 * case.shard_bytes() + plan.total("working_bytes"))
     assert plan.total("device_flops") == pytest.approx(program.flops, rel=0.05)
     assert plan.total("exchanged_bytes") == pytest.approx(program.exchanged_bytes, rel=0.05)
+
+
+# Cut matrices add their Grams up in float32, which is 4.80 shards in bytes; and XLA for TPUs writes
+# a float32 copy of what the norm is taken of, 3 % above what the plan has room for.
+MISSED = pytest.mark.xfail(strict=True, reason="4.80 shards exchanged, temporaries 3 % over")
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["Auto", "Explicit"])
+@pytest.mark.parametrize("name", ["v5e:16x16", pytest.param("v5p:8x8x8", marks=MISSED)])
+def test_a_step_on_a_tpu_that_is_not_there_meets_its_bars(name, explicit):
+    case, program, plan = step_on(name, explicit)
+    assert program.exchanged_bytes <= 4.5 * case.shard_bytes()
+    assert program.temp_bytes <= 2 * case.shard_bytes() + plan.total("working_bytes")
 
 
 # --- Plans -----------------------------------------------------------------------------------

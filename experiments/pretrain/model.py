@@ -193,34 +193,21 @@ class LanguageModel:
         return kernel.astype(self.config.dtype)
 
     def losses(
-        self,
-        params: Params,
-        bias: jax.Array,
-        windows: jax.Array,
-        *,
-        max_logits: bool = False,
-        threshold: float | None = None,
+        self, params: Params, bias: jax.Array, windows: jax.Array, **options: Any
     ) -> tuple[jax.Array, Observed]:
-        """Of windows `(B, T + 1)` the cross-entropy of each next token, `(B, T)`, in nats."""
-        hidden, observed = self.hidden(
-            params, bias, windows[:, :-1], max_logits=max_logits, threshold=threshold
-        )
+        """Of windows `(B, T + 1)` the cross-entropy of each next token, `(B, T)`, in nats.
+
+        `options` are those of `hidden`.
+        """
+        hidden, observed = self.hidden(params, bias, windows[:, :-1], **options)
         losses, _ = cross_entropy(self._head(params), hidden, windows[:, 1:])
         return losses, observed
 
     def loss(
-        self,
-        params: Params,
-        bias: jax.Array,
-        windows: jax.Array,
-        *,
-        max_logits: bool = False,
-        threshold: float | None = None,
+        self, params: Params, bias: jax.Array, windows: jax.Array, **options: Any
     ) -> tuple[jax.Array, Observed]:
         """The mean of `losses`: the faster one to differentiate, see `weighted_loss`."""
-        hidden, observed = self.hidden(
-            params, bias, windows[:, :-1], max_logits=max_logits, threshold=threshold
-        )
+        hidden, observed = self.hidden(params, bias, windows[:, :-1], **options)
         targets = windows[:, 1:]
         weights = jnp.full(targets.shape, 1 / targets.size, jnp.float32)
         return weighted_loss(self._head(params), hidden, targets, weights)[0], observed
