@@ -1,16 +1,17 @@
 """Muon for JAX: momentum orthogonalised by Newton-Schulz, as an Optax transformation."""
 
-from muon_jax._coefficients import Schedule
-from muon_jax._hybrid import hybrid
 from muon_jax._inject import inject_hyperparams
 from muon_jax._matrix_axes import MatrixAxes
 from muon_jax._muon import MuonState, muon, scale_by_muon
-from muon_jax._newton_schulz import newton_schulz
 from muon_jax._optax_muon import optax_muon
+from muon_jax._orthogonalize.coefficients import Schedule
+from muon_jax._orthogonalize.newton_schulz import newton_schulz
+from muon_jax._partition import hybrid
 from muon_jax._plan import Plan, plan
-from muon_jax._routing import label_params, routing_table
+from muon_jax._routing.rules import label_params
+from muon_jax._routing.table import routing_table
+from muon_jax._routing.use import trace_routing
 from muon_jax._state_shardings import state_shardings
-from muon_jax._use import trace_routing
 from muon_jax.variants.adamuon import AdaMuonState, adamuon, scale_by_adamuon
 from muon_jax.variants.attention_specs import GroupedQuery, MultiHeadLatent
 from muon_jax.variants.dion import DionState, dion, scale_by_dion

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from muon_jax._paths import KeyPath, map_paths, values_by_path
 from muon_jax._precision import coefficient, widen
-from muon_jax._routing import MUON, Route, as_rules, is_rules, match_rules
+from muon_jax._routing.rules import MUON, Route, as_rules, is_rules, match_rules
+from muon_jax._trees import KeyPath, map_paths, values_by_path
 
 
 def add_decayed_weights(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from muon_jax._paths import KeyPath, values_by_path
+from muon_jax._trees import KeyPath, values_by_path
 
 Parts = int | tuple[int, ...]
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muon_jax._symmetric import accumulator
+from muon_jax._orthogonalize.symmetric import accumulator
 
 
 class Momentum(NamedTuple):

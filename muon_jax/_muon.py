@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muon_jax._coefficients import Schedule
-from muon_jax._hybrid import hybrid
-from muon_jax._layout import AnyMesh
-from muon_jax._newton_schulz import configured
+from muon_jax._matrices.stages import Orthogonalizer, Stages
 from muon_jax._options import takes_options_of
-from muon_jax._shape_scale import ShapeScale
-from muon_jax._stages import Orthogonalizer, Stages
+from muon_jax._orthogonalize.coefficients import Schedule
+from muon_jax._orthogonalize.newton_schulz import configured
+from muon_jax._partition import hybrid
+from muon_jax._scale import ShapeScale
+from muon_jax._sharding.layout import AnyMesh
 
 
 class MuonState(NamedTuple):

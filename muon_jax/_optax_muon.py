@@ -11,16 +11,16 @@ import numpy as np
 import optax
 
 from muon_jax._checks import check_integer, check_number, check_static
-from muon_jax._coefficients import NORMALIZATIONS, SCHEDULES, Row, Schedule
 from muon_jax._decay import add_decayed_weights, scale_by_learning_rate
 from muon_jax._elementwise import scale_by_adam
-from muon_jax._hybrid import fitted, hybrid, is_int8
+from muon_jax._matrices.stages import Stages
 from muon_jax._matrix_axes import MatrixAxes, as_matrix_axes, is_matrix_axes
 from muon_jax._muon import MuonState
-from muon_jax._newton_schulz import NewtonSchulz
-from muon_jax._paths import broadcast_prefix, map_paths
-from muon_jax._routing import ADAMW
-from muon_jax._stages import Stages
+from muon_jax._orthogonalize.coefficients import NORMALIZATIONS, SCHEDULES, Row, Schedule
+from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
+from muon_jax._partition import fitted, hybrid, is_int8
+from muon_jax._routing.rules import ADAMW
+from muon_jax._trees import broadcast_prefix, map_paths
 
 _JORDAN = (3.4445, -4.7750, 2.0315)
 _PRESETS: dict[str, Any] = {"standard": _JORDAN, "muon": _JORDAN, "dion": SCHEDULES["you"].rows}

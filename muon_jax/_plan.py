@@ -8,8 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from muon_jax._buckets import Block, Bucket
-from muon_jax._layout import (
+from muon_jax._matrices.parts import cut
+from muon_jax._matrix_axes import MatrixAxes
+from muon_jax._orthogonalize.newton_schulz import Form, NewtonSchulz
+from muon_jax._precision import real_dtype
+from muon_jax._routing.axes import EXPERT_STACK
+from muon_jax._routing.rules import ADAMW, FROZEN, MUON, Routing, route
+from muon_jax._sharding.buckets import Block, Bucket
+from muon_jax._sharding.layout import (
     AnyMesh,
     Entry,
     Layout,
@@ -19,14 +25,8 @@ from muon_jax._layout import (
     layouts_by_path,
     told_layout,
 )
-from muon_jax._matrix_axes import MatrixAxes
-from muon_jax._name_axes import EXPERT_STACK
-from muon_jax._newton_schulz import Form, NewtonSchulz
-from muon_jax._paths import KeyPath, path_strings
-from muon_jax._pieces import cut
-from muon_jax._placement import plan_entries
-from muon_jax._precision import real_dtype
-from muon_jax._routing import ADAMW, FROZEN, MUON, Routing, route
+from muon_jax._sharding.placement import plan_entries
+from muon_jax._trees import KeyPath, path_strings
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
-from muon_jax._paths import KeyPath, broadcast_prefix
+from muon_jax._trees import KeyPath, broadcast_prefix
 
 
 def state_shardings(

@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey, register_dataclass, register_pytree_with_keys
 
 import muon_jax
-from muon_jax._layout import find_placing, layouts_by_path
 from muon_jax._matrix_axes import axes_by_path
-from muon_jax._paths import broadcast_prefix, path_strings
+from muon_jax._sharding.layout import find_placing, layouts_by_path
+from muon_jax._trees import broadcast_prefix, path_strings
 
 
 @jax.tree_util.register_pytree_node_class

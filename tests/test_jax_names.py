@@ -20,7 +20,7 @@ UNSTABLE = ("jax._src", "jax.experimental", "jax.extend", "jax.interpreters", "j
 # are public, if without a promise of stability: a primitive can be made of nothing else.
 IN_USE = {
     "experiments/experimental.py": {"jax.experimental"},
-    "muon_jax/_match_sharding.py": {
+    "muon_jax/_sharding/match_sharding.py": {
         "jax.extend.core",
         "jax.extend.mlir.dialects",
         "jax.interpreters",

@@ -14,8 +14,8 @@ from hypothesis.extra import numpy as hypothesis_numpy
 from jax.extend import core as jax_core
 
 import muon_jax
-from muon_jax._coefficients import SCHEDULES
-from muon_jax._newton_schulz import Form, gram_restarts
+from muon_jax._orthogonalize.coefficients import SCHEDULES
+from muon_jax._orthogonalize.newton_schulz import Form, gram_restarts
 
 FORMS = ("standard", "gram")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)

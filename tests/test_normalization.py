@@ -11,8 +11,8 @@ from meshes import mesh_of, place
 from optax.contrib import _muon as optax_muon
 
 import muon_jax
-from muon_jax import _newton_schulz
-from muon_jax._coefficients import NORMALIZATIONS
+from muon_jax._orthogonalize import newton_schulz as _newton_schulz
+from muon_jax._orthogonalize.coefficients import NORMALIZATIONS
 
 ROW = (3.4445, -4.7750, 2.0315)
 

@@ -18,10 +18,10 @@ from orbax.checkpoint import v1 as ocp
 from trajectories import relative_error
 
 import muon_jax
-from muon_jax._assignment import plan_buckets
-from muon_jax._buckets import Block
-from muon_jax._exchange import _pack_symmetric, _unpack_symmetric
-from muon_jax._newton_schulz import NewtonSchulz
+from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
+from muon_jax._sharding.assignment import plan_buckets
+from muon_jax._sharding.buckets import Block
+from muon_jax._sharding.exchange import _pack_symmetric, _unpack_symmetric
 
 
 def normal(shape, seed=0, dtype=np.float32):

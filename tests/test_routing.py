@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from trees import FAMILIES
 
 from muon_jax import MatrixAxes, label_params, routing_table
-from muon_jax._routing import route
+from muon_jax._routing.rules import route
 
 
 def struct(*shape, dtype=jnp.float32):

@@ -9,10 +9,10 @@ from trajectories import relative_error
 
 import muon_jax
 from muon_jax import MatrixAxes
-from muon_jax._assignment import _STACK_FLOPS, plan_buckets
-from muon_jax._buckets import Block
-from muon_jax._layout import Placing
-from muon_jax._newton_schulz import NewtonSchulz
+from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
+from muon_jax._sharding.assignment import _STACK_FLOPS, plan_buckets
+from muon_jax._sharding.buckets import Block
+from muon_jax._sharding.layout import Placing
 
 
 def gaussian(*shape, seed=0, dtype=np.float32):

@@ -13,8 +13,9 @@ from jax.extend import core as jax_core
 from jax.sharding import AxisType
 
 import muon_jax
-from muon_jax import _newton_schulz, _symmetric
-from muon_jax._newton_schulz import NewtonSchulz
+from muon_jax._orthogonalize import newton_schulz as _newton_schulz
+from muon_jax._orthogonalize import symmetric as _symmetric
+from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
 
 PANELS = (1, 2, 3, 4)
 N = 300  # two panels of 160 and 140 rows, four of 80, 80, 80 and 60

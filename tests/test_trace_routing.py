@@ -28,7 +28,7 @@ from experiments.grok import model as grok
 from experiments.grok import train as grok_train
 from experiments.pretrain import model as pretrain
 from experiments.pretrain import step
-from muon_jax._routing import route
+from muon_jax._routing.rules import route
 
 X = uses.X
 

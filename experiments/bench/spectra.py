@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from experiments.figures import DASHES, figure_style, legend_line, new_figure
-from muon_jax._newton_schulz import Form, NewtonSchulz
+from muon_jax._orthogonalize.newton_schulz import Form, NewtonSchulz
 
 Row = dict[str, Any]
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from muon_jax._checks import check_number
+from muon_jax._matrices.stages import Stages
 from muon_jax._muon import hybrid_muon, scale_by_muon
 from muon_jax._options import takes_options_of
-from muon_jax._shape_scale import ShapeScale
-from muon_jax._stages import Stages
+from muon_jax._scale import ShapeScale
 
 
 class AdaMuonState(NamedTuple):

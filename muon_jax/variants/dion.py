@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muon_jax._auto_axes import over_auto_axes
 from muon_jax._checks import check_integer, check_number
-from muon_jax._hybrid import hybrid
-from muon_jax._lapack import each_matrix
-from muon_jax._layout import AnyMesh
+from muon_jax._matrices.stages import Stages
 from muon_jax._momentum import as_array_tree, stored_like
 from muon_jax._options import takes_options_of
-from muon_jax._shape_scale import ShapeScale
-from muon_jax._stages import Stages
+from muon_jax._orthogonalize.decompositions import each_matrix
+from muon_jax._partition import hybrid
+from muon_jax._scale import ShapeScale
+from muon_jax._sharding.explicit_axes import over_auto_axes
+from muon_jax._sharding.layout import AnyMesh
 from muon_jax.variants.low_rank import product, rank_of, relative, widen
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from muon_jax._checks import check_number
-from muon_jax._paths import only_updated
+from muon_jax._trees import only_updated
 
 
 class EvaluationAverageState(NamedTuple):

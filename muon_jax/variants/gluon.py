@@ -7,7 +7,7 @@ from typing import Any
 import optax
 
 from muon_jax._options import takes_options_of
-from muon_jax._routing import match_rules
+from muon_jax._routing.rules import match_rules
 from muon_jax.variants.lmo import (
     DEFAULT_BALLS,
     Layer,

@@ -11,17 +11,25 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from muon_jax import _routing
 from muon_jax._checks import check_number, check_static
 from muon_jax._decay import add_decayed_weights, as_decay_mask, scale_by_learning_rate
-from muon_jax._hybrid import fitted
-from muon_jax._layout import SHARDING, AnyMesh, is_sharding
+from muon_jax._matrices.stages import Orthogonalizer, Stages
 from muon_jax._matrix_axes import MatrixAxes, axes_by_path
 from muon_jax._momentum import as_array_tree
-from muon_jax._newton_schulz import configured
-from muon_jax._paths import KeyPath, broadcast_prefix, map_paths
-from muon_jax._routing import FROZEN, MUON, Route, Routing, match_rules, route, warn_of_guesses
-from muon_jax._stages import Orthogonalizer, Stages
+from muon_jax._orthogonalize.newton_schulz import configured
+from muon_jax._partition import fitted
+from muon_jax._routing import rules as _routing
+from muon_jax._routing.rules import (
+    FROZEN,
+    MUON,
+    Route,
+    Routing,
+    match_rules,
+    route,
+    warn_of_guesses,
+)
+from muon_jax._sharding.layout import SHARDING, AnyMesh, is_sharding
+from muon_jax._trees import KeyPath, broadcast_prefix, map_paths
 from muon_jax.variants.low_rank import widen
 from muon_jax.variants.oracles import Ball, as_oracle, checked_ball
 

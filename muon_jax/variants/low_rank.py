@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from muon_jax._checks import check_integer, check_number, check_static
-from muon_jax._lapack import each_matrix
 from muon_jax._muon import muon
 from muon_jax._options import takes_options_of
+from muon_jax._orthogonalize.decompositions import each_matrix
 
 # Directions beyond the rank that the iteration carries, so that the last wanted ones converge.
 _OVERSAMPLING = 8

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from muon_jax._checks import check_integer, check_number
+from muon_jax._matrices.stages import Stages
 from muon_jax._muon import MuonState, hybrid_muon, scale_by_muon
 from muon_jax._options import takes_options_of
-from muon_jax._stages import Stages
 from muon_jax.variants.low_rank import widen
 
 

@@ -7,7 +7,7 @@ import optax
 
 from muon_jax._muon import muon
 from muon_jax._options import takes_options_of
-from muon_jax._shape_scale import ShapeScale
+from muon_jax._scale import ShapeScale
 from muon_jax.variants.qk_clip import Specs, qk_clip
 
 

@@ -19,7 +19,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from muon_jax._checks import check_number
-from muon_jax._paths import path_strings
+from muon_jax._trees import path_strings
 from muon_jax.variants.attention_specs import AttentionSpec, Names
 
 Specs = AttentionSpec | Sequence[AttentionSpec]

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from muon_jax._newton_schulz import Form, NewtonSchulz
-from muon_jax._symmetric import accumulator
+from muon_jax._orthogonalize.newton_schulz import Form, NewtonSchulz
+from muon_jax._orthogonalize.symmetric import accumulator
 
 Axes = tuple[str, ...]
 Sizes = tuple[tuple[str, int], ...]

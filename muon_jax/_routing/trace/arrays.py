@@ -4,9 +4,19 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from muon_jax._leaf_axes import NONE, Axes, Axis, along, blank, fit, length, reshape, resize
-from muon_jax._trace import Handler, Tracer
-from muon_jax._trace_values import Value, fit_outputs, move, plain, resized, with_views
+from muon_jax._routing.trace.leaf_axes import (
+    NONE,
+    Axes,
+    Axis,
+    along,
+    blank,
+    fit,
+    length,
+    reshape,
+    resize,
+)
+from muon_jax._routing.trace.tracer import Handler, Tracer
+from muon_jax._routing.trace.values import Value, fit_outputs, move, plain, resized, with_views
 
 Move = Callable[[Any, Sequence[int], Axes], Axes]
 

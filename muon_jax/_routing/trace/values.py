@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from muon_jax._leaf_axes import NONE, Axes, LeafAxes, along, fit, resize
+from muon_jax._routing.trace.leaf_axes import NONE, Axes, LeafAxes, along, fit, resize
 
 
 class View(NamedTuple):

@@ -5,8 +5,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from muon_jax._name_axes import CONV_KERNEL, read_hidden, read_window, sides
-from muon_jax._names import (
+from muon_jax._routing.axes import CONV_KERNEL, read_hidden, read_window, sides
+from muon_jax._routing.names import (
     ATTENTION,
     BIAS,
     CRITIC,
@@ -22,7 +22,7 @@ from muon_jax._names import (
     Reading,
     has,
 )
-from muon_jax._survey import Survey, survey
+from muon_jax._routing.survey import Survey, survey
 
 # A matrix whose name says nothing and whose long side is this many times the short one is taken
 # for a table of vectors; feed-forward kernels reach 8.

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from muon_jax._buckets import Axes, Block, Bucket, Part, Sizes
-from muon_jax._newton_schulz import ALONE, Share
+from muon_jax._orthogonalize.newton_schulz import ALONE, Share
+from muon_jax._sharding.buckets import Axes, Block, Bucket, Part, Sizes
 
 Orthogonalizer = Callable[..., jax.Array]
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from muon_jax._buckets import Axes, Block, Bucket, Part, Sizes
-from muon_jax._newton_schulz import NewtonSchulz
+from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
+from muon_jax._sharding.buckets import Axes, Block, Bucket, Part, Sizes
 
 # Up to this many shapes the choice of which to split is exhaustive.
 _EXHAUSTIVE = 8

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from muon_jax._buckets import exchange_dtype
-from muon_jax._layout import Entry, Placing
 from muon_jax._matrix_axes import MatrixAxes
-from muon_jax._newton_schulz import NewtonSchulz
+from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
+from muon_jax._sharding.buckets import exchange_dtype
+from muon_jax._sharding.layout import Entry, Placing
 
 _FREE = PartitionSpec.UNCONSTRAINED
 

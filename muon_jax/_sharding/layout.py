@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from muon_jax._buckets import Axes, Block, Sizes
 from muon_jax._matrix_axes import MatrixAxes
-from muon_jax._paths import KeyPath, broadcast_prefix, path_strings
+from muon_jax._sharding.buckets import Axes, Block, Sizes
+from muon_jax._trees import KeyPath, broadcast_prefix, path_strings
 
 AnyMesh: TypeAlias = Mesh | AbstractMesh
 Layout = tuple[Axes, ...]

@@ -1,4 +1,4 @@
-"""What each primitive of JAX does to the leaves in its operands: one table, for `_trace.py`.
+"""What each primitive of JAX does to the leaves in its operands: one table, for `tracer.py`.
 
 A primitive that is not here may take and give activations; a leaf that enters it is left to the
 name rules.
@@ -6,8 +6,7 @@ name rules.
 
 from typing import Any
 
-from muon_jax._trace import Handler, Tracer
-from muon_jax._trace_arrays import (
+from muon_jax._routing.trace.arrays import (
     broadcast,
     combine,
     drop_axes,
@@ -26,9 +25,10 @@ from muon_jax._trace_arrays import (
     transpose_axes,
     unstack,
 )
-from muon_jax._trace_products import convolution, dot_general, ragged_dot_general
-from muon_jax._trace_programs import cond, scan, shard_map, while_loop
-from muon_jax._trace_values import Value
+from muon_jax._routing.trace.products import convolution, dot_general, ragged_dot_general
+from muon_jax._routing.trace.programs import cond, scan, shard_map, while_loop
+from muon_jax._routing.trace.tracer import Handler, Tracer
+from muon_jax._routing.trace.values import Value
 
 
 def _constant(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:

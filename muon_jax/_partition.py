@@ -11,9 +11,9 @@ import optax
 from muon_jax._checks import check_dtype, check_mesh, check_number, check_static
 from muon_jax._decay import add_decayed_weights, as_decay_mask, scale_by_learning_rate
 from muon_jax._elementwise import scale_by_adam, scale_by_lion, sign_of_momentum, trace
-from muon_jax._layout import AnyMesh
-from muon_jax._paths import map_paths, only_updated
-from muon_jax._routing import ADAMW, FROZEN, MUON, Routing, route, warn_of_guesses
+from muon_jax._routing.rules import ADAMW, FROZEN, MUON, Routing, route, warn_of_guesses
+from muon_jax._sharding.layout import AnyMesh
+from muon_jax._trees import map_paths, only_updated
 
 # The named optimizers for the rest, and the adam_ arguments and others that each reads.
 RESTS = {

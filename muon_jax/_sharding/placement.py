@@ -6,14 +6,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from muon_jax._assignment import plan_buckets
-from muon_jax._assumed_layout import assume_layouts
-from muon_jax._buckets import Block, Bucket, exchange_dtype
-from muon_jax._exchange import Orthogonalizer, orthogonalize_chunks, orthogonalize_local
-from muon_jax._layout import Entry, Layout, Placing, layout_of, whole_shape
-from muon_jax._match_sharding import match_sharding
 from muon_jax._matrix_axes import MatrixAxes
-from muon_jax._newton_schulz import NewtonSchulz
+from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
+from muon_jax._sharding.assignment import plan_buckets
+from muon_jax._sharding.auto_axes import assume_layouts
+from muon_jax._sharding.buckets import Block, Bucket, exchange_dtype
+from muon_jax._sharding.exchange import Orthogonalizer, orthogonalize_chunks, orthogonalize_local
+from muon_jax._sharding.layout import Entry, Layout, Placing, layout_of, whole_shape
+from muon_jax._sharding.match_sharding import match_sharding
 
 
 def orthogonalize_leaves(

@@ -3,14 +3,24 @@
 An abstract interpretation: each value of the program is a `Value`, which knows the leaves that it
 is made of and where their axes lie in it. Operations between parameters keep them; a `Use` is
 recorded where one meets what depends on the function's inputs. What each primitive does is in
-`_primitives.py`.
+`primitives.py`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from muon_jax._leaf_axes import NONE, Axes, Axis, LeafAxes, along, blank, fit, leaf_axes, length
-from muon_jax._trace_values import MATRICES, Use, Value, View, fit_outputs, merge, plain
+from muon_jax._routing.trace.leaf_axes import (
+    NONE,
+    Axes,
+    Axis,
+    LeafAxes,
+    along,
+    blank,
+    fit,
+    leaf_axes,
+    length,
+)
+from muon_jax._routing.trace.values import MATRICES, Use, Value, View, fit_outputs, merge, plain
 
 Handler = Callable[["Tracer", Any, list[Value]], list[Value]]
 

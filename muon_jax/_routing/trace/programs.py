@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from muon_jax._leaf_axes import blank
-from muon_jax._trace import Tracer
-from muon_jax._trace_values import Value, move, resized
+from muon_jax._routing.trace.leaf_axes import blank
+from muon_jax._routing.trace.tracer import Tracer
+from muon_jax._routing.trace.values import Value, move, resized
 
 
 def scan(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:

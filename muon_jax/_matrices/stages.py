@@ -13,9 +13,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muon_jax._buckets import Axes
 from muon_jax._checks import check_integer, check_mesh, check_number
-from muon_jax._layout import (
+from muon_jax._matrices.parts import Piece, cut, join
+from muon_jax._matrix_axes import MatrixAxes, axes_by_path
+from muon_jax._momentum import MOMENTA, as_array_tree, init_momentum, update_momentum
+from muon_jax._orthogonalize.newton_schulz import as_newton_schulz
+from muon_jax._orthogonalize.symmetric import accumulator
+from muon_jax._scale import ShapeScale, as_shape_scale
+from muon_jax._sharding.buckets import Axes
+from muon_jax._sharding.layout import (
     AnyMesh,
     Layout,
     find_placing,
@@ -23,14 +29,8 @@ from muon_jax._layout import (
     layouts_by_path,
     whole_shape,
 )
-from muon_jax._matrix_axes import MatrixAxes, axes_by_path
-from muon_jax._momentum import MOMENTA, as_array_tree, init_momentum, update_momentum
-from muon_jax._newton_schulz import as_newton_schulz
-from muon_jax._paths import KeyPath, naming, path_strings
-from muon_jax._pieces import Piece, cut, join
-from muon_jax._placement import orthogonalize_leaves
-from muon_jax._shape_scale import ShapeScale, as_shape_scale
-from muon_jax._symmetric import accumulator
+from muon_jax._sharding.placement import orthogonalize_leaves
+from muon_jax._trees import KeyPath, naming, path_strings
 
 Orthogonalizer = Callable[[jax.Array], jax.Array]
 

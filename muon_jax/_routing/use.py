@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from muon_jax._matrix_axes import MatrixAxes
-from muon_jax._paths import leaf_names, path_strings, positions, some
-from muon_jax._primitives import HANDLERS
-from muon_jax._routing import (
+from muon_jax._routing.rules import (
     ADAMW,
     CONV,
     EMBEDDING,
@@ -29,10 +27,12 @@ from muon_jax._routing import (
     as_rules,
     is_choice,
     match_rules,
-    routing_table,
 )
-from muon_jax._trace import Tracer, captured
-from muon_jax._trace_values import INPUT, MATRICES, Use
+from muon_jax._routing.table import routing_table
+from muon_jax._routing.trace.primitives import HANDLERS
+from muon_jax._routing.trace.tracer import Tracer, captured
+from muon_jax._routing.trace.values import INPUT, MATRICES, Use
+from muon_jax._trees import leaf_names, path_strings, positions, some
 
 # Layers of these libraries are called from where a model is written.
 _LIBRARIES = ("jax", "jaxlib", "flax", "haiku", "equinox", "optax", "penzai", "haliax", "keras")

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from muon_jax._names import ATTENTION, CONV, EXPERT, HIDDEN, QKV, LeafName, Reading, has
+from muon_jax._routing.names import ATTENTION, CONV, EXPERT, HIDDEN, QKV, LeafName, Reading, has
 
 _STACK = "layers?|blocks?|stack(ed)?|scan(ned)?|h|encoderblock|encoder|decoder|repeat(s|ed)?|body"
 _ROUTER = "router|gate|switch|gating"

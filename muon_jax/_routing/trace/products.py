@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from muon_jax._leaf_axes import Axes, along, blank, length, reshape, resize
-from muon_jax._trace import Tracer
-from muon_jax._trace_arrays import looked_up
-from muon_jax._trace_values import Value, View, plain, with_views
+from muon_jax._routing.trace.arrays import looked_up
+from muon_jax._routing.trace.leaf_axes import Axes, along, blank, length, reshape, resize
+from muon_jax._routing.trace.tracer import Tracer
+from muon_jax._routing.trace.values import Value, View, plain, with_views
 
 
 def dot_general(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from muon_jax._layout import Layout
 from muon_jax._matrix_axes import MatrixAxes, Parts
+from muon_jax._sharding.layout import Layout
 
 
 class Run(NamedTuple):

@@ -4,7 +4,7 @@ import math
 import re
 
 from muon_jax._matrix_axes import MatrixAxes
-from muon_jax._names import (
+from muon_jax._routing.names import (
     ATTENTION,
     CONV,
     EXPERT,
@@ -16,7 +16,7 @@ from muon_jax._names import (
     Reading,
     has,
 )
-from muon_jax._survey import Survey, is_expert
+from muon_jax._routing.survey import Survey, is_expert
 
 # Kernels that read the residual stream, and kernels that write to it: with the width known from
 # the norms, this tells (fan_in, fan_out) from (fan_out, fan_in).

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from muon_jax._checks import check_number
-from muon_jax._coefficients import Row, Schedule, as_schedule
-from muon_jax._lapack import each_matrix
-from muon_jax._symmetric import (
+from muon_jax._orthogonalize.coefficients import Row, Schedule, as_schedule
+from muon_jax._orthogonalize.decompositions import each_matrix
+from muon_jax._orthogonalize.symmetric import (
     Panels,
     accumulator,
     cut,

@@ -1,0 +1,5 @@
+"""The orthogonal factor of a matrix.
+
+`newton_schulz` iterates the odd polynomials of `coefficients`, with the products of `symmetric`
+where a result is symmetric; `decompositions` are the exact ones, by LAPACK.
+"""
