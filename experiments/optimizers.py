@@ -135,7 +135,7 @@ def _like_muon(variant: Callable[..., optax.GradientTransformation], **own: Any)
         muon = dataclasses.asdict(settings.muon) | {"learning_rate": rate} | rest | placed
         if "orthogonalizer" in own:
             del muon["ns_coeffs"], muon["ns_dtype"]
-        if "rest" in own:  # none of the others reads them
+        if "other_optimizer" in own:  # none of the others reads them
             del muon["adam_b2"], muon["adam_eps"]
         return variant(**muon | own)
 
@@ -187,7 +187,7 @@ def _low_rank(method: str) -> Callable:
 
 
 def _muon_only(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    return _like_muon(muon_jax.muon)(settings, rate, {"rest": "frozen"}, placed)
+    return _like_muon(muon_jax.muon)(settings, rate, {"other_optimizer": "frozen"}, placed)
 
 
 def _rest(name: Literal["sgd", "lion"]) -> Callable:
@@ -198,7 +198,7 @@ def _rest(name: Literal["sgd", "lion"]) -> Callable:
         scheduled = rest["adam_learning_rate"]
         factor = other / settings.adamw.learning_rate
         own = {
-            "rest": name,
+            "other_optimizer": name,
             "adam_learning_rate": lambda step: factor * scheduled(step),
             "adam_weight_decay": settings.adamw.weight_decay / factor,
         }
@@ -234,7 +234,7 @@ def _splus(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Op
 
 
 def _splus_adamw(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    return _splus(settings, rate, {}, {"rest": "adamw"} | rest | placed)
+    return _splus(settings, rate, {}, {"other_optimizer": "adamw"} | rest | placed)
 
 
 def _scion(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):

@@ -137,7 +137,7 @@ def hybrid_muon(
 def muon(
     learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon for the hidden matrices, AdamW for the rest, in one `optax.multi_transform`.
+    """Muon for the hidden matrices, AdamW for the other leaves, in one `optax.multi_transform`.
 
     Args:
         learning_rate: of the Muon leaves; a number or a schedule.
@@ -145,14 +145,15 @@ def muon(
         ns_coeffs, ns_steps, ns_dtype: `coeffs`, `steps` and `dtype` of `newton_schulz`.
         orthogonalizer: takes the place of `newton_schulz`; then give none of the `ns_` arguments.
         options: those of `hybrid`: weight decay (0.0 by default, where `muonclip` has 0.1), the
-            optimizer for the rest, routing, placement.
+            optimizer of the other leaves, routing, placement.
 
     Returns:
         A transformation that takes (and needs) `params` in `update`.
 
     Raises:
-        ValueError: an unknown name, a number out of its range, an argument that `rest` does not
-            read, a rule that matches no leaf, or a leaf that no rule takes.
+        ValueError: an unknown name, a number out of its range, an argument that
+            `other_optimizer` does not read, a rule that matches no leaf, or a leaf that no rule
+            takes.
         TypeError: an unknown argument, or a value of another kind.
 
     References:
@@ -163,7 +164,7 @@ def muon(
         >>> tx = muon_jax.muon(0.02, weight_decay=0.1, adam_learning_rate=3e-4)
         >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
         >>> muon_jax.label_params(params)
-        {'embed': 'adamw', 'mlp': {'kernel': 'muon'}}
+        {'embed': 'other', 'mlp': {'kernel': 'muon'}}
         >>> updates, state = tx.update(params, tx.init(params), params)
     """
     return hybrid_muon(scale_by_muon, learning_rate, **options)

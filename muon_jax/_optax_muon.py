@@ -19,7 +19,7 @@ from muon_jax._muon import MuonState
 from muon_jax._orthogonalize.coefficients import NORMALIZATIONS, SCHEDULES, Row, Schedule
 from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muon_jax._partition import fitted, hybrid, is_int8
-from muon_jax._routing.rules import ADAMW
+from muon_jax._routing.rules import OTHER
 from muon_jax._trees import broadcast_prefix, map_paths
 
 _JORDAN = (3.4445, -4.7750, 2.0315)
@@ -128,7 +128,7 @@ def optax_muon(
         nesterov=nesterov,
     )
     rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    rest = optax.chain(first, add_decayed_weights(adam_weight_decay), scale_by_learning_rate(rate))
+    adam = optax.chain(first, add_decayed_weights(adam_weight_decay), scale_by_learning_rate(rate))
 
     def build(routing: Any) -> optax.GradientTransformationExtraArgs:
         return hybrid(
@@ -137,7 +137,7 @@ def optax_muon(
             weight_decay=weight_decay,
             weight_decay_mask=weight_decay_mask,
             mu_dtype=mu_dtype,
-            rest=rest,
+            other_optimizer=adam,
             routing=routing,
         )
 
@@ -191,7 +191,7 @@ def _consistent(factor: Any) -> Any:
 
 
 def _choices(dimension_numbers: Any, tree: Any) -> Any:
-    """The routing of `tree`: axes for the matrices, Adam for the rest."""
+    """The routing of `tree`: axes for the matrices, Adam for the others."""
     paths = jax.tree_util.tree_leaves_with_path(tree)
     if not paths:  # the stand-in for params with which optax.tree.map_params calls `init`
         return None
@@ -209,4 +209,4 @@ def _choices(dimension_numbers: Any, tree: Any) -> Any:
             partial=True,
         )
         found = {path: as_matrix_axes(axes) for path, axes in given.items()}
-    return map_paths({path: found.get(path, ADAMW) for path, _ in paths}, tree)
+    return map_paths({path: found.get(path, OTHER) for path, _ in paths}, tree)

@@ -2,10 +2,14 @@
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable)
+
+# Old names of arguments, which still work with a warning.
+_RENAMED = {"rest": "other_optimizer"}
 
 # What arguments of optax.contrib.muon that have no namesake here are called here.
 _HERE = {
@@ -55,6 +59,7 @@ def takes_options_of(base: Callable, *, without: tuple[str, ...] = ()) -> Callab
 
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
+            kwargs = _renamed(function, kwargs)
             try:
                 merged.bind(*args, **kwargs)
             except TypeError as error:
@@ -66,6 +71,34 @@ def takes_options_of(base: Callable, *, without: tuple[str, ...] = ()) -> Callab
         return checked  # type: ignore[return-value]
 
     return decorate
+
+
+def accepts_old_names(function: F) -> F:
+    """Lets a function take its arguments by their old names too, with a warning."""
+
+    @functools.wraps(function)
+    def renamed(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **_renamed(function, kwargs))
+
+    return renamed  # type: ignore[return-value]
+
+
+def _renamed(function: Callable, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by their new names."""
+    for old, new in _RENAMED.items():
+        if old in given:
+            if new in given:
+                raise TypeError(
+                    f"{function.__name__}: give {new!r}, and not its old name {old!r} too."
+                )
+            warnings.warn(
+                f"{function.__name__}: the argument {old!r} is now called {new!r}; the old name "
+                "will go in the next release.",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+            given = {new if name == old else name: value for name, value in given.items()}
+    return given
 
 
 def _explain(

@@ -1,4 +1,4 @@
-"""A matrix optimizer for the hidden matrices and another one for the rest, routed leaf by leaf."""
+"""A matrix optimizer for the hidden matrices and another one for the other leaves."""
 
 import functools
 from collections.abc import Callable
@@ -11,12 +11,13 @@ import optax
 from muon_jax._checks import check_dtype, check_mesh, check_number, check_static
 from muon_jax._decay import add_decayed_weights, as_decay_mask, scale_by_learning_rate
 from muon_jax._elementwise import scale_by_adam, scale_by_lion, sign_of_momentum, trace
-from muon_jax._routing.rules import ADAMW, FROZEN, MUON, Routing, route, warn_of_guesses
+from muon_jax._options import accepts_old_names
+from muon_jax._routing.rules import FROZEN, MUON, OTHER, Routing, route, warn_of_guesses
 from muon_jax._sharding.layout import AnyMesh
 from muon_jax._trees import map_paths, only_updated
 
-# The named optimizers for the rest, and the adam_ arguments and others that each reads.
-RESTS = {
+# The named optimizers for the other leaves, and the arguments that each reads.
+OTHERS = {
     "adamw": (
         *("adam_learning_rate", "adam_b1", "adam_b2", "adam_eps", "adam_eps_root"),
         *("adam_weight_decay", "adam_nesterov", "nu_dtype"),
@@ -28,6 +29,7 @@ RESTS = {
 }
 
 
+@accepts_old_names
 def hybrid(
     scale_by: Callable[..., optax.GradientTransformation],
     learning_rate: optax.ScalarOrSchedule,
@@ -37,7 +39,7 @@ def hybrid(
     cautious_weight_decay: bool = False,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
-    rest: str | optax.GradientTransformation = "adamw",
+    other_optimizer: str | optax.GradientTransformation = "adamw",
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     adam_b1: float | jax.Array | None = None,
     adam_b2: float | jax.Array | None = None,
@@ -51,7 +53,7 @@ def hybrid(
     shardings: Any = None,
     chunk_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by`, decay and rate for the hidden matrices, AdamW for the rest.
+    """`scale_by`, decay and rate for the hidden matrices, AdamW for the other leaves.
 
     Every optimizer of the family is this function with its own `scale_by`, and takes its options.
 
@@ -62,8 +64,9 @@ def hybrid(
             the transformation of the Muon leaves, as `scale_by_muon` does.
         learning_rate: of the Muon leaves; a number or a schedule.
         weight_decay: decoupled, `w -= learning_rate * weight_decay * w`: not multiplied by the
-            shape scale; a number or a schedule. With an Optax optimizer as `rest`, which has a
-            decay of its own, it is that of the Muon leaves alone, as are the mask and the caution.
+            shape scale; a number or a schedule. With an Optax optimizer as `other_optimizer`,
+            which has a decay of its own, it is that of the Muon leaves alone, as are the mask and
+            the caution.
         weight_decay_mask: what is decayed; `None` is every leaf, norms, biases and embeddings too.
             `"matrices"` decays the leaves that the matrix optimizer takes, and no other. Or a tree
             of bools (or a prefix of one), a callable from the params to such a tree, or `(regex,
@@ -76,12 +79,12 @@ def hybrid(
             AdamW's as it is.
         nu_dtype: dtype of AdamW's stored second moment; `None` is each parameter's own. In bfloat16
             an average of squares with `adam_b2=0.999` does not move any more: ask for float32.
-        rest: what takes the other leaves: `"adamw"`, `"sgd"` (heavy-ball momentum `adam_b1`),
-            `"lion"` (`adam_b1` and 0.99), `"sign"` (0.001 of the sign of the momentum, decay
-            `adam_b1`), `"frozen"`, or any Optax optimizer with its own rate. All arithmetic is in
-            float32. So that one gradient never stops a leaf for good, a finite gradient that the
-            state cannot hold is bounded first: AdamW's at half the root of the largest number of
-            `nu_dtype` (9e18, in float16 128), the others' at half the largest of `mu_dtype`.
+        other_optimizer: what takes the other leaves: `"adamw"`, `"sgd"` (heavy-ball momentum
+            `adam_b1`), `"lion"` (`adam_b1` and 0.99), `"sign"` (0.001 of the sign of the momentum,
+            decay `adam_b1`), `"frozen"`, or any Optax optimizer with its own rate. All arithmetic
+            is in float32. So that one gradient never stops a leaf for good, a finite gradient that
+            the state cannot hold is bounded first: AdamW's at half the root of the largest number
+            of `nu_dtype` (9e18, in float16 128), the others' at half the largest of `mu_dtype`.
         adam_learning_rate: of the other leaves; `None` is `learning_rate`.
         adam_b1, adam_b2, adam_eps, adam_eps_root: AdamW's own; `None` is 0.9, 0.95, 1e-8 and 0.
         adam_weight_decay: of the other leaves; `None` is `weight_decay`.
@@ -96,14 +99,15 @@ def hybrid(
         A transformation that takes (and needs) `params` in `update`.
 
     Raises:
-        ValueError: an unknown name, a number out of its range, an argument that `rest` does not
-            read, a rule that matches no leaf, or a leaf that no rule takes.
+        ValueError: an unknown name, a number out of its range, an argument that
+            `other_optimizer` does not read, a rule that matches no leaf, or a leaf that no rule
+            takes.
         TypeError: a transformation where a function is meant that makes one, or the reverse.
 
     Example:
         >>> import functools, jax.numpy as jnp, muon_jax
         >>> scale_by = functools.partial(muon_jax.scale_by_muon, nesterov=False, scale="mup")
-        >>> tx = muon_jax.hybrid(scale_by, 0.02, rest="sgd", adam_learning_rate=0.1)
+        >>> tx = muon_jax.hybrid(scale_by, 0.02, other_optimizer="sgd", adam_learning_rate=0.1)
         >>> params = {"up": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}}
         >>> updates, state = tx.update(params, tx.init(params), params)
     """
@@ -123,13 +127,15 @@ def hybrid(
         "adam_nesterov": adam_nesterov,
         "nu_dtype": nu_dtype,
     }
-    _check_rest(rest, {name: value for name, value in adam.items() if value is not None})
+    _check_other(
+        other_optimizer, {name: value for name, value in adam.items() if value is not None}
+    )
     _check_adam(adam)
 
-    def rest_of(mask: Any) -> optax.GradientTransformation:
-        if not isinstance(rest, str):
-            return rest
-        if rest == "frozen":
+    def other_of(mask: Any) -> optax.GradientTransformation:
+        if not isinstance(other_optimizer, str):
+            return other_optimizer
+        if other_optimizer == "frozen":
             return optax.set_to_zero()
         dtype = None if is_int8(mu_dtype) else mu_dtype
         b1 = _or(adam_b1, 0.9)
@@ -146,7 +152,7 @@ def hybrid(
             "sgd": lambda: trace(b1, mu_dtype=dtype),
             "lion": lambda: scale_by_lion(b1, mu_dtype=dtype),
             "sign": lambda: sign_of_momentum(b1, mu_dtype=dtype),
-        }[rest]()
+        }[other_optimizer]()
         return optax.chain(
             first,
             add_decayed_weights(_or(adam_weight_decay, weight_decay), mask, cautious_weight_decay),
@@ -171,7 +177,7 @@ def hybrid(
                     add_decayed_weights(weight_decay, mask, cautious_weight_decay),
                     scale_by_learning_rate(learning_rate),
                 ),
-                ADAMW: rest_of(mask),
+                OTHER: other_of(mask),
                 FROZEN: optax.set_to_zero(),
             },
             functools.partial(map_paths, {path: leaf.label for path, leaf in routes.items()}),
@@ -225,27 +231,30 @@ def _check_scale_by(scale_by: Any) -> None:
         )
 
 
-def _check_rest(rest: Any, given: dict[str, Any]) -> None:
-    """Refuses what `rest` is not, and the arguments that it does not read."""
-    known = f"one of {', '.join(RESTS)}, or an Optax optimizer"
-    if isinstance(rest, str) and rest not in RESTS:
-        raise ValueError(f"rest must be {known}; got {rest!r}.")
-    if not isinstance(rest, (str, optax.GradientTransformation)):
-        made = " It makes an optimizer: call it with its rate." if callable(rest) else ""
-        name = getattr(rest, "__name__", repr(rest))
-        raise TypeError(f"rest must be {known}, such as optax.adamw(1e-3); got {name}.{made}")
-    reads: tuple[str, ...] = RESTS[rest] if isinstance(rest, str) else ()
+def _check_other(other: Any, given: dict[str, Any]) -> None:
+    """Refuses what `other_optimizer` may not be, and the arguments that it does not read."""
+    known = f"one of {', '.join(OTHERS)}, or an Optax optimizer"
+    if isinstance(other, str) and other not in OTHERS:
+        raise ValueError(f"other_optimizer must be {known}; got {other!r}.")
+    if not isinstance(other, (str, optax.GradientTransformation)):
+        made = " It makes an optimizer: call it with its rate." if callable(other) else ""
+        name = getattr(other, "__name__", repr(other))
+        raise TypeError(
+            f"other_optimizer must be {known}, such as optax.adamw(1e-3); got {name}.{made}"
+        )
+    reads: tuple[str, ...] = OTHERS[other] if isinstance(other, str) else ()
     unread = [name for name in given if name not in reads]
     if not unread:
         return
-    if isinstance(rest, str):
-        reason = f"rest={rest!r} reads {', '.join(reads) or 'none of the adam_ arguments'}"
+    if isinstance(other, str):
+        names = ", ".join(reads) or "none of the adam_ arguments"
+        reason = f"other_optimizer={other!r} reads {names}"
     else:
         reason = (
-            "rest is an optimizer with settings of its own, a rate and a decay among them; the "
+            "other_optimizer has settings of its own, a rate and a decay among them; the "
             "adam_ arguments and nu_dtype belong to the named ones"
         )
-    raise ValueError(f"{reason}: leave {', '.join(unread)} out, or choose another rest.")
+    raise ValueError(f"{reason}: leave {', '.join(unread)} out, or choose another optimizer.")
 
 
 def _check_adam(adam: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from muon_jax._matrix_axes import MatrixAxes
 from muon_jax._orthogonalize.newton_schulz import Form, NewtonSchulz
 from muon_jax._precision import real_dtype
 from muon_jax._routing.axes import EXPERT_STACK
-from muon_jax._routing.rules import ADAMW, FROZEN, MUON, Routing, route
+from muon_jax._routing.rules import FROZEN, MUON, OTHER, Routing, route
 from muon_jax._sharding.buckets import Block, Bucket
 from muon_jax._sharding.layout import (
     AnyMesh,
@@ -36,7 +36,7 @@ class PlanRow:
     """Leaves that are treated together: a bucket of Muon's, or all of another route.
 
     Attributes:
-        route: `"muon"`, `"adamw"` or `"frozen"`.
+        route: `"muon"`, `"other"` or `"frozen"`.
         leaves: their paths.
         matrices: how many, over all devices.
         shape: `(fan_in, fan_out)` of the first; `()` where the route knows no matrices.
@@ -263,7 +263,7 @@ def plan(
     for bucket in buckets:  # without a mesh each leaf is a bucket: equal ones share a row
         alike[bucket._replace(parts=()) if not bucket.axes else bucket].append(bucket)
     rows = [muon_row(group) for group in alike.values()]
-    for label, moments in ((ADAMW, 2), (FROZEN, 0)):
+    for label, moments in ((OTHER, 2), (FROZEN, 0)):
         others = [path for path, found in routes.items() if found.label == label]
         if others:
             held = sum(state_bytes(path, moments) for path in others) if moments else 0

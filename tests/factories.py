@@ -10,8 +10,8 @@ import muon_jax
 FACTORIES = {
     "muon": (muon_jax.muon, {"learning_rate": 0.02, "ns_steps": 1}),
     "int8": (muon_jax.muon, {"learning_rate": 0.02, "ns_steps": 1, "mu_dtype": jnp.int8}),
-    "sgd": (muon_jax.muon, {"learning_rate": 0.02, "ns_steps": 1, "rest": "sgd"}),
-    "lion": (muon_jax.muon, {"learning_rate": 0.02, "ns_steps": 1, "rest": "lion"}),
+    "sgd": (muon_jax.muon, {"learning_rate": 0.02, "ns_steps": 1, "other_optimizer": "sgd"}),
+    "lion": (muon_jax.muon, {"learning_rate": 0.02, "ns_steps": 1, "other_optimizer": "lion"}),
     "nadam": (
         muon_jax.muon,
         {"learning_rate": 0.02, "ns_steps": 1, "adam_nesterov": True, "nu_dtype": jnp.float32}

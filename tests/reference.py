@@ -152,7 +152,7 @@ def hybrid(params, grads, labels, hyper):
                     hyper.momentum, hyper.nesterov, hyper.beta, g, mu[name], step + 1
                 )
                 direction = SHAPE_SCALES[hyper.scale](*w.shape) * newton_schulz(u, *hyper.schedule)
-            elif labels[name] == "adamw":
+            elif labels[name] == "other":
                 rate = _either(hyper.adam_learning_rate, hyper.learning_rate)
                 decay = _either(hyper.adam_weight_decay, hyper.weight_decay)
                 direction, mu[name], nu[name] = _adam(g, mu[name], nu[name], step + 1, hyper)

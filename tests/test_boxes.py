@@ -101,10 +101,10 @@ TREES = {
 LABELS = {
     "attn/query": "muon",
     "attn/value": "muon",
-    "embed": "adamw",
-    "layers/0/bias": "adamw",
+    "embed": "other",
+    "layers/0/bias": "other",
     "layers/0/kernel": "muon",
-    "layers/1/bias": "adamw",
+    "layers/1/bias": "other",
     "layers/1/kernel": "muon",
 }
 

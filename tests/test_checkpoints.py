@@ -46,8 +46,8 @@ def full_state(mesh):
         "embed": put(jnp.linspace(-3, 3, 64).reshape(4, 16), None, "data"),
         "frozen": put(jnp.ones((3,), jnp.bfloat16) / 3),
     }
-    labels = {"layers": {"kernel": "muon"}, "embed": "adamw", "frozen": "frozen"}
-    rules = {"muon": optax.sgd(1.0, 0.9), "adamw": optax.adamw(1.0), "frozen": optax.set_to_zero()}
+    labels = {"layers": {"kernel": "muon"}, "embed": "other", "frozen": "frozen"}
+    rules = {"muon": optax.sgd(1.0, 0.9), "other": optax.adamw(1.0), "frozen": optax.set_to_zero()}
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.multi_transform(rules, labels))
     return {
         "params": params,

@@ -15,8 +15,8 @@ from orbax.checkpoint import v1 as ocp
 import muon_jax
 
 TREES = {
-    "routing": {"block": {"up": {"kernel": "muon", "bias": "adamw"}, "gate": "frozen"}}
-    | {"stack": "muon", "embed": "adamw"},
+    "routing": {"block": {"up": {"kernel": "muon", "bias": "other"}, "gate": "frozen"}}
+    | {"stack": "muon", "embed": "other"},
     "weight_decay_mask": {"block": True, "stack": False, "embed": False},
     "matrix_axes": {"block": None, "stack": muon_jax.MatrixAxes(-1, -2), "embed": None},
 }
@@ -55,7 +55,7 @@ TRANSFORMATIONS = {
         weight_decay=0.1,
         mu_dtype=jnp.int8,
         cautious_weight_decay=True,
-        rest="lion",
+        other_optimizer="lion",
         ns_steps=1,
     ),
     "normuon": lambda: muon_jax.normuon(0.02, weight_decay=0.1, ns_steps=1, matrix_axes=PARTS),

@@ -71,7 +71,7 @@ def test_a_bfloat16_update_is_rounded_once(rest):
     grads = [draw(jnp.bfloat16, seed)["mlp"]["bias"] for seed in (1, 2)]
     params = draw(jnp.bfloat16)["mlp"]["bias"]
     exact_params = params.astype(jnp.float32)
-    settings = {"learning_rate": 0.0199, "weight_decay": 0.37, "rest": rest}
+    settings = {"learning_rate": 0.0199, "weight_decay": 0.37, "other_optimizer": rest}
     settings |= {"mu_dtype": jnp.float32, "adam_b1": 0.999}
     settings |= {"nu_dtype": jnp.float32} if rest == "adamw" else {}
     tx = make("muon", **settings)
@@ -87,6 +87,6 @@ def test_a_bfloat16_update_is_rounded_once(rest):
 
 def test_an_optimizer_of_the_users_own_ends_in_the_gradients_dtype_too():
     wide = optax.stateless(lambda updates, _: jax.tree.map(lambda u: u.astype("float32"), updates))
-    tx, params = muon_jax.muon(0.1, rest=wide), draw(jnp.bfloat16)
+    tx, params = muon_jax.muon(0.1, other_optimizer=wide), draw(jnp.bfloat16)
     updates, _ = jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params), params)
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}

@@ -77,7 +77,7 @@ STORED = {"float32": {}, "bfloat16": {}, "float16": {}, "mu float16": {"mu_dtype
 def test_a_leaf_moves_again_after_the_largest_gradient(rest, stored):
     """In two dozen steps with decays of 0.5, whose powers shrink it to nothing."""
     dtype = jnp.dtype(stored if stored in ("bfloat16", "float16") else "float32")
-    settings = {"rest": rest, "adam_b1": 0.5} | STORED[stored]
+    settings = {"other_optimizer": rest, "adam_b1": 0.5} | STORED[stored]
     settings |= {"adam_b2": 0.5} if rest == "adamw" else {}
     tx = muon_jax.muon(1.0, **settings)
     params = {"bias": jnp.zeros(2, dtype)}
@@ -99,7 +99,7 @@ def test_a_leaf_moves_again_after_the_largest_gradient(rest, stored):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("rest", RESTS)
 def test_what_is_no_number_stays_in_its_entry(rest, bad):
-    tx, params = muon_jax.muon(0.1, rest=rest), {"bias": jnp.zeros(3)}
+    tx, params = muon_jax.muon(0.1, other_optimizer=rest), {"bias": jnp.zeros(3)}
     state = tx.init(params)
     for g in ([1.0, bad, 1.0], [1.0, 1.0, 1.0]):
         updates, state = tx.update({"bias": jnp.asarray(g)}, state, params)
@@ -127,14 +127,14 @@ def test_nu_dtype_float32_moves_where_bfloat16_sticks():
     def second(nu_dtype):
         tx = muon_jax.muon(0.1, adam_b2=0.999, nu_dtype=nu_dtype)
         state = tx.init(params)
-        nu = state.inner_states["adamw"].inner_state[0].nu["bias"]
+        nu = state.inner_states["other"].inner_state[0].nu["bias"]
         start = jax.tree.map(lambda x: jnp.ones_like(x) if x is nu else x, state)
 
         def step(state, g):
             return tx.update({"bias": g}, state, params)[1], None
 
         state, _ = jax.lax.scan(step, start, jnp.full((3000, 1), 3.0, jnp.bfloat16))
-        return state.inner_states["adamw"].inner_state[0].nu["bias"]
+        return state.inner_states["other"].inner_state[0].nu["bias"]
 
     # A dtype object, which Python takes for false, as well as its name.
     assert second(None).dtype == jnp.bfloat16 and second(jnp.dtype("float32")).dtype == jnp.float32

@@ -85,7 +85,7 @@ def test_what_is_static_stays_out_of_the_state():
         weight_decay_mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree),
         cautious_weight_decay=True,
         nesterov=False,
-        rest="sgd",
+        other_optimizer="sgd",
         chunk_size=1,
     )
     _, state = steps(tx)

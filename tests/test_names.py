@@ -191,7 +191,7 @@ NAMELESS = {
 
 
 def spelled(leaf):
-    if leaf.label == "adamw":
+    if leaf.label == "other":
         return "-" + "?" * bool(leaf.doubt)
     batch, fan_in, fan_out = leaf.axes.split(leaf.shape)
     letters = dict.fromkeys(batch, "b") | dict.fromkeys(fan_in, "i") | dict.fromkeys(fan_out, "o")
@@ -239,7 +239,7 @@ def test_init_is_silent_for_known_names_and_where_the_user_decides():
     cases = [
         (llama, {}),
         (square, {"routing": [("square", muon_jax.MatrixAxes())]}),
-        (square, {"routing": [("square", "adamw")]}),
+        (square, {"routing": [("square", "other")]}),
         (square, {"routing": [("square", "muon")]}),
         (square, {"matrix_axes": {"square": muon_jax.MatrixAxes()}}),
     ]

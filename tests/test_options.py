@@ -75,18 +75,23 @@ def sgd(rate, decay):
 
 RESTS = {
     "adamw": ({}, optax.adamw(0.02, b2=0.95, weight_decay=0.1)),
-    "sgd": ({"rest": "sgd"}, sgd(0.02, 0.1)),
+    "sgd": ({"other_optimizer": "sgd"}, sgd(0.02, 0.1)),
     "sgd of its own rate": (
-        {"rest": "sgd", "adam_learning_rate": 0.1, "adam_weight_decay": 0.0},
+        {"other_optimizer": "sgd", "adam_learning_rate": 0.1, "adam_weight_decay": 0.0},
         optax.sgd(0.1, momentum=0.9),
     ),
-    "lion": ({"rest": "lion"}, optax.lion(0.02, b1=0.9, b2=0.99, weight_decay=0.1)),
+    "lion": ({"other_optimizer": "lion"}, optax.lion(0.02, b1=0.9, b2=0.99, weight_decay=0.1)),
     "lion by schedules": (
-        {"rest": "lion", "adam_learning_rate": RAMP, "adam_weight_decay": DECAY, "adam_b1": 0.8},
+        {
+            "other_optimizer": "lion",
+            "adam_learning_rate": RAMP,
+            "adam_weight_decay": DECAY,
+            "adam_b1": 0.8,
+        },
         optax.lion(RAMP, b1=0.8, b2=0.99, weight_decay=DECAY),
     ),
     "sign": (
-        {"rest": "sign"},
+        {"other_optimizer": "sign"},
         optax.chain(
             optax.ema(0.9, debias=False),
             optax.scale_by_sign(),
@@ -95,8 +100,8 @@ RESTS = {
             optax.scale(-0.02),
         ),
     ),
-    "frozen": ({"rest": "frozen"}, optax.set_to_zero()),
-    "an optimizer": ({"rest": optax.adafactor(1e-2)}, optax.adafactor(1e-2)),
+    "frozen": ({"other_optimizer": "frozen"}, optax.set_to_zero()),
+    "an optimizer": ({"other_optimizer": optax.adafactor(1e-2)}, optax.adafactor(1e-2)),
 }
 
 
@@ -114,7 +119,7 @@ def test_the_rest_gets_extra_arguments():
         return jax.tree.map(lambda g: value * g, updates), state
 
     rest = optax.GradientTransformationExtraArgs(lambda params: (), update)
-    tx = muon(0.02, rest=rest)
+    tx = muon(0.02, other_optimizer=rest)
     updates, _ = tx.update(GRADS[0], tx.init(PARAMS), PARAMS, value=3.0)
     np.testing.assert_array_equal(updates["bias"], 3 * GRADS[0]["bias"])
 
@@ -158,7 +163,7 @@ def test_an_entry_without_an_update_decays_unless_it_is_masked(rest):
     mask = {name: name != "square" for name in PARAMS}
     settings = {"weight_decay": 0.5, "weight_decay_mask": mask, "cautious_weight_decay": True}
     zeros = jax.tree.map(np.zeros_like, PARAMS)
-    tx = muon(0.02, rest=rest, **settings)
+    tx = muon(0.02, other_optimizer=rest, **settings)
     updates, _ = tx.update(zeros, tx.init(PARAMS), PARAMS)
     for name, w in PARAMS.items():
         np.testing.assert_allclose(updates[name], -0.02 * 0.5 * w * mask[name], rtol=1e-6)
@@ -169,7 +174,7 @@ def test_only_entries_that_shrink_anyway_decay(dtype):
     """Also where the product of update and weight is too small for the dtype."""
     tiny = 2 * jnp.finfo(dtype).tiny
     w, g = (tiny * jnp.asarray(signs, dtype) for signs in ([1, -1, 1, -1], [1, 1, -1, -1]))
-    settings = {"rest": "sgd", "weight_decay": 1.0, "cautious_weight_decay": True}
+    settings = {"other_optimizer": "sgd", "weight_decay": 1.0, "cautious_weight_decay": True}
     tx = muon(1.0, **settings)
     updates, _ = tx.update({"bias": g}, tx.init({"bias": w}), {"bias": w})
     expected = -(g + jnp.where(jnp.sign(g) == jnp.sign(w), w, 0))
@@ -235,7 +240,7 @@ def test_int8_takes_a_byte_an_entry_and_stays(make, dtype):
     _, state = run(tx, params, grads, jit=True)
     for old, new in zip(*map(jax.tree.leaves, (before, state)), strict=True):
         assert (old.shape, old.dtype) == (new.shape, new.dtype)
-    hidden, rest = (state.inner_states[label].inner_state[0].mu for label in ("muon", "adamw"))
+    hidden, rest = (state.inner_states[label].inner_state[0].mu for label in ("muon", "other"))
     values, scales = hidden
     for name in KERNELS:
         assert values[name].dtype == jnp.int8 and values[name].nbytes == values[name].size
@@ -326,9 +331,22 @@ def test_parts_of_some_leaves_in_the_hybrid():
     trajectory = run(normuon(0.02, matrix_axes=axes))[0]
     split = lambda tree: tree | apart(tree["up"], axes["up"], [6], [6, 5, 5])  # noqa: E731
     params, *grads = ({k: v for k, v in split(t).items() if k != "up"} for t in (PARAMS, *GRADS))
-    routing = [("bias|embed", "adamw"), (".", "muon")]
+    routing = [("bias|embed", "other"), (".", "muon")]
     expected = run(normuon(0.02, routing=routing), params, grads)[0]
     assert distance([split(way) for way in trajectory], expected, split(PARAMS)) < ROUNDING
+
+
+# --- Old names ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [muon, normuon, functools.partial(hybrid, scale_by_muon)])
+def test_an_old_name_works_and_tells_the_new_one(make):
+    with pytest.warns(DeprecationWarning, match="'rest' is now called 'other_optimizer'"):
+        old = make(0.02, rest="sgd", adam_b1=0.5)
+    new = make(0.02, other_optimizer="sgd", adam_b1=0.5)
+    assert distance(run(old)[0], run(new)[0]) == 0
+    with pytest.raises(TypeError, match="not its old name 'rest' too"):
+        make(0.02, rest="sgd", other_optimizer="sgd")
 
 
 # --- Errors ----------------------------------------------------------------------------------
@@ -344,24 +362,30 @@ def cut(**parts):
 
 
 VALUES = {
-    "rest": (lambda: muon(0.1, rest="adam"), ["rest", "adamw, sgd, lion, sign, frozen", "'adam'"]),
+    "rest": (
+        lambda: muon(0.1, other_optimizer="adam"),
+        ["other_optimizer", "adamw, sgd, lion, sign, frozen", "'adam'"],
+    ),
     "two rates": (
-        lambda: normuon(0.1, rest=optax.sgd(0.1), adam_learning_rate=0.1),
-        ["rest", "adam_learning_rate", "settings of its own"],
+        lambda: normuon(0.1, other_optimizer=optax.sgd(0.1), adam_learning_rate=0.1),
+        ["other_optimizer", "adam_learning_rate", "settings of its own"],
     ),
     "two decays": (
-        lambda: muon(0.1, rest=optax.sgd(0.1), adam_weight_decay=0.0),
-        ["rest", "adam_weight_decay", "settings of its own"],
+        lambda: muon(0.1, other_optimizer=optax.sgd(0.1), adam_weight_decay=0.0),
+        ["other_optimizer", "adam_weight_decay", "settings of its own"],
     ),
     "SGD without a second moment": (
-        lambda: muon(0.1, rest="sgd", adam_b2=0.9, nu_dtype=jnp.float32),
-        ["rest='sgd'", "adam_b1", "leave adam_b2, nu_dtype out"],
+        lambda: muon(0.1, other_optimizer="sgd", adam_b2=0.9, nu_dtype=jnp.float32),
+        ["other_optimizer='sgd'", "adam_b1", "leave adam_b2, nu_dtype out"],
     ),
     "a rate of what is frozen": (
-        lambda: normuon(0.1, rest="frozen", adam_learning_rate=0.1),
-        ["rest='frozen'", "leave adam_learning_rate out"],
+        lambda: normuon(0.1, other_optimizer="frozen", adam_learning_rate=0.1),
+        ["other_optimizer='frozen'", "leave adam_learning_rate out"],
     ),
-    "sign momentum's eps": (lambda: splus(0.1, adam_eps=1e-6), ["rest='sign'", "adam_eps"]),
+    "sign momentum's eps": (
+        lambda: splus(0.1, adam_eps=1e-6),
+        ["other_optimizer='sign'", "adam_eps"],
+    ),
     "NaN": (lambda: muon(float("nan")), ["learning_rate", "at least 0", "nan"]),
     "a negative rate": (lambda: muon(-0.1), ["learning_rate", "at least 0", "-0.1"]),
     "an infinite rate": (lambda: dion(jnp.inf), ["learning_rate", "at least 0", "inf"]),
@@ -439,8 +463,8 @@ KINDS = {
     "no number": (lambda: muon(None), ["learning_rate must be a number or a schedule; got None"]),
     "text": (lambda: muon(0.1, weight_decay="0.1"), ["weight_decay", "'0.1'"]),
     "a function for an optimizer": (
-        lambda: muon(0.1, rest=optax.adamw),
-        ["rest must be one of adamw", "got adamw", "call it with its rate"],
+        lambda: muon(0.1, other_optimizer=optax.adamw),
+        ["other_optimizer must be one of adamw", "got adamw", "call it with its rate"],
     ),
     "an optimizer for a function": (
         lambda: hybrid(scale_by_muon(), 0.1),

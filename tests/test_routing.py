@@ -171,7 +171,7 @@ def test_live_models(name):
     make, expected = LIVE[name]
     params = make()
     assert muon_shapes(params) == expected
-    assert {leaf.label for leaf in route(params).values()} == {"muon", "adamw"}
+    assert {leaf.label for leaf in route(params).values()} == {"muon", "other"}
     # Nothing names the first and the last matrix of an MLP.
     assert routing_table(params).count("ambiguous") == 2 * name.startswith("equinox")
 
@@ -181,7 +181,7 @@ def test_labels_are_a_tree_and_a_routing(name):
     params = LIVE[name][0]()
     labels = label_params(params)
     assert jax.tree.structure(labels) == jax.tree.structure(params)
-    frozen = jax.tree.map(lambda label: "frozen" if label == "adamw" else label, labels)
+    frozen = jax.tree.map(lambda label: "frozen" if label == "other" else label, labels)
     assert jax.tree.leaves(label_params(params, labels)) == jax.tree.leaves(labels)
     assert jax.tree.leaves(label_params(params, frozen)) == jax.tree.leaves(frozen)
     assert muon_shapes(params, labels) == muon_shapes(params)
@@ -234,7 +234,7 @@ def test_misleading_shapes(name):
     [
         ("query/kernel", (5, 16, 16), "muon", "could be a stack of 2-D kernels"),
         ("mystery", (16, 24), "muon", "could be an embedding or a head"),
-        ("mystery", (500, 16), "adamw", "could be a hidden matrix"),
+        ("mystery", (500, 16), "other", "could be a hidden matrix"),
         ("up/kernel", (5, 16, 64), "muon", "leading axes are read as a stack"),
         ("patches/kernel", (2, 3, 6, 8), "muon", "could be a stack of matrices"),
     ],
@@ -251,14 +251,14 @@ def test_ambiguous_shapes_are_said_to_be(path, shape, label, doubt):
 
 PARAMS = nested({"embed": (50, 8), "mlp/kernel": (8, 8), "mlp/bias": (8,), "out/kernel": (2, 4, 8)})
 BUILT_IN = {
-    "embed": "adamw",
-    "mlp/bias": "adamw",
+    "embed": "other",
+    "mlp/bias": "other",
     "mlp/kernel": "muon",
     "out/kernel": "muon",
 }
 WHOLE = {
     "embed": "frozen",
-    "mlp": {"kernel": "adamw", "bias": "frozen"},
+    "mlp": {"kernel": "other", "bias": "frozen"},
     "out": {"kernel": "muon"},
 }
 
@@ -269,12 +269,12 @@ WHOLE = {
         (None, {}),
         ([], {}),
         ({}, {}),
-        ([("mlp/kernel", "adamw")], {"mlp/kernel": "adamw"}),
+        ([("mlp/kernel", "other")], {"mlp/kernel": "other"}),
         (
-            [("kernel$", "adamw"), ("^embed", "muon")],
-            {"embed": "muon", "mlp/kernel": "adamw", "out/kernel": "adamw"},
+            [("kernel$", "other"), ("^embed", "muon")],
+            {"embed": "muon", "mlp/kernel": "other", "out/kernel": "other"},
         ),
-        ([("mlp/k", "frozen"), ("mlp", "adamw")], {"mlp/kernel": "frozen", "mlp/bias": "adamw"}),
+        ([("mlp/k", "frozen"), ("mlp", "other")], {"mlp/kernel": "frozen", "mlp/bias": "other"}),
         (
             [(re.compile("MLP", re.IGNORECASE), "frozen")],
             {"mlp/kernel": "frozen", "mlp/bias": "frozen"},
@@ -283,11 +283,12 @@ WHOLE = {
         ((("^embed$", "muon"),), {"embed": "muon"}),
         ([("embed", MatrixAxes())], {"embed": "muon"}),
         (lambda path, leaf: "frozen" if leaf.ndim == 3 else None, {"out/kernel": "frozen"}),
-        (lambda path, leaf: "adamw" if "mlp" in path else None, {"mlp/kernel": "adamw"}),
-        (WHOLE, {"embed": "frozen", "mlp/kernel": "adamw", "mlp/bias": "frozen"}),
+        ([("mlp/kernel", "adamw")], {"mlp/kernel": "other"}),  # an old name
+        (lambda path, leaf: "other" if "mlp" in path else None, {"mlp/kernel": "other"}),
+        (WHOLE, {"embed": "frozen", "mlp/kernel": "other", "mlp/bias": "frozen"}),
         (
-            {"embed": "adamw", "mlp": "adamw", "out": MatrixAxes((0, 1), 2)},
-            {"mlp/kernel": "adamw"},
+            {"embed": "other", "mlp": "other", "out": MatrixAxes((0, 1), 2)},
+            {"mlp/kernel": "other"},
         ),
     ],
 )
@@ -307,7 +308,7 @@ def test_overrides(rules, changed):
 def test_axes_as_a_choice_send_the_leaf_to_muon_along_them(axes):
     assert muon_shapes(PARAMS)["out/kernel"] == ((), 8, 8)
     assert muon_shapes(PARAMS, [("out", axes)])["out/kernel"] == ((), 2, 32)
-    tree = {"embed": "adamw", "mlp": "adamw", "out": axes}
+    tree = {"embed": "other", "mlp": "other", "out": axes}
     assert muon_shapes(PARAMS, tree) == {"out/kernel": ((), 2, 32)}
 
 
@@ -318,31 +319,31 @@ INTEGER = {"mlp": {"kernel": struct(8, 8)}, "steps": struct(3, dtype=jnp.int32)}
 @pytest.mark.parametrize(
     "params,rules,words",
     [
-        (PARAMS, [("mpl", "adamw")], ["'mpl'", "no leaf", "mlp/kernel", "out/kernel"]),
-        (PARAMS, {"mlp": "adamw", "head": "adamw"}, ["'head'", "no leaf", "mlp/kernel", "pairs"]),
-        (PARAMS, {"mlp": "adamw"}, ["no entry for leaf 'embed'", "pairs"]),
-        (PARAMS, {"embed|out": "frozen"}, ["'embed|out'", "no leaf", "[('head', 'adamw')]"]),
+        (PARAMS, [("mpl", "other")], ["'mpl'", "no leaf", "mlp/kernel", "out/kernel"]),
+        (PARAMS, {"mlp": "other", "head": "other"}, ["'head'", "no leaf", "mlp/kernel", "pairs"]),
+        (PARAMS, {"mlp": "other"}, ["no entry for leaf 'embed'", "pairs"]),
+        (PARAMS, {"embed|out": "frozen"}, ["'embed|out'", "no leaf", "[('head', 'other')]"]),
         (PARAMS, WHOLE | {"embed": 3}, ["got 3 at 'embed'", "muon, adamw, frozen"]),
-        (PARAMS, [("mlp(", "adamw")], ["'mlp('", "regular expression", "unterminated"]),
-        (PARAMS, [("*", "adamw")], ["'*'", "nothing to repeat at position 0"]),
-        (PARAMS, [("mlp", "adamw"), ("mlp/k", "muon")], ["'mlp/k' decides no", "rule 'mlp'"]),
+        (PARAMS, [("mlp(", "other")], ["'mlp('", "regular expression", "unterminated"]),
+        (PARAMS, [("*", "other")], ["'*'", "nothing to repeat at position 0"]),
+        (PARAMS, [("mlp", "other"), ("mlp/k", "muon")], ["'mlp/k' decides no", "rule 'mlp'"]),
         (
             PARAMS,
-            [("bias", "adamw"), ("mlp/k", "adamw"), ("mlp", "muon")],
+            [("bias", "other"), ("mlp/k", "other"), ("mlp", "muon")],
             ["'mlp' decides no", "rule 'bias' and rule 'mlp/k'"],
         ),
-        (PARAMS, ("mlp", "adamw"), ["routing[0]", "(regex, choice)", "'mlp'"]),
-        (PARAMS, [("embed", "adamw"), ("mlp", 3)], ["routing[1]", "('mlp', 3)"]),
-        (PARAMS, [("muon", "adamw")], ["rule 'muon'", "no leaf"]),
+        (PARAMS, ("mlp", "other"), ["routing[0]", "(regex, choice)", "'mlp'"]),
+        (PARAMS, [("embed", "other"), ("mlp", 3)], ["routing[1]", "('mlp', 3)"]),
+        (PARAMS, [("muon", "other")], ["rule 'muon'", "no leaf"]),
         (PARAMS, lambda path, leaf: 3, ["routing callable", "'embed'", "to 3"]),
         (PARAMS, lambda path, leaf: leaf, ["routing callable", "'embed'", "known are"]),
         (PARAMS, "adam", ["'adam'", "known are"]),
-        (PARAMS, {"embed": "adamw", "mlp": {"kernel": "muon"}, "out": "muon"}, ["'mlp/bias'"]),
+        (PARAMS, {"embed": "other", "mlp": {"kernel": "muon"}, "out": "muon"}, ["'mlp/bias'"]),
         (PARAMS, WHOLE | {"lora": {"a": "muon"}}, ["'lora/a'", "no leaf"]),
-        (PARAMS, WHOLE | {"mlp": {"kernel": "adam", "bias": "adamw"}}, ["'adam'", "'mlp/kernel'"]),
-        (PARAMS, [("mlp", "sgd")], ["'sgd'", "'mlp/", "adamw", "MatrixAxes"]),
+        (PARAMS, WHOLE | {"mlp": {"kernel": "adam", "bias": "other"}}, ["'adam'", "'mlp/kernel'"]),
+        (PARAMS, [("mlp", "sgd")], ["'sgd'", "'mlp/", "other", "MatrixAxes"]),
         (PARAMS, lambda path, leaf: "Muon", ["'Muon'", "known are muon"]),
-        (PARAMS, [("bias", "muon")], ["'mlp/bias'", "(8,)", "'adamw'"]),
+        (PARAMS, [("bias", "muon")], ["'mlp/bias'", "(8,)", "'other'"]),
         (PARAMS, [("mlp/bias", MatrixAxes())], ["'mlp/bias'", "(8,)", "does not fit"]),
         (PARAMS, [("out", MatrixAxes(0, 5))], ["'out/kernel'", "(2, 4, 8)", "does not fit"]),
         (PARAMS, [("out", MatrixAxes(0, 1.5))], ["'out/kernel'", "(2, 4, 8)", "does not fit"]),
@@ -354,15 +355,15 @@ INTEGER = {"mlp": {"kernel": struct(8, 8)}, "steps": struct(3, dtype=jnp.int32)}
         (PARAMS, [("out", MatrixAxes(fan_in_parts="ab"))], ["'out/kernel'", "positive", "'ab'"]),
         (PARAMS, 3, ["3", "(regex, label)"]),
         (INTEGER, None, ["'steps'", "int32", "'frozen'"]),
-        (INTEGER, [("steps", "adamw")], ["rule 'steps'", "'adamw'", "int32", "'frozen'"]),
+        (INTEGER, [("steps", "other")], ["rule 'steps'", "'other'", "int32", "'frozen'"]),
         (INTEGER, [("steps", MatrixAxes())], ["rule 'steps'", "int32", "'frozen'"]),
         (
             SCALARS,
             [("flag", "frozen"), ("scalar", "muon")],
-            ["'scalar'", "()", "no matrix", "'adamw'"],
+            ["'scalar'", "()", "no matrix", "'other'"],
         ),
         (SCALARS, [("flag", "frozen"), ("scalar", MatrixAxes())], ["'scalar'", "does not fit"]),
-        (SCALARS, [("flag", "adamw")], ["'flag'", "bool", "'frozen'"]),
+        (SCALARS, [("flag", "other")], ["'flag'", "bool", "'frozen'"]),
         (SCALARS | {"f": jax.nn.relu}, None, ["'f'", "no array", "is_inexact_array"]),
         (SCALARS | {"f": "tanh"}, None, ["'f'", "no array", "'tanh'"]),
     ],
@@ -376,7 +377,7 @@ def test_errors_name_the_path_and_the_remedy(params, rules, words):
 def test_trees_without_names_are_routed_by_shape_with_a_doubt():
     bare, layers = struct(64, 64), [(struct(64, 32), struct(32)), (struct(32, 64), struct(64))]
     assert label_params(bare) == "muon"
-    assert label_params(layers) == [("muon", "adamw"), ("muon", "adamw")]
+    assert label_params(layers) == [("muon", "other"), ("muon", "other")]
     assert "ambiguous: (root) (64, 64)" in routing_table(bare)
     assert routing_table(layers).count("ambiguous: ") == 2
 
@@ -385,15 +386,15 @@ def test_an_integer_leaf_may_be_frozen():
     labels = label_params(INTEGER, [("steps", "frozen")])
     assert labels == {"mlp": {"kernel": "muon"}, "steps": "frozen"}
     labels = label_params(SCALARS, [("flag", "frozen")])
-    assert labels == {"scalar": "adamw", "flag": "frozen", "empty": "muon"}
+    assert labels == {"scalar": "other", "flag": "frozen", "empty": "muon"}
 
 
 def test_complex_leaves_are_routed_as_real_ones_and_rules_decide():
     params = nested({"embed": (50, 8), "mlp/kernel": (8, 8), "mlp/bias": (8,)})
     complex_params = jax.tree.map(lambda x: struct(*x.shape, dtype=jnp.complex64), params)
     assert label_params(complex_params) == label_params(params)
-    assert label_params(params)["mlp"] == {"kernel": "muon", "bias": "adamw"}
-    for choice in ("adamw", "frozen"):
+    assert label_params(params)["mlp"] == {"kernel": "muon", "bias": "other"}
+    for choice in ("other", "frozen"):
         assert label_params(complex_params, [("mlp", choice)])["mlp"] == {
             "kernel": choice,
             "bias": choice,
@@ -403,17 +404,17 @@ def test_complex_leaves_are_routed_as_real_ones_and_rules_decide():
 
 def test_a_dict_keeps_its_meaning_when_a_key_is_added():
     params = nested({"head/kernel": (8, 8), "headless/kernel": (8, 8)})
-    labels = {"head": "adamw", "headless": "frozen"}
+    labels = {"head": "other", "headless": "frozen"}
     assert label_params(params, labels) == {
-        "head": {"kernel": "adamw"},
+        "head": {"kernel": "other"},
         "headless": {"kernel": "frozen"},
     }
     with pytest.raises(ValueError, match="no entry for leaf 'headless/kernel'"):
-        label_params(params, {"head": "adamw"})
+        label_params(params, {"head": "other"})
     # As rules the first one has both, and the second none.
     with pytest.raises(ValueError, match="'headless' decides no leaf"):
         label_params(params, list(labels.items()))
-    assert set(jax.tree.leaves(label_params(params, [("head", "adamw")]))) == {"adamw"}
+    assert set(jax.tree.leaves(label_params(params, [("head", "other")]))) == {"other"}
 
 
 def test_an_error_in_a_routing_callable_says_for_which_leaf():
@@ -432,21 +433,21 @@ def test_many_paths_are_cut_short_in_an_error():
 
 TABLE = """\
 path               shape      matrices  label   why
-attn/key/bias      (2, 4)     -         adamw   a bias
+attn/key/bias      (2, 4)     -         other   a bias
 attn/key/kernel    (8, 2, 4)  8 × 8     muon    an attention kernel split into heads
-attn/out/bias      (8,)       -         adamw   a bias
+attn/out/bias      (8,)       -         other   a bias
 attn/out/kernel    (2, 4, 8)  8 × 8     muon    an attention kernel split into heads
-attn/query/bias    (2, 4)     -         adamw   a bias
+attn/query/bias    (2, 4)     -         other   a bias
 attn/query/kernel  (8, 2, 4)  8 × 8     muon    an attention kernel split into heads
-attn/value/bias    (2, 4)     -         adamw   a bias
+attn/value/bias    (2, 4)     -         other   a bias
 attn/value/kernel  (8, 2, 4)  8 × 8     muon    an attention kernel split into heads
 down/kernel        (32, 8)    32 × 8    muon    a kernel (fan_in, fan_out)
-norm/scale         (8,)       -         adamw   a norm or gain
+norm/scale         (8,)       -         other   a norm or gain
 up/bias            (32,)      -         frozen  rule 'up/bias'
 up/kernel          (8, 32)    8 × 32    muon    a kernel (fan_in, fan_out)
 
 muon: 6 leaves, 768 parameters (91.4 %)
-adamw: 5 leaves, 40 parameters (4.8 %)
+other: 5 leaves, 40 parameters (4.8 %)
 frozen: 1 leaf, 32 parameters (3.8 %)
 """
 
@@ -502,7 +503,7 @@ def test_every_tree_has_a_route_for_every_leaf(params):
     routes = route(params).values()
     assert len(routes) == len(jax.tree.leaves(params))
     for leaf in routes:
-        assert leaf.label in ("muon", "adamw")
+        assert leaf.label in ("muon", "other")
         if leaf.label == "muon":
             batch, fan_in, fan_out = leaf.axes.matrix_shape(leaf.shape)
             assert np.prod([*batch, fan_in, fan_out]) == np.prod(leaf.shape)

@@ -93,7 +93,7 @@ def test_moments_lie_like_their_params_and_what_is_reduced_drops_the_axis():
     assert hidden.mu.values["mlp"]["kernel"].spec == P("data", "model")
     assert hidden.mu.scales["mlp"]["kernel"].spec == P("data")
     assert hidden.mu.scales["stack"].spec == P("data")
-    rest = where.inner_states["adamw"].inner_state[0]
+    rest = where.inner_states["other"].inner_state[0]
     assert (rest.mu["embed"].spec, rest.nu["mlp"]["bias"].spec) == (
         P(("data", "model")),
         P("model"),

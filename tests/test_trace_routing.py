@@ -53,7 +53,7 @@ def test_nothing_is_allocated():
     x, w = (jax.ShapeDtypeStruct((1 << 20, 1 << 20), jnp.float32) for _ in range(2))
     params = {"a": w, "b": w, "c": w}
     routes = routes_of(lambda p, x: jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"], params, x)
-    assert [routes[name].label for name in params] == ["adamw", "muon", "adamw"]
+    assert [routes[name].label for name in params] == ["other", "muon", "other"]
 
 
 @pytest.mark.parametrize("name", uses.CASES)
@@ -94,7 +94,7 @@ def test_shards_are_followed_through_collectives():
     params = shapes(**dict.fromkeys(names, (6, 6)))
     routes = route(params, muon_jax.trace_routing(model, params, X))
     inner = dict.fromkeys(names[:3], uses.ROWS)
-    assert read(routes) == inner | {"a": "adamw", "z": "adamw"}
+    assert read(routes) == inner | {"a": "other", "z": "other"}
 
 
 def unknown(p, x):
@@ -118,7 +118,7 @@ def test_entries_that_constants_take_several_times_are_no_matrix():
 
     leaves = {"first": (6, 6), "columns": (6, 3), "pairs": (2, 3, 6), "distances": (4, 6)}
     routes = routes_of(model, shapes(**leaves, bias=(4,), last=(4, 9)), X)
-    assert read(routes) == dict.fromkeys(routes, "adamw")
+    assert read(routes) == dict.fromkeys(routes, "other")
     for name in ("columns", "pairs", "distances"):
         assert "constants take" in routes[name].doubt and "taken by constants" in routes[name].why
     assert not routes["bias"].doubt
@@ -131,7 +131,7 @@ def test_an_unknown_operation_is_named_and_leaves_the_leaf_to_its_name():
     for name, operation in (("q_proj", "pallas_call"), ("k_proj", "qr")):
         assert routes[name][2:4] == by_name[name][2:4]
         assert operation in routes[name].why and operation in routes[name].doubt
-    assert routes["first"].label == routes["last"].label == "adamw"
+    assert routes["first"].label == routes["last"].label == "other"
 
 
 def test_what_a_function_partitions_itself_is_followed():
@@ -176,12 +176,12 @@ def test_leaves_of_no_use_or_several_are_told():
     with jax.numpy_rank_promotion("allow"):
         routes = routes_of(several, SEVERAL, X)
     assert routes["packed"].label == "frozen" and "int8" in routes["packed"].why
-    assert routes["steps"].label == "adamw"
+    assert routes["steps"].label == "other"
     assert "not used" in routes["spare"].why and "does not use it" in routes["spare"].doubt
     assert routes["both"].why.startswith("elementwise with activations and contracted over axis 0")
-    assert routes["summed"].label == "adamw" and "could be a matrix" in routes["summed"].doubt
+    assert routes["summed"].label == "other" and "could be a matrix" in routes["summed"].doubt
     for name in ("both", "cube"):
-        assert routes[name].label == "adamw" and "several ways" in routes[name].doubt
+        assert routes[name].label == "other" and "several ways" in routes[name].doubt
     # The transposed matrix is the same matrix.
     assert routes["there"].axes.split((6, 6)) == uses.ROWS and not routes["there"].doubt
 
@@ -200,7 +200,7 @@ def test_arguments_decide_before_the_trace():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"last": "adam"}, "last must be one of muon, adamw, frozen; got 'adam'"),
+        ({"last": "adam"}, "last must be one of muon, other, frozen; got 'adam'"),
         ({"rules": [("nowhere", "muon")]}, "The rule 'nowhere' matches no leaf"),
         ({"rules": ["both"]}, r"rules\[0\] must be a pair"),
         ({"rules": [("both", "sgd")]}, "sends 'both' to 'sgd'"),
@@ -266,7 +266,7 @@ IMAGES = jax.ShapeDtypeStruct((2, 6, 6, 3), jnp.float32)
 
 def matrices(params, routing):
     axes = read(route(params, routing))
-    return {path: found for path, found in axes.items() if found != "adamw"}
+    return {path: found for path, found in axes.items() if found != "other"}
 
 
 def test_an_nnx_module_and_its_inputs():
@@ -371,7 +371,7 @@ PERCEPTRON = {
     for i, (name, shape) in enumerate([("in", (6, 8)), ("w", (6, 8)), ("out", (6, 8))])
 }
 PERCEPTRON["up"] = {"w": PERCEPTRON.pop("w")}
-ALIKE = {"in": "adamw", "up": {"w": muon_jax.MatrixAxes(1, 0)}, "out": "adamw"}
+ALIKE = {"in": "other", "up": {"w": muon_jax.MatrixAxes(1, 0)}, "out": "other"}
 OPTIMIZERS = {
     "muon": functools.partial(muon_jax.muon, ns_steps=1),
     "normuon": functools.partial(muon_jax.normuon, ns_steps=1),
@@ -395,7 +395,7 @@ def test_an_optimizer_takes_it_as_any_routing(name):
 
 def test_labels_plan_and_table_take_it():
     routing = muon_jax.trace_routing(perceptron, PERCEPTRON, X)
-    labels = {"in": "adamw", "up": {"w": "muon"}, "out": "adamw"}
+    labels = {"in": "other", "up": {"w": "muon"}, "out": "other"}
     assert muon_jax.label_params(PERCEPTRON, routing) == labels
     assert str(routing) == muon_jax.routing_table(PERCEPTRON, routing)
     mesh = jax.make_mesh((1,), ("d",))

@@ -365,7 +365,7 @@ CLOSE = {
     "blocks that are whole": lambda: (muonbp(0.02, period=3, blocks=(1, 1)), muon(0.02)),
     "splus of long sides": lambda: (splus(0.02, b1=0.8, max_dim=1), signs(0.8, 0.001 * 0.02)),
     "splus of nothing but the rest": lambda: (
-        splus(0.02, adam_b1=0.8, routing=[(".", "adamw")]),
+        splus(0.02, adam_b1=0.8, routing=[(".", "other")]),
         signs(0.8, 0.001 * 0.02),
     ),
     "scion in unit balls": lambda: (

@@ -14,7 +14,7 @@ ROUNDING = 3e-5
 
 SHAPES = {"embed": (12, 6), "up": (6, 16), "down": (16, 6), "square": (8, 8), "bias": (6,)}
 KERNELS = ("up", "down", "square")
-LABELS = {name: "muon" if name in KERNELS else "adamw" for name in SHAPES}
+LABELS = {name: "muon" if name in KERNELS else "other" for name in SHAPES}
 
 
 def normal(tree_shapes, seed, dtype=np.float32):

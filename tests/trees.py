@@ -1,14 +1,14 @@
 """Parameter trees of public model families: leaf paths, shapes, labels and axis roles.
 
 Every family function returns rows ``(path, shape, label, fan_in_axes, fan_out_axes)``. ``label``
-is ``"muon"`` for hidden matrices and ``"adamw"`` for the rest; the axis tuples are ``None`` on
+is ``"muon"`` for hidden matrices and ``"other"`` for the rest; the axis tuples are ``None`` on
 adamw rows. An axis in neither tuple is a batch of independent matrices (stacked layers, experts).
 
 Two conventions hold throughout:
 
 * stacked parts (query/key/value, key/value, gate/up) whose axis comes before the input axis count
   as a batch; where the part axis comes after the input axis it belongs to the output;
-* patch embeddings, heads (also pre-training heads) and learned probes are adamw, while poolers
+* patch embeddings, heads (also pre-training heads) and learned probes are other, while poolers
   and head transforms, which map width to width, are muon.
 """
 
@@ -38,7 +38,7 @@ def mu(path, shape, fan_in, fan_out):
 
 
 def ad(path, *shape):
-    return (path, shape, "adamw", None, None)
+    return (path, shape, "other", None, None)
 
 
 def insert_axis(rows, axis, size=L, prefix=""):

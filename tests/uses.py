@@ -15,7 +15,7 @@ X = jax.ShapeDtypeStruct((4, 6), jnp.float32)
 IDS = jax.ShapeDtypeStruct((4,), jnp.int32)
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 IMAGES = jax.ShapeDtypeStruct((2, 8, 8, 6), jnp.float32)
-A, ROWS, COLUMNS = "adamw", ((), (0,), (1,)), ((), (1,), (0,))
+A, ROWS, COLUMNS = "other", ((), (0,), (1,)), ((), (1,), (0,))
 STACK = ((0,), (1,), (2,))
 
 

@@ -94,8 +94,8 @@ def make(name: ArmName, config: Training, architecture: Qwen3, **placed: Any) ->
         labels = jax.tree.map(lambda x: "adamw", params)
     else:
         labels = muon_jax.label_params(params, routing(name, settings, architecture))
-        if _rest(name, settings) == "sgd":
-            labels = jax.tree.map(lambda x: "sgd" if x == "adamw" else x, labels)
+        other = _rest(name, settings)
+        labels = jax.tree.map(lambda x: other if x == "other" else x, labels)
     counts_frozen = "frozen_in_norm" in quirks
     return Arm(
         labels,
@@ -134,7 +134,7 @@ def _transformation(
         ns_dtype=settings.ns_dtype,
         scale=_scale(name, settings.quirks),
         weight_decay=decay,
-        rest=rest,
+        other_optimizer=rest,
         adam_weight_decay=0.0 if rest == "sgd" else rest_decay,
         routing=routing(name, settings, architecture),
         **{f"adam_{key}": value for key, value in adam.items()},

@@ -303,7 +303,7 @@ class Trainer:
         """Of hidden matrices and of all other params, whichever optimizer has them."""
         found = {}
         pairs = list(zip(jax.tree.leaves(updates), jax.tree.leaves(self.labels), strict=True))
-        for name, label in (("matrices", "muon"), ("others", "adamw")):
+        for name, label in (("matrices", "muon"), ("others", "other")):
             leaves = [update for update, its in pairs if its == label]
             size = sum(update.size for update in leaves)
             found[name] = optax.tree.norm(leaves) / size**0.5

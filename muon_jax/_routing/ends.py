@@ -41,7 +41,7 @@ def read_tree(names: Sequence[LeafName]) -> Survey:
     return tree._replace(ends=_ends(names, tree))
 
 
-def reason_for_adamw(name: LeafName, tree: Survey) -> Reading | None:
+def reason_for_other(name: LeafName, tree: Survey) -> Reading | None:
     """Why a leaf is no hidden matrix; None if it is one."""
     if reading := _by_words(name, tree) or _by_shape(name, tree):
         return reading

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from muon_jax._matrices.parts import cut
 from muon_jax._matrix_axes import MatrixAxes, as_matrix_axes, axes_by_path, is_matrix_axes
 from muon_jax._routing.axes import CONV_KERNEL, read_hidden
-from muon_jax._routing.ends import read_tree, reason_for_adamw
+from muon_jax._routing.ends import read_tree, reason_for_other
 from muon_jax._routing.names import EMBEDDING as TABLE
 from muon_jax._routing.names import VECTORS, LeafName, Reading
 from muon_jax._routing.survey import Survey
@@ -28,7 +28,8 @@ from muon_jax._trees import (
     some,
 )
 
-MUON, ADAMW, FROZEN = LABELS = ("muon", "adamw", "frozen")
+MUON, OTHER, FROZEN = LABELS = ("muon", "other", "frozen")
+ALIASES = {"adamw": OTHER}  # as the label was called before; still accepted in rules
 EMBEDDING, VECTOR, CONV, MATRIX = "embedding", "vector", "conv", "matrix"
 
 Choice = str | MatrixAxes
@@ -47,7 +48,7 @@ class Route(NamedTuple):
     Attributes:
         path: as in `layers/0/attn/kernel`.
         shape: of the leaf.
-        label: `"muon"`, `"adamw"` or `"frozen"`.
+        label: `"muon"`, `"other"` or `"frozen"`.
         axes: its matrix axes if it goes to Muon.
         why: the rule that decided.
         doubt: what another reading of the shape would be; empty where there is none.
@@ -80,10 +81,10 @@ class Decision(NamedTuple):
 
 
 def label_params(params: Any, rules: Routing = None) -> Any:
-    """A tree like `params` of `"muon"`, `"adamw"` or `"frozen"`, for `optax.multi_transform`.
+    """A tree like `params` of `"muon"`, `"other"` or `"frozen"`, for `optax.multi_transform`.
 
     The built-in rules read names first and shapes second: embeddings, heads, norms, gains and
-    biases (scan-stacked ones too) go to AdamW, the matrices between them to Muon, complex ones
+    biases (scan-stacked ones too) are `"other"`, the matrices between them `"muon"`, complex ones
     too. They know the names of Flax NNX and Linen, Equinox, Haiku, Hugging Face, MaxText and
     Levanter. Where they guess, such as at the ends of an MLP, `routing_table` says so and the
     optimizer's `init` warns. Leaves of integers or bools have no built-in rule: filter them out,
@@ -92,7 +93,8 @@ def label_params(params: Any, rules: Routing = None) -> Any:
     Args:
         params: arrays or `jax.ShapeDtypeStruct`s.
         rules: what decides in place of the built-in rules; its type tells how it is read. A choice
-            is one of the three labels, or `MatrixAxes`: Muon along these axes.
+            is one of the three labels (`"adamw"` is an old name of `"other"`), or `MatrixAxes`:
+            Muon along these axes.
 
             - A list or tuple of `(regex, choice)` pairs: of those found in a leaf's path
               (`re.search`), the first decides, and a leaf in which none is found is left to the
@@ -114,7 +116,7 @@ def label_params(params: Any, rules: Routing = None) -> Any:
         >>> import jax.numpy as jnp, muon_jax
         >>> params = {"wte": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 8))}}
         >>> muon_jax.label_params(params, [("mlp/.*", "frozen")])
-        {'mlp': {'kernel': 'frozen'}, 'wte': 'adamw'}
+        {'mlp': {'kernel': 'frozen'}, 'wte': 'other'}
     """
     routes = route(params, rules)
     return jax.tree_util.tree_map_with_path(lambda path, _: routes[path].label, params)
@@ -184,6 +186,7 @@ def _check_axes(axes: MatrixAxes, shape: tuple[int, ...]) -> None:
 
 def _route_leaf(name: LeafName, leaf: Any, tree: Survey, decision: Decision) -> Route:
     choice, why, doubt, kind = decision
+    choice = ALIASES.get(choice, choice) if isinstance(choice, str) else choice
     if choice is None and why:
         named = _route_leaf(name, leaf, tree, Decision(None))
         return named._replace(why=f"{why}; by name {named.why}", doubt=doubt or named.doubt)
@@ -201,18 +204,18 @@ def _route_leaf(name: LeafName, leaf: Any, tree: Survey, decision: Decision) -> 
             f"{sent} {name.path!r}, whose dtype is {dtype}: only real or complex floating point is "
             "optimised. Filter it out of the params, or send it to 'frozen' by a rule."
         )
-    against = reason_for_adamw(name, tree)
+    against = reason_for_other(name, tree)
     kind = kind or _kind(name, tree, against)
     if choice is not None and is_matrix_axes(choice):
         return Route(name.path, name.shape, MUON, as_matrix_axes(choice), why, doubt, kind)
-    if choice == ADAMW:
-        return Route(name.path, name.shape, ADAMW, None, why, doubt, kind)
+    if choice == OTHER:
+        return Route(name.path, name.shape, OTHER, None, why, doubt, kind)
     if choice is None and against is not None:
-        return Route(name.path, name.shape, ADAMW, None, against.why, against.doubt, kind)
+        return Route(name.path, name.shape, OTHER, None, against.why, against.doubt, kind)
     if len(name.shape) < 2:
         raise ValueError(
             f"{why} sends {name.path!r} to 'muon', but its shape {name.shape} is no matrix. Send "
-            "it to 'adamw' or 'frozen'."
+            "it to 'other' or 'frozen'."
         )
     axes, reading = read_hidden(name, tree)
     # Whoever sends a leaf to Muon knows that it is a matrix, but of which axes is read here.
@@ -245,7 +248,7 @@ def _overrides(params: Any, leaves: dict[KeyPath, Any], rules: Routing) -> dict[
             kind=f"one of {', '.join(LABELS)} or MatrixAxes",
             is_value=is_choice,
             remedy="A tree has a choice for every leaf or subtree, by its keys. Rules by regex are "
-            "a list of pairs, such as [('head', 'adamw')]."
+            "a list of pairs, such as [('head', 'other')]."
             if isinstance(rules, Mapping)
             else "",
         )
@@ -327,7 +330,7 @@ def _found(regex: str, string: str) -> bool:
 
 
 def _is_label(x: Any) -> bool:
-    return isinstance(x, str) and x in LABELS
+    return isinstance(x, str) and (x in LABELS or x in ALIASES)
 
 
 def is_choice(x: Any) -> bool:

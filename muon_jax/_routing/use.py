@@ -14,13 +14,14 @@ import jax.numpy as jnp
 
 from muon_jax._matrix_axes import MatrixAxes
 from muon_jax._routing.rules import (
-    ADAMW,
+    ALIASES,
     CONV,
     EMBEDDING,
     FROZEN,
     LABELS,
     MATRIX,
     MUON,
+    OTHER,
     VECTOR,
     Choice,
     Decision,
@@ -70,8 +71,8 @@ def trace_routing(
     params: Any = None,
     *args: Any,
     rules: Sequence[tuple[str, Any]] = (),
-    first: str = ADAMW,
-    last: str = ADAMW,
+    first: str = OTHER,
+    last: str = OTHER,
 ) -> TracedRouting:
     """A routing read from how a function uses each parameter, not from its name.
 
@@ -80,7 +81,7 @@ def trace_routing(
     scanned ones a stack. What is looked up by rows is an embedding; what is added to or multiplied
     with activations entry by entry is a vector, whatever its shape. These, depthwise convolutions,
     the first matrices (which read the function's inputs) and the last ones (whose output no other
-    matrix reads) go to AdamW, all other matrices to Muon.
+    matrix reads) are `"other"`, all other matrices `"muon"`.
 
     Args:
         function: `function(params, *args)`, a forward pass or a loss, with all that it returns. Or
@@ -92,7 +93,7 @@ def trace_routing(
             with arrays in the same modules as the params, such as the frozen model of an adapter,
             is a part of the model; all others are its inputs.
         rules: `(regex, choice)` pairs as in `label_params`, which go before what the trace says.
-        first: where the first matrices go: `"adamw"`, `"muon"` or `"frozen"`.
+        first: where the first matrices go: `"other"`, `"muon"` or `"frozen"`.
         last: where the last matrices go.
 
     Returns:
@@ -115,11 +116,11 @@ def trace_routing(
         >>> tokens = jax.ShapeDtypeStruct((4, 16), jnp.int32)
         >>> routing = muon_jax.trace_routing(model, params, tokens)
         >>> muon_jax.label_params(params, routing)
-        {'a': 'muon', 'b': 'adamw', 'c': 'muon', 'd': 'adamw', 'table': 'adamw'}
+        {'a': 'muon', 'b': 'other', 'c': 'muon', 'd': 'other', 'table': 'other'}
         >>> optimizer = muon_jax.muon(0.02, routing=routing)
     """
     for name, choice in (("first", first), ("last", last)):
-        if choice not in LABELS:
+        if choice not in (*LABELS, *ALIASES):
             raise ValueError(f"{name} must be one of {', '.join(LABELS)}; got {choice!r}.")
     if _is_nnx_module(function):
         args = args if params is None else (params, *args)
@@ -243,21 +244,21 @@ def _decide(
     hows = {use.how for use in ways}
     if "rows" in hows:
         tied = "tied: " if hows - {"rows", "elementwise"} else ""
-        return Decision(ADAMW, tied + why, kind=EMBEDDING)
+        return Decision(OTHER, tied + why, kind=EMBEDDING)
     if "taken" in hows:
         doubt = "constants take some of its entries several times; it could be a matrix"
-        return Decision(ADAMW, why, doubt, MATRIX)
+        return Decision(OTHER, why, doubt, MATRIX)
     if not hows & set(MATRICES):
         summed = hows == {"statistic"} and any(use.fan_in for use in ways)
         doubt = "only a norm or a sum of it is contracted; it could be a matrix" if summed else ""
         if not vector and any(use.how == "elementwise" and use.partners for use in ways):
             doubt = "its product with other leaves is used entry by entry; it could be a matrix"
         kind = MATRIX if doubt or "depthwise" in hows else VECTOR
-        return Decision(ADAMW, why, doubt, kind)
+        return Decision(OTHER, why, doubt, kind)
     fans = {frozenset((use.fan_in, use.fan_out)) for use in ways}  # a transposed use is the same
     if not hows <= set(MATRICES) or len(fans) > 1:
         doubt = "it is used in several ways, of which Muon fits one at most"
-        return Decision(ADAMW, why, doubt, MATRIX)
+        return Decision(OTHER, why, doubt, MATRIX)
     use = ways[0]
     choice: Choice = MatrixAxes(use.fan_in, use.fan_out, *use.parts)
     if last is not None:

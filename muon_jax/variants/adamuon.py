@@ -104,7 +104,7 @@ def adamuon(
     scale: str | ShapeScale | None = "match_rms_adamw",
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_adamuon` for the hidden matrices, AdamW for the rest.
+    """`scale_by_adamuon` for the hidden matrices, AdamW for the other leaves.
 
     Args:
         learning_rate: of the hidden matrices; a number or a schedule. AdamW's size, not Muon's.

@@ -155,7 +155,7 @@ def dion(
     eps: float | jax.Array = 1e-8,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_dion` for the hidden matrices, AdamW for the rest.
+    """`scale_by_dion` for the hidden matrices, AdamW for the other leaves.
 
     Args:
         learning_rate: of the hidden matrices; a number or a schedule.

@@ -99,7 +99,7 @@ def muonbp(
     blocks: tuple[int, int] | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_muonbp` for the hidden matrices, AdamW for the rest.
+    """`scale_by_muonbp` for the hidden matrices, AdamW for the other leaves.
 
     Args:
         learning_rate: of the hidden matrices; a number or a schedule.

@@ -100,7 +100,7 @@ def normuon(
     eps: float | jax.Array = 1e-10,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_normuon` for the hidden matrices, AdamW for the rest.
+    """`scale_by_normuon` for the hidden matrices, AdamW for the other leaves.
 
     Args:
         learning_rate: of the hidden matrices; a number or a schedule.

@@ -181,10 +181,10 @@ def splus(
     every: int = 100,
     max_dim: int = 10_000,
     average: float | jax.Array = 0.999,
-    rest: str | optax.GradientTransformation = "sign",
+    other_optimizer: str | optax.GradientTransformation = "sign",
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_splus` for the hidden matrices, sign momentum for the rest, and an average.
+    """`scale_by_splus` for the hidden matrices, sign momentum for the others, and an average.
 
     Evaluate at `evaluation_params(state, params)`: the step is large, and the average is what the
     method is about.
@@ -193,7 +193,7 @@ def splus(
         learning_rate: a number or a schedule; about 0.2.
         b1, b2, every, max_dim: as in `scale_by_splus`.
         average: decay of the average of the params.
-        rest: as in `hybrid`.
+        other_optimizer: as in `hybrid`.
         options: those of `hybrid`. Its decay is `learning_rate * weight_decay * w`; that of the
             authors' code is 2 / (fan_in + fan_out) of it.
 
@@ -207,7 +207,8 @@ def splus(
     check_number("average", average, at_least=0, below=1)
     scale_by = functools.partial(scale_by_splus, b1=b1, b2=b2, every=every, max_dim=max_dim)
     return optax.chain(
-        hybrid(scale_by, learning_rate, rest=rest, **options), evaluation_average(average)
+        hybrid(scale_by, learning_rate, other_optimizer=other_optimizer, **options),
+        evaluation_average(average),
     )
 
 
