@@ -323,7 +323,7 @@ INTEGER = {"mlp": {"kernel": struct(8, 8)}, "steps": struct(3, dtype=jnp.int32)}
         (PARAMS, {"mlp": "other", "head": "other"}, ["'head'", "no leaf", "mlp/kernel", "pairs"]),
         (PARAMS, {"mlp": "other"}, ["no entry for leaf 'embed'", "pairs"]),
         (PARAMS, {"embed|out": "frozen"}, ["'embed|out'", "no leaf", "[('head', 'other')]"]),
-        (PARAMS, WHOLE | {"embed": 3}, ["got 3 at 'embed'", "muon, adamw, frozen"]),
+        (PARAMS, WHOLE | {"embed": 3}, ["got 3 at 'embed'", "muon, other, frozen"]),
         (PARAMS, [("mlp(", "other")], ["'mlp('", "regular expression", "unterminated"]),
         (PARAMS, [("*", "other")], ["'*'", "nothing to repeat at position 0"]),
         (PARAMS, [("mlp", "other"), ("mlp/k", "muon")], ["'mlp/k' decides no", "rule 'mlp'"]),
