@@ -16,9 +16,10 @@ from flax import nnx
 
 from experiments import optimizers
 from experiments.family import __main__ as command
-from experiments.family import cost, data, report, train
+from experiments.family import cost, data, train
 from experiments.family.config import Cell, Config
 from experiments.family.model import LanguageModel
+from experiments.report.__main__ import main
 from experiments.runs import Run
 
 # Seconds a run: two optimizers, three rates, two seeds of a narrow model on a little text.
@@ -171,7 +172,8 @@ def test_where_everything_diverged_there_is_a_report_too(whole, tmp_path):
         clocked = {"milliseconds_per_step": 1.0, "seconds": 1.0}
         log.append([], row | clocked | {"diverged": True, "validation_loss": None})
     log.close()
-    page = report.write_report(tmp_path).read_text()
+    main(str(tmp_path))
+    page = (tmp_path / "report.html").read_text()
     assert "<td>diverged</td>" in page and "12 cells diverged" in page
     table = json.loads((tmp_path / "summary.json").read_text())["arms"]
     assert [arm["validation_loss"] for arm in table] == [None, None]
@@ -191,15 +193,15 @@ def test_the_report_is_made_again_without_training(whole, tmp_path, monkeypatch,
     for name in ("report.html", "rates.png", "curves.png", "final.png"):
         (folder / name).unlink()
     monkeypatch.setattr(train, "compile_steps", None)
-    report.main(folder)
+    main(str(folder))
     assert summary(whole) == before
     assert (folder / "report.html").stat().st_size > 50_000
     assert "The family, lowest loss first" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no run folder"):
-        report.main(tmp_path / "missing")
+        main(str(tmp_path / "missing"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match=r"has no config\.json"):
-        report.main(tmp_path / "empty")
+        main(str(tmp_path / "empty"))
 
 
 def test_a_flipped_byte_costs_its_cell_alone(whole, tmp_path, capsys):

@@ -13,9 +13,10 @@ from experiments import optimizers
 from experiments.differences import difference, student_t
 from experiments.family import train
 from experiments.family.config import Cell, Training
-from experiments.family.report_data import aggregate, as_json
+from experiments.family.report import aggregate
 from experiments.sweep import (
     Best,
+    Files,
     Sweep,
     best,
     losses_by_rate,
@@ -129,12 +130,12 @@ def test_aggregate_orders_by_loss_and_sends_what_diverged_to_the_end():
     rows = [row("adamw", 0.1, seed, 2.0 + seed / 10) for seed in (0, 1)]
     rows += [row("muon", 0.1, seed, 1.0, milliseconds_per_step=15.0) for seed in (0, 1)]
     rows += [row("sgd", 0.1, seed, None) for seed in (0, 1)]
-    muon, adamw, sgd = aggregate(rows, {"muon": {"times_baseline": 9.0}})
+    muon, adamw, sgd = aggregate(Files({}, {}, rows, [], {"muon": {"times_baseline": 9.0}}))
     assert (muon.optimizer, adamw.optimizer, sgd.optimizer) == ("muon", "adamw", "sgd")
     assert muon.difference.mean == pytest.approx(-1.05) and muon.step_ratio == 1.5
     assert muon.cost == {"times_baseline": 9.0} and adamw.cost is None
     assert adamw.difference is None and sgd.difference is None
-    assert sgd.diverged == 2 and as_json(sgd)["validation_loss"] is None
+    assert sgd.diverged == 2 and sgd.as_json()["validation_loss"] is None
 
 
 def test_the_schedule_rises_to_one_and_falls_towards_zero():

@@ -13,7 +13,8 @@ from flax import nnx
 
 from experiments.family import widths, widths_report
 from experiments.family.model import LanguageModel
-from experiments.sweep import Sweep, missing_cells, optimum
+from experiments.report.__main__ import main
+from experiments.sweep import Files, Sweep, missing_cells, optimum
 
 TINY = (
     "--widths 8 16 --head-size 8 --layers 1 --context 8 --batch 4 --steps 4 --warmup 1 "
@@ -44,7 +45,7 @@ def test_a_run_and_its_report(tmp_path, capsys):
     assert summary["cells_total"] == 2 * 3
     for name in ("widths.png", "report.html"):
         (folder / name).unlink()
-    widths_report.main(folder)
+    main(str(folder))
     assert (folder / "widths.png").exists() and (folder / "report.html").exists()
     assert "Best rate by width" in capsys.readouterr().out
     # Wider models are added to the same folder.
@@ -73,7 +74,7 @@ def test_the_drift_of_synthetic_losses(drift):
             top = np.log2(0.03) + drift * np.log2(cell.width / 128)
             loss = 2 + 0.1 * (np.log2(cell.rate) - top) ** 2
             rows.append(cell._asdict() | {"diverged": False, "validation_loss": float(loss)})
-    (found,) = widths_report.aggregate(rows)
+    (found,) = widths_report.aggregate(Files({}, {}, rows, [], {}))
     assert found.drift == pytest.approx(drift, abs=1e-6)
     assert found.lines[1].optimum == pytest.approx(0.03)
     assert not any(line.best.at_edge for line in found.lines)

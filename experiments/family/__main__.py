@@ -9,11 +9,10 @@ from rich.console import Console
 from experiments.commands import INTERRUPTED, conduct, progress_bar
 from experiments.family import cost, data
 from experiments.family.config import GRID, Cell, Config, as_json, fitted
-from experiments.family.report import terminal_table, write_report
-from experiments.family.report_data import aggregate
 from experiments.family.train import train_cell
+from experiments.report.studies import show
 from experiments.runs import Run, machine, read_json, write_json
-from experiments.sweep import carry_out, load_run
+from experiments.sweep import carry_out
 
 
 def main() -> int:
@@ -46,10 +45,7 @@ def study(task: tuple[Config, data.Data], run: Run, stop: threading.Event, conso
     if not left:
         measure_costs(config, text, run, stop, console)
     if run.finished:
-        report = write_report(run.folder)
-        files = load_run(run.folder)
-        console.print(terminal_table(aggregate(files.rows, files.costs)))
-        console.print(f"Report: {report}", highlight=False, soft_wrap=True)
+        show(run.folder, console)
     return INTERRUPTED if stop.is_set() else 0
 
 

@@ -21,8 +21,8 @@ from experiments.commands import INTERRUPTED, conduct
 from experiments.family import data
 from experiments.family.config import Training, as_json, digest
 from experiments.family.train import train_cell
-from experiments.family.widths_report import terminal_table, write_report
 from experiments.optimizers import Muon, ScaleName
+from experiments.report.studies import show
 from experiments.runs import Run
 from experiments.settings import Count, check, check_different
 from experiments.sweep import Sweep, carry_out
@@ -122,9 +122,7 @@ def study(task: tuple[Config, data.Data], run: Run, stop: threading.Event, conso
         steps=lambda cell: config.steps,
     )
     if run.finished:
-        report = write_report(run.folder)
-        console.print(terminal_table(run.finished))
-        console.print(f"Report: {report}", highlight=False, soft_wrap=True)
+        show(run.folder, console)
     return INTERRUPTED if left else 0
 
 

@@ -1,49 +1,35 @@
-"""Report of the width sweep: reads a run's files, draws its figure, writes report.html.
+"""Report of the width sweep: the best rate of every width, under each shape scale."""
 
-It never trains: `python -m experiments.family.widths_report FOLDER`.
-"""
-
-import math
-import operator
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-import tyro
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from experiments.commands import reporting
-from experiments.figures import (
-    GROKKED_MARK,
-    POINT_MARK,
-    figure_style,
-    legend_line,
-    new_figure,
-    plain_log_axis,
-)
-from experiments.pages import save_figure, text_table, write_page
-from experiments.runs import write_json
-from experiments.sweep import Best, Row, best, load_run, losses_by_rate, mean, optimum
+from experiments.report import arms
+from experiments.report.figures import rates_figure
+from experiments.report.page import Column, Picture, Report, Section, Table
+from experiments.report.text import form, signed, told
+from experiments.sweep import Files, optimum
 
 
-class Line(NamedTuple):
-    """One width under one shape scale.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line(arms.Arm):
+    """One width, which is its `optimizer` too, under one shape scale.
 
     Attributes:
-        losses: mean final loss by rate, ascending; infinite where a seed diverged.
         optimum: the rate at the bottom of a parabola through the best rate and its neighbours.
     """
 
     width: int
-    losses: dict[float, float]
-    best: Best
     optimum: float
+
+    @property
+    def mark(self) -> tuple[float, float]:
+        return self.optimum, self.loss
 
 
 class Transfer(NamedTuple):
@@ -59,145 +45,162 @@ class Transfer(NamedTuple):
     drift: float | None
 
 
-def aggregate(rows: Sequence[Row]) -> list[Transfer]:
-    """The finished cells by shape scale and width."""
-    return [_transfer(scale, rows) for scale in dict.fromkeys(row["scale"] for row in rows)]
+def aggregate(files: Files) -> list[Transfer]:
+    """The finished cells by shape scale and width; of stored results only what they have."""
+    found: dict[str, list[Line]] = {}
+    for (scale, width), (rows, _) in sorted(
+        arms.grouped(files, "scale", "width").items(), key=lambda item: item[0][1]
+    ):
+        own = arms.of_cells(rows)
+        best = optimum(own["losses"], own["best"].rate)
+        line = Line(optimizer=f"width {width}", width=width, optimum=best, **own)
+        found.setdefault(scale, []).append(line)
+    return [Transfer(scale, found[scale], _drift(found[scale])) for scale in _scales(files)]
 
 
-def _transfer(scale: str, rows: Sequence[Row]) -> Transfer:
-    own = [row for row in rows if row["scale"] == scale]
-    lines = []
-    for width in sorted({row["width"] for row in own}):
-        cells = [row for row in own if row["width"] == width]
-        losses = {rate: mean(seeds) for rate, seeds in losses_by_rate(cells).items()}
-        top = best(cells)
-        lines.append(Line(width, losses, top, optimum(losses, top.rate)))
-    drift = None
-    if len(lines) > 1:
-        x, y = np.log2([[line.width, line.optimum] for line in lines]).T
-        drift = float(np.polyfit(x, y, 1)[0])
-    return Transfer(scale, lines, drift)
+def _scales(files: Files) -> list[str]:
+    return list(dict.fromkeys(row["scale"] for row in files.rows))
 
 
-def sentences(transfers: Sequence[Transfer]) -> list[str]:
+def _drift(lines: Sequence[Line]) -> float | None:
+    if len(lines) < 2:
+        return None
+    x, y = np.log2([[line.width, line.optimum] for line in lines]).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def as_json(transfer: Transfer) -> dict[str, Any]:
+    """A scale's row of summary.json."""
+    lines = {str(line.width): line for line in transfer.lines}
+    return {
+        "scale": transfer.scale,
+        "drift": transfer.drift,
+        "optimum": {width: line.optimum for width, line in lines.items()},
+        "at_edge": {width: line.at_edge for width, line in lines.items()},
+        "arms": {width: line.as_json() for width, line in lines.items()},
+    }
+
+
+class Told(NamedTuple):
+    """A line of the table; what is not stored is None."""
+
+    scale: str
+    width: str
+    optimum: float
+    at_edge: bool
+    drift: float | None
+    rate: float | None
+    loss: float | None
+
+
+def _arm(scale: dict[str, Any], width: str) -> dict[str, Any]:
+    return scale.get("arms", {}).get(width, {})
+
+
+def table_rows(scales: Sequence[dict[str, Any]]) -> list[Told]:
+    """A row for each width of summary.json's scales."""
+    return [
+        Told(
+            scale["scale"],
+            width,
+            best,
+            scale["at_edge"][width],
+            scale["drift"],
+            *(
+                scale.get("arms", {}).get(width, {}).get(k)
+                for k in ("best_rate", "validation_loss")
+            ),
+        )
+        for scale in scales
+        for width, best in scale["optimum"].items()
+    ]
+
+
+def sentences(scales: Sequence[dict[str, Any]]) -> list[str]:
     """The result in plain sentences."""
     found = []
-    for transfer in transfers:
-        rates = ", ".join(f"{line.optimum:.3g} at width {line.width}" for line in transfer.lines)
-        text = f"{transfer.scale}: the best rate is {rates}"
-        if transfer.drift is not None:
-            text += f", a drift of {_signed(transfer.drift)} powers of two a doubling"
-        if any(line.best.at_edge for line in transfer.lines):
+    for scale in scales:
+        best = scale["optimum"].items()
+        rates = ", ".join(f"{rate:.3g} at width {width}" for width, rate in best)
+        text = f"{scale['scale']}: the best rate is {rates}"
+        if scale["drift"] is not None:
+            text += f", a drift of {signed(scale['drift'], 2)} powers of two a doubling"
+        if any(scale["at_edge"].values()):
             text += " (a best rate lies at the edge of those tried)"
         found.append(text + ".")
     return found
 
 
-def _signed(value: float) -> str:
-    return f"{round(value, 2) + 0.0:+.2f}".replace("-", "−")  # no negative zero
-
-
-COLUMNS = ("scale", "width", "best rate", "optimum", "loss", "drift a doubling")
-
-
-def table_rows(transfers: Sequence[Transfer]) -> list[list[str]]:
-    """The table's text: a row for each width."""
-    return [
-        [
-            transfer.scale,
-            str(line.width),
-            f"{line.best.rate:g}" + (" (edge)" if line.best.at_edge else ""),
-            f"{line.optimum:.3g}",
-            f"{line.best.mean:.3f}",
-            "–" if transfer.drift is None else _signed(transfer.drift),
-        ]
-        for transfer in transfers
-        for line in transfer.lines
-    ]
-
-
-def terminal_table(rows: Sequence[Row]) -> Table:
-    """The table for the terminal, with the numbers of the HTML table."""
-    columns = [(name, name, operator.itemgetter(i)) for i, name in enumerate(COLUMNS)]
-    return text_table("Best rate by width", columns, table_rows(aggregate(rows)))
+COLUMNS: tuple[Column, ...] = (
+    ("scale", "scale", lambda row: row.scale),
+    ("width", "width", lambda row: row.width),
+    ("best rate", "best rate", lambda row: form(row.rate, "g") + " (edge)" * row.at_edge),
+    ("optimum", "optimum", lambda row: form(row.optimum, ".3g")),
+    ("loss", "loss", lambda row: form(row.loss, ".3f")),
+    (
+        "drift a doubling",
+        "drift a doubling",
+        lambda row: "–" if row.drift is None else signed(row.drift, 2),
+    ),
+)
+CAPTION = (
+    "Final validation loss, mean over the seeds. Optimum: the lowest point of a parabola in "
+    "log(rate) through the best rate and its two neighbours. Drift: slope of log2(optimum) over "
+    "log2(width); 0 is perfect transfer, −0.5 is what a spectral norm that grows as the root of "
+    "the width asks for."
+)
 
 
 def widths_figure(transfers: Sequence[Transfer]) -> Figure:
     """Final loss against learning rate: a panel for each scale, a line for each width."""
-    figure = new_figure(max(4.4, 2.9 * len(transfers)), 3.4)
-    grid = figure.subplots(1, len(transfers), squeeze=False, sharey=True)[0]
     widths = sorted({line.width for transfer in transfers for line in transfer.lines})
     shades = matplotlib.colormaps["viridis"](np.linspace(0.85, 0.1, len(widths)))
-    colors = dict(zip(widths, shades, strict=True))
-    for transfer, axes in zip(transfers, grid, strict=True):
-        for line in transfer.lines:
-            _draw(axes, line, colors[line.width])
-        drift = "" if transfer.drift is None else f", drift {_signed(transfer.drift)}"
-        axes.set_title(f"{transfer.scale}{drift}", loc="left")
-        axes.set_xlabel("learning rate")
-        plain_log_axis(axes, "x")
-    grid[0].set_ylabel("final loss (nats a byte)")
-    handles = [legend_line(f"width {width}", colors[width], lw=2) for width in widths]
-    handles += [legend_line("one rate", **POINT_MARK), legend_line("optimum", **GROKKED_MARK)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
-    return figure
+    colors = {f"width {width}": shade for width, shade in zip(widths, shades, strict=True)}
+    panels = {
+        of.scale + ("" if of.drift is None else f", drift {signed(of.drift, 2)}"): of.lines
+        for of in transfers
+    }
+    return rates_figure(
+        panels,
+        style=lambda name: {"color": colors[name]},
+        label=str,
+        width=2.9,
+        unit="nats a byte",
+    )
 
 
-def _draw(axes: Axes, line: Line, color: Any) -> None:
-    finite = {rate: loss for rate, loss in line.losses.items() if math.isfinite(loss)}
-    axes.plot([*finite], [*finite.values()], color=color, lw=1.4)
-    axes.plot([*finite], [*finite.values()], color=color, **POINT_MARK)
-    if math.isfinite(line.best.mean):
-        axes.plot(line.optimum, line.best.mean, color=color, zorder=5, **GROKKED_MARK)
-
-
-def write_report(folder: Path) -> Path:
-    """Writes widths.png, report.html and the drifts of summary.json into a run's folder.
+def report(folder: Path) -> Report:
+    """The best rate by width.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
         ValueError: a file is not what it should be; the message names it.
     """
-    files = load_run(folder)
-    transfers = aggregate(files.rows)
-    arms = [
-        {
-            "scale": transfer.scale,
-            "drift": transfer.drift,
-            "optimum": {str(line.width): line.optimum for line in transfer.lines},
-            "at_edge": {str(line.width): line.best.at_edge for line in transfer.lines},
-        }
-        for transfer in transfers
-    ]
-    write_json(folder / "summary.json", files.summary | {"scales": arms})
-    with figure_style():
-        figure = save_figure(widths_figure(transfers), folder / "widths.png")
-    return write_page(
-        Path(__file__).parent / "widths.html.jinja",
-        folder / "report.html",
-        study="Learning-rate transfer over the width",
-        command="experiments.family.widths_report",
-        config=files.config,
-        machine=files.summary["machine"],
-        version=files.summary["version"],
-        abstract=sentences(transfers),
-        columns=COLUMNS,
-        rows=table_rows(transfers),
-        figure=figure,
-        files=files,
+    files = arms.load(folder)
+    transfers = aggregate(files)
+    scales = [as_json(of) for of in transfers] or files.summary.get("scales", [])
+    table = Table(COLUMNS, table_rows(scales), CAPTION, "Best rate by width", names=2).known()
+    caption = told(
+        "Final validation loss against Muon's learning rate. The embedding, the gains and the head "
+        "have AdamW's rate {adamw[learning_rate]} at every width; the logits carry a factor of "
+        "128 / width.",
+        files.config,
     )
-
-
-def main(folder: tyro.conf.Positional[Path]) -> None:
-    """Write the report of a width sweep again from its files; nothing is trained.
-
-    Args:
-        folder: The run's folder, e.g. runs/widths/NAME.
-    """
-    with reporting(folder):
-        path = write_report(folder)
-        Console().print(terminal_table(load_run(folder).rows), Text(str(path)))
-
-
-if __name__ == "__main__":
-    tyro.cli(main, prog="python -m experiments.family.widths_report")
+    alt = "Final loss against learning rate, a panel for each shape scale, a line for each width."
+    figure = Picture("widths", lambda: widths_figure(transfers), caption, alt)
+    return Report(
+        "Learning-rate transfer over the width",
+        f"Run {folder.resolve().name} · {len(files.rows) or files.summary['cells_total']} of "
+        f"{files.summary['cells_total']} cells finished · a cell is one training: a shape scale, a "
+        "width, a learning rate and a seed",
+        sentences(scales),
+        table,
+        [
+            Section("widths", "Best rate by width", [table, figure if transfers else None]),
+            Section("cells", "Every finished cell", [arms.cells_table(files.rows)]),
+        ],
+        files.config,
+        files.summary["machine"],
+        files.summary["version"],
+        files.summary | {"scales": scales} if files.rows else None,
+    )

@@ -1,0 +1,258 @@
+"""The tidy table of a sweep: a row for each arm, with its best rate, as summary.json keeps it."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from experiments.differences import Interval, difference, holm, p_value
+from experiments.report.figures import optimizer_label
+from experiments.report.page import Column, Table
+from experiments.report.text import number, plural
+from experiments.runs import read_json
+from experiments.sweep import Best, Files, Row, best, chosen_by, load_run, losses_by_rate, mean
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """What the cells of one arm did.
+
+    Attributes:
+        optimizer: its name, or what else is swept.
+        losses: mean final loss by rate, over the seeds that choose it; infinite where one diverged.
+        best: the rate that they chose, and the final loss of every seed there.
+        cells: how many finished.
+        diverged: how many of them diverged.
+        points: rate and final loss of every cell; none of stored results.
+        histories: evaluations of the cells at the best rate; none of stored results.
+        difference: of the final losses to the baseline's, paired by seed; None without two pairs.
+        p: of the paired t test, after Holm's correction for all arms.
+    """
+
+    optimizer: str
+    losses: dict[float, float]
+    best: Best
+    cells: int
+    diverged: int
+    points: Sequence[tuple[float, float]] = ()
+    histories: Sequence[Sequence[Row]] = ()
+    difference: Interval | None = None
+    p: float | None = None
+
+    @property
+    def label(self) -> str:
+        return optimizer_label(self.optimizer)
+
+    @property
+    def loss(self) -> float:
+        """Mean final loss at the best rate."""
+        return self.best.mean
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether a further rate might be better."""
+        return self.best.at_edge
+
+    @property
+    def mark(self) -> tuple[float, float]:
+        """Where a figure marks the best rate."""
+        return self.best.rate, self.losses.get(self.best.rate, math.inf)
+
+    @property
+    def spread(self) -> float | None:
+        """Sample standard deviation over the seeds; None with one, or where one diverged."""
+        losses = [*self.best.losses.values()]
+        if len(losses) < 2 or not all(map(math.isfinite, losses)):
+            return None
+        return statistics.stdev(losses)
+
+    def loss_text(self, digits: int = 3) -> str:
+        """The final loss with its spread, e.g. "1.652 ± 0.004"."""
+        if not math.isfinite(self.loss):
+            return "diverged"
+        spread = "" if self.spread is None else f" ± {self.spread:.{digits}f}"
+        return f"{self.loss:.{digits}f}{spread}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Its row of summary.json; None where a number is not finite."""
+        return {
+            "optimizer": self.optimizer,
+            "best_rate": self.best.rate,
+            "at_edge": self.at_edge,
+            "validation_loss": finite(self.loss),
+            "spread": self.spread,
+            "losses_by_seed": {
+                str(seed): finite(x) for seed, x in sorted(self.best.losses.items())
+            },
+            "losses_by_rate": {f"{rate:g}": finite(x) for rate, x in self.losses.items()},
+            "difference_to_adamw": self.difference and self.difference._asdict(),
+            "p_holm": self.p,
+            "cells": self.cells,
+            "diverged": self.diverged,
+        }
+
+
+AnyArm = TypeVar("AnyArm", bound=Arm)
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def of_cells(rows: Sequence[Row], histories: Sequence[Any] = (), swept: int | None = None) -> dict:
+    """Fields of an `Arm`, but for its name, by the rows of its cells and their histories."""
+    top = best(rows, swept)
+    chosen = [place for place, row in enumerate(rows) if row["rate"] == top.rate]
+    return {
+        "losses": {r: mean(x) for r, x in losses_by_rate(chosen_by(rows, swept)).items()},
+        "best": top,
+        "cells": len(rows),
+        "diverged": sum(row["diverged"] for row in rows),
+        "points": [
+            (row["rate"], math.inf if row["diverged"] else row["validation_loss"]) for row in rows
+        ],
+        "histories": [histories[place] for place in chosen] if histories else [],
+    }
+
+
+def of_json(stored: Mapping[str, Any]) -> dict:
+    """The same by a row of summary.json."""
+
+    def known(values: Mapping[str, float | None], kind: type) -> dict[Any, float]:
+        return {kind(key): math.inf if x is None else x for key, x in values.items()}
+
+    by_seed = known(stored["losses_by_seed"], int)
+    gap = stored.get("difference_to_adamw")
+    return {
+        "losses": known(stored["losses_by_rate"], float),
+        "best": Best(stored["best_rate"], by_seed, stored["at_edge"]),
+        "cells": stored["cells"],
+        "diverged": stored["diverged"],
+        "difference": gap and Interval(**gap),
+        "p": stored.get("p_holm"),
+    }
+
+
+def grouped(files: Files, *keys: str) -> dict[tuple, tuple[list[Row], list[Any]]]:
+    """The cells that have the same values of some keys: their rows and their histories."""
+    found: dict[tuple, tuple[list[Row], list[Any]]] = {}
+    for row, history in zip(files.rows, files.histories or [()] * len(files.rows), strict=True):
+        rows, histories = found.setdefault(tuple(row[key] for key in keys), ([], []))
+        rows.append(row)
+        histories.append(history)
+    return found
+
+
+def load(folder: Path) -> Files:
+    """A sweep's files; of stored results, which have no log, the summary, and what else there is.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: a file is not what it should be; the message names it.
+    """
+    config, summary = folder / "config.json", folder / "summary.json"
+    if (folder / "metrics.jsonl").exists() or not summary.is_file():
+        return load_run(folder)
+    return Files(read_json(config) if config.is_file() else {}, read_json(summary), [], [], {})
+
+
+def baseline_of(found: Iterable[AnyArm], name: str = "adamw") -> AnyArm | None:
+    return next((arm for arm in found if arm.optimizer == name), None)
+
+
+def compared(found: Sequence[AnyArm]) -> list[AnyArm]:
+    """The arms with what they are beside AdamW."""
+    base = baseline_of(found)
+    if base is None:
+        return list(found)
+    others = [arm for arm in found if arm is not base]
+    p_values = {arm.optimizer: p_value(arm.best.losses, base.best.losses) for arm in others}
+    corrected = holm({name: p for name, p in p_values.items() if p is not None})
+    return [
+        arm
+        if arm is base
+        else dataclasses.replace(
+            arm,
+            difference=difference(arm.best.losses, base.best.losses),
+            p=corrected.get(arm.optimizer),
+        )
+        for arm in found
+    ]
+
+
+RATE: Column = (
+    "best rate",
+    "rate",
+    lambda arm: f"{arm.best.rate:g}" + " (edge)" * arm.at_edge,
+)
+
+_CELL: dict[str, Column] = {
+    key: (heading, heading, form)
+    for key, heading, form in (
+        ("variant", "variant", lambda row: row["variant"]),
+        ("optimizer", "optimizer", lambda row: optimizer_label(row["optimizer"])),
+        ("arm", "arm", lambda row: optimizer_label(row["arm"])),
+        ("scale", "scale", lambda row: row["scale"]),
+        ("width", "width", lambda row: str(row["width"])),
+        ("rate", "rate", lambda row: f"{row['rate']:g}"),
+        ("seed", "seed", lambda row: str(row["seed"])),
+        ("validation_loss", "held-out loss", lambda row: _loss(row, "validation_loss")),
+        ("train_loss", "training loss", lambda row: _loss(row, "train_loss")),
+        ("steps_run", "steps run", lambda row: str(row["steps_run"])),
+        ("skipped", "skipped steps", lambda row: str(row["skipped"])),
+        ("seconds", "training time (s)", lambda row: number(row["seconds"])),
+        ("milliseconds_per_step", "ms a step", lambda row: number(row["milliseconds_per_step"])),
+    )
+}
+
+
+def _loss(row: Row, key: str) -> str:
+    return "–" if row["diverged"] else f"{row[key]:.4f}"
+
+
+def cells_table(rows: Sequence[Row]) -> Table | None:
+    """Every finished cell of a sweep; None without any."""
+    if not rows:
+        return None
+    columns = [column for key, column in _CELL.items() if key in rows[0]]
+    names = next(i for i, (heading, *_) in enumerate(columns) if heading == "rate")
+    return Table(
+        columns,
+        rows,
+        "One row per finished cell. “–”: its loss was no longer finite.",
+        names=min(names, 3),
+    )
+
+
+def finished(files: Files) -> str:
+    """How many cells there are, and how many there will be."""
+    rows = files.rows or files.summary.get("arms", files.summary.get("groups", []))
+    count = sum(row.get("cells", 1) for row in rows)
+    return f"{count} of {files.summary['cells_total']} cells finished"
+
+
+def progress(files: Files) -> list[str]:
+    """That there are cells to go, in a sentence."""
+    done = len(files.rows)
+    whole = not done or done >= files.summary["cells_total"]
+    return [] if whole else [f"{finished(files)} so far."]
+
+
+def lowest(found: Sequence[Arm]) -> str:
+    """Which arm is the lowest."""
+    return (
+        f"{found[0].label} has the lowest mean held-out loss at its best rate, "
+        f"{found[0].loss_text()} nats"
+    )
+
+
+def caveats(found: Sequence[Arm], name: Any = lambda arm: arm.label) -> list[str]:
+    """Whose best rate lies at the edge of those tried, and how many cells diverged."""
+    sentences = []
+    if edge := ", ".join(name(arm) for arm in found if arm.at_edge):
+        sentences.append(f"Still best at the edge of the rates tried, so perhaps beyond: {edge}.")
+    if diverged := sum(arm.diverged for arm in found):
+        sentences.append(f"{plural(diverged, 'cell')} diverged.")
+    return sentences

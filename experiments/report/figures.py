@@ -1,0 +1,382 @@
+"""What the figures of all studies share: colours and style, and the kinds of figures they draw."""
+
+import io
+import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+
+from experiments.report.series import NOTHING, Series, middle, smoothed
+
+# Each arm that a study knows has its own: Okabe and Ito's for the first two, then each the farthest
+# from all before it, and from white, in CIELAB; so those that come early are told apart best.
+COLORS = {
+    "adamw": "#0072B2",
+    "muon": "#D55E00",
+    "muon_equal_shrink": "#00CC00",
+    "muon_equal_decay": "#FF00AA",
+    "polar": "#0000FF",
+    "orthogonal": "#224400",
+    "spectral": "#662233",
+    "normuon": "#11CC99",
+    "low_rank": "#550088",
+    "muonclip": "#BBBB33",
+    "adamuon": "#DD99FF",
+    "scion": "#FF9999",
+    "splus": "#FF1155",
+    "dion": "#DD33FF",
+    "adamw_tuned": "#888877",
+    "orthogonal_gradient": "#0077FF",
+    "grokfast": "#33BBCC",
+    "muon_one_step": "#886611",
+    "gluon": "#228811",
+    "muonbp": "#004444",
+    "muon_sgd": "#FF0000",
+    "muon_lion": "#992277",
+    "muon_only": "#880000",
+    "optax_muon": "#CCAACC",
+    "low_rank_subspace": "#6644EE",
+    "splus_adamw": "#443366",
+    "muon_cautious": "#99BB77",
+    "muon_bf16": "#FF77BB",
+    "muon_int8": "#DD9900",
+}
+# For any other name, after Tol's muted scheme.
+OTHER_COLORS = ("#332288", "#117733", "#882255", "#999933", "#661100", "#777777")
+
+LABELS = {
+    "adamw": "AdamW",
+    "adamw_tuned": "AdamW, tuned",
+    "adamuon": "AdaMuon",
+    "low_rank": "Rank k, SVD",
+    "low_rank_subspace": "Rank k, subspace",
+    "muon_adamw": "Muon + AdamW",
+    "muon_bf16": "Muon, bf16 state",
+    "muon_cautious": "Muon, cautious",
+    "muon_equal_decay": "Muon, equal decay",
+    "muon_equal_shrink": "Muon, equal lr × decay",
+    "muon_frozen1d": "Muon, gains frozen",
+    "muon_int8": "Muon, int8 state",
+    "muon_lion": "Muon + Lion",
+    "muon_one_step": "Muon, 1 step",
+    "muon_only": "Muon alone",
+    "muon_sgd": "Muon + SGD",
+    "muonbp": "MuonBP",
+    "muonclip": "MuonClip",
+    "normuon": "NorMuon",
+    "optax_muon": "optax.contrib.muon",
+    "orthogonal": "Orthogonal alone",
+    "orthogonal_gradient": "⊥Grad",
+    "polar": "Exact polar",
+    "spectral": "Spectral alone",
+    "splus": "SPlus",
+    "splus_adamw": "SPlus + AdamW",
+}
+
+DASHES = (0, (3.2, 1.2))
+MEMORISED_MARK: dict[str, Any] = {"marker": "o", "ms": 6, "mew": 1.4, "ls": "none"}
+GROKKED_MARK: dict[str, Any] = {"marker": "D", "ms": 6, "mec": "white", "mew": 0.8, "ls": "none"}
+POINT_MARK: dict[str, Any] = {"marker": "o", "ms": 4, "mec": "white", "mew": 0.5, "ls": "none"}
+CENSORED_MARK: dict[str, Any] = {"marker": "^", "ms": 6, "mew": 1.2, "ls": "none"}
+MEAN_MARK: dict[str, Any] = {"marker": "|", "ms": 11, "mew": 2, "ls": "none"}
+REFERENCE: dict[str, Any] = {"color": "#444444", "ls": ":", "lw": 1, "zorder": 1.5}
+BEYOND: dict[str, Any] = CENSORED_MARK | {"mfc": "white"}
+
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.xmargin": 0.02,
+    "axes.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.6,
+    "xtick.color": "#333333",
+    "ytick.color": "#333333",
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    # Names come from the data: a "$" in one must not be read as mathematics.
+    "text.parse_math": False,
+}
+
+
+def optimizer_color(name: str) -> str:
+    """The hex colour of an optimizer, the same for a name in every figure and every run."""
+    if name in COLORS:
+        return COLORS[name]
+    # crc32, since hash() differs from one Python process to the next.
+    return OTHER_COLORS[zlib.crc32(name.encode()) % len(OTHER_COLORS)]
+
+
+def optimizer_label(name: str) -> str:
+    """An optimizer's name for readers: "AdamW" for "adamw", "Muon" for "muon"."""
+    return LABELS.get(name, name[:1].upper() + name[1:])
+
+
+def optimizer_style(name: str) -> dict[str, Any]:
+    """Of an optimizer's lines."""
+    return {"color": optimizer_color(name)}
+
+
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """Draw and save figures in the studies' style within a `with` block."""
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches with constrained layout: no pyplot, no display."""
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.07, hspace=0.03, wspace=0.02)
+    figure = Figure(figsize=(width, height), layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_png(figure: Figure, path: Path, dpi: int = 200) -> None:
+    """Save a figure as PNG; a file that is there is replaced."""
+    image = io.BytesIO()  # an object store takes whole files
+    figure.savefig(image, format="png", dpi=dpi)
+    path.write_bytes(image.getvalue())
+
+
+def plain_log_axis(axes: Axes, which: str) -> None:
+    """Make an axis logarithmic, its ticks plain numbers (10, 100) and not powers (10¹, 10²)."""
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = sorted(axis.get_view_interval())
+    # Over less than two decades the powers of ten alone would label one or two places.
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def log_if_positive(axes: Axes, which: str) -> None:
+    """A log axis, if anything is drawn that has a place on it."""
+    drawn = (line.get_xdata() if which == "x" else line.get_ydata() for line in axes.lines)
+    if any(np.any(np.asarray(values, float) > 0) for values in drawn):
+        plain_log_axis(axes, which)
+
+
+def engineering_axis(axes: Axes, which: str) -> None:
+    """Make an axis logarithmic, its ticks as 20 k or 5 M."""
+    log_if_positive(axes, which)
+    (axes.xaxis if which == "x" else axes.yaxis).set_major_formatter(EngFormatter())
+
+
+def legend_line(label: str, color: str = "#555555", **style: Any) -> Line2D:
+    """A line or marker for a legend."""
+    return Line2D([], [], label=label, **{"color": color} | style)
+
+
+def legend(figure: Figure, names: Iterable[str], *others: Line2D, columns: int = 6) -> None:
+    """A legend below the figure: a thick line for each optimizer, and what else it explains."""
+    handles = [legend_line(optimizer_label(n), optimizer_color(n), lw=4) for n in names]
+    handles += others
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), columns))
+
+
+def grid_of(
+    count: int, columns: int, wide: float, high: float, *, least: float = 0.0, **shared: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels of a size, each with a legend's place below."""
+    columns = max(min(count, columns), 1)
+    lines = max(math.ceil(count / columns), 1)
+    figure = new_figure(max(least, wide * columns), high * lines + 0.7)
+    grid = figure.subplots(lines, columns, squeeze=False, **shared)
+    for spare in grid.flat[count:]:
+        spare.remove()
+    return figure, list(grid.flat[:count])
+
+
+def name_axes(grid: Sequence[Axes], x: str, y: str) -> None:
+    """Names the vertical axes at the left, and the horizontal ones of the last in each column."""
+    for axes in grid:
+        place = axes.get_subplotspec()
+        columns = place.get_gridspec().ncols
+        if place.is_first_col():
+            axes.set_ylabel(y)
+        if place.num1 + columns >= len(grid):
+            axes.tick_params(labelbottom=True)
+            axes.set_xlabel(x)
+
+
+def ceiling(arms: Sequence[Any]) -> float:
+    """Where the axis of the losses ends: the best rates and what is near them stay legible."""
+    best = [arm.loss for arm in arms if math.isfinite(arm.loss)] or [1.0]
+    every = [x for arm in arms for x in arm.losses.values() if math.isfinite(x)] or [1.0]
+    span = max(best) - min(best)
+    return min(max(every) + 0.02, max(best) + max(span, 0.3))
+
+
+def rates_figure(
+    panels: Mapping[str, Sequence[Any]],
+    *,
+    style: Callable[[str], dict[str, Any]] = optimizer_style,
+    label: Callable[[str], str] = optimizer_label,
+    reference: float = math.inf,
+    shared: bool = True,
+    width: float = 2.2,
+    unit: str = "nats a token",
+) -> Figure:
+    """Final loss against learning rate, a line for each of a panel's `arms.Arm`.
+
+    Args:
+        panels: by their titles; where one has several arms, the legend names these.
+        style, label: of an arm's `optimizer`.
+        reference: a loss to draw a line at, AdamW's.
+        shared: whether all panels have one vertical axis.
+        width: of a panel.
+        unit: of the losses.
+    """
+    alone = all(len(own) == 1 for own in panels.values())
+    high = 1.9 if len(panels) > 5 else 2.6
+    figure, grid = grid_of(len(panels), 5, width, high, least=6.4, sharey=shared)
+    every = [arm for own in panels.values() for arm in own]
+    for (title, own), axes in zip(panels.items(), grid, strict=True):
+        top = ceiling(every if shared else own)
+        for arm in own:
+            its = style(arm.optimizer)
+            mark = {"color": its["color"], "clip_on": False, "zorder": 4}
+            axes.plot([*arm.losses], [min(x, top) for x in arm.losses.values()], lw=1.4, **its)
+            for rate, loss in arm.points if alone and arm.points else arm.losses.items():
+                kind = POINT_MARK if loss < top else BEYOND
+                axes.plot(rate, min(loss, top), **mark | kind)
+            if arm.mark[1] < top:
+                axes.plot(*arm.mark, **mark | {"zorder": 5} | GROKKED_MARK)
+        if reference < top:
+            axes.axhline(reference, **REFERENCE)
+        axes.set_title(title, loc="left")
+        axes.margins(x=0.13)
+        plain_log_axis(axes, "x")
+        axes.set_ylim(top=top)
+    name_axes(grid, "learning rate", f"final loss ({unit})" if not alone else "final loss")
+    names = dict.fromkeys(arm.optimizer for arm in every) if not alone else {}
+    handles = [legend_line(label(name), lw=2, **style(name)) for name in names]
+    handles += [
+        legend_line("one seed" if alone and every[0].points else "mean over seeds", **POINT_MARK),
+        legend_line("best rate", **GROKKED_MARK),
+        legend_line("diverged, or beyond the axis", **BEYOND),
+    ]
+    if math.isfinite(reference):
+        handles.append(legend_line("AdamW at its best rate", lw=1, ls=":"))
+    legend(figure, (), *handles, columns=4)
+    return figure
+
+
+class Final(NamedTuple):
+    """A line of a figure of final values, with a value of each seed."""
+
+    label: str
+    color: str
+    values: Sequence[float]
+    mean: float
+    interval: tuple[float, float] | None = None
+
+
+def finals_figure(
+    panels: Mapping[str, Sequence[Final]],
+    name: str,
+    reference: tuple[str, float] | None = None,
+    width: float = 6.4,
+) -> Figure:
+    """Every seed's value, a line for each arm, the first on top; an interval, or else the range.
+
+    Args:
+        panels: one below the other, by their titles.
+        name: of the horizontal axis.
+        reference: a line's name, "" to leave it out of the legend, and where it is.
+        width: of the figure.
+    """
+    sizes = [len(own) + 0.6 for own in panels.values()]
+    figure = new_figure(width, 0.27 * sum(sizes) + 0.5 * len(sizes) + 0.6)
+    grid = figure.subplots(len(sizes), 1, squeeze=False, height_ratios=sizes)[:, 0]
+    for (title, own), axes in zip(panels.items(), grid, strict=True):
+        if reference:
+            axes.axvline(reference[1], **REFERENCE)
+        for place, final in enumerate(own):
+            color, values = final.color, list(final.values)
+            ends = final.interval or ([min(values), max(values)] if values else [])
+            axes.plot(ends, [place] * len(ends), color=color, lw=1.6, alpha=0.6)
+            axes.plot(values, [place] * len(values), color=color, **POINT_MARK)
+            axes.plot(final.mean, place, color=color, **MEAN_MARK)
+        axes.set_yticks(range(len(own)), [final.label for final in own])
+        axes.set_ylim(len(own) - 0.4, -0.6)
+        axes.grid(visible=False, axis="y")
+        axes.set_title(title, loc="left")
+    grid[-1].set_xlabel(name)
+    spans = any(final.interval for own in panels.values() for final in own)
+    handles = [legend_line("one seed", **POINT_MARK), legend_line("mean", **MEAN_MARK)]
+    handles += [legend_line("95 % interval", lw=1.6, alpha=0.6)] if spans else []
+    handles += [legend_line(reference[0], lw=1, ls=":")] if reference and reference[0] else []
+    legend(figure, (), *handles)
+    return figure
+
+
+def draw_series(
+    axes: Axes,
+    trainings: Sequence[Series],
+    style: Mapping[str, Any],
+    *,
+    thin: bool = True,
+    scale: float = 1.0,
+    positive: bool = False,
+    marked: bool = False,
+    gaps: bool = True,
+    statistic: Callable[[list[float]], Any] = np.mean,
+) -> Series:
+    """Every training thin, and their mean thick, smoothed over 6 % of the records.
+
+    Args:
+        axes: the panel.
+        trainings: of one arm.
+        style: of its lines; `lw` is the mean's.
+        thin: whether to draw each of them.
+        scale: factor of the values.
+        positive: leave out what has no place on a log axis.
+        marked: mark the points, if they are few.
+        gaps: break a line where a value is not known, or else go on.
+        statistic: in place of the mean.
+
+    Returns:
+        The thick line.
+    """
+
+    def line(places: np.ndarray, values: np.ndarray, **its: Any) -> None:
+        shown = np.where(values > 0, values, np.nan) if positive else scale * values
+        known = np.isfinite(shown)
+        if known.any():  # the updates of frozen params are 0
+            drawn = slice(None) if gaps else known
+            axes.plot(places[drawn], shown[drawn], **its)
+
+    found = [of for of in trainings if len(of[0])]
+    for places, values in found if thin else ():
+        line(
+            np.asarray(places), np.asarray(values, float), color=style["color"], lw=0.7, alpha=0.35
+        )
+    places, values = middle(found, statistic)
+    mark = POINT_MARK | {"ls": "-"} if marked and len(places) < 50 else {}
+    if len(places):
+        values = smoothed(values)
+        line(places, values, **mark | {"lw": 1.7} | dict(style))
+    return (places, values) if len(places) else NOTHING
