@@ -18,7 +18,7 @@ from experiments.pretrain import __main__
 from experiments.pretrain.__main__ import Command
 from experiments.pretrain.config import Training
 from experiments.pretrain.presets import PRESETS
-from experiments.pretrain.suites import cells, fit, optimizers_report, scaling_report, study
+from experiments.pretrain.suites import cells, fit, optimizers_report, study
 from experiments.pretrain.suites.config import (
     Cell,
     Suite,
@@ -28,6 +28,7 @@ from experiments.pretrain.suites.config import (
     sized,
 )
 from experiments.pretrain.suites.fit import Points, PowerLaw
+from experiments.report.__main__ import main
 from experiments.runs import RunError
 from experiments.sweep import Sweep, missing_cells
 
@@ -141,7 +142,7 @@ def test_the_report_is_made_again_without_training(whole, monkeypatch, capsys):
     before = (whole / "summary.json").read_text()
     (whole / "report.html").unlink()
     monkeypatch.setattr(cells, "trainer", None)
-    optimizers_report.main(whole)
+    main(str(whole))
     assert (whole / "summary.json").read_text() == before
     assert (whole / "report.html").stat().st_size > 50_000
     assert "Optimizers, lowest loss first" in capsys.readouterr().out
@@ -217,7 +218,7 @@ def test_the_suite_of_sizes_finds_the_curves_that_are_there(text, tmp_path, monk
     assert with_update["value"] == pytest.approx(1.25 * expected, rel=1e-3)
     assert {arm["best_rate"] for arm in summary["arms"]} == {8e-3}
     (tmp_path / "fit.png").unlink()
-    scaling_report.main(tmp_path)
+    main(str(tmp_path))
     page = (tmp_path / "report.html").read_text()
     assert (tmp_path / "fit.png").exists() and f"{share['value']:.2f}" in page
 

@@ -1,7 +1,6 @@
 """Report of the family study: every optimizer at its best rate, on a small language model."""
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,20 +13,17 @@ from experiments.optimizers import ARMS
 from experiments.report import arms
 from experiments.report.figures import (
     REFERENCE,
-    Final,
     draw_series,
-    finals_figure,
     grid_of,
     legend,
     legend_line,
     name_axes,
     optimizer_color,
     optimizer_label,
-    rates_figure,
 )
 from experiments.report.page import Column, Picture, Report, Section, Table
 from experiments.report.series import middle, series
-from experiments.report.text import form, interval_text, number, told
+from experiments.report.text import all_told, form, interval_text, number
 from experiments.sweep import Files
 
 
@@ -141,37 +137,6 @@ def abstract(found: Sequence[Arm], files: Files) -> list[str]:
     return sentences + arms.caveats(found)
 
 
-def rates(found: Sequence[arms.Arm], unit: str) -> Picture:
-    """Final loss against learning rate, a panel for each optimizer."""
-    base = arms.baseline_of(found)
-    reference = base.mark[1] if base else math.inf
-    panels = {arm.label: [arm] for arm in found}
-    return Picture(
-        "rates",
-        lambda: rates_figure(panels, reference=reference, unit=unit),
-        "Final validation loss against learning rate. A diverged cell counts as infinite; "
-        "triangles lie beyond the axis.",
-        "Final validation loss against learning rate, a panel for each optimizer.",
-    )
-
-
-def finals(found: Sequence[arms.Arm], unit: str) -> Picture:
-    """Final loss of every seed at the best rates."""
-    base = arms.baseline_of(found)
-    reference = ("AdamW, mean", base.loss) if base and math.isfinite(base.loss) else None
-    lines = [
-        Final(arm.label, optimizer_color(arm.optimizer), [*arm.best.losses.values()], arm.loss)
-        for arm in found
-        if math.isfinite(arm.loss)
-    ]
-    return Picture(
-        "final",
-        lambda: finals_figure({"": lines}, f"final validation loss ({unit})", reference),
-        "Final validation loss at each optimizer's best rate.",
-        "Final validation loss of every seed, a line for each optimizer.",
-    )
-
-
 def curves_figure(found: Sequence[Arm]) -> Figure:
     """Validation loss against step at each optimizer's best rate, AdamW's beside it."""
     figure, grid = grid_of(len(found), 5, 2.2, 1.9 if len(found) > 5 else 2.4, sharey=True, least=7)
@@ -209,26 +174,19 @@ def report(folder: Path) -> Report:
         "Validation loss against step, a panel for each optimizer.",
     )
     unit = "nats a byte"
-    figures = [finals(found, unit), rates(found, unit), curves if files.rows else None]
-    about = {arm.label: f"{ARMS[arm.optimizer].about}." for arm in found if arm.optimizer in ARMS}
-    return Report(
+    figures = [arms.finals(found, unit), arms.rates(found, unit), curves if files.rows else None]
+    measured = all_told(MEASURED, facts) | arms.about(found, ARMS)
+    return arms.report(
         "The family on a small language model",
-        f"Run {folder.resolve().name} · {arms.finished(files)} · a cell is one training: an "
-        "optimizer, a learning rate and a seed",
+        folder,
+        files,
+        "an optimizer, a learning rate and a seed",
         abstract(found, files),
         table,
         [
             Section("arms", "Every optimizer at its best rate", [table]),
             Section("figures", "Figures", figures if found else []),
-            Section(
-                "criteria",
-                "How it was measured",
-                [{term: told(text, facts) for term, text in MEASURED.items()} | about],
-            ),
-            Section("cells", "Every finished cell", [arms.cells_table(files.rows)]),
+            Section("criteria", "How it was measured", [measured]),
         ],
-        files.config | {"corpus": files.summary["corpus"]["name"]},
-        files.summary["machine"],
-        files.summary["version"],
-        files.summary | {"arms": [arm.as_json() for arm in found]} if files.rows else None,
+        arms=[arm.as_json() for arm in found],
     )

@@ -55,11 +55,8 @@ def aggregate(files: Files) -> list[Transfer]:
         best = optimum(own["losses"], own["best"].rate)
         line = Line(optimizer=f"width {width}", width=width, optimum=best, **own)
         found.setdefault(scale, []).append(line)
-    return [Transfer(scale, found[scale], _drift(found[scale])) for scale in _scales(files)]
-
-
-def _scales(files: Files) -> list[str]:
-    return list(dict.fromkeys(row["scale"] for row in files.rows))
+    scales = dict.fromkeys(row["scale"] for row in files.rows)
+    return [Transfer(scale, found[scale], _drift(found[scale])) for scale in scales]
 
 
 def _drift(lines: Sequence[Line]) -> float | None:
@@ -188,19 +185,13 @@ def report(folder: Path) -> Report:
     )
     alt = "Final loss against learning rate, a panel for each shape scale, a line for each width."
     figure = Picture("widths", lambda: widths_figure(transfers), caption, alt)
-    return Report(
+    return arms.report(
         "Learning-rate transfer over the width",
-        f"Run {folder.resolve().name} · {len(files.rows) or files.summary['cells_total']} of "
-        f"{files.summary['cells_total']} cells finished · a cell is one training: a shape scale, a "
-        "width, a learning rate and a seed",
+        folder,
+        files,
+        "a shape scale, a width, a learning rate and a seed",
         sentences(scales),
         table,
-        [
-            Section("widths", "Best rate by width", [table, figure if transfers else None]),
-            Section("cells", "Every finished cell", [arms.cells_table(files.rows)]),
-        ],
-        files.config,
-        files.summary["machine"],
-        files.summary["version"],
-        files.summary | {"scales": scales} if files.rows else None,
+        [Section("widths", "Best rate by width", [table, figure if transfers else None])],
+        scales=scales,
     )

@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments.differences import Interval, difference, holm, p_value
-from experiments.report.figures import optimizer_label
-from experiments.report.page import Column, Table
+from experiments.report.figures import (
+    Final,
+    finals_figure,
+    optimizer_color,
+    optimizer_label,
+    rates_figure,
+)
+from experiments.report.page import Column, Picture, Report, Section, Table
 from experiments.report.text import number, plural
-from experiments.runs import read_json
+from experiments.runs import flat, read_json
 from experiments.sweep import Best, Files, Row, best, chosen_by, load_run, losses_by_rate, mean
 
 
@@ -228,8 +234,8 @@ def cells_table(rows: Sequence[Row]) -> Table | None:
 
 def finished(files: Files) -> str:
     """How many cells there are, and how many there will be."""
-    rows = files.rows or files.summary.get("arms", files.summary.get("groups", []))
-    count = sum(row.get("cells", 1) for row in rows)
+    stored = files.summary.get("arms", files.summary.get("groups", []))
+    count = len(files.rows) or sum(row["cells"] for row in stored)
     return f"{count} of {files.summary['cells_total']} cells finished"
 
 
@@ -256,3 +262,74 @@ def caveats(found: Sequence[Arm], name: Any = lambda arm: arm.label) -> list[str
     if diverged := sum(arm.diverged for arm in found):
         sentences.append(f"{plural(diverged, 'cell')} diverged.")
     return sentences
+
+
+def rates(found: Sequence[Arm], unit: str) -> Picture:
+    """Final loss against learning rate, a panel for each optimizer."""
+    base = baseline_of(found)
+    reference = base.mark[1] if base else math.inf
+    panels = {arm.label: [arm] for arm in found}
+    return Picture(
+        "rates",
+        lambda: rates_figure(panels, reference=reference, unit=unit),
+        "Final validation loss against learning rate. A diverged cell counts as infinite; "
+        "triangles lie beyond the axis.",
+        "Final validation loss against learning rate, a panel for each optimizer.",
+    )
+
+
+def finals(found: Sequence[Arm], unit: str) -> Picture:
+    """Final loss of every seed at the best rates."""
+    base = baseline_of(found)
+    reference = ("AdamW, mean", base.loss) if base and math.isfinite(base.loss) else None
+    lines = [
+        Final(arm.label, optimizer_color(arm.optimizer), [*arm.best.losses.values()], arm.loss)
+        for arm in found
+        if math.isfinite(arm.loss)
+    ]
+    return Picture(
+        "final",
+        lambda: finals_figure({"": lines}, f"final validation loss ({unit})", reference),
+        "Final validation loss at each optimizer's best rate.",
+        "Final validation loss of every seed, a line for each optimizer.",
+    )
+
+
+def about(found: Iterable[Arm], entries: Mapping[str, Any]) -> dict[str, str]:
+    """What each arm is, by an entry with `about`."""
+    known = {arm.optimizer: arm.label for arm in found if arm.optimizer in entries}
+    return {label: f"{entries[name].about}." for name, label in known.items()}
+
+
+def report(
+    study: str,
+    folder: Path,
+    files: Files,
+    cell: str,
+    abstract: Sequence[str],
+    table: Table,
+    sections: Sequence[Section],
+    **summary: Any,
+) -> Report:
+    """The report of a sweep, which ends with all of its cells.
+
+    Args:
+        study: the heading.
+        folder: of the sweep.
+        files: in it.
+        cell: what a cell is a training of.
+        abstract, table, sections: of the page.
+        **summary: what summary.json is to have beside what it has; stored results stay as they are.
+    """
+    left_out = ("text", "suite", "clips")
+    return Report(
+        study,
+        f"{folder.resolve().name} · {finished(files)} · a cell is one training: {cell}",
+        abstract,
+        table,
+        [*sections, Section("cells", "Every finished cell", [cells_table(files.rows)])],
+        flat({key: value for key, value in files.config.items() if key not in left_out}),
+        files.summary["machine"],
+        files.summary["version"],
+        files.summary | summary if files.rows else None,
+    )

@@ -72,3 +72,8 @@ def told(template: str, facts: Mapping[str, Any]) -> str:
         return template.format_map(facts)
     except KeyError:
         return ""
+
+
+def all_told(templates: Mapping[str, str], facts: Mapping[str, Any]) -> dict[str, str]:
+    """Definitions with facts in their places, without those of which one is not known."""
+    return {term: text for term, of in templates.items() if (text := told(of, facts))}

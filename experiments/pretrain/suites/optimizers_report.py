@@ -1,90 +1,41 @@
-"""Report of the suite of optimizers: reads its folder, draws its figures, writes report.html.
+"""Report of the suite of optimizers: many of them at equal effort, beside AdamW."""
 
-It never trains: `python -m experiments.pretrain.suites.optimizers_report FOLDER`.
-"""
-
-import itertools
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-import tyro
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from experiments.commands import reporting
-from experiments.differences import Interval, difference, holm, p_value
-from experiments.figures import (
-    CENSORED_MARK,
-    GROKKED_MARK,
-    POINT_MARK,
-    ceiling,
-    figure_style,
-    legend_line,
-    new_figure,
-    optimizer_color,
-    optimizer_label,
-    plain_log_axis,
-)
 from experiments.optimizers import ARMS
-from experiments.pages import flop, number, save_figure, text_table, write_page
-from experiments.pretrain.suites.config import BASELINE
-from experiments.pretrain.suites.results import Arm, arms, as_json, draw_rates, loss_text
-from experiments.runs import write_json
-from experiments.sweep import Files, load_run
-
-_REFERENCE = {"color": "#444444", "linestyle": ":", "linewidth": 1, "zorder": 1.5}
-_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+from experiments.pretrain.suites.results import Arm, gather
+from experiments.report import arms
+from experiments.report.figures import legend, new_figure, optimizer_color
+from experiments.report.page import Column, Picture, Report, Section, Table
+from experiments.report.text import all_told, flop, interval_text, number, p_text, told
+from experiments.sweep import Files
 
 
-class Compared(NamedTuple):
-    """An arm beside AdamW.
-
-    Attributes:
-        difference: of the final losses, paired by seed; None without two pairs.
-        p: of the paired t test, corrected by Holm's method for all arms.
-        tokens, flops, time: share of AdamW's whole training that the arm takes to AdamW's final
-            loss; infinite if it never gets there, None where costs are not known.
-    """
-
-    arm: Arm
-    difference: Interval | None
-    p: float | None
-    tokens: float | None
-    flops: float | None
-    time: float | None
-
-
-def compare(found: Sequence[Arm]) -> list[Compared]:
+def compare(found: Sequence[Arm]) -> list[Arm]:
     """All arms beside AdamW, the lowest loss first."""
-    base = _baseline(found)
-    others = [arm for arm in found if base and arm is not base]
-    p_values = {arm.optimizer: p_value(arm.best.losses, base.best.losses) for arm in others}
-    corrected = holm({name: p for name, p in p_values.items() if p is not None})
-    return [_compare(arm, base if arm in others else None, corrected) for arm in found]
-
-
-def _compare(arm: Arm, base: Arm | None, corrected: dict[str, float]) -> Compared:
+    base = arms.baseline_of(found)
     if base is None or not math.isfinite(base.loss):
-        return Compared(arm, None, None, None, None, None)
+        return list(found)
+    return [
+        arm if arm is base else dataclasses.replace(arm, shares=_shares(arm, base))
+        for arm in arms.compared(found)
+    ]
+
+
+def _shares(arm: Arm, base: Arm) -> dict[str, float | None]:
     tokens = tokens_to(arm.curve, base.loss) / base.tokens
-    flops = time = None
-    if arm.cost and base.cost:
-        flops = tokens * arm.step_flops / base.step_flops
-        time = tokens * arm.cost["times_baseline"]
-    return Compared(
-        arm=arm,
-        difference=difference(arm.best.losses, base.best.losses),
-        p=corrected.get(arm.optimizer),
-        tokens=tokens,
-        flops=flops,
-        time=time,
-    )
+    known = arm.cost and base.cost
+    return {
+        "tokens": tokens,
+        "flops": tokens * arm.step_flops / base.step_flops if known else None,
+        "time": tokens * arm.cost["times_baseline"] if known else None,
+    }
 
 
 def tokens_to(curve: Sequence[tuple[int, float]], loss: float) -> float:
@@ -100,274 +51,191 @@ def tokens_to(curve: Sequence[tuple[int, float]], loss: float) -> float:
     return math.inf
 
 
-def _baseline(found: Sequence[Arm]) -> Arm | None:
-    return next((arm for arm in found if arm.optimizer == BASELINE), None)
+def _stored(found: Sequence[Arm]) -> list[Arm]:
+    """What never comes to AdamW's loss is stored as none."""
+    base = arms.baseline_of(found)
+    return [
+        arm
+        if arm is base
+        else dataclasses.replace(
+            arm, shares={k: math.inf if x is None else x for k, x in arm.shares.items()}
+        )
+        for arm in found
+    ]
 
 
-def _difference(row: Compared) -> str:
-    if row.difference is None:
-        return "–"
-    center, low, high = (f"{value:+.3f}".replace("-", "−") for value in row.difference)
-    return f"{center} [{low}, {high}]"
-
-
-def _share(field: str) -> Callable[[Compared], str]:
-    def text(row: Compared) -> str:
-        share = getattr(row, field)
+def _share(key: str) -> Callable[[Arm], str]:
+    def text(arm: Arm) -> str:
+        share = arm.shares.get(key)
         return "–" if share is None else "never" if math.isinf(share) else f"{share:.0%}"
 
     return text
 
 
-def _p(row: Compared) -> str:
-    return "–" if row.p is None else "< 0.001" if row.p < 1e-3 else f"{row.p:.3f}"
+def _cost(form: Callable[[Arm], str]) -> Callable[[Arm], str]:
+    return lambda arm: form(arm) if arm.cost else "–"
 
 
-def _cost(form: Callable[[Arm], str]) -> Callable[[Compared], str]:
-    return lambda row: form(row.arm) if row.arm.cost else "–"
-
-
-# The table: heading in the report, heading in the terminal ("" to leave it out), the text.
-COLUMNS: tuple[tuple[str, str, Callable[[Compared], str]], ...] = (
-    ("optimizer", "optimizer", lambda row: row.arm.label),
-    ("best rate", "", lambda row: f"{row.arm.best.rate:g}" + " (edge)" * row.arm.best.at_edge),
-    ("final loss (nats a token)", "loss", lambda row: loss_text(row.arm)),
-    ("bits a byte", "", lambda row: number(row.arm.bits_per_byte)),
-    ("minus AdamW's [95 % interval]", "minus AdamW's", _difference),
-    ("p, Holm", "p", _p),
+COLUMNS: tuple[Column, ...] = (
+    ("optimizer", "optimizer", lambda arm: arm.label),
+    (arms.RATE[0], "", arms.RATE[2]),
+    ("final loss (nats a token)", "loss", lambda arm: arm.loss_text()),
+    ("bits a byte", "", lambda arm: number(arm.bits_per_byte)),
+    ("minus AdamW's [95 % interval]", "minus AdamW's", lambda arm: interval_text(arm.difference)),
+    ("p, Holm", "p", lambda arm: p_text(arm.p)),
     ("to AdamW's loss: tokens", "tokens", _share("tokens")),
     ("FLOPs", "FLOPs", _share("flops")),
     ("time", "time", _share("time")),
     ("step time ÷ AdamW's", "", _cost(lambda arm: number(arm.cost["times_baseline"]))),
     ("optimizer's FLOPs a step", "", _cost(lambda arm: flop(arm.cost["optimizer_flops"]))),
-    ("their share of the step", "", _cost(lambda arm: f"{arm.optimizer_share:.1%}")),
-    ("cells", "", lambda row: str(row.arm.cells)),
-    ("diverged", "", lambda row: str(row.arm.diverged)),
+    (
+        "their share of the step",
+        "",
+        _cost(lambda arm: f"{arm.cost['optimizer_flops'] / arm.step_flops:.1%}"),
+    ),
+    ("cells", "", lambda arm: str(arm.cells)),
+    ("diverged", "", lambda arm: str(arm.diverged)),
 )
-_CAPTION = (
+NOTE = (
     "loss: at the best rate, mean ± deviation over seeds\n"
     "minus AdamW's: with its 95 % interval, paired by seed; p after Holm\n"
     "tokens, FLOPs, time: to AdamW's final loss, of AdamW's whole training"
 )
+CAPTION = (
+    "Lowest loss first. Held-out loss at the end, mean and standard deviation over the seeds. The "
+    "difference is paired by seed; its interval is Student's t, and p is of the paired t test "
+    "after Holm's correction for all rows; neither knows of the choice of the rate. “To AdamW's "
+    "loss”: where the mean curve first reaches the loss that AdamW ends with, in parts of AdamW's "
+    "whole training; on the way there its rate has not fallen to its end, which favours AdamW. "
+    "“(edge)”: no further rate was tried on that side."
+)
+LIMITS = (
+    "The model has {config[model][layers]} layers of width {config[model][width]} and learns for "
+    "{config[steps]} steps of {tokens_per_step} tokens. What it ranks is how fast optimizers go "
+    "down early in training; long runs, where weight decay and the end of the schedule decide, may "
+    "rank them otherwise.",
+    "The effort is equal, not the tuning complete: one number, the optimizer's own learning rate, "
+    "is swept for each. What else an optimizer sets keeps its default, which favours those whose "
+    "defaults suit this model.",
+    "{config[sweep_seeds]} of {config[seeds]} seeds choose the rate and are among those it is "
+    "judged by, for all arms alike. With so few seeds an interval is wide, and a difference that "
+    "it does not tell from zero may still be there.",
+    "An update's cost beside the model's depends on the batch: with so few tokens a step "
+    "Newton–Schulz takes a far larger share than in large trainings, and on two cores small "
+    "matrices run at a lower rate than large ones.",
+)
+MEASURED = {
+    "Text": "{corpus[name]}: {corpus[train_tokens]:,} tokens of a byte-level BPE of "
+    "{corpus[vocabulary]}, evaluated on {config[evaluation_tokens]:,} of "
+    "{corpus[validation_tokens]:,} held out, always the same. SHA-256 {corpus[sha256]}.",
+    "Seeds": "A seed fixes the initial params and the order of the text, the same for all "
+    "optimizers and rates.",
+    "Learning rates": "Swept by factors of {config[sweep][factor]:g} around a default, and on "
+    "until the best one has a neighbour on each side, at most {config[sweep][limit]} further. The "
+    "AdamW that trains embedding, head and gains of the hybrids keeps its rate, "
+    "{config[adamw][learning_rate]}, and so do their SGD and Lion.",
+    "FLOPs": "Of the model: analytic, forward and backward. Of the optimizer: the matrix products "
+    "of its compiled update; eigendecompositions and element-wise work count nothing.",
+    "Step time": "Of whole training steps, optimizers taking turns in one process: median of the "
+    "turns' ratios to AdamW's.",
+}
+CURVES = (
+    "Held-out loss during training at the best rates, mean over seeds; the vertical axis begins "
+    "where AdamW is after a sixth of its training, and an optimizer that stays above lies beyond "
+    "it. FLOPs are those of the model's forward and backward pass and of the optimizer's matrix "
+    "products; time is a step's, measured in turns."
+)
 
 
-def terminal_table(folder: Path) -> Table:
-    """The table for the terminal, with the numbers of the HTML table."""
-    rows = compare(arms(load_run(folder)))
-    return text_table("Optimizers, lowest loss first", COLUMNS, rows, _CAPTION)
-
-
-def abstract(rows: Sequence[Compared], finished: int, total: int) -> list[str]:
+def abstract(found: Sequence[Arm], files: Files) -> list[str]:
     """The result in plain sentences, every number computed from the run."""
-    if not rows:
+    if not found:
         return ["No cell has finished yet."]
-    sentences = [f"{finished} of {total} cells finished so far."] if finished < total else []
-    first = rows[0]
-    sentences.append(
-        f"{first.arm.label} has the lowest mean loss at its best rate, {loss_text(first.arm)} nats "
-        "a token."
-    )
-    tested = [row for row in rows if row.p is not None]
-    if tested:
-        below = sum(row.p < 0.05 and row.difference.mean < 0 for row in tested)
-        above = sum(row.p < 0.05 and row.difference.mean > 0 for row in tested)
+    sentences = [*arms.progress(files), f"{arms.lowest(found)} a token."]
+    if tested := [arm for arm in found if arm.p is not None]:
+        significant = [arm.difference.mean for arm in tested if arm.p < 0.05]
+        below, above = sum(x < 0 for x in significant), sum(x > 0 for x in significant)
         sentences.append(
             f"Of {len(tested)} arms beside AdamW, {below} end lower and {above} higher at p < 0.05 "
             f"after Holm's correction."
         )
-    muon = next((row for row in rows if row.arm.optimizer == "muon"), None)
-    if muon and muon.tokens is not None and math.isfinite(muon.tokens):
-        text = f"Muon takes {muon.tokens:.0%} of AdamW's tokens to AdamW's final loss"
-        if muon.flops is not None:
-            text += f", {muon.flops:.0%} of its FLOPs and {muon.time:.0%} of its time"
+    muon = arms.baseline_of(found, "muon")
+    if muon and math.isfinite((muon.shares or {}).get("tokens") or math.inf):
+        text = f"Muon takes {muon.shares['tokens']:.0%} of AdamW's tokens to AdamW's final loss"
+        if muon.shares["flops"] is not None:
+            flops, time = muon.shares["flops"], muon.shares["time"]
+            text += f", {flops:.0%} of its FLOPs and {time:.0%} of its time"
         sentences.append(text + ".")
-    if edge := [row.arm.label for row in rows if row.arm.best.at_edge]:
-        sentences.append(f"Still best at the edge of the rates tried: {', '.join(edge)}.")
-    if diverged := sum(row.arm.diverged for row in rows):
-        sentences.append(f"{diverged} {'cell' if diverged == 1 else 'cells'} diverged.")
-    return sentences
-
-
-def final_figure(found: Sequence[Arm]) -> Figure:
-    """Final loss of every seed at the best rates, one line an optimizer, the lowest on top."""
-    finite = [arm for arm in found if math.isfinite(arm.loss)]
-    figure = new_figure(6.4, 0.26 * len(finite) + 1.2)
-    axes = figure.subplots()
-    base = _baseline(finite)
-    if base:
-        axes.axvline(base.loss, **_REFERENCE)
-    for place, arm in enumerate(finite):
-        color = optimizer_color(arm.optimizer)
-        losses = [*arm.best.losses.values()]
-        axes.plot([min(losses), max(losses)], [place, place], color=color, lw=1, alpha=0.5)
-        axes.plot(losses, [place] * len(losses), color=color, **POINT_MARK)
-        axes.plot(arm.loss, place, color=color, marker="|", ms=11, mew=2, ls="none")
-    axes.set_yticks(range(len(finite)), [arm.label for arm in finite])
-    axes.set_ylim(len(finite) - 0.4, -0.6)
-    axes.grid(visible=False, axis="y")
-    axes.set_xlabel("final validation loss (nats a token)")
-    handles = [
-        legend_line("one seed", **POINT_MARK),
-        legend_line("mean", marker="|", ms=11, mew=2, ls="none"),
-        legend_line("AdamW, mean", lw=1, ls=":"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
-    return figure
-
-
-def rates_figure(found: Sequence[Arm]) -> Figure:
-    """Final loss against learning rate, a panel for each optimizer."""
-    columns = min(len(found), 5)
-    lines = math.ceil(len(found) / columns)
-    figure = new_figure(max(7.0, 2.2 * columns), (2.4 if lines == 1 else 1.9) * lines + 0.7)
-    grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
-    top, base = ceiling(found), _baseline(found)
-    for spare in grid.flat[len(found) :]:
-        spare.remove()
-    for arm, axes in zip(found, grid.flat, strict=False):
-        draw_rates(axes, arm, top)
-        if base and base.loss < top:
-            axes.axhline(base.losses[base.best.rate], **_REFERENCE)
-        axes.set_title(arm.label, loc="left")
-        axes.margins(x=0.15)
-        plain_log_axis(axes, "x")
-        axes.set_ylim(top=top)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("final loss")
-    for axes in grid.flat[max(len(found) - columns, 0) : len(found)]:
-        axes.set_xlabel("learning rate")
-    handles = [
-        legend_line("mean over the seeds that choose", **POINT_MARK),
-        legend_line("best rate", **GROKKED_MARK),
-        legend_line("diverged, or beyond the axis", mfc="white", **CENSORED_MARK),
-        legend_line("AdamW at its best rate", lw=1, ls=":"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
-    return figure
+    return sentences + arms.caveats(found)
 
 
 def curves_figure(found: Sequence[Arm]) -> Figure:
     """Mean loss at the best rates against tokens, FLOPs and time."""
     drawn = [arm for arm in found if arm.curve]
-    costs = all(arm.cost for arm in drawn)
-    figure = new_figure(9.6 if costs else 4.8, 4.0)
-    grid = figure.subplots(1, 3 if costs else 1, squeeze=False, sharey=True)[0]
-    styles = _styles([arm.optimizer for arm in drawn])
-    scales: list[tuple[str, Callable[[Arm], float]]] = [("tokens (millions)", lambda arm: 1e-6)]
-    if costs:
-        scales += [
-            ("TFLOP, model and optimizer", lambda arm: 1e-12 * _flops_a_token(arm)),
-            ("seconds of training", lambda arm: _seconds_a_token(arm, drawn)),
-        ]
-    for axes, (name, scale) in zip(grid, scales, strict=True):
+    base = arms.baseline_of(drawn) or drawn[0]
+    scales: dict[str, Callable[[Arm], float]] = {"tokens (millions)": lambda arm: 1e-6}
+    if all(arm.cost for arm in drawn):
+
+        def seconds(arm: Arm) -> float:
+            """By the ratio to AdamW's step where there is one: turns are fairer than medians."""
+            ratio, own = arm.cost["times_baseline"], arm.cost["milliseconds"]
+            step = ratio * base.cost["milliseconds"] if ratio else own
+            return 1e-3 * step / arm.tokens_per_step
+
+        scales["TFLOP, model and optimizer"] = lambda arm: (
+            1e-12 * arm.step_flops / arm.tokens_per_step
+        )
+        scales["seconds of training"] = seconds
+    figure = new_figure(3.2 * len(scales) if len(scales) > 1 else 4.8, 4.0)
+    grid = figure.subplots(1, len(scales), squeeze=False, sharey=True)[0]
+    for axes, (name, scale) in zip(grid, scales.items(), strict=True):
         for arm in drawn:
             tokens, losses = np.array(arm.curve).T
-            axes.plot(scale(arm) * tokens, losses, lw=1.5, **styles[arm.optimizer])
+            axes.plot(scale(arm) * tokens, losses, lw=1.5, color=optimizer_color(arm.optimizer))
         axes.set_xlabel(name)
         axes.set_xlim(left=0)
-    _show_the_end(grid[0], drawn)
+    low = min(arm.curve[-1][1] for arm in drawn)
+    high = float(np.interp(base.tokens / 6, *np.array(base.curve).T))
+    grid[0].set_ylim(low - 0.04 * (high - low), high)
     grid[0].set_ylabel("validation loss (nats a token)")
-    handles = [legend_line(arm.label, lw=1.8, **styles[arm.optimizer]) for arm in drawn]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5)
+    legend(figure, [arm.optimizer for arm in drawn], columns=5)
     return figure
 
 
-def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour by name; names that share one differ in their dashes."""
-    dashes: dict[str, Any] = {}
-    styles = {}
-    for name in sorted(names):
-        color = optimizer_color(name)
-        style = next(dashes.setdefault(color, itertools.cycle(_DASHES)))
-        styles[name] = {"color": color, "ls": style}
-    return styles
-
-
-def _flops_a_token(arm: Arm) -> float:
-    return arm.step_flops / arm.tokens_per_step
-
-
-def _seconds_a_token(arm: Arm, found: Sequence[Arm]) -> float:
-    """By the ratio to AdamW's step where there is one, as turns are fairer than medians."""
-    base, cost = _baseline(found), arm.cost
-    step = cost["milliseconds"]
-    if base and cost["times_baseline"]:
-        step = cost["times_baseline"] * base.cost["milliseconds"]
-    return 1e-3 * step / arm.tokens_per_step
-
-
-def _show_the_end(axes: Axes, drawn: Sequence[Arm]) -> None:
-    """Up to where AdamW, or else the lowest arm, is after a sixth of its training."""
-    base = _baseline(drawn) or drawn[0]
-    low = min(arm.curve[-1][1] for arm in drawn)
-    high = float(np.interp(base.tokens / 6, *np.array(base.curve).T))
-    axes.set_ylim(low - 0.04 * (high - low), high)
-
-
-def write_report(folder: Path) -> Path:
-    """Writes the figures, report.html and the table of summary.json into the suite's folder.
+def report(folder: Path) -> Report:
+    """Every optimizer at its best rate.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
         ValueError: a file is not what it should be; the message names it.
     """
-    files = load_run(folder)
-    found = arms(files)
-    rows = compare(found)
-    write_json(folder / "summary.json", files.summary | {"arms": [_as_json(row) for row in rows]})
-    with figure_style():
-        figures = {
-            name: save_figure(draw(found), folder / f"{name}.png")
-            for name, draw in (
-                ("final", final_figure),
-                ("curves", curves_figure),
-                ("rates", rates_figure),
-            )
-            if any(math.isfinite(arm.loss) for arm in found)
-        }
-    return write_page(
-        Path(__file__).parent / "optimizers.html.jinja",
-        folder / "report.html",
-        study="Optimizers at equal effort",
-        command="experiments.pretrain.suites.optimizers_report",
-        config=_settings(files),
-        machine=files.summary["machine"],
-        version=files.summary["version"],
-        abstract=abstract(rows, len(files.rows), files.summary["cells_total"]),
-        columns=[heading for heading, *_ in COLUMNS],
-        rows=[[form(row) for *_, form in COLUMNS] for row in rows],
-        about={optimizer_label(arm.optimizer): ARMS[arm.optimizer].about for arm in found},
-        figures=figures,
-        files=files,
+    files = arms.load(folder)
+    found = compare(gather(files)) if files.rows else _stored(gather(files))
+    facts = {"config": files.config, "corpus": files.summary["corpus"]}
+    facts["tokens_per_step"] = found[0].tokens_per_step if found else 0
+    table = Table(COLUMNS, found, CAPTION, "Optimizers, lowest loss first", NOTE)
+    figures: list[Picture] = []
+    if any(math.isfinite(arm.loss) for arm in found):
+        unit = "nats a token"
+        figures = [arms.finals(found, unit), arms.rates(found, unit)]
+        if any(arm.curve for arm in found):
+            alt = "Held-out loss against tokens, FLOPs and time."
+            curves = Picture("curves", lambda: curves_figure(found), CURVES, alt)
+            figures.insert(1, curves)
+    limits = [text for limit in LIMITS if (text := told(limit, facts))]
+    measured = all_told(MEASURED, facts) | arms.about(found, ARMS)
+    return arms.report(
+        "Optimizers at equal effort",
+        folder,
+        files,
+        "an optimizer, a learning rate and a seed",
+        abstract(found, files),
+        table,
+        [
+            Section("arms", "Every optimizer at its best rate", [table]),
+            Section("figures", "Figures", figures),
+            Section("limits", "What so small a study can show", [limits]),
+            Section("criteria", "How it was measured", [measured]),
+        ],
+        arms=[arm.as_json() for arm in found],
     )
-
-
-def _settings(files: Files) -> dict[str, Any]:
-    return {key: value for key, value in files.config.items() if key != "text"}
-
-
-def _as_json(row: Compared) -> dict[str, Any]:
-    shares = {name: getattr(row, name) for name in ("tokens", "flops", "time")}
-    return as_json(row.arm) | {
-        "difference_to_adamw": row.difference and row.difference._asdict(),
-        "p_holm": row.p,
-        "to_adamw_loss": {
-            name: None if share is None or math.isinf(share) else share
-            for name, share in shares.items()
-        },
-    }
-
-
-def main(folder: tyro.conf.Positional[Path]) -> None:
-    """Write the report of a suite of optimizers again from its files; nothing is trained.
-
-    Args:
-        folder: The suite's folder, e.g. runs/pretrain/suite-optimizers.
-    """
-    with reporting(folder):
-        path = write_report(folder)
-        Console().print(terminal_table(folder), Text(str(path)))
-
-
-if __name__ == "__main__":
-    tyro.cli(main, prog="python -m experiments.pretrain.suites.optimizers_report")

@@ -1,36 +1,15 @@
-"""Report of the suite of sizes: reads its folder, fits loss against compute, writes report.html.
-
-It never trains: `python -m experiments.pretrain.suites.scaling_report FOLDER`.
-"""
+"""Report of the suite of sizes: loss against compute, fitted for each optimizer."""
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from experiments.commands import reporting
-from experiments.figures import (
-    CENSORED_MARK,
-    GROKKED_MARK,
-    POINT_MARK,
-    ceiling,
-    figure_style,
-    legend_line,
-    new_figure,
-    optimizer_color,
-    optimizer_label,
-    plain_log_axis,
-)
-from experiments.pages import flop, number, save_figure, text_table, write_page
 from experiments.pretrain.suites.config import BASELINE
 from experiments.pretrain.suites.fit import (
     PAPER_RATIO,
@@ -44,9 +23,20 @@ from experiments.pretrain.suites.fit import (
     ratio,
     without_each,
 )
-from experiments.pretrain.suites.results import Arm, arms, as_json, draw_rates, loss_text
-from experiments.runs import write_json
-from experiments.sweep import load_run
+from experiments.pretrain.suites.results import Arm, gather
+from experiments.report import arms
+from experiments.report.figures import (
+    POINT_MARK,
+    REFERENCE,
+    legend_line,
+    new_figure,
+    optimizer_color,
+    optimizer_label,
+    plain_log_axis,
+    rates_figure,
+)
+from experiments.report.page import Column, Picture, Report, Section, Table
+from experiments.report.text import all_told, flop, number, told
 
 PFLOPS_DAY = 8.64e19  # FLOPs
 # Of the paper's ladder: 6 FLOPs a param and token, 1.5 B params, 38.91 B tokens.
@@ -70,6 +60,10 @@ class Ratio(NamedTuple):
     interval: tuple[float, float] | None
     others: tuple[float, float] | None
 
+    def __str__(self) -> str:
+        text = f"{self.value:.2f}"
+        return text + (" [{:.2f}, {:.2f}]".format(*self.interval) if self.interval else "")
+
 
 class Scaling(NamedTuple):
     """Loss against compute.
@@ -86,26 +80,33 @@ class Scaling(NamedTuple):
     draws: dict[str, PowerLaw] | None
     ratios: list[Ratio]
 
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "laws": {name: law._asdict() for name, law in self.fit.laws.items()},
+            "error_of_log_loss": self.fit.error,
+            "gain_of_irreducible_loss": self.fit.gain,
+            "ratios": [found._asdict() for found in self.ratios],
+        }
+
 
 def scaling(found: Sequence[Arm], with_update: bool) -> Scaling | None:
     """The curves of all arms; None where there are fewer than two sizes with their costs."""
-    names = dict.fromkeys(arm.optimizer for arm in found)
-    of = {name: [arm for arm in found if arm.optimizer == name] for name in names}
-    widths = {
-        name: {arm.width for arm in own if arm.cost and math.isfinite(arm.loss)}
-        for name, own in of.items()
-    }
-    shared = set.intersection(*widths.values()) if widths else set()
+    of: dict[str, list[Arm]] = {arm.optimizer: [] for arm in found}
+    for arm in found:
+        if arm.cost and math.isfinite(arm.loss):
+            of[arm.optimizer].append(arm)
+    widths = [{arm.width for arm in own} for own in of.values()]
+    shared = set.intersection(*widths) if widths else set()
     if len(shared) < 2:
         return None
     points = {}
     for name, own in of.items():
         kept = [arm for arm in own if arm.width in shared]
-        compute = [_compute(arm, with_update) for arm in kept]
+        compute = [arm.compute(with_update) for arm in kept]
         points[name] = Points(np.array(compute), np.array([arm.loss for arm in kept]))
     curves = fit(points)
     draws = bootstrap(points, curves)
-    others = [name for name in names if name != BASELINE] if BASELINE in names else []
+    others = [name for name in of if name != BASELINE] if BASELINE in of else []
     ratios = [_ratio(points, curves, draws, name) for name in others]
     return Scaling(points, curves, draws, ratios)
 
@@ -116,25 +117,8 @@ def _ratio(
     loss = overlap(points)[0]
     statistic = functools.partial(ratio, loss=loss, ours=name, theirs=BASELINE)
     value, sizes = statistic(curves.laws), len(points[name].loss)
-    return Ratio(
-        name,
-        loss,
-        value,
-        draws and interval(value, statistic(draws), sizes),
-        without_each(points, statistic),
-    )
-
-
-def _compute(arm: Arm, with_update: bool) -> float:
-    steps = arm.tokens / arm.tokens_per_step
-    return steps * (arm.step_flops if with_update else arm.cost["model_flops"])
-
-
-def _ratio_text(found: Ratio) -> str:
-    text = f"{found.value:.2f}"
-    if found.interval:
-        text += " [{:.2f}, {:.2f}]".format(*found.interval)
-    return text
+    drawn = draws and interval(value, statistic(draws), sizes)
+    return Ratio(name, loss, value, drawn, without_each(points, statistic))
 
 
 def law_text(law: PowerLaw) -> str:
@@ -143,51 +127,72 @@ def law_text(law: PowerLaw) -> str:
     return f"{law.a * PFLOPS_DAY**-law.b:.3g} · C^−{law.b:.3f}{floor}"
 
 
-# The table: heading in the report, heading in the terminal ("" to leave it out), the text.
-COLUMNS: tuple[tuple[str, str, Callable[[Arm], str]], ...] = (
+COLUMNS: tuple[Column, ...] = (
     ("width", "width", lambda arm: str(arm.width)),
     ("optimizer", "optimizer", lambda arm: arm.label),
     ("tokens (millions)", "Mtokens", lambda arm: f"{1e-6 * arm.tokens:.3g}"),
-    ("compute of the model", "FLOPs", lambda arm: _flop(arm, with_update=False)),
-    ("and of the update", "", lambda arm: _flop(arm, with_update=True)),
-    ("best rate", "rate", lambda arm: f"{arm.best.rate:g}" + " (edge)" * arm.best.at_edge),
-    ("final loss (nats a token)", "loss", loss_text),
+    ("compute of the model", "FLOPs", lambda arm: flop(arm.compute(False)) if arm.cost else "–"),
+    ("and of the update", "", lambda arm: flop(arm.compute(True)) if arm.cost else "–"),
+    arms.RATE,
+    ("final loss (nats a token)", "loss", lambda arm: arm.loss_text()),
     ("bits a byte", "bits", lambda arm: number(arm.bits_per_byte)),
     ("cells", "", lambda arm: str(arm.cells)),
 )
+CAPTION = (
+    "Final held-out loss, mean and standard deviation over seeds. Every model is trained on a "
+    "number of tokens for each param that a token meets, embedding and head aside."
+)
+FITS = (
+    "L = a·C^−b by least squares in log L over log C; an irreducible loss, one for all, is added "
+    "only where AICc gains more than 2 by it. The ratio is at the lowest loss that all optimizers "
+    "have seen. Its interval of 95 % is a bootstrap over residuals of whole sizes, drawn for all "
+    "optimizers together, times Student's t for so few sizes. Liu et al. (2502.16982) have "
+    "2.506·C^−0.052 for Muon and 2.608·C^−0.054 for AdamW, and quote 0.519; their two curves give "
+    "it near C = 10 PFLOP/s-days, 0.46 at 1 and 0.55 at 100."
+)
+LIMITS = (
+    "They can show whether Muon needs less compute than AdamW at these sizes, when both have their "
+    "rates swept alike, and by how much.",
+    "They cannot show the paper's ratio at its scale. The paper's largest model had {far[0]} times "
+    "the compute; carried that far, the ratio changes by a factor of {far[1]} when one exponent is "
+    "off by 0.01. No curve here is read beyond the points that it was fitted to.",
+    "Embedding and head, which AdamW trains in both arms, are a large part of models so narrow, "
+    "and Newton–Schulz is a large part of a step with so few tokens: the first makes Muon look "
+    "weaker than it is in large models, and the second dearer.",
+    "The text is source code with a vocabulary of {corpus[vocabulary]}: its losses cannot be "
+    "compared with the paper's, only the ratio of compute can.",
+)
+MEASURED = {
+    "Sizes": "Heads keep their size and their number grows with the width, and so do the hidden "
+    "sizes; the number of layers, {config[model][layers]}, stays, and so do "
+    "{config[tokens_per_param]:g} tokens a param. The schedule spans each training.",
+    "Text": "{corpus[name]}: {corpus[train_tokens]:,} tokens; a longer training reads some of them "
+    "again. SHA-256 {corpus[sha256]}.",
+    "Learning rates": "At every size swept by factors of {config[sweep][factor]:g}, and on until "
+    "the best one has a neighbour on each side, by {config[sweep_seeds]} of {config[seeds]} seeds. "
+    "The AdamW that trains what is no hidden matrix keeps its rate, "
+    "{config[adamw][learning_rate]}, in the other arms.",
+    "Compute": "Of the model: analytic FLOPs of forward and backward pass, head included. Of the "
+    "update: its matrix products.",
+}
 
 
-def _flop(arm: Arm, with_update: bool) -> str:
-    return flop(_compute(arm, with_update)) if arm.cost else "–"
-
-
-def terminal_table(folder: Path) -> Table:
-    """The table for the terminal, with the numbers of the HTML table."""
-    found = arms(load_run(folder))
-    return text_table("Loss by size", COLUMNS, found, "\n".join(abstract(found)))
-
-
-def abstract(found: Sequence[Arm]) -> list[str]:
+def abstract(found: Sequence[Arm], model: Scaling | None, whole: Scaling | None) -> list[str]:
     """The result in plain sentences, every number computed from the run."""
-    model, whole = scaling(found, with_update=False), scaling(found, with_update=True)
     if model is None or whole is None:
         return ["Fewer than two sizes have finished with all optimizers: no curve yet."]
-    sentences = []
-    for ours, with_update in zip(model.ratios, whole.ratios, strict=True):
-        name = optimizer_label(ours.optimizer)
-        sentences.append(
-            f"{name} reaches AdamW's lowest loss that all have seen, {ours.loss:.3f} nats a token, "
-            f"with {_ratio_text(ours)} of AdamW's model FLOPs, or {_ratio_text(with_update)} with "
-            f"the updates' own."
-        )
+    sentences = [
+        f"{optimizer_label(ours.optimizer)} reaches AdamW's lowest loss that all have seen, "
+        f"{ours.loss:.3f} nats a token, with {ours} of AdamW's model FLOPs, or {with_update} with "
+        "the updates' own."
+        for ours, with_update in zip(model.ratios, whole.ratios, strict=True)
+    ]
     sentences.append(
         f"Liu et al. have {PAPER_RATIO} for Muon, at up to {far(model)[0]} times the compute."
     )
     laws = ", ".join(f"{optimizer_label(n)} {law_text(x)}" for n, x in model.fit.laws.items())
     sentences.append(f"Fitted with C in PFLOP/s-days: {laws}.")
-    if edge := [f"{arm.label} at width {arm.width}" for arm in found if arm.best.at_edge]:
-        sentences.append(f"Still best at the edge of the rates tried: {', '.join(edge)}.")
-    return sentences
+    return sentences + arms.caveats(found, lambda arm: f"{arm.label} at width {arm.width}")
 
 
 def far(curves: Scaling) -> tuple[str, str]:
@@ -214,119 +219,43 @@ def fit_figure(found: Sequence[Arm], curves: Scaling) -> Figure:
         for arm in found:
             if arm.optimizer == name and arm.cost and math.isfinite(arm.loss):
                 losses = [*arm.best.losses.values()]
-                compute = [_compute(arm, False)] * len(losses)
-                left.plot(compute, losses, color=color, alpha=0.5, **POINT_MARK | {"ms": 3})
+                at = [arm.compute(False)] * len(losses)
+                left.plot(at, losses, color=color, alpha=0.5, **POINT_MARK | {"ms": 3})
         left.plot(of.compute, of.loss, color=color, zorder=5, **POINT_MARK | {"ms": 6})
     for which in ("x", "y"):
         plain_log_axis(left, which)
     left.xaxis.set_major_formatter(lambda value, _: flop(value))
     left.set_xlabel("compute of the model")
     left.set_ylabel("final held-out loss (nats a token)")
+    line = {"lw": 1.6, "marker": "o", "ms": 5}
     left.legend(
-        handles=[
-            legend_line(optimizer_label(name), optimizer_color(name), lw=1.6, marker="o", ms=5)
-            for name in curves.points
-        ]
+        handles=[legend_line(optimizer_label(n), optimizer_color(n), **line) for n in curves.points]
     )
     _draw_ratios(right, curves)
     return figure
 
 
 def _draw_ratios(axes: Axes, curves: Scaling) -> None:
-    low, high = overlap(curves.points)
-    losses = np.linspace(low, high, 12)
+    losses = np.linspace(*overlap(curves.points), 12)
+    handles = []
     for found in curves.ratios:
-        color = optimizer_color(found.optimizer)
+        name, color = found.optimizer, optimizer_color(found.optimizer)
         statistics = [
-            functools.partial(ratio, loss=loss, ours=found.optimizer, theirs=BASELINE)
-            for loss in losses
+            functools.partial(ratio, loss=loss, ours=name, theirs=BASELINE) for loss in losses
         ]
         axes.plot(losses, [of(curves.fit.laws) for of in statistics], color=color, lw=1.6)
         if curves.draws:
-            sizes = len(curves.points[found.optimizer].loss)
+            sizes = len(curves.points[name].loss)
             bands = [interval(of(curves.fit.laws), of(curves.draws), sizes) for of in statistics]
             axes.fill_between(losses, *np.array(bands).T, color=color, alpha=0.18, lw=0)
-    axes.axhline(PAPER_RATIO, color="#444444", ls=":", lw=1)
+        handles.append(legend_line(optimizer_label(name), color, lw=1.6))
+    axes.axhline(PAPER_RATIO, **REFERENCE)
     axes.axhline(1.0, color="#444444", lw=0.8)
     axes.invert_xaxis()  # more compute to the right
     axes.set_ylim(bottom=0)
     axes.set_xlabel("loss that both reach")
     axes.set_ylabel("model FLOPs over AdamW's")
-    axes.legend(
-        handles=[
-            *(
-                legend_line(optimizer_label(r.optimizer), optimizer_color(r.optimizer), lw=1.6)
-                for r in curves.ratios
-            ),
-            legend_line(f"Muon in the paper, {PAPER_RATIO}", lw=1, ls=":"),
-        ]
-    )
-
-
-def rates_figure(found: Sequence[Arm]) -> Figure:
-    """Final loss against learning rate, a panel for each size."""
-    widths = sorted({arm.width for arm in found})
-    figure = new_figure(max(4.4, 2.2 * len(widths)), 3.0)
-    grid = figure.subplots(1, len(widths), squeeze=False)[0]
-    for width, axes in zip(widths, grid, strict=True):
-        own = [arm for arm in found if arm.width == width]
-        top = ceiling(own)
-        for arm in own:
-            draw_rates(axes, arm, top)
-        axes.set_title(f"width {width}", loc="left")
-        axes.set_xlabel("learning rate")
-        axes.margins(x=0.12)
-        plain_log_axis(axes, "x")
-        axes.set_ylim(top=top)
-    grid[0].set_ylabel("final loss (nats a token)")
-    names = dict.fromkeys(arm.optimizer for arm in found)
-    handles = [legend_line(optimizer_label(n), optimizer_color(n), lw=2) for n in names]
-    handles += [
-        legend_line("best rate", **GROKKED_MARK),
-        legend_line("diverged, or beyond the axis", mfc="white", **CENSORED_MARK),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
-    return figure
-
-
-def write_report(folder: Path) -> Path:
-    """Writes the figures, report.html and the fits of summary.json into the suite's folder.
-
-    Raises:
-        FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is not what it should be; the message names it.
-    """
-    files = load_run(folder)
-    found = arms(files)
-    kinds = {
-        "model": scaling(found, with_update=False),
-        "model_and_update": scaling(found, with_update=True),
-    }
-    fits = {name: of and _as_json(of) for name, of in kinds.items()}
-    summary = files.summary | {"arms": [as_json(arm) for arm in found], "fits": fits}
-    write_json(folder / "summary.json", summary)
-    figures = {}
-    with figure_style():
-        if curves := kinds["model"]:
-            figures["fit"] = save_figure(fit_figure(found, curves), folder / "fit.png")
-        if any(math.isfinite(arm.loss) for arm in found):
-            figures["rates"] = save_figure(rates_figure(found), folder / "rates.png")
-    return write_page(
-        Path(__file__).parent / "scaling.html.jinja",
-        folder / "report.html",
-        study="Loss against compute",
-        command="experiments.pretrain.suites.scaling_report",
-        config={key: value for key, value in files.config.items() if key != "text"},
-        machine=files.summary["machine"],
-        version=files.summary["version"],
-        abstract=abstract(found),
-        columns=[heading for heading, *_ in COLUMNS],
-        rows=[[form(arm) for *_, form in COLUMNS] for arm in found],
-        fits=_fit_rows(kinds),
-        far=kinds["model"] and far(kinds["model"]),
-        figures=figures,
-        files=files,
-    )
+    axes.legend(handles=[*handles, legend_line(f"Muon in the paper, {PAPER_RATIO}", lw=1, ls=":")])
 
 
 def _fit_rows(kinds: Mapping[str, Scaling | None]) -> list[list[str]]:
@@ -337,32 +266,69 @@ def _fit_rows(kinds: Mapping[str, Scaling | None]) -> list[list[str]]:
         for name, law in (of.fit.laws if of else {}).items():
             found = ratios.get(name)
             others = "{:.2f} to {:.2f}".format(*found.others) if found and found.others else "–"
-            share = _ratio_text(found) if found else "–"
-            rows.append(
-                [kind.replace("_", " "), optimizer_label(name), law_text(law), share, others]
-            )
+            label = optimizer_label(name)
+            rows.append([kind.replace("_", " "), label, law_text(law), str(found or "–"), others])
     return rows
 
 
-def _as_json(of: Scaling) -> dict[str, Any]:
-    return {
-        "laws": {name: law._asdict() for name, law in of.fit.laws.items()},
-        "error_of_log_loss": of.fit.error,
-        "gain_of_irreducible_loss": of.fit.gain,
-        "ratios": [found._asdict() for found in of.ratios],
-    }
+def report(folder: Path) -> Report:
+    """Loss against compute.
 
-
-def main(folder: tyro.conf.Positional[Path]) -> None:
-    """Write the report of a suite of sizes again from its files; nothing is trained.
-
-    Args:
-        folder: The suite's folder, e.g. runs/pretrain/suite-scaling.
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: a file is not what it should be; the message names it.
     """
-    with reporting(folder):
-        path = write_report(folder)
-        Console().print(terminal_table(folder), Text(str(path)))
-
-
-if __name__ == "__main__":
-    tyro.cli(main, prog="python -m experiments.pretrain.suites.scaling_report")
+    files = arms.load(folder)
+    found = gather(files)
+    model, whole = (scaling(found, with_update) for with_update in (False, True))
+    kinds = {"model": model, "model_and_update": whole}
+    facts = {"config": files.config, "corpus": files.summary["corpus"]}
+    facts |= {"far": far(model)} if model else {}
+    table = Table(COLUMNS, found, CAPTION, "Loss by size", names=2)
+    fits = Table.of_texts(
+        [
+            "compute of",
+            "optimizer",
+            "loss, C in PFLOP/s-days",
+            "compute ÷ AdamW's [95 % interval]",
+            "with a size left out",
+        ],
+        _fit_rows(kinds),
+        FITS,
+        names=2,
+    )
+    figures = []
+    if model:
+        caption = (
+            "Left: means over seeds (large) and seeds (small), with the fitted curves. Right: by "
+            "these curves, compute over AdamW's at equal loss with its 95 % band; the dotted line "
+            "is the paper's for Muon."
+        )
+        alt = "Loss against compute, and the compute ratio against the loss."
+        figures.append(Picture("fit", lambda: fit_figure(found, model), caption, alt))
+    if any(math.isfinite(arm.loss) for arm in found):
+        panels: dict[str, list[Arm]] = {}
+        for arm in found:
+            panels.setdefault(f"width {arm.width}", []).append(arm)
+        alt = "Final held-out loss against learning rate, a panel for each size."
+        caption = "The sweeps: final held-out loss against the optimizer's own learning rate."
+        draw = functools.partial(rates_figure, panels, shared=False)
+        figures.append(Picture("rates", draw, caption, alt))
+    limits = [text for limit in LIMITS if (text := told(limit, facts))]
+    return arms.report(
+        "Loss against compute",
+        folder,
+        files,
+        "an optimizer, a width, a learning rate and a seed",
+        abstract(found, model, whole),
+        table,
+        [
+            Section("fits", "Curves and compute ratios", [fits if model else None]),
+            Section("arms", "Every size at its best rates", [table]),
+            Section("figures", "Figures", figures),
+            Section("limits", "What so small models can show", [limits]),
+            Section("criteria", "How it was measured", [all_told(MEASURED, facts)]),
+        ],
+        arms=[arm.as_json() for arm in found],
+        fits={name: of and of.as_json() for name, of in kinds.items()},
+    )

@@ -11,14 +11,14 @@ from rich.console import Console
 from experiments.commands import INTERRUPTED, progress_bar
 from experiments.language import data, windows
 from experiments.pretrain.config import Training, as_json
-from experiments.pretrain.suites import cells, optimizers_report, scaling_report
+from experiments.pretrain.suites import cells
 from experiments.pretrain.suites.config import Cell, SuiteName, model_flops, sized
+from experiments.report.studies import show
 from experiments.runs import Run, machine, read_json, write_json
 from experiments.sweep import carry_out
 
 # What only chooses cells, or where they run; the rest decides what a cell is.
 _FREE = ("optimizer", "seeds", "sweep_seeds", "sweep", "widths", "rates", "mesh", "seed")
-_REPORTS = {"optimizers": optimizers_report, "scaling": scaling_report}
 
 
 def check(config: Any, which: SuiteName) -> dict[int, Training]:
@@ -59,7 +59,6 @@ def suite(
     trainings = check(config, which)
     held_out = windows.held_out(tokens, config.context, config.evaluation_tokens)
     text = cells.Text(tokens, held_out)
-    report = _REPORTS[which]
     folder = Path(config.out or f"runs/pretrain/suite-{which}")
     run = Run(folder, _settings(config, which, tokens), _FREE)
     try:
@@ -87,9 +86,7 @@ def suite(
         if not left:
             _measure_costs(config, trainings, folder, stop, console)
         if run.finished:
-            page = report.write_report(folder)
-            console.print(report.terminal_table(folder))
-            console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+            show(folder, console)
     finally:
         run.close()
     return INTERRUPTED if stop.is_set() else 0
