@@ -11,20 +11,21 @@ from etils import epath
 from pretraining import DENSE, SMALL, mesh_of, training
 from rich.console import Console
 
-from experiments.figures import smoothed
 from experiments.language.mesh import Mesh, mesh_of_config
 from experiments.pretrain.config import as_json
 from experiments.pretrain.dry_run import dry_run, memory
 from experiments.pretrain.presets import PRESETS
-from experiments.pretrain.report import abstract, main, terminal_table, write_report
+from experiments.pretrain.report import abstract, report, table
 from experiments.pretrain.report_data import (
-    final_load,
     found_optimizers,
     load_run,
     load_runs,
     measure_of,
 )
 from experiments.pretrain.step import Trainer
+from experiments.report.__main__ import main
+from experiments.report.figures import smoothed
+from experiments.report.page import write
 from experiments.runs import RunError
 
 BITS_A_NAT = 0.47
@@ -107,6 +108,10 @@ def two(tmp_path, **options):
     return epath.Path(tmp_path / "r")
 
 
+def write_report(folder, optimizers=()):
+    return write(report(folder, optimizers), folder)
+
+
 def both(folder):
     return load_runs(folder, ("adamw", "muon"))
 
@@ -121,7 +126,7 @@ def pngs(folder):
 
 def printed(runs):
     out = io.StringIO()
-    Console(width=80, file=out).print(terminal_table(runs))
+    Console(width=80, file=out).print(table(runs))
     return out.getvalue()
 
 
@@ -295,7 +300,7 @@ def test_every_optimizer_has_its_color(tmp_path):
         make_run(tmp_path / "r" / name, name, 1.0)
     folder = epath.Path(tmp_path / "r")
     first, second = load_runs(folder, names)
-    assert load_run(folder / "dion").color == second.color != first.color
+    assert load_run(folder / "dion").style == second.style != first.style
     assert found_optimizers(folder) == names
 
 
@@ -313,14 +318,14 @@ def test_smoothing_neither_lags_nor_spreads_what_is_not_finite():
 def test_final_load_is_a_mean_of_the_last_records(tmp_path):
     folder = make_run(tmp_path / "r", "muon", 0.9, steps=40)
     last = [np.array(r["load"]) for r in records_of(folder) if "load" in r][-2:]
-    np.testing.assert_allclose(final_load(load_run(folder)), np.mean(last, axis=0))
+    np.testing.assert_allclose(load_run(folder).final_load(), np.mean(last, axis=0))
 
 
 def test_a_torn_last_line_is_no_record(tmp_path):
     folder = make_run(tmp_path / "r", "muon", 0.9)
     text = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(text[:-20])
-    assert load_run(folder).evaluated[-1]["step"] == 8
+    assert load_run(folder).records.evaluated[-1]["step"] == 8
 
 
 def test_folders_that_hold_no_run(tmp_path):

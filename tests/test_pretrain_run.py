@@ -31,8 +31,9 @@ from experiments.pretrain.__main__ import main, parse
 from experiments.pretrain.config import Running, from_json
 from experiments.pretrain.config import as_json as config_as_json
 from experiments.pretrain.model import LanguageModel
-from experiments.pretrain.report import write_report
+from experiments.pretrain.report import report
 from experiments.pretrain.step import Trainer
+from experiments.report import page
 
 OFTEN = Running(
     save_every=4, evaluate_every=6, evaluation_tokens=256, log_every=1, samples=0, keep=9
@@ -169,7 +170,7 @@ def test_a_log_that_is_lost_is_told_and_a_finished_run_stays(whole, tokens, tmp_
     assert run(config, tokens, tmp_path, on_message=said.append)
     assert "the records of steps 0 to 12 are missing" in said[-1]
     assert (tmp_path / "summary.json").read_text() == summary
-    write_report(epath.Path(tmp_path), ("muon",))
+    page.write(report(epath.Path(tmp_path), ("muon",)), epath.Path(tmp_path))
     (tmp_path / "summary.json").unlink()
     with pytest.raises(TrainingError, match="has lost its records of loss"):
         run(config, tokens, tmp_path)

@@ -157,12 +157,9 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
                 console.print("Stopped and saved; the same command goes on from there.")
                 return INTERRUPTED
     if jax.process_index() == 0:
-        from experiments.pretrain.report import terminal_table, write_report
-        from experiments.pretrain.report_data import load_runs
+        from experiments.report.studies import show
 
-        report = write_report(command.folder(), command.optimizer)
-        console.print(terminal_table(load_runs(command.folder(), command.optimizer)))
-        console.print(f"Report: {report}", highlight=False, soft_wrap=True)
+        show(command.folder(), console, optimizers=command.optimizer)
     return 0
 
 

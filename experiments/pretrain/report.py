@@ -1,35 +1,26 @@
-"""Report of pretraining runs: reads their files, draws figures, writes report.html.
-
-It never trains, so it can be made again: `python -m experiments.pretrain.report FOLDER`.
-"""
+"""Report of pretraining runs: one, or one of each of several optimizers."""
 
 import importlib.metadata
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-import tyro
 from etils import epath
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from experiments.commands import flat, print_warning, reporting
-from experiments.figures import figure_style, optimizer_label
+from experiments.commands import print_warning
 from experiments.optimizers import OptimizerName
-from experiments.pages import flop, number, save_figure, text_table, together, write_page
+from experiments.pretrain import report_figures as figures
 from experiments.pretrain.report_data import (
     MEASURES,
     Run,
     differences,
-    found_optimizers,
-    held_out_curve,
     load_runs,
     loss_text,
     measure_of,
 )
-from experiments.pretrain.report_figures import draw
-from experiments.runs import write_json
+from experiments.report.figures import optimizer_label
+from experiments.report.page import Code, Column, Picture, Report, Section, Table, together
+from experiments.report.text import all_told, flop, form, number, plural
+from experiments.runs import flat
 
 _BASELINE = optimizer_label("adamw")
 
@@ -48,14 +39,13 @@ def _model_speed(run: Run) -> str:
 
 
 def _steps_text(run: Run) -> str:
-    whole = run.config.steps
-    return f"{whole:,}" if run.steps == whole else f"{run.steps:,} of {whole:,}"
+    done, whole = f"{run.steps:,}", f"{run.whole:,}"
+    return whole if done == whole else f"{done} of {whole}"
 
 
-# The table: heading in the report, heading in the terminal ("" to leave it out), the text of a run.
-COLUMNS: tuple[tuple[str, str, Callable[[Run], str]], ...] = (
-    ("optimizer", "optimizer", lambda run: optimizer_label(run.optimizer)),
-    ("learning rate", "rate", lambda run: f"{run.config.rate(run.optimizer):g}"),
+COLUMNS: tuple[Column, ...] = (
+    ("optimizer", "optimizer", lambda run: run.label),
+    ("learning rate", "rate", lambda run: form(run.rate, "g")),
     ("held out (bits a byte)", "bits\na byte", lambda run: loss_text(run.last("bits_per_byte"))),
     (
         "held out (nats a token)",
@@ -63,7 +53,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[Run], str]], ...] = (
         lambda run: loss_text(run.last("validation_loss")),
     ),
     ("training loss (nats a token)", "train\nloss", lambda run: loss_text(run.last("loss"))),
-    ("tokens", "", lambda run: f"{run.steps * run.config.tokens_per_step:,}"),
+    ("tokens", "", lambda run: f"{run.steps * run.tokens_per_step:,}"),
     ("steps", "steps", _steps_text),
     ("tokens/s", "tokens\n/s", lambda run: number(run.median("tokens_per_second"))),
     ("model FLOPs/s", "", _model_speed),
@@ -73,41 +63,56 @@ COLUMNS: tuple[tuple[str, str, Callable[[Run], str]], ...] = (
     ("Newton–Schulz of the FLOPs", "NS", _newton_schulz),
     ("params", "", lambda run: run.summary.get("params_sha256", "–")[:8]),
 )
-
-
-CAPTION = (
+NOTE = (
     "bits, nats: held-out text; train loss: last step, in nats\n"
     "tokens/s: median; skip: steps that changed nothing\n"
     "MFU: of the peak; NS: Newton-Schulz, of the FLOPs"
 )
+CAPTION = (
+    "One training with one seed a row. Held out: the last evaluation, on the same text for all. "
+    "Training loss: the last logged step. “–”: not known, or not finite."
+)
+MEASURED = {
+    "Text": "{data[name]}: {data[train_tokens]:,} tokens to train on, {data[validation_tokens]:,} "
+    "held out, a vocabulary of {data[vocabulary]:,}. SHA-256 {data[sha256]}.",
+    "Held out": "Mean cross-entropy of the same windows at every evaluation, in nats a token, and "
+    "in bits over the bytes that the tokens stand for where these are known.",
+    "Seed": "It fixes the initial params and the order of the text, the same for all optimizers.",
+    "Learning rates": "Of each optimizer its own, after warm-up. The embedding, the head and the "
+    "gains are trained by AdamW at its rate, with every optimizer that routes them to it.",
+    "Training time, tokens/s, FLOPs/s, MFU": "Time counts steps, compiling included, without "
+    "evaluations and checkpoints. The rates are medians over the logged intervals, so that one "
+    "which compiled does not count. FLOPs are the model's alone, forward and backward, counted "
+    "from shapes; MFU is their share of the devices' peak.",
+    "Skipped steps": "Steps whose loss or gradient was not finite, or whose gradient norm was a "
+    "spike; they changed nothing.",
+    "Newton–Schulz of the FLOPs": "FLOPs of the orthogonalisation over those of the model and it, "
+    "counted from shapes; the share falls with the tokens a step, here {tokens_per_step:,}.",
+    "Params": "How the SHA-256 of the final float32 params begins; summary.json has it whole.",
+}
 
 
-def columns_of(runs: Sequence[Run]) -> list[tuple[str, str, Callable[[Run], str]]]:
-    """The columns in which any run has something to say."""
-    return [column for column in COLUMNS if any(column[2](run) != "–" for run in runs)]
-
-
-def terminal_table(runs: Sequence[Run]) -> Table:
-    """The table for the terminal, with the numbers of the HTML table."""
-    return text_table("Pretraining", columns_of(runs), runs, CAPTION)
+def table(runs: Sequence[Run]) -> Table:
+    """The runs, with the columns in which any has something to say."""
+    return Table(COLUMNS, runs, CAPTION, "Pretraining", NOTE).known()
 
 
 def abstract(runs: Sequence[Run]) -> list[str]:
     """The result in plain sentences, every number computed from the records."""
     sentences = [
-        f"The log of {optimizer_label(run.optimizer)} is damaged: {damage}."
+        f"The log of {run.label} is damaged: {damage}."
         for run in runs
-        for damage in run.damage
+        for damage in run.records.damage
     ]
     sentences += [
-        f"{optimizer_label(run.optimizer)} has done {run.steps:,} of {run.config.steps:,} steps."
+        f"{run.label} has done {run.steps:,} of {run.whole:,} steps."
         for run in runs
-        if run.steps < run.config.steps
+        if run.steps < run.whole
     ]
     if different := differences(runs):
         sentences.append(f"Beside the optimizer the runs differ in {', '.join(different)}.")
     key = measure_of(runs)
-    curves = {optimizer_label(run.optimizer): dict(held_out_curve(run, key)) for run in runs}
+    curves = {run.label: dict(run.held_out(key)) for run in runs}
     common = set.intersection(*map(set, curves.values()))
     if not common:
         return [*sentences, "There is no evaluation that all have come to."]
@@ -125,24 +130,24 @@ def abstract(runs: Sequence[Run]) -> list[str]:
         sentences.append(text + ".")
         if rest:
             other = _BASELINE if _BASELINE in rest else rest[0]
-            sentences += _comparison(first, other, curves, tokens, unit)
+            sentences.append(_comparison(first, other, curves, tokens, unit))
     sentences += [
         f"{when}, the held-out loss of {name} is not finite."
         for name in losses
         if name not in ranked
     ]
-    for run in runs:
-        if skipped := run.last("skipped"):
-            steps = "step" if skipped == 1 else "steps"
-            sentences.append(f"{optimizer_label(run.optimizer)} skipped {skipped:,} {steps}.")
-    if len(runs) > 1:
-        sentences.append("One training each, with one seed: no statistics.")
-    return sentences
+    sentences += [
+        f"{run.label} skipped {plural(skipped, 'step')}."
+        for run in runs
+        if (skipped := run.last("skipped"))
+    ]
+    several = ["One training each, with one seed: no statistics."] * (len(runs) > 1)
+    return sentences + several
 
 
 def _comparison(
     first: str, other: str, curves: dict[str, dict[int, float]], end: int, unit: str
-) -> list[str]:
+) -> str:
     """By how much the first is lower at the end, and where it passes the other one's last value.
 
     Between two evaluations the loss is taken to fall with the logarithm of the tokens.
@@ -150,7 +155,7 @@ def _comparison(
     goal = curves[other][end]
     less = goal - curves[first][end]
     if less < 5e-5:
-        return [f"{first} and {other} are level."]
+        return f"{first} and {other} are level."
     sentence = f"{first} is lower than {other} by {less:.4f} {unit}, {100 * less / goal:.2g} %"
     points = [(n, x) for n, x in sorted(curves[first].items()) if n and math.isfinite(x)]
     below = next(i for i, (_, x) in enumerate(points) if x <= goal)
@@ -158,18 +163,64 @@ def _comparison(
         (n0, x0), (n1, x1) = points[below - 1 : below + 1]
         tokens = n0 * (n1 / n0) ** ((x0 - goal) / (x0 - x1))
         sentence += f", and passes its last value after {100 * tokens / end:.0f} % of the tokens"
-    return [sentence + "."]
+    return sentence + "."
 
 
-def write_report(folder: epath.Path, optimizers: Sequence[OptimizerName]) -> epath.Path:
-    """Writes the figures and report.html into a folder, and for several runs summary.json.
+def pictures(runs: Sequence[Run]) -> list[Picture]:
+    """What there is to draw: dense models have no router, and a run may have no record yet."""
+    if not all(run.config for run in runs):
+        return []
+    held_out = Picture(
+        "held_out",
+        lambda: figures.held_out_figure(runs),
+        f"Held-out text in {MEASURES[measure_of(runs)]}, against the tokens trained on and against "
+        "the time that they take at the run's median speed. The legend has the last values; the "
+        "start is beyond the log axis.",
+        "Held-out loss against tokens and against training time, a line for each optimizer.",
+    )
+    loss = Picture(
+        "loss",
+        lambda: figures.loss_figure(runs),
+        "Training loss of the logged steps; thick the mean over 6 % of them, over fewer in the "
+        "beginning.",
+        "Training loss against tokens, a line for each optimizer.",
+    )
+    optimization = Picture(
+        "optimization",
+        lambda: figures.optimization_figure(runs),
+        "The optimizer's own learning rate; the norm of the gradient of all params before it is "
+        "clipped; the RMS of the update, weight decay and learning rate included, over hidden "
+        "matrices and over all other params; the largest attention logit of all layers.",
+        "Learning rate, gradient norm, update RMS and largest attention logit against step.",
+    )
+    routed = [run for run in runs if any("load" in record for record in run.records.trained)]
+    router = Picture(
+        "router",
+        lambda: figures.router_figure(routed),
+        "Tokens of the busiest and of the idlest expert of all layers in one step, over the even "
+        "share (below 1/32 drawn there); entropy of the router's normalised scores, mean over "
+        "tokens and layers, dotted where all scores are equal.",
+        "Largest and smallest load of an expert, and router entropy, against step.",
+    )
+    experts = Picture(
+        "experts",
+        lambda: figures.experts_figure(routed),
+        "Load of every expert, mean over the last tenth of the logged steps.",
+        "Load of every expert at the end, a panel for each optimizer.",
+    )
+    evaluated = any(record["step"] for run in runs for record in run.records.evaluated)
+    trained = any(run.records.trained for run in runs)
+    return (
+        [held_out] * evaluated + [loss, optimization] * trained + [router, experts] * bool(routed)
+    )
+
+
+def report(folder: epath.Path, optimizers: Sequence[OptimizerName] = ()) -> Report:
+    """The runs of a folder, which may be unfinished.
 
     Args:
-        folder: of the run of one optimizer, or above those of several; they may be unfinished.
-        optimizers: whose runs it has.
-
-    Returns:
-        The path of the page.
+        folder: of the run of one optimizer, or above those of several.
+        optimizers: whose runs to tell of; by default all that there are.
 
     Raises:
         RunError: there is no such run.
@@ -177,50 +228,30 @@ def write_report(folder: epath.Path, optimizers: Sequence[OptimizerName]) -> epa
     """
     runs = load_runs(folder, optimizers)
     for run in runs:
-        for damage in run.damage:
-            print_warning(f"The log of {optimizer_label(run.optimizer)} is damaged: {damage}.")
-    if len(runs) > 1:
-        of = {run.optimizer: run.summary or None for run in runs}
-        write_json(folder / "summary.json", {"runs": of})
-    with figure_style():
-        figures = {
-            name: save_figure(figure, folder / f"{name}.png") for name, figure in draw(runs).items()
-        }
-    return write_page(
-        Path(__file__).parent / "report.html.jinja",
-        folder / "report.html",
-        study="Pretraining a language model",
-        command="experiments.pretrain.report",
-        config=together({optimizer_label(run.optimizer): flat(run.settings) for run in runs}),
-        machine=together(
-            {optimizer_label(r.optimizer): r.summary.get("machine", {}) for r in runs}
-        ),
-        version=importlib.metadata.version("muon-jax"),
-        abstract=abstract(runs),
-        columns=[heading for heading, *_ in columns_of(runs)],
-        rows=[[form(run) for *_, form in columns_of(runs)] for run in runs],
-        figures=figures,
-        measure=MEASURES[measure_of(runs)],
-        runs=runs,
-        text=next((run.summary["data"] for run in runs if "data" in run.summary), None),
+        for damage in run.records.damage:
+            print_warning(f"The log of {run.label} is damaged: {damage}.")
+    facts = {"tokens_per_step": runs[0].tokens_per_step}
+    facts |= next(({"data": run.summary["data"]} for run in runs if "data" in run.summary), {})
+    named = {run.label: run for run in runs}
+    finished = sum(bool(run.summary) for run in runs)
+    new = len(runs) > 1 and all(run.config for run in runs)
+    return Report(
+        "Pretraining a language model",
+        f"Run {folder.resolve().name} · {', '.join(named)} · {finished} of {len(runs)} finished",
+        abstract(runs),
+        table(runs),
+        [
+            Section("runs", "The run" if len(runs) == 1 else "The runs", [table(runs)]),
+            Section("figures", "Figures", pictures(runs)),
+            Section(
+                "samples",
+                "What the models write",
+                [Code(name, run.samples) for name, run in named.items() if run.samples],
+            ),
+            Section("criteria", "How it was measured", [all_told(MEASURED, facts)]),
+        ],
+        together({name: flat(run.records.settings) for name, run in named.items()}),
+        together({name: run.summary.get("machine", {}) for name, run in named.items()}),
+        importlib.metadata.version("muon-jax"),
+        {"runs": {run.optimizer: run.summary or None for run in runs}} if new else None,
     )
-
-
-def main(folder: tyro.conf.Positional[str]) -> None:
-    """Write the report of a pretraining run again from its files; nothing is trained.
-
-    Args:
-        folder: Of a run, or of several optimizers' runs, e.g. runs/pretrain/tiny.
-    """
-    path = epath.Path(folder)
-    with reporting(folder):
-        optimizers = found_optimizers(path)
-        page = write_report(path, optimizers)
-        runs = load_runs(path, optimizers)
-        console = Console()
-        console.print(terminal_table(runs))
-        console.print(Text(str(page)))
-
-
-if __name__ == "__main__":
-    tyro.cli(main, prog="python -m experiments.pretrain.report")

@@ -2,60 +2,94 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from experiments.commands import flat
-from experiments.figures import optimizer_color
-from experiments.language import log
 from experiments.optimizers import ARMS, OptimizerName
 from experiments.pretrain.config import Training
 from experiments.pretrain.trained import told_by
-from experiments.runs import RunError, holds_run, known_settings, read_json
+from experiments.report import records
+from experiments.report.figures import optimizer_label, optimizer_style
+from experiments.report.series import Series, series
+from experiments.runs import RunError, flat, holds_run, read_json
+
+MEASURES = {"bits_per_byte": "bits a byte", "validation_loss": "nats a token"}
 
 
 class Run(NamedTuple):
     """The files of a run, which may be unfinished.
 
     Attributes:
-        color: of its lines, in all figures.
-        trained: records of training steps, oldest first.
-        evaluated: records of evaluations.
-        summary: empty until it is finished.
+        config: None of a stored result, of which there is the summary alone.
+        records: of it.
         samples: texts that the finished model wrote.
-        damage: what is wrong with its log, in words.
     """
 
     optimizer: OptimizerName
-    color: str
-    config: Training
-    settings: dict[str, Any]
-    trained: list[dict[str, Any]]
-    evaluated: list[dict[str, Any]]
-    summary: dict[str, Any]
-    samples: str
-    damage: tuple[str, ...] = ()
+    config: Training | None
+    records: records.Records
+    samples: str = ""
+
+    @property
+    def label(self) -> str:
+        return optimizer_label(self.optimizer)
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """Of its lines, in all figures."""
+        return optimizer_style(self.optimizer)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return self.records.summary
 
     @property
     def steps(self) -> int:
         """That it has done, as far as its records tell."""
-        return max((record["step"] for record in self.trained + self.evaluated), default=0)
+        every = self.records.trained + self.records.evaluated
+        return max((record["step"] for record in every), default=0)
+
+    @property
+    def whole(self) -> int:
+        """Steps of the whole training."""
+        return self.config.steps if self.config else self.summary["steps"]
+
+    @property
+    def tokens_per_step(self) -> int:
+        if self.config:
+            return self.config.tokens_per_step
+        return self.summary["tokens"] // self.summary["steps"]
+
+    @property
+    def rate(self) -> float | None:
+        return self.config and self.config.rate(self.optimizer)
 
     def median(self, key: str) -> float | None:
         """Of a rate, over the records: one whose steps were compiled is an outlier."""
-        found = [record[key] for record in self.trained if record.get(key)]
+        found = [record[key] for record in self.records.trained if record.get(key)]
         return statistics.median(found) if found else None
 
     def last(self, key: str) -> float | None:
         """The value of a key in the newest record that has it, None where it was not finite."""
-        records = self.evaluated if key in MEASURES else self.trained
-        return records[-1].get(key) if records else None
+        own = self.records.evaluated if key in MEASURES else self.records.trained
+        return own[-1].get(key) if own else None
 
+    def series(self, *path: str) -> Series:
+        """Of the training records."""
+        return series(self.records.trained, *path)
 
-MEASURES = {"bits_per_byte": "bits a byte", "validation_loss": "nats a token"}
+    def held_out(self, key: str) -> list[tuple[int, float]]:
+        """Tokens trained on, and the held-out measure there, NaN where it is not finite."""
+        steps, values = series(self.records.evaluated, key)
+        return [(int(n) * self.tokens_per_step, x) for n, x in zip(steps, values, strict=True)]
+
+    def final_load(self) -> np.ndarray:
+        """`(layers with experts, experts)`: mean over the last tenth of the records; 1 is even."""
+        loads = [record["load"] for record in self.records.trained if "load" in record]
+        return np.mean(np.array(loads[-math.ceil(len(loads) / 10) :], float), axis=0)
 
 
 def load_run(folder: epath.Path) -> Run:
@@ -65,35 +99,42 @@ def load_run(folder: epath.Path) -> Run:
         RunError: it holds no run.
         ValueError: a file is damaged; the message names it.
     """
-    settings = known_settings(folder)
-    optimizer, config = told_by(folder, settings)
-    records, damage = log.read(folder)
-    summary, samples = folder / "summary.json", folder / "samples.txt"
-    return Run(
-        optimizer,
-        optimizer_color(optimizer),
-        config,
-        settings,
-        [record for record in records if "loss" in record],
-        [record for record in records if "validation_loss" in record],
-        read_json(summary) if summary.exists() else {},
-        samples.read_bytes().decode(errors="replace") if samples.exists() else "",
-        tuple(damage),
-    )
+    found, samples = records.read(folder), folder / "samples.txt"
+    optimizer, config = told_by(folder, found.settings)
+    text = samples.read_bytes().decode(errors="replace") if samples.exists() else ""
+    return Run(optimizer, config, found, text)
 
 
-def load_runs(folder: epath.Path, optimizers: Sequence[OptimizerName]) -> list[Run]:
+def of_summary(summary: Mapping[str, Any]) -> Run:
+    """What a stored summary tells of a run: its last records."""
+    trained = {"step": summary["steps"], "loss": summary["train_loss"]}
+    trained |= {"skipped": summary["skipped_steps"]}
+    trained |= {key: summary[key] for key in ("seconds", "tokens_per_second")}
+    evaluated = {"step": summary["steps"]} | {key: summary[key] for key in MEASURES}
+    found = records.Records({}, [trained], [evaluated], dict(summary))
+    return Run(summary["optimizer"], None, found)
+
+
+def load_runs(folder: epath.Path, optimizers: Sequence[OptimizerName] = ()) -> list[Run]:
     """The runs of a folder: itself for one optimizer, else a sub-folder for each.
+
+    Args:
+        folder: of a run, of several, or of stored results.
+        optimizers: whose; by default all that there are.
 
     Raises:
         RunError: there is no such run, or several are asked for and the folder is one itself.
         ValueError: a file is damaged; the message names it.
     """
-    if len(optimizers) == 1:
+    found = optimizers or found_optimizers(folder)
+    if len(found) == 1 and (holds_run(folder) or optimizers):
         return [load_run(folder)]
     if holds_run(folder):
         raise RunError(f"{folder} is a run itself. Compare optimizers in another folder.")
-    return [load_run(folder / optimizer) for optimizer in optimizers]
+    if not any(holds_run(folder / name) for name in found):
+        stored = read_json(folder / "summary.json")["runs"]
+        return [of_summary(stored[name]) for name in found]
+    return [load_run(folder / optimizer) for optimizer in found]
 
 
 def found_optimizers(folder: epath.Path) -> tuple[OptimizerName, ...]:
@@ -104,7 +145,9 @@ def found_optimizers(folder: epath.Path) -> tuple[OptimizerName, ...]:
     """
     if holds_run(folder):
         return (load_run(folder).optimizer,)
+    summary = folder / "summary.json"
     found = tuple(name for name in ARMS if holds_run(folder / name))
+    found = found or tuple(read_json(summary).get("runs", ()) if summary.exists() else ())
     if not found:
         raise RunError(
             f"{folder} holds no run: neither it nor a folder of an optimizer in it has a "
@@ -115,49 +158,19 @@ def found_optimizers(folder: epath.Path) -> tuple[OptimizerName, ...]:
 
 def measure_of(runs: Iterable[Run]) -> str:
     """The key of the held-out measure: nats a token where one run does not know its bytes."""
-    known = [record for run in runs for record in run.evaluated]
+    known = [record for run in runs for record in run.records.evaluated]
     return "bits_per_byte" if all("bits_per_byte" in r for r in known) else "validation_loss"
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
     """Names of settings, other than the optimizer, in which the runs differ."""
-    settings = [flat(run.settings | {"optimizer": None}) for run in runs]
+    settings = [flat(run.records.settings | {"optimizer": None}) for run in runs]
     texts = {run.summary["data"]["sha256"] for run in runs if "data" in run.summary}
     names = dict.fromkeys(name for own in settings for name in own)
     found = [
         name for name in names if any(own.get(name) != settings[0].get(name) for own in settings)
     ]
     return found + ["the text"] * (len(texts) > 1)
-
-
-def held_out_curve(run: Run, key: str) -> list[tuple[int, float]]:
-    """Tokens trained on, and the held-out measure there, NaN where it is not finite."""
-    return [
-        (record["step"] * run.config.tokens_per_step, as_number(record[key]))
-        for record in run.evaluated
-    ]
-
-
-def series(run: Run, *path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a key, or of one in another, NaN where one is not finite or missing."""
-
-    def value(record: Any) -> float:
-        for key in path:
-            record = record.get(key) if record else None
-        return as_number(record)
-
-    steps = np.array([record["step"] for record in run.trained])
-    return steps, np.array([value(record) for record in run.trained], float)
-
-
-def as_number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def final_load(run: Run) -> np.ndarray:
-    """`(layers with experts, experts)`: mean over the last tenth of the records; 1 is even."""
-    loads = [record["load"] for record in run.trained if "load" in record]
-    return np.mean(np.array(loads[-math.ceil(len(loads) / 10) :], float), axis=0)
 
 
 def loss_text(value: float | None) -> str:
