@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments.figures import optimizer_label
 from experiments.finetune import claims, report
 from experiments.finetune.arms import ARMS
 from experiments.finetune.report_data import found_arms, load_run, of_cell
+from experiments.report.__main__ import main
+from experiments.report.figures import optimizer_label
+from experiments.report.page import write
+from experiments.report.studies import study_of
 from experiments.runs import RunError
 
 STEPS, WARMUP = 40, 4
@@ -59,6 +62,10 @@ def plant(folder, arms=POST, steps=STEPS, logit=3.0, threshold=100.0):
 
 def read(folder):
     return [load_run(folder / arm) for arm in found_arms(folder)]
+
+
+def write_report(folder):
+    return write(report.report(folder), folder)
 
 
 def verdicts(runs):
@@ -113,14 +120,14 @@ def test_nothing_is_told_of_arms_that_are_missing_or_unfinished(tmp_path):
     assert verdicts(runs)[1:] == ["cannot tell"] * 4
     text = " ".join(report.abstract(runs))
     assert f"{optimizer_label('muon_adamw')} has done 20 of 40 steps." in text
-    assert report.write_report(epath.Path(tmp_path), found_arms(epath.Path(tmp_path))).exists()
+    assert write_report(epath.Path(tmp_path)).exists()
 
 
 def test_an_arm_that_has_no_record_yet_is_told_of(tmp_path):
     folder = plant(tmp_path, {arm: POST[arm] for arm in ("adamw", "muonclip")})
     for name in ("metrics.jsonl", "summary.json"):
         (folder / "muonclip" / name).unlink()
-    page = report.write_report(folder, found_arms(folder)).read_text()
+    page = write_report(folder).read_text()
     assert "MuonClip has done 0 of 40 steps." in page
 
 
@@ -133,7 +140,7 @@ def test_a_clip_that_never_acts_is_told(tmp_path):
 
 def test_the_page_is_whole_and_has_the_numbers(tmp_path):
     folder = plant(tmp_path)
-    page = report.write_report(folder, tuple(ARMS)).read_text()
+    page = write_report(folder).read_text()
     assert not re.search(r'(?:src|href)="(?!data:)', page)
     assert page.count("data:image/png;base64,") == 3
     for loss, early, late, _ in POST.values():
@@ -145,15 +152,16 @@ def test_the_page_is_whole_and_has_the_numbers(tmp_path):
 
 
 def test_it_is_made_again_without_training(tmp_path, capsys):
-    report.main(str(plant(tmp_path)))
+    main(str(plant(tmp_path)))
     assert "1.4000" in capsys.readouterr().out
     assert (tmp_path / "report.html").exists()
 
 
-def test_of_a_suite_the_other_report_is_named(tmp_path):
+def test_a_suite_is_known_by_its_settings(tmp_path):
     (tmp_path / "config.json").write_text('{"suite": "qk"}')
-    with pytest.raises(SystemExit, match=rf"experiments.finetune.suites.report {tmp_path}`"):
-        report.main(str(tmp_path))
+    assert study_of(tmp_path) == "experiments.finetune.suites.report"
+    with pytest.raises(SystemExit, match=rf"{tmp_path} has no summary.json"):
+        main(str(tmp_path))
 
 
 def test_what_is_no_run_is_refused(tmp_path):

@@ -14,15 +14,16 @@ from finetuning import NORMED, batch, initial, prepared, training
 from rich.console import Console
 
 from experiments.commands import INTERRUPTED
-from experiments.figures import optimizer_label
 from experiments.finetune import arms
 from experiments.finetune.arms import ARMS, AS_PUBLISHED, QUIRKS
 from experiments.finetune.claims import MEASURES
 from experiments.finetune.config import Base, Running, Training
 from experiments.finetune.loop import Evaluation
-from experiments.finetune.suites import clip, figures, report, study
+from experiments.finetune.suites import clip, report, study
 from experiments.finetune.suites.config import Cell, Suite, defaults, variants
 from experiments.finetune.suites.results import contrasts, groups
+from experiments.report.figures import optimizer_label
+from experiments.report.page import write
 from experiments.runs import Run, RunError
 from experiments.sweep import Sweep, load_run
 
@@ -282,7 +283,7 @@ def planted(folder, which, losses, clips=None, seeds=3):
     summary |= {"cells_total": len(sealed.finished)}
     (folder / "summary.json").write_text(json.dumps(summary))
     sealed.close()
-    report.write_report(folder)
+    write(report.report(folder), folder)
     return report.load(folder)
 
 
@@ -375,7 +376,7 @@ def test_the_largest_effects_of_quirks_are_told_and_the_others_bounded(tmp_path)
 
 def test_each_base_has_an_axis_of_its_losses(tmp_path):
     losses = {("AdamW base", "adamw"): (4.0, 4.1, 4.2), ("Muon base", "adamw"): (3.0, 3.1, 3.2)}
-    figure = figures.rates_figure(planted(tmp_path, "mismatch", losses).groups)
+    figure = report.drawn_rates(planted(tmp_path, "mismatch", losses).groups)
     for axes, loss in zip(figure.axes, (4.0, 3.0), strict=True):
         low, high = axes.get_ylim()
         assert {low < y < high for line in axes.lines for y in line.get_ydata()} == {True}

@@ -18,7 +18,7 @@ from rich.progress import TaskID
 from experiments.commands import guard, progress_bar, stop_on_signals
 from experiments.figures import LABELS
 from experiments.finetune import architecture as config_json
-from experiments.finetune import base, data, dry_run, loop, memory, report, step, weights
+from experiments.finetune import base, data, dry_run, loop, memory, step, weights
 from experiments.finetune.architecture import Qwen3
 from experiments.finetune.arms import ARMS
 from experiments.finetune.chat import Chat
@@ -30,7 +30,6 @@ from experiments.finetune.config import (
     Training,
 )
 from experiments.finetune.model import Params
-from experiments.finetune.report_data import load_run
 from experiments.finetune.step import Trainer
 from experiments.finetune.suites.study import suite
 from experiments.language import hugging_face
@@ -38,6 +37,7 @@ from experiments.language.hugging_face import CONFIG
 from experiments.language.mesh import make_mesh, one_device
 from experiments.language.training_loop import Progress
 from experiments.programs import keep_compiled_programs
+from experiments.report.studies import show
 from experiments.runs import check_free, check_group, claim, leave_nothing_of_no_run
 from experiments.side_by_side import a_device_for_each_core, devices_for, side_by_side
 from experiments.topology import leave_accelerators_alone
@@ -121,9 +121,7 @@ def _tell(command: Command, console: Console) -> None:
     """The table and the report of the arms that have begun."""
     begun = [arm for arm in command.arms if (command.folder(arm) / "metrics.jsonl").exists()]
     if jax.process_index() == 0 and begun:
-        page = report.write_report(epath.Path(command.out), begun)
-        console.print(report.terminal_table([load_run(command.folder(arm)) for arm in begun]))
-        console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+        show(command.out, console, arms=begun)
 
 
 def _prepare(

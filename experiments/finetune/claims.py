@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from experiments.differences import Interval, difference, holm, p_value
-from experiments.figures import optimizer_label
 from experiments.finetune.arms import ARMS
 from experiments.finetune.config import ArmName
+from experiments.report.figures import optimizer_label
 
 Verdict = Literal["agrees", "disagrees", "cannot tell"]
 Values = Mapping[str, Mapping[int, Mapping[str, float]]]  # arm → seed → measure

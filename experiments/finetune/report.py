@@ -1,52 +1,29 @@
-"""Report of one command's fine-tunings: reads their files, draws figures, writes report.html.
-
-It never trains, so it can be made again: `python -m experiments.finetune.report FOLDER`.
-"""
+"""Report of one command's fine-tunings: every arm of it, and what the post claims of them."""
 
 import importlib.metadata
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
-import tyro
 from etils import epath
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from experiments.commands import flat, print_warning, reporting
-from experiments.figures import figure_style, optimizer_label
+from experiments.commands import print_warning
 from experiments.finetune import claims
 from experiments.finetune.arms import ARMS, QUIRKS
 from experiments.finetune.config import ArmName
-from experiments.finetune.report_data import (
-    Run,
-    Trained,
-    differing,
-    found_arms,
-    idle_clip,
-    load_run,
-)
-from experiments.finetune.report_figures import draw
-from experiments.pages import number, save_figure, text_table, together, write_page
-from experiments.runs import RunError, read_json, write_json
+from experiments.finetune.report_data import Run, differing, found_arms, idle_clip, load_run
+from experiments.finetune.report_figures import pictures
+from experiments.report.figures import optimizer_label
+from experiments.report.page import Column, Report, Section, Table, together
+from experiments.report.text import all_told, form, number, plural
+from experiments.runs import flat
 
 
-def _share(value: float | None, digits: int = 1) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f} %"
-
-
-def _last(name: str, form: Callable[[float], str]) -> Callable[[Run], str]:
-    return lambda run: form(run.trained.last(name))
+def _last(name: str, spec: str) -> Callable[[Run], str]:
+    return lambda run: form(run.trained.last(name), spec)
 
 
 def _value(name: str) -> Callable[[Run], str]:
-    return lambda run: _share(run.trained.values()[name])
-
-
-def _loss(value: float) -> str:
-    return f"{value:.4f}" if math.isfinite(value) else "–"
+    return lambda run: form(run.trained.values()[name], ".1%")
 
 
 def _steps(run: Run) -> str:
@@ -54,11 +31,10 @@ def _steps(run: Run) -> str:
     return f"{whole:,}" if done == whole else f"{done:,} of {whole:,}"
 
 
-# The table: heading in the report, heading in the terminal ("" to leave it out), the text of a run.
-COLUMNS: tuple[tuple[str, str, Callable[[Run], str]], ...] = (
-    ("arm", "arm", lambda run: optimizer_label(run.arm)),
-    ("held-out loss (nats a token)", "held-out\nloss", _last("validation_loss", _loss)),
-    ("held-out accuracy", "held-out\nacc.", _last("validation_accuracy", _share)),
+COLUMNS: tuple[Column, ...] = (
+    ("arm", "arm", lambda run: run.label),
+    ("held-out loss (nats a token)", "held-out\nloss", _last("validation_loss", ".4f")),
+    ("held-out accuracy", "held-out\nacc.", _last("validation_accuracy", ".1%")),
     ("token accuracy, first quarter", "early\nacc.", _value("early_accuracy")),
     ("token accuracy, last quarter", "late\nacc.", _value("late_accuracy")),
     (
@@ -72,18 +48,45 @@ COLUMNS: tuple[tuple[str, str, Callable[[Run], str]], ...] = (
     ("steps", "steps", _steps),
     ("tokens/s", "tokens\n/s", lambda run: number(run.tokens_per_second)),
 )
-
-
-CAPTION = (
+NOTE = (
     "held-out loss: nats a token; early, late acc.: mean token accuracy of the\n"
     "rows trained on, first and last quarter of the steps\n"
     "its spread: distance of the gradient norm's quartiles, of its median"
 )
+CAPTION = (
+    "One training with one seed a row. Held out: the last evaluation, on the same rows for all. "
+    "Token accuracy: mean over the first and the last quarter of the steps. Gradient norm: before "
+    "clipping, of the steps after warm-up. “–”: not known, or not finite."
+)
+POST = (
+    "KingNish, “Muon vs MuonClip vs Muon+AdamW for Fine-Tuning”, Hugging Face blog, December 2025. "
+    "“Muon alone” is its arm with frozen gains, “the hybrid” Muon + AdamW. With several seeds a "
+    "verdict needs 95 % intervals, paired by seed, without zero, and against the claim p < 0.05 "
+    "after Holm's correction; with one seed it is that of one run."
+)
+MEASURED = {
+    "Rows": "{data[name]}: {data[rows]:,}, of these {data[held_out_rows]:,} held out by group; "
+    "{data[learnt]:,} of {data[tokens]:,} tokens are learnt; {data[truncated]:,} rows were cut, "
+    "{data[too_long]:,} left out. SHA-256 {data[sha256]}.",
+    "Mean token accuracy": "trl's: the mean over microbatches of the share of learnt tokens that "
+    "have the largest logit, of the rows that the step trains on.",
+    "Held out": "Mean cross-entropy in nats, and accuracy, of all learnt tokens of held-out rows "
+    "alike.",
+    "Gradient norm": "Of all params that learn, before clipping; its steadiness is the distance of "
+    "its quartiles over its median, of the steps after warm-up.",
+    "Seed": "It fixes the order of the rows, the same for all arms, which begin with the same "
+    "model.",
+}
 
 
-def terminal_table(runs: Sequence[Run]) -> Table:
-    """The table for the terminal, with the numbers of the HTML table."""
-    return text_table("Fine-tuning, by arm", COLUMNS, runs, CAPTION)
+def about(arms: Sequence[ArmName], quirks: Sequence[str]) -> dict[str, str]:
+    """What the arms are, and the quirks that they have."""
+    of_arms = {optimizer_label(arm): f"{ARMS[arm]}." for arm in dict.fromkeys(arms)}
+    return of_arms | {f"Quirk {name}": f"{QUIRKS[name]}." for name in dict.fromkeys(quirks)}
+
+
+def table(runs: Sequence[Run]) -> Table:
+    return Table(COLUMNS, runs, CAPTION, "Fine-tuning, by arm", NOTE)
 
 
 def judged(runs: Sequence[Run]) -> list[claims.Judged]:
@@ -94,139 +97,84 @@ def judged(runs: Sequence[Run]) -> list[claims.Judged]:
 def abstract(runs: Sequence[Run]) -> list[str]:
     """The result in plain sentences, every number computed from the records."""
     sentences = [
-        f"The log of {optimizer_label(run.arm)} is damaged: {damage}."
+        f"The log of {run.label} is damaged: {damage}."
         for run in runs
-        for damage in run.damage
+        for damage in run.records.damage
     ]
     sentences += [
-        f"{optimizer_label(run.arm)} has done {_steps(run)} steps."
-        for run in runs
-        if not run.trained.finished
+        f"{run.label} has done {_steps(run)} steps." for run in runs if not run.trained.finished
     ]
-    if different := differing(run.settings for run in runs):
+    if different := differing(run.records.settings for run in runs):
         sentences.append(f"Beside the arm the runs differ in {', '.join(different)}.")
     losses = {
-        optimizer_label(run.arm): run.trained.last("validation_loss")
-        for run in runs
-        if run.trained.finished
+        run.label: run.trained.last("validation_loss") for run in runs if run.trained.finished
     }
-    ranked = sorted(
-        (name for name in losses if math.isfinite(losses[name])), key=lambda name: losses[name]
-    )
+    ranked = sorted((name for name in losses if math.isfinite(losses[name])), key=losses.get)
     if ranked:
-        each = ", ".join(f"{name} at {losses[name]:.4f}" for name in ranked[1:])
-        text = (
-            f"{ranked[0]} ends with the lowest held-out loss, {losses[ranked[0]]:.4f} nats a token"
+        first, *rest = ranked
+        each = "".join(f", {name} at {losses[name]:.4f}" for name in rest)
+        how = "ends with the lowest held-out loss," if rest else "ends at"
+        sentences.append(
+            f"{first} {how} {losses[first]:.4f} nats a token{each}, {_before(runs)} before "
+            "training."
         )
-        text = f"{ranked[0]} ends at {losses[ranked[0]]:.4f} nats a token" if not each else text
-        sentences.append(f"{text}{', ' if each else ''}{each}, {_before(runs)} before training.")
     sentences += [f"{name} has no finite loss at the end." for name in losses if name not in ranked]
     if len(runs) > 1:
         sentences += claims.sentences(judged(runs))
         sentences.append("One training each, with one seed: no statistics.")
-    optimizer = runs[0].settings["optimizer"]
-    if idle := idle_clip([run.trained for run in runs], optimizer):
-        sentences.append(idle)
-    if quirks := optimizer["quirks"]:
-        count = "one quirk" if len(quirks) == 1 else f"{len(quirks)} quirks"
-        sentences.append(f"They train with {count} of the released code.")
-    for run in runs:
-        if run.skipped:
-            steps = "step" if run.skipped == 1 else "steps"
-            sentences.append(f"{optimizer_label(run.arm)} skipped {run.skipped:,} {steps}.")
-    return sentences
+    optimizer = runs[0].records.settings["optimizer"]
+    sentences += idle_clip([run.trained for run in runs], optimizer)
+    if count := len(optimizer["quirks"]):
+        quirks = "one quirk" if count == 1 else f"{count} quirks"
+        sentences.append(f"They train with {quirks} of the released code.")
+    return sentences + [
+        f"{run.label} skipped {plural(run.skipped, 'step')}." for run in runs if run.skipped
+    ]
 
 
 def _before(runs: Sequence[Run]) -> str:
     """The held-out loss of the model that all begin with."""
     steps, losses = runs[0].trained.series["validation_loss"]
-    return _loss(losses[0]) if len(steps) and steps[0] == 0 else "–"
+    return form(losses[0], ".4f") if len(steps) and steps[0] == 0 else "–"
 
 
-def write_report(folder: epath.Path, arms: Sequence[ArmName]) -> epath.Path:
-    """Writes the figures, report.html and summary.json into the folder above the arms' own.
+def report(folder: epath.Path, arms: Sequence[ArmName] = ()) -> Report:
+    """The arms of a folder, each in a folder of its own, which may be unfinished.
 
     Args:
-        folder: has a folder of each arm, which may be unfinished.
-        arms: whose runs to tell of.
-
-    Returns:
-        The path of the page.
+        folder: above them.
+        arms: whose runs to tell of; by default all that there are.
 
     Raises:
         RunError: there is no such run.
         ValueError: a file is damaged; the message names it.
     """
-    runs = [load_run(folder / arm) for arm in arms]
+    runs = [load_run(folder / arm) for arm in arms or found_arms(folder)]
     for run in runs:
-        for damage in run.damage:
-            print_warning(f"The log of {optimizer_label(run.arm)} is damaged: {damage}.")
-    verdicts = judged(runs)
-    write_json(
-        folder / "summary.json",
+        for damage in run.records.damage:
+            print_warning(f"The log of {run.label} is damaged: {damage}.")
+    verdicts, named = judged(runs), {run.label: run for run in runs}
+    settings = {name: flat(run.records.settings) for name, run in named.items()}
+    quirks = [q for run in runs for q in run.records.settings["optimizer"]["quirks"]]
+    facts = next(({"data": run.summary["data"]} for run in runs if "data" in run.summary), {})
+    measured = about([run.arm for run in runs], quirks) | all_told(MEASURED, facts)
+    finished = sum(bool(run.summary) for run in runs)
+    return Report(
+        "Fine-tuning a Qwen3",
+        f"Run {folder.resolve().name} · {finished} of {len(runs)} arms finished",
+        abstract(runs),
+        table(runs),
+        [
+            Section("arms", "The arms", [table(runs)]),
+            Section("claims", "The post's claims, and this run", [POST, verdicts]),
+            Section("figures", "Figures", pictures({run.arm: [run.trained] for run in runs})),
+            Section("criteria", "How it was measured", [measured]),
+        ],
+        {key: value for key, value in together(settings).items() if key != "arm"},
+        together({name: run.summary.get("machine", {}) for name, run in named.items()}),
+        importlib.metadata.version("muon-jax"),
         {
             "runs": {run.arm: run.summary or None for run in runs},
             "claims": [of._asdict() for of in verdicts],
         },
     )
-    trainings: dict[str, list[Trained]] = {run.arm: [run.trained] for run in runs}
-    with figure_style():
-        figures = {
-            name: save_figure(figure, folder / f"{name}.png")
-            for name, figure in draw(trainings).items()
-        }
-    named = {optimizer_label(run.arm): run for run in runs}
-    quirks = dict.fromkeys(q for r in runs for q in r.settings["optimizer"]["quirks"])
-    return write_page(
-        Path(__file__).parent / "report.html.jinja",
-        folder / "report.html",
-        study="Fine-tuning a Qwen3",
-        command="experiments.finetune.report",
-        config=together({name: _settings(run) for name, run in named.items()}),
-        machine=together({name: run.summary.get("machine", {}) for name, run in named.items()}),
-        version=importlib.metadata.version("muon-jax"),
-        abstract=abstract(runs),
-        columns=[heading for heading, *_ in COLUMNS],
-        rows=[[form(run) for *_, form in COLUMNS] for run in runs],
-        figures=figures,
-        verdicts=verdicts,
-        about={optimizer_label(arm): ARMS[arm] for arm in arms},
-        quirks={quirk: QUIRKS[quirk] for quirk in quirks},
-        runs=runs,
-        data=next((run.summary["data"] for run in runs if "data" in run.summary), None),
-    )
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in flat(run.settings).items() if key != "arm"}
-
-
-def _refuse_a_suite(folder: epath.Path) -> None:
-    """Raises a RunError where a folder is a suite's, whose report is another one."""
-    config = folder / "config.json"
-    if config.exists() and "suite" in (settings := read_json(config)):
-        raise RunError(
-            f"{folder} is of --suite {settings['suite']}. Its report is made by `python -m "
-            f"experiments.finetune.suites.report {folder}`."
-        )
-
-
-def main(folder: tyro.conf.Positional[str]) -> None:
-    """Write the report of a comparison again from its files; nothing is trained.
-
-    Args:
-        folder: With a folder of each arm, e.g. runs/finetune/study.
-    """
-    path = epath.Path(folder)
-    with reporting(folder):
-        _refuse_a_suite(path)
-        arms = found_arms(path)
-        page = write_report(path, arms)
-        runs = [load_run(path / arm) for arm in arms]
-        console = Console()
-        console.print(terminal_table(runs))
-        console.print(Text(str(page)))
-
-
-if __name__ == "__main__":
-    tyro.cli(main, prog="python -m experiments.finetune.report")

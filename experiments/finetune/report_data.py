@@ -10,20 +10,21 @@ from etils import epath
 from experiments.finetune.arms import ARMS
 from experiments.finetune.config import ArmName
 from experiments.finetune.loop import steadiness
-from experiments.language import log
-from experiments.runs import RunError, holds_run, known_settings, read_json
+from experiments.report import records
+from experiments.report.figures import optimizer_label
+from experiments.report.series import NOTHING, Series, array, series
+from experiments.runs import RunError, holds_run
 
 EARLY, LATE = 0.25, 0.75  # of the steps: until when, and from when on
-
-Series = dict[str, tuple[np.ndarray, np.ndarray]]
+_GROUPED = ("gradient_norms", "update_rms")
+_HELD_OUT = ("validation_loss", "validation_accuracy")
 
 
 class Trained(NamedTuple):
     """One training of one arm, which may be unfinished.
 
     Attributes:
-        series: steps and values by name, NaN where one is not finite; of a group of params it is
-            "gradient_norms/GROUP" and "update_rms/GROUP".
+        series: of a name; of a group of params "gradient_norms/GROUP" and "update_rms/GROUP".
         steps: of the whole training.
         warmup: steps of it.
         noisy: whether an accuracy is of one step, and not a mean of several.
@@ -31,7 +32,7 @@ class Trained(NamedTuple):
 
     arm: ArmName
     seed: int
-    series: Series
+    series: dict[str, Series]
     steps: int
     warmup: int
     noisy: bool
@@ -47,46 +48,48 @@ class Trained(NamedTuple):
 
     def last(self, name: str) -> float:
         """The newest value, NaN without one."""
-        _, values = self.series.get(name, _NOTHING)
+        _, values = self.series.get(name, NOTHING)
         return float(values[-1]) if len(values) else math.nan
 
     def values(self) -> dict[str, float]:
         """What the claims are about, by the key of `claims.MEASURES`, NaN where it is not known."""
-        whole = self.finished
-        steps, accuracy = self.series.get("mean_token_accuracy", _NOTHING)
-        early = accuracy[steps <= EARLY * self.steps]
-        late = accuracy[steps > LATE * self.steps]
-        norm_steps, norms = self.series.get("gradient_norm", _NOTHING)
+        steps, accuracy = self.series.get("mean_token_accuracy", NOTHING)
+        norm_steps, norms = self.series.get("gradient_norm", NOTHING)
         _, spread = steadiness([float(x) for x in norms[norm_steps > self.warmup]])
-        return {
-            "early_accuracy": _mean(early),
-            "late_accuracy": _mean(late) if whole else math.nan,
-            "gradient_norm_spread": math.nan if spread is None or not whole else spread,
-            "validation_loss": self.last("validation_loss") if whole else math.nan,
-            "validation_accuracy": self.last("validation_accuracy") if whole else math.nan,
+        early = {"early_accuracy": _mean(accuracy[steps <= EARLY * self.steps])}
+        late = {
+            "late_accuracy": _mean(accuracy[steps > LATE * self.steps]),
+            "gradient_norm_spread": math.nan if spread is None else spread,
+            **{name: self.last(name) for name in _HELD_OUT},
         }
-
-
-_NOTHING = (np.empty(0), np.empty(0))
+        return early | (late if self.finished else dict.fromkeys(late, math.nan))
 
 
 class Run(NamedTuple):
-    """The folder of one arm.
-
-    Attributes:
-        summary: empty until the run is finished.
-        tokens_per_second: median of the records; None without one.
-        skipped: steps that changed nothing.
-        damage: what is wrong with its log, in words.
-    """
+    """The folder of one arm."""
 
     arm: ArmName
-    settings: dict[str, Any]
+    records: records.Records
     trained: Trained
-    summary: dict[str, Any]
-    tokens_per_second: float | None
-    skipped: int
-    damage: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return optimizer_label(self.arm)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return self.records.summary
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Median of the records; None without one."""
+        found = [x for r in self.records.trained if (x := r.get("tokens_per_second"))]
+        return float(np.median(found)) if found else None
+
+    @property
+    def skipped(self) -> int:
+        """Steps that changed nothing."""
+        return self.records.trained[-1]["skipped"] if self.records.trained else 0
 
 
 def load_run(folder: epath.Path) -> Run:
@@ -96,10 +99,9 @@ def load_run(folder: epath.Path) -> Run:
         RunError: it holds no run.
         ValueError: a file is damaged; the message names it.
     """
-    settings = known_settings(folder)
+    found = records.read(folder)
     try:
-        arm, seed = settings["arm"], settings["seed"]
-        steps, warmup = settings["steps"], settings["warmup"]
+        arm, seed, steps, warmup = (found.settings[k] for k in ("arm", "seed", "steps", "warmup"))
         if arm not in ARMS:
             raise ValueError(f"no arm is named {arm!r}")
     except (KeyError, ValueError) as error:
@@ -107,30 +109,14 @@ def load_run(folder: epath.Path) -> Run:
             f"{folder / 'config.json'} is of no run of this study ({type(error).__name__}: "
             f"{error}). Name the folder above the arms of python -m experiments.finetune."
         ) from None
-    records, damage = log.read(folder)
-    trained = [record for record in records if "loss" in record]
-    evaluated = [record for record in records if "validation_loss" in record]
-    series = {name: _series(trained, name) for name in _SCALARS}
+    trained = found.trained
+    scalars = ("loss", "mean_token_accuracy", "gradient_norm", "max_logit")
+    own = {name: series(trained, name) for name in scalars}
     for name in _GROUPED:
         for group in trained[-1][name] if trained else ():
-            series[f"{name}/{group}"] = _series(trained, name, group)
-    series |= {name: _series(evaluated, name) for name in _HELD_OUT}
-    rates = [record["tokens_per_second"] for record in trained if record.get("tokens_per_second")]
-    summary = folder / "summary.json"
-    return Run(
-        arm,
-        settings,
-        Trained(arm, seed, series, steps, warmup, noisy=True),
-        read_json(summary) if summary.exists() else {},
-        float(np.median(rates)) if rates else None,
-        trained[-1]["skipped"] if trained else 0,
-        tuple(damage),
-    )
-
-
-_SCALARS = ("loss", "mean_token_accuracy", "gradient_norm", "max_logit")
-_GROUPED = ("gradient_norms", "update_rms")
-_HELD_OUT = ("validation_loss", "validation_accuracy")
+            own[f"{name}/{group}"] = series(trained, name, group)
+    own |= {name: series(found.evaluated, name) for name in _HELD_OUT}
+    return Run(arm, found, Trained(arm, seed, own, steps, warmup, noisy=True))
 
 
 def found_arms(folder: epath.Path) -> tuple[ArmName, ...]:
@@ -154,46 +140,28 @@ def of_cell(
     """From the evaluations of a suite's cell, as its log has them."""
     after = [e for e in history if e["step"]]
     every = np.arange(1, 1 + sum(len(e["losses"]) for e in after))
-    series = {name: _series(history, name) for name in _HELD_OUT}
-    series |= {name: _series(after, name) for name in ("mean_token_accuracy", "max_logit")}
-    series["loss"] = every, _array(x for e in after for x in e["losses"])
-    series["gradient_norm"] = every, _array(x for e in after for x in e["gradient_norms"])
+    own = {name: series(history, name) for name in _HELD_OUT}
+    own |= {name: series(after, name) for name in ("mean_token_accuracy", "max_logit")}
+    own["loss"] = every, array(x for e in after for x in e["losses"])
+    own["gradient_norm"] = every, array(x for e in after for x in e["gradient_norms"])
     for group in after[0]["group_norms"] if after else ():
-        norms = _array(x for e in after for x in e["group_norms"][group])
-        series[f"gradient_norms/{group}"] = every, norms
-        series[f"update_rms/{group}"] = _series(after, "update_rms", group)
-    return Trained(arm, seed, series, steps, warmup, noisy=False)
+        norms = array(x for e in after for x in e["group_norms"][group])
+        own[f"gradient_norms/{group}"] = every, norms
+        own[f"update_rms/{group}"] = series(after, "update_rms", group)
+    return Trained(arm, seed, own, steps, warmup, noisy=False)
 
 
-def mean_series(trainings: Iterable[Trained], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps that all trainings have of a series, and the mean of their values there."""
-    found = [of.series[name] for of in trainings if name in of.series]
-    if not found:
-        return _NOTHING
-    rows = [dict(zip(steps.tolist(), values.tolist(), strict=True)) for steps, values in found]
-    steps = sorted(set.intersection(*map(set, rows)))
-    return np.array(steps), np.array([np.mean([row[step] for row in rows]) for step in steps])
-
-
-def idle_clip(trainings: Iterable[Trained], optimizer: Mapping[str, Any]) -> str | None:
-    """That MuonClip never clipped, where that is so.
-
-    Args:
-        trainings: of any arms.
-        optimizer: settings of `config.Optimizer`.
-    """
+def idle_clip(trainings: Iterable[Trained], optimizer: Mapping[str, Any]) -> list[str]:
+    """That MuonClip never clipped, where that is so, by the settings of `config.Optimizer`."""
     logits = [of.series["max_logit"][1] for of in trainings if of.arm == "muonclip"]
-    known = np.concatenate(logits or [_NOTHING[0]])
-    known = known[np.isfinite(known)]
-    if not len(known) or "no_clip" in optimizer["quirks"]:
-        return None
-    threshold = optimizer["clip_threshold"]
-    if known.max() > threshold:
-        return None
-    return (
+    known = np.concatenate(logits or [NOTHING[0]])
+    known, threshold = known[np.isfinite(known)], optimizer["clip_threshold"]
+    if not len(known) or "no_clip" in optimizer["quirks"] or known.max() > threshold:
+        return []
+    return [
         f"MuonClip never clips here, as no attention logit comes to its threshold, {threshold:g}: "
         f"the largest is {known.max():.3g}."
-    )
+    ]
 
 
 def differing(settings: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -201,19 +169,6 @@ def differing(settings: Iterable[Mapping[str, Any]]) -> list[str]:
     first, *others = ({k: v for k, v in own.items() if k != "arm"} for own in settings)
     names = dict.fromkeys(name for own in (first, *others) for name in own)
     return [name for name in names if any(own.get(name) != first.get(name) for own in others)]
-
-
-def _series(records: Sequence[Mapping[str, Any]], *path: str) -> tuple[np.ndarray, np.ndarray]:
-    def value(record: Any) -> float | None:
-        for key in path:
-            record = record.get(key) if record else None
-        return record
-
-    return np.array([record["step"] for record in records]), _array(map(value, records))
-
-
-def _array(values: Iterable[float | None]) -> np.ndarray:
-    return np.array([math.nan if x is None else x for x in values], float)
 
 
 def _mean(values: np.ndarray) -> float:

@@ -7,18 +7,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.figures import (
+from experiments.finetune.arms import GROUPS
+from experiments.finetune.report_data import Trained
+from experiments.report.figures import (
     DASHES,
-    POINT_MARK,
+    draw_series,
+    legend,
     legend_line,
     new_figure,
     optimizer_color,
     optimizer_label,
     plain_log_axis,
-    smoothed,
 )
-from experiments.finetune.arms import GROUPS
-from experiments.finetune.report_data import Trained, mean_series
+from experiments.report.page import Picture
 
 Arms = Mapping[str, Sequence[Trained]]  # the trainings of each arm
 
@@ -32,27 +33,20 @@ _COLORS = {
     "gains clipped": "#009E73",
 }
 _DASHED = ("muonclip", "W_q and W_k clipped")  # else they hide the line that they may lie on
-_GROUP_NAMES = {"matrices": "hidden matrices"}
-
-
-def color_of(arm: str) -> str:
-    """The arm's, in all figures of the study."""
-    return _COLORS.get(arm, optimizer_color(arm))
 
 
 def style_of(arm: str) -> dict[str, Any]:
-    """Of the arm's lines."""
-    return {"color": color_of(arm), "ls": DASHES if arm in _DASHED else "-"}
+    """Of the arm's lines, in all figures of the study."""
+    color = _COLORS.get(arm, optimizer_color(arm))
+    return {"color": color, "ls": DASHES if arm in _DASHED else "-"}
 
 
 def post_figure(arms: Arms) -> Figure:
     """The post's plots: mean token accuracy and gradient norm against step."""
     figure = new_figure(10.4, 4.0)
     left, right = figure.subplots(1, 2)
-    _draw(left, arms, "mean_token_accuracy", scale=100)
-    _draw(right, arms, "gradient_norm", log=True)
-    left.set_title("Mean token accuracy in training (%)", loc="left")
-    right.set_title("Gradient norm before clipping", loc="left")
+    _draw(left, arms, "mean_token_accuracy", "Mean token accuracy in training (%)", scale=100)
+    _draw(right, arms, "gradient_norm", "Gradient norm before clipping", positive=True)
     _finish(figure, [left, right], arms)
     return figure
 
@@ -61,12 +55,10 @@ def held_out_figure(arms: Arms) -> Figure:
     """Held-out loss and accuracy, and the largest attention logit, against step."""
     figure = new_figure(10.4, 3.7)
     panels = figure.subplots(1, 3)
-    _draw(panels[0], arms, "validation_loss", marked=True)
-    _draw(panels[1], arms, "validation_accuracy", scale=100, marked=True)
-    _draw(panels[2], arms, "max_logit", gaps=False)
-    titles = ("Held-out loss (nats a token)", "Held-out accuracy (%)", "Largest attention logit")
-    for axes, title in zip(panels, titles, strict=True):
-        axes.set_title(title, loc="left")
+    _draw(panels[0], arms, "validation_loss", "Held-out loss (nats a token)", marked=True)
+    accuracy = {"scale": 100, "marked": True}
+    _draw(panels[1], arms, "validation_accuracy", "Held-out accuracy (%)", **accuracy)
+    _draw(panels[2], arms, "max_logit", "Largest attention logit", gaps=False)
     _finish(figure, panels, arms)
     return figure
 
@@ -78,9 +70,9 @@ def groups_figure(arms: Arms) -> Figure:
     figure = new_figure(10.4, 5.2)
     grid = figure.subplots(2, len(groups), squeeze=False, sharex=True)
     for group, (norm, update) in zip(groups, grid.T, strict=True):
-        _draw(norm, arms, f"gradient_norms/{group}", log=True)
-        _draw(update, arms, f"update_rms/{group}", log=True)
-        norm.set_title(_GROUP_NAMES.get(group, group), loc="left")
+        title = "hidden matrices" if group == "matrices" else group
+        _draw(norm, arms, f"gradient_norms/{group}", title, positive=True)
+        _draw(update, arms, f"update_rms/{group}", "", positive=True)
         update.yaxis.set_major_formatter("{x:.2g}")
     grid[0, 0].set_ylabel("gradient norm")
     grid[1, 0].set_ylabel("RMS of the update")
@@ -88,62 +80,67 @@ def groups_figure(arms: Arms) -> Figure:
     return figure
 
 
-def _draw(
-    axes: Axes,
-    arms: Arms,
-    name: str,
-    *,
-    scale: float = 1.0,
-    log: bool = False,
-    marked: bool = False,
-    gaps: bool = True,
-) -> None:
-    """Every training thin, and each arm's mean, smoothed where it is of single steps.
-
-    With `log` the axis is logarithmic if there is a decade to show; without `gaps` lines go on
-    where a value is not known.
-    """
-
-    def line(steps: np.ndarray, values: np.ndarray, **style: Any) -> None:
-        shown = np.where(values > 0, values, np.nan) if log else scale * values
-        known = np.isfinite(shown)
-        if known.any():  # the updates of frozen params are 0
-            drawn = slice(None) if gaps else known
-            axes.plot(steps[drawn], shown[drawn], **style)
-
+def _draw(axes: Axes, arms: Arms, name: str, title: str, **how: Any) -> None:
+    """Every training thin, and each arm's mean; a log axis if there is a decade to show."""
     for arm, trainings in arms.items():
-        color = color_of(arm)
         found = [of.series[name] for of in trainings if name in of.series]
-        if len(found) > 1 or (any(of.noisy for of in trainings) and not marked):
-            for steps, values in found:
-                line(steps, values, color=color, lw=0.7, alpha=0.3)
-        steps, values = mean_series(trainings, name)
-        mark = POINT_MARK if marked and len(steps) < 40 else {}
-        line(steps, smoothed(values), **mark | style_of(arm) | {"lw": 1.7})
+        noisy = any(of.noisy for of in trainings) and not how.get("marked")
+        draw_series(axes, found, style_of(arm), thin=len(found) > 1 or noisy, **how)
     drawn = np.concatenate([np.asarray(of.get_ydata(), float) for of in axes.lines] or [[1.0]])
-    if log and np.nanmax(drawn) > 10 * np.nanmin(drawn):
+    if how.get("positive") and np.nanmax(drawn) > 10 * np.nanmin(drawn):
         plain_log_axis(axes, "y")
+    axes.set_title(title, loc="left")
 
 
 def _finish(figure: Figure, lowest: Sequence[Axes], arms: Arms) -> None:
     for axes in lowest:
         axes.set_xlabel("step")
         axes.xaxis.set_major_formatter("{x:,.10g}")
-    handles = [legend_line(optimizer_label(arm), **style_of(arm), lw=2.5) for arm in arms]
     several = any(len(of) > 1 for of in arms.values())
-    handles += [
+    legend(
+        figure,
+        (),
+        *(legend_line(optimizer_label(arm), **style_of(arm), lw=2.5) for arm in arms),
         legend_line("mean of the seeds, smoothed" if several else "smoothed", lw=1.7),
         legend_line("one seed" if several else "one step", lw=0.8, alpha=0.5),
+    )
+
+
+_PICTURES = {
+    "post": (
+        post_figure,
+        "The plots of the post: mean token accuracy of the rows trained on, and the norm of the "
+        "gradient before it is clipped.",
+        "Mean token accuracy and gradient norm against step, a line for each arm.",
+    ),
+    "held_out": (
+        held_out_figure,
+        "Loss and accuracy of held-out rows, of all learnt tokens alike, and the largest attention "
+        "logit of all layers and heads.",
+        "Held-out loss, held-out accuracy and largest attention logit against step.",
+    ),
+    "groups": (
+        groups_figure,
+        "Gradient norm, above, and RMS of the update, below, with learning rate and weight decay, "
+        "of the groups of params. Frozen params have a gradient and no update.",
+        "Gradient norm and update RMS by group of params against step.",
+    ),
+}
+
+
+def pictures(arms: Arms, title: str = "") -> list[Picture]:
+    """What there is to draw: a run may have no record yet.
+
+    Args:
+        arms: the trainings of each.
+        title: of the suite's variant that they are of.
+    """
+    known = {arm: trainings for arm, trainings in arms.items() if trainings}
+    if not any(len(of.series["loss"][0]) for own in known.values() for of in own):
+        return []
+    end = f"_{title.lower().replace(' ', '_')}" if title else ""
+    where = f"{title[:1].upper()}{title[1:]}, at the best rates. " if title else ""
+    return [
+        Picture(name + end, lambda draw=draw: draw(known), where + caption, alt)
+        for name, (draw, caption, alt) in _PICTURES.items()
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
-
-
-def draw(arms: Arms) -> dict[str, Figure]:
-    """What there is to draw: a run may have no record yet."""
-    if not any(len(of.series["loss"][0]) for trainings in arms.values() for of in trainings):
-        return {}
-    return {
-        "post": post_figure(arms),
-        "held_out": held_out_figure(arms),
-        "groups": groups_figure(arms),
-    }

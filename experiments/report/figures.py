@@ -249,8 +249,8 @@ def rates_figure(
         width: of a panel.
         unit: of the losses.
     """
-    alone = all(len(own) == 1 for own in panels.values())
-    high = 1.9 if len(panels) > 5 else 2.6
+    alone = shared and all(len(own) == 1 for own in panels.values())
+    high = 1.9 if len(panels) > 5 else max(2.6, 0.65 * width)
     figure, grid = grid_of(len(panels), 5, width, high, least=6.4, sharey=shared)
     every = [arm for own in panels.values() for arm in own]
     for (title, own), axes in zip(panels.items(), grid, strict=True):

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from experiments.figures import optimizer_label
 from experiments.finetune.claims import MEASURES, Judged, Verdict, difference_text
 from experiments.finetune.suites.config import GAINS, NO_QK_NORM, PRETRAINED, PROJECTIONS, QK_NORM
 from experiments.finetune.suites.results import BY_BASE, TO_ADAMW_BY_BASE, Contrast, Group
-from experiments.pages import number
+from experiments.report.figures import optimizer_label
+from experiments.report.text import number
 
 Clips = Mapping[str, Mapping[str, float]]
 
@@ -106,7 +106,7 @@ def clip_sentences(
     for norm in (QK_NORM, NO_QK_NORM):
         own = [of for of in groups if of.variant.startswith(f"{norm}, ")]
         at = clips.get(f"{norm}, {PROJECTIONS}", {}).get("threshold")
-        if own and at:
+        if own and at and all(of.trained for of in own):
             logits = _each(norm, own, Group.last_logit)
             norms = _each(norm, own, Group.gradient_norm)
             sentences.append(
@@ -122,6 +122,16 @@ def _each(norm: str, groups: Sequence[Group], value: Callable[[Group], float]) -
     return ", ".join(
         f"{number(value(of))} with {of.variant.removeprefix(f'{norm}, ')}" for of in groups
     )
+
+
+CLIP = (
+    "clip",
+    "threshold",
+    "largest attention logit before",
+    "after",
+    "largest change of a prediction's logit",
+    "largest such logit",
+)
 
 
 def clip_rows(clips: Clips) -> list[list[str]]:

@@ -1,27 +1,27 @@
-"""Report of a suite: reads its folder, draws its figures, writes report.html.
+"""Report of a suite of fine-tunings: every arm at its best rate, and what the suite asks."""
 
-It never trains: `python -m experiments.finetune.suites.report FOLDER`.
-"""
-
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import tyro
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from matplotlib.figure import Figure
 
-from experiments.commands import flat, reporting
-from experiments.figures import figure_style, optimizer_label
 from experiments.finetune import claims
-from experiments.finetune.arms import ARMS, QUIRKS
 from experiments.finetune.claims import MEASURES, Judged, difference_text
-from experiments.finetune.report_data import idle_clip
+from experiments.finetune.report import POST, about
+from experiments.finetune.report_data import Trained, idle_clip
+from experiments.finetune.report_figures import pictures, style_of
 from experiments.finetune.suites import answers
-from experiments.finetune.suites.config import CONTROLLED, PRETRAINED, PUBLISHED, SuiteName
-from experiments.finetune.suites.figures import draw
+from experiments.finetune.suites.config import (
+    CONTROLLED,
+    NO_QK_NORM,
+    PRETRAINED,
+    PUBLISHED,
+    QK_NORM,
+    SuiteName,
+)
 from experiments.finetune.suites.results import (
     BY_BASE,
     TO_ADAMW_BY_BASE,
@@ -32,9 +32,11 @@ from experiments.finetune.suites.results import (
     groups,
     values,
 )
-from experiments.pages import number, save_figure, text_table, write_page
-from experiments.runs import write_json
-from experiments.sweep import Files, load_run
+from experiments.report import arms
+from experiments.report.figures import Final, finals_figure, optimizer_label, rates_figure
+from experiments.report.page import Column, Picture, Report, Section, Table
+from experiments.report.text import all_told, form, number, p_text, plural, told
+from experiments.sweep import Files
 
 TITLES: dict[SuiteName, str] = {
     "as_published": "Fine-tuning as the released code does it",
@@ -62,7 +64,9 @@ class Results(NamedTuple):
 
     @property
     def verdicts(self) -> list[Judged]:
-        """The claims that the suite answers."""
+        """The claims that the suite answers; of stored results as they were judged."""
+        if not self.files.rows:
+            return [Judged(**stored) for stored in self.files.summary.get("claims", [])]
         if self.variant:
             return claims.judge(values(self.groups, self.variant))
         if self.which == "mismatch":
@@ -77,7 +81,7 @@ def load(folder: Path) -> Results:
         FileNotFoundError: the folder or one of its files is missing.
         ValueError: a file is not what it should be; the message names it.
     """
-    files = load_run(folder)
+    files = arms.load(folder)
     which = files.config.get("suite")
     if which not in TITLES:
         raise ValueError(f"{folder / 'config.json'} is of no suite of this study: {which!r}.")
@@ -86,18 +90,13 @@ def load(folder: Path) -> Results:
 
 
 def _share(name: str) -> Callable[[Group], str]:
-    def text(of: Group) -> str:
-        share = of.mean(name)
-        return f"{100 * share:.2f} %" if math.isfinite(share) else "–"
-
-    return text
+    return lambda of: form(of.mean(name), ".2%")
 
 
-# The table: heading in the report, heading in the terminal ("" to leave it out), the text.
-COLUMNS: tuple[tuple[str, str, Callable[[Group], str]], ...] = (
+COLUMNS: tuple[Column, ...] = (
     ("variant", "variant", lambda of: of.variant),
     ("arm", "arm", lambda of: of.label),
-    ("best rate", "rate", lambda of: f"{of.best.rate:g}" + " (edge)" * of.at_edge),
+    arms.RATE,
     ("final loss (nats a token)", "loss", lambda of: of.loss_text()),
     ("held-out accuracy", "accuracy", _share("validation_accuracy")),
     ("token accuracy, first quarter", "", _share("early_accuracy")),
@@ -107,25 +106,79 @@ COLUMNS: tuple[tuple[str, str, Callable[[Group], str]], ...] = (
     ("seeds", "", lambda of: str(len(of.best.losses))),
     ("cells", "", lambda of: str(of.cells)),
     ("diverged", "", lambda of: str(of.diverged)),
-    ("skipped steps", "", lambda of: str(of.skipped)),
+    ("skipped steps", "", lambda of: number(of.skipped)),
 )
-
-
-def terminal_table(folder: Path) -> Table:
-    """The table for the terminal, with the numbers of the HTML table."""
-    results = load(folder)
-    caption = "\n".join(abstract(results))
-    return text_table(TITLES[results.which], COLUMNS, results.groups, caption, names=2)
+CAPTION = (
+    "Held-out loss after {config[steps]} steps, mean ± standard deviation over the seeds at the "
+    "best rate. Token accuracy: of the rows trained on, mean over the first and last quarter of "
+    "the steps. Gradient norm: before clipping, after warm-up. “(edge)”: no further rate was tried "
+    "on that side."
+)
+MATRIX = (
+    "Final held-out loss, mean ± standard deviation over seeds, of a model that the one or the "
+    "other optimizer pretrained, fine-tuned by each arm at its best rate; and its difference to "
+    "AdamW's from the same base, paired by seed, with its 95 % interval and p after Holm's "
+    "correction. Last: how much more an arm loses to AdamW from the AdamW base than from the Muon "
+    "base."
+)
+CLIPS = (
+    "QK-clip of the models that the cells begin with, at {config[clip_share]} of their largest "
+    "attention logit on one batch, in float32. Training clips above the same threshold."
+)
+DIFFERENCES = (
+    "Paired by seed, Student's t. p is of the paired t test after Holm's correction for all rows "
+    "with the same heading; neither knows of the choice of the rate."
+)
+# By the suite: the heading of its claims, and whose they are.
+ASKED = {
+    "mismatch": (
+        "Muon after AdamW (2605.10468), and this run",
+        "2605.10468 finds that Muon degrades models that AdamW pretrained. A verdict needs p < "
+        "0.05 of the paired t test after Holm's correction.",
+    ),
+    "qk": (
+        "What a clip should do, and this run",
+        "RMSNorm of queries and keys cancels any scale of W_q and W_k but for its ε. “Changes "
+        "nothing” is less than a thousandth of the logits.",
+    ),
+}
+LIMITS = (
+    "The post's model has 4 B params and was pretrained on trillions of tokens; unless --model "
+    "names one, the model here has thousands of times fewer of both, and what ranks optimizers at "
+    "the one size may not at the other.",
+    "One number is swept, the learning rate, which in the hybrids both optimizers have; what else "
+    "an arm sets keeps its default.",
+    "{config[sweep_seeds]} of {config[seeds]} seeds choose the rate, and are among those it is "
+    "judged by, for all arms alike. A seed is an order of the rows: all begin with the same model, "
+    "so that intervals know nothing of other models or other rows. With so few seeds they are "
+    "wide, and a difference that they do not tell from zero may still be there.",
+)
+LIMITS_OF = {
+    "mismatch": "Each optimizer pretrained one model, at one rate and with one seed; the two bases "
+    "differ in more than their optimizer's name. What fine-tuning forgets of the pretraining text "
+    "is not measured.",
+    "qk": "Under QK-norm a clip of W_q and W_k leaves the logits as they are, so it comes again at "
+    "every step: the projections shrink, each update turns them further, and in training that is "
+    "not nothing.",
+}
+MEASURED = {
+    "Rows": "{corpus[name]}: {corpus[rows]:,}, of these {corpus[held_out_rows]:,} held out by "
+    "group. SHA-256 {corpus[sha256]}.",
+    "Models": "{models}.",
+    "Learning rates": "{rates}",
+    "Mean token accuracy": "trl's: the mean over microbatches of the share of learnt tokens that "
+    "have the largest logit.",
+}
+_SWEPT = (
+    "Swept by factors of {sweep[factor]:g} around {optimizer[learning_rate]}, and on until the "
+    "best one has a neighbour on each side, at most {sweep[limit]} further."
+)
 
 
 def contrast_text(of: Contrast) -> str:
     """A difference with its interval and p, e.g. "−0.0123 nats [−0.0200, −0.0046], p 0.012"."""
     text = difference_text(MEASURES["validation_loss"], of.mean, of.interval)
-    return text if of.p is None else f"{text}, p {_p(of)}"
-
-
-def _p(of: Contrast) -> str:
-    return "–" if of.p is None else "< 0.001" if of.p < 1e-3 else f"{of.p:.3f}"
+    return text if of.p is None else f"{text}, p {p_text(of.p)}"
 
 
 def abstract(results: Results) -> list[str]:
@@ -133,27 +186,19 @@ def abstract(results: Results) -> list[str]:
     found, files = results.groups, results.files
     if not found:
         return ["No cell has finished yet."]
-    sentences = []
-    total = files.summary["cells_total"]
-    if len(files.rows) < total:
-        sentences.append(f"{len(files.rows)} of {total} cells finished so far.")
+    sentences = arms.progress(files)
     if results.variant:
         sentences += _arms(results)
         sentences += claims.sentences(results.verdicts)
         own = [of for group in found if group.variant == results.variant for of in group.trained]
-        if idle := idle_clip(own, files.config["optimizer"]):
-            sentences.append(idle)
+        sentences += idle_clip(own, files.config["optimizer"])
     if results.which == "as_published":
         sentences += _removals(results.contrasts)
     if results.which == "mismatch":
         sentences += answers.mismatch_sentences(results.contrasts, contrast_text)
     if results.which == "qk":
         sentences += answers.clip_sentences(results.clips, found, results.contrasts, contrast_text)
-    if edge := [f"{of.label} ({of.variant})" for of in found if of.at_edge]:
-        sentences.append(f"Still best at the edge of the rates tried: {', '.join(edge)}.")
-    if diverged := sum(of.diverged for of in found):
-        sentences.append(f"{diverged} {'cell' if diverged == 1 else 'cells'} diverged.")
-    return sentences
+    return sentences + arms.caveats(found, lambda of: f"{of.label} ({of.variant})")
 
 
 def _arms(results: Results) -> list[str]:
@@ -164,20 +209,19 @@ def _arms(results: Results) -> list[str]:
         return ["Every arm diverged."]
     first = ranked[0]
     names = " and ".join(of.label for of in ranked if of.loss == first.loss)
-    seeds = len(first.best.losses)
+    seeds = plural(len(first.best.losses), "seed")
+    before = f"; {first.before:.4f} before training" if math.isfinite(first.before) else ""
     sentences = [
         f"{names} {'has' if names == first.label else 'have'} the lowest mean held-out loss, "
-        f"{first.loss_text()} nats a token over {seeds} {'seed' if seeds == 1 else 'seeds'}, at "
-        f"the rate {first.best.rate:g}; {first.before:.4f} before training."
+        f"{first.loss_text()} nats a token over {seeds}, at the rate {first.best.rate:g}{before}."
     ]
     beside = [of for of in results.contrasts if of.family == "minus AdamW" and of.gaps]
     sentences += [f"{of.name} minus AdamW: {contrast_text(of)}." for of in beside]
     if tested := [of for of in beside if of.p is not None]:
         lower, higher = (sum(of.sign == sign for of in tested) for sign in (-1, 1))
-        arms = "arm" if len(tested) == 1 else "arms"
         sentences.append(
-            f"Of {len(tested)} {arms} beside AdamW, {lower} end lower and {higher} higher at p < "
-            "0.05 after Holm's correction."
+            f"Of {plural(len(tested), 'arm')} beside AdamW, {lower} end lower and {higher} higher "
+            "at p < 0.05 after Holm's correction."
         )
     return sentences
 
@@ -200,111 +244,136 @@ def _removals(found: Sequence[Contrast]) -> list[str]:
 
 def matrix(results: Results) -> tuple[list[str], list[list[str]]]:
     """Base × arm: columns and rows of the table of the mismatch suite."""
-    by_name = {(of.family, of.name): of for of in results.contrasts}
+    by_name = {(of.family, of.name): contrast_text(of) for of in results.contrasts}
     losses = {(of.variant, of.arm): of.loss_text() for of in results.groups}
-    columns, rows = ["fine-tuned with"], []
+    columns = ["fine-tuned with"]
     for base in PRETRAINED.values():
         columns += [f"{base}: final loss", f"{base}: minus AdamW"]
-    columns.append("difference of the two differences")
+    rows = []
     for arm in dict.fromkeys(of.arm for of in results.groups):
-        label = optimizer_label(arm)
-        row = [label]
+        row = [label := optimizer_label(arm)]
         for base in PRETRAINED.values():
-            beside = by_name.get((TO_ADAMW_BY_BASE, f"{label}, {base}"))
-            row += [losses.get((base, arm), "–"), contrast_text(beside) if beside else "–"]
-        crossed = by_name.get((BY_BASE, label))
-        rows.append([*row, contrast_text(crossed) if crossed else "–"])
-    return columns, rows
+            row.append(losses.get((base, arm), "–"))
+            row.append(by_name.get((TO_ADAMW_BY_BASE, f"{label}, {base}"), "–"))
+        rows.append([*row, by_name.get((BY_BASE, label), "–")])
+    return [*columns, "difference of the two differences"], rows
 
 
-def write_report(folder: Path) -> Path:
-    """Writes the figures, report.html and the results in summary.json into the suite's folder.
+def curves(which: SuiteName, found: Sequence[Group]) -> dict[str, dict[str, Sequence[Trained]]]:
+    """What is drawn against step, by a title: of a variant its arms, or of qk its clips."""
+    if which == "qk":
+        return {
+            norm: {
+                of.variant.removeprefix(f"{norm}, "): of.trained
+                for of in found
+                if of.variant.startswith(f"{norm}, ")
+            }
+            for norm in (QK_NORM, NO_QK_NORM)
+        }
+    shown = {"controlled": [CONTROLLED], "as_published": [PUBLISHED]}
+    return {
+        variant: {of.arm: of.trained for of in found if of.variant == variant}
+        for variant in shown.get(which, PRETRAINED.values())
+    }
+
+
+def drawn_rates(found: Sequence[Group]) -> Figure:
+    """Final loss against learning rate, a line for each arm and a panel for each variant.
+
+    No shared axis: a variant may have a base of its own, whose losses lie elsewhere.
+    """
+    panels: dict[str, list[Group]] = {}
+    for of in found:
+        panels.setdefault(of.variant[:1].upper() + of.variant[1:], []).append(of)
+    return rates_figure(panels, style=style_of, shared=False, width=4.6)
+
+
+def drawn_differences(told: Sequence[Contrast]) -> Figure:
+    """Mean difference with its interval and every seed, a line each and a panel for each family."""
+    panels: dict[str, list[Final]] = {}
+    for of in told:
+        span = of.interval and (of.interval.low, of.interval.high)
+        line = Final(of.name, style_of(of.arm)["color"], [*of.gaps.values()], of.mean, span)
+        panels.setdefault(of.family, []).append(line)
+    name = "difference of the final held-out loss (nats a token); lower is better"
+    return finals_figure(panels, name, ("", 0), width=7.4)
+
+
+def figures(results: Results) -> list[Picture]:
+    """What there is to draw."""
+    found, pairs = results.groups, [of for of in results.contrasts if of.gaps]
+    several = any(len(of.losses) > 1 for of in found)
+    differences = Picture(
+        "differences",
+        lambda: drawn_differences(pairs),
+        "Differences of the final held-out loss, paired by seed, with their 95 % intervals.",
+        "Differences of the final held-out loss, with every seed.",
+    )
+    rates = Picture(
+        "rates",
+        lambda: drawn_rates(found),
+        "The sweep: final held-out loss against learning rate, of the seeds that choose it.",
+        "Final held-out loss against learning rate, a panel for each variant.",
+    )
+    return [
+        *[differences] * bool(pairs),
+        *[rates] * (several and any(math.isfinite(of.loss) for of in found)),
+        *(
+            picture
+            for title, trainings in curves(results.which, found).items()
+            for picture in pictures(trainings, title)
+        ),
+    ]
+
+
+def report(folder: Path) -> Report:
+    """Every arm at its best rate, and the suite's answers.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
         ValueError: a file is not what it should be; the message names it.
     """
     results = load(folder)
-    files, found = results.files, results.groups
-    verdicts = results.verdicts
-    summary = files.summary | {
-        "groups": [_group_json(of) for of in found],
-        "contrasts": [_contrast_json(of) for of in results.contrasts],
-        "claims": [of._asdict() for of in verdicts],
-    }
-    write_json(folder / "summary.json", summary)
-    with figure_style():
-        figures = {
-            name: save_figure(figure, folder / f"{name}.png") | {"caption": caption}
-            for name, (caption, figure) in draw(results.which, found, results.contrasts).items()
-        }
-    arms = dict.fromkeys(of.arm for of in found)
-    return write_page(
-        Path(__file__).parents[1] / "suite.html.jinja",
-        folder / "report.html",
-        study=TITLES[results.which],
-        command="experiments.finetune.suites.report",
-        config=flat({k: v for k, v in files.config.items() if k not in ("suite", "clips")}),
-        machine=files.summary["machine"],
-        version=files.summary["version"],
-        abstract=abstract(results),
-        which=results.which,
-        columns=[heading for heading, *_ in COLUMNS],
-        rows=[[form(of) for *_, form in COLUMNS] for of in found],
-        differences=[
-            [of.family, of.name, contrast_text(of._replace(p=None)), _p(of), str(len(of.gaps))]
-            for of in results.contrasts
+    files, found, which = results.files, results.groups, results.which
+    config, verdicts = files.config, results.verdicts
+    swept = config["sweep"]["reach"] or config["sweep"]["limit"]
+    rates = told(_SWEPT if swept else "{optimizer[learning_rate]} for all.", config)
+    facts = {"config": config, "corpus": files.summary["corpus"], "rates": rates}
+    facts["models"] = ", ".join(config["models"])
+    table = Table(COLUMNS, found, told(CAPTION, facts), TITLES[which], names=2).known()
+    headings = ["difference of the final loss", "of", "mean [95 % interval]", "p, Holm", "n"]
+    differences = [
+        [of.family, of.name, contrast_text(of._replace(p=None)), p_text(of.p), str(len(of.gaps))]
+        for of in results.contrasts
+    ]
+    heading, whose = ASKED.get(which, ("The post's claims, and this run", POST))
+    limits = [*(told(limit, facts) for limit in LIMITS), LIMITS_OF.get(which, "")]
+    of_arms = about([of.arm for of in found], config["optimizer"]["quirks"])
+    of_texts = functools.partial(Table.of_texts, names=2)
+    crossed = of_texts(*matrix(results), MATRIX) if which == "mismatch" else None
+    clips = of_texts(answers.CLIP, answers.clip_rows(results.clips), told(CLIPS, facts))
+    return arms.report(
+        TITLES[which],
+        folder,
+        files,
+        "a variant, an arm, a learning rate and a seed",
+        abstract(results),
+        table,
+        [
+            Section("matrix", "Base and arm", [crossed]),
+            Section("clips", "One clip, before any training", [results.clips and clips]),
+            Section("claims", heading, [whose, verdicts] if verdicts else []),
+            Section("arms", "Every arm at its best rate", [table]),
+            Section(
+                "differences",
+                "Differences",
+                [differences and of_texts(headings, differences, DIFFERENCES)],
+            ),
+            Section("figures", "Figures", figures(results)),
+            Section("limits", "What so small a study can show", [limits]),
+            Section("criteria", "How it was measured", [of_arms | all_told(MEASURED, facts)]),
         ],
-        matrix=matrix(results) if results.which == "mismatch" else None,
-        clips=answers.clip_rows(results.clips),
-        verdicts=verdicts,
-        figures=figures,
-        about={optimizer_label(arm): ARMS[arm] for arm in arms},
-        quirks={name: QUIRKS[name] for name in files.config["optimizer"]["quirks"]},
-        files=files,
+        groups=[of.as_json() for of in found],
+        contrasts=[of.as_json() for of in results.contrasts],
+        claims=[of._asdict() for of in verdicts],
     )
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _group_json(of: Group) -> dict[str, Any]:
-    return {
-        "variant": of.variant,
-        "arm": of.arm,
-        "best_rate": of.best.rate,
-        "at_edge": of.at_edge,
-        "validation_loss": _finite(of.loss),
-        "losses_by_seed": {str(seed): _finite(x) for seed, x in sorted(of.best.losses.items())},
-        "losses_by_rate": {f"{rate:g}": _finite(x) for rate, x in of.losses.items()},
-        "max_logit": _finite(of.largest_logit()),
-        "cells": of.cells,
-        "diverged": of.diverged,
-    }
-
-
-def _contrast_json(of: Contrast) -> dict[str, Any]:
-    return {
-        "family": of.family,
-        "name": of.name,
-        "by_seed": {str(seed): gap for seed, gap in of.gaps.items()},
-        "mean": _finite(of.mean),
-        "interval": of.interval and [of.interval.low, of.interval.high],
-        "p_holm": of.p,
-    }
-
-
-def main(folder: tyro.conf.Positional[Path]) -> None:
-    """Write the report of a suite again from its files; nothing is trained.
-
-    Args:
-        folder: The suite's folder, e.g. runs/finetune/controlled.
-    """
-    with reporting(folder):
-        path = write_report(folder)
-        Console().print(terminal_table(folder), Text(str(path)))
-
-
-if __name__ == "__main__":
-    tyro.cli(main, prog="python -m experiments.finetune.suites.report")

@@ -1,14 +1,14 @@
 """What the report knows of a suite: the cells of each arm of a variant, and how groups differ."""
 
+import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.differences import Interval, difference, holm, p_value
-from experiments.figures import optimizer_label
 from experiments.finetune.report_data import Trained, of_cell
 from experiments.finetune.suites.config import (
     BASELINE,
@@ -19,98 +19,101 @@ from experiments.finetune.suites.config import (
     QK_NORM,
     UNCLIPPED,
 )
-from experiments.sweep import Best, Files, best, chosen_by, losses_by_rate, mean
+from experiments.report import arms
+from experiments.report.figures import optimizer_label
+from experiments.report.series import NOTHING
+from experiments.sweep import Files
 
 Losses = Mapping[int, float]
 
 
-class Group(NamedTuple):
-    """What the cells of one arm of a variant did.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group(arms.Arm):
+    """What the cells of one arm of a variant did; `optimizer` is the arm.
 
     Attributes:
-        losses: mean final loss by rate, over the seeds that choose it; infinite where one diverged.
-        best: the rate that they chose, and the final loss of every seed there.
-        trained: the cells at that rate.
+        trained: the cells at the best rate; none of stored results, which have `max_logit`.
         before: held-out loss of the model that all begin with; NaN if all diverged at once.
-        cells: how many finished.
-        diverged: how many of them diverged.
         skipped: steps of the cells at the best rate that changed nothing.
     """
 
     variant: str
-    arm: str
-    losses: dict[float, float]
-    best: Best
-    trained: list[Trained]
-    before: float
-    cells: int
-    diverged: int
-    skipped: int
+    trained: Sequence[Trained] = ()
+    before: float = math.nan
+    skipped: int | None = None
+    max_logit: float | None = None
 
     @property
-    def label(self) -> str:
-        return optimizer_label(self.arm)
-
-    @property
-    def loss(self) -> float:
-        return self.best.mean
+    def arm(self) -> str:
+        return self.optimizer
 
     @property
     def at_edge(self) -> bool:
         """Whether a sweep ended where a further rate might be better."""
         return self.best.at_edge and len(self.losses) > 1
 
-    def loss_text(self) -> str:
-        """The final loss with its spread, e.g. "1.6520 ± 0.0041"."""
-        values = [*self.best.losses.values()]
-        if not all(map(math.isfinite, values)):
-            return "diverged"
-        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        return f"{self.loss:.4f}{spread}"
+    def loss_text(self, digits: int = 4) -> str:
+        return super().loss_text(digits)
 
     def mean(self, name: str) -> float:
         """Of `Trained.values()`, over the seeds; NaN where none has it."""
-        return self._over(lambda trained: trained.values()[name])
+        return _known(trained.values()[name] for trained in self.trained)
 
     def largest_logit(self) -> float:
         """Attention logit, of the whole training, mean over seeds."""
-        return self._over(lambda trained: _largest(trained, "max_logit"))
+        if not self.trained:
+            return math.nan if self.max_logit is None else self.max_logit
+        logits = [of.series.get("max_logit", NOTHING)[1] for of in self.trained]
+        return _known(np.nanmax(x) for x in logits if np.isfinite(x).any())
 
     def last_logit(self) -> float:
         """Largest attention logit since the evaluation before the last, mean over seeds."""
-        return self._over(lambda trained: trained.last("max_logit"))
+        return _known(of.last("max_logit") for of in self.trained)
 
     def gradient_norm(self) -> float:
         """Median after warm-up, before clipping, mean over seeds."""
-        return self._over(_gradient_norm)
+        norms = []
+        for of in self.trained:
+            steps, values = of.series["gradient_norm"]
+            known = values[(steps > of.warmup) & np.isfinite(values)]
+            norms += [float(np.median(known))] if len(known) else []
+        return _known(norms)
 
-    def _over(self, of: Callable[[Trained], float]) -> float:
-        known = [x for x in map(of, self.trained) if math.isfinite(x)]
-        return statistics.fmean(known) if known else math.nan
+    def as_json(self) -> dict[str, Any]:
+        own = {"variant": self.variant, "arm": self.arm}
+        beside = ("optimizer", "spread", "difference_to_adamw", "p_holm")
+        base = {key: value for key, value in super().as_json().items() if key not in beside}
+        return own | base | {"max_logit": arms.finite(self.largest_logit())}
 
 
-def _largest(trained: Trained, name: str) -> float:
-    _, values = trained.series.get(name, ((), ()))
-    return max((float(x) for x in values if math.isfinite(x)), default=math.nan)
-
-
-def _gradient_norm(trained: Trained) -> float:
-    steps, norms = trained.series["gradient_norm"]
-    known = norms[(steps > trained.warmup) & np.isfinite(norms)]
-    return float(np.median(known)) if len(known) else math.nan
+def _known(values: Iterable[float]) -> float:
+    known = [float(x) for x in values if math.isfinite(x)]
+    return statistics.fmean(known) if known else math.nan
 
 
 def groups(files: Files) -> list[Group]:
     """In the order of the variants, and of the arms in them."""
-    pairs = list(zip(files.rows, files.histories, strict=True))
-    keys = dict.fromkeys((row["variant"], row["arm"]) for row in files.rows)
-    arms = files.config["arms"]
-    variants = [*dict.fromkeys(variant for variant, _ in keys)]
-    order = sorted(
-        keys,
-        key=lambda key: (_place(key[0], variants), arms.index(key[1]) if key[1] in arms else 0),
-    )
-    return [_group(files, key, pairs) for key in order]
+    found = [
+        _group(files, *key, *own) for key, own in arms.grouped(files, "variant", "arm").items()
+    ]
+    if not files.rows:
+        found = [
+            Group(
+                variant=stored["variant"],
+                optimizer=stored["arm"],
+                max_logit=stored["max_logit"],
+                **arms.of_json(stored),
+            )
+            for stored in files.summary.get("groups", [])
+        ]
+    names = files.config["arms"]
+    variants = [*dict.fromkeys(of.variant for of in found)]
+
+    def order(of: Group) -> tuple[Any, ...]:
+        place = names.index(of.arm) if of.arm in names else 0
+        return _place(of.variant, variants), place
+
+    return sorted(found, key=order)
 
 
 _ORDER = (PUBLISHED, CONTROLLED, *PRETRAINED.values(), QK_NORM, NO_QK_NORM)
@@ -121,27 +124,20 @@ def _place(variant: str, variants: Sequence[str]) -> tuple[int, str]:
     return known, "" if variant.endswith(UNCLIPPED) else variant
 
 
-def _group(files: Files, key: tuple[str, str], pairs: list[Any]) -> Group:
-    own = [(row, history) for row, history in pairs if (row["variant"], row["arm"]) == key]
-    rows = [row for row, _ in own]
-    swept = files.config["sweep_seeds"]
-    top = best(rows, swept)
+def _group(files: Files, variant: str, arm: str, rows: list[Any], histories: list[Any]) -> Group:
+    own = arms.of_cells(rows, histories, files.config["sweep_seeds"])
     chosen = sorted(
-        ((row, history) for row, history in own if row["rate"] == top.rate),
-        key=lambda pair: pair[0]["seed"],
+        (row["seed"], place) for place, row in enumerate(rows) if row["rate"] == own["best"].rate
     )
     steps, warmup = files.config["steps"], files.config["warmup"]
-    starts = [h[0]["validation_loss"] for _, h in own if h and h[0]["step"] == 0]
+    starts = [h[0]["validation_loss"] for h in histories if h and h[0]["step"] == 0]
     return Group(
-        variant=key[0],
-        arm=key[1],
-        losses={r: mean(x) for r, x in losses_by_rate(chosen_by(rows, swept)).items()},
-        best=top,
-        trained=[of_cell(key[1], row["seed"], h, steps, warmup) for row, h in chosen],
+        variant=variant,
+        optimizer=arm,
+        trained=[of_cell(arm, seed, histories[place], steps, warmup) for seed, place in chosen],
         before=starts[0] if starts else math.nan,
-        cells=len(rows),
-        diverged=sum(row["diverged"] for row in rows),
-        skipped=sum(row["skipped"] for row, _ in chosen),
+        skipped=sum(rows[place]["skipped"] for _, place in chosen),
+        **own,
     )
 
 
@@ -173,6 +169,16 @@ class Contrast(NamedTuple):
         if self.p is None or self.p >= 0.05:
             return 0
         return 1 if self.mean > 0 else -1
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "family": self.family,
+            "name": self.name,
+            "by_seed": {str(seed): gap for seed, gap in self.gaps.items()},
+            "mean": arms.finite(self.mean),
+            "interval": self.interval and [self.interval.low, self.interval.high],
+            "p_holm": self.p,
+        }
 
 
 def _contrast(name: str, arm: str, family: str, ours: Losses, theirs: Losses) -> Contrast:

@@ -18,7 +18,7 @@ from experiments.finetune.architecture import Qwen3
 from experiments.finetune.chat import TOKENIZER, Chat
 from experiments.finetune.config import REAL_WARMUP, WARMUP, Base, Training
 from experiments.finetune.model import Params
-from experiments.finetune.suites import clip, report
+from experiments.finetune.suites import clip
 from experiments.finetune.suites.config import (
     GAINS,
     NO_QK_NORM,
@@ -31,6 +31,7 @@ from experiments.finetune.suites.config import (
     with_threshold,
 )
 from experiments.language.checkpoints import params_sha256
+from experiments.report.studies import show
 from experiments.runs import Run
 from experiments.side_by_side import devices_for, side_by_side
 from experiments.sweep import carry_out, missing_cells
@@ -114,9 +115,7 @@ def suite(command: Any, which: SuiteName, console: Console, stop: threading.Even
         except KeyboardInterrupt:
             stop.set()
         if run.finished:
-            page = report.write_report(folder)
-            console.print(report.terminal_table(folder))
-            console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+            show(folder, console)
     finally:
         run.close()
     return INTERRUPTED if stop.is_set() else 0
