@@ -11,8 +11,8 @@ import pytest
 
 from experiments.bench import __main__ as bench
 from experiments.commands import INTERRUPTED, guard, print_error, reporting
-from experiments.grok import report as grok_report
 from experiments.grok import speed
+from experiments.report import __main__ as report
 from experiments.runs import RunError
 
 ROOT = Path(__file__).parent.parent
@@ -111,7 +111,7 @@ def test_a_report_of_other_files_is_refused_in_a_sentence(tmp_path, text):
     for name in ("config.json", "summary.json"):
         (tmp_path / name).write_text(text)
     with pytest.raises(SystemExit, match=r"error: .*config.json"):
-        grok_report.main(tmp_path)
+        report.main(str(tmp_path))
 
 
 def test_a_platform_that_is_not_here_is_told(tmp_path):

@@ -292,7 +292,7 @@ def test_figures_show_every_measure_of_every_optimizer():
     looks = report_probes.figures(planted_run("mul"))
     kinds = "measures", "spectra", "power"
     assert [look.name for look in looks] == [f"inside_1_{kind}" for kind in kinds]
-    measures, spectra, power = (look.figure for look in looks)
+    measures, spectra, power = (look.draw() for look in looks)
     assert [len(axes.lines) for axes in spectra.axes] == [2 * 3, 2 * 3]
     heights = [line.get_ydata() for axes in spectra.axes for line in axes.lines]
     assert all(y[0] == 1 and (np.diff(y) <= 0).all() for y in heights)
@@ -305,7 +305,7 @@ def test_figures_show_every_measure_of_every_optimizer():
     ]  # fmt: skip
     assert all(len(axes.collections) == 1 for axes in images)
     assert images[0].collections[0].get_array().shape == (48, 3)
-    assert str(looks[0].panel) == "mul · softmax"
+    assert looks[0].label == "mul · softmax"
     middle = np.mean([probes.record(measured("mul", seed=i))["logit_gini"] for i in range(2)])
     assert f"Gini of the logits AdamW {middle:.3g}, Muon {middle:.3g};" in looks[0].caption
 
@@ -315,10 +315,10 @@ def test_figures_show_every_measure_of_every_optimizer():
 )
 def test_figures_leave_out_what_a_task_has_not(task, axes, images):
     looks = report_probes.figures(planted_run(task, epochs=(10,), seeds=1))
-    assert len(looks[0].figure.axes) == axes
+    assert len(looks[0].draw().axes) == axes
     assert len(looks) == (3 if images else 2)
     if images:
-        assert len(looks[2].figure.axes) == images + 1
+        assert len(looks[2].draw().axes) == images + 1
 
 
 def test_no_looks_no_figures():

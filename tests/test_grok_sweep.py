@@ -13,11 +13,10 @@ from experiments import optimizers
 from experiments.grok import report_published, report_sweep
 from experiments.grok.config import Config
 from experiments.grok.model import Transformer
-from experiments.grok.report import abstract, load_run, write_report
-from experiments.grok.report_data import Run
-from experiments.grok.report_sweep_data import UNCOUNTED
+from experiments.grok.report import abstract
+from experiments.grok.report_data import UNCOUNTED, Run, load_run
 from experiments.grok.report_sweep_figures import heat_figure, lines_figure
-from tests.test_grok_report import cell, make_run
+from tests.test_grok_report import cell, make_run, write_report
 
 WIDTHS = ("width=32,64,128",)
 

@@ -13,8 +13,8 @@ from experiments.commands import INTERRUPTED, conduct, progress_bar
 from experiments.grok import suites
 from experiments.grok.config import GRID, Cell, Config
 from experiments.grok.estimate import estimate
-from experiments.grok.report import terminal_table, write_report
 from experiments.grok.train import Epoch, Outcome, train_cells
+from experiments.report.studies import show
 from experiments.runs import Run, machine, write_json
 from experiments.side_by_side import side_by_side
 
@@ -50,9 +50,7 @@ def study(config: Config, run: Run, stop: threading.Event, console: Console) -> 
         stop.set()
     summarize(config, run)
     if run.finished:
-        report = write_report(run.folder)
-        console.print(terminal_table(run.finished, budget=config.epochs))
-        console.print(f"Report: {report}", highlight=False, soft_wrap=True)
+        show(run.folder, console)
     left = len(set(cells) - {Cell.of(row) for row in run.finished})
     if left:
         console.print(f"Interrupted with {left} cells to go; the same command goes on from there.")

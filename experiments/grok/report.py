@@ -1,20 +1,11 @@
-"""Report of the grokking study: reads a run's files, draws its figures, writes report.html.
-
-It never trains, so it can be made again at any time: `python -m experiments.grok.report FOLDER`.
-"""
+"""Report of the grokking study: figures, tests, sweeps, looks inside, the published study."""
 
 import collections
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import tyro
-from rich.console import Console
-from rich.table import Table as TerminalTable
-from rich.text import Text
+from matplotlib.figure import Figure
 
-from experiments.commands import reporting
-from experiments.figures import figure_style, optimizer_label
 from experiments.grok import (
     grid,
     report_figures,
@@ -25,66 +16,216 @@ from experiments.grok import (
 )
 from experiments.grok.config import Cell, Panel
 from experiments.grok.report_data import (
+    BASELINE,
     Arm,
     Median,
     Row,
     Run,
     aggregate,
+    known,
     load_run,
     sustained_median,
 )
-from experiments.grok.report_sweep_data import known
-from experiments.pages import flop, number, save_figure, text_table, write_page
+from experiments.report.figures import optimizer_label
+from experiments.report.page import Column, Picture, Report, Section, Table
+from experiments.report.text import flop, form, number, plural
 
 
-class Table(NamedTuple):
-    """A table of the page."""
-
-    columns: Sequence[str]
-    lines: list[list[str]]
-
-
-def bounded(median: Median, form: Callable[[float], str] = number) -> str:
-    """A median as text, "> 200" where it is only a lower bound."""
-    return f"> {form(median.value)}" if median.at_least else form(median.value)
+def _epochs(heading: str, short: str, field: str) -> Column:
+    return heading, short, lambda arm: arm.median(field).text()
 
 
 def compute(arm: Arm) -> str:
     """FLOPs to grok, "–" where XLA does not count all that the optimizer does."""
-    return bounded(arm.flops_to_grok, flop) if known(arm.optimizer, "FLOP") else "–"
+    return arm.median("flops_to_grok").text(flop) if known(arm.optimizer, "FLOP") else "–"
 
 
-# The per-arm table: heading in the report, heading in the terminal, the text for an arm.
-ARM_COLUMNS: tuple[tuple[str, str, Callable[[Arm], str]], ...] = (
+ARM_COLUMNS: tuple[Column, ...] = (
     ("task", "task", lambda arm: arm.panel.task),
     ("softmax", "softmax", lambda arm: arm.panel.softmax),
-    ("optimizer", "opt.", lambda arm: optimizer_label(arm.optimizer)),
+    ("optimizer", "opt.", lambda arm: arm.label),
     ("n", "n", lambda arm: str(arm.n)),
-    ("memorised (epoch)", "mem.", lambda arm: bounded(arm.memorized)),
-    ("grok, first (epoch)", "grok", lambda arm: bounded(arm.grok_first)),
-    ("grok, sustained (epoch)", "held", lambda arm: bounded(arm.grok_sustained)),
-    ("grok, near best (epoch)", "best", lambda arm: bounded(arm.grok_near_best)),
-    ("delay (epochs)", "delay", lambda arm: bounded(arm.delay)),
+    _epochs("memorised (epoch)", "mem.", "memorized_epoch"),
+    _epochs("grok, first (epoch)", "grok", "grok_epoch"),
+    _epochs("grok, sustained (epoch)", "held", "grok_epoch_sustained"),
+    _epochs("grok, near best (epoch)", "best", "grok_epoch_near_best"),
+    _epochs("delay (epochs)", "delay", "delay"),
     ("censored", "cens.", lambda arm: f"{arm.censored} of {arm.n}"),
-    ("time to grok (s)", "time\n(s)", lambda arm: bounded(arm.seconds_to_grok)),
+    _epochs("time to grok (s)", "time\n(s)", "seconds_to_grok"),
     ("compute to grok", "compute", compute),
-    ("steps/s", "steps\n/s", lambda arm: bounded(arm.steps_per_second)),
+    ("steps/s", "steps\n/s", lambda arm: arm.steps_per_second.text()),
 )
-LOST_COLUMN = ("lost again", "lost", lambda arm: f"{arm.collapsed} of {arm.n}")
-STABILITY_COLUMN = (
+LOST_COLUMN: Column = ("lost again", "lost", lambda arm: f"{arm.collapsed} of {arm.n}")
+STABILITY_COLUMN: Column = (
     "below 95 % after that",
     "",
-    lambda arm: "–" if arm.below_after_grok is None else f"{100 * arm.below_after_grok:.1f} %",
+    lambda arm: form(arm.below_after_grok, ".1%"),
 )
-POINT_COLUMN = ("setting", "setting", lambda arm: arm.panel.point)
-TERMINAL_CAPTION = (
+POINT_COLUMN: Column = ("setting", "setting", lambda arm: arm.panel.point)
+NOTE = (
     "Epochs: mem. memorised, grok first at 95 % then, held for 5 evaluations,\n"
     "best within 1 % of the run's highest. cens. censored; time and compute to\n"
     "grok; > only a lower bound is known."
 )
+ARMS = (
+    "Medians over the n finished cells of each arm. A censored cell counts as later than any that "
+    "grokked; “>” marks a median of which only a lower bound is known."
+)
 
 
-def arm_columns(rows: Sequence[Row]) -> list[tuple[str, str, Callable[[Arm], str]]]:
+def _number(heading: str, field: str) -> Column:
+    return heading, heading, lambda row: number(row[field])
+
+
+CELL_COLUMNS: tuple[Column, ...] = (
+    ("task", "", lambda row: row["task"]),
+    ("softmax", "", lambda row: row["softmax"]),
+    ("optimizer", "", lambda row: optimizer_label(row["optimizer"])),
+    ("seed", "", lambda row: str(row["seed"])),
+    ("setting", "", lambda row: row["point"] or "–"),
+    _number("memorised (epoch)", "memorized_epoch"),
+    _number("first crossing (epoch)", "first_crossing_epoch"),
+    _number("grok, first (epoch)", "grok_epoch"),
+    _number("grok, sustained (epoch)", "grok_epoch_sustained"),
+    _number("grok, near best (epoch)", "grok_epoch_near_best"),
+    _number("lost again (epoch)", "collapse_epoch"),
+    _number("delay (epochs)", "delay"),
+    (
+        "outcome",
+        "",
+        lambda row: "diverged" if row["diverged"] else "censored" if row["censored"] else "grokked",
+    ),
+    _number("epochs run", "epochs_run"),
+    _number("training time (s)", "seconds"),
+    _number("steps/s", "steps_per_second"),
+    _number("time to grok (s)", "seconds_to_grok"),
+    ("compute to grok", "", lambda row: flop(row["flops_to_grok"])),
+    ("compute per step", "", lambda row: flop(row["step_flops"])),
+    _number("parameters", "parameters"),
+)
+CELLS = "One row per finished cell. “–”: not reached, or not measured."
+BEST = (
+    "The setting of each optimizer at which the median cost to its sustained grokking epoch is "
+    "lowest, on each axis where cells can rank otherwise. The best of many settings flatters an "
+    "optimizer that was tried at more of them; the interval is over seeds alone, and does not "
+    "count the choice; – where XLA does not count an optimizer's FLOPs."
+)
+TRENDS = (
+    "Spearman's rank correlation of the setting with what a cell took to its sustained grokking "
+    "epoch, on five axes: +1 where more of it always takes longer. Where all cells have one "
+    "budget, a censored cell ranks last; where they have not, as in steps over batches, values "
+    "with a censored cell are left out. Words have no order, and so no trend."
+)
+SWEEP = (
+    "What a cell took to its sustained grokking epoch, against the setting. A point is a cell that "
+    "grokked, a line the median over seeds where it is known, an open triangle the cells of an "
+    "optimizer at a setting that had not grokked within {budget} epochs, at the median of what "
+    "their budgets took; ×n says that they are n, and those of several optimizers stand side by "
+    "side. FLOPs are XLA's count, which leaves out decompositions and what loops repeat: an "
+    "optimizer with one has none (–). Seconds are this machine's."
+)
+HEAT = (
+    "Median cost to the sustained grokking epoch over seeds, with the number of censored cells, "
+    "whose budget is {budget} epochs. Grey: only a bound of the median is known (>), or nothing "
+    "(–), as FLOPs with decompositions. A unit has one colour scale for all optimizers."
+)
+PUBLISHED = (
+    "“Muon Optimizer Accelerates Grokking” (Tveit et al., arXiv 2504.16041) reports a mean "
+    "grokking epoch of 153.09 with AdamW and 102.89 with Muon, a ratio of 1.49, pooled over its "
+    "tasks and output functions. The paper does not state its layers, width, learning rates, "
+    "weight decay or seeds, so the ratio of this run is not a replication of that number unless "
+    "the run covers the full grid, and even then its settings are this study's own. This run "
+    "covers {tasks} ({named_tasks}) and {kinds} ({named_kinds})."
+)
+BOXES = (
+    "Left, quartiles, medians and the farthest outliers read off the paper's figure, and its "
+    "means. Right, the first grokking epoch of every finished cell here; censored cells are drawn "
+    "at the budget of {budget} epochs."
+)
+SLIP = (
+    "The paper gives t ≈ 5.0175 and p ≈ 6.33e-8. No two-sided p at that t is below 5.2e-7; with "
+    "880 degrees of freedom it is 6.33e-7, so the exponent looks like a slip, and the study like "
+    "one of 882 trainings. {welch}Such a p counts every task and output function as a repetition "
+    "of one experiment, and grows with the number of seeds; it is no target."
+)
+DOUBT = (
+    "Later work doubts how general the result is: Essential AI (“Muon Doesn't Clearly Grok "
+    "Faster”, June 2025) finds the advantage under certain conditions and sees it disappear over a "
+    "wider range of hyperparameters and model sizes."
+)
+CURVES = (
+    "Accuracy after each epoch. Solid: training. Dashed: validation. Thin: one seed. Thick: the "
+    "median over seeds, at the epochs that all of them reached. Dotted: 95 %. Open circles mark "
+    "the median memorised epoch (at 100 %) and diamonds the median sustained grokking epoch (at "
+    "95 %), over finished cells; a median beyond the budget has no mark. {begun} cells begun, "
+    "{finished} finished."
+)
+EPOCHS = (
+    "Sustained grokking epoch of every finished cell, one point each; {censored} censored, drawn "
+    "as open triangles at the budget of {budget} epochs and set apart so that they can be "
+    "counted. {shape}"
+)
+ROWS = (
+    "A line spans the range of an arm, a bar marks its median where that is known, and a cross the "
+    "epoch at which a cell had lost it again."
+)
+QUARTILES = (
+    "Boxes span the quartiles and whiskers the range, a censored cell counting at the budget: a "
+    "box that touches the dotted line is a lower bound. Points are spread sideways for legibility "
+    "only; n on the axis."
+)
+SURVIVAL = (
+    "Share of the finished cells that had not grokked (sustained) after each epoch, by Kaplan and "
+    "Meier, over all tasks and output functions."
+)
+TESTS = (
+    "How many times the epochs of each optimizer AdamW takes to the sustained grokking epoch: the "
+    "geometric mean over cells that share task, output function, setting and seed. In a row of one "
+    "of these panels an observation is a seed; over several it is the mean of a panel, since "
+    "panels are no repetitions of one another. The interval of ten observations and more is a "
+    "percentile bootstrap's, that of fewer Student's, on the logarithms: resampling three seeds "
+    "can only give their range. A censored cell counts at the budget, which makes the ratio a "
+    "bound, from below (≥) where AdamW's is the censored one and from above (≤) where the other's "
+    "is; cells where both are censored tell nothing and are left out. Mann–Whitney ranks censored "
+    "cells last, and Holm's correction is over all its rows; of three seeds against three no p is "
+    "below 0.1, so these rows can only be significant with more. Wilcoxon's signed-rank test, "
+    "after Holm over the optimizers, has a panel's mean as one observation. The log-rank test and "
+    "Welch's t are pooled over all cells as the published study does, Welch's over first grokking "
+    "epochs without the censored: they take tasks for repetitions, and are here for comparison "
+    "with it."
+)
+CRITERIA = (
+    "The same ratio over all panels, of AdamW's epochs to each optimizer's, by what counts as the "
+    "epoch:"
+)
+DEFINITIONS = {
+    "Memorised": "The first epoch after which at least 99 % of the training rows are answered "
+    "correctly, measured without dropout on a fixed sample of up to 1024 of them.",
+    "First crossing": "The first epoch with a validation accuracy of at least 95 %, memorised or "
+    "not.",
+    "Grok, first": "The first epoch with a validation accuracy of at least 95 % at or after the "
+    "memorised epoch.",
+    "Grok, sustained": "The start of the first five evaluations in a row with a validation "
+    "accuracy of at least 95 %, at or after the memorised epoch. The abstract and Figure 2 use "
+    "this one, since a single crossing may be a spike.",
+    "Grok, near best": "The first epoch, at or after the memorised one, with a validation accuracy "
+    "of at least 95 % and within 1 % of the highest of the cell (Essential AI). A cell that ends "
+    "once it has grokked has its highest within five evaluations.",
+    "Lost again": "After sustained grokking, five evaluations in a row below 95 %: {collapsed} of "
+    "{finished} finished cells here{short}. A shorter dip does not count there; the share of "
+    "evaluations below 95 % after that epoch does count it, over the cells of an arm that grokked, "
+    "where they train to the end of the budget.",
+    "Delay": "First grokking epoch minus memorised epoch.",
+    "Censored": "No sustained grokking epoch within the budget of {budget} epochs. Such a cell "
+    "ranks above every other in a median. Where this makes the median unknown, the table shows the "
+    "lower bound that follows from what each censored cell is known to exceed.",
+    "Time and compute to grok": "Training seconds, compilation excluded, and floating-point "
+    "operations (a step's, from XLA's cost model, times the steps) until the first grokking epoch. "
+    "Seconds compare only within one machine.",
+}
+
+
+def arm_columns(rows: Sequence[Row]) -> list[Column]:
     """The columns of the per-arm table; with what differs between cells or befell some of them."""
     columns = list(ARM_COLUMNS)
     if any(row["collapse_epoch"] for row in rows):
@@ -92,8 +233,8 @@ def arm_columns(rows: Sequence[Row]) -> list[tuple[str, str, Callable[[Arm], str
     return [*columns[:3], POINT_COLUMN, *columns[3:]] if any(r["point"] for r in rows) else columns
 
 
-def terminal_table(rows: Sequence[Row], budget: int | None = None) -> TerminalTable:
-    """The per-arm table for the terminal, with the numbers of the HTML table.
+def terminal_table(rows: Sequence[Row], budget: int | None = None) -> Table:
+    """The per-arm table for the terminal, without what all arms have in common.
 
     Args:
         rows: The rows of summary.json.
@@ -104,7 +245,7 @@ def terminal_table(rows: Sequence[Row], budget: int | None = None) -> TerminalTa
     columns = [column for column in arm_columns(rows) if column[0] not in one]
     columns = [(*c[:2], _short_point) if c == POINT_COLUMN else c for c in columns]
     names = [heading for heading, *_ in columns].index("n")
-    return text_table(title, columns, aggregate(rows, budget), TERMINAL_CAPTION, names=names)
+    return Table(columns, aggregate(rows, budget), title=title, note=NOTE, names=names)
 
 
 def _short_point(arm: Arm) -> str:
@@ -130,8 +271,7 @@ def compare(rows: Sequence[Row], slow: str, fast: str, budget: int) -> str:
         return f"No ratio {names}: both medians lie beyond the budget."
     bound = "at least " if over.at_least else "at most " if under.at_least else ""
     same = len(common) == len(cells[slow]) == len(cells[fast])
-    cells_word = "cell" if len(common) == 1 else "cells"
-    where = "" if same else f" (over the {len(common)} {cells_word} that both finished)"
+    where = "" if same else f" (over the {plural(len(common), 'cell')} that both finished)"
     return f"The ratio of medians, {names}, is {bound}{over.value / under.value:.2g}{where}."
 
 
@@ -139,7 +279,7 @@ def by_panel(run: Run, slow: str, fast: str) -> str:
     """One sentence: in how many panels one median lies below the other; "" for one panel."""
     medians: dict[Panel, dict[str, Median]] = {}
     for arm in aggregate(run.rows, run.budget):
-        medians.setdefault(arm.panel, {})[arm.optimizer] = arm.grok_sustained
+        medians.setdefault(arm.panel, {})[arm.optimizer] = arm.median()
     pairs = [(of[slow], of[fast]) for of in medians.values() if slow in of and fast in of]
     if len(pairs) < 2:
         return ""
@@ -163,7 +303,7 @@ def abstract(run: Run) -> list[str]:
         return [f"No cell has finished yet: 0 of {run.total} cells, {begun} begun."]
     partial = finished < run.total
     sentences = [f"{finished} of {run.total} cells finished so far."] if partial else []
-    if any(cell.point for cell in run.cells):
+    if run.is_sweep:
         return sentences + report_sweep.sentences(run)
     pooled = {
         arm.optimizer: arm
@@ -172,29 +312,30 @@ def abstract(run: Run) -> list[str]:
     if report_figures.many_arms(run):
         return [s for s in [*sentences, *ranking(run, list(pooled.values())), *losses(run)] if s]
     # The baseline last, so that the sentence reads "Muon ...; AdamW ...".
-    names = sorted(pooled, key=lambda name: name == report_tests.BASELINE)
+    names = sorted(pooled, key=lambda name: name == BASELINE)
     clauses: list[str] = []
     for name in names:
         arm = pooled[name]
         clause = f"in {arm.n - arm.censored} of {arm.n} cells"
-        epochs = number(arm.grok_sustained.value)
+        epochs = number(arm.median().value)
         if arm.censored == arm.n:
             clause += f" within the budget of {run.budget} epochs"
-        elif arm.grok_sustained.at_least:
+        elif arm.median().at_least:
             clause += f", so at a median beyond {epochs} epochs"
         else:
             clause += f", at a median of {epochs} epochs"
         verb = "" if clauses else "reached 95 % validation accuracy, and held it, "
         clauses.append(f"{optimizer_label(name)} {verb}{clause}")
     sentences.append("; ".join(clauses) + ".")
-    slow = report_tests.BASELINE if report_tests.BASELINE in names else names[-1]
+    slow = BASELINE if BASELINE in names else names[-1]
     for fast in names:
         if fast != slow:
-            several = len(run.panels()) > 1 and slow == report_tests.BASELINE
+            several = len(run.panels()) > 1 and slow == BASELINE
             ratio = report_tests.sentence(run, fast) if several else ""
             ratio = ratio or compare(run.rows, slow, fast, run.budget)
             sentences += [ratio, by_panel(run, slow, fast)]
-    times = (f"{optimizer_label(n)} {bounded(pooled[n].seconds_to_grok)} s" for n in names)
+    seconds = {name: pooled[name].median("seconds_to_grok").text() for name in names}
+    times = (f"{optimizer_label(name)} {text} s" for name, text in seconds.items())
     sentences.append(f"Median training time to grok: {'; '.join(times)}.")
     return [sentence for sentence in [*sentences, *losses(run)] if sentence]
 
@@ -204,19 +345,19 @@ def ranking(run: Run, arms: Sequence[Arm]) -> list[str]:
 
     def told(arm: Arm, median: Median) -> str:
         part = f" ({arm.n - arm.censored} of {arm.n} cells)" if arm.censored else ""
-        return f"{optimizer_label(arm.optimizer)} {number(median.value)}{part}"
+        return f"{arm.label} {number(median.value)}{part}"
 
-    known = [arm for arm in arms if not arm.grok_sustained.at_least]
-    known.sort(key=lambda arm: arm.grok_sustained.value)
-    beyond = [arm for arm in arms if arm.grok_sustained.at_least]
-    epochs = "; ".join(told(arm, arm.grok_sustained) for arm in known)
+    known = [arm for arm in arms if not arm.median().at_least]
+    known.sort(key=lambda arm: arm.median().value)
+    beyond = [arm for arm in arms if arm.median().at_least]
+    epochs = "; ".join(told(arm, arm.median()) for arm in known)
     result = [f"{len(known)} of {len(arms)} optimizers grokked, at a median epoch of: {epochs}."]
     if beyond:
-        names = "; ".join(optimizer_label(arm.optimizer) for arm in beyond)
+        names = "; ".join(arm.label for arm in beyond)
         result.append(f"Not within the budget of {run.budget} epochs, by the median: {names}.")
-    timed = sorted(known, key=lambda arm: arm.seconds_to_grok.value)
-    first = [arm for arm in timed if arm in timed[:3] or arm.optimizer == report_tests.BASELINE]
-    seconds = "; ".join(told(arm, arm.seconds_to_grok) for arm in first)
+    timed = sorted(known, key=lambda arm: arm.median("seconds_to_grok").value)
+    first = [arm for arm in timed if arm in timed[:3] or arm.optimizer == BASELINE]
+    seconds = "; ".join(told(arm, arm.median("seconds_to_grok")) for arm in first)
     return [*result, f"First by seconds of training: {seconds}."] if first else result
 
 
@@ -226,94 +367,146 @@ def losses(run: Run) -> list[str]:
     for key, verb in (("diverged", "diverged"), ("collapse_epoch", "lost it again")):
         found = collections.Counter(r["optimizer"] for r in run.rows if r[key])
         whose = ", ".join(f"{count} of {optimizer_label(name)}" for name, count in found.items())
-        cells = "1 cell" if found.total() == 1 else f"{found.total()} cells"
         whose = f": {whose}" if len(run.optimizers()) > 1 else ""
-        result += [f"{cells} {verb}{whose}."] if found else []
+        result += [f"{plural(found.total(), 'cell')} {verb}{whose}."] if found else []
     return result
 
 
-def write_report(folder: Path) -> Path:
-    """Write the figures and report.html into a run's folder.
-
-    Args:
-        folder: The run's folder, as experiments.grok wrote it; the run may be unfinished.
-
-    Returns:
-        The path of report.html.
+def report(folder: Path) -> Report:
+    """A run, which may be unfinished, or its stored results.
 
     Raises:
         FileNotFoundError: The folder, its config.json or its summary.json is missing.
         ValueError: A file is not what it should be; the message names the file and the line.
     """
     run = load_run(folder)
-    swept = any(cell.point for cell in run.cells)
-    as_paper = not swept and not report_figures.many_arms(run)
-    drawn = {"grok_epochs": report_figures.epochs_figure}
-    if run.traces:
-        drawn["curves"] = report_figures.curves_figure
-    if not report_figures.many_arms(run):
-        drawn["survival"] = report_tests.survival_figure
-    if swept:
-        drawn |= report_sweep.figures(run)
-    elif len(run.panels()) > 1 and run.rows:
-        drawn["published"] = report_published.figure
-    looks = report_probes.figures(run)
-    with figure_style():
-        inside = [
-            {"title": str(look.panel), "caption": look.caption}
-            | save_figure(look.figure, folder / f"{look.name}.png")
-            for look in looks
-        ]
-        figures = {n: save_figure(draw(run), folder / f"{n}.png") for n, draw in drawn.items()}
-    columns = arm_columns(run.rows)
-    if run.config.get("full_length"):
-        columns.append(STABILITY_COLUMN)
-    return write_page(
-        Path(__file__).parent / "report.html.jinja",
-        folder / "report.html",
-        study="Grokking study",
-        command="experiments.grok.report",
-        config=run.config,
-        machine=run.machine,
-        version=run.version,
-        run=run,
-        abstract=abstract(run),
-        columns=[heading for heading, *_ in columns],
-        arms=[[form(arm) for *_, form in columns] for arm in aggregate(run.rows, run.budget)],
-        tests=Table(report_tests.COLUMNS, report_tests.tests(run)),
-        criteria=Table(
-            ("over", *report_tests.CRITERIA), [] if swept else report_tests.criteria(run)
-        ),
-        best=Table(report_sweep.BEST_COLUMNS, report_sweep.best_table(run) if swept else []),
-        trends=Table(
-            ("optimizer", "setting", *report_sweep.UNITS), report_sweep.trends(run) if swept else []
-        ),
-        as_paper=as_paper,
-        published=Table(report_published.COLUMNS, report_published.table(run) if as_paper else []),
-        welch=report_published.welch(run),
-        figures=figures,
-        inside=inside,
-        censored=sum(row["censored"] for row in run.rows),
-        collapsed=sum(row["collapse_epoch"] is not None for row in run.rows),
-        begun=len(run.cells),
-        in_rows=report_figures.in_rows(run),
+    finished, tasks, kinds = len(run.rows), run.config["tasks"], run.config["softmax"]
+    whole = run.config.get("full_length")
+    facts = {
+        "budget": run.budget,
+        "begun": len(run.cells),
+        "finished": finished,
+        "censored": sum(row["censored"] for row in run.rows),
+        "collapsed": sum(row["collapse_epoch"] is not None for row in run.rows),
+        "short": "" if whole else ", which end soon after grokking and say little",
+        "shape": ROWS if report_figures.in_rows(run) else QUARTILES,
+        "welch": report_published.welch(run),
+        "tasks": plural(len(tasks), "task"),
+        "named_tasks": ", ".join(tasks),
+        "kinds": plural(len(kinds), "output function"),
+        "named_kinds": ", ".join(kinds),
+    }
+    columns = arm_columns(run.rows) + [STABILITY_COLUMN] * bool(whole)
+    arms = Table(columns, aggregate(run.rows, run.budget), ARMS, names=3)
+    cells = Table(CELL_COLUMNS, run.rows, CELLS, names=3)
+    definitions = {term: text.format_map(facts) for term, text in DEFINITIONS.items()}
+    return Report(
+        "Grokking study",
+        f"Run {folder.resolve().name} · {finished} of {run.total} cells finished · a cell is one "
+        "training: a task, a softmax, an optimizer and a seed",
+        abstract(run),
+        terminal_table(run.rows, run.budget) if run.rows else "",
+        [
+            Section("sweep", "Each optimizer at its best", _sweep(run, facts)),
+            Section("published", "What the published study says", _published(run, facts)),
+            Section("figures", "Figures", _figures(run, facts)),
+            Section("tests", "Tests", _tests(run)),
+            Section("inside", "Inside the models", report_probes.figures(run)),
+            Section("arms", "Results per arm", [arms]),
+            Section("criteria", "Definitions", [definitions]),
+            Section("cells", "Every finished cell", [cells]),
+        ],
+        run.config,
+        run.machine,
+        run.version,
     )
 
 
-def main(folder: tyro.conf.Positional[Path]) -> None:
-    """Write the report of a grokking run again from its files; nothing is trained.
-
-    Args:
-        folder: The run's folder, e.g. runs/grok/NAME.
-    """
-    with reporting(folder):
-        path = write_report(folder)
-        run = load_run(folder)
-        console = Console()
-        console.print(terminal_table(run.rows, run.budget))
-        console.print(Text(" ".join(abstract(run))))
-        console.print(Text(str(path)))
+def _of_texts(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    return Table.of_texts(columns, rows, names=3)
 
 
-if __name__ == "__main__":
-    tyro.cli(main, prog="python -m experiments.grok.report")
+def _sweep(run: Run, facts: dict[str, object]) -> list[object]:
+    """Tables and figures of a sweep; nothing of another run."""
+    if not run.is_sweep or not (best := report_sweep.best_table(run)):
+        return []
+    items: list[object] = [BEST, _of_texts(report_sweep.BEST_COLUMNS, best)]
+    if trends := report_sweep.trends(run):
+        headings = ("optimizer", "setting", *report_sweep.UNITS)
+        items += [TRENDS, _of_texts(headings, trends)]
+    words = {
+        "sweep": ("Sweep", SWEEP, "Cost to grok against the swept setting, a panel for each unit."),
+        "heat": (
+            "Heat maps",
+            HEAT,
+            "Heat maps of the median cost to grok over two settings, one for each optimizer.",
+        ),
+    }
+    for name, draw in report_sweep.figures(run).items():
+        label, caption, alt = words[name]
+        items.append(_picture(name, draw, run, caption.format_map(facts), alt, label))
+    return items
+
+
+def _picture(
+    name: str, draw: Callable[[Run], Figure], run: Run, caption: str, alt: str, label: str
+) -> Picture:
+    return Picture(name, lambda: draw(run), caption, alt, label)
+
+
+def _published(run: Run, facts: dict[str, object]) -> list[object]:
+    """The paper beside the run, where this has its kind of grid."""
+    if run.is_sweep or report_figures.many_arms(run):
+        return []
+    items: list[object] = [PUBLISHED.format_map(facts)]
+    if rows := report_published.table(run):
+        items.append(_of_texts(report_published.COLUMNS, rows))
+        if len(run.panels()) > 1:
+            caption = BOXES.format_map(facts)
+            alt = "Box plots of the grokking epoch: the paper's quartiles, and those of this run."
+            label = "Paper and run"
+            items.append(_picture("published", report_published.figure, run, caption, alt, label))
+        items.append(SLIP.format_map(facts))
+    return [*items, DOUBT]
+
+
+def _figures(run: Run, facts: dict[str, object]) -> list[Picture]:
+    curves = _picture(
+        "curves",
+        report_figures.curves_figure,
+        run,
+        CURVES.format_map(facts),
+        "Training and validation accuracy against epoch, a panel per task and softmax, a colour "
+        "per optimizer.",
+        "Figure 1",
+    )
+    epochs = _picture(
+        "grok_epochs",
+        report_figures.epochs_figure,
+        run,
+        EPOCHS.format_map(facts),
+        "The sustained grokking epoch of every cell, by optimizer, task and softmax; "
+        f"{facts['censored']} of {facts['finished']} cells are censored.",
+        "Figure 2",
+    )
+    survival = _picture(
+        "survival",
+        report_figures.survival_figure,
+        run,
+        SURVIVAL,
+        "Share of cells that have not grokked against epoch, a curve per optimizer.",
+        "Figure 3",
+    )
+    # Survival curves in many colours would tell nothing.
+    few = not report_figures.many_arms(run)
+    return [*[curves] * bool(run.traces), epochs, *[survival] * few]
+
+
+def _tests(run: Run) -> list[object]:
+    rows = report_tests.tests(run)
+    if not rows:
+        return []
+    items: list[object] = [TESTS, _of_texts(report_tests.COLUMNS, rows)]
+    if not run.is_sweep and (criteria := report_tests.criteria(run)):
+        items += [CRITERIA, _of_texts(("over", *report_tests.CRITERIA), criteria)]
+    return items

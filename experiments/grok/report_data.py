@@ -1,8 +1,9 @@
-"""What the report knows of a grokking run: its files, and the cells aggregated per arm."""
+"""What the report knows of a grokking run: its files, its cells per arm, and what these took."""
 
+import contextlib
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +13,12 @@ from experiments.commands import print_warning
 from experiments.grok import grid
 from experiments.grok.config import Cell, Panel
 from experiments.json_files import loads
+from experiments.report.figures import optimizer_label
+from experiments.report.text import number, plural
 
+BASELINE = "adamw"
 CONFIG_KEYS = ("tasks", "softmax", "optimizers", "epochs", "grid")
-EPOCH_KEYS = (*Cell._fields, "epoch", "train_accuracy")
+EPOCH_KEYS = (*Cell._fields, "epoch", "train_accuracy", "validation_accuracy")
 ROW_KEYS = (
     *Cell._fields, "memorized_epoch", "first_crossing_epoch", "grok_epoch",
     "grok_epoch_sustained", "grok_epoch_near_best", "collapse_epoch", "delay", "censored",
@@ -31,26 +35,70 @@ class Median(NamedTuple):
     value: float
     at_least: bool = False
 
+    def text(self, form: Callable[[float], str] = number) -> str:
+        """As "> 200" where it is only a lower bound."""
+        return f"> {form(self.value)}" if self.at_least else form(self.value)
 
-@dataclass(frozen=True)
-class Arm:
+
+def _seconds(row: Row, budget: int) -> float:
+    return row["seconds"] or 0.0
+
+
+def _flops(row: Row, budget: int) -> float:
+    return _seconds(row, 0) * (row["steps_per_second"] or 0.0) * (row["step_flops"] or 0.0)
+
+
+# What a value of a cell exceeds where it is missing; an epoch exceeds the budget.
+_BOUNDS: dict[str, Callable[[Row, int], float]] = {
+    "delay": lambda row, budget: budget - (row["memorized_epoch"] or budget),
+    "seconds_to_grok": _seconds,
+    "flops_to_grok": _flops,
+}
+
+
+class Arm(NamedTuple):
     """What the seeds of one optimizer did on one panel."""
 
     panel: Panel
     optimizer: str
-    n: int
-    censored: int
-    diverged: int
-    collapsed: int
-    below_after_grok: float | None  # share of the evaluations after grokking that is below 95 %
-    memorized: Median
-    grok_first: Median
-    grok_sustained: Median
-    grok_near_best: Median
-    delay: Median
-    seconds_to_grok: Median
-    flops_to_grok: Median
-    steps_per_second: Median
+    cells: list[Row]
+    budget: int
+
+    @property
+    def label(self) -> str:
+        return optimizer_label(self.optimizer)
+
+    @property
+    def n(self) -> int:
+        return len(self.cells)
+
+    @property
+    def censored(self) -> int:
+        return sum(row["censored"] for row in self.cells)
+
+    @property
+    def collapsed(self) -> int:
+        return sum(row["collapse_epoch"] is not None for row in self.cells)
+
+    @property
+    def below_after_grok(self) -> float | None:
+        """Share of the evaluations after grokking that is below 95 %."""
+        later, below = (
+            sum(row.get(key, 0) for row in self.cells)
+            for key in ("evaluations_after_grok", "below_after_grok")
+        )
+        return below / later if later else None
+
+    def median(self, field: str = "grok_epoch_sustained") -> Median:
+        """Over the cells; a missing value exceeds its bound."""
+        bound = _BOUNDS.get(field, lambda row, budget: budget)
+        bounds = [bound(row, self.budget) for row in self.cells]
+        return censored_median([row[field] for row in self.cells], bounds)
+
+    @property
+    def steps_per_second(self) -> Median:
+        speeds = [row["steps_per_second"] for row in self.cells if row["steps_per_second"]]
+        return censored_median(speeds, speeds)
 
 
 @dataclass(frozen=True)
@@ -73,6 +121,10 @@ class Run:
         """Those finished or begun, in the settings' order."""
         return sorted({*map(Cell.of, self.rows), *self.traces}, key=_rank(self.config))
 
+    @property
+    def is_sweep(self) -> bool:
+        return any(cell.point for cell in self.cells)
+
     def optimizers(self) -> list[str]:
         """The optimizers with a finished or begun cell, in the settings' order."""
         names = {cell.optimizer for cell in self.cells}
@@ -82,14 +134,10 @@ class Run:
         """The panels with a finished or begun cell, in the settings' order."""
         return list(dict.fromkeys(cell.panel for cell in self.cells))
 
-    def of(self, panel: Panel, optimizer: str) -> list[Row]:
-        """An optimizer's finished cells on a panel."""
-        return [row for row in self.rows if _arm(row) == (panel, optimizer)]
-
-
-def _arm(row: Row) -> tuple[Panel, str]:
-    cell = Cell.of(row)
-    return cell.panel, cell.optimizer
+    def of(self, panel: Panel | None, optimizer: str) -> list[Row]:
+        """An optimizer's finished cells, on a panel or on all."""
+        own = [row for row in self.rows if row["optimizer"] == optimizer]
+        return own if panel is None else [row for row in own if Cell.of(row).panel == panel]
 
 
 def _place(names: Sequence[str]) -> Callable[[str], tuple]:
@@ -101,10 +149,9 @@ def _rank(config: dict[str, Any]) -> Callable[[Cell], tuple]:
     """A sort key that orders cells as the settings name them, points as their axes count."""
     tasks, softmax, optimizers = (_place(config[key]) for key in ("tasks", "softmax", "optimizers"))
     axes = [grid.axis(text) for text in config["grid"]]
-    points = [""]
-    for name in dict.fromkeys([*config["optimizers"]]):
-        points += grid.points(axes, name)
-    point = _place(list(dict.fromkeys(points)))
+    names = dict.fromkeys(config["optimizers"])
+    points = dict.fromkeys(["", *(point for name in names for point in grid.points(axes, name))])
+    point = _place(list(points))
 
     def rank(cell: Cell) -> tuple:
         where = tasks(cell.task), softmax(cell.softmax), point(cell.point)
@@ -129,12 +176,18 @@ def _parse(text: bytes, path: Path, keys: Sequence[str], line: int | None = None
     return value
 
 
-def _is_json(text: bytes) -> bool:
-    try:
-        loads(text)
-    except ValueError:
-        return False
-    return True
+def _epochs(path: Path) -> Iterator[Row]:
+    """The log's records of epochs; of a last line that a kill tore nothing."""
+    log = sealed.read(path)
+    for damage in log.damage:
+        print_warning(f"{path} is damaged: {damage}.")
+    lines = list(log.text)
+    with contextlib.suppress(ValueError):
+        loads(log.torn)
+        lines.append(log.torn)
+    for place, line in enumerate(lines, start=1):
+        if line.strip() and "cell" not in (row := _parse(line, path, EPOCH_KEYS, place)):
+            yield row
 
 
 def load_run(folder: Path) -> Run:
@@ -157,22 +210,11 @@ def load_run(folder: Path) -> Run:
     config = _parse(path.read_bytes(), path, CONFIG_KEYS)
     path = folder / "summary.json"
     summary = _parse(path.read_bytes(), path, ("cells_total", "cells"))
-    for number, row in enumerate(summary["cells"], start=1):
+    for place, row in enumerate(summary["cells"], start=1):
         if missing := [key for key in ROW_KEYS if key not in row]:
-            raise ValueError(f"{path}: cell {number} lacks {', '.join(missing)}")
-
-    path = folder / "metrics.jsonl"
+            raise ValueError(f"{path}: cell {place} lacks {', '.join(missing)}")
     traces: dict[Cell, list[Row]] = {}
-    log = sealed.read(path)
-    for damage in log.damage:
-        print_warning(f"{path} is damaged: {damage}.")
-    whole = [*log.text, log.torn] if _is_json(log.torn) else log.text
-    for number, line in enumerate(whole, start=1):
-        if not line.strip():
-            continue
-        row = _parse(line, path, (*EPOCH_KEYS, "validation_accuracy"), number)
-        if "cell" in row:
-            continue
+    for row in _epochs(folder / "metrics.jsonl"):
         trace = traces.setdefault(Cell.of(row), [])
         if trace and row["epoch"] <= trace[-1]["epoch"]:
             trace.clear()  # a cell that was cut off and then trained again from its start
@@ -224,36 +266,96 @@ def aggregate(rows: Sequence[Row], budget: int | None = None) -> list[Arm]:
         budget = max((row["epochs_run"] for row in rows), default=0)
     groups: dict[tuple[Panel, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault(_arm(row), []).append(row)
+        groups.setdefault((Cell.of(row).panel, row["optimizer"]), []).append(row)
+    return [Arm(*key, cells, budget) for key, cells in groups.items()]
 
-    def arm(key: tuple[Panel, str], cells: list[Row]) -> Arm:
-        def median(name: str, bound: Callable[[Row], float]) -> Median:
-            return censored_median((row[name] for row in cells), map(bound, cells))
 
-        def seconds(row: Row) -> float:
-            return row["seconds"] or 0.0
+# --- What cells took to grok -------------------------------------------------------------------
 
-        def flops(row: Row) -> float:
-            return seconds(row) * (row["steps_per_second"] or 0.0) * (row["step_flops"] or 0.0)
+# What an epoch of a cell takes, in the units of each axis; a cell takes that many times its
+# sustained grokking epoch, and a censored one its budget.
+UNITS: dict[str, Callable[[Row], float]] = {
+    "epochs": lambda row: 1.0,
+    "tokens": lambda row: row["tokens_per_epoch"],
+    "steps": lambda row: row["steps_per_epoch"],
+    "FLOP": lambda row: row["steps_per_epoch"] * row["step_flops"],
+    "seconds": lambda row: row["steps_per_epoch"] / row["steps_per_second"],
+}
 
-        later = sum(row.get("evaluations_after_grok", 0) for row in cells)
-        below = sum(row.get("below_after_grok", 0) for row in cells)
-        speeds = [row["steps_per_second"] for row in cells if row["steps_per_second"] is not None]
-        return Arm(
-            *key,
-            n=len(cells),
-            censored=sum(row["censored"] for row in cells),
-            diverged=sum(row["diverged"] for row in cells),
-            collapsed=sum(row["collapse_epoch"] is not None for row in cells),
-            below_after_grok=below / later if later else None,
-            memorized=median("memorized_epoch", lambda _: budget),
-            grok_first=median("grok_epoch", lambda _: budget),
-            grok_sustained=sustained_median(cells, budget),
-            grok_near_best=median("grok_epoch_near_best", lambda _: budget),
-            delay=median("delay", lambda row: budget - (row["memorized_epoch"] or budget)),
-            seconds_to_grok=median("seconds_to_grok", seconds),
-            flops_to_grok=median("flops_to_grok", flops),
-            steps_per_second=censored_median(speeds, speeds),
-        )
+# XLA counts nothing of a decomposition and one pass of a loop, so that their FLOPs are not known.
+UNCOUNTED = frozenset(
+    ("polar", "low_rank", "low_rank_subspace", "dion", "splus", "splus_adamw", "optax_muon")
+)
 
-    return [arm(key, cells) for key, cells in groups.items()]
+
+def known(optimizer: str, unit: str) -> bool:
+    """Whether an optimizer's cost is known in a unit."""
+    return unit != "FLOP" or optimizer not in UNCOUNTED
+
+
+def apart(values: Collection[float]) -> bool:
+    """Whether values differ by more than what XLA's folding of constants does: 0.04 % of FLOPs."""
+    return max(values, default=0) > 1.01 * min(values, default=0)
+
+
+def swept(run: Run) -> dict[str, list[str]]:
+    """The settings that differ between the cells of each optimizer."""
+    points = [(cell.optimizer, grid.values(cell.point)) for cell in run.cells]
+    return {
+        name: list(dict.fromkeys(s for owner, point in points if owner == name for s in point))
+        for name in run.optimizers()
+    }
+
+
+def plain(setting: str) -> str:
+    """A setting's name for readers: "learning rate" for "muon.learning-rate"."""
+    return setting.split(".")[-1].replace("-", " ").replace("_", " ")
+
+
+def numeric(values: Iterable[float | str]) -> bool:
+    """Whether all values of a setting are numbers, and none is a word."""
+    return not any(isinstance(value, str) for value in values)
+
+
+def ordered(values: Iterable[float | str]) -> list[float | str]:
+    """A setting's values, each once: numbers by size, words as they come.
+
+    Example:
+        >>> ordered([64, 32, 64]), ordered(["spectral", "mup", "spectral"])
+        ([32, 64], ['spectral', 'mup'])
+    """
+    found = list(dict.fromkeys(values))
+    return sorted(found) if numeric(found) else found
+
+
+def cost(run: Run, row: Row, unit: str) -> float:
+    """What a cell took to its sustained grokking epoch, or to its budget."""
+    return (row["grok_epoch_sustained"] or run.budget) * UNITS[unit](row)
+
+
+def median_cost(run: Run, rows: Sequence[Row], unit: str) -> Median:
+    """The median of what each of some cells took; a bound where censored cells leave no more."""
+    costs = [cost(run, row, unit) for row in rows]
+    found = (None if row["censored"] else x for row, x in zip(rows, costs, strict=True))
+    return censored_median(found, costs)
+
+
+def counts(run: Run) -> str:
+    """How many cells there are, and how many are censored and whose; a sentence."""
+    seeds = plural(len({row["seed"] for row in run.rows}), "seed")
+    cells = f"{len(run.rows)} cells, {seeds} a setting"
+    whose = []
+    for name in run.optimizers():
+        own = [row["censored"] for row in run.of(None, name)]
+        whose += [f"{optimizer_label(name)} {sum(own)} of {len(own)}"] if any(own) else []
+    if not whose:
+        return f"All of {cells}, grokked within {run.budget} epochs."
+    censored = sum(row["censored"] for row in run.rows)
+    return f"{cells}; {censored} censored at {run.budget} epochs: {'; '.join(whose)}."
+
+
+def uncounted(run: Run) -> str:
+    """Whose FLOPs are not known, and why, in a sentence; "" where all are."""
+    names = "; ".join(optimizer_label(n) for n in run.optimizers() if not known(n, "FLOP"))
+    why = "XLA's count leaves out decompositions and what loops repeat"
+    return f"No FLOP (–) of {names}: {why}." if names else ""

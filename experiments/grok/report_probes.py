@@ -1,7 +1,8 @@
 """The report's looks inside the models: figures of what `experiments.grok.probes` recorded."""
 
+import functools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,34 +12,30 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from experiments.figures import (
+from experiments.grok.config import Cell, Panel
+from experiments.grok.report_data import Run
+from experiments.report.figures import (
     DASHES,
     GROKKED_MARK,
-    figure_style,
+    draw_series,
+    grid_of,
+    legend,
     legend_line,
+    name_axes,
     new_figure,
     optimizer_color,
     optimizer_label,
     plain_log_axis,
 )
-from experiments.grok.config import Cell, Panel
-from experiments.grok.report_data import Run
-from experiments.pages import number
+from experiments.report.page import Picture
+from experiments.report.series import Series
+from experiments.report.text import number
 
 MOST_PANELS = 8
 
 Record = Mapping[str, Any]  # of `probes.record`, and its epoch
 Looks = Mapping[str, Mapping[Cell, Sequence[Record]]]  # by optimizer and cell, epochs ascending
 Grokked = Mapping[Cell, float | None]  # the sustained epoch, None where it was not reached
-
-
-class Look(NamedTuple):
-    """A figure of the report; `name` is its file's."""
-
-    panel: Panel
-    name: str
-    caption: str
-    figure: Figure
 
 
 class Measure(NamedTuple):
@@ -102,7 +99,7 @@ SPECTRA_CAPTION = (
 )
 
 
-def figures(run: Run) -> list[Look]:
+def figures(run: Run) -> list[Picture]:
     """Of each panel with looks inside: the measures, the spectra and, but for parity, the power.
 
     The first eight panels; metrics.jsonl has them all.
@@ -116,16 +113,26 @@ def figures(run: Run) -> list[Look]:
             found.setdefault(cell.panel, {}).setdefault(cell.optimizer, {})[cell] = own
     grokked = {Cell.of(row): row["grok_epoch_sustained"] for row in run.rows}
     drawn = []
-    with figure_style():
-        for place, (panel, looks) in enumerate([*found.items()][:MOST_PANELS], start=1):
-            more = "" if len(found) <= MOST_PANELS else f" Panel {place} of {len(found)}."
-            caption = " ".join(filter(None, [last_values(looks), MEASURES_CAPTION])) + more
-            figure = measures_figure(looks, grokked)
-            drawn.append(Look(panel, f"inside_{place}_measures", caption, figure))
-            spectra = spectra_figure(looks)
-            drawn.append(Look(panel, f"inside_{place}_spectra", SPECTRA_CAPTION + more, spectra))
-            if (power := power_figure(looks, grokked)) is not None:
-                drawn.append(Look(panel, f"inside_{place}_power", POWER_CAPTION + more, power))
+    for place, (panel, looks) in enumerate([*found.items()][:MOST_PANELS], start=1):
+        more = "" if len(found) <= MOST_PANELS else f" Panel {place} of {len(found)}."
+        measures = " ".join(filter(None, [last_values(looks), MEASURES_CAPTION]))
+        kinds: dict[str, tuple[str, Callable[..., Figure]]] = {
+            "measures": (measures, measures_figure),
+            "spectra": (SPECTRA_CAPTION, spectra_figure),
+        }
+        if _powers(looks):
+            kinds["power"] = (POWER_CAPTION, power_figure)
+        alt = f"Measures of the models' insides over training, on {panel}."
+        drawn += [
+            Picture(
+                f"inside_{place}_{kind}",
+                functools.partial(draw, looks, grokked),
+                caption + more,
+                alt,
+                str(panel),
+            )
+            for kind, (caption, draw) in kinds.items()
+        ]
     return drawn
 
 
@@ -155,40 +162,33 @@ def measures_figure(looks: Looks, grokked: Grokked) -> Figure:
         for measure in MEASURES
         if any(_series(records, measure.solid) for of in looks.values() for records in of.values())
     ]
-    lines = -(-len(shown) // 2)
-    figure = new_figure(6.6, 2.05 * lines + 0.55)
-    grid = [*figure.subplots(lines, 2, squeeze=False, sharex=True).flat]
+    figure, panels = grid_of(len(shown), 2, 3.3, 2.05, sharex=True)
     marked = False
-    for place, (axes, measure) in enumerate(zip(grid, shown, strict=False)):
+    for axes, measure in zip(panels, shown, strict=True):
         for name, of in looks.items():
             mark = _median_epoch([grokked.get(cell) for cell in of])
             marked |= _draw(axes, measure, list(of.values()), optimizer_color(name), mark)
         axes.set_title(measure.title, loc="left")
-        axes.set_ylabel(measure.label)
         plain_log_axis(axes, "x")
         if measure.log:
             plain_log_axis(axes, "y")
         else:
             axes.set_ylim(0, max(axes.get_ylim()[1], 1 if measure.percent else 0))
-        if place + 2 >= len(shown):
-            # One with none below it, which sharex would leave without numbers.
-            axes.tick_params(labelbottom=True)
-            axes.set_xlabel("epoch (log scale)")
-    for axes in grid[len(shown) :]:
-        axes.remove()
-    handles = [legend_line(optimizer_label(name), optimizer_color(name), lw=4) for name in looks]
-    handles += [legend_line("median", lw=1.8), legend_line("one seed", lw=0.7, alpha=0.7)]
-    if marked:
-        handles.append(legend_line("grokked (sustained)", **GROKKED_MARK))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+    name_axes(panels, "epoch (log scale)", "")
+    for axes, measure in zip(panels, shown, strict=True):
+        axes.set_ylabel(measure.label)
+    others = [legend_line("median", lw=1.8), legend_line("one seed", lw=0.7, alpha=0.7)]
+    others += [legend_line("grokked (sustained)", **GROKKED_MARK)] if marked else []
+    legend(figure, looks, *others, columns=5)
     return figure
 
 
-def spectra_figure(looks: Looks) -> Figure:
+def spectra_figure(looks: Looks, grokked: Grokked) -> Figure:
     """Singular values of weights and updates, a line for each of some looks.
 
     Args:
         looks: of one panel; the first cell of each optimizer is drawn.
+        grokked: not drawn here.
     """
     figure = new_figure(6.6, 2.9)
     both = figure.subplots(1, 2, sharey=True)
@@ -209,30 +209,30 @@ def spectra_figure(looks: Looks) -> Figure:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_ylim(1e-3, 1.5)
     both[0].set_ylabel("singular value / largest")
-    handles = [legend_line(optimizer_label(name), optimizer_color(name), lw=4) for name in looks]
-    handles += [legend_line("first look", alpha=0.3), legend_line("last look")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+    others = [legend_line("first look", alpha=0.3), legend_line("last look")]
+    legend(figure, looks, *others, columns=5)
     return figure
 
 
-def power_figure(looks: Looks, grokked: Grokked) -> Figure | None:
+def _powers(looks: Looks) -> list[tuple[str, str]]:
+    """The kinds of power that there are, and their keys; none of a task without frequencies."""
+    records = [record for of in looks.values() for record in next(iter(of.values()))]
+    return [
+        (label, key)
+        for label, key in (("embedding", "embedding_power"), ("logits", "logit_power"))
+        if any(_known(record.get(key)) for record in records)
+    ]
+
+
+def power_figure(looks: Looks, grokked: Grokked) -> Figure:
     """Power by frequency and epoch, of embedding and logits: a row of images per optimizer.
 
     Args:
         looks: of one panel; the first cell of each optimizer is drawn.
         grokked: epochs to mark.
-
-    Returns:
-        None where the task has no frequencies.
     """
     cells = {name: next(iter(of.items())) for name, of in looks.items()}
-    kinds = [
-        (label, key)
-        for label, key in (("embedding", "embedding_power"), ("logits", "logit_power"))
-        if any(_known(record.get(key)) for _, records in cells.values() for record in records)
-    ]
-    if not kinds:
-        return None
+    kinds = _powers(looks)
     high = 1.75 if len(cells) <= 4 else 1.2
     figure = new_figure(6.6 if len(kinds) > 1 else 4.2, high * len(cells) + 0.6)
     grid = figure.subplots(len(cells), len(kinds), squeeze=False, sharex=True, sharey=True)
@@ -285,26 +285,27 @@ def _draw(
         whether there is a diamond.
     """
     marked = False
-    factor = 100 if measure.percent else 1
     for name, dashes, width in ((measure.solid, "-", 1.8), (measure.dashed, DASHES, 1.3)):
-        every = [
-            # A log axis has no place for an exact zero, as of a frozen group.
-            {e: factor * v for e, v in _series(records, name).items() if v > 0 or not measure.log}
-            for records in cells
-        ]
-        every = [series for series in every if series]
-        if not every:
-            continue
-        for series in every if len(every) > 1 else []:
-            axes.plot([*series], [*series.values()], color=color, lw=0.7, alpha=0.35, ls=dashes)
-        epochs = sorted(set.intersection(*map(set, every)))
-        middle = [statistics.median(series[epoch] for series in every) for epoch in epochs]
-        axes.plot(epochs, middle, color=color, lw=width, ls=dashes)
-        if name == measure.solid and mark and epochs and epochs[0] <= mark <= epochs[-1]:
-            height = np.interp(mark, epochs, middle)
+        every = [_array(_series(records, name)) for records in cells]
+        epochs, middle = draw_series(
+            axes,
+            every,
+            {"color": color, "lw": width, "ls": dashes},
+            thin=sum(len(of[0]) > 0 for of in every) > 1,
+            scale=100 if measure.percent else 1,
+            positive=measure.log,
+            smooth=False,
+            statistic=statistics.median,
+        )
+        if name == measure.solid and mark and len(epochs) and epochs[0] <= mark <= epochs[-1]:
+            height = np.interp(mark, epochs, middle) * (100 if measure.percent else 1)
             axes.plot(mark, height, color=color, zorder=5, clip_on=False, **GROKKED_MARK)
             marked = True
     return marked
+
+
+def _array(found: Mapping[int, float]) -> Series:
+    return np.array([*found], float), np.array([*found.values()], float)
 
 
 def _median_epoch(epochs: list[float | None]) -> float | None:

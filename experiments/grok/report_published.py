@@ -1,24 +1,22 @@
 """The run beside "Muon Optimizer Accelerates Grokking" (Tveit et al., 2504.16041)."""
 
 import statistics
-from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.figures import (
-    CENSORED_MARK,
-    Sample,
-    draw_boxes,
+from experiments.grok import statistics as tests
+from experiments.grok.report_data import BASELINE, Run, censored_median
+from experiments.grok.report_figures import Sample, draw_boxes
+from experiments.report.figures import (
+    BEYOND,
+    legend,
     legend_line,
     new_figure,
     optimizer_color,
     optimizer_label,
     plain_log_axis,
 )
-from experiments.grok import statistics as tests
-from experiments.grok.report_data import Run, censored_median
-from experiments.grok.report_tests import BASELINE, pooled
-from experiments.pages import number
+from experiments.report.text import number
 
 MEANS = {"adamw": 153.09, "muon": 102.89}
 # Read off the paper's box plot: quartiles, median, and the farthest outlier.
@@ -32,16 +30,20 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def pooled(run: Run, name: str) -> list[int | None]:
+    """First grokking epochs, as the paper's, of all finished cells of an optimizer."""
+    return [row["grok_epoch"] for row in run.of(None, name)]
+
+
 def table(run: Run) -> list[list[str]]:
-    """Rows in the order of `COLUMNS`; epochs are of the first grokking epoch, as the paper's."""
+    """Rows in the order of `COLUMNS`."""
     rows, means = [], {}
     for name in run.optimizers():
-        epochs = pooled(run, name, "grok_epoch")
+        epochs = pooled(run, name)
         if not epochs:
             continue
         grokked = [epoch for epoch in epochs if epoch is not None]
         means[name] = statistics.fmean(run.budget if epoch is None else epoch for epoch in epochs)
-        median = censored_median(epochs, [run.budget] * len(epochs))
         bound = "≥ " if len(grokked) < len(epochs) else ""
         rows.append(
             [
@@ -50,22 +52,27 @@ def table(run: Run) -> list[list[str]]:
                 number(statistics.fmean(grokked)) if grokked else "–",
                 f"{len(grokked)} of {len(epochs)}",
                 f"{bound}{number(means[name])}",
-                f"> {number(median.value)}" if median.at_least else number(median.value),
+                censored_median(epochs, [run.budget] * len(epochs)).text(),
                 f"{means[BASELINE] / means[name]:.2f}" if BASELINE in means else "–",
             ]
         )
     return rows
 
 
-def welch(run: Run) -> dict[str, Any] | None:
-    """Welch's t of AdamW and Muon over all cells, as the paper pools them."""
-    found = tests.welch(*(pooled(run, name, "grok_epoch") for name in ("adamw", "muon")))
-    return None if found is None else found._asdict()
+def welch(run: Run) -> str:
+    """Welch's t of AdamW and Muon over all cells, as the paper pools them, in a sentence."""
+    found = tests.welch(pooled(run, "adamw"), pooled(run, "muon"))
+    if found is None:
+        return ""
+    return (
+        "Here, pooled the same way and without the censored cells, t is "
+        f"{found.t:.2f} with {number(found.degrees)} degrees of freedom, p {found.p:.2g}. "
+    )
 
 
 def figure(run: Run) -> Figure:
     """The paper's boxes beside this run's, of all tasks and output functions together."""
-    samples = [Sample(name, pooled(run, name, "grok_epoch")) for name in run.optimizers()]
+    samples = [Sample(name, pooled(run, name)) for name in run.optimizers()]
     figure = new_figure(max(6.0, 1.5 * len(samples) + 3.2), 3.6)
     ratio = [2, max(2, 1.4 * len(samples))]
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=ratio)
@@ -89,10 +96,11 @@ def figure(run: Run) -> Figure:
     draw_boxes(right, [("all tasks", samples)], run.budget, log=True)
     right.set_title("this run", loc="left")
     plain_log_axis(left, "y")
-    handles = [
+    legend(
+        figure,
+        (),
         legend_line("paper's mean", "#444444", marker="_", ms=12, ls="none"),
         legend_line("paper's farthest outlier", "#444444", marker="x", ls="none"),
-        legend_line("censored", "#444444", mfc="white", **CENSORED_MARK),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+        legend_line("censored", "#444444", **BEYOND),
+    )
     return figure

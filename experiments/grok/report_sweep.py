@@ -9,13 +9,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from scipy import stats
 
-from experiments.figures import optimizer_label
 from experiments.grok import grid
 from experiments.grok import statistics as tests
 from experiments.grok.config import Panel
-from experiments.grok.report_data import Median, Row, Run
-from experiments.grok.report_sweep_data import (
+from experiments.grok.report_data import (
+    BASELINE,
     UNITS,
+    Median,
+    Row,
+    Run,
     apart,
     cost,
     counts,
@@ -27,8 +29,9 @@ from experiments.grok.report_sweep_data import (
     uncounted,
 )
 from experiments.grok.report_sweep_figures import heat_figure, lines_figure
-from experiments.grok.report_tests import BASELINE, p_text
-from experiments.pages import number
+from experiments.grok.report_tests import p_text
+from experiments.report.figures import optimizer_label
+from experiments.report.text import number
 
 BEST_COLUMNS = (
     "on the axis of", "optimizer", "settings tried", "best setting", "n", "to grok, sustained",
@@ -127,14 +130,10 @@ def _texts(found: Best) -> list[str]:
         str(found.tried),
         plain_point(found.panel.point) or "the run's",
         str(found.n),
-        f"> {_amount(found)}" if found.median.at_least else _amount(found),
+        found.median.text(lambda x: EngFormatter(places=1, sep="")(x).replace(".0", "")),
         ratio,
         interval,
     ]
-
-
-def _amount(found: Best) -> str:
-    return EngFormatter(places=1, sep="")(found.median.value).replace(".0", "")
 
 
 class Trend(NamedTuple):

@@ -12,18 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import offset_copy
 
-from experiments.figures import (
-    CENSORED_MARK,
-    POINT_MARK,
-    legend_line,
-    new_figure,
-    optimizer_color,
-    optimizer_label,
-)
 from experiments.grok import grid
-from experiments.grok.report_data import Median, Row, Run
-from experiments.grok.report_sweep_data import (
+from experiments.grok.report_data import (
     UNITS,
+    Median,
+    Row,
+    Run,
     apart,
     cost,
     counts,
@@ -35,7 +29,16 @@ from experiments.grok.report_sweep_data import (
     swept,
     uncounted,
 )
-from experiments.pages import number
+from experiments.report.figures import (
+    BEYOND,
+    POINT_MARK,
+    legend,
+    legend_line,
+    new_figure,
+    optimizer_color,
+    optimizer_label,
+)
+from experiments.report.text import number
 
 Value = float | str
 """Of a setting."""
@@ -77,15 +80,14 @@ def lines_figure(run: Run) -> Figure:
     notes.set_axis_off()
     told = [textwrap.fill(text, 40) for text in (counts(run), uncounted(run)) if text]
     notes.text(0, 1, "\n\n".join(told), va="top", fontsize=8, transform=notes.transAxes)
-    handles = [legend_line(optimizer_label(n), optimizer_color(n), lw=4) for n in run.optimizers()]
-    handles += [
+    others = [
         legend_line("median, where known", lw=2),
         legend_line("one cell", **POINT_MARK),
-        legend_line("censored, at the budget; ×n: n cells", mfc="white", **CENSORED_MARK),
+        legend_line("censored, at the budget; ×n: n cells", **BEYOND),
     ]
     if not all(swept(run).values()):
-        handles.append(legend_line("not swept, median; dotted: a bound", lw=1.4, ls="--"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+        others.append(legend_line("not swept, median; dotted: a bound", lw=1.4, ls="--"))
+    legend(figure, run.optimizers(), *others, columns=3)
     return figure
 
 
@@ -96,7 +98,7 @@ def _label(value: Value) -> str:
 def _draw_lines(axes: Axes, run: Run, places: Mapping[Value, float], unit: str) -> None:
     censored: dict[Value, dict[str, list[float]]] = {}
     for name, own in swept(run).items():
-        rows = [row for row in run.rows if row["optimizer"] == name]
+        rows = run.of(None, name)
         if not rows or not known(name, unit):
             continue
         color = optimizer_color(name)
@@ -136,7 +138,7 @@ def _draw_censored(
     for i, (name, budgets) in enumerate(costs.items()):
         aside = step * (i - (len(costs) - 1) / 2)
         where = offset_copy(axes.transData, axes.figure, x=aside, units="points")
-        style = CENSORED_MARK | {"mfc": "white", "color": optimizer_color(name)}
+        style = BEYOND | {"color": optimizer_color(name)}
         at = statistics.median(budgets)
         axes.update_datalim([(place, at)])  # which an offset marker does not do
         axes.plot(place, at, transform=where, zorder=4, clip_on=False, **style)
@@ -169,7 +171,7 @@ def heat_figure(run: Run) -> Figure:
 
 def _units(run: Run, names: Sequence[str]) -> list[str]:
     """Epochs, and those in which an epoch of an optimizer costs more at some settings."""
-    rows = {name: [row for row in run.rows if row["optimizer"] == name] for name in names}
+    rows = {name: run.of(None, name) for name in names}
     return ["epochs"] + [
         unit
         for unit in ("tokens", "steps", "FLOP")
@@ -207,12 +209,11 @@ def _draw_heat(
     for i, j in np.ndindex(*colors.shape):
         text, color = "–", "k"
         if (i, j) in spots:
-            (median, bound), censored = spots[i, j]
-            text = f"> {_amount(median)}" if bound else _amount(median)
-            text += f"\n{censored} censored" if censored else ""
+            median, censored = spots[i, j]
+            text = median.text(_amount) + (f"\n{censored} censored" if censored else "")
             # A bound has no colour: in steps a large batch's budget is small, and no cost.
-            if not bound:
-                colors[i, j] = math.log(median)
+            if not median.at_least:
+                colors[i, j] = math.log(median.value)
                 color = "w" if (colors[i, j] - low) / (high - low) > 0.5 else "k"
         axes.text(j, i, text, ha="center", va="center", color=color, fontsize=8)
     axes.imshow(colors, cmap="viridis_r", vmin=low, vmax=high, aspect="auto")

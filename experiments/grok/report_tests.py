@@ -1,18 +1,14 @@
-"""The report's tests and its survival curves: each optimizer beside the baseline."""
+"""The report's tests: each optimizer beside the baseline."""
 
 import math
 from collections.abc import Sequence
 
-from matplotlib.figure import Figure
-
 from experiments.differences import holm
-from experiments.figures import legend_line, new_figure, optimizer_color, optimizer_label
 from experiments.grok import statistics
 from experiments.grok.config import Panel
-from experiments.grok.report_data import Run, censored_median
-from experiments.pages import number
-
-BASELINE = "adamw"
+from experiments.grok.report_data import BASELINE, Run, censored_median
+from experiments.report.figures import optimizer_label
+from experiments.report.text import number
 
 COLUMNS = (
     "over", "on", "median epoch, AdamW", "its median epoch", "observations", "ratio of epochs",
@@ -147,23 +143,23 @@ def _medians(run: Run, pairs: Sequence[Pair]) -> list[str]:
         values = [epoch for pair in pairs for epoch in pair[which].values()]
         median = censored_median(values, [run.budget] * len(values))
         censored = sum(epoch is None for epoch in values)
-        text = f"> {number(median.value)}" if median.at_least else number(median.value)
-        texts.append(text + (f" ({censored} of {len(values)} censored)" if censored else ""))
+        texts.append(
+            median.text() + (f" ({censored} of {len(values)} censored)" if censored else "")
+        )
     return texts
 
 
-def pooled(run: Run, optimizer: str, field: str) -> list[int | None]:
-    """Grokking epochs of all finished cells of an optimizer."""
-    return [row[field] for row in run.rows if row["optimizer"] == optimizer]
+def _both(run: Run, fast: str, field: str) -> list[list[int | None]]:
+    """Epochs of all finished cells of the baseline and of another optimizer."""
+    return [[row[field] for row in run.of(None, name)] for name in (BASELINE, fast)]
 
 
 def _log_rank(run: Run, fast: str) -> float | None:
-    both = (pooled(run, name, "grok_epoch_sustained") for name in (BASELINE, fast))
-    return statistics.log_rank(*both, run.budget)
+    return statistics.log_rank(*_both(run, fast, "grok_epoch_sustained"), run.budget)
 
 
 def _welch(run: Run, fast: str) -> str:
-    found = statistics.welch(*(pooled(run, name, "grok_epoch") for name in (BASELINE, fast)))
+    found = statistics.welch(*_both(run, fast, "grok_epoch"))
     return "–" if found is None else f"{found.t:.2f} (p {p_text(found.p)}, {found.degrees:.0f} df)"
 
 
@@ -180,25 +176,3 @@ def p_text(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.2g}" if value >= 1e-4 else f"{value:.0e}"
-
-
-def survival_figure(run: Run) -> Figure:
-    """Share of cells that have not grokked, against epoch: a curve for each optimizer."""
-    figure = new_figure(6.6, 3.6)
-    axes = figure.subplots()
-    for name in run.optimizers():
-        cells = pooled(run, name, "grok_epoch_sustained")
-        if not cells:
-            continue
-        times, shares = statistics.survival(cells, run.budget)
-        percent = [100 * share for share in shares]
-        axes.step(times, percent, where="post", color=optimizer_color(name), lw=1.8)
-    axes.set(xlim=(0, run.budget), ylim=(0, 102), xlabel="epoch", ylabel="not yet grokked (%)")
-    handles = [legend_line(_label(run, n), optimizer_color(n), lw=4) for n in run.optimizers()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
-    return figure
-
-
-def _label(run: Run, optimizer: str) -> str:
-    cells = sum(row["optimizer"] == optimizer for row in run.rows)
-    return f"{optimizer_label(optimizer)}, n = {cells}"

@@ -343,9 +343,10 @@ def draw_series(
     positive: bool = False,
     marked: bool = False,
     gaps: bool = True,
+    smooth: bool = True,
     statistic: Callable[[list[float]], Any] = np.mean,
 ) -> Series:
-    """Every training thin, and their mean thick, smoothed over 6 % of the records.
+    """Every training thin, and their mean thick, over 6 % of the records.
 
     Args:
         axes: the panel.
@@ -356,6 +357,7 @@ def draw_series(
         positive: leave out what has no place on a log axis.
         marked: mark the points, if they are few.
         gaps: break a line where a value is not known, or else go on.
+        smooth: whether the thick line is smoothed.
         statistic: in place of the mean.
 
     Returns:
@@ -377,6 +379,6 @@ def draw_series(
     places, values = middle(found, statistic)
     mark = POINT_MARK | {"ls": "-"} if marked and len(places) < 50 else {}
     if len(places):
-        values = smoothed(values)
+        values = smoothed(values) if smooth else values
         line(places, values, **mark | {"lw": 1.7} | dict(style))
     return (places, values) if len(places) else NOTHING
