@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.compiled import Collective, Kernel, Program
-from experiments.pages import flop, readable
+from experiments.report.text import flop, readable
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.bench import accelerators, sharding, spectra, speed
 from experiments.bench.cases import Case, simulated_cases, topology_cases
+from experiments.bench.report import PARTS
 from experiments.commands import guard
-from experiments.figures import save_png
+from experiments.report.studies import show
 from experiments.runs import machine, write_json
 from experiments.settings import Count, Rule, check, check_different
 from experiments.topology import leave_accelerators_alone, topology_devices
@@ -90,20 +91,16 @@ class Config:
 
 
 class Part(NamedTuple):
-    """Pieces of work that give rows, and how the rows are shown.
+    """Pieces of work that give rows.
 
     Attributes:
         name: of the part.
         work: a description and what gives its rows, for each piece.
-        table: of all rows.
-        figure: of all rows.
         threads: pieces that run at once; one where time is measured.
     """
 
     name: str
     work: list[tuple[str, Callable[[], list[Row]]]]
-    table: Callable[[Sequence[Row]], Any]
-    figure: Callable[[Sequence[Row]], Any]
     threads: int = 1
 
 
@@ -171,7 +168,7 @@ def sharding_part(cases: Sequence[Case], dtype: Any) -> Part:
         for case in cases
         for arm in case.arms
     ]
-    return Part("sharding", work, sharding.tables, sharding.figure, COMPILER_THREADS)
+    return Part("sharding", work, COMPILER_THREADS)
 
 
 def accelerators_part(config: Config, topologies: Sequence[str]) -> Part:
@@ -179,7 +176,7 @@ def accelerators_part(config: Config, topologies: Sequence[str]) -> Part:
     sizes = config.layers, config.width, config.hidden
     made, refused = accelerators.pieces(topologies, *sizes)
     work = [*accelerators.work(made), ("", lambda: refused)]
-    return Part("accelerators", work, accelerators.tables, accelerators.figure)
+    return Part("accelerators", work)
 
 
 def speed_part(rounds: int) -> Part:
@@ -191,7 +188,7 @@ def speed_part(rounds: int) -> Part:
         (f"updates of {tree.name}", lambda tree=tree: speed.compare(tree, rounds, backend))
         for tree in speed.trees(backend)
     ]
-    return Part("speed", work, speed.table, speed.figure)
+    return Part("speed", work)
 
 
 def spectra_part() -> Part:
@@ -203,19 +200,18 @@ def spectra_part() -> Part:
         )
         for setting in spectra.settings()
     ]
-    return Part("spectra", work, spectra.table, spectra.figure)
+    return Part("spectra", work)
 
 
 def run(config: Config, chosen: Sequence[Part], folder: Path, console: Console) -> None:
-    """Prints each part's table when it is done, and writes what there is so far."""
+    """Prints each part's table when it is done, keeps its rows, and writes the report."""
     summary: Row = {"machine": machine() | versions(), "config": config.as_json()}
     for part in chosen:
         rows = finish(part, console)
         summary[part.name] = rows
         write_json(folder / "summary.json", summary)
-        save_png(part.figure(rows), folder / f"{part.name}.png")
-        console.print(part.table(rows))
-    console.print(f"Figures and summary.json: {folder}", highlight=False, soft_wrap=True)
+        console.print(PARTS[part.name][1](rows))
+    show(folder, console, table=False)
 
 
 def finish(part: Part, console: Console) -> list[Row]:

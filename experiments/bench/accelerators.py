@@ -35,8 +35,8 @@ from experiments.bench.cases import (
 )
 from experiments.bench.sharding import compile_step
 from experiments.compiled import Kernel, measure
-from experiments.figures import figure_style, new_figure, optimizer_color
-from experiments.pages import flop, readable
+from experiments.report.figures import figure_style, new_figure, optimizer_color
+from experiments.report.text import flop, readable
 from experiments.roofline import CHIPS, dearest_table, estimate
 from experiments.topology import TopologyError, topology_devices
 

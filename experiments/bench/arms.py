@@ -9,7 +9,7 @@ import optax
 
 import muon_jax
 from experiments.bench.cases import OPTAX, OURS, PLAIN, TOLD, Case, make_mesh
-from experiments.figures import optimizer_color
+from experiments.report.figures import optimizer_color
 
 RATE = 0.02
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,14 +14,13 @@ from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from experiments.bench.arms import ARMS, COLORS, update_step
 from experiments.bench.cases import Case
 from experiments.compiled import Kernel, measure
-from experiments.figures import figure_style, legend_line, new_figure
-from experiments.pages import flop, readable
+from experiments.report.figures import figure_style, legend_line, new_figure
+from experiments.report.page import Column, Table
+from experiments.report.text import flop, readable
 from experiments.roofline import CHIPS, dearest_table, estimate
 
 Row = dict[str, Any]
@@ -104,30 +103,48 @@ def cost(case: Case, arm: str, dtype: jax.typing.DTypeLike) -> Row:
     }
 
 
+def _of(form: Callable[[Row], str]) -> Callable[[Row], str]:
+    return lambda row: "–" if row["raises"] else form(row)
+
+
+COLUMNS: tuple[Column, ...] = tuple(
+    (heading, heading, form)
+    for heading, form in (
+        ("case", lambda row: row["case"]),
+        ("optimizer", lambda row: row["arm"]),
+        ("FLOPs", _of(lambda row: f"{row['flops_ratio']:.2f}")),
+        ("bytes", _of(lambda row: f"{row['bytes_ratio']:.2f}")),
+        ("temp", _of(lambda row: f"{row['temp_bytes'] / row['shard_bytes']:.1f}")),
+        ("temp MB", _of(lambda row: f"{row['temp_bytes'] / 1e6:.1f}")),
+        (
+            "collectives",
+            lambda row: f"raises {row['raises']}" if row["raises"] else collectives(row),
+        ),
+    )
+)
+ON_CHIPS: tuple[Column, ...] = tuple(
+    (heading, heading, form)
+    for heading, form in (
+        ("case", lambda row: row["case"]),
+        ("optimizer", lambda row: row["arm"]),
+        ("kernels", lambda row: f"{row['kernels']:,}"),
+        ("FLOPs", lambda row: flop(row["flops"])),
+        ("HBM", lambda row: readable(row["hbm_bytes"])),
+        ("exchanged", lambda row: readable(row["exchanged_bytes"])),
+        ("beside", lambda row: f"{row['beside']:,}"),
+        ("ms", lambda row: f"{1e3 * row['seconds']:.3g}"),
+        ("Mcycles", lambda row: f"{row['cycles'] / 1e6:.2f}" if row["cycles"] else "–"),
+    )
+)
+CAPTION = (
+    "FLOPs ÷ (standard Newton–Schulz, each matrix once, ÷ devices). Bytes exchanged and temp ÷ the "
+    "device's bfloat16 shard of the parameters."
+)
+
+
 def table(rows: Sequence[Row]) -> Table:
     """Cases downwards, the arms of each together."""
-    result = Table(
-        title="One step, per device",
-        caption="FLOPs ÷ (standard Newton–Schulz, each matrix once, ÷ devices). Bytes exchanged "
-        "and temp ÷ the device's bfloat16 shard of the parameters.",
-    )
-    for heading in ("case", "optimizer", "FLOPs", "bytes", "temp", "temp MB", "collectives"):
-        plain = heading in ("case", "optimizer", "collectives")
-        result.add_column(heading, justify="left" if plain else "right")
-    for row, last in zip(rows, [*rows[1:], None], strict=True):
-        if row["raises"]:
-            figures = ["-"] * 4 + [f"raises {row['raises']}"]
-        else:
-            figures = [
-                f"{row['flops_ratio']:.2f}",
-                f"{row['bytes_ratio']:.2f}",
-                f"{row['temp_bytes'] / row['shard_bytes']:.1f}",
-                f"{row['temp_bytes'] / 1e6:.1f}",
-                collectives(row),
-            ]
-        end = last is None or last["case"] != row["case"]
-        result.add_row(row["case"], row["arm"], *figures, end_section=end)
-    return result
+    return Table(COLUMNS, rows, CAPTION, "One step, per device", CAPTION, names=2)
 
 
 def tables(rows: Sequence[Row]) -> Group:
@@ -135,25 +152,10 @@ def tables(rows: Sequence[Row]) -> Group:
     parts: list[Any] = [table(rows)]
     timed = [row for row in rows if "kernels" in row]
     if timed:
-        result = Table(title="The same step, on each device of the topology")
-        result.add_column("case")
-        result.add_column("optimizer")
-        for heading in ("kernels", "FLOPs", "HBM", "exchanged", "beside", "ms", "Mcycles"):
-            result.add_column(heading, justify="right")
-        for row in timed:
-            result.add_row(
-                row["case"],
-                row["arm"],
-                f"{row['kernels']:,}",
-                flop(row["flops"]),
-                readable(row["hbm_bytes"]),
-                readable(row["exchanged_bytes"]),
-                f"{row['beside']:,}",
-                f"{1e3 * row['seconds']:.3g}",
-                f"{row['cycles'] / 1e6:.2f}" if row["cycles"] else "–",
-            )
         told = "ms: all kernels one after another. beside: collectives beside computation."
-        parts += [result, Text(f"{told}\n{CHIPS[timed[0]['device_kind']].assumptions()}")]
+        told = f"{told}\n{CHIPS[timed[0]['device_kind']].assumptions()}"
+        title = "The same step, on each device of the topology"
+        parts.append(Table(ON_CHIPS, timed, told, title, told, names=2))
     for row in timed:
         dearest = [(Kernel(**kernel), seconds) for kernel, seconds in row["dearest"]]
         parts.append(dearest_table(dearest, f"The dearest kernels, {row['case']}, {row['arm']}"))

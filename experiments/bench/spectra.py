@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from rich.table import Table
 
-from experiments.figures import DASHES, figure_style, legend_line, new_figure
+from experiments.report.figures import DASHES, figure_style, legend_line, new_figure
+from experiments.report.page import Table
 from muon_jax._orthogonalize.newton_schulz import Form, NewtonSchulz
 
 Row = dict[str, Any]
@@ -101,31 +101,25 @@ def settings() -> list[tuple[str, tuple[int, int], str, str]]:
 
 def table(rows: Sequence[Row]) -> Table:
     """Smallest, median and largest singular value by form."""
-    result = Table(
-        title="Singular values after Newton–Schulz: smallest / median / largest",
-        caption="Restarts: the steps after which the Gram form forms XXᵀ anew.",
-    )
-    for heading in ("dtype", "schedule", "matrix", "spectrum"):
-        result.add_column(heading)
-    for form in FORMS:
-        result.add_column(form, justify="right")
-    result.add_column("restarts")
-    order = sorted(rows, key=lambda row: (row["dtype"], row["schedule"], row["shape"]))
-    grouped = itertools.groupby(
-        order, key=lambda row: (row["dtype"], row["schedule"], row["shape"], row["spectrum"])
-    )
-    for (dtype, schedule, shape, spectrum), group in grouped:
-        cells = {row["form"]: row for row in group}
-        result.add_row(
+    groups: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in sorted(rows, key=lambda row: (row["dtype"], row["schedule"], row["shape"])):
+        key = row["dtype"], row["schedule"], *row["shape"], row["spectrum"]
+        groups.setdefault(key, {})[row["form"]] = row
+    lines = [
+        [
             dtype,
             schedule,
-            f"{shape[0]} × {shape[1]}",
+            f"{m} × {n}",
             spectrum,
-            *(_cell(cells[form]) for form in FORMS),
-            ", ".join(map(str, cells["Gram"]["restarts"])) or "none",
-            end_section=spectrum == SPECTRA[-1],
-        )
-    return result
+            *(_cell(forms[form]) for form in FORMS),
+            ", ".join(map(str, forms["Gram"]["restarts"])) or "none",
+        ]
+        for (dtype, schedule, m, n, spectrum), forms in groups.items()
+    ]
+    headings = ("dtype", "schedule", "matrix", "spectrum", *FORMS, "restarts")
+    title = "Singular values after Newton–Schulz: smallest / median / largest"
+    note = "Restarts: the steps after which the Gram form forms XXᵀ anew."
+    return Table.of_texts(headings, lines, note, title=title, note=note, names=4)
 
 
 def figure(rows: Sequence[Row]) -> Figure:

@@ -1,6 +1,5 @@
 """Our update beside its rivals' on one device, taking turns, so that only ratios count."""
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +10,6 @@ import jax.numpy as jnp
 import optax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.table import Table
 
 import muon_jax
 from experiments.bench.arms import RATE, matrix_dimensions, random_like, update_step
@@ -24,7 +22,8 @@ from experiments.bench.cases import (
     stacked,
     standard_flops,
 )
-from experiments.figures import figure_style, new_figure, optimizer_color
+from experiments.report.figures import figure_style, new_figure, optimizer_color
+from experiments.report.page import Column, Table
 
 Row = dict[str, Any]
 
@@ -191,25 +190,30 @@ def device_kind() -> str:
 
 def table(rows: Sequence[Row]) -> Table:
     """An arm a line: how many times as fast as each rival, and against the GEMM rate."""
-    rivals = list(dict.fromkeys(r for row in rows for r in row.get("speedup", {})))
-    result = Table(
-        title=f"One update on one device ({rows[0]['device']}): median (least to greatest)",
-        caption="÷ standard: time ÷ that of a standard Newton–Schulz at the rate of a GEMM in the "
-        f"same dtype, measured in the same round ({NS_STEPS} steps).",
+    rivals = dict.fromkeys(r for row in rows for r in row.get("speedup", {}))
+    columns: list[Column] = [
+        ("tree", "tree", lambda row: row["tree"]),
+        ("optimizer", "optimizer", lambda row: row["arm"]),
+        *(
+            (f"× {rival}", f"× {rival}", lambda row, rival=rival: _spread(row, "speedup", rival))
+            for rival in rivals
+        ),
+        ("÷ standard", "÷ standard", lambda row: _spread(row, "standard_ratio")),
+    ]
+    if any(row["raises"] for row in rows):
+        columns.append(
+            (
+                "",
+                "raises",
+                lambda row: f"{row['raises']}: {row['message']}" if row["raises"] else "",
+            )
+        )
+    note = (
+        "÷ standard: time ÷ that of a standard Newton–Schulz at the rate of a GEMM in the same "
+        f"dtype, measured in the same round ({NS_STEPS} steps)."
     )
-    result.add_column("tree")
-    result.add_column("optimizer")
-    for heading in (*(f"× {rival}" for rival in rivals), "÷ standard"):
-        result.add_column(heading, justify="right")
-    for row, last in itertools.zip_longest(rows, rows[1:]):
-        if row["raises"]:
-            cells = [f"{row['raises']}: {row['message']}"]
-        else:
-            cells = [_spread(row.get("speedup", {}).get(rival)) for rival in rivals]
-            cells.append(_spread(row["standard_ratio"]))
-        end = last is None or last["tree"] != row["tree"]
-        result.add_row(row["tree"], row["arm"], *cells, end_section=end)
-    return result
+    title = f"One update on one device ({rows[0]['device']}): median (least to greatest)"
+    return Table(columns, rows, note, title, note, names=2)
 
 
 def figure(rows: Sequence[Row]) -> Figure:
@@ -254,7 +258,8 @@ def _family(arm: str) -> str:
     return "muon" if arm.startswith("muon_jax") else arm.split(".")[0]
 
 
-def _spread(ratio: dict[str, float] | None) -> str:
-    if ratio is None:
-        return "-"
-    return f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})"
+def _spread(row: Row, *path: str) -> str:
+    found: Any = row
+    for key in path:
+        found = found.get(key, {})
+    return f"{found['median']:.2f} ({found['min']:.2f}–{found['max']:.2f})" if found else "–"

@@ -16,7 +16,6 @@ from rich.progress import Progress as Bar
 from rich.progress import TaskID
 
 from experiments.commands import guard, progress_bar, stop_on_signals
-from experiments.figures import LABELS
 from experiments.finetune import architecture as config_json
 from experiments.finetune import base, data, dry_run, loop, memory, step, weights
 from experiments.finetune.architecture import Qwen3
@@ -37,6 +36,7 @@ from experiments.language.hugging_face import CONFIG
 from experiments.language.mesh import make_mesh, one_device
 from experiments.language.training_loop import Progress
 from experiments.programs import keep_compiled_programs
+from experiments.report.figures import LABELS
 from experiments.report.studies import show
 from experiments.runs import check_free, check_group, claim, leave_nothing_of_no_run
 from experiments.side_by_side import a_device_for_each_core, devices_for, side_by_side

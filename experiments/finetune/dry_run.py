@@ -8,7 +8,6 @@ import jax
 from rich.console import Console
 
 from experiments.compiled import measure
-from experiments.figures import LABELS
 from experiments.finetune import architecture as config_json
 from experiments.finetune import base, memory
 from experiments.finetune.architecture import PRESETS, Qwen3
@@ -20,6 +19,7 @@ from experiments.language.hugging_face import CONFIG
 from experiments.language.kernels import Shape, with_attention
 from experiments.language.mesh import Mesh, make_mesh, mesh_of_config, one_device
 from experiments.language.sharding import RULES
+from experiments.report.figures import LABELS
 from experiments.roofline import print_programs
 from experiments.side_by_side import devices_for
 from experiments.topology import MEMORY, topology_devices

@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 import muon_jax
-from experiments.figures import LABELS
 from experiments.finetune import arms
 from experiments.finetune.config import ArmName
 from experiments.finetune.step import Trainer
 from experiments.language import sharding, vocabulary
 from experiments.language.mesh import Mesh, mesh_of_config, mesh_text
 from experiments.language.sharding import on_device
-from experiments.pages import readable
+from experiments.report.figures import LABELS
+from experiments.report.text import readable
 
 
 class Plan(NamedTuple):

@@ -12,15 +12,15 @@ from rich.table import Table
 from rich.text import Text
 
 import muon_jax
-from experiments.figures import optimizer_label
 from experiments.language import sharding
 from experiments.language.mesh import mesh_of_config, mesh_text
 from experiments.language.sharding import on_device
 from experiments.optimizers import OptimizerName
-from experiments.pages import flop, readable
 from experiments.pretrain.config import Training
 from experiments.pretrain.costs import step_costs
 from experiments.pretrain.step import Trainer
+from experiments.report.figures import optimizer_label
+from experiments.report.text import flop, readable
 
 
 def dry_run(config: Training, optimizers: Sequence[OptimizerName], console: Console) -> int:

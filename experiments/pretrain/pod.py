@@ -18,15 +18,15 @@ from rich.table import Table
 import muon_jax
 from experiments import optimizers
 from experiments.compiled import Collective, Program, measure
-from experiments.figures import optimizer_label
 from experiments.language import sharding
 from experiments.language.kernels import Shape, with_attention
 from experiments.language.mesh import make_mesh, one_device
 from experiments.optimizers import OptimizerName
-from experiments.pages import flop
 from experiments.pretrain.config import Training
 from experiments.pretrain.costs import step_costs
 from experiments.pretrain.step import Trainer
+from experiments.report.figures import optimizer_label
+from experiments.report.text import flop
 from experiments.roofline import Estimate, estimate, exchange_text, print_estimates, unread_text
 from experiments.topology import MEMORY, topology_devices
 

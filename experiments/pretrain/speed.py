@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.commands import guard
-from experiments.figures import optimizer_label
 from experiments.language.mesh import make_mesh, one_device
 from experiments.optimizers import OptimizerName
 from experiments.pretrain import export
@@ -32,6 +31,7 @@ from experiments.pretrain.config import PresetName, Training
 from experiments.pretrain.costs import step_costs, unknown_peak
 from experiments.pretrain.presets import PRESETS, fitted, preset_of
 from experiments.pretrain.step import Trainer
+from experiments.report.figures import optimizer_label
 from experiments.settings import Count
 
 Loop = Callable[[int], None]

@@ -74,17 +74,18 @@ def _of_groups(folder: Any) -> str:
     raise RunError(f"{folder} holds no run: it has no config.json, nor has a folder in it.")
 
 
-def show(folder: Any, console: Console, **options: Any) -> None:
+def show(folder: Any, console: Console, *, table: bool = True, **options: Any) -> None:
     """Writes a folder's report, and prints its table, its abstract and where it is.
 
     Args:
         folder: of a run, a suite or stored results; in gs:// or s3://, too.
-        console: for the table.
+        console: to print on.
+        table: whether to print the table and the abstract.
         options: of the study's `report`.
     """
     folder = epath.Path(folder) if "://" in str(folder) else Path(folder)
     found = importlib.import_module(study_of(folder)).report(folder, **options)
     path = page.write(found, folder)
-    console.print(found.table)
-    console.print(Text(" ".join(found.abstract)))
+    if table:
+        console.print(found.table, Text(" ".join(found.abstract)), sep="\n")
     console.print(Text(f"Report: {path}"), soft_wrap=True)

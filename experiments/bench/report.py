@@ -1,0 +1,62 @@
+"""Report of the benchmarks: the tables and figures of every part that a folder has rows of."""
+
+import importlib.metadata
+import io
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table as RichTable
+
+from experiments.bench import accelerators, sharding, spectra, speed
+from experiments.json_files import read_json
+from experiments.report.page import Code, Picture, Report, Section
+
+# By its key in summary.json: the module, what gives its tables, and what it asks.
+PARTS: dict[str, tuple[ModuleType, Callable[[Any], Any], str]] = {
+    "sharding": (sharding, sharding.tables, "What one step costs each device of a mesh"),
+    "speed": (speed, speed.table, "How long one update takes on one device"),
+    "spectra": (spectra, spectra.table, "What Newton–Schulz does to singular values"),
+    "accelerators": (accelerators, accelerators.tables, "The update compiled for accelerators"),
+}
+
+
+def report(folder: Path) -> Report:
+    """The parts that were run.
+
+    Raises:
+        ValueError: summary.json is damaged.
+    """
+    summary = read_json(folder / "summary.json")
+    found = {name: part for name, part in PARTS.items() if summary.get(name)}
+    sections, printed = [], []
+    for name, (module, tables, title) in found.items():
+        rows = summary[name]
+        printed.append(shown := tables(rows))
+        # The curves of spectra are not in results that are stored small.
+        drawn = Picture(name, lambda m=module, r=rows: m.figure(r), f"{title}.", f"{title}.")
+        curves = name != "spectra" or "mapped" in rows[0]
+        items = [_item(of) for of in getattr(shown, "renderables", [shown])]
+        sections.append(Section(name, title, [drawn if curves else None, *items]))
+    return Report(
+        "Benchmarks",
+        f"Run {folder.resolve().name} · {', '.join(found)}",
+        [f"{title}." for *_, title in found.values()],
+        Group(*printed),
+        sections,
+        summary.get("config", {}),
+        summary["machine"],
+        importlib.metadata.version("muon-jax"),
+    )
+
+
+def _item(found: Any) -> Any:
+    """What only rich knows, as text."""
+    if not isinstance(found, RichTable):
+        return str(found) if not hasattr(found, "columns") else found
+    title, found.title = found.title, None
+    out = io.StringIO()
+    Console(file=out, width=160).print(found)
+    return Code(str(title), out.getvalue())
