@@ -373,9 +373,8 @@ def draw_series(
 
     found = [of for of in trainings if len(of[0])]
     for places, values in found if thin else ():
-        line(
-            np.asarray(places), np.asarray(values, float), color=style["color"], lw=0.7, alpha=0.35
-        )
+        faint = dict(style) | {"lw": 0.7, "alpha": 0.35}
+        line(np.asarray(places), np.asarray(values, float), **faint)
     places, values = middle(found, statistic)
     mark = POINT_MARK | {"ls": "-"} if marked and len(places) < 50 else {}
     if len(places):

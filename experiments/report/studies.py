@@ -74,6 +74,11 @@ def _of_groups(folder: Any) -> str:
     raise RunError(f"{folder} holds no run: it has no config.json, nor has a folder in it.")
 
 
+def report_of(folder: Any, **options: Any) -> page.Report:
+    """What the study that a folder is of tells of it; `options` are of its `report`."""
+    return importlib.import_module(study_of(folder)).report(folder, **options)
+
+
 def show(folder: Any, console: Console, *, table: bool = True, **options: Any) -> None:
     """Writes a folder's report, and prints its table, its abstract and where it is.
 
@@ -84,7 +89,7 @@ def show(folder: Any, console: Console, *, table: bool = True, **options: Any) -
         options: of the study's `report`.
     """
     folder = epath.Path(folder) if "://" in str(folder) else Path(folder)
-    found = importlib.import_module(study_of(folder)).report(folder, **options)
+    found = report_of(folder, **options)
     path = page.write(found, folder)
     if table:
         console.print(found.table, Text(" ".join(found.abstract)), sep="\n")
