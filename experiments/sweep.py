@@ -338,10 +338,3 @@ def load_run(folder: Path) -> Files:
         [records for records, _ in pieces],
         read_json(costs)["costs"] if costs.exists() else {},
     )
-
-
-def mean_curve(trainings: Sequence[Sequence[dict]]) -> list[tuple[int, float]]:
-    """Mean validation loss at the steps that all trainings reached."""
-    losses = [{row["step"]: row["validation_loss"] for row in rows} for rows in trainings]
-    steps = set.intersection(*map(set, losses)) if losses else set()
-    return [(step, statistics.fmean(of[step] for of in losses)) for step in sorted(steps)]

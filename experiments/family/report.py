@@ -158,12 +158,7 @@ def curves_figure(found: Sequence[Arm]) -> Figure:
 
 
 def report(folder: Path) -> Report:
-    """The family at its best rates.
-
-    Raises:
-        FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is not what it should be; the message names it.
-    """
+    """The family at its best rates."""
     files = arms.load(folder)
     found, facts = aggregate(files), {"config": files.config, "corpus": files.summary["corpus"]}
     table = Table(COLUMNS, found, CAPTION, "The family, lowest loss first", NOTE)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -24,7 +24,6 @@ class Line(arms.Arm):
         optimum: the rate at the bottom of a parabola through the best rate and its neighbours.
     """
 
-    width: int
     optimum: float
 
     @property
@@ -32,113 +31,83 @@ class Line(arms.Arm):
         return self.optimum, self.loss
 
 
-class Transfer(NamedTuple):
-    """One shape scale.
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """One shape scale, by width.
 
     Attributes:
-        drift: least-squares slope of log2(optimum) over log2(width), the powers of two by which the
-            best rate moves when the width doubles; None with one width.
+        optimum, at_edge: of each width; stored results have no `lines`.
     """
 
     scale: str
     lines: list[Line]
-    drift: float | None
+    optimum: dict[str, float]
+    at_edge: dict[str, bool]
+
+    @property
+    def drift(self) -> float | None:
+        """Least-squares slope of log2(optimum) over log2(width); None with one width.
+
+        These are the powers of two by which the best rate moves when the width doubles.
+        """
+        if len(self.optimum) < 2:
+            return None
+        pairs = [[float(width), best] for width, best in self.optimum.items()]
+        return float(np.polyfit(*np.log2(pairs).T, 1)[0])
+
+    @property
+    def drift_text(self) -> str:
+        return "–" if self.drift is None else signed(self.drift, 2)
+
+    def as_json(self) -> dict[str, Any]:
+        """Its row of summary.json."""
+        own = {"scale": self.scale, "drift": self.drift, "optimum": self.optimum}
+        lines = {line.optimizer: line.as_json() for line in self.lines}
+        return own | {"at_edge": self.at_edge, "arms": lines}
 
 
 def aggregate(files: Files) -> list[Transfer]:
-    """The finished cells by shape scale and width; of stored results only what they have."""
-    found: dict[str, list[Line]] = {}
-    for (scale, width), (rows, _) in sorted(
-        arms.grouped(files, "scale", "width").items(), key=lambda item: item[0][1]
-    ):
+    """The finished cells by shape scale and width; of stored results what these have."""
+    if not files.rows:
+        stored = files.summary.get("scales", [])
+        return [Transfer(of["scale"], [], of["optimum"], of["at_edge"]) for of in stored]
+    found: dict[str, list[Line]] = {row["scale"]: [] for row in files.rows}
+    for (width, scale), (rows, _) in sorted(arms.grouped(files, "width", "scale").items()):
         own = arms.of_cells(rows)
         best = optimum(own["losses"], own["best"].rate)
-        line = Line(optimizer=f"width {width}", width=width, optimum=best, **own)
-        found.setdefault(scale, []).append(line)
-    scales = dict.fromkeys(row["scale"] for row in files.rows)
-    return [Transfer(scale, found[scale], _drift(found[scale])) for scale in scales]
-
-
-def _drift(lines: Sequence[Line]) -> float | None:
-    if len(lines) < 2:
-        return None
-    x, y = np.log2([[line.width, line.optimum] for line in lines]).T
-    return float(np.polyfit(x, y, 1)[0])
-
-
-def as_json(transfer: Transfer) -> dict[str, Any]:
-    """A scale's row of summary.json."""
-    lines = {str(line.width): line for line in transfer.lines}
-    return {
-        "scale": transfer.scale,
-        "drift": transfer.drift,
-        "optimum": {width: line.optimum for width, line in lines.items()},
-        "at_edge": {width: line.at_edge for width, line in lines.items()},
-        "arms": {width: line.as_json() for width, line in lines.items()},
-    }
-
-
-class Told(NamedTuple):
-    """A line of the table; what is not stored is None."""
-
-    scale: str
-    width: str
-    optimum: float
-    at_edge: bool
-    drift: float | None
-    rate: float | None
-    loss: float | None
-
-
-def _arm(scale: dict[str, Any], width: str) -> dict[str, Any]:
-    return scale.get("arms", {}).get(width, {})
-
-
-def table_rows(scales: Sequence[dict[str, Any]]) -> list[Told]:
-    """A row for each width of summary.json's scales."""
+        found[scale].append(Line(optimizer=str(width), optimum=best, **own))
     return [
-        Told(
-            scale["scale"],
-            width,
-            best,
-            scale["at_edge"][width],
-            scale["drift"],
-            *(
-                scale.get("arms", {}).get(width, {}).get(k)
-                for k in ("best_rate", "validation_loss")
-            ),
+        Transfer(
+            scale,
+            lines,
+            {line.optimizer: line.optimum for line in lines},
+            {line.optimizer: line.at_edge for line in lines},
         )
-        for scale in scales
-        for width, best in scale["optimum"].items()
+        for scale, lines in found.items()
     ]
 
 
-def sentences(scales: Sequence[dict[str, Any]]) -> list[str]:
+def sentences(transfers: Sequence[Transfer]) -> list[str]:
     """The result in plain sentences."""
     found = []
-    for scale in scales:
-        best = scale["optimum"].items()
-        rates = ", ".join(f"{rate:.3g} at width {width}" for width, rate in best)
-        text = f"{scale['scale']}: the best rate is {rates}"
-        if scale["drift"] is not None:
-            text += f", a drift of {signed(scale['drift'], 2)} powers of two a doubling"
-        if any(scale["at_edge"].values()):
-            text += " (a best rate lies at the edge of those tried)"
-        found.append(text + ".")
+    for of in transfers:
+        rates = ", ".join(f"{best:.3g} at width {width}" for width, best in of.optimum.items())
+        text = f"{of.scale}: the best rate is {rates}"
+        if of.drift is not None:
+            text += f", a drift of {of.drift_text} powers of two a doubling"
+        edge = " (a best rate lies at the edge of those tried)"
+        found.append(f"{text}{edge if any(of.at_edge.values()) else ''}.")
     return found
 
 
+Row = tuple[Transfer, str, Line | None]
 COLUMNS: tuple[Column, ...] = (
-    ("scale", "scale", lambda row: row.scale),
-    ("width", "width", lambda row: row.width),
-    ("best rate", "best rate", lambda row: form(row.rate, "g") + " (edge)" * row.at_edge),
-    ("optimum", "optimum", lambda row: form(row.optimum, ".3g")),
-    ("loss", "loss", lambda row: form(row.loss, ".3f")),
-    (
-        "drift a doubling",
-        "drift a doubling",
-        lambda row: "–" if row.drift is None else signed(row.drift, 2),
-    ),
+    ("scale", "scale", lambda row: row[0].scale),
+    ("width", "width", lambda row: row[1]),
+    ("best rate", "best rate", lambda row: arms.RATE[2](row[2]) if row[2] else "–"),
+    ("optimum", "optimum", lambda row: form(row[0].optimum[row[1]], ".3g")),
+    ("loss", "loss", lambda row: form(row[2] and row[2].loss, ".3f")),
+    ("drift a doubling", "drift a doubling", lambda row: row[0].drift_text),
 )
 CAPTION = (
     "Final validation loss, mean over the seeds. Optimum: the lowest point of a parabola in "
@@ -146,52 +115,50 @@ CAPTION = (
     "log2(width); 0 is perfect transfer, −0.5 is what a spectral norm that grows as the root of "
     "the width asks for."
 )
+FIGURE = (
+    "Final validation loss against Muon's learning rate. The embedding, the gains and the head "
+    "have AdamW's rate {adamw[learning_rate]} at every width; the logits carry a factor of 128 / "
+    "width."
+)
 
 
 def widths_figure(transfers: Sequence[Transfer]) -> Figure:
     """Final loss against learning rate: a panel for each scale, a line for each width."""
-    widths = sorted({line.width for transfer in transfers for line in transfer.lines})
+    widths = sorted({width for of in transfers for width in of.optimum}, key=int)
     shades = matplotlib.colormaps["viridis"](np.linspace(0.85, 0.1, len(widths)))
-    colors = {f"width {width}": shade for width, shade in zip(widths, shades, strict=True)}
-    panels = {
-        of.scale + ("" if of.drift is None else f", drift {signed(of.drift, 2)}"): of.lines
-        for of in transfers
-    }
+    colors = dict(zip(widths, shades, strict=True))
     return rates_figure(
-        panels,
-        style=lambda name: {"color": colors[name]},
-        label=str,
+        {f"{of.scale}, drift {of.drift_text}": of.lines for of in transfers},
+        style=lambda width: {"color": colors[width]},
+        label="width {}".format,
         width=2.9,
         unit="nats a byte",
     )
 
 
 def report(folder: Path) -> Report:
-    """The best rate by width.
-
-    Raises:
-        FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is not what it should be; the message names it.
-    """
+    """The best rate by width, from the files of a sweep."""
     files = arms.load(folder)
     transfers = aggregate(files)
-    scales = [as_json(of) for of in transfers] or files.summary.get("scales", [])
-    table = Table(COLUMNS, table_rows(scales), CAPTION, "Best rate by width", names=2).known()
-    caption = told(
-        "Final validation loss against Muon's learning rate. The embedding, the gains and the head "
-        "have AdamW's rate {adamw[learning_rate]} at every width; the logits carry a factor of "
-        "128 / width.",
-        files.config,
+    rows: list[Row] = [
+        (of, width, next((line for line in of.lines if line.optimizer == width), None))
+        for of in transfers
+        for width in of.optimum
+    ]
+    table = Table(COLUMNS, rows, CAPTION, "Best rate by width", names=2).known()
+    figure = Picture(
+        "widths",
+        lambda: widths_figure(transfers),
+        told(FIGURE, files.config),
+        "Final loss against learning rate, a panel for each shape scale, a line for each width.",
     )
-    alt = "Final loss against learning rate, a panel for each shape scale, a line for each width."
-    figure = Picture("widths", lambda: widths_figure(transfers), caption, alt)
     return arms.report(
         "Learning-rate transfer over the width",
         folder,
         files,
         "a shape scale, a width, a learning rate and a seed",
-        sentences(scales),
+        sentences(transfers),
         table,
-        [Section("widths", "Best rate by width", [table, figure if transfers else None])],
-        scales=scales,
+        [Section("widths", "Best rate by width", [table, figure if files.rows else None])],
+        scales=[of.as_json() for of in transfers],
     )

@@ -1,6 +1,7 @@
 """Report of the grokking study: figures, tests, sweeps, looks inside, the published study."""
 
 import collections
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -373,12 +374,7 @@ def losses(run: Run) -> list[str]:
 
 
 def report(folder: Path) -> Report:
-    """A run, which may be unfinished, or its stored results.
-
-    Raises:
-        FileNotFoundError: The folder, its config.json or its summary.json is missing.
-        ValueError: A file is not what it should be; the message names the file and the line.
-    """
+    """A run, which may be unfinished, or its stored results."""
     run = load_run(folder)
     finished, tasks, kinds = len(run.rows), run.config["tasks"], run.config["softmax"]
     whole = run.config.get("full_length")
@@ -426,6 +422,54 @@ def _of_texts(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return Table.of_texts(columns, rows, names=3)
 
 
+# By its file's name: the label, the caption, and what it shows in words.
+PICTURES = {
+    "sweep": (
+        "Sweep",
+        SWEEP,
+        "Cost to grok against the swept setting, a panel for each unit.",
+    ),
+    "heat": (
+        "Heat maps",
+        HEAT,
+        "Heat maps of the median cost to grok over two settings, one for each optimizer.",
+    ),
+    "published": (
+        "Paper and run",
+        BOXES,
+        "Box plots of the grokking epoch: the paper's quartiles, and those of this run.",
+    ),
+    "curves": (
+        "Figure 1",
+        CURVES,
+        "Training and validation accuracy against epoch, a panel per task and softmax, a colour "
+        "per optimizer.",
+    ),
+    "grok_epochs": (
+        "Figure 2",
+        EPOCHS,
+        "The sustained grokking epoch of every cell, by optimizer, task and softmax; {censored} of "
+        "{finished} cells are censored.",
+    ),
+    "survival": (
+        "Figure 3",
+        SURVIVAL,
+        "Share of cells that have not grokked against epoch, a curve per optimizer.",
+    ),
+}
+
+
+def _pictures(
+    run: Run, facts: dict[str, object], drawn: dict[str, Callable[[Run], Figure]]
+) -> list[Picture]:
+    found = []
+    for name, draw in drawn.items():
+        label, caption, alt = PICTURES[name]
+        texts = caption.format_map(facts), alt.format_map(facts), label
+        found.append(Picture(name, functools.partial(draw, run), *texts))
+    return found
+
+
 def _sweep(run: Run, facts: dict[str, object]) -> list[object]:
     """Tables and figures of a sweep; nothing of another run."""
     if not run.is_sweep or not (best := report_sweep.best_table(run)):
@@ -434,24 +478,7 @@ def _sweep(run: Run, facts: dict[str, object]) -> list[object]:
     if trends := report_sweep.trends(run):
         headings = ("optimizer", "setting", *report_sweep.UNITS)
         items += [TRENDS, _of_texts(headings, trends)]
-    words = {
-        "sweep": ("Sweep", SWEEP, "Cost to grok against the swept setting, a panel for each unit."),
-        "heat": (
-            "Heat maps",
-            HEAT,
-            "Heat maps of the median cost to grok over two settings, one for each optimizer.",
-        ),
-    }
-    for name, draw in report_sweep.figures(run).items():
-        label, caption, alt = words[name]
-        items.append(_picture(name, draw, run, caption.format_map(facts), alt, label))
-    return items
-
-
-def _picture(
-    name: str, draw: Callable[[Run], Figure], run: Run, caption: str, alt: str, label: str
-) -> Picture:
-    return Picture(name, lambda: draw(run), caption, alt, label)
+    return items + _pictures(run, facts, report_sweep.figures(run))
 
 
 def _published(run: Run, facts: dict[str, object]) -> list[object]:
@@ -460,46 +487,18 @@ def _published(run: Run, facts: dict[str, object]) -> list[object]:
         return []
     items: list[object] = [PUBLISHED.format_map(facts)]
     if rows := report_published.table(run):
+        several = {"published": report_published.figure} if len(run.panels()) > 1 else {}
         items.append(_of_texts(report_published.COLUMNS, rows))
-        if len(run.panels()) > 1:
-            caption = BOXES.format_map(facts)
-            alt = "Box plots of the grokking epoch: the paper's quartiles, and those of this run."
-            label = "Paper and run"
-            items.append(_picture("published", report_published.figure, run, caption, alt, label))
-        items.append(SLIP.format_map(facts))
+        items += [*_pictures(run, facts, several), SLIP.format_map(facts)]
     return [*items, DOUBT]
 
 
 def _figures(run: Run, facts: dict[str, object]) -> list[Picture]:
-    curves = _picture(
-        "curves",
-        report_figures.curves_figure,
-        run,
-        CURVES.format_map(facts),
-        "Training and validation accuracy against epoch, a panel per task and softmax, a colour "
-        "per optimizer.",
-        "Figure 1",
-    )
-    epochs = _picture(
-        "grok_epochs",
-        report_figures.epochs_figure,
-        run,
-        EPOCHS.format_map(facts),
-        "The sustained grokking epoch of every cell, by optimizer, task and softmax; "
-        f"{facts['censored']} of {facts['finished']} cells are censored.",
-        "Figure 2",
-    )
-    survival = _picture(
-        "survival",
-        report_figures.survival_figure,
-        run,
-        SURVIVAL,
-        "Share of cells that have not grokked against epoch, a curve per optimizer.",
-        "Figure 3",
-    )
-    # Survival curves in many colours would tell nothing.
-    few = not report_figures.many_arms(run)
-    return [*[curves] * bool(run.traces), epochs, *[survival] * few]
+    drawn = {"curves": report_figures.curves_figure} if run.traces else {}
+    drawn["grok_epochs"] = report_figures.epochs_figure
+    if not report_figures.many_arms(run):  # in whose colours survival curves would tell nothing
+        drawn["survival"] = report_figures.survival_figure
+    return _pictures(run, facts, drawn)
 
 
 def _tests(run: Run) -> list[object]:

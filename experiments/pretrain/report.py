@@ -1,5 +1,6 @@
 """Report of pretraining runs: one, or one of each of several optimizers."""
 
+import functools
 import importlib.metadata
 import math
 from collections.abc import Sequence
@@ -166,53 +167,60 @@ def _comparison(
     return sentence + "."
 
 
-def pictures(runs: Sequence[Run]) -> list[Picture]:
-    """What there is to draw: dense models have no router, and a run may have no record yet."""
-    if not all(run.config for run in runs):
-        return []
-    held_out = Picture(
-        "held_out",
-        lambda: figures.held_out_figure(runs),
-        f"Held-out text in {MEASURES[measure_of(runs)]}, against the tokens trained on and against "
-        "the time that they take at the run's median speed. The legend has the last values; the "
-        "start is beyond the log axis.",
+PICTURES = (
+    (
+        figures.held_out_figure,
+        "Held-out text in {measure}, against the tokens trained on and against the time that they "
+        "take at the run's median speed. The legend has the last values; the start is beyond the "
+        "log axis.",
         "Held-out loss against tokens and against training time, a line for each optimizer.",
-    )
-    loss = Picture(
-        "loss",
-        lambda: figures.loss_figure(runs),
+    ),
+    (
+        figures.loss_figure,
         "Training loss of the logged steps; thick the mean over 6 % of them, over fewer in the "
         "beginning.",
         "Training loss against tokens, a line for each optimizer.",
-    )
-    optimization = Picture(
-        "optimization",
-        lambda: figures.optimization_figure(runs),
+    ),
+    (
+        figures.optimization_figure,
         "The optimizer's own learning rate; the norm of the gradient of all params before it is "
         "clipped; the RMS of the update, weight decay and learning rate included, over hidden "
         "matrices and over all other params; the largest attention logit of all layers.",
         "Learning rate, gradient norm, update RMS and largest attention logit against step.",
-    )
-    routed = [run for run in runs if any("load" in record for record in run.records.trained)]
-    router = Picture(
-        "router",
-        lambda: figures.router_figure(routed),
+    ),
+    (
+        figures.router_figure,
         "Tokens of the busiest and of the idlest expert of all layers in one step, over the even "
         "share (below 1/32 drawn there); entropy of the router's normalised scores, mean over "
         "tokens and layers, dotted where all scores are equal.",
         "Largest and smallest load of an expert, and router entropy, against step.",
-    )
-    experts = Picture(
-        "experts",
-        lambda: figures.experts_figure(routed),
+    ),
+    (
+        figures.experts_figure,
         "Load of every expert, mean over the last tenth of the logged steps.",
         "Load of every expert at the end, a panel for each optimizer.",
-    )
-    evaluated = any(record["step"] for run in runs for record in run.records.evaluated)
-    trained = any(run.records.trained for run in runs)
-    return (
-        [held_out] * evaluated + [loss, optimization] * trained + [router, experts] * bool(routed)
-    )
+    ),
+)
+
+
+def pictures(runs: Sequence[Run]) -> list[Picture]:
+    """What there is to draw: dense models have no router, and a run may have no record yet."""
+    evaluated = runs if any(r["step"] for run in runs for r in run.records.evaluated) else []
+    trained = runs if any(run.records.trained for run in runs) else []
+    routed = [run for run in runs if any("load" in record for record in run.records.trained)]
+    measure = MEASURES[measure_of(runs)]
+    return [
+        Picture(
+            draw.__name__.removesuffix("_figure"),
+            functools.partial(draw, own),
+            caption.format(measure=measure),
+            alt,
+        )
+        for (draw, caption, alt), own in zip(
+            PICTURES, (evaluated, trained, trained, routed, routed), strict=True
+        )
+        if own and all(run.config for run in own)
+    ]
 
 
 def report(folder: epath.Path, optimizers: Sequence[OptimizerName] = ()) -> Report:

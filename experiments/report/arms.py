@@ -235,8 +235,9 @@ def cells_table(rows: Sequence[Row]) -> Table | None:
 def finished(files: Files) -> str:
     """How many cells there are, and how many there will be."""
     stored = files.summary.get("arms", files.summary.get("groups", []))
-    count = len(files.rows) or sum(row["cells"] for row in stored)
-    return f"{count} of {files.summary['cells_total']} cells finished"
+    total = files.summary["cells_total"]
+    count = len(files.rows) or sum(row["cells"] for row in stored) or total
+    return f"{count} of {total} cells finished"
 
 
 def progress(files: Files) -> list[str]:

@@ -75,7 +75,13 @@ def _of_groups(folder: Any) -> str:
 
 
 def report_of(folder: Any, **options: Any) -> page.Report:
-    """What the study that a folder is of tells of it; `options` are of its `report`."""
+    """What the study that a folder is of tells of it; `options` are of its `report`.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        RunError: it holds nothing of any study.
+        ValueError: a file is not what it should be; the message names it.
+    """
     return importlib.import_module(study_of(folder)).report(folder, **options)
 
 

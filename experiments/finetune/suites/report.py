@@ -327,12 +327,7 @@ def figures(results: Results) -> list[Picture]:
 
 
 def report(folder: Path) -> Report:
-    """Every arm at its best rate, and the suite's answers.
-
-    Raises:
-        FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is not what it should be; the message names it.
-    """
+    """Every arm at its best rate, and the suite's answers."""
     results = load(folder)
     files, found, which = results.files, results.groups, results.which
     config, verdicts = files.config, results.verdicts

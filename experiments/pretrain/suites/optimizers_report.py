@@ -203,12 +203,7 @@ def curves_figure(found: Sequence[Arm]) -> Figure:
 
 
 def report(folder: Path) -> Report:
-    """Every optimizer at its best rate.
-
-    Raises:
-        FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is not what it should be; the message names it.
-    """
+    """Every optimizer at its best rate."""
     files = arms.load(folder)
     found = compare(gather(files)) if files.rows else _stored(gather(files))
     facts = {"config": files.config, "corpus": files.summary["corpus"]}

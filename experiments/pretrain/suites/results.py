@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.report import arms
-from experiments.sweep import Files, mean_curve
+from experiments.report.series import middle, series
+from experiments.sweep import Files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,8 @@ def gather(files: Files) -> list[Arm]:
 def _arm(files: Files, optimizer: str, width: int, rows: list[Any], histories: list[Any]) -> Arm:
     own = arms.of_cells(rows, histories, files.config["sweep_seeds"])
     tokens_per_step = files.config["batch"] * files.config["context"]
-    curve = [(step * tokens_per_step, loss) for step, loss in mean_curve(own["histories"])]
+    steps, losses = middle([series(history, "validation_loss") for history in own["histories"]])
+    curve = list(zip((steps * tokens_per_step).tolist(), losses.tolist(), strict=True))
     bits = [row["bits_per_byte"] for row in rows if row["rate"] == own["best"].rate]
     return Arm(
         optimizer=optimizer,

@@ -272,12 +272,7 @@ def _fit_rows(kinds: Mapping[str, Scaling | None]) -> list[list[str]]:
 
 
 def report(folder: Path) -> Report:
-    """Loss against compute.
-
-    Raises:
-        FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is not what it should be; the message names it.
-    """
+    """Loss against compute."""
     files = arms.load(folder)
     found = gather(files)
     model, whole = (scaling(found, with_update) for with_update in (False, True))
