@@ -1,21 +1,19 @@
 """Report of one command's fine-tunings: every arm of it, and what the post claims of them."""
 
-import importlib.metadata
 import math
 from collections.abc import Callable, Sequence
 
 from etils import epath
 
-from experiments.commands import print_warning
 from experiments.finetune import claims
 from experiments.finetune.arms import ARMS, QUIRKS
 from experiments.finetune.config import ArmName
-from experiments.finetune.report_data import Run, differing, found_arms, idle_clip, load_run
+from experiments.finetune.report_data import Run, found_arms, idle_clip, load_run
 from experiments.finetune.report_figures import pictures
+from experiments.report import records
 from experiments.report.figures import optimizer_label
-from experiments.report.page import Column, Report, Section, Table, together
+from experiments.report.page import Column, Report, Section, Table
 from experiments.report.text import all_told, form, number, plural
-from experiments.runs import flat
 
 
 def _last(name: str, spec: str) -> Callable[[Run], str]:
@@ -96,15 +94,10 @@ def judged(runs: Sequence[Run]) -> list[claims.Judged]:
 
 def abstract(runs: Sequence[Run]) -> list[str]:
     """The result in plain sentences, every number computed from the records."""
-    sentences = [
-        f"The log of {run.label} is damaged: {damage}."
-        for run in runs
-        for damage in run.records.damage
-    ]
-    sentences += [
+    sentences = records.damaged(runs) + [
         f"{run.label} has done {_steps(run)} steps." for run in runs if not run.trained.finished
     ]
-    if different := differing(run.records.settings for run in runs):
+    if different := records.differing(runs, "arm"):
         sentences.append(f"Beside the arm the runs differ in {', '.join(different)}.")
     losses = {
         run.label: run.trained.last("validation_loss") for run in runs if run.trained.finished
@@ -150,18 +143,14 @@ def report(folder: epath.Path, arms: Sequence[ArmName] = ()) -> Report:
         ValueError: a file is damaged; the message names it.
     """
     runs = [load_run(folder / arm) for arm in arms or found_arms(folder)]
-    for run in runs:
-        for damage in run.records.damage:
-            print_warning(f"The log of {run.label} is damaged: {damage}.")
-    verdicts, named = judged(runs), {run.label: run for run in runs}
-    settings = {name: flat(run.records.settings) for name, run in named.items()}
+    verdicts = judged(runs)
     quirks = [q for run in runs for q in run.records.settings["optimizer"]["quirks"]]
     facts = next(({"data": run.summary["data"]} for run in runs if "data" in run.summary), {})
     measured = about([run.arm for run in runs], quirks) | all_told(MEASURED, facts)
-    finished = sum(bool(run.summary) for run in runs)
-    return Report(
+    return records.report(
         "Fine-tuning a Qwen3",
-        f"Run {folder.resolve().name} · {finished} of {len(runs)} arms finished",
+        folder,
+        runs,
         abstract(runs),
         table(runs),
         [
@@ -170,9 +159,6 @@ def report(folder: epath.Path, arms: Sequence[ArmName] = ()) -> Report:
             Section("figures", "Figures", pictures({run.arm: [run.trained] for run in runs})),
             Section("criteria", "How it was measured", [measured]),
         ],
-        {key: value for key, value in together(settings).items() if key != "arm"},
-        together({name: run.summary.get("machine", {}) for name, run in named.items()}),
-        importlib.metadata.version("muon-jax"),
         {
             "runs": {run.arm: run.summary or None for run in runs},
             "claims": [of._asdict() for of in verdicts],

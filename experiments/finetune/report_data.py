@@ -164,13 +164,6 @@ def idle_clip(trainings: Iterable[Trained], optimizer: Mapping[str, Any]) -> lis
     ]
 
 
-def differing(settings: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Names of settings in which runs differ, other than the arm."""
-    first, *others = ({k: v for k, v in own.items() if k != "arm"} for own in settings)
-    names = dict.fromkeys(name for own in (first, *others) for name in own)
-    return [name for name in names if any(own.get(name) != first.get(name) for own in others)]
-
-
 def _mean(values: np.ndarray) -> float:
     known = values[np.isfinite(values)]
     return float(np.mean(known)) if len(known) else math.nan

@@ -1,13 +1,11 @@
 """Report of pretraining runs: one, or one of each of several optimizers."""
 
 import functools
-import importlib.metadata
 import math
 from collections.abc import Sequence
 
 from etils import epath
 
-from experiments.commands import print_warning
 from experiments.optimizers import OptimizerName
 from experiments.pretrain import report_figures as figures
 from experiments.pretrain.report_data import (
@@ -18,10 +16,10 @@ from experiments.pretrain.report_data import (
     loss_text,
     measure_of,
 )
+from experiments.report import records
 from experiments.report.figures import optimizer_label
-from experiments.report.page import Code, Column, Picture, Report, Section, Table, together
+from experiments.report.page import Code, Column, Picture, Report, Section, Table
 from experiments.report.text import all_told, flop, form, number, plural
-from experiments.runs import flat
 
 _BASELINE = optimizer_label("adamw")
 
@@ -100,12 +98,7 @@ def table(runs: Sequence[Run]) -> Table:
 
 def abstract(runs: Sequence[Run]) -> list[str]:
     """The result in plain sentences, every number computed from the records."""
-    sentences = [
-        f"The log of {run.label} is damaged: {damage}."
-        for run in runs
-        for damage in run.records.damage
-    ]
-    sentences += [
+    sentences = records.damaged(runs) + [
         f"{run.label} has done {run.steps:,} of {run.whole:,} steps."
         for run in runs
         if run.steps < run.whole
@@ -235,31 +228,21 @@ def report(folder: epath.Path, optimizers: Sequence[OptimizerName] = ()) -> Repo
         ValueError: a file is damaged; the message names it.
     """
     runs = load_runs(folder, optimizers)
-    for run in runs:
-        for damage in run.records.damage:
-            print_warning(f"The log of {run.label} is damaged: {damage}.")
     facts = {"tokens_per_step": runs[0].tokens_per_step}
     facts |= next(({"data": run.summary["data"]} for run in runs if "data" in run.summary), {})
-    named = {run.label: run for run in runs}
-    finished = sum(bool(run.summary) for run in runs)
+    samples = [Code(run.label, run.samples) for run in runs if run.samples]
     new = len(runs) > 1 and all(run.config for run in runs)
-    return Report(
+    return records.report(
         "Pretraining a language model",
-        f"Run {folder.resolve().name} · {', '.join(named)} · {finished} of {len(runs)} finished",
+        folder,
+        runs,
         abstract(runs),
         table(runs),
         [
             Section("runs", "The run" if len(runs) == 1 else "The runs", [table(runs)]),
             Section("figures", "Figures", pictures(runs)),
-            Section(
-                "samples",
-                "What the models write",
-                [Code(name, run.samples) for name, run in named.items() if run.samples],
-            ),
+            Section("samples", "What the models write", samples),
             Section("criteria", "How it was measured", [all_told(MEASURED, facts)]),
         ],
-        together({name: flat(run.records.settings) for name, run in named.items()}),
-        together({name: run.summary.get("machine", {}) for name, run in named.items()}),
-        importlib.metadata.version("muon-jax"),
         {"runs": {run.optimizer: run.summary or None for run in runs}} if new else None,
     )

@@ -14,7 +14,7 @@ from experiments.pretrain.trained import told_by
 from experiments.report import records
 from experiments.report.figures import optimizer_label, optimizer_style
 from experiments.report.series import Series, series
-from experiments.runs import RunError, flat, holds_run, read_json
+from experiments.runs import RunError, holds_run, read_json
 
 MEASURES = {"bits_per_byte": "bits a byte", "validation_loss": "nats a token"}
 
@@ -164,13 +164,8 @@ def measure_of(runs: Iterable[Run]) -> str:
 
 def differences(runs: Sequence[Run]) -> list[str]:
     """Names of settings, other than the optimizer, in which the runs differ."""
-    settings = [flat(run.records.settings | {"optimizer": None}) for run in runs]
     texts = {run.summary["data"]["sha256"] for run in runs if "data" in run.summary}
-    names = dict.fromkeys(name for own in settings for name in own)
-    found = [
-        name for name in names if any(own.get(name) != settings[0].get(name) for own in settings)
-    ]
-    return found + ["the text"] * (len(texts) > 1)
+    return records.differing(runs, "optimizer") + ["the text"] * (len(texts) > 1)
 
 
 def loss_text(value: float | None) -> str:
