@@ -107,11 +107,9 @@ def groups(files: Files) -> list[Group]:
             for stored in files.summary.get("groups", [])
         ]
     names = files.config["arms"]
-    variants = [*dict.fromkeys(of.variant for of in found)]
 
     def order(of: Group) -> tuple[Any, ...]:
-        place = names.index(of.arm) if of.arm in names else 0
-        return _place(of.variant, variants), place
+        return _place(of.variant), names.index(of.arm) if of.arm in names else 0
 
     return sorted(found, key=order)
 
@@ -119,7 +117,7 @@ def groups(files: Files) -> list[Group]:
 _ORDER = (PUBLISHED, CONTROLLED, *PRETRAINED.values(), QK_NORM, NO_QK_NORM)
 
 
-def _place(variant: str, variants: Sequence[str]) -> tuple[int, str]:
+def _place(variant: str) -> tuple[int, str]:
     known = next((i for i, name in enumerate(_ORDER) if variant.startswith(name)), len(_ORDER))
     return known, "" if variant.endswith(UNCLIPPED) else variant
 
