@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import muon_jax
-from experiments.bench.cases import OURS, layer, make_mesh, on_mesh, separate, stacked
+from experiments.bench.cases import OURS, Case, layer, make_mesh, on_mesh, separate, stacked
 from experiments.bench.sharding import compile_step
 from experiments.compiled import measure
 from experiments.topology import TopologyError, topology_devices
@@ -76,6 +77,30 @@ def test_a_step_meets_its_bars_and_its_plan(row):
     assert told == pytest.approx(program.exchanged_bytes, rel=0.05)
     assert plan.total("standard_flops") == case.standard_flops()
     assert plan.total("momentum_bytes") == 2 * case.shard_bytes()
+
+
+@pytest.mark.parametrize("how", ["told", "untold", "Explicit"])
+def test_matrices_of_one_shape_share_a_bucket_whatever_the_axes_of_their_leaves(how):
+    """Six (16, 4, 4) and two (4, 4, 16), all of them 16 × 16: one for each of eight devices."""
+    mesh = make_mesh(jax.devices(), {"fsdp": 4, "tp": 2}, how == "Explicit")
+    leaf = {
+        "query": ((16, 4, 4), P("fsdp", "tp"), muon_jax.MatrixAxes(0, (1, 2))),
+        "out": ((4, 4, 16), P("tp", None, "fsdp"), muon_jax.MatrixAxes((0, 1), 2)),
+    }
+    kinds = {"a": "query", "b": "query", "c": "query", "d": "out"}
+    tree = {f"{name}{i}": leaf[kind] for i in range(2) for name, kind in kinds.items()}
+    params = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for name, (shape, spec, _) in tree.items()
+    }
+    axes = {name: found for name, (_, _, found) in tree.items()}
+    case = Case(how, mesh, params, (OURS,))
+    told = {"shardings": case.shardings} if how == "told" else {}
+    tx = muon_jax.scale_by_muon(mesh=mesh, matrix_axes=axes, **told)
+    plan = muon_jax.plan(params, mesh=mesh, matrix_axes=axes, routing=[("", "muon")])
+    assert [row.matrices for row in plan.rows] == [8]
+    standard = plan.total("standard_flops")
+    assert standard == plan.total("flops") == 8 * measure(compile_step(case, tx)).flops
 
 
 def test_rivals_stand_where_the_table_says():

@@ -44,8 +44,16 @@ class Block(NamedTuple):
 
     @property
     def flip(self) -> bool:
-        """Whether fan_out leads: the side that is split over more devices, or else fan_in."""
-        return len(self.out_axes) > len(self.in_axes)
+        """Whether fan_out leads: the side that more mesh axes split.
+
+        Of equals the order of the axes' names decides, and then the longer side, so that a matrix
+        leads like its transpose that lies in the same way.
+        """
+        in_, out = (
+            (len(axes), axes, fan)
+            for axes, fan in ((self.in_axes, self.fan_in), (self.out_axes, self.fan_out))
+        )
+        return out > in_
 
 
 class Part(NamedTuple):
