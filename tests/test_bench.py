@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import muon_jax
 from experiments.bench import __main__ as bench
 from experiments.bench import accelerators, arms, cases, sharding, spectra, speed
 from experiments.bench.all_to_all import all_to_all_muon
 from experiments.roofline import CHIPS, Chip
-from experiments.topology import TopologyError
+from experiments.topology import TopologyError, topology_devices
+from muon_jax._sharding.layout import Placing
 
 PNG = b"\x89PNG"
 TINY = ["--devices", "8", "--layers", "8", "--width", "32", "--rounds", "1"]
@@ -51,6 +53,40 @@ def test_the_command_writes_its_rows_and_figures(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "raises ShardingTypeError" in printed
     assert "Singular values" in printed
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_propagation_makes_no_stack_of_leaves_that_are_apart(platform, monkeypatch):
+    monkeypatch.setattr(Placing, "platform", platform)
+    mesh = cases.make_mesh(jax.devices(), {"fsdp": 8})
+    case = cases.on_mesh("apart", mesh, cases.separate(cases.layer(2, 16, 32), 2), ("fsdp", None))
+
+    def program(arm):
+        tx = arms.ARMS[arm](case, jnp.bfloat16)
+        state = jax.eval_shape(tx.init, case.params)
+        return str(jax.make_jaxpr(tx.update)(case.params, state, case.params))
+
+    assert "bf16[4,16,16]" not in program(cases.PLAIN)
+    monkeypatch.setitem(
+        arms.ARMS,
+        "on one device",
+        lambda case, dtype: muon_jax.muon(
+            0.02, ns_dtype=dtype, mesh=cases.make_mesh(jax.devices(), {"alone": 1})
+        ),
+    )
+    assert "bf16[4,16,16]" in program("on one device")
+
+
+def test_propagation_on_devices_that_are_not_here():
+    try:
+        mesh = cases.make_mesh(topology_devices("v5e:2x2"), {"fsdp": 4})
+    except TopologyError as error:
+        pytest.skip(str(error))
+    tree = cases.separate(cases.layer(1, 128, 256), 1)
+    case = cases.on_mesh("away", mesh, tree, ("fsdp", None), dtype=jnp.bfloat16)
+    row = sharding.cost(case, cases.PLAIN, jnp.bfloat16)
+    assert row["raises"] is None
+    assert row["collectives"] and "all-to-all" not in row["collectives"]
 
 
 def test_rows_tell_ours_from_propagation(tiny_cases):

@@ -28,9 +28,16 @@ def ours_told(case: Case, dtype: jax.typing.DTypeLike) -> optax.GradientTransfor
 
 def propagated(case: Case, dtype: jax.typing.DTypeLike) -> optax.GradientTransformation:
     """muon_jax as on one device; XLA's propagation decides what crosses the network."""
-    # Left without a mesh it would find the one that the arrays lie on.
+    # Left without a mesh it would find the one that the arrays lie on; and of several leaves a GPU
+    # or a TPU would make one stack, which puts together what is split.
     alone = make_mesh(case.mesh.devices.ravel(), {"alone": 1})
-    return muon_jax.muon(RATE, ns_dtype=dtype, mesh=alone)
+    labels = jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path), case.params
+    )
+    each = {
+        label: muon_jax.muon(RATE, ns_dtype=dtype, mesh=alone) for label in jax.tree.leaves(labels)
+    }
+    return optax.multi_transform(each, labels)
 
 
 def optax_muon(case: Case, dtype: jax.typing.DTypeLike) -> optax.GradientTransformation:

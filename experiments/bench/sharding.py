@@ -36,19 +36,18 @@ def compile_step(
         tx: the optimizer.
         options: XLA's, for this program alone.
     """
-    # A program is for the platform of the mesh in use, and without one for that of this machine.
-    is_away = case.mesh.devices.flat[0].platform != jax.default_backend()
-    in_use = case.explicit or is_away
-    with jax.set_mesh(case.mesh) if in_use else contextlib.nullcontext():
+    with jax.set_mesh(case.mesh) if case.explicit else contextlib.nullcontext():
         state = laid_out(case, jax.eval_shape(tx.init, case.params))
         layouts = jax.tree.map(lambda leaf: leaf.sharding, (case.params, state, case.params))
-        step = jax.jit(
-            update_step(tx),
-            in_shardings=layouts,
+        step = update_step(tx)
+        # Donated arrays are matched to results in their order: new params take the place of old.
+        in_order = jax.jit(
+            lambda grads, params, state: step(grads, state, params),
+            in_shardings=(layouts[0], layouts[2], layouts[1]),
             out_shardings=(layouts[2], layouts[1]),
             donate_argnums=(1, 2),
         )
-        lowered = step.lower(case.params, state, case.params)
+        lowered = in_order.lower(case.params, case.params, state)
         return lowered.compile(compiler_options=dict(options or {}))
 
 
