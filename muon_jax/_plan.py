@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import jax
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from muon_jax._matrices.parts import cut
 from muon_jax._matrix_axes import MatrixAxes
-from muon_jax._orthogonalize.newton_schulz import Form, NewtonSchulz
+from muon_jax._orthogonalize.iteration import Form
+from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muon_jax._precision import real_dtype
 from muon_jax._routing.axes import EXPERT_STACK
 from muon_jax._routing.rules import FROZEN, MUON, OTHER, Routing, route
@@ -230,6 +231,10 @@ def plan(
                 entries.append(Entry(piece.shape, jnp.dtype(x.dtype), piece.layout, piece.axes))
     blocks, buckets = plan_entries(entries, placing, solver, platform)
 
+    working: Counter = Counter()  # of each call
+    for bucket in buckets:
+        working[bucket.call] += _working(bucket, solver) if bucket.call else 0
+
     def muon_row(group: list[Bucket]) -> PlanRow:
         parts = [part for bucket in group for part in bucket.parts]
         copies = placing.devices // group[0].devices
@@ -256,12 +261,12 @@ def plan(
             device_flops=flops,
             exchanged_bytes=sum(bucket.exchanged_bytes(placing.sizes) for bucket in group),
             momentum_bytes=momentum,
-            working_bytes=max(_working(bucket, solver) for bucket in group),
+            working_bytes=max(working[bucket.call] or _working(bucket, solver) for bucket in group),
         )
 
     alike: dict[Any, list[Bucket]] = defaultdict(list)
     for bucket in buckets:  # without a mesh each leaf is a bucket: equal ones share a row
-        alike[bucket._replace(parts=()) if not bucket.axes else bucket].append(bucket)
+        alike[bucket._replace(parts=(), call=0) if not bucket.axes else bucket].append(bucket)
     rows = [muon_row(group) for group in alike.values()]
     for label, moments in ((OTHER, 2), (FROZEN, 0)):
         others = [path for path, found in routes.items() if found.label == label]

@@ -68,6 +68,27 @@ def test_matrices_of_one_shape_share_a_stack_where_launches_pay(platform):
     assert sum(bucket.matrices for bucket in buckets) == 7
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_matrices_of_one_short_side_share_a_call_if_their_form_is_one(platform):
+    """And what a call holds at once is told together."""
+    large = (block(1, 2048, 8192), block(1, 8192, 2048))
+    blocks = (block(1), block(2, 256, 1024), block(1, 1024, 256), block(1, 512, 2048), *large)
+    buckets = plan_buckets(blocks, (), NewtonSchulz(dtype=jnp.bfloat16), platform)
+    calls = [bucket.call for bucket in buckets]
+    assert [bucket.form.method for bucket in buckets] == ["standard", *["gram"] * 5]
+    assert len(set(calls)) == (6 if platform == "cpu" else 5)
+    assert (calls[1] == calls[2]) == (platform != "cpu")
+
+    def working(*shapes):
+        leaves = {
+            f"{i}/kernel": jax.ShapeDtypeStruct(x, jnp.bfloat16) for i, x in enumerate(shapes)
+        }
+        return muon_jax.plan(leaves, platform=platform).total("working_bytes")
+
+    up, down = (256, 1024), (1024, 256)
+    assert working(up, down) == (1 if platform == "cpu" else 2) * working(up)
+
+
 def test_a_stack_ends_where_its_products_are_long_enough():
     side = 4096
     most = _STACK_FLOPS // (2 * side**3)
@@ -76,15 +97,13 @@ def test_a_stack_ends_where_its_products_are_long_enough():
     assert [bucket.slots for bucket in buckets] == [most, most, 1, 5 * most]
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(Placing, "platform", "gpu")
-
-
 @pytest.mark.parametrize("chunk_size", [None, 2])
-def test_leaves_in_one_stack_have_their_own_updates(chunk_size, as_on_a_gpu, monkeypatch):
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_leaves_in_one_call_have_their_own_updates(platform, chunk_size, monkeypatch):
     """(16, 4, 4) is one 16 × 16 matrix along the axes that it is told."""
+    monkeypatch.setattr(Placing, "platform", platform)
     shapes = {"a": (16, 16), "b": (3, 16, 16), "c": (16, 4, 4), "d": (4, 4, 16), "e": (16, 40)}
+    shapes |= {"f": (40, 16), "g": (2, 40, 16)}
     axes = {"c": MatrixAxes(0, (1, 2)), "d": MatrixAxes((0, 1), 2)}
     params = {name: gaussian(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
     axes = {name: axes.get(name, MatrixAxes()) for name in params}
@@ -102,7 +121,12 @@ def test_leaves_in_one_stack_have_their_own_updates(chunk_size, as_on_a_gpu, mon
     together = update(mesh, chunk_size=chunk_size)
     update(mesh, chunk_size=chunk_size, orthogonalizer=orthogonalize)
     sizes = [6] if chunk_size is None else [2, 2, 2]
-    assert seen == [*((size, 16, 16) for size in sizes), (16, 40)]
+    tall = [3] if chunk_size is None else [2, 1]
+    assert seen == [
+        *((size, 16, 16) for size in sizes),
+        (16, 40),
+        *((size, 40, 16) for size in tall),
+    ]
     monkeypatch.undo()
     apart = update(mesh)
     for name in params:

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
+from muon_jax._orthogonalize.newton_schulz import SMALL, NewtonSchulz
 from muon_jax._sharding.buckets import Axes, Block, Bucket, Part, Sizes
 
 # Up to this many shapes the choice of which to split is exhaustive.
 _EXHAUSTIVE = 8
 
-# On one device a GPU takes 2 µs to begin a kernel, and a TPU's compiler its time for each shape:
-# matrices of several leaves are worth a stack, which costs their memory once more, until a product
-# takes so many FLOPs, 0.2 ms of an H100. A CPU is as fast without.
+# On one device a GPU takes 2 µs to begin a kernel, and a TPU its time to fill its matrix units and
+# to empty them: matrices of several leaves are worth one call, which costs their memory once more,
+# until a product takes so many FLOPs, 0.2 ms of an H100. A CPU is as fast without.
 _STACK_FLOPS = 2**37
 
 
@@ -35,45 +35,55 @@ def plan_buckets(
         platform: of the devices: `"cpu"`, `"gpu"`, `"tpu"`.
     """
     groups: dict[Any, list[int]] = defaultdict(list)
-    stacks: dict[Any, list[Part]] = defaultdict(list)
+    whole: list[int] = []
     for index, block in enumerate(blocks):
         axes = tuple(a for a, n in sizes if n > 1 and a not in block.batch_axes)
         if axes:
             groups[axes, block.dtype].append(index)
         elif block.matrices:
-            stacks[block.fan_in, block.fan_out, block.dtype].append(
-                Part(index, 0, block.matrices, False)
-            )
-    buckets = [
-        _local(parts, m, n, dtype, solver, platform)
-        for (m, n, dtype), together in stacks.items()
-        for parts in _stacked(together, m, n, platform)
-    ]
+            whole.append(index)
+    buckets = _local(blocks, whole, solver, platform)
     for (axes, dtype), members in groups.items():
         buckets += _Exchange(axes, dtype, sizes, solver, platform).buckets(blocks, members)
     return tuple(buckets)
 
 
-def _stacked(parts: list[Part], m: int, n: int, platform: str) -> list[tuple[Part, ...]]:
-    """Matrices of one shape, those in a stack together."""
-    most = 0 if platform == "cpu" else _STACK_FLOPS // (2 * m * n * min(m, n))
-    found: list[list[Part]] = []
-    room = 0
-    for part in parts:
-        if not found or part.matrices > room:
-            found.append([])
-            room = most
-        found[-1].append(part)
-        room -= part.matrices
-    return [tuple(stack) for stack in found]
-
-
 def _local(
-    parts: tuple[Part, ...], m: int, n: int, dtype, solver: NewtonSchulz | None, platform: str
-) -> Bucket:
-    form = None if solver is None else solver.form(m, n, dtype, platform)
-    slots = sum(part.matrices for part in parts)
-    return Bucket((), 1, parts, m, n, (), (), 1, slots, form, dtype)
+    blocks: Sequence[Block], whole: Iterable[int], solver: NewtonSchulz | None, platform: str
+) -> list[Bucket]:
+    """A bucket for each shape in each call: small ones of one form and short side share a call."""
+    most = 0 if platform == "cpu" else _STACK_FLOPS
+    calls = itertools.count(1)
+    last: dict[Any, tuple[int, int]] = {}  # of those that may share one: the last, and its room
+    stacks: dict[Any, list[Part]] = defaultdict(list)
+    for index in whole:
+        block = blocks[index]
+        m, n = shape = block.fan_in, block.fan_out
+        form = None if solver is None else solver.form(m, n, block.dtype, platform)
+        alike = shape if form is None or min(shape) >= SMALL else min(shape), form, block.dtype
+        flops = 2 * m * n * min(m, n) * block.matrices
+        call, room = last.get(alike, (0, 0))
+        if not call or flops > room:
+            call, room = next(calls), most
+        last[alike] = call, room - flops
+        stacks[call, m, n, form, block.dtype].append(Part(index, 0, block.matrices, False))
+    return [
+        Bucket(
+            axes=(),
+            devices=1,
+            parts=tuple(parts),
+            lead=m,
+            other=n,
+            lead_axes=(),
+            other_axes=(),
+            width=1,
+            slots=sum(part.matrices for part in parts),
+            form=form,
+            dtype=dtype,
+            call=call,
+        )
+        for (call, m, n, form, dtype), parts in stacks.items()
+    ]
 
 
 class _Class(NamedTuple):

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from muon_jax._orthogonalize.newton_schulz import Form, NewtonSchulz
+from muon_jax._orthogonalize.iteration import Form
+from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muon_jax._orthogonalize.symmetric import accumulator
 
 Axes = tuple[str, ...]
@@ -96,6 +97,8 @@ class Bucket(NamedTuple):
         dtype: of the exchange.
         alignment: numbers that collectives bring to a device so that matrices to be cut lie along
             their long side first, and back.
+        call: buckets with the same one, not 0, share a call of the orthogonalizer: their matrices
+            have one short side.
     """
 
     axes: Axes
@@ -111,6 +114,7 @@ class Bucket(NamedTuple):
     dtype: np.dtype
     cut: bool = False
     alignment: int = 0
+    call: int = 0
 
     @property
     def matrices(self) -> int:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from muon_jax._orthogonalize.newton_schulz import ALONE, Share
+from muon_jax._orthogonalize.iteration import ALONE, Share
 from muon_jax._sharding.buckets import Axes, Block, Bucket, Part, Sizes
 
 Orthogonalizer = Callable[..., jax.Array]
@@ -41,13 +41,17 @@ def orthogonalize_local(
     done: dict[int, list[tuple[int, jax.Array]]] = defaultdict(list)
     size = dict(sizes)
     previous = None
-    for bucket in buckets:
-        tiles = [arrays[p.block][p.start : p.stop] for p in bucket.parts]
+    calls: dict[int, list[Bucket]] = defaultdict(list)
+    for index, bucket in enumerate(buckets):
+        calls[bucket.call or -1 - index].append(bucket)
+    for together in calls.values():
+        parts = [part for bucket in together for part in bucket.parts]
+        tiles = [arrays[p.block][p.start : p.stop] for p in parts]
         if chunk is not None and previous is not None:
             tiles, _ = lax.optimization_barrier((tiles, previous))
-        run = _Run(bucket, size, orthogonalizer, chunk)
-        results = run.exchange(tiles, blocks) if bucket.axes else run.whole_here(tiles)
-        for part, result in zip(bucket.parts, results, strict=True):
+        run = _Run(together[0], size, orthogonalizer, chunk)
+        results = run.exchange(tiles, blocks) if run.bucket.axes else run.whole_here(tiles)
+        for part, result in zip(parts, results, strict=True):
             done[part.block].append((part.start, result.astype(arrays[part.block].dtype)))
         previous = results[-1]
     outputs = []
@@ -63,20 +67,21 @@ class _Run:
         self.bucket = bucket
         self.size = size
         self.orthogonalizer = orthogonalizer
-        self.chunk = chunk or max(bucket.slots, 1)
+        self.chunk = chunk
 
     def whole_here(self, tiles: list[jax.Array]) -> list[jax.Array]:
-        """Matrices that this device has whole: those of several arrays become one stack."""
-        bucket, run = self.bucket, self.orthogonalizer
-        run = functools.partial(run, form=bucket.form) if bucket.form is not None else run
-        if bucket.slots == 1:  # a loop over matrices needs none
+        """Matrices that this device has whole: those of several arrays in one call."""
+        form, run = self.bucket.form, self.orthogonalizer
+        if len(tiles) > 1:
+            tiles = [tile.astype(self.bucket.dtype) for tile in tiles]
+            if form is None:
+                return orthogonalize_together(functools.partial(_stacked, run), tiles, self.chunk)
+            run = functools.partial(run.together, form=form)
+            return orthogonalize_together(run, tiles, self.chunk)
+        run = functools.partial(run, form=form) if form is not None else run
+        if self.bucket.slots == 1:  # a loop over matrices needs none
             return [jnp.expand_dims(apply_checked(run, jnp.squeeze(tiles[0], 0)), 0)]
-        if len(tiles) == 1:
-            return [orthogonalize_chunks(run, tiles[0], self.chunk)]
-        stack = jnp.concatenate([tile.astype(bucket.dtype) for tile in tiles])
-        done = orthogonalize_chunks(run, stack, self.chunk).astype(bucket.dtype)
-        ends = np.cumsum([part.matrices for part in bucket.parts])
-        return jnp.split(done, ends[:-1])
+        return [orthogonalize_chunks(run, tiles[0], self.chunk)]
 
     def exchange(self, tiles: list[jax.Array], blocks: Sequence[Block]) -> list[jax.Array]:
         bucket = self.bucket
@@ -87,10 +92,11 @@ class _Run:
         cells = jnp.concatenate(cut) if len(cut) > 1 else cut[0]
         table, shared = bucket.deal()
         results: list[jax.Array] = []
-        for i in range(0, bucket.slots, self.chunk):
+        chunk = self.chunk or max(bucket.slots, 1)
+        for i in range(0, bucket.slots, chunk):
             if results:
                 cells, _ = lax.optimization_barrier((cells, results[-1]))
-            slots = slice(i, i + self.chunk)
+            slots = slice(i, i + chunk)
             if bucket.resident:
                 results.append(self._solve(cells[slots], shared[:, slots]))
             else:
@@ -274,6 +280,41 @@ def orthogonalize_chunks(
         return _joined([run(piece) for piece in slices], axis)
 
     return run(x)
+
+
+def orthogonalize_together(
+    run: Callable[[list[jax.Array]], Sequence[jax.Array]], tiles: list[jax.Array], chunk: int | None
+) -> list[jax.Array]:
+    """Stacks `(count, m, n)` orthogonalised, at most `chunk` matrices at once; `None` is all."""
+    most = chunk or sum(map(len, tiles))
+    rounds: list[list[tuple[int, jax.Array]]] = []
+    room = 0
+    for index, tile in enumerate(tiles):
+        start = 0
+        while start < len(tile):
+            if not room:
+                rounds.append([])
+                room = most
+            piece = tile[start : start + room]
+            rounds[-1].append((index, piece))
+            start, room = start + len(piece), room - len(piece)
+    done: list[list[jax.Array]] = [[] for _ in tiles]
+    previous = None
+    for pieces in rounds:
+        xs = [x for _, x in pieces]
+        if previous is not None:
+            xs, _ = lax.optimization_barrier((xs, previous))
+        ys = run(xs)
+        previous = ys[-1]
+        for (index, _), y in zip(pieces, ys, strict=True):
+            done[index].append(y)
+    return [_joined(found, 0) for found in done]
+
+
+def _stacked(orthogonalizer: Orthogonalizer, xs: list[jax.Array]) -> Sequence[jax.Array]:
+    """Arrays of one shape as one."""
+    y = apply_checked(orthogonalizer, jnp.concatenate(xs))
+    return jnp.split(y, np.cumsum([len(x) for x in xs])[:-1])
 
 
 def apply_checked(orthogonalizer: Orthogonalizer, x: jax.Array) -> jax.Array:

@@ -1,0 +1,394 @@
+"""The arithmetic of Newton-Schulz: norm, polynomial steps and products of stacks of matrices."""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from muon_jax._orthogonalize.coefficients import Row
+from muon_jax._orthogonalize.decompositions import each_matrix
+from muon_jax._orthogonalize.symmetric import (
+    Panels,
+    accumulator,
+    cut,
+    gram,
+    matmul,
+    product,
+    square,
+    symmetric_flops,
+    whole,
+)
+
+
+class Form(NamedTuple):
+    """The arithmetic chosen for a shape, a dtype and a platform.
+
+    Attributes:
+        method: `"standard"` or `"gram"`.
+        restarts: the steps after which the Gram form forms XXᵀ anew.
+        panels: how many slices symmetric products are computed in.
+        one_by_one: a stack is a loop over its matrices, and no batched product.
+        rounded: products are written in the dtype of their operands, and not in that of their
+            sums, so that half of the bytes are read again.
+        upright: matrices with more rows than columns are multiplied from the right, and not
+            transposed first and last.
+        apart: arrays that make one stack are scaled before they are put together, and multiplied
+            last once they are taken apart, so that XLA fuses what comes before and after.
+    """
+
+    method: str
+    restarts: tuple[int, ...] = ()
+    panels: int = 1
+    one_by_one: bool = False
+    rounded: bool = False
+    upright: bool = False
+    apart: bool = False
+
+    def flops(self, short: int, long: int, rows: tuple[Row, ...]) -> int:
+        """FLOPs of the matrix products for one matrix, or for a cell with `long` of its columns."""
+        symmetric = symmetric_flops(short, long, self.panels)
+        squared = symmetric_flops(short, short, self.panels)
+        if self.method == "standard":
+            return len(rows) * (symmetric + squared + 2 * long * short**2)
+        passes = len(self.restarts) + 1
+        return passes * (symmetric + 2 * long * short**2) + (4 * len(rows) - 3 * passes) * squared
+
+
+class Share(NamedTuple):
+    """How devices that hold different columns of the same matrices combine what they know.
+
+    Attributes:
+        sum: `(..., n, n)` or `(..., k, 1)` partial sums -> their totals.
+    """
+
+    sum: Callable[[jax.Array], jax.Array]
+
+
+ALONE = Share(lambda x: x)
+
+
+def orthogonalize_stacks(
+    xs: Sequence[jax.Array],
+    *,
+    rows: tuple[Row, ...],
+    normalization: str,
+    safety: float,
+    dtype: jnp.dtype,
+    form: Form,
+    share: Share = ALONE,
+    eps: Any,
+    absolute_eps: Any = None,
+) -> tuple[jax.Array, ...]:
+    """Orthogonalises stacks `(count, m, n)` of one short side, whose n × n products are shared.
+
+    Args:
+        xs: the stacks, of one dtype; a single one may have any batch axes.
+        rows, normalization, safety: of the schedule.
+        dtype: of the products.
+        form, share, eps, absolute_eps: as in `NewtonSchulz`.
+    """
+    if xs[0].size == 0:
+        return tuple(xs)
+    if form.one_by_one and xs[0].ndim > 2:
+
+        def one(x: jax.Array) -> jax.Array:
+            [y] = orthogonalize_stacks(
+                [x],
+                rows=rows,
+                normalization=normalization,
+                safety=safety,
+                dtype=dtype,
+                form=form,
+                eps=eps,
+                absolute_eps=absolute_eps,
+            )
+            return y
+
+        return tuple(jax.lax.map(one, x) for x in xs)
+    out_dtype = xs[0].dtype
+    arrays = _Alike.of(xs)
+    if not form.apart:
+        xs = arrays.stacked(xs)
+    tall = [x.shape[-2] > x.shape[-1] and share is ALONE for x in xs]
+    upright = [is_tall and form.upright for is_tall in tall]
+    turned = [is_tall and not form.upright for is_tall in tall]
+
+    def scaled(x: jax.Array, norm: jax.Array, turned: bool, upright: bool) -> jax.Array:
+        x = x.mT if turned else x
+        factor: Any = 1
+        if normalization != "frobenius":
+            written = _written(x, dtype)
+            written = written.mT if upright else written
+            factor = _rescaling(share.sum(whole(gram(written, 1))), normalization)
+            factor = factor.mT if upright else factor
+            x = x * factor
+        if absolute_eps is not None:
+            x = x / (1 + absolute_eps * factor / norm)
+        return _written(x / safety, dtype)
+
+    units = _unit_norms(xs, eps, form, share)
+    xs = [scaled(*unit, *how) for unit, *how in zip(units, turned, upright, strict=True)]
+    shapes = _Alike.of(xs)
+    products = _Products(form, dtype, [upright[same[0]] for same in shapes.indices], share)
+    p, stacks = _FORMS[form.method](shapes.stacked(xs), rows, products)
+    multiply = products.multiply if form.apart else products.rounded
+    ys = [
+        multiply(*each)
+        for each in zip(shapes.panels(p), shapes.arrays(stacks), upright, strict=True)
+    ]
+    ys = [(y.mT if turn else y).astype(out_dtype) for y, turn in zip(ys, turned, strict=True)]
+    return tuple(ys if form.apart else arrays.arrays(ys))
+
+
+class _Alike(NamedTuple):
+    """Arrays `(count, m, n)`, those of one shape in one stack.
+
+    Attributes:
+        indices: of the arrays, stack by stack.
+        counts: of each array's matrices.
+    """
+
+    indices: list[list[int]]
+    counts: list[int]
+
+    @classmethod
+    def of(cls, xs: Sequence[jax.Array]) -> "_Alike":
+        found: dict[tuple[int, ...], list[int]] = {}
+        for i, x in enumerate(xs):
+            found.setdefault(x.shape[-2:], []).append(i)
+        return cls([*found.values()], [len(x) for x in xs])
+
+    def stacked(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
+        return [_joined([xs[i] for i in same]) for same in self.indices]
+
+    def arrays(self, stacks: Sequence[jax.Array]) -> list[jax.Array]:
+        """Undoes `stacked`."""
+        found = (
+            _split(stack, [self.counts[i] for i in same])
+            for same, stack in zip(self.indices, stacks, strict=True)
+        )
+        return self._in_order(itertools.chain.from_iterable(found))
+
+    def panels(self, p: Panels) -> list[Panels]:
+        """Of n × n matrices, those of each array."""
+        counts = [self.counts[i] for same in self.indices for i in same]
+        return self._in_order(zip(*(_split(panel, counts) for panel in p), strict=True))
+
+    def _in_order(self, found: Iterable[Any]) -> list[Any]:
+        order = [i for same in self.indices for i in same]
+        at = dict(zip(order, found, strict=True))
+        return [at[i] for i in range(len(order))]
+
+
+def _joined(xs: Sequence[jax.Array]) -> jax.Array:
+    return jnp.concatenate(xs) if len(xs) > 1 else xs[0]
+
+
+def _split(x: jax.Array, counts: Sequence[int]) -> list[jax.Array]:
+    """Consecutive parts; all of `x` if it is one, whatever its axes."""
+    if len(counts) == 1:
+        return [x]
+    stops = itertools.accumulate(counts)
+    return [x[stop - count : stop] for count, stop in zip(counts, stops, strict=True)]
+
+
+class _Products(NamedTuple):
+    """The products of a form, each rounded to `dtype` once; its symmetric matrices are panels.
+
+    Attributes:
+        form: of the arithmetic.
+        dtype: of the operands.
+        upright: of which stacks X has more rows than columns, and Xᵀ takes its place.
+        share: how partial sums are combined.
+    """
+
+    form: Form
+    dtype: jnp.dtype
+    upright: list[bool]
+    share: Share
+
+    @property
+    def written(self) -> jnp.dtype | None:
+        return self.dtype if self.form.rounded else None
+
+    def gram(self, xs: Sequence[jax.Array]) -> Panels:
+        """XXᵀ of all stacks as one."""
+        found = [
+            self._gram(x.mT if upright else x) for x, upright in zip(xs, self.upright, strict=True)
+        ]
+        return tuple(map(_joined, zip(*found, strict=True)))
+
+    def _gram(self, x: jax.Array) -> Panels:
+        if self.share is ALONE:
+            return _rounded(gram(x, self.form.panels, self.written), self.dtype)
+        total = self.share.sum(whole(gram(x, self.form.panels)))
+        return _rounded(cut(total, self.form.panels), self.dtype)
+
+    def symmetric(self, p: Panels, q: Panels) -> Panels:
+        """PQ."""
+        return _rounded(product(p, q, self.written), self.dtype)
+
+    def apply(self, p: Panels, xs: Sequence[jax.Array]) -> list[jax.Array]:
+        """PX of each stack, whose P follow each other."""
+        own = _Alike.of(xs).panels(p)
+        return [self.rounded(*each) for each in zip(own, xs, self.upright, strict=True)]
+
+    def rounded(self, p: Panels, x: jax.Array, upright: bool) -> jax.Array:
+        """PX, the same numbers for every reader."""
+        [x] = _rounded((self.multiply(p, x, upright),), self.dtype)
+        return x
+
+    def multiply(self, p: Panels, x: jax.Array, upright: bool) -> jax.Array:
+        p_ = whole(p)
+        pair = (x, jnp.conj(p_)) if upright else (p_, x)
+        return matmul(*pair, dtype=self.written)
+
+    def polynomial(self, row: Row, r: Panels) -> Panels:
+        """aI + bR + cR², which a step multiplies X by; summed in `accumulator`, rounded once.
+
+        A number of Python's takes the dtype of the array that it meets: in bfloat16, 3.4445 would
+        be 3.4375.
+        """
+        a, b, c = row
+        wide = accumulator(self.dtype)
+        eye = jnp.expand_dims(jnp.eye(r[0].shape[-1], dtype=wide), range(r[0].ndim - 2))
+        squared = square(r, self.written)
+        sums = tuple(
+            a * one + (b * u.astype(wide) + c * v.astype(wide))
+            for one, u, v in zip(cut(eye, self.form.panels), r, squared, strict=True)
+        )
+        return _rounded(sums, self.dtype)
+
+
+def _standard_form(
+    xs: list[jax.Array], rows: tuple[Row, ...], products: _Products
+) -> tuple[Panels, list[jax.Array]]:
+    """P and X, whose product is the result."""
+    *first, last = rows
+    for row in first:
+        xs = products.apply(products.polynomial(row, products.gram(xs)), xs)
+    return products.polynomial(last, products.gram(xs)), xs
+
+
+def _gram_form(
+    xs: list[jax.Array], rows: tuple[Row, ...], products: _Products
+) -> tuple[Panels, list[jax.Array]]:
+    """The same, iterated on R = XXᵀ; Q collects the factor that X still lacks."""
+    restarts = products.form.restarts
+    r = products.gram(xs)
+    q: Panels | None = None  # the identity
+    for step, row in enumerate(rows, start=1):
+        p = products.polynomial(row, r)
+        q = p if q is None else products.symmetric(q, p)
+        if step in restarts:
+            xs = products.apply(q, xs)
+            r, q = products.gram(xs), None
+        elif step < len(rows):
+            r = products.symmetric(p, products.symmetric(r, p))
+    assert q is not None
+    return q, xs
+
+
+_FORMS = {"standard": _standard_form, "gram": _gram_form}
+
+
+def _rounded(panels: Panels, dtype: jnp.dtype) -> Panels:
+    """In `dtype`, and the same numbers for every reader.
+
+    XLA drops a rounding where float32 arithmetic follows. R would then be exact in bR and rounded
+    in cR², and where the two cancel the rounding would be what is left.
+    """
+    if dtype == accumulator(dtype):
+        return panels
+    return jax.lax.optimization_barrier(tuple(panel.astype(dtype) for panel in panels))
+
+
+def _unit_norms(
+    xs: Sequence[jax.Array], eps: Any, form: Form, share: Share
+) -> list[tuple[jax.Array, jax.Array]]:
+    """X over its Frobenius norm without overflow or underflow, in float32 or wider, and that norm.
+
+    The norm itself may be 0 or infinite.
+    """
+    xs = [x.astype(accumulator(x.dtype)) for x in xs]
+    # XLA:CPU would run through X for each of three sums, and form the momentum anew for each.
+    if not form.rounded and share is ALONE:
+        found: Iterable = map(_norm_in_two_passes, xs)
+    else:
+        sums = _joined([_sums_of_squares(x, share) for x in xs])
+        counts = [len(x) for x in xs]
+        found = zip(*(_split(each, counts) for each in _norm_of(sums)), strict=True)
+    return [
+        (x * root * root / (jnp.where(norm == 0, 1, norm) * (1 + eps)), norm / root / root)
+        for x, (root, norm) in zip(xs, found, strict=True)
+    ]
+
+
+def _norm_in_two_passes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A factor r, and the norm of r²X, whose largest entry is 1."""
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    # XLA turns division into a product with 1 / largest, which above 2^126 is flushed to zero.
+    root = jax.lax.rsqrt(jnp.where(largest == 0, 1, largest))
+    x = x * root * root
+    return root, jnp.sqrt(jnp.sum(jnp.real(x * jnp.conj(x)), axis=(-2, -1), keepdims=True))
+
+
+def _sums_of_squares(x: jax.Array, share: Share) -> jax.Array:
+    """`(..., 3, 1)`: of huge, of usual and of tiny entries, in scales of their own.
+
+    References:
+        Blue, 1978, A portable Fortran program to find the Euclidean norm of a vector.
+    """
+    edge, scale = _scales(x.dtype)
+    sums = []
+    for part in (x.real, x.imag) if jnp.iscomplexobj(x) else (x,):
+        size = jnp.abs(part)
+        is_huge, is_tiny = size > edge, size < 1 / edge
+        scaled = (
+            jnp.where(is_huge, size / scale, 0),
+            jnp.where(is_huge | is_tiny, 0, size),
+            jnp.where(is_tiny, size * scale, 0),
+        )
+        sums.append([jnp.sum(s * s, axis=(-2, -1), keepdims=True) for s in scaled])
+    return share.sum(jnp.concatenate([sum(same) for same in zip(*sums, strict=True)], axis=-2))
+
+
+def _norm_of(sums: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A factor r, and the norm of r²X, whose square is a number."""
+    _, scale = _scales(sums.dtype)
+    huge, usual, tiny = jnp.split(jnp.sqrt(sums), 3, axis=-2)
+    norm = jnp.where(usual == 0, tiny, jnp.hypot(usual, tiny / scale))
+    norm = jnp.where(huge > 0, jnp.hypot(huge, usual / scale), norm)
+    root = scale**0.5
+    factor = jnp.where(huge > 0, 1 / root, jnp.where(usual == 0, root, 1.0))
+    return factor.astype(norm.dtype), norm
+
+
+def _scales(dtype: jax.typing.DTypeLike) -> tuple[float, float]:
+    """From where entries are huge, and below 1 / which tiny; and what these are multiplied by."""
+    bits = jnp.finfo(dtype).maxexp
+    return 2.0 ** (2 * bits // 5), 2.0 ** (2 * (7 * bits // 20))
+
+
+def _rescaling(r: jax.Array, normalization: str) -> jax.Array:
+    """What the matrix, or each of its rows, is multiplied by; R is its XXᵀ."""
+    size = jnp.abs(r)
+    if normalization == "aol":
+        size = jnp.sum(size, axis=-1, keepdims=True)
+    elif normalization == "schatten":
+        size = jnp.sqrt(jnp.sum(size * size, axis=(-2, -1), keepdims=True))
+    else:
+        size = each_matrix(jnp.linalg.eigvalsh, r)[..., -1:, None]
+    return jax.lax.rsqrt(jnp.where(size == 0, 1, size))
+
+
+def _written(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """X in `dtype`, in row-major order.
+
+    To XLA:CPU a transpose is the same numbers in another layout, which its bfloat16 products do
+    not take: some versions run them in float32, others refuse. What is reshaped is row-major.
+    """
+    [x] = _rounded((jnp.expand_dims(x, -1),), dtype)
+    return jnp.squeeze(x, -1)
