@@ -1,12 +1,16 @@
 """Parts with gradients of their own have those of the plain forms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from experiments import layers
+from experiments.language import vocabulary
 from experiments.language.vocabulary import token_loss
 
 
@@ -14,7 +18,7 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def same_value_and_gradients(ours, plain, *arguments):
+def same_value_and_gradients(ours, plain, *arguments, tolerance=1e-5):
     weights = normal(9, *jax.eval_shape(plain, *arguments).shape)
     every = tuple(range(len(arguments)))
 
@@ -23,7 +27,9 @@ def same_value_and_gradients(ours, plain, *arguments):
 
     found, wanted = graded(ours), graded(plain)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        assert a.dtype == b.dtype
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("tokens", [(), (6,), (2, 3), (2, 3, 4)])
@@ -44,6 +50,21 @@ def test_a_gated_product_is_silu_times_up():
         return gate / (1 + jnp.exp(-gate)) * up
 
     same_value_and_gradients(layers.gated, plain, normal(0, 6, 8), normal(1, 6, 8))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_a_norm_is_flax_s(dtype, tolerance):
+    """Of a stream in the model's dtype, in both dtypes of the gains."""
+    x, scale = normal(0, 2, 3, 16).astype(dtype), 1 + normal(1, 16)
+    graph, state = nnx.split(nnx.RMSNorm(16, epsilon=1e-2, rngs=nnx.Rngs(0)))
+
+    def plain(x, scale):
+        return nnx.merge(graph, jax.tree.map(lambda _: scale, state))(x)
+
+    for gains in (scale, scale.astype(dtype)):
+        ours = functools.partial(layers.rms_normed, 1e-2)
+        assert ours(x, gains).dtype == plain(x, gains).dtype
+        same_value_and_gradients(ours, plain, x, gains, tolerance=tolerance)
 
 
 def test_a_rotation_keeps_norms_and_its_gradient_turns_back():
@@ -72,3 +93,18 @@ def test_a_token_s_loss_is_optax_s_cross_entropy():
 
     for size in (1.0, 100.0):
         same_value_and_gradients(ours, plain, size * normal(0, 3, 11))
+
+
+def test_logits_read_at_once_are_as_read_one_after_another():
+    """With equal largest ones, of which the first counts, and with one that is not a number."""
+    logits = np.array(100 * normal(0, 6, 40))
+    logits[1, [7, 3, 31]] = logits[2, [39, 38]] = 500.0
+    logits[3], logits[4, 5] = -2.0, np.nan
+    found, plain = (
+        [np.asarray(x) for x in jax.vmap(f)(logits)]
+        for f in (vocabulary._in_one_pass, vocabulary._in_passes)
+    )
+    for ours, theirs in zip(found, plain, strict=True):
+        np.testing.assert_allclose(np.delete(ours, 4), np.delete(theirs, 4), rtol=1e-6)
+    assert np.isnan(found[0][4]) and np.isnan(found[1][4])
+    assert found[2].tolist()[1:4] == [3, 38, 0]

@@ -75,7 +75,8 @@ def plan(trainer: Trainer) -> Plan:
     inputs = (a.layers + 1) * a.hidden * tokens * width
     at_once = layer if config.remat else a.layers * layer // 2
     backward[f"activations of {tokens:,} tokens"] = inputs + at_once
-    chunk = min(tokens, vocabulary.LOSS_TOKENS)
+    platform = trainer.mesh.abstract_mesh.abstract_device.platform
+    chunk = min(tokens, vocabulary.loss_tokens(a.vocabulary // tensor, platform))
     head = a.hidden * a.vocabulary // tensor
     backward[f"logits of {chunk:,} tokens, the head and their gradients"] = 4 * (
         2 * chunk * a.vocabulary // tensor + 2 * head

@@ -18,7 +18,7 @@ from experiments.finetune.architecture import Qwen3
 from experiments.language import sharding, vocabulary
 from experiments.language.attention import causal_attention, join_heads, rotate_heads, split_heads
 from experiments.language.sharding import constrain
-from experiments.layers import Linear, SwiGLU
+from experiments.layers import Linear, RMSNorm, SwiGLU
 from muon_jax import GroupedQuery
 
 Params = dict[str, Any]
@@ -53,8 +53,8 @@ class Attention(nnx.Module):
         self.value = Linear(a.hidden, a.kv_heads * a.head_dim, rngs=rngs)
         self.out = Linear(a.heads * a.head_dim, a.hidden, rngs=rngs)
         if a.qk_norm:
-            self.query_norm = nnx.RMSNorm(a.head_dim, epsilon=a.epsilon, rngs=rngs)
-            self.key_norm = nnx.RMSNorm(a.head_dim, epsilon=a.epsilon, rngs=rngs)
+            self.query_norm = RMSNorm(a.head_dim, epsilon=a.epsilon, rngs=rngs)
+            self.key_norm = RMSNorm(a.head_dim, epsilon=a.epsilon, rngs=rngs)
 
     def __call__(
         self,
@@ -80,7 +80,7 @@ class Layer(nnx.Module):
     """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
 
     def __init__(self, a: Qwen3, *, rngs: nnx.Rngs):
-        norm = functools.partial(nnx.RMSNorm, a.hidden, epsilon=a.epsilon, rngs=rngs)
+        norm = functools.partial(RMSNorm, a.hidden, epsilon=a.epsilon, rngs=rngs)
         self.attention_norm, self.feed_forward_norm = norm(), norm()
         self.attention = Attention(a, rngs=rngs)
         self.feed_forward = SwiGLU(a.hidden, a.ffn, rngs=rngs)
@@ -299,5 +299,5 @@ def _graphs(a: Qwen3) -> tuple[Any, Any]:
     def graph(make):
         return nnx.split(nnx.eval_shape(make), nnx.Param, ...)[0]
 
-    norm = functools.partial(nnx.RMSNorm, a.hidden, epsilon=a.epsilon)
+    norm = functools.partial(RMSNorm, a.hidden, epsilon=a.epsilon)
     return graph(lambda: Layer(a, rngs=nnx.Rngs(0))), graph(lambda: norm(rngs=nnx.Rngs(0)))

@@ -16,7 +16,7 @@ from flax import nnx
 from experiments.experimental import splash_attention, triton
 from experiments.language import packed_attention
 from experiments.language.sharding import constrain, spec
-from experiments.layers import Linear, rotate
+from experiments.layers import Linear, RMSNorm, rotate
 from muon_jax import max_attention_logits
 
 # Query positions at a time, at most; also the side of the splash kernel's blocks.
@@ -274,7 +274,7 @@ class Latent(nnx.Module):
         self.query = Linear(width, heads * (nope + rope), init=init, rngs=rngs)
         self.latent = Linear(width, latent + rope, init=init, rngs=rngs)
         # DeepSeek's own code and transformers fix this one, whatever the other norms have.
-        self.latent_norm = nnx.RMSNorm(latent, epsilon=1e-6, rngs=rngs)
+        self.latent_norm = RMSNorm(latent, epsilon=1e-6, rngs=rngs)
         self.key_value = Linear(latent, heads * (nope + value), init=init, rngs=rngs)
         self.out = Linear(heads * value, width, init=init, rngs=rngs)
 

@@ -133,6 +133,11 @@ def on_device(tree: Any) -> int:
     )
 
 
+def platform() -> str:
+    """Of the devices of the context's mesh: "cpu", "gpu" or "tpu"."""
+    return jax.sharding.get_abstract_mesh().abstract_device.platform
+
+
 def gather(x: jax.Array, axis: str) -> jax.Array:
     """Inside of `shard_map`: all parts along a mesh axis, one after another on the leading axis.
 

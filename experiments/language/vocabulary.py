@@ -6,10 +6,12 @@ Both run on a mesh with the axes of `sharding`: its table is split over "tensor"
 import jax
 import jax.numpy as jnp
 
-from experiments.language.sharding import spec
+from experiments.language.sharding import gather, platform, spec
 
-# Tokens of a device whose logits are held at once.
+# Tokens of a device whose logits are held at once; on a GPU, where each run of a kernel costs, as
+# many more as this memory of logits holds.
 LOSS_TOKENS = 2048
+_GPU_LOGITS = 2 << 30
 
 
 def look_up(table: jax.Array, tokens_BxT: jax.Array, dtype: str) -> jax.Array:
@@ -35,6 +37,11 @@ def look_up(table: jax.Array, tokens_BxT: jax.Array, dtype: str) -> jax.Array:
     )(table, tokens_BxT)
 
 
+def loss_tokens(vocabulary: int, platform: str) -> int:
+    """Of how many tokens a device holds the logits at once, of its part of the vocabulary."""
+    return max(LOSS_TOKENS, _GPU_LOGITS // (4 * vocabulary) if platform == "gpu" else 0)
+
+
 def logits(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
     """Of `(width, vocabulary)` and `(..., width)`, float32 whatever the dtype of these."""
     return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
@@ -50,19 +57,21 @@ def cross_entropy(
     """
 
     def local(kernel, hidden, targets):
-        whole = jax.lax.all_gather(kernel, "fsdp", axis=0, tiled=True).astype(jnp.float32)
+        whole = gather(kernel, "fsdp").astype(jnp.float32)
         first = jax.lax.axis_index("tensor") * kernel.shape[1]
 
         def loss(token):
             hidden, target = token
             of_token = logits(whole.astype(hidden.dtype), hidden)
-            return token_loss(of_token, target - first), _is_argmax(of_token, target - first)
+            seen = jax.lax.stop_gradient(of_token)
+            return token_loss(of_token, target - first), _read(seen)[1] == target - first
 
         flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        if targets.size <= LOSS_TOKENS:
+        tokens = loss_tokens(kernel.shape[1], platform())
+        if targets.size <= tokens:
             found = jax.vmap(loss)(flat)
         else:
-            found = jax.lax.map(jax.checkpoint(loss), flat, batch_size=LOSS_TOKENS)
+            found = jax.lax.map(jax.checkpoint(loss), flat, batch_size=tokens)
         return tuple(x.reshape(targets.shape) for x in found)
 
     return jax.shard_map(
@@ -84,7 +93,7 @@ def weighted_loss(
     """
 
     def local(kernel, hidden, targets, weights):
-        whole = jax.lax.all_gather(kernel, "fsdp", axis=0, tiled=True).astype(hidden.dtype)
+        whole = gather(kernel, "fsdp").astype(hidden.dtype)
         first = jax.lax.axis_index("tensor") * kernel.shape[1]
         flat = hidden.reshape(-1, hidden.shape[-1]), targets.ravel() - first, weights.ravel()
         total, found = _weighted_loss(whole, *flat)
@@ -107,7 +116,7 @@ def _weighted_loss(kernel, hidden, targets, weights):
 
 
 def _weighted_loss_forward(kernel, hidden, targets, weights):
-    count = -(-len(targets) // LOSS_TOKENS)
+    count = -(-len(targets) // loss_tokens(kernel.shape[1], platform()))
     size = -(-len(targets) // count)
 
     def cut(x):
@@ -118,13 +127,14 @@ def _weighted_loss_forward(kernel, hidden, targets, weights):
     def add(of_kernel, chunk):
         hidden, targets, weights = chunk
         made = logits(kernel, hidden)
-        losses, (_, normalisers, _) = jax.vmap(_token_loss_forward)(made, targets)
+        normalisers, first = jax.vmap(_read)(made)
+        losses = normalisers - jax.vmap(_own)(made, targets)
         of_logits = jax.vmap(_token_loss_gradient)(made, normalisers, targets, weights)
         of_logits = of_logits.astype(hidden.dtype)
         of_kernel += jax.lax.dot_general(
             hidden, of_logits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
         )
-        return of_kernel, (losses, jax.vmap(_is_argmax)(made, targets), of_logits @ kernel.T)
+        return of_kernel, (losses, first == targets, of_logits @ kernel.T)
 
     zeros = jnp.zeros(kernel.shape, jnp.float32)
     of_kernel, found = jax.lax.scan(add, zeros, tuple(map(cut, (hidden, targets, weights))))
@@ -151,12 +161,8 @@ def token_loss(logits: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def _token_loss_forward(logits, target):
-    largest = jax.lax.pmax(jnp.max(logits), "tensor")
-    total = jax.lax.psum(jnp.sum(jnp.exp(logits - largest)), "tensor")
-    here = (target >= 0) & (target < logits.size)
-    own = jax.lax.psum(jnp.where(here, logits[target], 0), "tensor")
-    normaliser = jnp.log(total) + largest
-    return normaliser - own, (logits, normaliser, target)
+    normaliser, _ = _read(logits)
+    return normaliser - _own(logits, target), (logits, normaliser, target)
 
 
 def _token_loss_backward(saved, g):
@@ -173,13 +179,40 @@ def _token_loss_gradient(logits, normaliser, target, g):
 token_loss.defvjp(_token_loss_forward, _token_loss_backward)
 
 
-def _is_argmax(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """Whether a token's target has the largest logit, and is the first that has it."""
-    logits = jax.lax.stop_gradient(logits)
-    largest = jax.lax.pmax(jnp.max(logits), "tensor")
+def _own(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """The target's logit."""
     here = (target >= 0) & (target < logits.size)
-    own = here & (logits[target] == largest)
-    # A target on another device lies before all logits here, or behind them all.
-    earlier = jnp.any((logits == largest) & (jnp.arange(logits.size) < target))
-    own, earlier = jax.lax.psum((own.astype(jnp.int32), earlier.astype(jnp.int32)), "tensor")
-    return (own > 0) & (earlier == 0)
+    return jax.lax.psum(jnp.where(here, logits[target], 0), "tensor")
+
+
+def _read(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A token's log-sum-exp, and which of its largest logits is first, as targets are counted."""
+    read = _in_one_pass if platform() == "gpu" else _in_passes
+    largest, total, place = read(logits)
+    of_all = jax.lax.pmax(largest, "tensor")
+    total = jax.lax.psum(total * jnp.exp(largest - of_all), "tensor")
+    begin, beyond = (f("tensor") * logits.size for f in (jax.lax.axis_index, jax.lax.axis_size))
+    first = jax.lax.pmin(jnp.where(largest == of_all, begin + place, beyond), "tensor")
+    return jnp.log(total) + of_all, first - begin
+
+
+def _in_passes(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The largest logit, the sum of exponentials below it, and where it is first."""
+    largest = jnp.max(logits)
+    places = jnp.where(logits == largest, jnp.arange(logits.size), logits.size)
+    return largest, jnp.sum(jnp.exp(logits - largest)), jnp.min(places)
+
+
+def _in_one_pass(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same; a CPU takes longer to do it at once than to read thrice."""
+
+    def join(a, b):
+        (largest, total, place), (other, more, its) = a, b
+        least = jnp.exp(-jnp.abs(largest - other))
+        before = (largest > other) | ((largest == other) & (place < its))
+        summed = jnp.where(largest > other, total + more * least, total * least + more)
+        return jnp.maximum(largest, other), summed, jnp.where(before, place, its)
+
+    each = logits, jnp.ones_like(logits), jnp.arange(logits.size)
+    nothing = jnp.finfo(logits.dtype).min, jnp.zeros([], logits.dtype), jnp.int32(logits.size)
+    return jax.lax.reduce(each, nothing, join, (0,))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.language.sharding import gather, spec
+from experiments.language.sharding import gather, platform, spec
 from experiments.layers import gated
 from experiments.pretrain.grouped import block_of, grouped_product
 
@@ -97,7 +97,7 @@ class Experts(nnx.Module):
         """
         mesh = jax.sharding.get_abstract_mesh()
         far = mesh.shape["expert"] > ids.shape[-1]
-        exchange = exchange or ("ragged" if far and _platform() != "cpu" else "gather")
+        exchange = exchange or ("ragged" if far and platform() != "cpu" else "gather")
         run = {"gather": _by_gather, "ragged": _by_ragged}[exchange]
         tokens = spec("batch", None, None)
         up, down = spec("experts", None, "hidden"), spec("experts", "hidden", None)
@@ -124,7 +124,7 @@ def _by_gather(x, ids, weights, *kernels):
     tokens, ids, weights = everyone
     ids = ids - jax.lax.axis_index("expert") * experts
     ids = jnp.where((ids >= 0) & (ids < experts), ids, _NOWHERE)
-    order = sort_by_expert(ids, experts, block_of(_platform()))
+    order = sort_by_expert(ids, experts, block_of(platform()))
     share = ids.size // jax.lax.axis_size("expert")
     y = expert_ffn(dispatch(tokens, order), order, *kernels, expected=share)
     y = combine(y, order, weights)
@@ -160,7 +160,7 @@ def _by_ragged(x, ids, weights, *kernels):
     ends = jnp.cumsum(sizes[:, me].reshape(-1))
     segment = jnp.searchsorted(ends, jnp.arange(arrivals), side="right")
     expert = jnp.where(segment < devices * experts, segment % experts, _NOWHERE)
-    local = sort_by_expert(expert[:, None], experts, block_of(_platform()))
+    local = sort_by_expert(expert[:, None], experts, block_of(platform()))
     ones = jnp.ones((arrivals, 1), jnp.float32)
     y = expert_ffn(dispatch(received, local), local, *kernels, expected=ids.size)
     y = combine(y, local, ones)
@@ -262,10 +262,6 @@ def expert_ffn(
     `expected` is how many places are in use where all experts have the same load.
     """
     product = functools.partial(
-        grouped_product, group_sizes=order.padded, platform=_platform(), expected=expected
+        grouped_product, group_sizes=order.padded, platform=platform(), expected=expected
     )
     return product(gated(product(x, gate), product(x, up)), down)
-
-
-def _platform() -> str:
-    return jax.sharding.get_abstract_mesh().abstract_device.platform

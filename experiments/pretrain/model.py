@@ -16,11 +16,14 @@ from flax import nnx
 from experiments.language.attention import Latent, MultiHead
 from experiments.language.sharding import constrain
 from experiments.language.vocabulary import cross_entropy, logits, look_up, weighted_loss
-from experiments.layers import Linear, SwiGLU
+from experiments.layers import Linear, RMSNorm, SwiGLU
 from experiments.pretrain.config import Model as ModelConfig
 from experiments.pretrain.experts import Experts, gate
 
 Params = dict[str, Any]
+
+# Stacks of up to so many layers are unrolled whole.
+_UNROLLED = 12
 
 
 class Observed(NamedTuple):
@@ -68,7 +71,7 @@ class Layer(nnx.Module):
     def __init__(self, config: ModelConfig, sparse: bool, *, rngs: nnx.Rngs):
         self.sparse = sparse
         init = nnx.initializers.normal(config.init_std)
-        norm = functools.partial(nnx.RMSNorm, epsilon=config.epsilon, rngs=rngs)
+        norm = functools.partial(RMSNorm, epsilon=config.epsilon, rngs=rngs)
         width, heads = config.width, config.heads
         self.attention_norm, self.feed_forward_norm = norm(width), norm(width)
         if config.attention == "latent":
@@ -113,9 +116,7 @@ class LanguageModel:
         depth, dense = config.layers, config.dense_layers
         stacks = {"dense_layers": (dense, False), "moe_layers": (depth - dense, True)}
         self.stacks = {name: stack for name, stack in stacks.items() if stack[0]}
-        self._norm = _graph(
-            lambda rngs: nnx.RMSNorm(config.width, epsilon=config.epsilon, rngs=rngs)
-        )
+        self._norm = _graph(lambda rngs: RMSNorm(config.width, epsilon=config.epsilon, rngs=rngs))
         self._layers = {
             name: _graph(functools.partial(_layer, config, sparse))
             for name, (_, sparse) in self.stacks.items()
@@ -162,7 +163,7 @@ class LanguageModel:
         table = params["embedding"]["embedding"]
         x_BxTxD = look_up(table, tokens_BxT, self.config.dtype)
         largest, routed = {}, (jnp.zeros((0, 0), jnp.int32), jnp.zeros(0), jnp.zeros(0))
-        stacks = _swap_expert_axes({name: params[name] for name in self.stacks})
+        stacks = self.unstacked(params)
         for name, (layers, sparse) in self.stacks.items():
             graph = self._layers[name]
 
@@ -173,15 +174,46 @@ class LanguageModel:
                 )
                 return x, (of_heads if max_logits else None, routed)
 
-            run = _REMAT[self.config.remat](layer)
-            inputs = stacks[name], bias if sparse else None
-            x_BxTxD, (largest[f"{name}/attention"], found) = jax.lax.scan(
-                run, x_BxTxD, inputs, unroll=layers if layers <= 12 else 8
-            )
+            run = jax.jit(_REMAT[self.config.remat](layer))
+            if layers > _UNROLLED:
+                inputs = stacks[name], bias if sparse else None
+                x_BxTxD, told = jax.lax.scan(run, x_BxTxD, inputs, unroll=8)
+            else:
+                each = []
+                for i, kernels in enumerate(stacks[name]):
+                    x_BxTxD, of_layer = run(x_BxTxD, (kernels, bias[i] if sparse else None))
+                    each.append(of_layer)
+                told = jax.tree.map(lambda *x: jnp.stack(x), *each)
+            largest[f"{name}/attention"], found = told
             routed = found if sparse else routed
         x_BxTxD = nnx.merge(self._norm, params["norm"])(x_BxTxD)
         load, entropy, balance = routed
         return x_BxTxD, Observed(largest if max_logits else {}, load, entropy, balance)
+
+    def unstacked(self, params: Params) -> Params:
+        """The params with the layers of each unrolled stack apart, as a tuple.
+
+        All that takes params takes these, too. A loop that is given them does not cut each layer's
+        kernels out of their stack every time.
+        """
+        if any(isinstance(params[name], tuple) for name in self.stacks):
+            return params
+        apart = _swap_expert_axes({name: params[name] for name in self.stacks})
+        for name, (layers, _) in self.stacks.items():
+            if layers <= _UNROLLED:
+                stack = apart[name]
+                apart[name] = tuple(jax.tree.map(lambda x, i=i: x[i], stack) for i in range(layers))
+        return params | apart
+
+    def stacked(self, params: Params) -> Params:
+        """The inverse of `unstacked`."""
+        stacks = {
+            name: jax.tree.map(lambda *x: jnp.stack(x), *params[name])
+            if layers <= _UNROLLED
+            else params[name]
+            for name, (layers, _) in self.stacks.items()
+        }
+        return params | _swap_expert_axes(stacks)
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """`(..., D)` -> `(..., vocabulary)` float32."""

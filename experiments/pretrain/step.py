@@ -244,7 +244,7 @@ class Trainer:
         loss_of = functools.partial(
             self.model.loss, max_logits=told, threshold=self._threshold(look)
         )
-        compute = self.in_model_dtype(state.params)
+        compute = self.model.unstacked(self.in_model_dtype(state.params))
 
         def objective(params, windows):
             loss, observed = loss_of(params, state.bias, windows)
@@ -255,8 +255,10 @@ class Trainer:
             (_, (loss, observed)), gradient = jax.value_and_grad(objective, has_aux=True)(
                 compute, windows
             )
-            # Summed where it lies: XLA for TPUs would sum first and exchange whole gradients later.
-            gradient = jax.lax.optimization_barrier(self._pinned(gradient, jnp.float32))
+            gradient = self._pinned(self.model.stacked(gradient), jnp.float32)
+            if sharding.platform() == "tpu":
+                # Summed where it lies: XLA would sum first and exchange whole gradients later.
+                gradient = jax.lax.optimization_barrier(gradient)
             return loss, gradient, observed
 
         if windows.shape[0] == 1:
