@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from pretraining import mesh_of
 
+from experiments.compiled import measure
 from experiments.experimental import triton
 from experiments.language import attention, packed_attention
 from experiments.topology import TopologyError, topology_devices
 
 pytestmark = pytest.mark.skipif(triton is None, reason="this JAX has no Pallas for GPUs")
 
-ROWS, LENGTH, HEADS, KEY_HEADS, COLUMNS = 2, 150, 4, 2, 24
+ROWS, LENGTH, HEADS, KEY_HEADS, COLUMNS, VALUES = 2, 150, 4, 2, 40, 24
 
 
 def normal(seed, *shape):
@@ -26,14 +27,15 @@ def case():
     segments = np.zeros((ROWS, LENGTH), np.int32)
     segments[0, :50], segments[0, 50:140] = 1, 2
     segments[1, :1], segments[1, 1:64], segments[1, 64:] = 5, 4, 9
-    q, weights = (normal(seed, ROWS, LENGTH, HEADS, COLUMNS) for seed in (0, 3))
-    k, v = (normal(seed, ROWS, LENGTH, KEY_HEADS, COLUMNS) for seed in (1, 2))
+    q, k = normal(0, ROWS, LENGTH, HEADS, COLUMNS), normal(1, ROWS, LENGTH, KEY_HEADS, COLUMNS)
+    v, weights = normal(2, ROWS, LENGTH, KEY_HEADS, VALUES), normal(3, ROWS, LENGTH, HEADS, VALUES)
     return q, k, v, jnp.asarray(segments), weights
 
 
 def masked(q, k, v, segments):
     k, v = (jnp.repeat(x, HEADS // KEY_HEADS, axis=2) for x in (k, v))
     logits = jnp.einsum("btnh,bsnh->bnts", q, k) * COLUMNS**-0.5
+    segments = jnp.ones((ROWS, LENGTH)) if segments is None else segments
     seen = np.tri(LENGTH, dtype=bool)[None, None] & (
         segments[:, None, :, None] == segments[:, None, None]
     )
@@ -44,10 +46,12 @@ def masked(q, k, v, segments):
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 2, 1, 2)], ids=["one device", "fsdp, tensor"])
-def test_packed_attention_and_its_gradient_are_those_with_a_mask(monkeypatch, sizes):
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "a text a row"])
+def test_packed_attention_and_its_gradient_are_those_with_a_mask(monkeypatch, packed, sizes):
     interpreted = functools.partial(packed_attention.attend, interpret=True)
     monkeypatch.setattr(packed_attention, "attend", interpreted)
     q, k, v, segments, weights = case()
+    segments = segments if packed else None
 
     def run(attend, *arguments):
         def objective(q, k, v):
@@ -74,17 +78,42 @@ def test_in_bfloat16_it_is_as_near_as_its_products():
     assert np.linalg.norm(mixed.astype(jnp.float32) - exact) < 0.01 * np.linalg.norm(exact)
 
 
-def test_the_program_for_a_gpu_has_no_mask_in_memory():
+@pytest.fixture(scope="module")
+def gpu():
+    """A mesh of one that is not here."""
     try:
         devices = topology_devices("h100:1")
     except TopologyError as error:
         pytest.skip(str(error))
-    mesh = jax.sharding.Mesh(
+    return jax.sharding.Mesh(
         np.reshape(devices, (1, 1, 1, 1)), ("data", "fsdp", "expert", "tensor")
     )
-    place = jax.NamedSharding(mesh, jax.P())
-    assert attention.shows_logits(mesh, 1024, packed=True)
-    assert not attention.shows_logits(mesh, 1024)
+
+
+def test_heads_that_are_too_wide_for_cudnn_compile_for_a_gpu(gpu):
+    """Those of latent attention, whose values have fewer columns; its products are counted."""
+    place = jax.NamedSharding(gpu, jax.P())
+    k, v = (
+        jax.ShapeDtypeStruct((1, 512, 2, columns), jnp.bfloat16, sharding=place)
+        for columns in (192, 128)
+    )
+
+    def summed(q, k, v):
+        return jnp.sum(attention.causal_attention(q, k, v)[0], dtype=jnp.float32)
+
+    with jax.set_mesh(gpu):
+        step = jax.jit(jax.grad(summed, (0, 1, 2)), out_shardings=place)
+        program = measure(step.lower(k, k, v).compile())
+    pairs = 2 * (512 // packed_attention.BLOCK) * (512 // packed_attention.BLOCK + 1) // 2
+    columns = (1 + 2 + 2) * 192 + (1 + 1 + 2) * 128
+    assert program.unread == {}
+    assert program.flops == 2 * pairs * packed_attention.BLOCK**2 * columns
+
+
+def test_the_program_for_a_gpu_has_no_mask_in_memory(gpu):
+    mesh, place = gpu, jax.NamedSharding(gpu, jax.P())
+    assert attention.shows_logits(mesh, 1024, 64, packed=True)
+    assert not attention.shows_logits(mesh, 1024, 64)
 
     def gradient(q, k, v, segments):
         def summed(q, k, v):

@@ -101,7 +101,8 @@ class Trainer:
 
     @property
     def _shows_logits(self) -> bool:
-        return attention.shows_logits(self.mesh, self.config.context, packed=True)
+        columns = self.architecture.head_dim
+        return attention.shows_logits(self.mesh, self.config.context, columns, packed=True)
 
     def _compile(self, look: bool) -> jax.stages.Compiled:
         with jax.set_mesh(self.mesh):

@@ -21,6 +21,8 @@ from muon_jax import max_attention_logits
 
 # Query positions at a time, at most; also the side of the splash kernel's blocks.
 BLOCK = 512
+# Of a head, to which cuDNN's kernel and its gradient are confined on some GPUs that JAX knows.
+_CUDNN_COLUMNS = 128
 # The splash kernel wants lengths of whole vectors.
 _LANES = 128
 
@@ -34,9 +36,9 @@ def causal_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of each position to itself and those before it in its segment.
 
-    On a GPU cuDNN's kernel does it, and of segments one of ours; on a TPU the splash kernel;
-    elsewhere blocks of queries one after another, each against the keys that it sees, so that
-    logits of few are held at a time.
+    On a GPU cuDNN's kernel does it, and one of ours where there are segments or heads wider than
+    cuDNN's; on a TPU the splash kernel; elsewhere blocks of queries one after another, each against
+    the keys that it sees, so that logits of few are held at a time.
 
     Args:
         q_BxTxNxH, k_BxTxKxH, v_BxTxKxV: K divides N; each key head serves N / K query heads.
@@ -51,7 +53,8 @@ def causal_attention(
     """
     length = q_BxTxNxH.shape[1]
     packed = segments_BxT is not None
-    kernel = _kernel(jax.sharding.get_abstract_mesh(), length, packed)
+    columns = q_BxTxNxH.shape[-1]
+    kernel = _kernel(jax.sharding.get_abstract_mesh(), length, columns, packed)
     if kernel is not None:
         return kernel(q_BxTxNxH, k_BxTxKxH, v_BxTxKxV, segments_BxT, threshold)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BxTxNxH, k_BxTxKxH, v_BxTxKxV))
@@ -71,12 +74,12 @@ def causal_attention(
     return jnp.swapaxes(jnp.concatenate(mixed, 2), 1, 2), jnp.max(jnp.stack(largest), axis=0)
 
 
-def shows_logits(mesh: jax.sharding.Mesh, length: int, packed: bool = False) -> bool:
+def shows_logits(mesh: jax.sharding.Mesh, length: int, columns: int, packed: bool = False) -> bool:
     """Whether attention on this mesh has its logits at hand, so that the largest cost nothing.
 
     Other kernels than ours keep them: the exact largest take another product of queries and keys.
     """
-    return _kernel(mesh.abstract_mesh, length, packed) in (None, _by_packed)
+    return _kernel(mesh.abstract_mesh, length, columns, packed) in (None, _by_packed)
 
 
 def largest_known(max_logits: dict[str, jax.Array], threshold: float | None) -> jax.Array:
@@ -88,11 +91,12 @@ def largest_known(max_logits: dict[str, jax.Array], threshold: float | None) -> 
 
 
 def _kernel(
-    mesh: jax.sharding.AbstractMesh, length: int, packed: bool
+    mesh: jax.sharding.AbstractMesh, length: int, columns: int, packed: bool
 ) -> Callable[..., Any] | None:
     platform = mesh.abstract_device.platform
     if platform == "gpu":
-        return _by_packed if packed and triton is not None else _by_cudnn
+        own = packed or columns > _CUDNN_COLUMNS
+        return _by_packed if own and triton is not None else _by_cudnn
     if platform == "tpu" and length % _LANES == 0 and splash_attention is not None:
         return _by_splash
     return None
@@ -143,20 +147,19 @@ def _by_packed(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    segments: jax.Array,
+    segments: jax.Array | None,
     threshold: float | None,
 ) -> tuple[jax.Array, jax.Array]:
-    padding = q.shape[-1] - v.shape[-1]
-    padded = jnp.pad(v, ((0, 0),) * 3 + ((0, padding),))
     place, heads = spec("batch", None, "heads", None), spec("batch", "heads", None)
     mixed, largest = jax.shard_map(
         packed_attention.attend,
-        in_specs=(place, place, place, spec("batch", None)),
+        in_specs=(place, place, place, None if segments is None else spec("batch", None)),
         out_specs=(place, heads),
         check_vma=False,
-    )(q, k, padded, segments)
-    largest = jnp.where(segments[:, None] > 0, largest, -jnp.inf)
-    return mixed[..., : v.shape[-1]], jnp.max(largest, axis=(0, 2))
+    )(q, k, v, segments)
+    if segments is not None:
+        largest = jnp.where(segments[:, None] > 0, largest, -jnp.inf)
+    return mixed, jnp.max(largest, axis=(0, 2))
 
 
 def _by_splash(

@@ -1,10 +1,12 @@
-"""Causal attention on a GPU of rows that hold several texts one after another: Pallas kernels.
+"""Causal attention on a GPU, of rows that hold several texts one after another: Pallas kernels.
 
 A block of queries meets the blocks of keys from where the first of its texts begins, and no other:
 the work is that of the texts, not of the row, and no mask lies in memory. The kernels are those of
 FlashAttention-2 (Dao, 2307.08691); beside the mixed values they tell each query's largest logit.
+They take rows of one text, too, and heads that are wider than cuDNN's.
 
-Shapes: B rows, T positions, N query heads, K key heads, H columns of a head.
+Shapes: B rows, T positions, N query heads, K key heads, H columns of a query or key head, V of a
+value.
 """
 
 import functools
@@ -17,79 +19,115 @@ from experiments.experimental import pallas, triton
 
 # Positions of a block of queries, and of keys.
 BLOCK = 64
+# Columns of the smallest product.
+_LEAST = 16
 _UNSEEN = -1e30  # finite, so that a block of which a query sees nothing makes no NaN
 _TO_BITS = math.log2(math.e)  # a GPU's exponential has base 2
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None = None,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of each position to itself and those before it in its text.
 
     Args:
         q: `(B, T, N, H)`.
-        k, v: `(B, T, K, H)`; K divides N.
-        segments: `(B, T)` int32; neighbours with one number are one text.
+        k, v: `(B, T, K, H)` and `(B, T, K, V)`; K divides N.
+        segments: `(B, T)` int32; neighbours with one number are one text. None is one in each row.
         interpret: runs the kernels in Python, on any platform.
 
     Returns:
-        The mixed values `(B, T, N, H)`, and each query's largest logit `(B, N, T)`, float32, which
+        The mixed values `(B, T, N, V)`, and each query's largest logit `(B, N, T)`, float32, which
         has no gradient.
     """
-    length, columns = q.shape[1], q.shape[-1]
-    size = -(-length // BLOCK) * BLOCK, _columns(columns)
-    q, k, v = (_padded(x, size[0], size[1]) for x in (q, k, v))
-    positions = jnp.arange(size[0])[None, None]
-    rest = jnp.pad(segments, ((0, 0), (0, size[0] - length)), constant_values=-1)
-    same = rest[:, :, None] == rest[:, None]
-    starts = jnp.min(jnp.where(same, positions, size[0]), axis=2)  # XLA holds no T × T of this
-    mixed, largest = _attend(q, k, v, starts.astype(jnp.int32), columns**-0.5, interpret)
+    length, scale, columns = q.shape[1], q.shape[-1] ** -0.5, v.shape[-1]
+    size = -(-length // BLOCK) * BLOCK
+    q, k, v = (_padded(x, size) for x in (q, k, v))
+    if segments is None:
+        starts = jnp.zeros((q.shape[0], size), jnp.int32)
+    else:
+        rest = jnp.pad(segments, ((0, 0), (0, size - length)), constant_values=-1)
+        same = rest[:, :, None] == rest[:, None]
+        # XLA holds no T × T of this.
+        starts = jnp.min(jnp.where(same, jnp.arange(size)[None, None], size), axis=2)
+    known = segments is None
+    mixed, largest = _attend(q, k, v, starts.astype(jnp.int32), scale, known, interpret)
     return mixed[:, :length, :, :columns], jax.lax.stop_gradient(largest[:, :, :length])
 
 
-def _columns(columns: int) -> int:
-    """Columns of a head as the kernels have it: a power of two, and no less than their products."""
-    return max(1 << (columns - 1).bit_length(), 16)
+def _padded(x: jax.Array, length: int) -> jax.Array:
+    """With whole blocks of positions, and columns that `_parts` shares out."""
+    columns = -x.shape[3] % _LEAST
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, columns)))
 
 
-def _padded(x: jax.Array, length: int, columns: int) -> jax.Array:
-    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, columns - x.shape[3])))
+def _parts(columns: int) -> list[slice]:
+    """Columns of a head in powers of two, which all arrays in a kernel have.
+
+    >>> _parts(192)
+    [slice(0, 128, None), slice(128, 192, None)]
+    """
+    parts, begin = [], 0
+    while begin < columns:
+        end = begin + (1 << (columns - begin).bit_length() - 1)
+        parts.append(slice(begin, end))
+        begin = end
+    return parts
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q, k, v, starts, scale, interpret):
-    return _attend_forward(q, k, v, starts, scale, interpret)[0]
+def _call(kernel, q, v, products, known, interpret, **options):
+    """A `pallas_call` with an instance for each block of positions, row and head.
 
-
-def _attend_forward(q, k, v, starts, scale, interpret):
-    (batch, length, heads, _), groups = q.shape, q.shape[2] // k.shape[2]
-    told = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
-    mixed, logsumexp, largest = pallas.pallas_call(
-        functools.partial(_forward_kernel, scale=scale),
-        grid=(length // BLOCK, batch, heads),
-        in_specs=[_block(q), _whole(k, groups), _whole(v, groups), _row(starts)],
-        out_specs=[_block(q), _part(), _part()],
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), told, told],
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+    `products` are those of two blocks: over the columns of a key, and over those of a value. If it
+    is known that each row is one text, their FLOPs are told to who reads the compiled program.
+    """
+    batch, length, heads, _ = q.shape
+    blocks = length // BLOCK
+    columns = products[0] * q.shape[3] + products[1] * v.shape[3]
+    flops = batch * heads * (blocks * (blocks + 1) // 2) * 2 * BLOCK**2 * columns
+    warps = 4 if q.shape[3] + v.shape[3] <= 256 else 8  # what they accumulate fills registers
+    return pallas.pallas_call(
+        kernel,
+        grid=(blocks, batch, heads),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=2),
+        metadata={"flops": str(flops)} if known else None,
         interpret=interpret,
+        **options,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attend(q, k, v, starts, scale, known, interpret):
+    return _attend_forward(q, k, v, starts, scale, known, interpret)[0]
+
+
+def _attend_forward(q, k, v, starts, scale, known, interpret):
+    (batch, length, heads, _), groups = q.shape, q.shape[2] // k.shape[2]
+    mixed = jax.ShapeDtypeStruct((batch, length, heads, v.shape[3]), q.dtype)
+    told = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+    mixed, logsumexp, largest = _call(
+        functools.partial(_forward_kernel, scale=scale),
+        *(q, v, (1, 1), known, interpret),
+        in_specs=[_block(q), _whole(k, groups), _whole(v, groups), _row(starts)],
+        out_specs=[_block(mixed), _part(), _part()],
+        out_shape=[mixed, told, told],
         name="packed_attention",
     )(q, k, v, starts)
     return (mixed, largest / _TO_BITS), (q, k, v, starts, mixed, logsumexp)
 
 
-def _attend_backward(scale, interpret, saved, g):
+def _attend_backward(scale, known, interpret, saved, g):
     q, k, v, starts, mixed, logsumexp = saved
     g = g[0].astype(q.dtype)
-    (batch, length, heads, _), groups = q.shape, q.shape[2] // k.shape[2]
+    length, groups = q.shape[1], q.shape[2] // k.shape[2]
     along = jnp.einsum("btnh,btnh->bnt", g, mixed, preferred_element_type=jnp.float32)
-    call = functools.partial(
-        pallas.pallas_call,
-        grid=(length // BLOCK, batch, heads),
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
-    )
-    of_q = call(
+    of_q = _call(
         functools.partial(_query_kernel, scale=scale),
+        *(q, v, (2, 1), known, interpret),
         in_specs=[_block(q), _whole(k, groups), _whole(v, groups), _row(starts)]
         + [_block(g), _part(), _part()],
         out_specs=_block(q),
@@ -100,13 +138,14 @@ def _attend_backward(scale, interpret, saved, g):
     last = jnp.arange(1, length // BLOCK + 1) * BLOCK - 1
     ends = jnp.sum(starts[:, None] <= last[None, :, None], axis=2).astype(jnp.int32)
     heads_row = pallas.BlockSpec((None, None, length), lambda i, b, n: (b, n, 0))
-    of_k, of_v = call(
+    of_k, of_v = _call(
         functools.partial(_key_kernel, scale=scale),
+        *(q, v, (2, 2), known, interpret),
         in_specs=[_whole(q), _block(k, groups), _block(v, groups), _row(starts)]
         + [pallas.BlockSpec((None, None), lambda i, b, n: (b, i)), _whole(g)]
         + [heads_row, heads_row],
-        out_specs=[_block(q), _block(q)],
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype)] * 2,
+        out_specs=[_block(q), _block(g)],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, g)],
         name="packed_attention_of_k",
     )(q, k, v, starts, ends, g, logsumexp, along)
 
@@ -145,9 +184,37 @@ def _seen(queries, keys, starts):
     return (keys[None] <= queries[:, None]) & (keys[None] >= starts[:, None])
 
 
+def _read(ref, begin=None):
+    """A block of positions in the parts of its columns; without `begin` the only one."""
+    rows = slice(None) if begin is None else pallas.ds(begin, BLOCK)
+    return [ref[rows, part] for part in _parts(ref.shape[1])]
+
+
+def _write(ref, values):
+    for part, value in zip(_parts(ref.shape[1]), values, strict=True):
+        ref[:, part] = value.astype(ref.dtype)
+
+
+def _zeros(ref):
+    """To sum up what `_write` writes."""
+    shapes = ((BLOCK, part.stop - part.start) for part in _parts(ref.shape[1]))
+    return [jnp.zeros(shape, jnp.float32) for shape in shapes]
+
+
+def _against(a, b):
+    """`a @ b.T` of what was read in parts."""
+    return sum(_product(x, y.T) for x, y in zip(a, b, strict=True))
+
+
+def _added(sums, weights, values):
+    """`weights @ values`, in the values' dtype, added to each part's sum."""
+    weights = weights.astype(values[0].dtype)
+    return [x + _product(weights, y) for x, y in zip(sums, values, strict=True)]
+
+
 def _logits(q, k, seen, scale):
     """In bits."""
-    return jnp.where(seen, _TO_BITS * scale * _product(q, k.T), _UNSEEN)
+    return jnp.where(seen, _TO_BITS * scale * _against(q, k), _UNSEEN)
 
 
 def _product(a, b):
@@ -158,21 +225,21 @@ def _forward_kernel(
     q_ref, k_ref, v_ref, starts_ref, mixed_ref, logsumexp_ref, largest_ref, *, scale
 ):
     block = pallas.program_id(0)
-    q, starts = q_ref[...], starts_ref[pallas.ds(block * BLOCK, BLOCK)]
+    q, starts = _read(q_ref), starts_ref[pallas.ds(block * BLOCK, BLOCK)]
 
     def meet(i, carry):
         mixed, largest, total = carry
-        keys = pallas.ds(i * BLOCK, BLOCK)
-        logits = _logits(q, k_ref[keys, :], _seen(block * BLOCK, i * BLOCK, starts), scale)
+        seen = _seen(block * BLOCK, i * BLOCK, starts)
+        logits = _logits(q, _read(k_ref, i * BLOCK), seen, scale)
         now = jnp.maximum(largest, jnp.max(logits, axis=1))
         weights, kept = jnp.exp2(logits - now[:, None]), jnp.exp2(largest - now)
-        mixed = kept[:, None] * mixed + _product(weights.astype(v_ref.dtype), v_ref[keys, :])
+        mixed = _added([kept[:, None] * x for x in mixed], weights, _read(v_ref, i * BLOCK))
         return mixed, now, kept * total + jnp.sum(weights, axis=1)
 
-    nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(BLOCK, _UNSEEN), jnp.zeros(BLOCK)
+    nothing = _zeros(mixed_ref), jnp.full(BLOCK, _UNSEEN), jnp.zeros(BLOCK)
     first = starts_ref[block * BLOCK] // BLOCK
     mixed, largest, total = jax.lax.fori_loop(first, block + 1, meet, nothing)
-    mixed_ref[...] = (mixed / total[:, None]).astype(mixed_ref.dtype)
+    _write(mixed_ref, [x / total[:, None] for x in mixed])
     logsumexp_ref[...] = largest + jnp.log2(total)
     largest_ref[...] = largest
 
@@ -181,20 +248,19 @@ def _query_kernel(
     q_ref, k_ref, v_ref, starts_ref, g_ref, logsumexp_ref, along_ref, of_q_ref, *, scale
 ):
     block = pallas.program_id(0)
-    q, g, starts = q_ref[...], g_ref[...], starts_ref[pallas.ds(block * BLOCK, BLOCK)]
+    q, g, starts = _read(q_ref), _read(g_ref), starts_ref[pallas.ds(block * BLOCK, BLOCK)]
     logsumexp, along = logsumexp_ref[...], along_ref[...]
 
     def meet(i, of_q):
-        keys = pallas.ds(i * BLOCK, BLOCK)
-        k = k_ref[keys, :]
+        k = _read(k_ref, i * BLOCK)
         logits = _logits(q, k, _seen(block * BLOCK, i * BLOCK, starts), scale)
         weights = jnp.exp2(logits - logsumexp[:, None])
-        of_logits = weights * (_product(g, v_ref[keys, :].T) - along[:, None])
-        return of_q + _product(of_logits.astype(k.dtype), k)
+        of_logits = weights * (_against(g, _read(v_ref, i * BLOCK)) - along[:, None])
+        return _added(of_q, of_logits, k)
 
     first = starts_ref[block * BLOCK] // BLOCK
-    of_q = jax.lax.fori_loop(first, block + 1, meet, jnp.zeros(q.shape, jnp.float32))
-    of_q_ref[...] = (scale * of_q).astype(of_q_ref.dtype)
+    of_q = jax.lax.fori_loop(first, block + 1, meet, _zeros(of_q_ref))
+    _write(of_q_ref, [scale * x for x in of_q])
 
 
 def _key_kernel(
@@ -212,20 +278,19 @@ def _key_kernel(
     scale,
 ):
     block = pallas.program_id(0)
-    k, v = k_ref[...], v_ref[...]
+    k, v = _read(k_ref), _read(v_ref)
 
     def meet(i, carry):
         of_k, of_v = carry
         queries = pallas.ds(i * BLOCK, BLOCK)
-        q, g = q_ref[queries, :], g_ref[queries, :]
+        q, g = _read(q_ref, i * BLOCK), _read(g_ref, i * BLOCK)
         logits = _logits(q, k, _seen(i * BLOCK, block * BLOCK, starts_ref[queries]), scale)
         weights = jnp.exp2(logits - logsumexp_ref[queries][:, None])
-        of_logits = weights * (_product(g, v.T) - along_ref[queries][:, None])
-        of_k += _product(of_logits.astype(q.dtype).T, q)
-        return of_k, of_v + _product(weights.astype(g.dtype).T, g)
+        of_logits = weights * (_against(g, v) - along_ref[queries][:, None])
+        return _added(of_k, of_logits.T, q), _added(of_v, weights.T, g)
 
-    nothing = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    nothing = _zeros(of_k_ref), _zeros(of_v_ref)
     end = (end_ref[...] + BLOCK - 1) // BLOCK
     of_k, of_v = jax.lax.fori_loop(block, end, meet, nothing)
-    of_k_ref[...] = (scale * of_k).astype(of_k_ref.dtype)
-    of_v_ref[...] = of_v.astype(of_v_ref.dtype)
+    _write(of_k_ref, [scale * x for x in of_k])
+    _write(of_v_ref, of_v)

@@ -95,6 +95,12 @@ class Model:
                 f"multi-head attention, is even; got {rotated:g}."
             )
 
+    @property
+    def key_columns(self) -> int:
+        """Of a query or key head."""
+        latent = self.attention == "latent"
+        return self.nope + self.rope if latent else self.width // self.heads
+
 
 @dataclasses.dataclass(frozen=True)
 class Training(Settings):

@@ -116,6 +116,6 @@ def attention_flops(config: Training) -> int:
     """Of the forward pass, for one token: logits and mixing, half of the positions on average."""
     model = config.model
     latent = model.attention == "latent"
-    logits = model.nope + model.rope if latent else model.width // model.heads
+    logits = model.key_columns
     value = model.value if latent else model.width // model.heads
     return model.layers * model.heads * (logits + value) * config.context

@@ -264,7 +264,7 @@ def attention_shape(config: Training, mesh: jax.sharding.Mesh) -> Shape:
         sequences=config.batch // config.accumulate // ways,
         heads=model.heads // mesh.shape["tensor"],
         length=config.context,
-        key=model.nope + model.rope if latent else model.width // model.heads,
+        key=model.key_columns,
         value=model.value if latent else model.width // model.heads,
     )
 

@@ -87,7 +87,7 @@ class Trainer:
         self._compiled_start = jax.jit(self._start, out_shardings=self.shardings)
         self._whole = whole
         self.clips_at = optimizers.clip_threshold(optimizer, config)
-        self._shows_logits = attention.shows_logits(mesh, config.context)
+        self._shows_logits = attention.shows_logits(mesh, config.context, config.model.key_columns)
         self.step = self._jitted(look=self._shows_logits)
         self.evaluate = jax.jit(
             self._evaluate, in_shardings=(self.shardings, self.windows), out_shardings=whole
