@@ -14,7 +14,7 @@ from pretraining import DENSE, SMALL, VOCABULARY, mesh_of, one_device, training
 from rich.console import Console
 
 from experiments.compiled import Kernel, Program, measure
-from experiments.language.attention import BLOCK, causal_attention, splash
+from experiments.language.attention import BLOCK, KEEP_KERNELS, causal_attention, splash
 from experiments.language.kernels import Shape, with_attention
 from experiments.language.mesh import Mesh, make_mesh
 from experiments.pretrain import pod
@@ -223,6 +223,22 @@ def test_a_small_step_compiles_for_a_tpu(exchange):
 
 
 @needs_libtpu
+def test_a_layer_that_is_computed_again_runs_attention_once():
+    mesh = make_mesh((1, 1, 1, 1), topology_devices("v5e:2x2")[:1])
+    place = jax.NamedSharding(mesh, jax.P())
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 128), jnp.bfloat16, sharding=place)
+
+    def loss(x, kernels):
+        layer = jax.checkpoint(lambda x: jnp.sin(splash(x * kernels, x, x)[0]), policy=KEEP_KERNELS)
+        return jnp.sum(layer(layer(x)), dtype=jnp.float32)
+
+    with jax.set_mesh(mesh):
+        program = measure(jax.jit(jax.grad(loss), out_shardings=place).lower(x, x).compile())
+    runs = {name.split("_")[2]: count for name, count in program.unread.items()}
+    assert runs == {"fwd": 2, "dq": 2, "dkv": 2}
+
+
+@needs_libtpu
 def test_muon_of_the_16b_model_shares_its_work_out():
     config = PRESETS["moonlight-16b"]
     mesh = make_mesh(config.mesh.sizes, topology_devices("v5p:4x4x4"))
@@ -243,7 +259,7 @@ def test_the_16b_step_fits():
     assert report.fits and report.unread == {}
     assert report.argument_bytes == pytest.approx(0.32 * 2**30, rel=0.02)
     assert report.total_bytes == pytest.approx(10.6 * 2**30, rel=0.1)
-    assert report.flops / report.model_flops == pytest.approx(1.43, abs=0.05)
+    assert report.flops / report.model_flops == pytest.approx(1.14, abs=0.05)
     assert all(c.in_loops == 0 for c in report.collectives.values())
     # The experts' kernels, which nearly all params are, are gathered twice; their gradients leave
     # by reduce-scatters.

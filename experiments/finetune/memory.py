@@ -73,9 +73,11 @@ def plan(trainer: Trainer) -> Plan:
     inside += 3 * a.ffn // tensor
     layer = 2 * inside * tokens * width
     inputs = (a.layers + 1) * a.hidden * tokens * width
+    platform = trainer.mesh.abstract_mesh.abstract_device.platform
+    if config.remat and platform != "cpu":
+        inputs += a.layers * a.heads * (a.head_dim * width + 4) * tokens // tensor
     at_once = layer if config.remat else a.layers * layer // 2
     backward[f"activations of {tokens:,} tokens"] = inputs + at_once
-    platform = trainer.mesh.abstract_mesh.abstract_device.platform
     chunk = min(tokens, vocabulary.loss_tokens(a.vocabulary // tensor, platform))
     head = a.hidden * a.vocabulary // tensor
     backward[f"logits of {chunk:,} tokens, the head and their gradients"] = 4 * (

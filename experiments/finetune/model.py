@@ -16,7 +16,13 @@ from flax import nnx
 
 from experiments.finetune.architecture import Qwen3
 from experiments.language import sharding, vocabulary
-from experiments.language.attention import causal_attention, join_heads, rotate_heads, split_heads
+from experiments.language.attention import (
+    KEEP_KERNELS,
+    causal_attention,
+    join_heads,
+    rotate_heads,
+    split_heads,
+)
 from experiments.language.sharding import constrain
 from experiments.layers import Linear, RMSNorm, SwiGLU
 from muon_jax import GroupedQuery
@@ -106,7 +112,8 @@ class LanguageModel:
     Args:
         architecture: of the params.
         dtype: of the arithmetic, but for norms, angles, softmax and logits, which are float32.
-        remat: keep of a layer its input only, and compute the rest again in the backward pass.
+        remat: keep of a layer its input and what a kernel of attention returned, and compute the
+            rest again in the backward pass.
     """
 
     def __init__(self, architecture: Qwen3, dtype: Dtype = "bfloat16", remat: bool = True):
@@ -153,7 +160,7 @@ class LanguageModel:
 
         x_BxTxD = vocabulary.look_up(params["embedding"]["embedding"], tokens_BxT, self.dtype)
         x_BxTxD, largest = jax.lax.scan(
-            jax.checkpoint(layer) if self.remat else layer,
+            jax.checkpoint(layer, policy=KEEP_KERNELS) if self.remat else layer,
             x_BxTxD,
             params["layers"],
             unroll=self.architecture.layers <= _UNROLLED,

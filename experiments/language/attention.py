@@ -27,6 +27,11 @@ _CUDNN_COLUMNS = 128
 _LANES = 128
 
 
+# For `jax.checkpoint`: keeps what kernels of ours and the splash kernel return, which are dear to
+# run again and no larger than a layer's input. JAX's gradient of cuDNN's cannot be told to.
+KEEP_KERNELS = jax.checkpoint_policies.save_only_these_names(packed_attention.KEPT)
+
+
 def causal_attention(
     q_BxTxNxH: jax.Array,
     k_BxTxKxH: jax.Array,
@@ -223,6 +228,7 @@ def splash(
         head_shards=1,
         q_seq_shards=1,
         block_sizes=splash_attention.BlockSizes(**sizes),
+        residual_checkpoint_name=packed_attention.KEPT,
         interpret=interpret,
     )
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))

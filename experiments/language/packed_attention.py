@@ -14,6 +14,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from experiments.experimental import pallas, triton
 
@@ -21,6 +22,8 @@ from experiments.experimental import pallas, triton
 BLOCK = 64
 # Columns of the smallest product.
 _LEAST = 16
+# The name of what the gradient needs of a kernel's results, for `jax.checkpoint`.
+KEPT = "attention kernel"
 _UNSEEN = -1e30  # finite, so that a block of which a query sees nothing makes no NaN
 _TO_BITS = math.log2(math.e)  # a GPU's exponential has base 2
 
@@ -117,6 +120,7 @@ def _attend_forward(q, k, v, starts, scale, known, interpret):
         out_shape=[mixed, told, told],
         name="packed_attention",
     )(q, k, v, starts)
+    mixed, logsumexp = (checkpoint_name(x, KEPT) for x in (mixed, logsumexp))
     return (mixed, largest / _TO_BITS), (q, k, v, starts, mixed, logsumexp)
 
 

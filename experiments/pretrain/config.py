@@ -73,7 +73,8 @@ class Model:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the arithmetic; params, router and losses are float32."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass computes again: nothing, all but products with kernels, or layers."""
+    """What the backward pass computes again: nothing, all but products with kernels, or layers;
+    but for attention where a TPU's kernel does it or one of ours."""
     exchange: Literal["gather", "ragged"] | None = None
     """How tokens reach experts of other devices; by default the better that the platform has."""
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.language.attention import Latent, MultiHead
+from experiments.language.attention import KEEP_KERNELS, Latent, MultiHead
 from experiments.language.sharding import constrain
 from experiments.language.vocabulary import cross_entropy, logits, look_up, weighted_loss
 from experiments.layers import Linear, RMSNorm, SwiGLU
@@ -248,9 +248,12 @@ class LanguageModel:
 _REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda layer: layer,
     "dots": functools.partial(
-        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        jax.checkpoint,
+        policy=jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable, KEEP_KERNELS
+        ),
     ),
-    "full": jax.checkpoint,
+    "full": functools.partial(jax.checkpoint, policy=KEEP_KERNELS),
 }
 
 
