@@ -115,7 +115,8 @@ class Training:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the arithmetic; params, optimizer state, gradients and losses are float32."""
     remat: bool = True
-    """Compute layers again in the backward pass, and keep of each no more than its input."""
+    """Compute layers again in the backward pass: keep of each its input, and on accelerators what
+    attention returned."""
     patience: Count = 10
     """Steps without finite loss and gradient, in a row, after which the run stops."""
     seed: Whole = 0

@@ -107,7 +107,7 @@ class Layer(nnx.Module):
 
 
 class LanguageModel:
-    """The forward pass; params are float32 masters, which each layer casts for itself.
+    """The forward pass; params are float32 masters, cast before the layers.
 
     Args:
         architecture: of the params.
@@ -152,7 +152,6 @@ class LanguageModel:
             segments_BxT, positions = _texts(segments_BxT)
 
         def layer(x_BxTxD, kernels):
-            kernels = self._cast({"layers": kernels})["layers"]
             x_BxTxD, largest = nnx.merge(self._layer, kernels)(
                 x_BxTxD, segments_BxT, positions, threshold if max_logits else math.inf
             )
@@ -162,7 +161,7 @@ class LanguageModel:
         x_BxTxD, largest = jax.lax.scan(
             jax.checkpoint(layer, policy=KEEP_KERNELS) if self.remat else layer,
             x_BxTxD,
-            params["layers"],
+            self._cast({"layers": params["layers"]})["layers"],
             unroll=self.architecture.layers <= _UNROLLED,
         )
         x_BxTxD = nnx.merge(self._norm, self._cast({"norm": params["norm"]})["norm"])(x_BxTxD)
