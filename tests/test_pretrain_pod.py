@@ -23,7 +23,7 @@ from experiments.pretrain.model import LanguageModel
 from experiments.pretrain.presets import PRESETS
 from experiments.pretrain.step import Trainer
 from experiments.roofline import estimate
-from experiments.topology import topology_devices
+from experiments.topology import TopologyError, topology_devices
 
 change = dataclasses.replace
 DEEP = change(SMALL, layers=5, hidden=64, expert_hidden=32)
@@ -207,6 +207,21 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="libtpu is not installed: pip install -e '.[tpu]'",
 )
+
+
+def test_a_dense_step_on_gpus_launches_few_kernels():
+    """Two layers of twelve: bars of kernels, and of bytes of those that are no products."""
+    try:
+        devices = topology_devices("h100:8")
+    except TopologyError as error:
+        pytest.skip(str(error))
+    whole = PRESETS["nanogpt-124m"]
+    model = change(whole.model, layers=2, dense_layers=2)
+    config = change(whole, model=model, batch=128, accumulate=2, mesh=Mesh(fsdp=8))
+    mesh = make_mesh(config.mesh.sizes, devices)
+    program = measure(Trainer(config, "adamw", mesh, config.data.vocabulary).program)
+    others = sum(k.runs * k.hbm_bytes for k in program.kernels if not k.flops)
+    assert program.kernel_count <= 370 and others < 13.3e9  # they were 518 and 17.7e9
 
 
 @needs_libtpu

@@ -209,7 +209,7 @@ class LanguageModel:
         )
         weights = (targets_BxT >= 0) / total
         loss, (each, correct) = vocabulary.weighted_loss(
-            self._head(params), hidden, targets_BxT, weights
+            self._head(params), hidden, targets_BxT, weights, tied=self.architecture.tied
         )
         return loss, Losses(jnp.where(targets_BxT >= 0, each, 0), correct, largest)
 

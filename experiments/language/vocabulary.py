@@ -83,17 +83,23 @@ def cross_entropy(
 
 
 def weighted_loss(
-    kernel: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+    kernel: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array, *, tied: bool
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """The sum of weight × loss, to be differentiated, and what `cross_entropy` returns.
 
     With its gradient it takes three products of the size of the logits, where `cross_entropy` takes
     four: the weights are there when the logits are, so that these become their own gradient at
-    once, in the dtype of the products, and are not made again.
+    once, in the dtype of the products, and are not made again. `tied` tells that the kernel is the
+    embedding, transposed: XLA for TPUs lays its gradient out as that of the embedding, and would
+    make all-reduces of both stages of `gather`, where one is beside computation.
     """
 
     def local(kernel, hidden, targets, weights):
-        whole = gather(kernel, "fsdp").astype(hidden.dtype)
+        if tied:
+            whole = jax.lax.all_gather(kernel, "fsdp", axis=0, tiled=True)
+        else:
+            whole = gather(kernel, "fsdp")
+        whole = whole.astype(hidden.dtype)
         first = jax.lax.axis_index("tensor") * kernel.shape[1]
         flat = hidden.reshape(-1, hidden.shape[-1]), targets.ravel() - first, weights.ravel()
         total, found = _weighted_loss(whole, *flat)

@@ -242,7 +242,8 @@ class LanguageModel:
         hidden, observed = self.hidden(params, bias, windows[:, :-1], **options)
         targets = windows[:, 1:]
         weights = jnp.full(targets.shape, 1 / targets.size, jnp.float32)
-        return weighted_loss(self._head(params), hidden, targets, weights)[0], observed
+        loss, _ = weighted_loss(self._head(params), hidden, targets, weights, tied=self.config.tied)
+        return loss, observed
 
 
 _REMAT: dict[str, Callable[[Callable], Callable]] = {
