@@ -78,7 +78,7 @@ def plan(trainer: Trainer) -> Plan:
         inputs += a.layers * a.heads * (a.head_dim * width + 4) * tokens // tensor
     at_once = layer if config.remat else a.layers * layer // 2
     backward[f"activations of {tokens:,} tokens"] = inputs + at_once
-    chunk = min(tokens, vocabulary.loss_tokens(a.vocabulary // tensor, platform))
+    chunk = vocabulary.loss_tokens(tokens, a.vocabulary // tensor, platform)
     head = a.hidden * a.vocabulary // tensor
     backward[f"logits of {chunk:,} tokens, the head and their gradients"] = 4 * (
         2 * chunk * a.vocabulary // tensor + 2 * head

@@ -37,9 +37,13 @@ def look_up(table: jax.Array, tokens_BxT: jax.Array, dtype: str) -> jax.Array:
     )(table, tokens_BxT)
 
 
-def loss_tokens(vocabulary: int, platform: str) -> int:
-    """Of how many tokens a device holds the logits at once, of its part of the vocabulary."""
-    return max(LOSS_TOKENS, _GPU_LOGITS // (4 * vocabulary) if platform == "gpu" else 0)
+def loss_tokens(count: int, vocabulary: int, platform: str) -> int:
+    """Of how many of its tokens a device holds the logits, of its part of the vocabulary, at once.
+
+    All chunks have as many, and the last one is filled up.
+    """
+    most = max(LOSS_TOKENS, _GPU_LOGITS // (4 * vocabulary) if platform == "gpu" else 0)
+    return -(-count // -(-count // most))
 
 
 def logits(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
@@ -67,8 +71,8 @@ def cross_entropy(
             return token_loss(of_token, target - first), _read(seen)[1] == target - first
 
         flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        tokens = loss_tokens(kernel.shape[1], platform())
-        if targets.size <= tokens:
+        tokens = loss_tokens(targets.size, kernel.shape[1], platform())
+        if targets.size == tokens:
             found = jax.vmap(loss)(flat)
         else:
             found = jax.lax.map(jax.checkpoint(loss), flat, batch_size=tokens)
@@ -122,8 +126,8 @@ def _weighted_loss(kernel, hidden, targets, weights):
 
 
 def _weighted_loss_forward(kernel, hidden, targets, weights):
-    count = -(-len(targets) // loss_tokens(kernel.shape[1], platform()))
-    size = -(-len(targets) // count)
+    size = loss_tokens(len(targets), kernel.shape[1], platform())
+    count = -(-len(targets) // size)
 
     def cut(x):
         """`(T, ...)` as `(chunks, t, ...)`, filled up with zeros."""
