@@ -1,16 +1,25 @@
 """Settings that must stand before JAX starts: sixteen CPU devices, no silent rank promotion.
 
-One thread for LAPACK, whose own spin against XLA's: an SVD of 128² takes 300 times as long. And
-quick code generation: the tests compile far longer than they run. What the studies compile stays
-out of the user's cache of programs.
+One thread for LAPACK, whose own spin against XLA's: an SVD of 128² takes 300 times as long.
+
+The tests compile far longer than they run. So code is generated quickly, in one piece and without
+optimisation, and what is compiled is kept in pytest's cache folder for the next run and for the
+processes that tests start: `pytest --cache-clear` forgets it.
 """
 
 import os
+from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_parallel_codegen_split_count=1"
+    # Later ones do not know this one.
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib") < "0.11" else ""),
+)
 
 import jax
 import pytest
@@ -27,8 +36,14 @@ def _forget_compiled_programs():
 
 
 def pytest_configure(config):
-    """The toy trees of most tests have leaves such as `square`, of which no name tells what it is.
+    """Keeps what is compiled, and lets warnings of two kinds pass.
 
-    `test_names.py` tests when the optimizers warn of such leaves, and when not.
+    The toy trees of most tests have leaves such as `square`, of which no name tells what it is;
+    `test_names.py` tests when the optimizers warn of these, and when not. And a program whose file
+    another process is still writing is compiled anew.
     """
+    if hasattr(config, "cache"):
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("programs")))
+        jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     config.addinivalue_line("filterwarnings", "ignore:The routes of these leaves are guesses")
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache")

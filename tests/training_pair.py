@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1"
 sys.path.insert(0, str(Path(__file__).parent))
 
 import dataclasses
