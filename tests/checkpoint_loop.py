@@ -13,6 +13,7 @@ import time
 import traceback
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a kill may leave half a program there
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # one thread here: else a fork would not be sound
 
 import jax

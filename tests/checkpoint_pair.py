@@ -6,6 +6,7 @@ import os
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what one writes the other might be reading
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import jax

@@ -419,6 +419,7 @@ def test_object_stores_have_their_driver(monkeypatch):
         assert tuple(map(base.get, ("driver", "bucket", "path", "endpoint"))) == driver
 
 
+@pytest.mark.slow
 def test_twenty_kills_cost_nothing(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "tests.checkpoint_loop", tmp_path / "run", "20"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -429,6 +430,7 @@ def test_twenty_kills_cost_nothing(tmp_path):
     assert seen["steps"] > 5
 
 
+@pytest.mark.slow
 def test_two_processes_save_and_restore_together(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import jax
@@ -20,6 +19,8 @@ import pytest
 from etils import epath
 from finetuning import NORMED, batch, initial, prepared, start, trainer_of, training, written
 from pretraining import mesh_of
+from trajectories import apart
+from waiting import wait_for
 
 import muon_jax
 from experiments.finetune import __main__ as command
@@ -98,7 +99,7 @@ def test_a_step_is_the_one_by_hand(arm):
     assert metrics["accuracy"] == pytest.approx(hits)
     assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-5) and norm > 0.5
     assert metrics["learnt"] == batch().mask.sum()
-    assert_close(ours, params, 1e-4)
+    assert apart(ours, params, initial()) < 5e-4
 
 
 def test_microbatches_and_devices_change_no_update():
@@ -107,14 +108,14 @@ def test_microbatches_and_devices_change_no_update():
     params, whole = stepped(trainer_of(config, "muonclip"), steps=2)
     parts = dataclasses.replace(config, accumulate=4)
     split, metrics = stepped(trainer_of(parts, "muonclip"), steps=2)
-    assert_close(split, params, 1e-4)
+    assert apart(split, params, initial()) < 5e-4
     for name in ("loss", "gradient_norm", "accuracy", "max_logit"):
         assert metrics[name] == pytest.approx(whole[name], rel=1e-4)
     assert metrics["learnt"] == whole["learnt"]
     spread = dataclasses.replace(config, accumulate=2)
     mesh = mesh_of(1, 4, 1, 2)
     everywhere, metrics = stepped(trainer_of(spread, "muonclip", NORMED, mesh), steps=2)
-    assert_close(everywhere, params, 2e-4)
+    assert apart(everywhere, params, initial()) < 5e-4
     assert metrics["loss"] == pytest.approx(whole["loss"], rel=1e-4)
 
 
@@ -518,14 +519,14 @@ def begin(words, out, devices=None):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_and_writes_the_model(tmp_path):
     folder, rows = written(tmp_path, dataclasses.replace(NORMED, vocabulary=320))
     words = f"--model {folder} --data {rows} --context 32 --batch 4 --accumulate 2 --steps 40"
     words += " --warmup 2 --save-every 5 --evaluate-every 20 --dtype float32 --arms muonclip"
     process = begin(words, tmp_path / "killed")
     log = tmp_path / "killed" / "muonclip" / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and '"step": 7' in log.read_text()):
-        time.sleep(0.02)
+    wait_for(lambda: log.exists() and '"step": 7' in log.read_text(), process)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert not (log.parent / "summary.json").exists()
@@ -543,6 +544,7 @@ def test_a_killed_command_goes_on_and_writes_the_model(tmp_path):
     assert (log.parent / "model" / "tokenizer.json").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_write_one_model(tmp_path):
     folder, rows = written(tmp_path, dataclasses.replace(NORMED, vocabulary=320))
     words = f"--model {folder} --data {rows} --context 32 --batch 8 --accumulate 2 --steps 6"
@@ -561,7 +563,8 @@ def test_two_processes_train_and_write_one_model(tmp_path):
     ours, theirs = (tmp_path / out / "muonclip" for out in ("two", "one"))
     assert [r["step"] for r in records(ours)] == [r["step"] for r in records(theirs)]
     two, one = (weights.read(folder / "model")[1] for folder in (ours, theirs))
-    assert_close(jax.device_get(two), jax.device_get(one), 1e-3)
+    start = weights.read(folder)[1]
+    assert apart(*jax.device_get((two, one, start))) < 5e-3
     assert (ours / "model" / "tokenizer.json").exists()
     assert not list(ours.glob(".model*")) and (tmp_path / "two" / "report.html").exists()
 

@@ -372,6 +372,7 @@ WORKER = """
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_update_of_one(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

@@ -18,6 +18,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.registry import _registry
 from pyarrow import parquet
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from waiting import wait_for
 
 from experiments import corpus
 from experiments.language import data, documents, tokenizer
@@ -505,8 +506,7 @@ def test_a_kill_in_the_middle_leaves_nothing_that_counts(tmp_path, prepared):
 def test_two_processes_do_the_work_once(tmp_path, prepared):
     write_jsonl(tmp_path / "a.jsonl")
     first = start(tmp_path, name="first", RAYON_NUM_THREADS="1", PYTHONHASHSEED="1")
-    while not (tmp_path / "first.training").exists():
-        assert first.poll() is None
+    wait_for((tmp_path / "first.training").exists, first)
     second = start(tmp_path, name="second")
     outputs = [process.communicate(timeout=60)[0].strip() for process in (first, second)]
     assert outputs == [prepared.sha256] * 2

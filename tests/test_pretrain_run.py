@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import types
 from pathlib import Path
 
@@ -20,6 +19,8 @@ import numpy as np
 import pytest
 from etils import epath
 from pretraining import DENSE, SMALL, VOCABULARY, mesh_of, one_device, text_file, training
+from trajectories import apart
+from waiting import wait_for
 
 from experiments.language import data, log
 from experiments.language.checkpoints import Checkpoints
@@ -292,21 +293,17 @@ def updated(config, mesh, optimizer="muon"):
     return jax.device_get(state), jax.device_get(metrics)
 
 
-def assert_params_close(a, b):
-    for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True):
-        assert np.max(np.abs(x - y)) < 1e-4 * max(np.max(np.abs(y)), 1e-3)
-
-
 def test_microbatches_and_meshes_change_no_update():
     config = training()
     state, metrics = updated(config, one_device())
+    start = jax.device_get(Trainer(config, "muon", one_device(), VOCABULARY).start(0).params)
     split, halves = updated(dataclasses.replace(config, accumulate=2), one_device())
-    assert_params_close(split, state)
+    assert apart(split.params, state.params, start) < 1e-4
     np.testing.assert_array_equal(halves["load"], metrics["load"])
     assert halves["max_logit"] == pytest.approx(metrics["max_logit"], rel=1e-5)
     spread = dataclasses.replace(config, mesh=Mesh(2, 2, 2, 1))
     everywhere, _ = updated(spread, mesh_of(2, 2, 2, 1))
-    assert_params_close(everywhere, state)
+    assert apart(everywhere.params, state.params, start) < 1e-4
 
 
 def test_a_run_goes_on_with_fewer_devices(text, tokens, tmp_path):
@@ -408,12 +405,12 @@ def start(*arguments):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_loses_no_step(text, tmp_path):
     command = [*options(text, tmp_path), "--optimizer", "adamw", "--steps", "100000"]
     process = start(*command)
     log = tmp_path / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and '"step": 4' in log.read_text()):
-        time.sleep(0.1)
+    wait_for(lambda: log.exists() and '"step": 4' in log.read_text(), process)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
@@ -422,6 +419,7 @@ def test_sigterm_saves_and_loses_no_step(text, tmp_path):
     assert steps[-1] == last >= 4
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_save_together(text, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -85,6 +85,7 @@ def alone(tmp_path_factory):
     patch.undo()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("study", ["pretrained", "finetuned"])
 @pytest.mark.parametrize("axis", MESH_AXES)
 def test_two_processes_have_the_losses_of_one(pair, alone, study, axis):
@@ -94,6 +95,7 @@ def test_two_processes_have_the_losses_of_one(pair, alone, study, axis):
         assert seen[name] == pytest.approx(values, rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_processes_that_were_told_other_things_are_refused(pair):
     for found in pair:
         assert "differ in config.seed." in found["differing"]

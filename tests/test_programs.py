@@ -52,6 +52,7 @@ def counts(out, cache, cores=2, enabled="true"):
     return Counter({name.rsplit("/", 1)[-1]: int(count) for name, count in found}), done.stderr
 
 
+@pytest.mark.slow
 def test_cores_share_programs_and_the_next_run_compiles_none(tmp_path):
     alone, _ = counts(tmp_path / "alone", tmp_path, cores=1, enabled="false")
     assert not (tmp_path / "muon_jax" / "programs").exists()
@@ -75,6 +76,7 @@ def test_cores_share_programs_and_the_next_run_compiles_none(tmp_path):
     assert len(digests[0]) == 4 and digests.count(digests[0]) == 4
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_breaks_nothing(tmp_path):
     (tmp_path / "file").write_text("no folder")
     counts(tmp_path / "out", tmp_path / "file")

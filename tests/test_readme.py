@@ -45,6 +45,7 @@ def test_the_first_example_runs():
     exec(blocks("python")[0], names)
     updates, _ = names["tx"].update(params, names["state"], params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert all(jnp.all(update != 0) for update in jax.tree.leaves(updates))
 
 
 PARAMS = {
@@ -57,14 +58,27 @@ PARAMS = {
 }
 
 
+ROUTES = [
+    {"lora_a": "muon", "encoder": "frozen"},
+    {"gate": "adamw", "encoder": "muon"},
+    {"backbone": "frozen", "head": "adamw"},
+    {"fused": "muon", "gate": "muon"},
+]
+
+
 @pytest.mark.parametrize("example", range(4))
-def test_the_routing_examples_run(example):
-    calls = [ast.unparse(call) for call in ast.parse(blocks("python")[1]).body]
-    tx = eval(calls[example], {"muon_jax": muon_jax})
-    params = PARAMS
-    if "backbone" in calls[example]:
+def test_the_routing_examples_do_what_they_say(example):
+    call, params = ast.parse(blocks("python")[1]).body[example].value, PARAMS
+    (routing,) = (ast.unparse(given.value) for given in call.keywords if given.arg == "routing")
+    if "backbone" in routing:
         params = {name: PARAMS[name] for name in ("backbone", "head")}
-    tx.update(params, tx.init(params), params)
+    labels = muon_jax.label_params(params, eval(routing, {"muon_jax": muon_jax}))
+    tx = eval(ast.unparse(call), {"muon_jax": muon_jax})
+    updates, _ = tx.update(params, tx.init(params), params)
+    for name, route in ROUTES[example].items():
+        assert set(jax.tree.leaves(labels[name])) == {route}, name
+    for label, update in zip(jax.tree.leaves(labels), jax.tree.leaves(updates), strict=True):
+        assert bool(jnp.any(update != 0)) == (label != "frozen")
 
 
 def test_the_test_command_is_one_line_that_ci_can_find():
@@ -79,7 +93,9 @@ def test_the_call_of_inject_hyperparams():
     tx = eval(call, {"muon_jax": muon_jax})
     state = tx.init(PARAMS)
     assert {"learning_rate", "adam_b2"} <= set(state.hyperparams)
-    tx.update(PARAMS, state, PARAMS)
+    state.hyperparams["learning_rate"] *= 0.0
+    updates, _ = tx.update(PARAMS, state, PARAMS)
+    assert not any(jnp.any(updates[name]["kernel"]) for name in ("gate", "encoder"))
 
 
 def test_a_function_of_the_users_own_is_enough():
