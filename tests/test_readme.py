@@ -60,8 +60,8 @@ PARAMS = {
 
 ROUTES = [
     {"lora_a": "muon", "encoder": "frozen"},
-    {"gate": "adamw", "encoder": "muon"},
-    {"backbone": "frozen", "head": "adamw"},
+    {"gate": "other", "encoder": "muon"},
+    {"backbone": "frozen", "head": "other"},
     {"fused": "muon", "gate": "muon"},
 ]
 
