@@ -353,7 +353,7 @@ def test_muon_has_the_hidden_matrices_and_no_other(a):
     found = jax.tree_util.tree_leaves_with_path(muon_jax.label_params(model.shapes(a)))
     by_muon = {path[-2].key for path, label in found if label == "muon"}
     assert by_muon == {"query", "key", "value", "out", "gate", "up", "down"}
-    assert {label for _, label in found} == {"muon", "adamw"}
+    assert {label for _, label in found} == {"muon", "other"}
     table = muon_jax.routing_table(model.shapes(a))
     assert f"{a.layers} × (64 × 128)" in table and "ambiguous" not in table
 
