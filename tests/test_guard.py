@@ -40,3 +40,10 @@ def test_lone_spikes_are_skipped_and_change_little():
 def test_a_norm_of_zero_is_no_measure_of_spikes():
     found = taken([0.0] * 30 + [1.0] * 9, 10.0)
     assert found[30] and found.count(False) <= 3 and all(found[-4:])
+
+
+@pytest.mark.parametrize("spike", [None, 10.0])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_norm_that_is_not_finite_is_neither_taken_nor_remembered(bad, spike):
+    found = taken([0.1] * 30 + [bad] * 40 + [0.1, 5.0], spike)
+    assert found == [True] * 30 + [False] * 40 + [True, spike is None]
