@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import nnx
 
@@ -68,7 +69,8 @@ ROUTES = [
 
 @pytest.mark.parametrize("example", range(4))
 def test_the_routing_examples_do_what_they_say(example):
-    call, params = ast.parse(blocks("python")[1]).body[example].value, PARAMS
+    (source,) = (block for block in blocks("python") if "backbone" in block)
+    call, params = ast.parse(source).body[example].value, PARAMS
     (routing,) = (ast.unparse(given.value) for given in call.keywords if given.arg == "routing")
     if "backbone" in routing:
         params = {name: PARAMS[name] for name in ("backbone", "head")}
@@ -86,16 +88,33 @@ def test_the_test_command_is_one_line_that_ci_can_find():
     assert len(commands) == 1
 
 
-def test_the_call_of_inject_hyperparams():
-    (call,) = re.findall(
-        r"`(muon_jax\.inject_hyperparams\(muon_jax\.muon\)\(learning.*?\))`", README
-    )
-    tx = eval(call, {"muon_jax": muon_jax})
-    state = tx.init(PARAMS)
-    assert {"learning_rate", "adam_b2"} <= set(state.hyperparams)
-    state.hyperparams["learning_rate"] *= 0.0
-    updates, _ = tx.update(PARAMS, state, PARAMS)
-    assert not any(jnp.any(updates[name]["kernel"]) for name in ("gate", "encoder"))
+def test_the_chain_runs():
+    (source,) = (block for block in blocks("python") if "optax.chain" in block)
+    names = {"muon_jax": muon_jax, "optax": optax}
+    exec(source, names)
+    params = {"mlp": {"kernel": jnp.ones((8, 16))}}
+    updates, _ = names["tx"].update(params, names["tx"].init(params), params)
+    assert jnp.any(updates["mlp"]["kernel"])
+
+
+def test_the_map_is_the_tree():
+    """Every module of the package and of the studies, in its folder, and no other."""
+    folders, shown = [], set()
+    for line in README.split("## Map")[1].split("```")[1].splitlines()[1:]:
+        first, *others = line.split()
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = folders[:depth]
+        if first.endswith("/"):
+            folders.append(first)
+        shown |= {"".join(folders) + word for word in (first, *others) if word.endswith(".py")}
+    modules = {
+        str(path.relative_to(ROOT))
+        for folder in ("muon_jax", "experiments")
+        for path in ROOT.glob(f"{folder}/**/*.py")
+        if not path.stem.startswith("__")
+    }
+    assert shown == modules
+    assert len(README.splitlines()) <= 280
 
 
 def test_a_function_of_the_users_own_is_enough():
