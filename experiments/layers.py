@@ -61,15 +61,19 @@ def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
 
     `jax.checkpoint` would do it too, but keeps XLA from reading both where a product wrote them.
     """
+    return _gated(gate, up)
+
+
+def _gated(gate, up):
     return nnx.silu(gate) * up
 
 
 def _gated_backward(saved, g):
     # XLA for GPUs makes one kernel of both gradients, unless they read what a product wrote.
-    return jax.vjp(gated.fun, *saved)[1](jax.lax.optimization_barrier(g))
+    return jax.vjp(_gated, *saved)[1](jax.lax.optimization_barrier(g))
 
 
-gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _gated_backward)
+gated.defvjp(lambda gate, up: (_gated(gate, up), (gate, up)), _gated_backward)
 
 
 class RMSNorm(nnx.RMSNorm):
