@@ -42,7 +42,7 @@ def test_the_routing_table_is_what_a_flax_model_prints():
 
 def test_the_first_example_runs():
     params = {"wte": jnp.ones((32, 8)), "mlp": {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)}}
-    names = {"params": params}
+    names = {"params": params, "grads": params}
     exec(blocks("python")[0], names)
     updates, _ = names["tx"].update(params, names["state"], params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
@@ -119,7 +119,7 @@ def test_the_map_is_the_tree():
 
 def test_a_function_of_the_users_own_is_enough():
     params = {"mlp": {"kernel": jnp.ones((4, 8))}}
-    (source,) = (block for block in blocks("python") if "row_sign" in block)
+    (source,) = (block for block in blocks("python") if "scaled_sign" in block)
     statements = ast.parse(source).body
     names = {"muon_jax": muon_jax}
     exec(ast.unparse(statements[:-2]), names)
