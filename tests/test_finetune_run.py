@@ -549,6 +549,8 @@ def test_two_processes_train_and_write_one_model(tmp_path):
     folder, rows = written(tmp_path, dataclasses.replace(NORMED, vocabulary=320))
     words = f"--model {folder} --data {rows} --context 32 --batch 8 --accumulate 2 --steps 6"
     words += " --warmup 1 --dtype float32 --arms muonclip --mesh.data 1 --mesh.fsdp 4"
+    # jordan's steep steps make rounding of the least singular values a hundredth of the update.
+    words += " --optimizer.ns-coeffs exact"
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -564,7 +566,7 @@ def test_two_processes_train_and_write_one_model(tmp_path):
     assert [r["step"] for r in records(ours)] == [r["step"] for r in records(theirs)]
     two, one = (weights.read(folder / "model")[1] for folder in (ours, theirs))
     start = weights.read(folder)[1]
-    assert apart(*jax.device_get((two, one, start))) < 5e-3
+    assert apart(*jax.device_get((two, one, start))) < 1e-3
     assert (ours / "model" / "tokenizer.json").exists()
     assert not list(ours.glob(".model*")) and (tmp_path / "two" / "report.html").exists()
 

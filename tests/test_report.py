@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.report.__main__ import main
-from experiments.report.page import Picture, Table, together
+from experiments.report.page import Code, Picture, Table, together
 from experiments.report.studies import report_of, study_of
 from experiments.report.text import told
 from experiments.runs import RunError
@@ -31,7 +31,8 @@ def test_a_stored_result_has_a_report(folder):
     report = report_of(folder)
     assert report.abstract and all(report.abstract)
     tables = items_of(report, Table)
-    assert any(table.lines for table in tables)
+    texts = [code.text for code in items_of(report, Code)]
+    assert any(table.lines for table in tables) or any(texts)
     assert all(len(line) == len(of.headings) for of in tables for line in of.lines)
     drawn = {picture.name: picture for picture in items_of(report, Picture)}
     assert {path.stem for path in folder.glob("*.png")} - NEEDS_A_LOG <= drawn.keys()

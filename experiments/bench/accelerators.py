@@ -35,7 +35,7 @@ from experiments.bench.cases import (
 )
 from experiments.bench.sharding import compile_step
 from experiments.compiled import Kernel, measure
-from experiments.report.figures import figure_style, new_figure, optimizer_color
+from experiments.report.figures import figure_style, new_figure, optimizer_color, plain_log_axis
 from experiments.report.text import flop, readable
 from experiments.roofline import CHIPS, dearest_table, estimate
 from experiments.topology import TopologyError, topology_devices
@@ -302,7 +302,8 @@ def figure(rows: Sequence[Row]) -> Figure:
             axes.annotate(text, (1e3 * row["seconds"], place), va="center", fontsize=6.5)
             names.append(f"{row['topology']}, {row['case']}, {row['leaves']}: {label(row)}")
         axes.set_yticks(range(len(shown)), names, fontsize=6.5)
-        axes.set_xscale("log")
+        plain_log_axis(axes, "x")
+        axes.margins(y=0.01)
         axes.set_xlabel("ms by the roofline")
         axes.grid(axis="y", visible=False)
         axes.invert_yaxis()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.report.figures import DASHES, figure_style, legend_line, new_figure
+from experiments.report.figures import DASHES, figure_style, legend_line, new_figure, plain_log_axis
 from experiments.report.page import Table
 from muon_jax._orthogonalize.newton_schulz import Form, NewtonSchulz
 
@@ -138,7 +138,7 @@ def figure(rows: Sequence[Row]) -> Figure:
                         y = [np.nan if value is None else value for value in row["mapped"]]
                         axes.plot(row["sigma"], y, **LINES[row["form"]])
                 axes.axhline(1, color="#444444", lw=0.8, ls=":")
-                axes.set_xscale("log")
+                plain_log_axis(axes, "x")
                 axes.set_xlim(max(1e-6, axes.get_xlim()[0]), None)
                 axes.set_ylim(-0.5, 2.5)
         drawing.supxlabel("singular value ÷ Frobenius norm")
