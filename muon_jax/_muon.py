@@ -2,18 +2,19 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
+from muon_jax._decay import add_decayed_weights, scale_by_learning_rate
 from muon_jax._matrices.stages import Orthogonalizer, Stages
 from muon_jax._options import takes_options_of
 from muon_jax._orthogonalize.coefficients import Schedule
 from muon_jax._orthogonalize.newton_schulz import configured
-from muon_jax._partition import hybrid
+from muon_jax._partition import HybridOptions, PartitionOptions, hybrid, partition
 from muon_jax._scale import ShapeScale
 from muon_jax._sharding.layout import AnyMesh
 
@@ -103,17 +104,16 @@ def scale_by_muon(
     def update(updates, state, params=None):
         del params
         count = optax.safe_increment(state.count)
-        used, mu = stages.average(updates, state.mu, count)
+        averaged, mu = stages.average(updates, state.mu, count)
         matrices = stages.matrices(updates)
-        factors = matrices.orthogonalize(matrices.take(used), like=state.mu)
+        factors = matrices.orthogonalize(matrices.take(averaged), like=state.mu)
         return matrices.give(matrices.scale(factors), updates), MuonState(count, mu)
 
     return optax.GradientTransformation(init, update)
 
 
-@takes_options_of(hybrid)
-def hybrid_muon(
-    scale_by: Callable[..., optax.GradientTransformation],
+@takes_options_of(partition)
+def muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
     beta: float | jax.Array = 0.95,
@@ -124,18 +124,9 @@ def hybrid_muon(
     ns_dtype: jax.typing.DTypeLike | None = None,
     orthogonalizer: Orthogonalizer | None = None,
     scale: str | ShapeScale | None = "spectral",
-    **options: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """`hybrid` of a variant that has Muon's stages."""
-    orthogonalizer = configured(orthogonalizer, ns_coeffs, ns_steps, ns_dtype)
-    stages = {"beta": beta, "nesterov": nesterov, "momentum": momentum, "scale": scale}
-    scale_by = functools.partial(scale_by, orthogonalizer=orthogonalizer, **stages)
-    return hybrid(scale_by, learning_rate, **options)
-
-
-@takes_options_of(hybrid_muon)
-def muon(
-    learning_rate: optax.ScalarOrSchedule, **options: Any
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    cautious_weight_decay: bool = False,
+    **options: Unpack[PartitionOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for the hidden matrices, AdamW for the other leaves, in one `optax.multi_transform`.
 
@@ -144,8 +135,9 @@ def muon(
         beta, nesterov, momentum, scale: as in `scale_by_muon`.
         ns_coeffs, ns_steps, ns_dtype: `coeffs`, `steps` and `dtype` of `newton_schulz`.
         orthogonalizer: takes the place of `newton_schulz`; then give none of the `ns_` arguments.
-        options: those of `hybrid`: weight decay (0.0 by default, where `muonclip` has 0.1), the
-            optimizer of the other leaves, routing, placement.
+        weight_decay, cautious_weight_decay: as in `hybrid`; 0.0 by default, where `muonclip` has
+            0.1.
+        options: the others of `hybrid`: the optimizer of the other leaves, routing, placement.
 
     Returns:
         A transformation that takes (and needs) `params` in `update`.
@@ -167,4 +159,57 @@ def muon(
         {'embed': 'other', 'mlp': {'kernel': 'muon'}}
         >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    return hybrid_muon(scale_by_muon, learning_rate, **options)
+    orthogonalizer = configured(orthogonalizer, ns_coeffs, ns_steps, ns_dtype)
+
+    def matrix_optimizer(*, mask: Any, **settings: Any) -> optax.GradientTransformation:
+        return optax.chain(
+            scale_by_muon(
+                beta=beta,
+                nesterov=nesterov,
+                momentum=momentum,
+                orthogonalizer=orthogonalizer,
+                scale=scale,
+                **settings,
+            ),
+            add_decayed_weights(weight_decay, mask, cautious_weight_decay),
+            scale_by_learning_rate(learning_rate),
+        )
+
+    return partition(
+        matrix_optimizer,
+        learning_rate,
+        weight_decay=weight_decay,
+        cautious_weight_decay=cautious_weight_decay,
+        **options,
+    )
+
+
+class MuonOptions(HybridOptions, total=False):
+    """The options of `muon`, for type checkers; a test compares it with its signature."""
+
+    beta: float | jax.Array
+    nesterov: bool
+    momentum: str
+    ns_coeffs: str | Schedule | Any
+    ns_steps: int | None
+    ns_dtype: jax.typing.DTypeLike | None
+    orthogonalizer: Orthogonalizer | None
+    scale: str | ShapeScale | None
+
+
+def hybrid_muon(
+    scale_by: Callable[..., optax.GradientTransformation],
+    learning_rate: optax.ScalarOrSchedule,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """`hybrid` of a variant of Muon, from the options of `muon`: the stages' go to `scale_by`."""
+    orthogonalizer = configured(
+        options.pop("orthogonalizer", None),
+        options.pop("ns_coeffs", "jordan"),
+        options.pop("ns_steps", None),
+        options.pop("ns_dtype", None),
+    )
+    names = [name for name in ("beta", "nesterov", "momentum", "scale") if name in options]
+    stages = {name: options.pop(name) for name in names}
+    scale_by = functools.partial(scale_by, orthogonalizer=orthogonalizer, **stages)
+    return hybrid(scale_by, learning_rate, **options)

@@ -73,16 +73,6 @@ def takes_options_of(base: Callable, *, without: tuple[str, ...] = ()) -> Callab
     return decorate
 
 
-def accepts_old_names(function: F) -> F:
-    """Lets a function take its arguments by their old names too, with a warning."""
-
-    @functools.wraps(function)
-    def renamed(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **_renamed(function, kwargs))
-
-    return renamed  # type: ignore[return-value]
-
-
 def _renamed(function: Callable, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments by their new names."""
     for old, new in _RENAMED.items():

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import optax
 from muon_jax._checks import check_dtype, check_mesh, check_number, check_static
 from muon_jax._decay import add_decayed_weights, as_decay_mask, scale_by_learning_rate
 from muon_jax._elementwise import scale_by_adam, scale_by_lion, sign_of_momentum, trace
-from muon_jax._options import accepts_old_names
+from muon_jax._options import takes_options_of
 from muon_jax._routing.rules import FROZEN, MUON, OTHER, Routing, route, warn_of_guesses
 from muon_jax._sharding.layout import AnyMesh
 from muon_jax._trees import map_paths, only_updated
@@ -29,9 +29,36 @@ OTHERS = {
 }
 
 
-@accepts_old_names
-def hybrid(
-    scale_by: Callable[..., optax.GradientTransformation],
+class PartitionOptions(TypedDict, total=False):
+    """What `muon` and `hybrid` pass on, for type checkers; a test compares it with `partition`."""
+
+    weight_decay_mask: Any
+    mu_dtype: jax.typing.DTypeLike | None
+    nu_dtype: jax.typing.DTypeLike | None
+    other_optimizer: str | optax.GradientTransformation
+    adam_learning_rate: optax.ScalarOrSchedule | None
+    adam_b1: float | jax.Array | None
+    adam_b2: float | jax.Array | None
+    adam_eps: float | jax.Array | None
+    adam_eps_root: float | jax.Array | None
+    adam_weight_decay: optax.ScalarOrSchedule | None
+    adam_nesterov: bool | None
+    routing: Routing
+    matrix_axes: Any
+    mesh: AnyMesh | None
+    shardings: Any
+    chunk_size: int | None
+
+
+class HybridOptions(PartitionOptions, total=False):
+    """The options of `hybrid`."""
+
+    weight_decay: optax.ScalarOrSchedule
+    cautious_weight_decay: bool
+
+
+def partition(
+    matrix_optimizer: Callable[..., optax.GradientTransformation],
     learning_rate: optax.ScalarOrSchedule,
     *,
     weight_decay: optax.ScalarOrSchedule = 0.0,
@@ -52,6 +79,99 @@ def hybrid(
     mesh: AnyMesh | None = None,
     shardings: Any = None,
     chunk_size: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """`matrix_optimizer` for the hidden matrices, another optimizer for the other leaves.
+
+    Args:
+        matrix_optimizer: makes the transformation of the hidden matrices; called with the `mask` of
+            weight decay, `mu_dtype`, `matrix_axes`, `mesh`, `shardings` and `chunk_size`.
+        learning_rate, weight_decay: defaults of the other leaves.
+
+    The other arguments are those of `hybrid`.
+    """
+    check_number("learning_rate", learning_rate, at_least=0, schedule=True)
+    check_number("weight_decay", weight_decay, at_least=0, schedule=True)
+    check_dtype("mu_dtype", mu_dtype, or_int8=True)
+    check_dtype("nu_dtype", nu_dtype)
+    check_mesh(mesh)
+    check_static("cautious_weight_decay", cautious_weight_decay)
+    adam = {
+        "adam_learning_rate": adam_learning_rate,
+        "adam_b1": adam_b1,
+        "adam_b2": adam_b2,
+        "adam_eps": adam_eps,
+        "adam_eps_root": adam_eps_root,
+        "adam_weight_decay": adam_weight_decay,
+        "adam_nesterov": adam_nesterov,
+        "nu_dtype": nu_dtype,
+    }
+    _check_other(
+        other_optimizer, {name: value for name, value in adam.items() if value is not None}
+    )
+    _check_adam(adam)
+
+    def other_of(mask: Any) -> optax.GradientTransformation:
+        if not isinstance(other_optimizer, str):
+            return other_optimizer
+        if other_optimizer == "frozen":
+            return optax.set_to_zero()
+        dtype = None if is_int8(mu_dtype) else mu_dtype
+        b1 = _or(adam_b1, 0.9)
+        first = {
+            "adamw": lambda: scale_by_adam(
+                b1,
+                _or(adam_b2, 0.95),
+                _or(adam_eps, 1e-8),
+                _or(adam_eps_root, 0.0),
+                mu_dtype=dtype,
+                nu_dtype=nu_dtype,
+                nesterov=bool(adam_nesterov),
+            ),
+            "sgd": lambda: trace(b1, mu_dtype=dtype),
+            "lion": lambda: scale_by_lion(b1, mu_dtype=dtype),
+            "sign": lambda: sign_of_momentum(b1, mu_dtype=dtype),
+        }[other_optimizer]()
+        return optax.chain(
+            first,
+            add_decayed_weights(_or(adam_weight_decay, weight_decay), mask, cautious_weight_decay),
+            scale_by_learning_rate(_or(adam_learning_rate, learning_rate)),
+        )
+
+    def routed(tree) -> optax.GradientTransformationExtraArgs:
+        """The pair for a tree of this structure and these shapes."""
+        routes = route(tree, routing, matrix_axes)
+        axes = {path: leaf.axes for path, leaf in routes.items()}
+        mask = as_decay_mask(weight_decay_mask, tree, routes)
+        return optax.multi_transform(
+            {
+                MUON: matrix_optimizer(
+                    mask=mask,
+                    mu_dtype=mu_dtype,
+                    matrix_axes=functools.partial(map_paths, axes),
+                    mesh=mesh,
+                    shardings=shardings,
+                    chunk_size=chunk_size,
+                ),
+                OTHER: other_of(mask),
+                FROZEN: optax.set_to_zero(),
+            },
+            functools.partial(map_paths, {path: leaf.label for path, leaf in routes.items()}),
+        )
+
+    # Checked here, not at the first step.
+    settings = {"mu_dtype": mu_dtype, "mesh": mesh, "chunk_size": chunk_size}
+    matrix_optimizer(mask=None, matrix_axes=None, shardings=None, **settings)
+    return fitted(routed, lambda params: warn_of_guesses(route(params, routing, matrix_axes)))
+
+
+@takes_options_of(partition)
+def hybrid(
+    scale_by: Callable[..., optax.GradientTransformation],
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    cautious_weight_decay: bool = False,
+    **options: Unpack[PartitionOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by`, decay and rate for the hidden matrices, AdamW for the other leaves.
 
@@ -111,82 +231,22 @@ def hybrid(
         >>> params = {"up": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}}
         >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    check_number("learning_rate", learning_rate, at_least=0, schedule=True)
-    check_number("weight_decay", weight_decay, at_least=0, schedule=True)
-    check_dtype("mu_dtype", mu_dtype, or_int8=True)
-    check_dtype("nu_dtype", nu_dtype)
-    check_mesh(mesh)
-    check_static("cautious_weight_decay", cautious_weight_decay)
-    adam = {
-        "adam_learning_rate": adam_learning_rate,
-        "adam_b1": adam_b1,
-        "adam_b2": adam_b2,
-        "adam_eps": adam_eps,
-        "adam_eps_root": adam_eps_root,
-        "adam_weight_decay": adam_weight_decay,
-        "adam_nesterov": adam_nesterov,
-        "nu_dtype": nu_dtype,
-    }
-    _check_other(
-        other_optimizer, {name: value for name, value in adam.items() if value is not None}
-    )
-    _check_adam(adam)
-
-    def other_of(mask: Any) -> optax.GradientTransformation:
-        if not isinstance(other_optimizer, str):
-            return other_optimizer
-        if other_optimizer == "frozen":
-            return optax.set_to_zero()
-        dtype = None if is_int8(mu_dtype) else mu_dtype
-        b1 = _or(adam_b1, 0.9)
-        first = {
-            "adamw": lambda: scale_by_adam(
-                b1,
-                _or(adam_b2, 0.95),
-                _or(adam_eps, 1e-8),
-                _or(adam_eps_root, 0.0),
-                mu_dtype=dtype,
-                nu_dtype=nu_dtype,
-                nesterov=bool(adam_nesterov),
-            ),
-            "sgd": lambda: trace(b1, mu_dtype=dtype),
-            "lion": lambda: scale_by_lion(b1, mu_dtype=dtype),
-            "sign": lambda: sign_of_momentum(b1, mu_dtype=dtype),
-        }[other_optimizer]()
-        return optax.chain(
-            first,
-            add_decayed_weights(_or(adam_weight_decay, weight_decay), mask, cautious_weight_decay),
-            scale_by_learning_rate(_or(adam_learning_rate, learning_rate)),
-        )
-
-    def routed(tree) -> optax.GradientTransformationExtraArgs:
-        """The pair for a tree of this structure and these shapes."""
-        routes = route(tree, routing, matrix_axes)
-        axes = {path: leaf.axes for path, leaf in routes.items()}
-        mask = as_decay_mask(weight_decay_mask, tree, routes)
-        return optax.multi_transform(
-            {
-                MUON: optax.chain(
-                    scale_by(
-                        mu_dtype=mu_dtype,
-                        matrix_axes=functools.partial(map_paths, axes),
-                        mesh=mesh,
-                        shardings=shardings,
-                        chunk_size=chunk_size,
-                    ),
-                    add_decayed_weights(weight_decay, mask, cautious_weight_decay),
-                    scale_by_learning_rate(learning_rate),
-                ),
-                OTHER: other_of(mask),
-                FROZEN: optax.set_to_zero(),
-            },
-            functools.partial(map_paths, {path: leaf.label for path, leaf in routes.items()}),
-        )
-
     _check_scale_by(scale_by)
-    # Checked here, not at the first step.
-    scale_by(mu_dtype=mu_dtype, matrix_axes=None, mesh=mesh, shardings=None, chunk_size=chunk_size)
-    return fitted(routed, lambda params: warn_of_guesses(route(params, routing, matrix_axes)))
+
+    def matrix_optimizer(*, mask: Any, **settings: Any) -> optax.GradientTransformation:
+        return optax.chain(
+            scale_by(**settings),
+            add_decayed_weights(weight_decay, mask, cautious_weight_decay),
+            scale_by_learning_rate(learning_rate),
+        )
+
+    return partition(
+        matrix_optimizer,
+        learning_rate,
+        weight_decay=weight_decay,
+        cautious_weight_decay=cautious_weight_decay,
+        **options,
+    )
 
 
 def fitted(

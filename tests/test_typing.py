@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,28 @@ updates, state = tx.update(params, state, params)
 factor: jax.Array = muon_jax.newton_schulz(params["w1"], coeffs="you", dtype=jnp.bfloat16)
 table: str = muon_jax.routing_table(params)
 wrong = muon_jax.newton_schulz(params["w1"], steps="3")  # type: ignore[arg-type]
+tx = muon_jax.muon(0.02, weight_decai=0.1)  # type: ignore[call-arg]
+tx = muon_jax.muon(0.02, chunk_size="4")  # type: ignore[arg-type]
+tx = muon_jax.normuon(0.02, nesterov="no")  # type: ignore[arg-type]
+tx = muon_jax.hybrid(muon_jax.scale_by_muon, 0.02, mesh="data")  # type: ignore[arg-type]
+tx = muon_jax.dion(0.02, adam_b2="0.95")  # type: ignore[arg-type]
 """
+
+
+@pytest.mark.parametrize("name", muon_jax.__all__)
+def test_options_that_are_passed_on_have_the_types_of_the_signature(name):
+    """What type checkers read of `**options`, and what `help` and `inject_hyperparams` read."""
+    function = inspect.unwrap(getattr(muon_jax, name))
+    shown = {
+        key: parameter.annotation
+        for key, parameter in inspect.signature(getattr(muon_jax, name)).parameters.items()
+    }
+    for parameter in inspect.signature(function).parameters.values():
+        if typing.get_origin(parameter.annotation) is typing.Unpack:
+            [options] = typing.get_args(parameter.annotation)
+            own = set(inspect.signature(function).parameters)
+            passed_on = {key: kind for key, kind in shown.items() if key not in own}
+            assert typing.get_type_hints(options) == passed_on
 
 
 @pytest.mark.parametrize("name", muon_jax.__all__)

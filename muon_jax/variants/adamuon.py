@@ -11,7 +11,7 @@ import optax
 
 from muon_jax._checks import check_number
 from muon_jax._matrices.stages import Stages
-from muon_jax._muon import hybrid_muon, scale_by_muon
+from muon_jax._muon import hybrid_muon, muon, scale_by_muon
 from muon_jax._options import takes_options_of
 from muon_jax._scale import ShapeScale
 
@@ -95,7 +95,7 @@ def scale_by_adamuon(
     return optax.GradientTransformation(init, update)
 
 
-@takes_options_of(hybrid_muon)
+@takes_options_of(muon)
 def adamuon(
     learning_rate: optax.ScalarOrSchedule,
     *,

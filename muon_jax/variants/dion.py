@@ -1,7 +1,7 @@
 """Dion: a low-rank orthogonal update by one warm power iteration, with error feedback."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import chex
 import jax
@@ -13,7 +13,7 @@ from muon_jax._matrices.stages import Stages
 from muon_jax._momentum import as_array_tree, stored_like
 from muon_jax._options import takes_options_of
 from muon_jax._orthogonalize.decompositions import each_matrix
-from muon_jax._partition import hybrid
+from muon_jax._partition import HybridOptions, hybrid
 from muon_jax._scale import ShapeScale
 from muon_jax._sharding.explicit_axes import over_auto_axes
 from muon_jax._sharding.layout import AnyMesh
@@ -153,7 +153,7 @@ def dion(
     scale: str | ShapeScale | None = "mup",
     seed: int = 0,
     eps: float | jax.Array = 1e-8,
-    **options: Any,
+    **options: Unpack[HybridOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by_dion` for the hidden matrices, AdamW for the other leaves.
 

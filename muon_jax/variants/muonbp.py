@@ -1,7 +1,7 @@
 """MuonBP: the blocks that devices hold are orthogonalised, and whole matrices now and then."""
 
 import functools
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import optax
 
 from muon_jax._checks import check_integer, check_number
 from muon_jax._matrices.stages import Stages
-from muon_jax._muon import MuonState, hybrid_muon, scale_by_muon
+from muon_jax._muon import MuonOptions, MuonState, hybrid_muon, muon, scale_by_muon
 from muon_jax._options import takes_options_of
 from muon_jax.variants.low_rank import widen
 
@@ -90,14 +90,14 @@ def scale_by_muonbp(
     return optax.GradientTransformation(init, update)
 
 
-@takes_options_of(hybrid_muon)
+@takes_options_of(muon)
 def muonbp(
     learning_rate: optax.ScalarOrSchedule,
     *,
     period: int = 5,
     block_ratio: float | jax.Array = 1.0,
     blocks: tuple[int, int] | None = None,
-    **options: Any,
+    **options: Unpack[MuonOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by_muonbp` for the hidden matrices, AdamW for the other leaves.
 

@@ -1,7 +1,7 @@
 """NorMuon: Muon, then a second moment for each output neuron."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import chex
 import jax
@@ -10,7 +10,7 @@ import optax
 
 from muon_jax._checks import check_number
 from muon_jax._matrices.stages import Stages
-from muon_jax._muon import hybrid_muon, scale_by_muon
+from muon_jax._muon import MuonOptions, hybrid_muon, muon, scale_by_muon
 from muon_jax._options import takes_options_of
 
 
@@ -92,13 +92,13 @@ def scale_by_normuon(
     return optax.GradientTransformation(init, update)
 
 
-@takes_options_of(hybrid_muon)
+@takes_options_of(muon)
 def normuon(
     learning_rate: optax.ScalarOrSchedule,
     *,
     beta2: float | jax.Array = 0.95,
     eps: float | jax.Array = 1e-10,
-    **options: Any,
+    **options: Unpack[MuonOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by_normuon` for the hidden matrices, AdamW for the other leaves.
 
