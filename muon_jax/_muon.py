@@ -106,8 +106,8 @@ def scale_by_muon(
         count = optax.safe_increment(state.count)
         averaged, mu = stages.average(updates, state.mu, count)
         matrices = stages.matrices(updates)
-        factors = matrices.orthogonalize(matrices.take(averaged), like=state.mu)
-        return matrices.give(matrices.scale(factors), updates), MuonState(count, mu)
+        factors = matrices.orthogonalize(matrices.split(averaged), like=state.mu)
+        return matrices.merge(matrices.scale(factors), updates), MuonState(count, mu)
 
     return optax.GradientTransformation(init, update)
 

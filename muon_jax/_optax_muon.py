@@ -159,13 +159,13 @@ def _scale_by_muon(
         count = optax.safe_increment(state.count)
         used, mu = stages.average(updates, state.mu, count)
         matrices = stages.matrices(updates)
-        before = matrices.take(used)
+        before = matrices.split(used)
         factors = matrices.orthogonalize(before, like=state.mu)
         if adaptive:
             products = [jnp.conj(x) * y for x, y in zip(before, factors, strict=True)]
             norms = [jnp.sum(total) for total in matrices.sum(products, over="matrix")]
             factors = [norm * y for norm, y in zip(norms, factors, strict=True)]
-        return matrices.give(matrices.scale(factors), updates), MuonState(count, mu)
+        return matrices.merge(matrices.scale(factors), updates), MuonState(count, mu)
 
     return optax.GradientTransformation(init, update)
 

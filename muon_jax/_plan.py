@@ -8,25 +8,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from muon_jax._matrices.parts import cut
+from muon_jax._matrices.parts import split_into_parts
 from muon_jax._matrix_axes import MatrixAxes
 from muon_jax._orthogonalize.iteration import Form
 from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muon_jax._precision import real_dtype
 from muon_jax._routing.axes import EXPERT_STACK
 from muon_jax._routing.rules import FROZEN, MUON, OTHER, Routing, route
-from muon_jax._sharding.buckets import Block, Bucket
+from muon_jax._sharding.buckets import Bucket, Stack
 from muon_jax._sharding.layout import (
     AnyMesh,
-    Entry,
     Layout,
+    PlacedArray,
     Placing,
     find_placing,
     is_sharding,
+    layout_from_sharding,
     layouts_by_path,
-    told_layout,
 )
-from muon_jax._sharding.placement import plan_entries
+from muon_jax._sharding.placement import plan_exchange
 from muon_jax._trees import KeyPath, path_strings
 
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -48,7 +48,7 @@ class PlanRow:
         device_flops: of one device.
         exchanged_bytes: that collectives bring to one device.
         momentum_bytes: optimizer state of one device.
-        working_bytes: of one device: cells before and after, and the square matrices beside them.
+        working_bytes: of one device: tiles before and after, and the square matrices beside them.
     """
 
     route: str
@@ -197,7 +197,7 @@ def plan(
     """
     if platform not in (None, *PLATFORMS):
         raise ValueError(f"platform must be one of {', '.join(PLATFORMS)}; got {platform!r}.")
-    solver = NewtonSchulz(ns_coeffs, ns_steps, ns_dtype)
+    newton_schulz = NewtonSchulz(ns_coeffs, ns_steps, ns_dtype)
     routes = route(params, routing, matrix_axes)
     leaves: dict[KeyPath, Any] = dict(jax.tree_util.tree_leaves_with_path(params))
     placing = find_placing(mesh, list(leaves.values()))
@@ -220,53 +220,55 @@ def plan(
             return here + 4 * rows  # a float32 scale a row, on each device that has some of it
         return here * (first + second * (moments - 1))
 
-    hidden: list[KeyPath] = []  # of each entry
-    entries: list[Entry] = []
+    hidden: list[KeyPath] = []  # of each placed array
+    placed: list[PlacedArray] = []
     for path, found in routes.items():
         x = leaves[path]
         if found.label == MUON and x.size:
-            for piece in cut(x.shape, axes[path] or MatrixAxes(), layouts[path], size):
-                assert piece.layout is not None
+            for part in split_into_parts(x.shape, axes[path] or MatrixAxes(), layouts[path], size):
+                assert part.layout is not None
                 hidden.append(path)
-                entries.append(Entry(piece.shape, jnp.dtype(x.dtype), piece.layout, piece.axes))
-    blocks, buckets = plan_entries(entries, placing, solver, platform)
+                placed.append(PlacedArray(part.shape, jnp.dtype(x.dtype), part.layout, part.axes))
+    stacks, buckets = plan_exchange(placed, placing, newton_schulz, platform)
 
     working: Counter = Counter()  # of each call
     for bucket in buckets:
-        working[bucket.call] += _working(bucket, solver) if bucket.call else 0
+        working[bucket.call] += _working(bucket, newton_schulz) if bucket.call else 0
 
     def muon_row(group: list[Bucket]) -> PlanRow:
-        parts = [part for bucket in group for part in bucket.parts]
+        spans = [span for bucket in group for span in bucket.spans]
         copies = placing.devices // group[0].devices
-        flops = sum(bucket.flops(solver) for bucket in group)
+        flops = sum(bucket.flops(newton_schulz) for bucket in group)
         momentum = sum(
-            state_bytes(hidden[part.block], 1)
-            * math.prod(entries[part.block].shape)
-            // leaves[hidden[part.block]].size
-            * part.matrices
-            // blocks[part.block].matrices
-            for part in parts
+            state_bytes(hidden[span.stack], 1)
+            * math.prod(placed[span.stack].shape)
+            // leaves[hidden[span.stack]].size
+            * span.matrices
+            // stacks[span.stack].matrices
+            for span in spans
         )
-        first = blocks[parts[0].block]
+        first = stacks[spans[0].stack]
         return PlanRow(
             route=MUON,
-            leaves=tuple(dict.fromkeys(routes[hidden[part.block]].path for part in parts)),
+            leaves=tuple(dict.fromkeys(routes[hidden[span.stack]].path for span in spans)),
             matrices=copies * sum(bucket.matrices for bucket in group),
             shape=(first.fan_in, first.fan_out),
             form=_form(group[0].form),
             placing=_placing(group[0]),
             standard_flops=copies
-            * sum(p.matrices * _standard(blocks[p.block], solver) for p in parts),
+            * sum(p.matrices * _standard(stacks[p.stack], newton_schulz) for p in spans),
             flops=flops * placing.devices,
             device_flops=flops,
             exchanged_bytes=sum(bucket.exchanged_bytes(placing.sizes) for bucket in group),
             momentum_bytes=momentum,
-            working_bytes=max(working[bucket.call] or _working(bucket, solver) for bucket in group),
+            working_bytes=max(
+                working[bucket.call] or _working(bucket, newton_schulz) for bucket in group
+            ),
         )
 
     alike: dict[Any, list[Bucket]] = defaultdict(list)
     for bucket in buckets:  # without a mesh each leaf is a bucket: equal ones share a row
-        alike[bucket._replace(parts=(), call=0) if not bucket.axes else bucket].append(bucket)
+        alike[bucket._replace(spans=(), call=0) if not bucket.axes else bucket].append(bucket)
     rows = [muon_row(group) for group in alike.values()]
     for label, moments in ((OTHER, 2), (FROZEN, 0)):
         others = [path for path, found in routes.items() if found.label == label]
@@ -296,15 +298,15 @@ def _layouts(leaves: dict[KeyPath, Any], tree: Any, shardings: Any, placing: Pla
         if path in told:
             layouts[path] = told[path]
         elif placing.mesh is not None and is_sharding(sharding):
-            layouts[path] = told_layout(sharding, x.shape, placing, strings[path])
+            layouts[path] = layout_from_sharding(sharding, x.shape, placing, strings[path])
         else:
             layouts[path] = ((),) * len(x.shape)
     return layouts
 
 
-def _standard(block: Block, solver: NewtonSchulz) -> int:
-    short, long = sorted((block.fan_in, block.fan_out))
-    return len(solver.rows(block.dtype)) * (4 * long * short**2 + 2 * short**3)
+def _standard(stack: Stack, newton_schulz: NewtonSchulz) -> int:
+    short, long = sorted((stack.fan_in, stack.fan_out))
+    return len(newton_schulz.rows(stack.dtype)) * (4 * long * short**2 + 2 * short**3)
 
 
 def _form(form: Form | None) -> str:
@@ -322,16 +324,16 @@ def _placing(bucket: Bucket) -> str:
         return f"whole, {bucket.slots} a device"
     if bucket.width == 1:
         return f"whole, padded to {bucket.lead} × {bucket.other}, {bucket.slots} a device"
-    cells = " or ".join(map(str, sorted({part.cells for part in bucket.parts})))
-    return f"cut in {cells}, {bucket.slots} a device"
+    tiles = " or ".join(map(str, sorted({span.tiles for span in bucket.spans})))
+    return f"cut in {tiles}, {bucket.slots} a device"
 
 
-def _working(bucket: Bucket, solver: NewtonSchulz) -> int:
-    """Cells as they arrive and as they leave, and four square matrices as they accumulate."""
-    dtype = solver.compute_dtype(bucket.dtype)
-    cells = 2 * bucket.lead * bucket.other * max(dtype.itemsize, bucket.dtype.itemsize)
+def _working(bucket: Bucket, newton_schulz: NewtonSchulz) -> int:
+    """Tiles as they arrive and as they leave, and four square matrices as they accumulate."""
+    dtype = newton_schulz.compute_dtype(bucket.dtype)
+    tiles = 2 * bucket.lead * bucket.other * max(dtype.itemsize, bucket.dtype.itemsize)
     squares = 4 * min(bucket.lead, bucket.other) ** 2 * max(4, dtype.itemsize)
-    return bucket.slots * (cells + squares)
+    return bucket.slots * (tiles + squares)
 
 
 def _leaves(paths: tuple[str, ...]) -> str:

@@ -20,7 +20,7 @@ from trajectories import relative_error
 import muon_jax
 from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muon_jax._sharding.assignment import plan_buckets
-from muon_jax._sharding.buckets import Block
+from muon_jax._sharding.buckets import Stack
 from muon_jax._sharding.exchange import _pack_symmetric, _unpack_symmetric
 
 
@@ -278,7 +278,7 @@ def test_a_mesh_that_is_not_the_contexts_is_refused():
     ("spec", "message"),
     [
         (P("fsdp"), r"splits axis 0 of 'mlp/kernel', of size 6, over the mesh axes \('fsdp',\) of"),
-        (P(None, None, "tp"), "has 2 axes, but shardings= gives it 3"),
+        (P(None, None, "tp"), "shardings= has 3 axes for 'mlp/kernel', which has 2"),
         (P(None, "nowhere"), "names the mesh axis 'nowhere'"),
         (P("tp", "tp"), "uses a mesh axis twice for 'mlp/kernel'"),
         ("fsdp", "must have NamedSharding or PartitionSpec .*; got 'fsdp' at 'mlp/kernel'"),
@@ -298,10 +298,10 @@ def test_a_chunk_holds_at_least_one_matrix(chunk_size):
         muon_jax.muon(0.02, chunk_size=chunk_size)
 
 
-# --- The deal --------------------------------------------------------------------------------
+# --- The assignment --------------------------------------------------------------------------
 
-blocks = st.builds(
-    Block,
+stacks = st.builds(
+    Stack,
     matrices=st.integers(1, 40),
     fan_in=st.sampled_from([16, 64]),
     fan_out=st.sampled_from([16, 64, 256]),
@@ -313,24 +313,24 @@ blocks = st.builds(
 
 
 @hypothesis.settings(deadline=None, max_examples=60)
-@hypothesis.given(st.lists(blocks, min_size=1, max_size=5), st.sampled_from([2, 3, 8]))
-def test_every_matrix_is_dealt_once_and_stays_in_one_group(found, size):
+@hypothesis.given(st.lists(stacks, min_size=1, max_size=5), st.sampled_from([2, 3, 8]))
+def test_every_matrix_is_assigned_once_and_stays_in_one_group(found, size):
     sizes = (("a", size), ("b", 2), ("c", 2))
     seen = {i: [] for i in range(len(found))}
     for bucket in plan_buckets(tuple(found), sizes, NewtonSchulz(), "cpu"):
-        for part in bucket.parts:
-            seen[part.block] += range(part.start, part.stop)
-        table, shared = bucket.deal()
+        for span in bucket.spans:
+            seen[span.stack] += range(span.start, span.stop)
+        table, shared = bucket.assign_slots()
         assert table.shape == shared.shape == (bucket.devices, bucket.slots)
-        cells = sum(part.matrices * part.cells for part in bucket.parts)
-        np.testing.assert_array_equal(np.sort(table[table >= 0]), np.arange(cells))
+        tiles = sum(span.matrices * span.tiles for span in bucket.spans)
+        np.testing.assert_array_equal(np.sort(table[table >= 0]), np.arange(tiles))
         first = 0
-        for part in bucket.parts:
-            for _ in range(part.matrices):
-                device, slot = np.nonzero((table >= first) & (table < first + part.cells))
+        for span in bucket.spans:
+            for _ in range(span.matrices):
+                device, slot = np.nonzero((table >= first) & (table < first + span.tiles))
                 assert len(set(slot)) == len(set(device // bucket.width)) == 1
-                assert shared[device, slot].all() == (part.cells > 1)
-                first += part.cells
+                assert shared[device, slot].all() == (span.tiles > 1)
+                first += span.tiles
     assert all(sorted(seen[i]) == list(range(b.matrices)) for i, b in enumerate(found))
 
 

@@ -11,7 +11,7 @@ import muon_jax
 from muon_jax import MatrixAxes
 from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muon_jax._sharding.assignment import _STACK_FLOPS, plan_buckets
-from muon_jax._sharding.buckets import Block
+from muon_jax._sharding.buckets import Stack
 from muon_jax._sharding.layout import Placing
 
 
@@ -19,8 +19,8 @@ def gaussian(*shape, seed=0, dtype=np.float32):
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
-def on(platform, solver, x):
-    y = solver(x, form=solver.form(*x.shape[-2:], x.dtype, platform))
+def on(platform, newton_schulz, x):
+    y = newton_schulz(x, form=newton_schulz.form(*x.shape[-2:], x.dtype, platform))
     return np.asarray(y if jnp.iscomplexobj(x) else y.astype(jnp.float32))
 
 
@@ -31,39 +31,39 @@ def distance(x, y):
 @pytest.mark.parametrize("method", ["standard", "gram"])
 @pytest.mark.parametrize("coeffs", ["jordan", "aol"])
 def test_forms_of_accelerators_agree_with_the_cpus(coeffs, method):
-    solver = NewtonSchulz(coeffs, method=method)
+    newton_schulz = NewtonSchulz(coeffs, method=method)
     # Without restarts the Gram form magnifies roundings of square matrices in float32.
     for shape in ((12, 40) if method == "gram" else (12, 12), (2, 40, 12)):
         z = gaussian(*shape) + 1j * gaussian(*shape, seed=1)
-        form = solver.form(*shape[-2:], z.dtype, "gpu")
+        form = newton_schulz.form(*shape[-2:], z.dtype, "gpu")
         assert form.rounded and form.upright
-        assert not solver.form(*shape[-2:], z.dtype, "cpu").rounded
-        assert distance(on("gpu", solver, z), on("cpu", solver, z)) < 1e-5
+        assert not newton_schulz.form(*shape[-2:], z.dtype, "cpu").rounded
+        assert distance(on("gpu", newton_schulz, z), on("cpu", newton_schulz, z)) < 1e-5
 
 
 @pytest.mark.parametrize("method", ["standard", "gram"])
 @pytest.mark.parametrize("coeffs", ["jordan", "polar_express", "deepseek_v4"])
 def test_products_rounded_once_keep_singular_values_in_range(coeffs, method):
     """Flat and steep spectra; the limit is that of the CPU's form."""
-    solver = NewtonSchulz(coeffs, dtype=jnp.bfloat16, method=method)
+    newton_schulz = NewtonSchulz(coeffs, dtype=jnp.bfloat16, method=method)
     basis = [np.linalg.qr(gaussian(n, n, seed=n))[0] for n in (32, 128)]
     decay = np.arange(32)
     spectra = np.stack([np.ones(32), 1 / (1 + decay), 1 / (1 + decay) ** 2, 10.0 ** (-decay / 8)])
     x = (basis[0] * spectra[:, None]) @ basis[1][:32]
     for matrices in (x.swapaxes(1, 2), x[..., :32]):
-        values = np.linalg.svd(on("gpu", solver, jnp.asarray(matrices)), compute_uv=False)
+        values = np.linalg.svd(on("gpu", newton_schulz, jnp.asarray(matrices)), compute_uv=False)
         assert values[:, 0].min() > 0.6 and values.max() < 1.21
 
 
-def block(count, m=256, n=256, dtype=jnp.bfloat16):
-    return Block(count, m, n, (), (), (), jnp.dtype(dtype))
+def stack(count, m=256, n=256, dtype=jnp.bfloat16):
+    return Stack(count, m, n, (), (), (), jnp.dtype(dtype))
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_matrices_of_one_shape_share_a_stack_where_launches_pay(platform):
-    blocks = (block(1), block(3, n=512), block(2), block(1, dtype=jnp.float32))
-    buckets = plan_buckets(blocks, (), NewtonSchulz(dtype=jnp.bfloat16), platform)
-    found = sorted(tuple(part.block for part in bucket.parts) for bucket in buckets)
+    stacks = (stack(1), stack(3, n=512), stack(2), stack(1, dtype=jnp.float32))
+    buckets = plan_buckets(stacks, (), NewtonSchulz(dtype=jnp.bfloat16), platform)
+    found = sorted(tuple(span.stack for span in bucket.spans) for bucket in buckets)
     assert found == ([(0,), (1,), (2,), (3,)] if platform == "cpu" else [(0, 2), (1,), (3,)])
     assert sum(bucket.matrices for bucket in buckets) == 7
 
@@ -71,9 +71,9 @@ def test_matrices_of_one_shape_share_a_stack_where_launches_pay(platform):
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_matrices_of_one_short_side_share_a_call_if_their_form_is_one(platform):
     """And what a call holds at once is told together."""
-    large = (block(1, 2048, 8192), block(1, 8192, 2048))
-    blocks = (block(1), block(2, 256, 1024), block(1, 1024, 256), block(1, 512, 2048), *large)
-    buckets = plan_buckets(blocks, (), NewtonSchulz(dtype=jnp.bfloat16), platform)
+    large = (stack(1, 2048, 8192), stack(1, 8192, 2048))
+    stacks = (stack(1), stack(2, 256, 1024), stack(1, 1024, 256), stack(1, 512, 2048), *large)
+    buckets = plan_buckets(stacks, (), NewtonSchulz(dtype=jnp.bfloat16), platform)
     calls = [bucket.call for bucket in buckets]
     assert [bucket.form.method for bucket in buckets] == ["standard", *["gram"] * 5]
     assert len(set(calls)) == (6 if platform == "cpu" else 5)
@@ -92,8 +92,8 @@ def test_matrices_of_one_short_side_share_a_call_if_their_form_is_one(platform):
 def test_a_stack_ends_where_its_products_are_long_enough():
     side = 4096
     most = _STACK_FLOPS // (2 * side**3)
-    blocks = (block(1, side, side),) * (2 * most + 1) + (block(5 * most, side, side),)
-    buckets = plan_buckets(blocks, (), NewtonSchulz(), "gpu")
+    stacks = (stack(1, side, side),) * (2 * most + 1) + (stack(5 * most, side, side),)
+    buckets = plan_buckets(stacks, (), NewtonSchulz(), "gpu")
     assert [bucket.slots for bucket in buckets] == [most, most, 1, 5 * most]
 
 

@@ -47,7 +47,7 @@ def spectral_norm(x):
 @pytest.mark.parametrize("shape", [(N, 40), (2, N, 40), (256, 40), (2, 1, 5, 9)])
 def test_gram_agrees_with_numpy(count, dtype, shape):
     x = jnp.asarray(gaussian(*shape), dtype)
-    y = np.asarray(_symmetric.whole(_symmetric.gram(x, count)))
+    y = np.asarray(_symmetric.join_panels(_symmetric.gram(x, count)))
     exact = np.asarray(x, np.float64)
     exact = exact @ exact.mT
     assert y.dtype == np.float32 and y.shape == exact.shape
@@ -58,19 +58,19 @@ def test_gram_agrees_with_numpy(count, dtype, shape):
 @pytest.mark.parametrize("count", PANELS)
 def test_products_of_commuting_matrices_agree_with_numpy(count):
     p, q = commuting()
-    cut_p, cut_q = (_symmetric.cut(jnp.asarray(m, jnp.float32), count) for m in (p, q))
+    cut_p, cut_q = (_symmetric.split_panels(jnp.asarray(m, jnp.float32), count) for m in (p, q))
     for y, exact in (
         (_symmetric.product(cut_p, cut_q), p @ q),
         (_symmetric.square(cut_p), p @ p),
     ):
-        y = np.asarray(_symmetric.whole(y))
+        y = np.asarray(_symmetric.join_panels(y))
         assert spectral_norm(y - exact) < 20 * np.finfo(np.float32).eps
 
 
 @pytest.mark.parametrize("count", PANELS[1:])
 def test_products_are_exactly_symmetric(count):
-    p, q = (_symmetric.cut(jnp.asarray(m, jnp.float32), count) for m in commuting())
-    y = np.asarray(_symmetric.whole(_symmetric.product(p, q)))
+    p, q = (_symmetric.split_panels(jnp.asarray(m, jnp.float32), count) for m in commuting())
+    y = np.asarray(_symmetric.join_panels(_symmetric.product(p, q)))
     np.testing.assert_array_equal(y, y.T)
 
 
@@ -97,7 +97,9 @@ def test_gradients_pass():
 
     def ours(x):
         r = _symmetric.gram(x, 2)
-        return _symmetric.whole(_symmetric.product(r, r)) + _symmetric.whole(_symmetric.square(r))
+        return _symmetric.join_panels(_symmetric.product(r, r)) + _symmetric.join_panels(
+            _symmetric.square(r)
+        )
 
     def plain(x):
         r = jnp.matmul(x, x.T, precision="highest")

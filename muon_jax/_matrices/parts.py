@@ -1,4 +1,4 @@
-"""A leaf in pieces, and back: heads, fused projections and tiles are matrices of their own."""
+"""A leaf in parts, and back: heads, fused projections and tiles are matrices of their own."""
 
 import itertools
 import math
@@ -14,8 +14,8 @@ from muon_jax._matrix_axes import MatrixAxes, Parts
 from muon_jax._sharding.layout import Layout
 
 
-class Run(NamedTuple):
-    """Equal slices of an axis that follow each other; in a piece, a new axis in front of it.
+class Slices(NamedTuple):
+    """Equal slices of an axis that follow each other; in a part, a new axis in front of it.
 
     Attributes:
         axis: of the leaf.
@@ -31,24 +31,24 @@ class Run(NamedTuple):
     whole: bool
 
 
-class Piece(NamedTuple):
+class Part(NamedTuple):
     """Matrices of one shape within a leaf.
 
     Attributes:
         along_in, along_out: the slices of either fan; `None` where it is not split.
-        axes: of the array that `take` gives.
+        axes: of the array that `split` gives.
         shape: of that array, where the leaf is whole.
         layout: the mesh axes along its axes, where those along the leaf's are known.
     """
 
-    along_in: Run | None
-    along_out: Run | None
+    along_in: Slices | None
+    along_out: Slices | None
     axes: MatrixAxes
     shape: tuple[int, ...]
     layout: Layout | None
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[Slices]:
         return sorted(run for run in (self.along_in, self.along_out) if run is not None)
 
     @property
@@ -57,8 +57,8 @@ class Piece(NamedTuple):
         _, fan_in, fan_out = self.axes.matrix_shape(self.shape)
         return fan_in, fan_out
 
-    def take(self, x: jax.Array) -> jax.Array:
-        """The piece of a leaf; inside `shard_map`, what this device holds of it."""
+    def split(self, x: jax.Array) -> jax.Array:
+        """The part of a leaf; inside `shard_map`, what this device holds of it."""
         for run in reversed(self.runs):
             count = x.shape[run.axis] // run.size if run.whole else run.slices
             if not (run.whole and _in_whole_slices(x, run.axis, count)):
@@ -69,20 +69,20 @@ class Piece(NamedTuple):
             x = x.reshape(*x.shape[: run.axis], count, run.size, *x.shape[run.axis + 1 :])
         return x
 
-    def give(self, y: jax.Array) -> jax.Array:
-        """What `take` has taken, as it lies in the leaf."""
+    def merge(self, y: jax.Array) -> jax.Array:
+        """What `split` has taken, as it lies in the leaf."""
         for run in self.runs:
             y = y.reshape(*y.shape[: run.axis], -1, *y.shape[run.axis + 2 :])
         return y
 
 
-def cut(
+def split_into_parts(
     shape: tuple[int, ...],
     axes: MatrixAxes,
     layout: Layout | None = None,
     sizes: Mapping[str, int] | None = None,
-) -> list[Piece]:
-    """The pieces of a leaf: those along fan_out, for each along fan_in.
+) -> list[Part]:
+    """The parts of a leaf: those along fan_out, for each along fan_in.
 
     Args:
         shape: of the whole leaf.
@@ -96,7 +96,7 @@ def cut(
     _, *fans = axes.split(shape)
     runs_in = _runs(fans[0][0], shape, axes.fan_in_parts)
     runs_out = _runs(fans[1][0], shape, axes.fan_out_parts)
-    pieces = []
+    parts = []
     for pair in itertools.product(runs_in, runs_out):
         run_at = {run.axis: run for run in pair if run is not None}
         lengths: list[int] = []
@@ -115,13 +115,13 @@ def cut(
             names.append(along)
         fan_in, fan_out = (tuple(at[axis] for axis in fan) for fan in fans)
         known = None if layout is None else tuple(names)
-        pieces.append(Piece(*pair, MatrixAxes(fan_in, fan_out), tuple(lengths), known))
-    return pieces
+        parts.append(Part(*pair, MatrixAxes(fan_in, fan_out), tuple(lengths), known))
+    return parts
 
 
-def join(pieces: Sequence[Piece], arrays: Sequence[jax.Array]) -> jax.Array:
-    """The leaf of which these are the pieces."""
-    taken = list(zip(pieces, map(Piece.give, pieces, arrays), strict=True))
+def merge_parts(parts: Sequence[Part], arrays: Sequence[jax.Array]) -> jax.Array:
+    """The leaf of which these are the parts."""
+    taken = list(zip(parts, map(Part.merge, parts, arrays), strict=True))
     bands = []
     for along_in, band in itertools.groupby(taken, key=lambda pair: pair[0].along_in):
         members = list(band)
@@ -129,14 +129,14 @@ def join(pieces: Sequence[Piece], arrays: Sequence[jax.Array]) -> jax.Array:
     return _concatenate(bands)
 
 
-def _concatenate(parts: Sequence[tuple[Run | None, jax.Array]]) -> jax.Array:
+def _concatenate(parts: Sequence[tuple[Slices | None, jax.Array]]) -> jax.Array:
     run, only = parts[0]
     return (
         only if run is None or len(parts) == 1 else jnp.concatenate([y for _, y in parts], run.axis)
     )
 
 
-def _runs(axis: int, shape: tuple[int, ...], parts: Parts) -> list[Run | None]:
+def _runs(axis: int, shape: tuple[int, ...], parts: Parts) -> list[Slices | None]:
     size = shape[axis]
     listed = tuple(parts) if isinstance(parts, Sequence) else (parts,)
     if not listed or any(not isinstance(n, (int, np.integer)) or n < 1 for n in listed):
@@ -152,17 +152,17 @@ def _runs(axis: int, shape: tuple[int, ...], parts: Parts) -> list[Run | None]:
                 f"Axis {axis} of a leaf of shape {shape} does not split into {parts} equal parts. "
                 "Give the sizes of the parts instead."
             )
-        return [Run(axis, 0, parts, size // parts, True)]
+        return [Slices(axis, 0, parts, size // parts, True)]
     if sum(parts) != size:
         raise ValueError(
             f"Parts of the sizes {listed} add up to {sum(parts)}, but axis {axis} of a leaf of "
             f"shape {shape} has {size}."
         )
-    runs: list[Run | None] = []
+    runs: list[Slices | None] = []
     start = 0
     for length, same in itertools.groupby(parts):
         count = len(list(same))
-        runs.append(Run(axis, start, count, length, count == len(parts)))
+        runs.append(Slices(axis, start, count, length, count == len(parts)))
         start += count * length
     return runs
 

@@ -1,7 +1,7 @@
 """The stages that Muon and its variants share: momentum, orthogonalisation, shape scale.
 
 A variant is an update that calls them and adds its own formula in between. Between the stages a
-tree is a list of arrays, one for each piece: `(*batch, fan_in, fan_out)` up to the order of axes.
+tree is a list of arrays, one for each part: `(*batch, fan_in, fan_out)` up to the order of axes.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from muon_jax._checks import check_integer, check_mesh, check_number
-from muon_jax._matrices.parts import Piece, cut, join
+from muon_jax._matrices.parts import Part, merge_parts, split_into_parts
 from muon_jax._matrix_axes import MatrixAxes, axes_by_path
 from muon_jax._momentum import MOMENTA, as_array_tree, init_momentum, update_momentum
 from muon_jax._orthogonalize.newton_schulz import as_newton_schulz
@@ -80,10 +80,10 @@ class Stages:
 
 
 class Matrices:
-    """The leaves of a tree as lists of arrays, one for each piece; empty leaves have none.
+    """The leaves of a tree as lists of arrays, one for each part; empty leaves have none.
 
     Attributes:
-        pieces: all of them, in the tree's order.
+        parts: all of them, in the tree's order.
     """
 
     def __init__(self, tree: Any, stages: Stages, axes: Any = None):
@@ -93,17 +93,17 @@ class Matrices:
         axes = axes if axes is not None else stages.matrix_axes
         self._axes = axes_by_path(MatrixAxes() if axes is None else axes, tree)
         self._strings = path_strings(tree)
-        self._pieces: dict[KeyPath, list[Piece]] = {}
+        self._parts: dict[KeyPath, list[Part]] = {}
         size = dict(self._placing.sizes)
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
             if math.prod(x.shape):
                 told = self._told.get(path)
                 shape = whole_shape(x.shape, told or ((),) * x.ndim, self._placing)
                 with naming(self._strings[path]):
-                    self._pieces[path] = cut(shape, self._axes[path], told, size)
-                if self._placing.taken and not self._placing.free and told:
-                    _check_slices(self._strings[path], x.shape, told, self._pieces[path])
-        self.pieces = [piece for pieces in self._pieces.values() for piece in pieces]
+                    self._parts[path] = split_into_parts(shape, self._axes[path], told, size)
+                if self._placing.manual_axes and not self._placing.available_axes and told:
+                    _check_slices(self._strings[path], x.shape, told, self._parts[path])
+        self.parts = [part for parts in self._parts.values() for part in parts]
 
     def in_blocks(self, blocks: tuple[int, int] | None) -> "Matrices":
         """The same leaves with every matrix in blocks; `None` is one for each device that has some.
@@ -114,12 +114,12 @@ class Matrices:
 
         def parts(path: KeyPath, x: jax.Array) -> MatrixAxes:
             axes = self._axes[path]
-            if (axes.fan_in_parts, axes.fan_out_parts) != (1, 1) or path not in self._pieces:
+            if (axes.fan_in_parts, axes.fan_out_parts) != (1, 1) or path not in self._parts:
                 return axes
             if blocks is not None:
                 return axes._replace(fan_in_parts=blocks[0], fan_out_parts=blocks[1])
             layout = self._told.get(path)
-            if layout is None and self._placing.free:
+            if layout is None and self._placing.available_axes:
                 layout = layout_of(x, self._placing)
                 if layout is None:
                     raise ValueError(
@@ -135,20 +135,20 @@ class Matrices:
         axes = jax.tree_util.tree_map_with_path(parts, self._tree)
         return Matrices(self._tree, self._stages, axes)
 
-    def take(self, tree: Any) -> list[jax.Array]:
-        """The pieces of a tree whose leaves have the same shapes."""
+    def split(self, tree: Any) -> list[jax.Array]:
+        """The parts of a tree whose leaves have the same shapes."""
         leaves = dict(jax.tree_util.tree_leaves_with_path(tree))
-        return [p.take(leaves[path]) for path, pieces in self._pieces.items() for p in pieces]
+        return [p.split(leaves[path]) for path, parts in self._parts.items() for p in parts]
 
-    def give(self, arrays: Sequence[jax.Array], tree: Any) -> Any:
-        """A tree from its pieces, in dtypes and layouts of `tree`, whose empty leaves it keeps."""
+    def merge(self, arrays: Sequence[jax.Array], tree: Any) -> Any:
+        """A tree from its parts, in dtypes and layouts of `tree`, whose empty leaves it keeps."""
         rest = iter(arrays)
 
         def leaf(path, x):
-            if path not in self._pieces:
+            if path not in self._parts:
                 return x
-            pieces = self._pieces[path]
-            y = join(pieces, [next(rest) for _ in pieces]).astype(x.dtype)
+            parts = self._parts[path]
+            y = merge_parts(parts, [next(rest) for _ in parts]).astype(x.dtype)
             sharding = getattr(jax.typeof(x), "sharding", None)
             moved = sharding is not None and jax.typeof(y).sharding != sharding
             return jax.reshard(y, sharding) if moved and any(sharding.spec) else y
@@ -156,11 +156,11 @@ class Matrices:
         return jax.tree_util.tree_map_with_path(leaf, tree)
 
     def pack(self, arrays: Sequence[Any], tree: Any) -> Any:
-        """What is kept for each piece as a tree like `tree`; a tuple where a leaf has several."""
+        """What is kept for each part as a tree like `tree`; a tuple where a leaf has several."""
         rest = iter(arrays)
 
         def leaf(path, x):
-            kept = tuple(next(rest) for _ in self._pieces.get(path, ()))
+            kept = tuple(next(rest) for _ in self._parts.get(path, ()))
             return kept[0] if len(kept) == 1 else kept
 
         return jax.tree_util.tree_map_with_path(leaf, tree)
@@ -170,8 +170,8 @@ class Matrices:
         kept: list[Any] = []
 
         def leaf(path, _, value):
-            pieces = self._pieces.get(path, ())
-            kept.extend([value] if len(pieces) == 1 else value)
+            parts = self._parts.get(path, ())
+            kept.extend([value] if len(parts) == 1 else value)
 
         jax.tree_util.tree_map_with_path(leaf, tree, packed)
         return kept
@@ -179,40 +179,40 @@ class Matrices:
     def orthogonalize(
         self, arrays: Sequence[jax.Array], like: Any, orthogonalizer: Orthogonalizer | None = None
     ) -> list[jax.Array]:
-        """The pieces orthogonalised, each matrix once, wherever they lie.
+        """The parts orthogonalised, each matrix once, wherever they lie.
 
-        `like` is a tree that lies as the leaves of these pieces do: the momentum.
+        `like` is a tree that lies as the leaves of these parts do: the momentum.
         """
         return orthogonalize_leaves(
             list(arrays),
-            [piece.axes for piece in self.pieces],
+            [part.axes for part in self.parts],
             orthogonalizer or self._stages.orthogonalizer,
             placing=self._placing,
-            layouts=[piece.layout for piece in self.pieces],
-            like=self.take(as_array_tree(like)),
+            layouts=[part.layout for part in self.parts],
+            like=self.split(as_array_tree(like)),
             chunk_size=self._stages.chunk_size,
         )
 
     def scale(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-        """Times the shape scale of each piece's fan_in and fan_out."""
-        return [self._scaled(piece, x) for piece, x in zip(self.pieces, arrays, strict=True)]
+        """Times the shape scale of each part's fan_in and fan_out."""
+        return [self._scaled(part, x) for part, x in zip(self.parts, arrays, strict=True)]
 
-    def _scaled(self, piece: Piece, x: jax.Array) -> jax.Array:
+    def _scaled(self, part: Part, x: jax.Array) -> jax.Array:
         assert callable(self._stages.scale)
-        factor = self._stages.scale(*piece.fans)
-        check_number(f"The result of scale{piece.fans}", factor)
+        factor = self._stages.scale(*part.fans)
+        check_number(f"The result of scale{part.fans}", factor)
         wide = accumulator(x.dtype)
         return (jnp.asarray(factor, jnp.finfo(wide).dtype) * x.astype(wide)).astype(x.dtype)
 
     def sum(self, arrays: Iterable[jax.Array], over: str) -> list[jax.Array]:
         """Sums in float32 over `"fan_in"`, `"fan_out"` or `"matrix"`; the axes stay, of size 1."""
-        return [self._sum(piece, x, over) for piece, x in zip(self.pieces, arrays, strict=True)]
+        return [self._sum(part, x, over) for part, x in zip(self.parts, arrays, strict=True)]
 
-    def _sum(self, piece: Piece, x: jax.Array, over: str) -> jax.Array:
-        _, fan_in, fan_out = piece.axes.split(piece.shape)
+    def _sum(self, part: Part, x: jax.Array, over: str) -> jax.Array:
+        _, fan_in, fan_out = part.axes.split(part.shape)
         axes = {"fan_in": fan_in, "fan_out": fan_out, "matrix": fan_in + fan_out}[over]
         total = jnp.sum(x, axis=axes, keepdims=True, dtype=accumulator(x.dtype))
-        names = [name for axis, along in self._split_fans(piece) if axis in axes for name in along]
+        names = [name for axis, along in self._split_fans(part) if axis in axes for name in along]
         return jax.lax.psum(total, tuple(names)) if names else total
 
     def relative(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
@@ -223,11 +223,11 @@ class Matrices:
     def largest(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """The largest entry of each matrix by size, in float32 or wider; the axes stay."""
         found = []
-        for piece, x in zip(self.pieces, arrays, strict=True):
+        for part, x in zip(self.parts, arrays, strict=True):
             x = x.astype(accumulator(x.dtype))
-            _, fan_in, fan_out = piece.axes.split(piece.shape)
+            _, fan_in, fan_out = part.axes.split(part.shape)
             largest = jnp.max(jnp.abs(x), axis=fan_in + fan_out, keepdims=True)
-            names = tuple(name for _, along in self._split_fans(piece) for name in along)
+            names = tuple(name for _, along in self._split_fans(part) for name in along)
             found.append(jax.lax.pmax(largest, names) if names else largest)
         return found
 
@@ -240,57 +240,57 @@ class Matrices:
     def whole(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """Pieces as `(*batch, fan_in, fan_out)`; inside `shard_map` gathered along their fans."""
         matrices = []
-        for piece, x in zip(self.pieces, arrays, strict=True):
-            for axis, names in self._split_fans(piece):
+        for part, x in zip(self.parts, arrays, strict=True):
+            for axis, names in self._split_fans(part):
                 x = jax.lax.all_gather(x, names, axis=axis, tiled=True)
-            matrices.append(piece.axes.to_matrices(x))
+            matrices.append(part.axes.to_matrices(x))
         return matrices
 
     def local(self, matrices: Sequence[jax.Array]) -> list[jax.Array]:
         """Undoes `whole`."""
         arrays = []
-        for piece, y in zip(self.pieces, matrices, strict=True):
-            batch, *_ = piece.axes.split(piece.shape)
-            own = dict(zip(batch, y.shape, strict=False))  # in shard_map less than piece.shape
-            shape = [own.get(axis, size) for axis, size in enumerate(piece.shape)]
-            x = piece.axes.from_matrices(y, shape)
-            for axis, names in self._split_fans(piece):
+        for part, y in zip(self.parts, matrices, strict=True):
+            batch, *_ = part.axes.split(part.shape)
+            own = dict(zip(batch, y.shape, strict=False))  # in shard_map less than part.shape
+            shape = [own.get(axis, size) for axis, size in enumerate(part.shape)]
+            x = part.axes.from_matrices(y, shape)
+            for axis, names in self._split_fans(part):
                 size = x.shape[axis] // jax.lax.axis_size(names)
                 start = jax.lax.axis_index(names) * size
                 x = jax.lax.dynamic_slice_in_dim(x, start, size, axis=axis)
             arrays.append(x)
         return arrays
 
-    def own_batch(self, piece: Piece, x: jax.Array) -> jax.Array:
-        """Of `(*batch, ...)` for the whole leaf, what belongs to the piece that we see."""
-        if self._placing.free or piece.layout is None:
+    def own_batch(self, part: Part, x: jax.Array) -> jax.Array:
+        """Of `(*batch, ...)` for the whole leaf, what belongs to the part that we see."""
+        if self._placing.available_axes or part.layout is None:
             return x
-        batch, *_ = piece.axes.split(piece.shape)
-        for at, names in enumerate(piece.layout[axis] for axis in batch):
+        batch, *_ = part.axes.split(part.shape)
+        for at, names in enumerate(part.layout[axis] for axis in batch):
             if names:
                 size = x.shape[at] // jax.lax.axis_size(names)
                 start = jax.lax.axis_index(names) * size
                 x = jax.lax.dynamic_slice_in_dim(x, start, size, axis=at)
         return x
 
-    def _split_fans(self, piece: Piece) -> list[tuple[int, Axes]]:
+    def _split_fans(self, part: Part) -> list[tuple[int, Axes]]:
         """The fan axes of which `shard_map` shows us a part, with their mesh axes."""
-        if self._placing.free or piece.layout is None:
+        if self._placing.available_axes or part.layout is None:
             return []
-        _, fan_in, fan_out = piece.axes.split(piece.shape)
-        return [(axis, piece.layout[axis]) for axis in fan_in + fan_out if piece.layout[axis]]
+        _, fan_in, fan_out = part.axes.split(part.shape)
+        return [(axis, part.layout[axis]) for axis in fan_in + fan_out if part.layout[axis]]
 
-    def each_once(self, matrices: Sequence[Any], function: Orthogonalizer) -> list[Any]:
-        """`function` of a stack `(*batch, m, n)` for each piece, every matrix on one device.
+    def map_distributed(self, matrices: Sequence[Any], function: Orthogonalizer) -> list[Any]:
+        """`function` of a stack `(*batch, m, n)` for each part, every matrix on one device.
 
-        A piece may have None.
+        A part may have None.
         """
 
-        def layout(piece: Piece) -> Layout | None:
-            if self._placing.free or piece.layout is None:
+        def layout(part: Part) -> Layout | None:
+            if self._placing.available_axes or part.layout is None:
                 return None
-            batch, *_ = piece.axes.split(piece.shape)
-            return (*(piece.layout[axis] for axis in batch), (), ())
+            batch, *_ = part.axes.split(part.shape)
+            return (*(part.layout[axis] for axis in batch), (), ())
 
         present = [i for i, x in enumerate(matrices) if x is not None]
         results = orthogonalize_leaves(
@@ -298,21 +298,19 @@ class Matrices:
             [MatrixAxes()] * len(present),
             function,
             placing=self._placing,
-            layouts=[layout(self.pieces[i]) for i in present],
+            layouts=[layout(self.parts[i]) for i in present],
             like=[matrices[i] for i in present],
         )
         found = dict(zip(present, results, strict=True))
         return [found.get(i) for i in range(len(matrices))]
 
-    def __iter__(self) -> Iterator[Piece]:
-        return iter(self.pieces)
+    def __iter__(self) -> Iterator[Part]:
+        return iter(self.parts)
 
 
-def _check_slices(
-    path: str, shape: tuple[int, ...], layout: Layout, pieces: Sequence[Piece]
-) -> None:
+def _check_slices(path: str, shape: tuple[int, ...], layout: Layout, parts: Sequence[Part]) -> None:
     """Inside `shard_map` nothing is moved to split it: each device must hold whole parts."""
-    for run in (run for piece in pieces for run in piece.runs):
+    for run in (run for part in parts for run in part.runs):
         if layout[run.axis] and (shape[run.axis] % run.size or not run.whole):
             raise ValueError(
                 f"Inside shard_map, a device has {shape[run.axis]} entries of axis {run.axis} of "

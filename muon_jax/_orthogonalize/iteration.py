@@ -12,13 +12,13 @@ from muon_jax._orthogonalize.decompositions import each_matrix
 from muon_jax._orthogonalize.symmetric import (
     Panels,
     accumulator,
-    cut,
     gram,
+    join_panels,
     matmul,
     product,
+    split_panels,
     square,
     symmetric_flops,
-    whole,
 )
 
 
@@ -121,7 +121,7 @@ def orthogonalize_stacks(
         if normalization != "frobenius":
             written = _written(x, dtype)
             written = written.mT if upright else written
-            factor = _rescaling(share.sum(whole(gram(written, 1))), normalization)
+            factor = _rescaling(share.sum(join_panels(gram(written, 1))), normalization)
             factor = factor.mT if upright else factor
             x = x * factor
         if absolute_eps is not None:
@@ -223,8 +223,8 @@ class _Products(NamedTuple):
     def _gram(self, x: jax.Array) -> Panels:
         if self.share is ALONE:
             return _rounded(gram(x, self.form.panels, self.written), self.dtype)
-        total = self.share.sum(whole(gram(x, self.form.panels)))
-        return _rounded(cut(total, self.form.panels), self.dtype)
+        total = self.share.sum(join_panels(gram(x, self.form.panels)))
+        return _rounded(split_panels(total, self.form.panels), self.dtype)
 
     def symmetric(self, p: Panels, q: Panels) -> Panels:
         """PQ."""
@@ -241,7 +241,7 @@ class _Products(NamedTuple):
         return x
 
     def multiply(self, p: Panels, x: jax.Array, upright: bool) -> jax.Array:
-        p_ = whole(p)
+        p_ = join_panels(p)
         pair = (x, jnp.conj(p_)) if upright else (p_, x)
         return matmul(*pair, dtype=self.written)
 
@@ -257,7 +257,7 @@ class _Products(NamedTuple):
         squared = square(r, self.written)
         sums = tuple(
             a * one + (b * u.astype(wide) + c * v.astype(wide))
-            for one, u, v in zip(cut(eye, self.form.panels), r, squared, strict=True)
+            for one, u, v in zip(split_panels(eye, self.form.panels), r, squared, strict=True)
         )
         return _rounded(sums, self.dtype)
 

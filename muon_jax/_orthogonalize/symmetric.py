@@ -45,7 +45,7 @@ def symmetric_flops(n: int, k: int, count: int) -> int:
 
 def gram(x: jax.Array, count: int, dtype: jax.typing.DTypeLike | None = None) -> Panels:
     """XXᵀ of `(..., n, k)`: at most `count` panels of `(..., n, n)`; `dtype` as of `matmul`."""
-    panels = cut(x, count)
+    panels = split_panels(x, count)
     return _mirror(_lower_blocks(panels, panels, dtype), x.dtype)
 
 
@@ -71,13 +71,13 @@ def product(p: Panels, q: Panels, dtype: jax.typing.DTypeLike | None = None) -> 
     return _mirror(_lower_blocks(p, q, dtype), p[0].dtype, exactly=True)
 
 
-def cut(x: jax.Array, count: int) -> Panels:
+def split_panels(x: jax.Array, count: int) -> Panels:
     """The rows of `(..., n, k)` as the panels of a symmetric `n × n` matrix."""
     stops = panel_stops(x.shape[-2], count)
     return tuple(x[..., start:stop, :] for start, stop in itertools.pairwise((0, *stops)))
 
 
-def whole(panels: Panels) -> jax.Array:
+def join_panels(panels: Panels) -> jax.Array:
     """The panels as one matrix."""
     return jnp.concatenate(panels, axis=-2) if len(panels) > 1 else panels[0]
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeGuard
 import jax
 import jax.numpy as jnp
 
-from muon_jax._matrices.parts import cut
+from muon_jax._matrices.parts import split_into_parts
 from muon_jax._matrix_axes import MatrixAxes, as_matrix_axes, axes_by_path, is_matrix_axes
 from muon_jax._routing.axes import CONV_KERNEL, read_hidden
 from muon_jax._routing.ends import read_tree, reason_for_other
@@ -180,8 +180,8 @@ def _check_array(path: str, leaf: Any) -> None:
 def _check_axes(axes: MatrixAxes, shape: tuple[int, ...]) -> None:
     """Inside `shard_map` a leaf may be a part of one, so its parts are checked elsewhere."""
     axes.split(shape)
-    if not find_placing(None, ()).taken:
-        cut(shape, axes)
+    if not find_placing(None, ()).manual_axes:
+        split_into_parts(shape, axes)
 
 
 def _route_leaf(name: LeafName, leaf: Any, tree: Survey, decision: Decision) -> Route:

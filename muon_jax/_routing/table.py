@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from muon_jax._matrices.parts import cut
+from muon_jax._matrices.parts import split_into_parts
 from muon_jax._routing.rules import LABELS, Route, Routing, route
 
 
@@ -55,11 +55,11 @@ def _matrices(leaf: Route) -> str:
     """Matrices of each shape, with their batch in front."""
     if leaf.axes is None:
         return "-"
-    pieces = cut(leaf.shape, leaf.axes)
+    parts = split_into_parts(leaf.shape, leaf.axes)
     shown = []
-    for piece in pieces:
-        batch, fan_in, fan_out = piece.axes.matrix_shape(piece.shape)
+    for part in parts:
+        batch, fan_in, fan_out = part.axes.matrix_shape(part.shape)
         stack = "".join(f"{size} × " for size in batch)
         matrix = f"{fan_in} × {fan_out}"
-        shown.append(f"{stack}({matrix})" if stack or len(pieces) > 1 else matrix)
+        shown.append(f"{stack}({matrix})" if stack or len(parts) > 1 else matrix)
     return " + ".join(shown)

@@ -1,6 +1,7 @@
 """Every matrix of a tree orthogonalised once, on any mesh.
 
-`layout` says where leaves lie, `buckets` groups their matrices by shape, `assignment` gives each
-device its share, `exchange` moves them there and back, and `placement` does all of this for a tree.
+`layout` finds the mesh axes that split a leaf, `buckets` groups its matrices by shape, `assignment`
+gives each device its share, `exchange` moves them there and back, and `placement` does all of this
+for a tree.
 `auto_axes`, `explicit_axes` and `match_sharding` are what each kind of mesh axes needs.
 """

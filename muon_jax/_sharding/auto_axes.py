@@ -1,8 +1,8 @@
-"""Leaves under Auto axes: only XLA knows where they lie, so they are moved to where we know.
+"""Leaves under Auto axes: only XLA knows their sharding, so they are moved to a known one.
 
 Matrices of one shape are stacked. Full rounds of them go whole to the devices that will
-orthogonalise them; what is left lies along its long side over all devices. XLA moves them one mesh
-axis at a time, since of a direct move over two axes it makes a full replication.
+orthogonalise them; the remainder is split along its long side over all devices. XLA moves them one
+mesh axis at a time, since it would replicate them for a direct move over two axes.
 """
 
 from collections import defaultdict
@@ -17,48 +17,48 @@ from jax.sharding import NamedSharding, PartitionSpec
 from muon_jax._matrix_axes import MatrixAxes
 from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muon_jax._sharding.buckets import exchange_dtype
-from muon_jax._sharding.layout import Entry, Placing
+from muon_jax._sharding.layout import PlacedArray, Placing
 
-_FREE = PartitionSpec.UNCONSTRAINED
+_UNCONSTRAINED = PartitionSpec.UNCONSTRAINED
 
 
-class Group(Protocol):
+class MovedLeaves(Protocol):
     """Leaves that move together.
 
     Attributes:
         members: their indices.
-        arrays, entries: what takes their place in the exchange.
+        arrays, placed: what takes the leaves' place in the exchange, and its layouts.
     """
 
     members: list[int]
     arrays: list[jax.Array]
-    entries: list[Entry]
+    placed: list[PlacedArray]
 
     def restore(self, results: Sequence[jax.Array]) -> Sequence[jax.Array]:
-        """The members' updates from those of `arrays`."""
+        """The leaves' updates from those of `arrays`."""
 
 
 def assume_layouts(
     leaves: Sequence[jax.Array],
     axes: Sequence[MatrixAxes],
-    solver: NewtonSchulz | None,
+    newton_schulz: NewtonSchulz | None,
     placing: Placing,
-) -> list[Group]:
-    """Groups that cover all leaves."""
+) -> list[MovedLeaves]:
+    """All leaves, each in one group."""
     shared: dict[tuple, list[int]] = defaultdict(list)
     stacked: dict[tuple, list[int]] = defaultdict(list)
     for i, (x, a) in enumerate(zip(leaves, axes, strict=True)):
-        dtype, at = exchange_dtype(x.dtype, solver), _shared_batch_axis(x.shape, a, placing)
+        dtype, at = exchange_dtype(x.dtype, newton_schulz), _shared_batch_axis(x.shape, a, placing)
         if at is not None:
             shared[x.shape, dtype, a.normalized(x.ndim), at].append(i)
         else:
             stacked[a.matrix_shape(x.shape)[1:], dtype].append(i)
-    groups: list[Group] = []
+    groups: list[MovedLeaves] = []
     for (_, dtype, a, at), members in shared.items():
-        groups.append(_Shared(members, [leaves[i] for i in members], a, at, dtype, placing))
+        groups.append(_SharedBatch(members, [leaves[i] for i in members], a, at, dtype, placing))
     for (_, dtype), members in stacked.items():
         own = [leaves[i] for i in members], [axes[i] for i in members]
-        groups.append(_Stack(members, *own, dtype, placing, fill_up=solver is not None))
+        groups.append(_SameShape(members, *own, dtype, placing, fill_up=newton_schulz is not None))
     return groups
 
 
@@ -69,33 +69,35 @@ def _shared_batch_axis(shape: tuple[int, ...], axes: MatrixAxes, placing: Placin
     and a mesh of several axes, layers with sharded matrices are likelier.
     """
     batch, _, _ = axes.split(shape)
-    if len(batch) < 2 and len(placing.free) > 1:
+    if len(batch) < 2 and len(placing.available_axes) > 1:
         return None
     fit = [axis for axis in batch if shape[axis] and shape[axis] % placing.devices == 0]
     return max(fit, key=lambda axis: shape[axis], default=None)
 
 
-class _Shared(Group):
-    """Equal leaves whose batch axis `at` the whole mesh shares out: a new axis in front."""
+class _SharedBatch(MovedLeaves):
+    """Equal leaves whose batch axis `at` the whole mesh splits, stacked along a new first axis."""
 
     def __init__(self, members, leaves, axes: MatrixAxes, at: int, dtype, placing: Placing):
         self.members = members
         stack = jnp.stack([x.astype(dtype) for x in leaves])
-        layout = tuple(placing.free if axis == at + 1 else () for axis in range(stack.ndim))
+        layout = tuple(
+            placing.available_axes if axis == at + 1 else () for axis in range(stack.ndim)
+        )
         _, *fans = axes.split(leaves[0].shape)
         fans = [tuple(axis + 1 for axis in fan) for fan in fans]
         self.arrays = [stack]
-        self.entries = [Entry(stack.shape, dtype, layout, MatrixAxes(*fans))]
+        self.placed = [PlacedArray(stack.shape, dtype, layout, MatrixAxes(*fans))]
 
     def restore(self, results: Sequence[jax.Array]) -> Sequence[jax.Array]:
         return list(results[0])
 
 
-class _Stack(Group):
-    """Matrices of one shape: full rounds whole on their devices, the rest along their long side.
+class _SameShape(MovedLeaves):
+    """Matrices of one shape: full rounds whole on their devices, the others split on the long side.
 
-    Without `fill_up` no matrix may be given zeros to divide its long side by the devices: whole
-    matrices of zeros make up a round then.
+    With `fill_up` zeros are appended to a long side that the devices do not divide; without it,
+    whole matrices of zeros complete a round.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class _Stack(Group):
     ):
         self.members = members
         self.leaves, self.axes, self.placing = leaves, axes, placing
-        self.arrays, self.entries = [], []
+        self.arrays, self.placed = [], []
         parts = [a.to_matrices(x).astype(dtype) for x, a in zip(leaves, axes, strict=True)]
         parts = [x.reshape(-1, *x.shape[-2:]) for x in parts]
         stack = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
@@ -120,17 +122,19 @@ class _Stack(Group):
             self._enter(jnp.pad(left, widths), at)
 
     def _enter(self, stack: jax.Array, at: int) -> None:
-        """Moves `(matrices, fan_in, fan_out)` so that the whole mesh lies along axis `at`."""
-        free = self.placing.free
-        for end in range(1, len(free) + 1):
+        """Moves `(matrices, fan_in, fan_out)` so that the whole mesh splits axis `at`."""
+        mesh_axes = self.placing.available_axes
+        for end in range(1, len(mesh_axes) + 1):
             stack = self._constrain(stack, at, end)
-        layout = tuple(free if axis == at else () for axis in range(3))
+        layout = tuple(mesh_axes if axis == at else () for axis in range(3))
         self.arrays.append(stack)
-        self.entries.append(Entry(stack.shape, stack.dtype, layout, MatrixAxes((1,), (2,))))
+        self.placed.append(PlacedArray(stack.shape, stack.dtype, layout, MatrixAxes((1,), (2,))))
 
     def _constrain(self, x: jax.Array, at: int, end: int) -> jax.Array:
         assert self.placing.mesh is not None
-        spec = [self.placing.free[:end] if axis == at else _FREE for axis in range(3)]
+        spec = [
+            self.placing.available_axes[:end] if axis == at else _UNCONSTRAINED for axis in range(3)
+        ]
         return lax.with_sharding_constraint(
             x, NamedSharding(self.placing.mesh, PartitionSpec(*spec))
         )
@@ -138,9 +142,9 @@ class _Stack(Group):
     def restore(self, results: Sequence[jax.Array]) -> Sequence[jax.Array]:
         _, m, n = self.axes[0].matrix_shape(self.leaves[0].shape)
         moved = []
-        for y, entry in zip(results, self.entries, strict=True):
-            at = next(axis for axis in range(3) if entry.layout[axis])
-            for end in range(len(self.placing.free) - 1, 0, -1):
+        for y, item in zip(results, self.placed, strict=True):
+            at = next(axis for axis in range(3) if item.layout[axis])
+            for end in range(len(self.placing.available_axes) - 1, 0, -1):
                 y = self._constrain(y, at, end)
             moved.append(y[:, :m, :n])
         stack = jnp.concatenate(moved) if len(moved) > 1 else moved[0]

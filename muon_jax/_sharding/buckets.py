@@ -1,9 +1,9 @@
-"""What is dealt to devices: blocks of matrices as they lie, and the buckets that take them.
+"""Stacks of matrices as they lie on a mesh, and the buckets that assign them to devices.
 
-Matrices with the same exchange (the mesh axes that do not already share out their batch) form
-buckets. A bucket deals cells to devices: a cell is a whole matrix, or some of its columns where
-there are fewer matrices than devices. Every device holds the same number of equal cells, so one
-program serves all.
+A bucket takes matrices that move over the same mesh axes: those that do not split their batch
+already. It assigns tiles to devices: a tile is a whole matrix, or some of its columns where there
+are fewer matrices than devices. Every device has the same number of slots for tiles of one size, so
+one program serves all.
 """
 
 import math
@@ -24,11 +24,11 @@ Sizes = tuple[tuple[str, int], ...]
 FLOPS_PER_BYTE = 1000
 
 
-class Block(NamedTuple):
+class Stack(NamedTuple):
     """The matrices of one array.
 
     Attributes:
-        matrices: on one device: the product of its local batch axes.
+        matrices: on one device: the product of the batch axes there.
         fan_in, fan_out: of the whole matrix.
         batch_axes, in_axes, out_axes: the mesh axes along the batch and along each fan, major
             first; along all others the array is replicated.
@@ -57,19 +57,19 @@ class Block(NamedTuple):
         return out > in_
 
 
-class Part(NamedTuple):
-    """The matrices `start:stop` of a block.
+class Span(NamedTuple):
+    """The matrices `start:stop` of a stack.
 
     Attributes:
         flip: they are transposed, so that fan_out leads.
-        cells: how many each is cut into.
+        tiles: how many each matrix is cut into.
     """
 
-    block: int
+    stack: int
     start: int
     stop: int
     flip: bool
-    cells: int = 1
+    tiles: int = 1
 
     @property
     def matrices(self) -> int:
@@ -77,33 +77,32 @@ class Part(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """Cells `(lead, other)` of one shape, dealt to the devices along `axes`.
+    """Tiles `(lead, other)` of one shape, assigned to the devices along `axes`.
 
-    The leading side is the one to be put together from many devices' tiles: that is a mere reshape.
+    The shards of a tile are put together along its leading side, which is a mere reshape.
 
     Attributes:
         axes: mesh axes of the exchange, in mesh order; none for matrices that are whole on the
             device where they lie.
         devices: the product of their sizes.
-        parts: the matrices.
-        lead, other: the sides of a cell. Of matrices that are cut, `other` is the short side and
+        spans: the matrices.
+        lead, other: the sides of a tile. Of matrices that are cut, `other` is the short side and
             `lead` a part of the long one, or more than it where zeros fill it up.
-        lead_axes, other_axes: the mesh axes along which tiles lie when they are dealt.
-        width: devices in a group; a matrix of several cells stays within one group.
-        slots: cells a device holds.
+        lead_axes, other_axes: the mesh axes that split the shards before the exchange.
+        width: devices in a group; a matrix of several tiles stays within one group.
+        slots: how many tiles a device takes.
         form: the arithmetic; `None` leaves it to the orthogonalizer.
-        cut: whether the cells are such that only the Gram form may take them, with `other` as the
-            short side.
+        cut: whether matrices may be cut into several tiles, which only the Gram form can take.
         dtype: of the exchange.
-        alignment: numbers that collectives bring to a device so that matrices to be cut lie along
-            their long side first, and back.
+        alignment: numbers that collectives bring to a device so that matrices to be cut are split
+            along their long side first, and back.
         call: buckets with the same one, not 0, share a call of the orthogonalizer: their matrices
             have one short side.
     """
 
     axes: Axes
     devices: int
-    parts: tuple[Part, ...]
+    spans: tuple[Span, ...]
     lead: int
     other: int
     lead_axes: Axes
@@ -118,63 +117,64 @@ class Bucket(NamedTuple):
 
     @property
     def matrices(self) -> int:
-        return sum(part.matrices for part in self.parts)
+        return sum(span.matrices for span in self.spans)
 
     @property
     def resident(self) -> bool:
-        """Whether every matrix is cut where it lies, so that no cell has to move."""
-        return self.width == self.devices and all(p.cells == self.width for p in self.parts)
+        """Whether every device already holds its tile of every matrix, so that none moves."""
+        return self.width == self.devices and all(span.tiles == self.width for span in self.spans)
 
     @property
     def reductions(self) -> int:
         """How often XXᵀ is summed within groups."""
         return len(self.form.restarts) + 1 if self.form is not None and self.width > 1 else 0
 
-    def flops(self, solver: NewtonSchulz | None) -> int:
+    def flops(self, newton_schulz: NewtonSchulz | None) -> int:
         """FLOPs of the matrix products on each device; a guess for other orthogonalizers."""
         short, long = (self.other, self.lead) if self.cut else sorted((self.lead, self.other))
         form = self.form or Form("standard")
-        return self.slots * form.flops(short, long, (solver or NewtonSchulz()).rows(self.dtype))
+        rows = (newton_schulz or NewtonSchulz()).rows(self.dtype)
+        return self.slots * form.flops(short, long, rows)
 
     def exchanged_bytes(self, sizes: Sizes) -> int:
         """Bytes that the collectives of the bucket bring to each device."""
         if not self.axes:
             return 0
         size = dict(sizes)
-        cells = self.slots * self.lead * self.other
-        lie = self.lead_axes + self.other_axes
-        replicas = math.prod(size[a] for a in self.axes if a not in lie)
+        tiles = self.slots * self.lead * self.other
+        split_axes = self.lead_axes + self.other_axes
+        replicas = math.prod(size[a] for a in self.axes if a not in split_axes)
         moved = self.alignment
         if not self.resident:
-            moved += 2 * cells * (replicas < self.devices)
+            moved += 2 * tiles * (replicas < self.devices)
         if replicas > 1:
-            moved += replicas * cells
+            moved += replicas * tiles
         triangle = self.other * (self.other + 1) // 2
         summed = self.reductions * self.slots * triangle * accumulator(self.dtype).itemsize
         return moved * self.dtype.itemsize + summed
 
-    def cost(self, solver: NewtonSchulz | None, sizes: Sizes) -> float:
-        return self.flops(solver) + FLOPS_PER_BYTE * self.exchanged_bytes(sizes)
+    def cost(self, newton_schulz: NewtonSchulz | None, sizes: Sizes) -> float:
+        return self.flops(newton_schulz) + FLOPS_PER_BYTE * self.exchanged_bytes(sizes)
 
-    def deal(self) -> tuple[np.ndarray, np.ndarray]:
-        """The cell in each slot of each device, -1 if none, and whether its matrix is shared.
+    def assign_slots(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tile in each slot of each device, -1 if none, and whether its matrix is shared.
 
-        Both `(devices, slots)`; cells are counted through the parts, matrix by matrix.
+        Both `(devices, slots)`; tiles are counted through the spans, matrix by matrix.
         """
         groups = self.devices // self.width
         table = np.full((groups * self.slots, self.width), -1)
         shared = np.zeros_like(table, dtype=bool)
         whole: list[int] = []
-        row = cell = 0
-        for part in self.parts:
-            for _ in range(part.matrices):
-                if part.cells == 1:
-                    whole.append(cell)
+        row = tile = 0
+        for span in self.spans:
+            for _ in range(span.matrices):
+                if span.tiles == 1:
+                    whole.append(tile)
                 else:
-                    table[row, : part.cells] = range(cell, cell + part.cells)
-                    shared[row, : part.cells] = True
+                    table[row, : span.tiles] = range(tile, tile + span.tiles)
+                    shared[row, : span.tiles] = True
                     row += 1
-                cell += part.cells
+                tile += span.tiles
         empty = np.flatnonzero(table.ravel() < 0)[: len(whole)]
         table.reshape(-1)[empty] = whole
 
@@ -185,11 +185,10 @@ class Bucket(NamedTuple):
         return by_device(table), by_device(shared)
 
 
-def exchange_dtype(dtype, solver: NewtonSchulz | None) -> np.dtype:
+def exchange_dtype(dtype, newton_schulz: NewtonSchulz | None) -> np.dtype:
     """The dtype in which updates cross the network: bfloat16 if that is what is orthogonalised."""
     dtype = jnp.dtype(dtype)
-    if solver is None or solver.dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
-        return dtype
-    # float16 would overflow before it is normalised.
-    smaller = solver.dtype == jnp.bfloat16 and dtype.itemsize > 2
-    return jnp.dtype(solver.dtype) if smaller else dtype
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    if newton_schulz is None or newton_schulz.dtype != jnp.bfloat16 or is_complex:
+        return dtype  # float16 would overflow before it is normalised
+    return jnp.dtype(jnp.bfloat16) if dtype.itemsize > 2 else dtype

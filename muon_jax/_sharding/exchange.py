@@ -1,4 +1,4 @@
-"""The exchange on one device: tiles → cells → orthogonalised cells → tiles.
+"""The exchange on one device: shards → tiles → orthogonalised tiles → shards.
 
 Everything here runs on local arrays, inside `shard_map` or on a single device.
 """
@@ -7,6 +7,7 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,26 +15,26 @@ import numpy as np
 from jax import lax
 
 from muon_jax._orthogonalize.iteration import ALONE, Share
-from muon_jax._sharding.buckets import Axes, Block, Bucket, Part, Sizes
+from muon_jax._sharding.buckets import Axes, Bucket, Sizes, Span, Stack
 
 Orthogonalizer = Callable[..., jax.Array]
 
 
 def orthogonalize_local(
     arrays: Sequence[jax.Array],
-    blocks: Sequence[Block],
+    stacks: Sequence[Stack],
     buckets: Sequence[Bucket],
     sizes: Sizes,
     orthogonalizer: Orthogonalizer,
     chunk: int | None = None,
 ) -> list[jax.Array]:
-    """Orthogonalises the matrices of every block, each of them on one device or one group.
+    """Orthogonalises the matrices of every stack, each of them on one device or one group.
 
     Args:
-        arrays: a block each, `(count, local fan_in, local fan_out)`.
-        blocks, buckets, sizes: what `plan_buckets` took and gave.
+        arrays: a stack each, `(count, local fan_in, local fan_out)`.
+        stacks, buckets, sizes: what `plan_buckets` took and gave.
         orthogonalizer: `(..., fan_in, fan_out) -> (..., fan_in, fan_out)`.
-        chunk: how many cells of a bucket a device holds at once; `None` is all.
+        chunk: how many tiles of a bucket a device holds at once; `None` is all.
 
     Returns:
         Arrays like `arrays`.
@@ -45,103 +46,104 @@ def orthogonalize_local(
     for index, bucket in enumerate(buckets):
         calls[bucket.call or -1 - index].append(bucket)
     for together in calls.values():
-        parts = [part for bucket in together for part in bucket.parts]
-        tiles = [arrays[p.block][p.start : p.stop] for p in parts]
-        if chunk is not None and previous is not None:
-            tiles, _ = lax.optimization_barrier((tiles, previous))
-        run = _Run(together[0], size, orthogonalizer, chunk)
-        results = run.exchange(tiles, blocks) if run.bucket.axes else run.whole_here(tiles)
-        for part, result in zip(parts, results, strict=True):
-            done[part.block].append((part.start, result.astype(arrays[part.block].dtype)))
+        spans = [span for bucket in together for span in bucket.spans]
+        shards = [arrays[span.stack][span.start : span.stop] for span in spans]
+        shards = _after(previous if chunk is not None else None, shards)
+        exchange = _Exchange(together[0], size, orthogonalizer, chunk)
+        moves = bool(exchange.bucket.axes)
+        results = exchange.over_devices(shards, stacks) if moves else exchange.in_place(shards)
+        for span, result in zip(spans, results, strict=True):
+            done[span.stack].append((span.start, result.astype(arrays[span.stack].dtype)))
         previous = results[-1]
     outputs = []
     for index, array in enumerate(arrays):
-        pieces = [piece for _, piece in sorted(done[index], key=lambda item: item[0])]
-        joined = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces) if pieces else array
-        outputs.append(joined)
+        in_order = [result for _, result in sorted(done[index], key=lambda item: item[0])]
+        outputs.append(_joined(in_order, axis=0) if in_order else array)
     return outputs
 
 
-class _Run:
+class _Exchange:
+    """What one device does for a bucket, or for those that share its call."""
+
     def __init__(self, bucket: Bucket, size: dict[str, int], orthogonalizer, chunk: int | None):
         self.bucket = bucket
         self.size = size
         self.orthogonalizer = orthogonalizer
         self.chunk = chunk
 
-    def whole_here(self, tiles: list[jax.Array]) -> list[jax.Array]:
-        """Matrices that this device has whole: those of several arrays in one call."""
+    def in_place(self, shards: list[jax.Array]) -> list[jax.Array]:
+        """Matrices that are whole on this device: those of several arrays in one call."""
         form, run = self.bucket.form, self.orthogonalizer
-        if len(tiles) > 1:
-            tiles = [tile.astype(self.bucket.dtype) for tile in tiles]
+        if len(shards) > 1:
+            shards = [shard.astype(self.bucket.dtype) for shard in shards]
             if form is None:
-                return orthogonalize_together(functools.partial(_stacked, run), tiles, self.chunk)
+                return orthogonalize_together(functools.partial(_stacked, run), shards, self.chunk)
             run = functools.partial(run.together, form=form)
-            return orthogonalize_together(run, tiles, self.chunk)
+            return orthogonalize_together(run, shards, self.chunk)
         run = functools.partial(run, form=form) if form is not None else run
         if self.bucket.slots == 1:  # a loop over matrices needs none
-            return [jnp.expand_dims(apply_checked(run, jnp.squeeze(tiles[0], 0)), 0)]
-        return [orthogonalize_chunks(run, tiles[0], self.chunk)]
+            return [jnp.expand_dims(apply_checked(run, jnp.squeeze(shards[0], 0)), 0)]
+        return [orthogonalize_chunks(run, shards[0], self.chunk)]
 
-    def exchange(self, tiles: list[jax.Array], blocks: Sequence[Block]) -> list[jax.Array]:
+    def over_devices(self, shards: list[jax.Array], stacks: Sequence[Stack]) -> list[jax.Array]:
+        """Matrices whose shards are moved to the devices that orthogonalise them, and back."""
         bucket = self.bucket
-        cut = [
-            self._to_cells(tile.astype(bucket.dtype), part, blocks[part.block])
-            for tile, part in zip(tiles, bucket.parts, strict=True)
+        shards_of_tiles = [
+            self._to_tiles(shard.astype(bucket.dtype), span, stacks[span.stack])
+            for shard, span in zip(shards, bucket.spans, strict=True)
         ]
-        cells = jnp.concatenate(cut) if len(cut) > 1 else cut[0]
-        table, shared = bucket.deal()
+        tiles = _joined(shards_of_tiles, axis=0)
+        table, shared = bucket.assign_slots()
         results: list[jax.Array] = []
         chunk = self.chunk or max(bucket.slots, 1)
         for i in range(0, bucket.slots, chunk):
-            if results:
-                cells, _ = lax.optimization_barrier((cells, results[-1]))
+            tiles = _after(results[-1] if results else None, tiles)
             slots = slice(i, i + chunk)
             if bucket.resident:
-                results.append(self._solve(cells[slots], shared[:, slots]))
+                results.append(self._orthogonalize(tiles[slots], shared[:, slots]))
             else:
-                results.append(self._round(cells, table[:, slots], shared[:, slots]))
+                results.append(self._round(tiles, table[:, slots], shared[:, slots]))
         if bucket.resident:
-            cells = _joined(results, axis=0)
+            tiles = _joined(results, axis=0)
         else:
-            tiles_of_all = _joined(results, axis=1)
-            flat = tiles_of_all.reshape(-1, *tiles_of_all.shape[2:])
-            cells = _undo_take(flat, table.ravel(), len(cells))
-        found, start = [], 0
-        for tile, part, piece in zip(tiles, bucket.parts, cut, strict=True):
-            own = cells[start : start + len(piece)]
-            found.append(self._from_cells(own, part, blocks[part.block], tile.shape))
-            start += len(piece)
-        return found
+            by_device = _joined(results, axis=1)
+            flat = by_device.reshape(-1, *by_device.shape[2:])
+            tiles = _undo_take(flat, table.ravel(), len(tiles))
+        updates, start = [], 0
+        for shard, span, before in zip(shards, bucket.spans, shards_of_tiles, strict=True):
+            own = tiles[start : start + len(before)]
+            updates.append(self._from_tiles(own, span, stacks[span.stack], shard.shape))
+            start += len(before)
+        return updates
 
-    def _round(self, cells: jax.Array, table: np.ndarray, shared: np.ndarray) -> jax.Array:
-        """Tiles `(cells, ...)` -> orthogonalised `(devices, slots, ...)`, for the table's slots."""
-        tiles = _take(cells, table.ravel()).reshape(*table.shape, *cells.shape[1:])
-        x = self._solve(self._gather(tiles), shared)
-        return self._scatter(x, tiles.shape)
+    def _round(self, tiles: jax.Array, table: np.ndarray, shared: np.ndarray) -> jax.Array:
+        """Shards `(tiles, ...)` -> orthogonalised `(devices, slots, ...)`, slot by slot."""
+        shards = _take(tiles, table.ravel()).reshape(*table.shape, *tiles.shape[1:])
+        x = self._orthogonalize(self._gather(shards), shared)
+        return self._scatter(x, shards.shape)
 
-    def _solve(self, x: jax.Array, shared: np.ndarray) -> jax.Array:
-        """Cells `(slots, lead, other)`."""
+    def _orthogonalize(self, x: jax.Array, shared: np.ndarray) -> jax.Array:
+        """Tiles `(slots, lead, other)`."""
         bucket, run = self.bucket, self.orthogonalizer
         if bucket.cut:
             y = run(x.mT, form=bucket.form, share=self._share(shared)).mT
         else:
-            told = bucket.form is None or run.tells_sides(bucket.lead, bucket.other)
+            oriented = bucket.form is None or run.tells_sides(bucket.lead, bucket.other)
             run = run if bucket.form is None else functools.partial(run, form=bucket.form)
-            turn = told and bucket.parts[0].flip
+            turn = oriented and bucket.spans[0].flip
             y = apply_checked(run, x.mT).mT if turn else apply_checked(run, x)
         return y.astype(bucket.dtype)
 
-    # Tiles to whole cells and back. `tiles` is (devices, slots, lead here, other here): what this
-    # device holds of every cell; a cell is (lead, other).
+    # Shards to tiles and back. `shards` is (devices, slots, lead here, other here): what this
+    # device holds of every tile; a tile is (lead, other).
 
-    def _gather(self, tiles: jax.Array) -> jax.Array:
+    def _gather(self, shards: jax.Array) -> jax.Array:
         moving, still = self._moving(), self._still()
-        tiles = self._drop_replicas(tiles, still)
+        shards = self._drop_replicas(shards, still)
         if moving:
-            tiles = lax.all_to_all(tiles, moving, 0, 0)
-        _, slots, lead, other = tiles.shape
-        x = tiles.reshape(*(self.size[a] for a in moving), slots, lead, other)
+            shards = lax.all_to_all(shards, moving, 0, 0)
+        _, slots, lead, other = shards.shape
+        x = shards.reshape(*(self.size[a] for a in moving), slots, lead, other)
         n = len(moving)
         leading = [moving.index(a) for a in self.bucket.lead_axes]
         others = [moving.index(a) for a in self.bucket.other_axes]
@@ -163,23 +165,22 @@ class _Run:
         return self._restore_replicas(x, moving, still)
 
     def _moving(self) -> Axes:
-        lie = self.bucket.lead_axes + self.bucket.other_axes
-        return tuple(a for a in self.bucket.axes if a in lie)
+        split_axes = self.bucket.lead_axes + self.bucket.other_axes
+        return tuple(a for a in self.bucket.axes if a in split_axes)
 
     def _still(self) -> Axes:
-        lie = self.bucket.lead_axes + self.bucket.other_axes
-        return tuple(a for a in self.bucket.axes if a not in lie)
+        return tuple(a for a in self.bucket.axes if a not in self._moving())
 
-    def _drop_replicas(self, tiles: jax.Array, still: Axes) -> jax.Array:
-        """Of the cells, those for devices whose place along the replicated axes is this one's."""
+    def _drop_replicas(self, shards: jax.Array, still: Axes) -> jax.Array:
+        """Of the tiles, those for devices whose place along the replicated axes is this one's."""
         if not still:
-            return tiles
-        x = tiles.reshape(*(self.size[a] for a in self.bucket.axes), *tiles.shape[1:])
+            return shards
+        x = shards.reshape(*(self.size[a] for a in self.bucket.axes), *shards.shape[1:])
         for axis in reversed(self.bucket.axes):
             if axis in still:
                 at = self.bucket.axes.index(axis)
                 x = lax.dynamic_index_in_dim(x, lax.axis_index(axis), at, keepdims=False)
-        return x.reshape(-1, *tiles.shape[1:])
+        return x.reshape(-1, *shards.shape[1:])
 
     def _restore_replicas(self, x: jax.Array, moving: Axes, still: Axes) -> jax.Array:
         if not still:
@@ -191,31 +192,31 @@ class _Run:
         rest = range(len(order), y.ndim)
         return y.transpose(*order, *rest).reshape(self.bucket.devices, *x.shape[1:])
 
-    # A matrix's tile to the tiles of its cells, and back.
+    # What this device holds of matrices to what it holds of their tiles, and back.
 
-    def _to_cells(self, tile: jax.Array, part: Part, block: Block) -> jax.Array:
-        """`(matrices, local fan_in, local fan_out)` -> `(cells, lead here, other here)`."""
-        x = tile.mT if part.flip else tile
+    def _to_tiles(self, shard: jax.Array, span: Span, stack: Stack) -> jax.Array:
+        """`(matrices, local fan_in, local fan_out)` -> `(tiles, lead here, other here)`."""
+        x = shard.mT if span.flip else shard
         if not self.bucket.cut:
             return x
-        x = self._align(x, part, block)
+        x = self._align(x, span, stack)
         if self.bucket.resident:
             return _pad(x, self.bucket.lead)
         piece = self.bucket.lead // self.bucket.devices
-        return _pad(x, part.cells * piece).reshape(-1, piece, x.shape[2])
+        return _pad(x, span.tiles * piece).reshape(-1, piece, x.shape[2])
 
-    def _from_cells(
-        self, cells: jax.Array, part: Part, block: Block, shape: tuple[int, ...]
+    def _from_tiles(
+        self, tiles: jax.Array, span: Span, stack: Stack, shape: tuple[int, ...]
     ) -> jax.Array:
-        x = cells
+        x = tiles
         if self.bucket.cut:
-            x = x.reshape(part.matrices, -1, x.shape[2])
-            x = self._unalign(x, part, block, shape[2] if part.flip else shape[1])
-        return x.mT if part.flip else x
+            x = x.reshape(span.matrices, -1, x.shape[2])
+            x = self._unalign(x, span, stack, shape[2] if span.flip else shape[1])
+        return x.mT if span.flip else x
 
-    def _align(self, x: jax.Array, part: Part, block: Block) -> jax.Array:
-        """Moves `(matrices, lead, other)` so that all axes of the exchange lie along lead."""
-        over_other, still, share = self._alignment(part, block, x.shape[1])
+    def _align(self, x: jax.Array, span: Span, stack: Stack) -> jax.Array:
+        """Moves `(matrices, lead, other)` so that all axes of the exchange split lead."""
+        over_other, still, share = self._alignment(span, stack, x.shape[1])
         x = _pad(x, share * math.prod(self.size[a] for a in over_other + still))
         if over_other:
             x = lax.all_to_all(x, over_other, 1, 2, tiled=True)
@@ -223,8 +224,8 @@ class _Run:
             x = lax.dynamic_slice_in_dim(x, lax.axis_index(still) * share, share, 1)
         return x
 
-    def _unalign(self, x: jax.Array, part: Part, block: Block, lead: int) -> jax.Array:
-        over_other, still, share = self._alignment(part, block, lead)
+    def _unalign(self, x: jax.Array, span: Span, stack: Stack, lead: int) -> jax.Array:
+        over_other, still, share = self._alignment(span, stack, lead)
         x = x[:, :share]
         if still:
             x = lax.all_gather(x, still, axis=1, tiled=True)
@@ -232,14 +233,14 @@ class _Run:
             x = lax.all_to_all(x, over_other, 2, 1, tiled=True)
         return x[:, :lead]
 
-    def _alignment(self, part: Part, block: Block, lead: int) -> tuple[Axes, Axes, int]:
-        over_other = block.in_axes if part.flip else block.out_axes
-        lie = block.in_axes + block.out_axes
-        still = tuple(a for a in self.bucket.axes if a not in lie)
+    def _alignment(self, span: Span, stack: Stack, lead: int) -> tuple[Axes, Axes, int]:
+        over_other = stack.in_axes if span.flip else stack.out_axes
+        split_axes = stack.in_axes + stack.out_axes
+        still = tuple(a for a in self.bucket.axes if a not in split_axes)
         return over_other, still, -(-lead // math.prod(self.size[a] for a in over_other + still))
 
     def _share(self, shared: np.ndarray) -> Share:
-        """Sums over the devices that hold cells of the same matrix."""
+        """Sums over the devices that hold tiles of the same matrix."""
         bucket = self.bucket
         if bucket.width == 1:
             return ALONE
@@ -269,46 +270,48 @@ def orthogonalize_chunks(
         nonlocal previous
         matrices = math.prod(x.shape[:-2])
         if chunk is None or matrices <= chunk:
-            if previous is not None:
-                x, _ = lax.optimization_barrier((x, previous))
-            previous = apply_checked(orthogonalizer, x)
+            previous = apply_checked(orthogonalizer, _after(previous, x))
             return previous
         axis, size = next((axis, size) for axis, size in enumerate(x.shape) if size > 1)
         step = max(1, chunk * size // matrices)
         starts = range(0, size, step)
         slices = [lax.slice_in_dim(x, i, min(i + step, size), axis=axis) for i in starts]
-        return _joined([run(piece) for piece in slices], axis)
+        return _joined([run(part) for part in slices], axis)
 
     return run(x)
 
 
 def orthogonalize_together(
-    run: Callable[[list[jax.Array]], Sequence[jax.Array]], tiles: list[jax.Array], chunk: int | None
+    run: Callable[[list[jax.Array]], Sequence[jax.Array]],
+    shards: list[jax.Array],
+    chunk: int | None,
 ) -> list[jax.Array]:
     """Stacks `(count, m, n)` orthogonalised, at most `chunk` matrices at once; `None` is all."""
-    most = chunk or sum(map(len, tiles))
+    most = chunk or sum(map(len, shards))
     rounds: list[list[tuple[int, jax.Array]]] = []
     room = 0
-    for index, tile in enumerate(tiles):
+    for index, shard in enumerate(shards):
         start = 0
-        while start < len(tile):
+        while start < len(shard):
             if not room:
                 rounds.append([])
                 room = most
-            piece = tile[start : start + room]
-            rounds[-1].append((index, piece))
-            start, room = start + len(piece), room - len(piece)
-    done: list[list[jax.Array]] = [[] for _ in tiles]
+            part = shard[start : start + room]
+            rounds[-1].append((index, part))
+            start, room = start + len(part), room - len(part)
+    done: list[list[jax.Array]] = [[] for _ in shards]
     previous = None
-    for pieces in rounds:
-        xs = [x for _, x in pieces]
-        if previous is not None:
-            xs, _ = lax.optimization_barrier((xs, previous))
-        ys = run(xs)
+    for parts in rounds:
+        ys = run(_after(previous, [x for _, x in parts]))
         previous = ys[-1]
-        for (index, _), y in zip(pieces, ys, strict=True):
+        for (index, _), y in zip(parts, ys, strict=True):
             done[index].append(y)
-    return [_joined(found, 0) for found in done]
+    return [_joined(results, 0) for results in done]
+
+
+def _after(previous: jax.Array | None, x: Any) -> Any:
+    """`x`, not before `previous`: XLA would run both at once, and need the memory of both."""
+    return x if previous is None else lax.optimization_barrier((x, previous))[0]
 
 
 def _stacked(orthogonalizer: Orthogonalizer, xs: list[jax.Array]) -> Sequence[jax.Array]:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from muon_jax._matrix_axes import MatrixAxes
-from muon_jax._sharding.buckets import Axes, Block, Sizes
+from muon_jax._sharding.buckets import Axes, Sizes, Stack
 from muon_jax._trees import KeyPath, broadcast_prefix, path_strings
 
 AnyMesh: TypeAlias = Mesh | AbstractMesh
@@ -20,22 +20,22 @@ class Placing(NamedTuple):
     """The mesh that an update runs on.
 
     Attributes:
-        mesh: `None` for one device, or where nothing tells of a mesh.
+        mesh: `None` for one device, or where no mesh is known.
         inherited: it is the context's (`jax.set_mesh`, `shard_map`).
-        free: its axes that no `shard_map` around us has taken, if they matter.
-        taken: those that one has.
+        available_axes: its axes that no enclosing `shard_map` uses, without those of one device.
+        manual_axes: those that one uses.
     """
 
     mesh: AnyMesh | None
     inherited: bool
-    free: Axes
-    taken: Axes
+    available_axes: Axes
+    manual_axes: Axes
 
     @property
     def sizes(self) -> Sizes:
         """`(name, size)` of the axes that the update may use, major first."""
         shape = self.mesh.shape if self.mesh is not None else {}
-        return tuple((name, shape[name]) for name in (self.free or self.taken))
+        return tuple((name, shape[name]) for name in (self.available_axes or self.manual_axes))
 
     @property
     def local(self) -> set[str]:
@@ -61,8 +61,8 @@ class Placing(NamedTuple):
         return getattr(device, "platform", None) or jax.default_backend()
 
 
-class Entry(NamedTuple):
-    """An array as it enters the exchange.
+class PlacedArray(NamedTuple):
+    """An array before the exchange, and where it lies.
 
     Attributes:
         shape, dtype: of the whole array.
@@ -79,8 +79,8 @@ class Entry(NamedTuple):
     def spec(self) -> PartitionSpec:
         return PartitionSpec(*(names or None for names in self.layout))
 
-    def block(self, sizes: Sizes, dtype: np.dtype) -> Block:
-        """Its matrices, as each device sees them; `dtype` is that of the exchange."""
+    def stack(self, sizes: Sizes, dtype: np.dtype) -> Stack:
+        """Its matrices, as each device holds them; `dtype` is that of the exchange."""
         batch, fan_in, fan_out = (
             tuple(name for axis in group for name in self.layout[axis])
             for group in self.axes.split(self.shape)
@@ -88,7 +88,7 @@ class Entry(NamedTuple):
         shape, m, n = self.axes.matrix_shape(self.shape)
         size = dict(sizes)
         count = math.prod(shape) // math.prod(size[name] for name in batch)
-        return Block(count, m, n, batch, fan_in, fan_out, dtype)
+        return Stack(count, m, n, batch, fan_in, fan_out, dtype)
 
 
 def find_placing(mesh: AnyMesh | None, leaves: Sequence[jax.Array]) -> Placing:
@@ -97,24 +97,25 @@ def find_placing(mesh: AnyMesh | None, leaves: Sequence[jax.Array]) -> Placing:
     Raises:
         ValueError: the one given is not the context's.
     """
-    context = jax.sharding.get_abstract_mesh()
+    context: Any = jax.sharding.get_abstract_mesh()
     if not context.empty:
         if mesh is not None and dict(mesh.shape) != dict(context.shape):
             raise ValueError(
                 f"mesh= has the axes {dict(mesh.shape)}, but the context (jax.set_mesh or "
-                f"shard_map) has {dict(context.shape)}. Give the same, or leave mesh= out."
+                f"shard_map) has {dict(context.shape)}. Pass the same mesh, or omit mesh=."
             )
-        found: Any = context
-    else:
-        found = mesh or next(filter(None, map(_mesh_of, leaves)), None)
-    if found is None:
+        mesh = context
+    elif mesh is None:
+        meshes: list[Any] = [*filter(None, map(_mesh_of, leaves)), None]
+        mesh = meshes[0]
+    if mesh is None:
         return Placing(None, False, (), ())
-    types = dict(zip(found.axis_names, found.axis_types, strict=True))
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     # Explicit axes are part of an array's type even where one device is all they have.
-    used = [a for a in found.axis_names if found.shape[a] > 1 or types[a] == AxisType.Explicit]
-    free = tuple(name for name in used if types[name] != AxisType.Manual)
-    taken = tuple(name for name in used if types[name] == AxisType.Manual)
-    return Placing(found, not context.empty, free, taken)
+    names = [a for a in mesh.axis_names if mesh.shape[a] > 1 or types[a] == AxisType.Explicit]
+    available_axes = tuple(name for name in names if types[name] != AxisType.Manual)
+    manual_axes = tuple(name for name in names if types[name] == AxisType.Manual)
+    return Placing(mesh, not context.empty, available_axes, manual_axes)
 
 
 def _mesh_of(x: Any) -> AnyMesh | None:
@@ -128,12 +129,13 @@ def _mesh_of(x: Any) -> AnyMesh | None:
 def layout_of(x: Any, placing: Placing) -> Layout | None:
     """The layout of an array, or of a tracer over Explicit axes; `None` where only XLA knows.
 
-    On a mesh with both kinds a tracer tells of its Explicit axes, and counts as whole along others.
+    On a mesh with both kinds a tracer's Explicit axes are known, and it counts as whole along
+    others.
     """
     assert placing.mesh is not None
     if isinstance(x, jax.core.Tracer):
         types = dict(zip(placing.mesh.axis_names, placing.mesh.axis_types, strict=True))
-        if all(types[name] == AxisType.Auto for name in placing.free):
+        if all(types[name] == AxisType.Auto for name in placing.available_axes):
             return None
         spec = jax.typeof(x).sharding.spec
     else:
@@ -143,8 +145,8 @@ def layout_of(x: Any, placing: Placing) -> Layout | None:
 
 
 def whole_shape(shape: tuple[int, ...], layout: Layout, placing: Placing) -> tuple[int, ...]:
-    """The shape of the whole array, of which we see a part inside `shard_map`."""
-    if placing.free:
+    """The shape of the whole array; inside `shard_map` a device sees a part of it."""
+    if placing.available_axes:
         return shape
     size = dict(placing.sizes)
     return tuple(
@@ -153,15 +155,17 @@ def whole_shape(shape: tuple[int, ...], layout: Layout, placing: Placing) -> tup
 
 
 def as_layout(spec: PartitionSpec, ndim: int, placing: Placing) -> Layout:
-    """A spec as the names along each axis, those left out over which nothing is spread."""
+    """The mesh axes along each axis of an array, without those of one device."""
     size = dict(placing.sizes)
     named = [(part,) if isinstance(part, str) else tuple(part or ()) for part in spec]
     named += [()] * (ndim - len(named))
     return tuple(tuple(name for name in names if name in size) for names in named)
 
 
-def told_layout(sharding: Any, shape: tuple[int, ...], placing: Placing, path: str) -> Layout:
-    """The layout that a user's `NamedSharding` or `PartitionSpec` gives a leaf.
+def layout_from_sharding(
+    sharding: Any, shape: tuple[int, ...], placing: Placing, path: str
+) -> Layout:
+    """The layout of a leaf from a user's `NamedSharding` or `PartitionSpec`.
 
     Raises:
         TypeError: neither of the two.
@@ -169,47 +173,47 @@ def told_layout(sharding: Any, shape: tuple[int, ...], placing: Placing, path: s
     """
     if not is_sharding(sharding):
         raise TypeError(
-            f"shardings= takes NamedSharding or PartitionSpec for a leaf, got {sharding!r}."
+            f"shardings= takes NamedSharding or PartitionSpec for a leaf; got {sharding!r}."
         )
     spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
     if len(spec) > len(shape):
         raise ValueError(
-            f"{path!r} has {len(shape)} axes, but shardings= gives it {len(spec)}: {spec}."
+            f"shardings= has {len(spec)} axes for {path!r}, which has {len(shape)}: {spec}."
         )
-    used = [name for part in spec for name in ((part,) if isinstance(part, str) else part or ())]
+    names = [name for part in spec for name in ((part,) if isinstance(part, str) else part or ())]
     assert placing.mesh is not None
-    for name in used:
+    for name in names:
         if name not in placing.mesh.axis_names:
             raise ValueError(
                 f"shardings= names the mesh axis {name!r} for {path!r}; the mesh has "
                 f"{', '.join(placing.mesh.axis_names)}."
             )
-    if len(set(used)) != len(used):
+    if len(set(names)) != len(names):
         raise ValueError(f"shardings= uses a mesh axis twice for {path!r}: {spec}.")
     layout = as_layout(spec, len(shape), placing)
     size = dict(placing.sizes)
-    for axis, names in enumerate(layout):
-        parts = math.prod(size[name] for name in names)
-        if placing.free and shape[axis] % parts:
+    for axis, along in enumerate(layout):
+        parts = math.prod(size[name] for name in along)
+        if placing.available_axes and shape[axis] % parts:
             raise ValueError(
                 f"shardings= splits axis {axis} of {path!r}, of size {shape[axis]}, over the mesh "
-                f"axes {names} of {parts} devices, which do not divide it."
+                f"axes {along} of {parts} devices, which do not divide it."
             )
     return layout
 
 
 def layouts_by_path(shardings: Any, tree: Any, placing: Placing) -> dict[KeyPath, Layout]:
-    """The layouts that a user's `shardings` give the leaves of `tree`, by key path."""
+    """The layouts of the leaves of `tree` from a user's `shardings`, by key path."""
     if shardings is None or placing.mesh is None:
         return {}
-    found = broadcast_prefix(
+    given = broadcast_prefix(
         shardings, tree, what="shardings", kind=SHARDING, is_value=is_sharding, partial=True
     )
     shapes = {path: x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
     strings = path_strings(tree)
     return {
-        path: told_layout(sharding, shapes[path], placing, strings[path])
-        for path, sharding in found.items()
+        path: layout_from_sharding(sharding, shapes[path], placing, strings[path])
+        for path, sharding in given.items()
     }
 
 

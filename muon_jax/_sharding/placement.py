@@ -1,4 +1,4 @@
-"""Every matrix of a tree orthogonalised once, on any mesh: where leaves lie → exchange → back."""
+"""Every matrix of a tree orthogonalised once, on any mesh: layouts → exchange → results."""
 
 import functools
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from muon_jax._matrix_axes import MatrixAxes
 from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muon_jax._sharding.assignment import plan_buckets
 from muon_jax._sharding.auto_axes import assume_layouts
-from muon_jax._sharding.buckets import Block, Bucket, exchange_dtype
+from muon_jax._sharding.buckets import Bucket, Stack, exchange_dtype
 from muon_jax._sharding.exchange import Orthogonalizer, orthogonalize_chunks, orthogonalize_local
-from muon_jax._sharding.layout import Entry, Layout, Placing, layout_of, whole_shape
+from muon_jax._sharding.layout import Layout, PlacedArray, Placing, layout_of, whole_shape
 from muon_jax._sharding.match_sharding import match_sharding
 
 
@@ -33,8 +33,8 @@ def orthogonalize_leaves(
         axes: the matrix axes of each.
         orthogonalizer: `(..., fan_in, fan_out) -> (..., fan_in, fan_out)`.
         placing: the mesh.
-        layouts: where the caller knows the mesh axes along each axis of a leaf.
-        like: arrays that lie like the leaves, and like which the results shall lie.
+        layouts: the mesh axes along each axis of a leaf, or `None` where the caller has none.
+        like: arrays with the sharding that the leaves have and the results shall have.
         chunk_size: how many matrices of a bucket a device holds at once; `None` is all.
 
     Returns:
@@ -45,48 +45,47 @@ def orthogonalize_leaves(
             _orthogonalize_here(x, a, orthogonalizer, placing.platform, chunk_size)
             for x, a in zip(leaves, axes, strict=True)
         ]
-    if not placing.free and not any(layouts):
-        placing = placing._replace(taken=())  # leaves are whole inside `shard_map`
-    found: dict[int, Layout] = {}
+    if not placing.available_axes and not any(layouts):
+        placing = placing._replace(manual_axes=())  # leaves are whole inside `shard_map`
+    known: dict[int, Layout] = {}
     for i, (x, layout) in enumerate(zip(leaves, layouts, strict=True)):
         if layout is None:
-            layout = layout_of(x, placing) if placing.free else ((),) * x.ndim
+            layout = layout_of(x, placing) if placing.available_axes else ((),) * x.ndim
         if layout is not None:
-            found[i] = layout
-    known = list(found)
-    unknown = [i for i in range(len(leaves)) if i not in found]
+            known[i] = layout
+    unknown = [i for i in range(len(leaves)) if i not in known]
     groups = assume_layouts(
-        [_lie_like(leaves[i], like[i], placing) for i in unknown],
+        [_match_auto_sharding(leaves[i], like[i], placing) for i in unknown],
         [axes[i] for i in unknown],
-        as_solver(orthogonalizer),
+        newton_schulz_or_none(orthogonalizer),
         placing,
     )
     arrays = [leaves[i] for i in known]
-    entries = [
-        Entry(
-            whole_shape(x.shape, found[i], placing),
+    placed = [
+        PlacedArray(
+            whole_shape(x.shape, known[i], placing),
             jnp.dtype(x.dtype),
-            found[i],
+            known[i],
             axes[i].normalized(x.ndim),
         )
         for i, x in zip(known, arrays, strict=True)
     ]
     for group in groups:
         arrays += group.arrays
-        entries += group.entries
-    results = iter(_exchange(tuple(entries), placing, orthogonalizer, chunk_size)(*arrays))
+        placed += group.placed
+    results = iter(_program(tuple(placed), placing, orthogonalizer, chunk_size)(*arrays))
     updates = {i: next(results) for i in known}
     for group in groups:
         own = [next(results) for _ in group.arrays]
         for i, update in zip(group.members, group.restore(own), strict=True):
-            updates[unknown[i]] = _lie_like(update, like[unknown[i]], placing)
+            updates[unknown[i]] = _match_auto_sharding(update, like[unknown[i]], placing)
     return [updates[i].astype(x.dtype) for i, x in enumerate(leaves)]
 
 
-def _lie_like(x: jax.Array, like: jax.Array, placing: Placing) -> jax.Array:
-    """`x`, which XLA shall lay out as it does `like`, where the layout is for XLA to choose."""
-    free = placing.free and isinstance(x, jax.core.Tracer) and layout_of(x, placing) is None
-    return match_sharding(x, like) if free else x
+def _match_auto_sharding(x: jax.Array, like: jax.Array, placing: Placing) -> jax.Array:
+    """`x`, sharded as XLA shards `like`, where the sharding is XLA's to choose."""
+    traced = bool(placing.available_axes) and isinstance(x, jax.core.Tracer)
+    return match_sharding(x, like) if traced and layout_of(x, placing) is None else x
 
 
 def _orthogonalize_here(
@@ -96,54 +95,54 @@ def _orthogonalize_here(
     platform: str,
     chunk_size: int | None,
 ) -> jax.Array:
-    """A leaf whose spreading is left to XLA: batch axes are not merged."""
+    """A leaf whose sharding is left to XLA: batch axes are not merged."""
     matrices = axes.to_matrices(x)
-    solver = as_solver(orthogonalizer)
-    if solver is not None:
+    newton_schulz = newton_schulz_or_none(orthogonalizer)
+    if newton_schulz is not None:
         m, n = matrices.shape[-2:]
-        form = solver.form(m, n, x.dtype, platform, local=False)
-        orthogonalizer = functools.partial(solver, form=form)
+        form = newton_schulz.form(m, n, x.dtype, platform, local=False)
+        orthogonalizer = functools.partial(newton_schulz, form=form)
     done = orthogonalize_chunks(orthogonalizer, matrices, chunk_size)
     return axes.from_matrices(done, x.shape)
 
 
-def _exchange(entries, placing, orthogonalizer, chunk_size):
-    """The exchange as a function of the entries' arrays, the same object for the same arguments."""
+def _program(placed, placing, orthogonalizer, chunk_size):
+    """The exchange as a function of arrays, the same object for the same arguments."""
     try:
-        return _built_exchange(entries, placing, orthogonalizer, chunk_size)
+        return _cached_program(placed, placing, orthogonalizer, chunk_size)
     except TypeError as error:
         if "unhashable" not in str(error):
             raise
-        return _built_exchange.__wrapped__(entries, placing, orthogonalizer, chunk_size)
+        return _cached_program.__wrapped__(placed, placing, orthogonalizer, chunk_size)
 
 
 @functools.lru_cache(maxsize=64)
-def _built_exchange(
-    entries: tuple[Entry, ...],
+def _cached_program(
+    placed: tuple[PlacedArray, ...],
     placing: Placing,
     orthogonalizer: Orthogonalizer,
     chunk_size: int | None,
 ):
-    blocks, buckets = plan_entries(entries, placing, as_solver(orthogonalizer))
+    stacks, buckets = plan_exchange(placed, placing, newton_schulz_or_none(orthogonalizer))
 
     def local(*arrays):
-        matrices = [entry.axes.to_matrices(x) for entry, x in zip(entries, arrays, strict=True)]
+        matrices = [item.axes.to_matrices(x) for item, x in zip(placed, arrays, strict=True)]
         results = orthogonalize_local(
             [x.reshape(-1, *x.shape[-2:]) for x in matrices],
-            blocks,
+            stacks,
             buckets,
             placing.sizes,
             orthogonalizer,
             chunk_size,
         )
         return tuple(
-            entry.axes.from_matrices(y.reshape(x.shape), array.shape)
-            for entry, array, x, y in zip(entries, arrays, matrices, results, strict=True)
+            item.axes.from_matrices(y.reshape(x.shape), array.shape)
+            for item, array, x, y in zip(placed, arrays, matrices, results, strict=True)
         )
 
-    if not placing.free:
+    if not placing.available_axes:
         return local
-    specs = tuple(entry.spec for entry in entries)
+    specs = tuple(item.spec for item in placed)
     return jax.jit(
         jax.shard_map(
             local,
@@ -156,17 +155,18 @@ def _built_exchange(
     )
 
 
-def plan_entries(
-    entries: Sequence[Entry],
+def plan_exchange(
+    placed: Sequence[PlacedArray],
     placing: Placing,
-    solver: NewtonSchulz | None,
+    newton_schulz: NewtonSchulz | None,
     platform: str | None = None,
-) -> tuple[tuple[Block, ...], tuple[Bucket, ...]]:
-    """The blocks of these entries, and the buckets that they fall into on `platform`."""
+) -> tuple[tuple[Stack, ...], tuple[Bucket, ...]]:
+    """The stacks of these arrays, and the buckets that they fall into on `platform`."""
     sizes = placing.sizes
-    blocks = tuple(entry.block(sizes, exchange_dtype(entry.dtype, solver)) for entry in entries)
-    return blocks, plan_buckets(blocks, sizes, solver, platform or placing.platform)
+    stacks = tuple(item.stack(sizes, exchange_dtype(item.dtype, newton_schulz)) for item in placed)
+    return stacks, plan_buckets(stacks, sizes, newton_schulz, platform or placing.platform)
 
 
-def as_solver(orthogonalizer: Orthogonalizer) -> NewtonSchulz | None:
+def newton_schulz_or_none(orthogonalizer: Orthogonalizer) -> NewtonSchulz | None:
+    """The orthogonalizer if it is `NewtonSchulz`, whose cost is known which may cut matrices."""
     return orthogonalizer if isinstance(orthogonalizer, NewtonSchulz) else None

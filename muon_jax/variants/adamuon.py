@@ -78,19 +78,19 @@ def scale_by_adamuon(
         count = optax.safe_increment(state.count)
         used, mu = stages.average(updates, state.mu, count)
         matrices = stages.matrices(updates)
-        signs = [jnp.sign(x) for x in matrices.take(used)]
+        signs = [jnp.sign(x) for x in matrices.split(used)]
         factors = [o.astype(jnp.float32) for o in matrices.orthogonalize(signs, like=state.mu)]
         nu = [
             (beta2 * v + (1 - beta2) * o * o).astype(v.dtype)
-            for v, o in zip(matrices.take(state.nu), factors, strict=True)
+            for v, o in zip(matrices.split(state.nu), factors, strict=True)
         ]
         adapted = [o / (jnp.sqrt(v) + eps) for o, v in zip(factors, nu, strict=True)]
         adapted = [
-            math.sqrt(min(piece.fans)) * y / (norm + eps)
-            for piece, y, norm in zip(matrices, adapted, matrices.norms(adapted), strict=True)
+            math.sqrt(min(part.fans)) * y / (norm + eps)
+            for part, y, norm in zip(matrices, adapted, matrices.norms(adapted), strict=True)
         ]
-        state = AdaMuonState(count, mu, matrices.give(nu, state.nu))
-        return matrices.give(matrices.scale(adapted), updates), state
+        state = AdaMuonState(count, mu, matrices.merge(nu, state.nu))
+        return matrices.merge(matrices.scale(adapted), updates), state
 
     return optax.GradientTransformation(init, update)
 

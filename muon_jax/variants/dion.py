@@ -103,12 +103,12 @@ def scale_by_dion(
     def init(params):
         matrices = stages.matrices(params)
         key, q = jax.random.key(seed), []
-        for i, piece in enumerate(matrices):
-            batch, fan_in, fan_out = piece.axes.matrix_shape(piece.shape)
+        for i, part in enumerate(matrices):
+            batch, fan_in, fan_out = part.axes.matrix_shape(part.shape)
             shape = (*batch, fan_in, rank_of(rank, fan_in, fan_out))
             first = jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
             first /= jnp.linalg.norm(first, axis=-2, keepdims=True)
-            q.append(matrices.own_batch(piece, first))
+            q.append(matrices.own_batch(part, first))
         packed = matrices.pack(q, params)
         return DionState(jnp.zeros([], jnp.int32), stages.init_momentum(params), packed)
 
@@ -116,11 +116,11 @@ def scale_by_dion(
         matrices = stages.matrices(updates)
         mu = as_array_tree(state.mu)
         half = jax.tree.map(_half_sum, mu, updates)
-        units = [_unit(m) for m in matrices.whole(matrices.take(half))]
+        units = [_unit(m) for m in matrices.whole(matrices.split(half))]
         q = matrices.unpack(state.q, updates)
         p = [product(m.mT, x) for (m, _), x in zip(units, q, strict=True)]
-        p = matrices.each_once(p, _orthonormal)
-        limits = [0.5 * float(jnp.finfo(m.dtype).max) for m in matrices.take(mu)]
+        p = matrices.map_distributed(p, _orthonormal)
+        limits = [0.5 * float(jnp.finfo(m.dtype).max) for m in matrices.split(mu)]
         left, factors, right = [], [], []
         for (m, size), p_, q_, limit in zip(units, p, q, limits, strict=True):
             r = product(m, p_)
@@ -131,11 +131,11 @@ def scale_by_dion(
             left.append(_sized(m - (1 - beta) * product(r, p_.mT), size, limit))
             right.append(jnp.where(none, q_, unit).astype(q_.dtype))
             factors.append(product(jnp.where(none, 0, unit), p_.mT))
-        kept = matrices.give(matrices.local(left), half)
+        kept = matrices.merge(matrices.local(left), half)
         count = optax.safe_increment(state.count)
         stored = stored_like(kept, state.mu, count)
         state = DionState(count, stored, matrices.pack(right, updates))
-        return matrices.give(matrices.scale(matrices.local(factors)), updates), state
+        return matrices.merge(matrices.scale(matrices.local(factors)), updates), state
 
     def update(updates, state, params=None):
         del params

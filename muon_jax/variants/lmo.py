@@ -140,10 +140,10 @@ def scale_by_lmo(
             used, mu = jax.tree.map(_as_row, used), jax.tree.map(_as_row, as_array_tree(mu))
             own = dataclasses.replace(stages, shardings=_row_shardings(shardings, used))
         matrices = own.matrices(used)
-        d = matrices.take(used)
+        d = matrices.split(used)
         steps = oracle(matrices, d, mu)
         sizes = [ball.radius] * len(d) if smoothness is None else lengths(matrices, steps, d)
-        return matrices.give([t * widen(x) for t, x in zip(sizes, steps, strict=True)], used)
+        return matrices.merge([t * widen(x) for t, x in zip(sizes, steps, strict=True)], used)
 
     def update(updates, state, params=None):
         del params

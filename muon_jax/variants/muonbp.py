@@ -72,8 +72,8 @@ def scale_by_muonbp(
         used, mu = stages.average(updates, state.mu, count)
 
         def orthogonalized(matrices, used, ratio=1.0):
-            factors = matrices.orthogonalize(matrices.take(used), like=state.mu)
-            return matrices.give([ratio * widen(x) for x in matrices.scale(factors)], updates)
+            factors = matrices.orthogonalize(matrices.split(used), like=state.mu)
+            return matrices.merge([ratio * widen(x) for x in matrices.scale(factors)], updates)
 
         matrices = stages.matrices(updates)
         if period == 1:

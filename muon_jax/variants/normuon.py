@@ -65,7 +65,7 @@ def scale_by_normuon(
 
     def init(params):
         matrices = stages.matrices(params)
-        zeros = (jnp.zeros_like(x, jnp.float32) for x in matrices.take(params))
+        zeros = (jnp.zeros_like(x, jnp.float32) for x in matrices.split(params))
         nu = matrices.pack(matrices.sum(zeros, over="fan_in"), params)
         return NorMuonState(jnp.zeros([], jnp.int32), stages.init_momentum(params), nu)
 
@@ -74,12 +74,12 @@ def scale_by_normuon(
         count = optax.safe_increment(state.count)
         used, mu = stages.average(updates, state.mu, count)
         matrices = stages.matrices(updates)
-        factors = matrices.orthogonalize(matrices.take(used), like=state.mu)
+        factors = matrices.orthogonalize(matrices.split(used), like=state.mu)
         factors = [o.astype(jnp.float32) for o in factors]
         squares = matrices.sum([o * o for o in factors], over="fan_in")
         nu = [
-            (beta2 * v + (1 - beta2) * s / piece.fans[0]).astype(v.dtype)
-            for piece, v, s in zip(
+            (beta2 * v + (1 - beta2) * s / part.fans[0]).astype(v.dtype)
+            for part, v, s in zip(
                 matrices, matrices.unpack(state.nu, updates), squares, strict=True
             )
         ]
@@ -87,7 +87,7 @@ def scale_by_normuon(
         norms = zip(matrices.norms(factors), matrices.norms(even), strict=True)
         even = [y * old / (new + eps) for y, (old, new) in zip(even, norms, strict=True)]
         state = NorMuonState(count, mu, matrices.pack(nu, updates))
-        return matrices.give(matrices.scale(even), updates), state
+        return matrices.merge(matrices.scale(even), updates), state
 
     return optax.GradientTransformation(init, update)
 

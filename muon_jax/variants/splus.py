@@ -24,7 +24,7 @@ _LARGEST = 2.0**52
 
 
 class Sides(NamedTuple):
-    """Square matrices of the two sides of a piece, `(*batch, fan, fan)`; `None` where too long."""
+    """Square matrices of the two sides of a part, `(*batch, fan, fan)`; `None` where too long."""
 
     fan_in: Any
     fan_out: Any
@@ -116,12 +116,12 @@ def scale_by_splus(
     )
 
     def sides(matrices, square):
-        """`square(batch, size)` for the sides of every piece that are short enough."""
+        """`square(batch, size)` for the sides of every part that are short enough."""
         found = []
-        for piece in matrices:
-            batch, *fans = piece.axes.matrix_shape(piece.shape)
+        for part in matrices:
+            batch, *fans = part.axes.matrix_shape(part.shape)
             both = (
-                matrices.own_batch(piece, square(batch, n)) if n < max_dim else None for n in fans
+                matrices.own_batch(part, square(batch, n)) if n < max_dim else None for n in fans
             )
             found.append(Sides(*both))
         return found
@@ -144,8 +144,8 @@ def scale_by_splus(
         matrices = stages.matrices(updates)
         count = optax.safe_increment(state.count)
         _, mu = stages.average(updates, state.mu, count)
-        momenta = matrices.whole(matrices.relative(matrices.take(as_array_tree(mu))))
-        gradients = [_bounded(g) for g in matrices.whole(matrices.take(updates))]
+        momenta = matrices.whole(matrices.relative(matrices.split(as_array_tree(mu))))
+        gradients = [_bounded(g) for g in matrices.whole(matrices.split(updates))]
         bases = matrices.unpack(state.bases, updates)
         second = [
             Sides(
@@ -157,13 +157,15 @@ def scale_by_splus(
         factors = [_whitened_sign(m, q) for m, q in zip(momenta, bases, strict=True)]
 
         def fresh(second):
-            halves = [matrices.each_once(half, _eigenvectors) for half in zip(*second, strict=True)]
+            halves = [
+                matrices.map_distributed(half, _eigenvectors) for half in zip(*second, strict=True)
+            ]
             return [Sides(*pair) for pair in zip(*halves, strict=True)]
 
         due = (count == 1) | (count % every == 0)
         bases = jax.lax.cond(due, fresh, lambda _: bases, second) if second else bases
         state = SPlusState(count, mu, matrices.pack(second, updates), matrices.pack(bases, updates))
-        return matrices.give(matrices.scale(matrices.local(factors)), updates), state
+        return matrices.merge(matrices.scale(matrices.local(factors)), updates), state
 
     def update(updates, state, params=None):
         del params
