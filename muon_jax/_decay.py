@@ -99,13 +99,13 @@ def as_decay_mask(
                 'weight_decay_mask must be "matrices", True or False for each leaf or subtree, '
                 f"(regex, bool) pairs, or a callable from the params to a tree; got {mask!r}."
             )
-        decayed = {path: found.label == MUON for path, found in routes.items()}
+        decayed = {path: leaf.label == MUON for path, leaf in routes.items()}
     elif is_rules(mask, tree, _is_bool):
         rules = as_rules(mask, "weight_decay_mask", "bool", _is_bool)
         chosen = match_rules(rules, tree, routes)
         decayed = {path: bool(chosen[path][0]) if path in chosen else True for path in routes}
     else:
-        found = values_by_path(
+        given = values_by_path(
             mask,
             tree,
             what="weight_decay_mask",
@@ -113,7 +113,7 @@ def as_decay_mask(
             is_value=_is_bool,
             remedy="Rules for some leaves are (regex, bool) pairs, such as [('bias', False)].",
         )
-        decayed = {path: bool(value) for path, value in found.items()}
+        decayed = {path: bool(value) for path, value in given.items()}
     return functools.partial(map_paths, decayed)
 
 

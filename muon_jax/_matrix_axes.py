@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from muon_jax._options import accepts_old_names
 from muon_jax._trees import KeyPath, values_by_path
 
 Parts = int | tuple[int, ...]
 
 
+@accepts_old_names
 class MatrixAxes(NamedTuple):
     """Which axes of a leaf are contracted with the input, and which are the output.
 
@@ -21,10 +23,10 @@ class MatrixAxes(NamedTuple):
     Attributes:
         fan_in: an axis or several, e.g. `(0, 1, 2)` for a conv kernel `(kh, kw, in, out)`.
         fan_out: an axis or several, e.g. `(-2, -1)` for a query kernel `(d, heads, head_dim)`.
-        fan_in_parts, fan_out_parts: into how many equal parts the (first) axis of the fan is split,
-            or into parts of which sizes; each part is a matrix of its own. `fan_out_parts=2` for
-            gate and up in one kernel, `(2048, 512, 512)` for query, key and value in one, the
-            number of heads to orthogonalise each head by itself.
+        split_fan_in, split_fan_out: the number of equal parts that the (first) axis of the fan is
+            split into, or the sizes of the parts; each part is a matrix of its own.
+            `split_fan_out=2` for gate and up in one kernel, `(2048, 512, 512)` for query, key and
+            value in one, the number of heads to orthogonalise each head by itself.
 
     Example:
         >>> import jax.numpy as jnp
@@ -35,8 +37,8 @@ class MatrixAxes(NamedTuple):
 
     fan_in: int | Sequence[int] = -2
     fan_out: int | Sequence[int] = -1
-    fan_in_parts: Parts = 1
-    fan_out_parts: Parts = 1
+    split_fan_in: Parts = 1
+    split_fan_out: Parts = 1
 
     def split(self, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """`(batch, fan_in, fan_out)` axes of a leaf of this shape, none negative.
@@ -61,7 +63,7 @@ class MatrixAxes(NamedTuple):
     def normalized(self, ndim: int) -> "MatrixAxes":
         """The same axes as tuples, none negative."""
         _, fan_in, fan_out = self.split((1,) * ndim)
-        return MatrixAxes(fan_in, fan_out, self.fan_in_parts, self.fan_out_parts)
+        return MatrixAxes(fan_in, fan_out, self.split_fan_in, self.split_fan_out)
 
     def matrix_shape(self, shape: Sequence[int]) -> tuple[tuple[int, ...], int, int]:
         """`(batch shape, fan_in, fan_out)` of a leaf of this shape, before it is split in parts."""
@@ -112,7 +114,7 @@ def is_matrix_axes(x) -> bool:
 
 def axes_by_path(matrix_axes: Any, tree: Any, partial: bool = False) -> dict[KeyPath, MatrixAxes]:
     """The axes of each leaf of `tree`, by key path, from what a user gives as `matrix_axes`."""
-    found = values_by_path(
+    given = values_by_path(
         matrix_axes,
         tree,
         what="matrix_axes",
@@ -120,4 +122,4 @@ def axes_by_path(matrix_axes: Any, tree: Any, partial: bool = False) -> dict[Key
         is_value=is_matrix_axes,
         partial=partial,
     )
-    return {path: as_matrix_axes(axes) for path, axes in found.items()}
+    return {path: as_matrix_axes(axes) for path, axes in given.items()}

@@ -16,7 +16,7 @@ from muon_jax._orthogonalize.symmetric import accumulator
 
 
 class Momentum(NamedTuple):
-    """How the average moves, and what of it is used.
+    """How the average moves, and what of it is orthogonalised.
 
     Attributes:
         accumulate: `(g, mu, beta) -> mu`.
@@ -127,9 +127,9 @@ def init_momentum(params: optax.Params, dtype: jax.typing.DTypeLike | None) -> A
         ValueError: any other dtype that is no real floating point, or int8 for a complex leaf.
     """
     if dtype is not None and jnp.dtype(dtype) == jnp.int8:
-        found = {str(x.dtype) for x in jax.tree.leaves(params) if jnp.iscomplexobj(x)}
-        if found:
-            raise ValueError(f"mu_dtype=int8 is for real leaves; got one of {min(found)}.")
+        dtypes = {str(x.dtype) for x in jax.tree.leaves(params) if jnp.iscomplexobj(x)}
+        if dtypes:
+            raise ValueError(f"mu_dtype=int8 is for real leaves; got one of {min(dtypes)}.")
         return Int8.encode(optax.tree.zeros_like(params), jnp.zeros([], jnp.int32))
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"mu_dtype must be real floating point or int8, got {jnp.dtype(dtype)}.")
@@ -157,15 +157,15 @@ def update_momentum(
         b = jnp.asarray(beta).astype(jnp.finfo(dtype).dtype)
         wide = g.astype(dtype)
         new = momentum.accumulate(wide, m.astype(dtype), b)
-        used = momentum.look_ahead(wide, new, b, nesterov, count)
+        ahead = momentum.look_ahead(wide, new, b, nesterov, count)
         finite = jnp.isfinite(g) & jnp.isfinite(m)
-        return clipped(used, finite, g.dtype), clipped(new, finite, dtype)
+        return clipped(ahead, finite, g.dtype), clipped(new, finite, dtype)
 
     gradients, tree = jax.tree.flatten(updates)
     momenta = jax.tree.leaves(as_array_tree(mu))
     pairs = [average(g, m) for g, m in zip(gradients, momenta, strict=True)]
-    used, new_mu = (jax.tree.unflatten(tree, [pair[i] for pair in pairs]) for i in (0, 1))
-    return used, stored_like(new_mu, mu, count)
+    averaged, new_mu = (jax.tree.unflatten(tree, [pair[i] for pair in pairs]) for i in (0, 1))
+    return averaged, stored_like(new_mu, mu, count)
 
 
 def clipped(x: jax.Array, where: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

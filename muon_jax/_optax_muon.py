@@ -157,9 +157,9 @@ def _scale_by_muon(
     def update(updates, state, params=None):
         del params
         count = optax.safe_increment(state.count)
-        used, mu = stages.average(updates, state.mu, count)
+        averaged, mu = stages.average(updates, state.mu, count)
         matrices = stages.matrices(updates)
-        before = matrices.split(used)
+        before = matrices.split(averaged)
         factors = matrices.orthogonalize(before, like=state.mu)
         if adaptive:
             products = [jnp.conj(x) * y for x, y in zip(before, factors, strict=True)]
@@ -196,7 +196,7 @@ def _choices(dimension_numbers: Any, tree: Any) -> Any:
     if not paths:  # the stand-in for params with which optax.tree.map_params calls `init`
         return None
     if dimension_numbers is None:
-        found = {path: MatrixAxes(0, 1) for path, x in paths if jnp.ndim(x) == 2}
+        chosen = {path: MatrixAxes(0, 1) for path, x in paths if jnp.ndim(x) == 2}
     else:
         if callable(dimension_numbers):
             dimension_numbers = dimension_numbers(tree)
@@ -208,5 +208,5 @@ def _choices(dimension_numbers: Any, tree: Any) -> Any:
             is_value=is_matrix_axes,
             partial=True,
         )
-        found = {path: as_matrix_axes(axes) for path, axes in given.items()}
-    return map_paths({path: found.get(path, OTHER) for path, _ in paths}, tree)
+        chosen = {path: as_matrix_axes(axes) for path, axes in given.items()}
+    return map_paths({path: chosen.get(path, OTHER) for path, _ in paths}, tree)

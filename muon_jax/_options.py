@@ -1,4 +1,4 @@
-"""Functions that pass the options of another on: one list of arguments, in one place."""
+"""Functions that take the options of another, listed in one place, and old names of arguments."""
 
 import functools
 import inspect
@@ -7,9 +7,14 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable)
+C = TypeVar("C", bound=type)
 
 # Old names of arguments, which still work with a warning.
-_RENAMED = {"rest": "other_optimizer"}
+_RENAMED = {
+    "rest": "other_optimizer",
+    "fan_in_parts": "split_fan_in",
+    "fan_out_parts": "split_fan_out",
+}
 
 # What arguments of optax.contrib.muon that have no namesake here are called here.
 _HERE = {
@@ -59,7 +64,7 @@ def takes_options_of(base: Callable, *, without: tuple[str, ...] = ()) -> Callab
 
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            kwargs = _renamed(function, kwargs)
+            kwargs = _renamed(function.__name__, kwargs)
             try:
                 merged.bind(*args, **kwargs)
             except TypeError as error:
@@ -73,17 +78,33 @@ def takes_options_of(base: Callable, *, without: tuple[str, ...] = ()) -> Callab
     return decorate
 
 
-def _renamed(function: Callable, given: dict[str, Any]) -> dict[str, Any]:
+def accepts_old_names(cls: C) -> C:
+    """A NamedTuple that has the old names of its fields too, as arguments and as attributes."""
+    create: Any = cls.__new__
+
+    def attribute(old: str) -> property:
+        return property(lambda self: getattr(self, *_renamed(cls.__name__, {old: None})))
+
+    @functools.wraps(create)
+    def renamed(*args: Any, **kwargs: Any) -> Any:
+        return create(*args, **_renamed(cls.__name__, kwargs))
+
+    cls.__new__ = renamed  # type: ignore[method-assign]
+    for old, new in _RENAMED.items():
+        if hasattr(cls, new):
+            setattr(cls, old, attribute(old))
+    return cls
+
+
+def _renamed(function: str, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments by their new names."""
     for old, new in _RENAMED.items():
         if old in given:
             if new in given:
-                raise TypeError(
-                    f"{function.__name__}: give {new!r}, and not its old name {old!r} too."
-                )
+                raise TypeError(f"{function}: pass {new!r} without its old name {old!r}.")
             warnings.warn(
-                f"{function.__name__}: the argument {old!r} is now called {new!r}; the old name "
-                "will go in the next release.",
+                f"{function}: {old!r} is now called {new!r}; the old name will go in the next "
+                "release.",
                 DeprecationWarning,
                 stacklevel=3,
             )
@@ -94,7 +115,7 @@ def _renamed(function: Callable, given: dict[str, Any]) -> dict[str, Any]:
 def _explain(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
-    """Why the arguments do not fit, where more can be told than which one does not."""
+    """Why the arguments do not fit, where there is more to say than which one it is."""
     unknown = [name for name in kwargs if name not in signature.parameters]
     if any(name in _HERE for name in unknown):
         here = "; ".join(f"{name!r} is here {_HERE[name]}" for name in unknown if name in _HERE)

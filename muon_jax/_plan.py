@@ -1,4 +1,4 @@
-"""What a step of Muon costs, told before anything runs: FLOPs, bytes exchanged, memory."""
+"""What a step of Muon costs, before anything runs: FLOPs, bytes exchanged, memory."""
 
 import dataclasses
 import math
@@ -173,8 +173,8 @@ def plan(
     Args:
         params: arrays or `jax.ShapeDtypeStruct`s; their shardings count if `shardings` is None.
         mesh: as in `muon`.
-        shardings: as in `muon`: where the params lie. Under Auto axes, where `muon` is not told
-            them, XLA moves a leaf once for each mesh axis that splits it, in place of once.
+        shardings: as in `muon`: where the params lie. Under Auto axes, where `muon` has no
+            shardings, XLA moves a leaf once for each mesh axis that splits it, in place of once.
         tokens_per_step: of the whole batch; needed for the overhead.
         active_params: parameters that a token passes through; `None` is all of them, where no leaf
             is a stack of experts.
@@ -201,7 +201,7 @@ def plan(
     routes = route(params, routing, matrix_axes)
     leaves: dict[KeyPath, Any] = dict(jax.tree_util.tree_leaves_with_path(params))
     placing = find_placing(mesh, list(leaves.values()))
-    axes = {path: found.axes for path, found in routes.items()}
+    axes = {path: leaf.axes for path, leaf in routes.items()}
     layouts = _layouts(leaves, params, shardings, placing)
     size = dict(placing.sizes)
 
@@ -222,9 +222,9 @@ def plan(
 
     hidden: list[KeyPath] = []  # of each placed array
     placed: list[PlacedArray] = []
-    for path, found in routes.items():
+    for path, leaf in routes.items():
         x = leaves[path]
-        if found.label == MUON and x.size:
+        if leaf.label == MUON and x.size:
             for part in split_into_parts(x.shape, axes[path] or MatrixAxes(), layouts[path], size):
                 assert part.layout is not None
                 hidden.append(path)
@@ -271,14 +271,14 @@ def plan(
         alike[bucket._replace(spans=(), call=0) if not bucket.axes else bucket].append(bucket)
     rows = [muon_row(group) for group in alike.values()]
     for label, moments in ((OTHER, 2), (FROZEN, 0)):
-        others = [path for path, found in routes.items() if found.label == label]
+        others = [path for path, leaf in routes.items() if leaf.label == label]
         if others:
             held = sum(state_bytes(path, moments) for path in others) if moments else 0
             names = tuple(routes[path].path for path in others)
             rows.append(PlanRow(label, names, momentum_bytes=held))
     tokens = tokens_per_step
     if tokens is not None:
-        stacked = (found.path for found in routes.values() if EXPERT_STACK in found.why)
+        stacked = (leaf.path for leaf in routes.values() if EXPERT_STACK in leaf.why)
         if active_params is None and (experts := next(stacked, None)) is not None:
             raise ValueError(
                 f"{experts!r} stacks experts, of which a token passes through a few: the model's "
@@ -290,13 +290,13 @@ def plan(
 
 
 def _layouts(leaves: dict[KeyPath, Any], tree: Any, shardings: Any, placing: Placing):
-    told = layouts_by_path(shardings, tree, placing)
+    given = layouts_by_path(shardings, tree, placing)
     strings = path_strings(tree)
     layouts: dict[KeyPath, Layout] = {}
     for path, x in leaves.items():
         sharding = getattr(x, "sharding", None)
-        if path in told:
-            layouts[path] = told[path]
+        if path in given:
+            layouts[path] = given[path]
         elif placing.mesh is not None and is_sharding(sharding):
             layouts[path] = layout_from_sharding(sharding, x.shape, placing, strings[path])
         else:

@@ -1,4 +1,4 @@
-"""Where an optimizer's state lies on a mesh, told from where the params do."""
+"""The sharding of an optimizer's state, from that of the params."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -58,7 +58,7 @@ def state_shardings(
         shardings, params, what="shardings", kind="a NamedSharding", is_value=_is_named
     )
     if not given:
-        raise ValueError("state_shardings needs params with leaves, which tell of the mesh.")
+        raise ValueError("state_shardings needs params with leaves: their shardings name the mesh.")
     replicated = NamedSharding(next(iter(given.values())).mesh, PartitionSpec())
 
     def sharding_of(path: KeyPath, x: jax.ShapeDtypeStruct) -> NamedSharding:

@@ -129,7 +129,7 @@ def values_by_path(
 
 
 def called(what: str, function: Callable, *args: Any) -> Any:
-    """A user's function, called; its errors tell in which."""
+    """A user's function, called; a note on its errors names it."""
     try:
         return function(*args)
     except Exception as error:
@@ -181,25 +181,25 @@ def broadcast_prefix(
         path: next((name[:n] for n in range(len(name), -1, -1) if name[:n] in values), None)
         for path, name in leaf_name.items()
     }
-    used = set(covering.values())
+    covers = set(covering.values())
     for name, value in values.items():
-        if name not in used and value is not None:
+        if name not in covers and value is not None:
             raise ValueError(
                 f"{what} has {value!r} at {'/'.join(name)!r}, where the tree has no leaf. Its "
                 f"leaves are: {some(map('/'.join, leaf_name.values()))}." + _also(remedy)
             )
-    found = {}
+    values_of = {}
     for path, leaf in leaves:
         if leaf is None or is_masked(leaf):
             continue
         key = covering[path]
         if key is not None and is_value(values[key]):
-            found[path] = values[key]
+            values_of[path] = values[key]
         elif not partial:
             raise ValueError(
                 f"{what} has no entry for leaf {'/'.join(leaf_name[path])!r}." + _also(remedy)
             )
-    return found
+    return values_of
 
 
 def _also(sentence: str) -> str:

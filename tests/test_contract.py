@@ -20,7 +20,7 @@ TREES = {
     "weight_decay_mask": {"block": True, "stack": False, "embed": False},
     "matrix_axes": {"block": None, "stack": muon_jax.MatrixAxes(-1, -2), "embed": None},
 }
-PARTS = {"stack": muon_jax.MatrixAxes(fan_out_parts=(1, 3))}
+PARTS = {"stack": muon_jax.MatrixAxes(split_fan_out=(1, 3))}
 RATE = optax.cosine_decay_schedule(0.02, 100)
 DECAY = optax.linear_schedule(0.1, 0.0, 100)
 

@@ -144,8 +144,8 @@ WRONG_AXES = {
     "out of range": (MatrixAxes(0, 2), [KERNEL, "(4, 4)", "does not fit"]),
     "no axis": ({"layers": MatrixAxes(0, ())}, [KERNEL, "does not fit"]),
     "twice": ({"layers": [MatrixAxes(0, -2), None]}, [KERNEL, "twice"]),
-    "parts": (MatrixAxes(fan_out_parts=3), [KERNEL, "3 equal parts"]),
-    "sizes": (lambda tree: MatrixAxes(fan_in_parts=(1, 2)), [KERNEL, "add up to 3", "(4, 4)"]),
+    "parts": (MatrixAxes(split_fan_out=3), [KERNEL, "3 equal parts"]),
+    "sizes": (lambda tree: MatrixAxes(split_fan_in=(1, 2)), [KERNEL, "add up to 3", "(4, 4)"]),
 }
 
 
@@ -164,7 +164,7 @@ def test_axes_of_scale_by_muon_are_refused_with_the_path():
     params = {"up": jnp.ones((4, 6)), "down": jnp.ones((6, 4))}
     for axes, words in [
         (MatrixAxes(0, 2), "'down': .*does not fit"),
-        ({"up": MatrixAxes(fan_out_parts=4), "down": MatrixAxes()}, "'up': .*4 equal parts"),
+        ({"up": MatrixAxes(split_fan_out=4), "down": MatrixAxes()}, "'up': .*4 equal parts"),
         ({"up": MatrixAxes()}, "no entry for leaf 'down'"),
         (1, "must have muon_jax.MatrixAxes"),
     ]:
@@ -175,7 +175,7 @@ def test_axes_of_scale_by_muon_are_refused_with_the_path():
 
 def test_axes_for_everything_are_those_of_the_matrices():
     """A prefix may cover leaves that it does not fit, where they are no matrices."""
-    tx = muon_jax.muon(1.0, matrix_axes=MatrixAxes(-1, -2, fan_out_parts=2), ns_steps=1)
+    tx = muon_jax.muon(1.0, matrix_axes=MatrixAxes(-1, -2, split_fan_out=2), ns_steps=1)
     updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     assert jax.tree.structure(updates) == jax.tree.structure(PARAMS)
 

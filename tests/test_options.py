@@ -269,17 +269,17 @@ def test_int8_of_vectors_and_scalars(make):
 
 # Shape, axes, and the sizes of the parts along fan_in and fan_out, all fan axes merged.
 PARTS = {
-    "query, key, value": ((8, 14), MatrixAxes(fan_out_parts=(8, 3, 3)), [8], [8, 3, 3]),
-    "gate and up": ((3, 6, 8), MatrixAxes(fan_out_parts=2), [6], [4, 4]),
-    "heads": ((6, 3, 4), MatrixAxes(0, (1, 2), fan_out_parts=3), [6], [4] * 3),
-    "groups of heads": ((6, 4, 2), MatrixAxes(0, (1, 2), fan_out_parts=(2, 1, 1)), [6], [4, 2, 2]),
-    "heads in": ((3, 4, 6), MatrixAxes((0, 1), 2, fan_in_parts=3), [4] * 3, [6]),
-    "tiles": ((2, 8, 9), MatrixAxes(fan_in_parts=2, fan_out_parts=(4, 5)), [4, 4], [4, 5]),
-    "equal ones apart": ((6, 10), MatrixAxes(fan_out_parts=(2, 2, 4, 2)), [6], [2, 2, 4, 2]),
+    "query, key, value": ((8, 14), MatrixAxes(split_fan_out=(8, 3, 3)), [8], [8, 3, 3]),
+    "gate and up": ((3, 6, 8), MatrixAxes(split_fan_out=2), [6], [4, 4]),
+    "heads": ((6, 3, 4), MatrixAxes(0, (1, 2), split_fan_out=3), [6], [4] * 3),
+    "groups of heads": ((6, 4, 2), MatrixAxes(0, (1, 2), split_fan_out=(2, 1, 1)), [6], [4, 2, 2]),
+    "heads in": ((3, 4, 6), MatrixAxes((0, 1), 2, split_fan_in=3), [4] * 3, [6]),
+    "tiles": ((2, 8, 9), MatrixAxes(split_fan_in=2, split_fan_out=(4, 5)), [4, 4], [4, 5]),
+    "equal ones apart": ((6, 10), MatrixAxes(split_fan_out=(2, 2, 4, 2)), [6], [2, 2, 4, 2]),
     "turned": ((9, 6), MatrixAxes(1, 0, 2, (5, 4)), [3, 3], [5, 4]),
-    "squares": ((8, 24), MatrixAxes(fan_out_parts=3), [8], [8] * 3),
-    "all different": ((3, 8, 14), MatrixAxes(fan_out_parts=(8, 2, 4)), [8], [8, 2, 4]),
-    "all in one": ((6, 8), MatrixAxes(fan_out_parts=(8,)), [6], [8]),
+    "squares": ((8, 24), MatrixAxes(split_fan_out=3), [8], [8] * 3),
+    "all different": ((3, 8, 14), MatrixAxes(split_fan_out=(8, 2, 4)), [8], [8, 2, 4]),
+    "all in one": ((6, 8), MatrixAxes(split_fan_out=(8,)), [6], [8]),
 }
 
 
@@ -320,14 +320,14 @@ def test_parts_are_leaves_of_their_own(name):
 
 
 def test_blocks_leave_parts_alone():
-    axes, grads = MatrixAxes(fan_out_parts=(8, 3, 5)), [g["up"] for g in GRADS[:4]]
+    axes, grads = MatrixAxes(split_fan_out=(8, 3, 5)), [g["up"] for g in GRADS[:4]]
     ours, _ = updates_of(SCALE_BY["muonbp"](matrix_axes=axes), grads)
     theirs, _ = updates_of(scale_by_muon(matrix_axes=axes, **QUICK), grads)
     assert relative_error(ours, theirs) < 1e-6
 
 
 def test_parts_of_some_leaves_in_the_hybrid():
-    axes = {"up": MatrixAxes(fan_out_parts=(6, 5, 5))}
+    axes = {"up": MatrixAxes(split_fan_out=(6, 5, 5))}
     trajectory = run(normuon(0.02, matrix_axes=axes))[0]
     split = lambda tree: tree | apart(tree["up"], axes["up"], [6], [6, 5, 5])  # noqa: E731
     params, *grads = ({k: v for k, v in split(t).items() if k != "up"} for t in (PARAMS, *GRADS))
@@ -345,8 +345,19 @@ def test_an_old_name_works_and_tells_the_new_one(make):
         old = make(0.02, rest="sgd", adam_b1=0.5)
     new = make(0.02, other_optimizer="sgd", adam_b1=0.5)
     assert distance(run(old)[0], run(new)[0]) == 0
-    with pytest.raises(TypeError, match="not its old name 'rest' too"):
+    with pytest.raises(TypeError, match="'other_optimizer' without its old name 'rest'"):
         make(0.02, rest="sgd", other_optimizer="sgd")
+
+
+def test_the_old_names_of_parts_work_with_a_warning():
+    for old, new in (("fan_in_parts", "split_fan_in"), ("fan_out_parts", "split_fan_out")):
+        with pytest.warns(DeprecationWarning, match=f"'{old}' is now called '{new}'") as caught:
+            axes = MatrixAxes(-1, **{old: 3})
+        assert axes == MatrixAxes(-1, **{new: 3}) and caught[0].filename == __file__
+        with pytest.warns(DeprecationWarning, match=f"MatrixAxes: '{old}' is now"):
+            assert getattr(axes, old) == 3
+        with pytest.raises(TypeError, match=f"'{new}' without its old name '{old}'"):
+            MatrixAxes(**{old: 3, new: 3})
 
 
 # --- Errors ----------------------------------------------------------------------------------
@@ -414,11 +425,11 @@ VALUES = {
         lambda: muonbp(0.1, orthogonalizer=TruncatedPolar(2), ns_steps=3),
         ["orthogonalizer", "ns_steps"],
     ),
-    "equal parts": (lambda: cut(fan_out_parts=5), ["Axis 1", "(6, 16)", "5 equal parts"]),
-    "no parts": (lambda: cut(fan_in_parts=0), ["positive", "got 0", "axis 0", "(6, 16)"]),
-    "sizes": (lambda: cut(fan_out_parts=(8, 4)), ["(8, 4)", "add up to 12", "(6, 16)", "16"]),
-    "no sizes": (lambda: cut(fan_out_parts=()), ["positive", "got ()", "axis 1", "(6, 16)"]),
-    "a part of none": (lambda: cut(fan_out_parts=(16, 0)), ["(16, 0)"]),
+    "equal parts": (lambda: cut(split_fan_out=5), ["Axis 1", "(6, 16)", "5 equal parts"]),
+    "no parts": (lambda: cut(split_fan_in=0), ["positive", "got 0", "axis 0", "(6, 16)"]),
+    "sizes": (lambda: cut(split_fan_out=(8, 4)), ["(8, 4)", "add up to 12", "(6, 16)", "16"]),
+    "no sizes": (lambda: cut(split_fan_out=()), ["positive", "got ()", "axis 1", "(6, 16)"]),
+    "a part of none": (lambda: cut(split_fan_out=(16, 0)), ["(16, 0)"]),
     "blocks": (lambda: update(scale_by_muonbp(blocks=(4, 1))), ["Axis 0", "(6, 16)", "4"]),
     "period": (lambda: muonbp(0.1, period=0), ["period", "at least 1", "0"]),
     "half a period": (lambda: scale_by_muonbp(period=2.5), ["period", "2.5"]),

@@ -23,7 +23,7 @@ LEAVES = {
     "embed": ((512, 64), P(None, "tp")),
     "bias": ((256,), P("tp")),
 }
-AXES = {"fused": MatrixAxes(fan_out_parts=(20, 24, 20)), "heads": MatrixAxes(0, (1, 2), 1, 4)}
+AXES = {"fused": MatrixAxes(split_fan_out=(20, 24, 20)), "heads": MatrixAxes(0, (1, 2), 1, 4)}
 
 
 def held(state):

@@ -349,10 +349,10 @@ INTEGER = {"mlp": {"kernel": struct(8, 8)}, "steps": struct(3, dtype=jnp.int32)}
         (PARAMS, [("out", MatrixAxes(0, 1.5))], ["'out/kernel'", "(2, 4, 8)", "does not fit"]),
         (PARAMS, [("out", MatrixAxes("ab", 1))], ["'out/kernel'", "(2, 4, 8)", "does not fit"]),
         (PARAMS, [("out", MatrixAxes(0, -3))], ["'out/kernel'", "(2, 4, 8)", "twice"]),
-        (PARAMS, [("out", MatrixAxes(fan_out_parts=3))], ["'out/kernel'", "3 equal parts"]),
-        (PARAMS, [("out", MatrixAxes(fan_out_parts=(4, 8)))], ["'out/kernel'", "add up to 12"]),
-        (PARAMS, [("out", MatrixAxes(fan_in_parts=0))], ["'out/kernel'", "positive", "got 0"]),
-        (PARAMS, [("out", MatrixAxes(fan_in_parts="ab"))], ["'out/kernel'", "positive", "'ab'"]),
+        (PARAMS, [("out", MatrixAxes(split_fan_out=3))], ["'out/kernel'", "3 equal parts"]),
+        (PARAMS, [("out", MatrixAxes(split_fan_out=(4, 8)))], ["'out/kernel'", "add up to 12"]),
+        (PARAMS, [("out", MatrixAxes(split_fan_in=0))], ["'out/kernel'", "positive", "got 0"]),
+        (PARAMS, [("out", MatrixAxes(split_fan_in="ab"))], ["'out/kernel'", "positive", "'ab'"]),
         (PARAMS, 3, ["3", "(regex, label)"]),
         (INTEGER, None, ["'steps'", "int32", "'frozen'"]),
         (INTEGER, [("steps", "other")], ["rule 'steps'", "'other'", "int32", "'frozen'"]),
@@ -466,9 +466,9 @@ def test_the_table_counts_a_stack():
     "parts,shown",
     [
         ({}, "2 × (8 × 24)"),
-        ({"fan_out_parts": 3}, "2 × 3 × (8 × 8)"),
-        ({"fan_in_parts": 2, "fan_out_parts": 3}, "2 × 2 × 3 × (4 × 8)"),
-        ({"fan_out_parts": (16, 4, 4)}, "2 × 1 × (8 × 16) + 2 × 2 × (8 × 4)"),
+        ({"split_fan_out": 3}, "2 × 3 × (8 × 8)"),
+        ({"split_fan_in": 2, "split_fan_out": 3}, "2 × 2 × 3 × (4 × 8)"),
+        ({"split_fan_out": (16, 4, 4)}, "2 × 1 × (8 × 16) + 2 × 2 × (8 × 4)"),
     ],
 )
 def test_the_table_shows_parts(parts, shown):

@@ -33,7 +33,7 @@ WRAPPED = {
 CASES = {name: (lambda name=name: make(name)) for name in FACTORIES} | {
     name: (lambda wrap=wrap: wrap(make("int8"))) for name, wrap in WRAPPED.items()
 }
-PARTS = {"matrix_axes": {"mlp": None, "stack": muon_jax.MatrixAxes(fan_out_parts=(2, 2))}}
+PARTS = {"matrix_axes": {"mlp": None, "stack": muon_jax.MatrixAxes(split_fan_out=(2, 2))}}
 PARTS["matrix_axes"] |= {"embed": None}
 CASES |= {"parts": lambda: make("normuon", **PARTS), "adafactor": lambda: optax.adafactor(0.1)}
 

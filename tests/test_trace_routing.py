@@ -41,7 +41,7 @@ def read(routes):
     """The routes as `uses` writes them, by path."""
 
     def axes(leaf):
-        parts = leaf.axes.fan_out_parts
+        parts = leaf.axes.split_fan_out
         return (*leaf.axes.split(leaf.shape), *([parts] if parts != 1 else []))
 
     leaves = routes.values()

@@ -392,7 +392,7 @@ def test_it_is(case):
 
 def test_blocks_are_parts_of_the_leaf():
     """All steps but the first, and the shape scale is the block's."""
-    parts = MatrixAxes(fan_in_parts=2, fan_out_parts=2)
+    parts = MatrixAxes(split_fan_in=2, split_fan_out=2)
     ours, _ = run_kernels(muonbp(0.02, period=99, blocks=(2, 2), scale="mup"), jit=True)
     whole, _ = run_kernels(muon(0.02, scale="mup"), jit=True)
     cut, _ = run_kernels(muon(0.02, scale="mup", matrix_axes=parts), jit=True)

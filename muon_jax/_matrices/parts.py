@@ -1,4 +1,4 @@
-"""A leaf in parts, and back: heads, fused projections and tiles are matrices of their own."""
+"""Parts of a leaf, such as heads and fused projections, each a matrix of its own; and back."""
 
 import itertools
 import math
@@ -20,13 +20,13 @@ class Slices(NamedTuple):
     Attributes:
         axis: of the leaf.
         start: where they begin.
-        slices, size: how many, and how long each is.
+        number, size: how many, and how long each is.
         whole: they are all of the axis.
     """
 
     axis: int
     start: int
-    slices: int
+    number: int
     size: int
     whole: bool
 
@@ -48,8 +48,8 @@ class Part(NamedTuple):
     layout: Layout | None
 
     @property
-    def runs(self) -> list[Slices]:
-        return sorted(run for run in (self.along_in, self.along_out) if run is not None)
+    def slices(self) -> list[Slices]:
+        return sorted(each for each in (self.along_in, self.along_out) if each is not None)
 
     @property
     def fans(self) -> tuple[int, int]:
@@ -59,20 +59,19 @@ class Part(NamedTuple):
 
     def split(self, x: jax.Array) -> jax.Array:
         """The part of a leaf; inside `shard_map`, what this device holds of it."""
-        for run in reversed(self.runs):
-            count = x.shape[run.axis] // run.size if run.whole else run.slices
-            if not (run.whole and _in_whole_slices(x, run.axis, count)):
-                x = _gathered(x, run.axis)
-            if not run.whole:
-                stop = run.start + count * run.size
-                x = jax.lax.slice_in_dim(x, run.start, stop, axis=run.axis)
-            x = x.reshape(*x.shape[: run.axis], count, run.size, *x.shape[run.axis + 1 :])
+        for axis, start, number, size, whole in reversed(self.slices):
+            count = x.shape[axis] // size if whole else number
+            if not (whole and _in_whole_slices(x, axis, count)):
+                x = _gathered(x, axis)
+            if not whole:
+                x = jax.lax.slice_in_dim(x, start, start + count * size, axis=axis)
+            x = x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
         return x
 
     def merge(self, y: jax.Array) -> jax.Array:
-        """What `split` has taken, as it lies in the leaf."""
-        for run in self.runs:
-            y = y.reshape(*y.shape[: run.axis], -1, *y.shape[run.axis + 2 :])
+        """Undoes `split`: an array with the axes of the leaf."""
+        for axis, *_ in self.slices:
+            y = y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
         return y
 
 
@@ -94,22 +93,22 @@ def split_into_parts(
         ValueError: parts that do not add up to the axis.
     """
     _, *fans = axes.split(shape)
-    runs_in = _runs(fans[0][0], shape, axes.fan_in_parts)
-    runs_out = _runs(fans[1][0], shape, axes.fan_out_parts)
+    slices_in = _slices(fans[0][0], shape, axes.split_fan_in)
+    slices_out = _slices(fans[1][0], shape, axes.split_fan_out)
     parts = []
-    for pair in itertools.product(runs_in, runs_out):
-        run_at = {run.axis: run for run in pair if run is not None}
+    for pair in itertools.product(slices_in, slices_out):
+        slices_of = {slices.axis: slices for slices in pair if slices is not None}
         lengths: list[int] = []
         names: list[tuple[str, ...]] = []
         at = {}
         for axis, length in enumerate(shape):
             along = layout[axis] if layout is not None else ()
-            if axis in run_at:
-                run = run_at[axis]
+            if axis in slices_of:
+                _, _, count, size, whole = slices_of[axis]
                 ways = math.prod((sizes or {})[name] for name in along)
-                lengths.append(run.slices)
-                names.append(along if run.whole and run.slices % ways == 0 else ())
-                length, along = run.size, ()
+                lengths.append(count)
+                names.append(along if whole and count % ways == 0 else ())
+                length, along = size, ()
             at[axis] = len(lengths)
             lengths.append(length)
             names.append(along)
@@ -121,27 +120,27 @@ def split_into_parts(
 
 def merge_parts(parts: Sequence[Part], arrays: Sequence[jax.Array]) -> jax.Array:
     """The leaf of which these are the parts."""
-    taken = list(zip(parts, map(Part.merge, parts, arrays), strict=True))
+    merged = list(zip(parts, map(Part.merge, parts, arrays), strict=True))
     bands = []
-    for along_in, band in itertools.groupby(taken, key=lambda pair: pair[0].along_in):
+    for along_in, band in itertools.groupby(merged, key=lambda pair: pair[0].along_in):
         members = list(band)
         bands.append((along_in, _concatenate([(p.along_out, y) for p, y in members])))
     return _concatenate(bands)
 
 
 def _concatenate(parts: Sequence[tuple[Slices | None, jax.Array]]) -> jax.Array:
-    run, only = parts[0]
-    return (
-        only if run is None or len(parts) == 1 else jnp.concatenate([y for _, y in parts], run.axis)
-    )
+    slices, only = parts[0]
+    if slices is None or len(parts) == 1:
+        return only
+    return jnp.concatenate([y for _, y in parts], slices.axis)
 
 
-def _runs(axis: int, shape: tuple[int, ...], parts: Parts) -> list[Slices | None]:
+def _slices(axis: int, shape: tuple[int, ...], parts: Parts) -> list[Slices | None]:
     size = shape[axis]
     listed = tuple(parts) if isinstance(parts, Sequence) else (parts,)
     if not listed or any(not isinstance(n, (int, np.integer)) or n < 1 for n in listed):
         raise ValueError(
-            f"Parts are a number of equal parts or a tuple of their sizes, positive integers; got "
+            f"Parts must be a number of equal parts or a tuple of sizes, positive integers; got "
             f"{parts!r} for axis {axis} of a leaf of shape {shape}."
         )
     if not isinstance(parts, Sequence):
@@ -150,7 +149,7 @@ def _runs(axis: int, shape: tuple[int, ...], parts: Parts) -> list[Slices | None
         if size % parts:
             raise ValueError(
                 f"Axis {axis} of a leaf of shape {shape} does not split into {parts} equal parts. "
-                "Give the sizes of the parts instead."
+                "Pass the sizes of the parts instead."
             )
         return [Slices(axis, 0, parts, size // parts, True)]
     if sum(parts) != size:
@@ -158,13 +157,13 @@ def _runs(axis: int, shape: tuple[int, ...], parts: Parts) -> list[Slices | None
             f"Parts of the sizes {listed} add up to {sum(parts)}, but axis {axis} of a leaf of "
             f"shape {shape} has {size}."
         )
-    runs: list[Slices | None] = []
+    slices: list[Slices | None] = []
     start = 0
     for length, same in itertools.groupby(parts):
         count = len(list(same))
-        runs.append(Slices(axis, start, count, length, count == len(parts)))
+        slices.append(Slices(axis, start, count, length, count == len(parts)))
         start += count * length
-    return runs
+    return slices
 
 
 def _in_whole_slices(x: jax.Array, axis: int, count: int) -> bool:
@@ -176,7 +175,7 @@ def _in_whole_slices(x: jax.Array, axis: int, count: int) -> bool:
 
 
 def _gathered(x: jax.Array, axis: int) -> jax.Array:
-    """`x`, which Explicit axes shall not split along `axis`."""
+    """`x`, gathered along `axis` if Explicit axes split it there."""
     spec = list(_spec(x))
     if axis >= len(spec) or spec[axis] is None:
         return x

@@ -1,7 +1,8 @@
 """The stages that Muon and its variants share: momentum, orthogonalisation, shape scale.
 
 A variant is an update that calls them and adds its own formula in between. Between the stages a
-tree is a list of arrays, one for each part: `(*batch, fan_in, fan_out)` up to the order of axes.
+tree is a list of arrays, one for each part of a leaf: `(*batch, fan_in, fan_out)` up to the order
+of axes.
 """
 
 import dataclasses
@@ -75,7 +76,7 @@ class Stages:
         )
 
     def matrices(self, tree: Any, axes: Any = None) -> "Matrices":
-        """How the leaves of a tree are matrices, and where they lie."""
+        """The leaves of a tree as matrices, and their layouts."""
         return Matrices(tree, self, axes)
 
 
@@ -89,7 +90,7 @@ class Matrices:
     def __init__(self, tree: Any, stages: Stages, axes: Any = None):
         self._tree, self._stages = tree, stages
         self._placing = find_placing(stages.mesh, jax.tree.leaves(tree))
-        self._told = layouts_by_path(stages.shardings, tree, self._placing)
+        self._layouts = layouts_by_path(stages.shardings, tree, self._placing)
         axes = axes if axes is not None else stages.matrix_axes
         self._axes = axes_by_path(MatrixAxes() if axes is None else axes, tree)
         self._strings = path_strings(tree)
@@ -97,40 +98,40 @@ class Matrices:
         size = dict(self._placing.sizes)
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
             if math.prod(x.shape):
-                told = self._told.get(path)
-                shape = whole_shape(x.shape, told or ((),) * x.ndim, self._placing)
+                layout = self._layouts.get(path)
+                shape = whole_shape(x.shape, layout or ((),) * x.ndim, self._placing)
                 with naming(self._strings[path]):
-                    self._parts[path] = split_into_parts(shape, self._axes[path], told, size)
-                if self._placing.manual_axes and not self._placing.available_axes and told:
-                    _check_slices(self._strings[path], x.shape, told, self._parts[path])
+                    self._parts[path] = split_into_parts(shape, self._axes[path], layout, size)
+                if self._placing.manual_axes and not self._placing.available_axes and layout:
+                    _check_slices(self._strings[path], x.shape, layout, self._parts[path])
         self.parts = [part for parts in self._parts.values() for part in parts]
 
     def in_blocks(self, blocks: tuple[int, int] | None) -> "Matrices":
         """The same leaves with every matrix in blocks; `None` is one for each device that has some.
 
         Raises:
-            ValueError: nothing tells which devices have which part of a leaf.
+            ValueError: the sharding of a leaf is unknown.
         """
 
         def parts(path: KeyPath, x: jax.Array) -> MatrixAxes:
             axes = self._axes[path]
-            if (axes.fan_in_parts, axes.fan_out_parts) != (1, 1) or path not in self._parts:
+            if (axes.split_fan_in, axes.split_fan_out) != (1, 1) or path not in self._parts:
                 return axes
             if blocks is not None:
-                return axes._replace(fan_in_parts=blocks[0], fan_out_parts=blocks[1])
-            layout = self._told.get(path)
+                return axes._replace(split_fan_in=blocks[0], split_fan_out=blocks[1])
+            layout = self._layouts.get(path)
             if layout is None and self._placing.available_axes:
                 layout = layout_of(x, self._placing)
                 if layout is None:
                     raise ValueError(
-                        f"Nothing tells how {self._strings[path]!r} is split over the mesh: under "
-                        "Auto axes a traced array does not. Give shardings=, or blocks=."
+                        f"Cannot determine the sharding of {self._strings[path]!r}, a traced array "
+                        "under Auto axes; pass shardings= or blocks=."
                     )
             size = dict(self._placing.sizes)
             _, *fans = axes.split(x.shape)
             names = [layout[fan[0]] if layout is not None else () for fan in fans]
             ways = [math.prod(size[name] for name in along) for along in names]
-            return axes._replace(fan_in_parts=ways[0], fan_out_parts=ways[1])
+            return axes._replace(split_fan_in=ways[0], split_fan_out=ways[1])
 
         axes = jax.tree_util.tree_map_with_path(parts, self._tree)
         return Matrices(self._tree, self._stages, axes)
@@ -141,14 +142,14 @@ class Matrices:
         return [p.split(leaves[path]) for path, parts in self._parts.items() for p in parts]
 
     def merge(self, arrays: Sequence[jax.Array], tree: Any) -> Any:
-        """A tree from its parts, in dtypes and layouts of `tree`, whose empty leaves it keeps."""
-        rest = iter(arrays)
+        """A tree from its parts, with the dtypes and shardings of `tree` and its empty leaves."""
+        remaining = iter(arrays)
 
         def leaf(path, x):
             if path not in self._parts:
                 return x
             parts = self._parts[path]
-            y = merge_parts(parts, [next(rest) for _ in parts]).astype(x.dtype)
+            y = merge_parts(parts, [next(remaining) for _ in parts]).astype(x.dtype)
             sharding = getattr(jax.typeof(x), "sharding", None)
             moved = sharding is not None and jax.typeof(y).sharding != sharding
             return jax.reshard(y, sharding) if moved and any(sharding.spec) else y
@@ -157,10 +158,10 @@ class Matrices:
 
     def pack(self, arrays: Sequence[Any], tree: Any) -> Any:
         """What is kept for each part as a tree like `tree`; a tuple where a leaf has several."""
-        rest = iter(arrays)
+        remaining = iter(arrays)
 
         def leaf(path, x):
-            kept = tuple(next(rest) for _ in self._parts.get(path, ()))
+            kept = tuple(next(remaining) for _ in self._parts.get(path, ()))
             return kept[0] if len(kept) == 1 else kept
 
         return jax.tree_util.tree_map_with_path(leaf, tree)
@@ -179,9 +180,9 @@ class Matrices:
     def orthogonalize(
         self, arrays: Sequence[jax.Array], like: Any, orthogonalizer: Orthogonalizer | None = None
     ) -> list[jax.Array]:
-        """The parts orthogonalised, each matrix once, wherever they lie.
+        """The parts orthogonalised, each matrix once, on any mesh.
 
-        `like` is a tree that lies as the leaves of these parts do: the momentum.
+        `like` is a tree with the shardings of the leaves: the momentum.
         """
         return orthogonalize_leaves(
             list(arrays),
@@ -216,20 +217,20 @@ class Matrices:
         return jax.lax.psum(total, tuple(names)) if names else total
 
     def relative(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-        """In float32 or wider, each matrix with a largest entry of 1: its square is a number."""
+        """In float32 or wider, each matrix with a largest entry of 1: its square is finite."""
         roots = (jax.lax.rsqrt(jnp.where(x == 0, 1, x)) for x in self.largest(arrays))
         return [x * root * root for x, root in zip(arrays, roots, strict=True)]
 
     def largest(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """The largest entry of each matrix by size, in float32 or wider; the axes stay."""
-        found = []
+        sizes = []
         for part, x in zip(self.parts, arrays, strict=True):
             x = x.astype(accumulator(x.dtype))
             _, fan_in, fan_out = part.axes.split(part.shape)
             largest = jnp.max(jnp.abs(x), axis=fan_in + fan_out, keepdims=True)
             names = tuple(name for _, along in self._split_fans(part) for name in along)
-            found.append(jax.lax.pmax(largest, names) if names else largest)
-        return found
+            sizes.append(jax.lax.pmax(largest, names) if names else largest)
+        return sizes
 
     def norms(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """Frobenius norms of the matrices, in float32."""
@@ -262,7 +263,7 @@ class Matrices:
         return arrays
 
     def own_batch(self, part: Part, x: jax.Array) -> jax.Array:
-        """Of `(*batch, ...)` for the whole leaf, what belongs to the part that we see."""
+        """Of `(*batch, ...)` for the whole leaf, this device's shard inside `shard_map`."""
         if self._placing.available_axes or part.layout is None:
             return x
         batch, *_ = part.axes.split(part.shape)
@@ -274,7 +275,7 @@ class Matrices:
         return x
 
     def _split_fans(self, part: Part) -> list[tuple[int, Axes]]:
-        """The fan axes of which `shard_map` shows us a part, with their mesh axes."""
+        """The fan axes that an enclosing `shard_map` splits, with their mesh axes."""
         if self._placing.available_axes or part.layout is None:
             return []
         _, fan_in, fan_out = part.axes.split(part.shape)
@@ -301,19 +302,19 @@ class Matrices:
             layouts=[layout(self.parts[i]) for i in present],
             like=[matrices[i] for i in present],
         )
-        found = dict(zip(present, results, strict=True))
-        return [found.get(i) for i in range(len(matrices))]
+        by_part = dict(zip(present, results, strict=True))
+        return [by_part.get(i) for i in range(len(matrices))]
 
     def __iter__(self) -> Iterator[Part]:
         return iter(self.parts)
 
 
 def _check_slices(path: str, shape: tuple[int, ...], layout: Layout, parts: Sequence[Part]) -> None:
-    """Inside `shard_map` nothing is moved to split it: each device must hold whole parts."""
-    for run in (run for part in parts for run in part.runs):
-        if layout[run.axis] and (shape[run.axis] % run.size or not run.whole):
+    """Inside `shard_map` leaves are split without moving data: a device must hold whole parts."""
+    for axis, _, _, size, whole in (slices for part in parts for slices in part.slices):
+        if layout[axis] and (shape[axis] % size or not whole):
             raise ValueError(
-                f"Inside shard_map, a device has {shape[run.axis]} entries of axis {run.axis} of "
-                f"{path!r}, which are not whole parts of {run.size}. Split it into as "
-                "many equal parts as its mesh axes divide."
+                f"Inside shard_map each device must hold whole parts of {path!r}; it has "
+                f"{shape[axis]} entries of axis {axis}, in parts of {size}. Split the axis into "
+                "equal parts whose number its mesh axes divide."
             )

@@ -21,8 +21,8 @@ def each_matrix(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
     """
 
     def one_by_one(x: jax.Array) -> Any:
-        found = jax.lax.map(function, x.reshape(-1, *x.shape[-2:]))
-        return jax.tree.map(lambda y: y.reshape(*x.shape[:-2], *y.shape[1:]), found)
+        results = jax.lax.map(function, x.reshape(-1, *x.shape[-2:]))
+        return jax.tree.map(lambda y: y.reshape(*x.shape[:-2], *y.shape[1:]), results)
 
     if x.ndim == 2:
         return function(x)

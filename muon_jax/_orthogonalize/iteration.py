@@ -47,7 +47,7 @@ class Form(NamedTuple):
     apart: bool = False
 
     def flops(self, short: int, long: int, rows: tuple[Row, ...]) -> int:
-        """FLOPs of the matrix products for one matrix, or for a cell with `long` of its columns."""
+        """FLOPs of the matrix products for one matrix, or for a tile with `long` of its columns."""
         symmetric = symmetric_flops(short, long, self.panels)
         squared = symmetric_flops(short, short, self.panels)
         if self.method == "standard":
@@ -155,30 +155,30 @@ class _Alike(NamedTuple):
 
     @classmethod
     def of(cls, xs: Sequence[jax.Array]) -> "_Alike":
-        found: dict[tuple[int, ...], list[int]] = {}
+        by_shape: dict[tuple[int, ...], list[int]] = {}
         for i, x in enumerate(xs):
-            found.setdefault(x.shape[-2:], []).append(i)
-        return cls([*found.values()], [len(x) for x in xs])
+            by_shape.setdefault(x.shape[-2:], []).append(i)
+        return cls([*by_shape.values()], [len(x) for x in xs])
 
     def stacked(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
         return [_joined([xs[i] for i in same]) for same in self.indices]
 
     def arrays(self, stacks: Sequence[jax.Array]) -> list[jax.Array]:
         """Undoes `stacked`."""
-        found = (
+        per_stack = (
             _split(stack, [self.counts[i] for i in same])
             for same, stack in zip(self.indices, stacks, strict=True)
         )
-        return self._in_order(itertools.chain.from_iterable(found))
+        return self._in_order(itertools.chain.from_iterable(per_stack))
 
     def panels(self, p: Panels) -> list[Panels]:
         """Of n × n matrices, those of each array."""
         counts = [self.counts[i] for same in self.indices for i in same]
         return self._in_order(zip(*(_split(panel, counts) for panel in p), strict=True))
 
-    def _in_order(self, found: Iterable[Any]) -> list[Any]:
+    def _in_order(self, values: Iterable[Any]) -> list[Any]:
         order = [i for same in self.indices for i in same]
-        at = dict(zip(order, found, strict=True))
+        at = dict(zip(order, values, strict=True))
         return [at[i] for i in range(len(order))]
 
 
@@ -215,10 +215,10 @@ class _Products(NamedTuple):
 
     def gram(self, xs: Sequence[jax.Array]) -> Panels:
         """XXᵀ of all stacks as one."""
-        found = [
+        panels = [
             self._gram(x.mT if upright else x) for x, upright in zip(xs, self.upright, strict=True)
         ]
-        return tuple(map(_joined, zip(*found, strict=True)))
+        return tuple(map(_joined, zip(*panels, strict=True)))
 
     def _gram(self, x: jax.Array) -> Panels:
         if self.share is ALONE:
@@ -315,14 +315,14 @@ def _unit_norms(
     xs = [x.astype(accumulator(x.dtype)) for x in xs]
     # XLA:CPU would run through X for each of three sums, and form the momentum anew for each.
     if not form.rounded and share is ALONE:
-        found: Iterable = map(_norm_in_two_passes, xs)
+        norms: Iterable = map(_norm_in_two_passes, xs)
     else:
         sums = _joined([_sums_of_squares(x, share) for x in xs])
         counts = [len(x) for x in xs]
-        found = zip(*(_split(each, counts) for each in _norm_of(sums)), strict=True)
+        norms = zip(*(_split(each, counts) for each in _norm_of(sums)), strict=True)
     return [
         (x * root * root / (jnp.where(norm == 0, 1, norm) * (1 + eps)), norm / root / root)
-        for x, (root, norm) in zip(xs, found, strict=True)
+        for x, (root, norm) in zip(xs, norms, strict=True)
     ]
 
 

@@ -1,7 +1,7 @@
 """Matrix products whose result is symmetric, computed on and below the diagonal and mirrored.
 
 Of complex matrices the result is Hermitian: every transpose below conjugates too. A symmetric
-n × n matrix is held as `Panels`: its rows cut into consecutive slices. Only the blocks
+n × n matrix is held as `Panels`: its rows split into consecutive slices. Only the blocks
 on and below the diagonal are computed: two panels take 75 % of the FLOPs of the plain product,
 four 62.5 %, with ordinary matrix products on every backend. Panels and not whole matrices travel
 from product to product, since panels are what the next one reads.

@@ -92,9 +92,9 @@ def label_params(params: Any, rules: Routing = None) -> Any:
 
     Args:
         params: arrays or `jax.ShapeDtypeStruct`s.
-        rules: what decides in place of the built-in rules; its type tells how it is read. A choice
-            is one of the three labels (`"adamw"` is an old name of `"other"`), or `MatrixAxes`:
-            Muon along these axes.
+        rules: what decides in place of the built-in rules; its type decides how it is read. A
+            choice is one of the three labels (`"adamw"` is an old name of `"other"`), or
+            `MatrixAxes`: Muon along these axes.
 
             - A list or tuple of `(regex, choice)` pairs: of those found in a leaf's path
               (`re.search`), the first decides, and a leaf in which none is found is left to the
@@ -160,10 +160,10 @@ def route(params: Any, rules: Routing = None, matrix_axes: Any = None) -> dict[K
         for path, axes in axes_by_path(matrix_axes, params, partial=True).items():
             if routes[path].label == MUON:
                 routes[path] = routes[path]._replace(axes=axes, doubt="")
-    for found in routes.values():
-        if found.axes is not None:
-            with naming(found.path):
-                _check_axes(found.axes, found.shape)
+    for leaf in routes.values():
+        if leaf.axes is not None:
+            with naming(leaf.path):
+                _check_axes(leaf.axes, leaf.shape)
     return routes
 
 
@@ -241,7 +241,7 @@ def _overrides(params: Any, leaves: dict[KeyPath, Any], rules: Routing) -> dict[
         decided = match_rules(pairs, params, leaves)
         return {path: Decision(choice, why) for path, (choice, why) in decided.items()}
     if any(is_choice(x) for _, x in positions(rules, is_choice)):
-        found = broadcast_prefix(
+        given = broadcast_prefix(
             rules,
             params,
             what="The label tree",
@@ -252,7 +252,7 @@ def _overrides(params: Any, leaves: dict[KeyPath, Any], rules: Routing) -> dict[
             if isinstance(rules, Mapping)
             else "",
         )
-        return {path: Decision(choice, "the label tree") for path, choice in found.items()}
+        return {path: Decision(choice, "the label tree") for path, choice in given.items()}
     if callable(rules):
         strings = path_strings(params)
         answers = {

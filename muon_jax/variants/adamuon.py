@@ -76,9 +76,9 @@ def scale_by_adamuon(
     def update(updates, state, params=None):
         del params
         count = optax.safe_increment(state.count)
-        used, mu = stages.average(updates, state.mu, count)
+        averaged, mu = stages.average(updates, state.mu, count)
         matrices = stages.matrices(updates)
-        signs = [jnp.sign(x) for x in matrices.split(used)]
+        signs = [jnp.sign(x) for x in matrices.split(averaged)]
         factors = [o.astype(jnp.float32) for o in matrices.orthogonalize(signs, like=state.mu)]
         nu = [
             (beta2 * v + (1 - beta2) * o * o).astype(v.dtype)

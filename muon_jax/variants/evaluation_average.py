@@ -79,17 +79,17 @@ def evaluation_params(state: Any, params: optax.Params) -> optax.Params:
     Raises:
         ValueError: the state has no average, or several.
     """
-    found = [
+    averages = [
         node
         for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, EvaluationAverageState))
         if isinstance(node, EvaluationAverageState)
     ]
-    if len(found) != 1:
+    if len(averages) != 1:
         raise ValueError(
-            f"The state has {len(found)} averages of the params, where one is needed: end the "
+            f"The state has {len(averages)} averages of the params, where one is needed: end the "
             "chain with evaluation_average()."
         )
-    weight, mean = found[0]
+    weight, mean = averages[0]
 
     def corrected(average, param):
         if average is None:  # what is not trained, such as an activation of an Equinox module

@@ -67,15 +67,15 @@ def gluon(
     layers = [Layer(ball, pair) for ball, (_, pair) in itertools.product(balls, pairs)]
 
     def layers_of(tree, routes):
-        found = match_rules(pairs, tree, routes)
+        smooth = match_rules(pairs, tree, routes)
         chosen = {}
         for path, ball in balls_of(tree, routes, rules).items():
-            if path not in found:
+            if path not in smooth:
                 raise ValueError(
                     f"No smoothness covers {routes[path].path!r}: add a rule for it, or "
                     '("", (L0, L1)) at the end for all others.'
                 )
-            chosen[path] = Layer(ball, found[path][0])
+            chosen[path] = Layer(ball, smooth[path][0])
         return chosen
 
     return by_layer(learning_rate, layers_of, layers, **options)

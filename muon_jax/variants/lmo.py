@@ -125,31 +125,31 @@ def scale_by_lmo(
         """Gluon's step for each matrix."""
         assert smoothness is not None
         l0, l1 = smoothness
-        found = []
+        sizes = []
         # The dual norm as a share of the largest entry of d: the norm itself may be no number.
         shares, largest = matrices.relative(d), matrices.largest(d)
         products = [x * y for x, y in zip(steps, shares, strict=True)]
         for total, size in zip(matrices.sum(products, over="matrix"), largest, strict=True):
             norm = jnp.maximum(total, 0)
-            found.append(norm / jnp.where(norm == 0, 1, l0 / size + l1 * norm))
-        return found
+            sizes.append(norm / jnp.where(norm == 0, 1, l0 / size + l1 * norm))
+        return sizes
 
-    def direct(used, mu):
+    def direct(averaged, mu):
         own = stages
         if vectors:
-            used, mu = jax.tree.map(_as_row, used), jax.tree.map(_as_row, as_array_tree(mu))
-            own = dataclasses.replace(stages, shardings=_row_shardings(shardings, used))
-        matrices = own.matrices(used)
-        d = matrices.split(used)
+            averaged, mu = jax.tree.map(_as_row, averaged), jax.tree.map(_as_row, as_array_tree(mu))
+            own = dataclasses.replace(stages, shardings=_row_shardings(shardings, averaged))
+        matrices = own.matrices(averaged)
+        d = matrices.split(averaged)
         steps = oracle(matrices, d, mu)
         sizes = [ball.radius] * len(d) if smoothness is None else lengths(matrices, steps, d)
-        return matrices.merge([t * widen(x) for t, x in zip(sizes, steps, strict=True)], used)
+        return matrices.merge([t * widen(x) for t, x in zip(sizes, steps, strict=True)], averaged)
 
     def update(updates, state, params=None):
         del params
         count = optax.safe_increment(state.count)
-        used, mu = stages.average(updates, state.mu, count)
-        steps = direct(used, state.mu)
+        averaged, mu = stages.average(updates, state.mu, count)
+        steps = direct(averaged, state.mu)
         if vectors:
             steps = jax.tree.map(lambda x, like: x.reshape(like.shape), steps, updates)
         return steps, LmoState(count, mu)
@@ -191,12 +191,12 @@ def _row_shardings(shardings: Any, rows: Any) -> Any:
     """The shardings of the vectors, for the rows that `_as_row` makes of them."""
     if shardings is None:
         return None
-    found = broadcast_prefix(
+    given = broadcast_prefix(
         shardings, rows, what="shardings", kind=SHARDING, is_value=is_sharding, partial=True
     )
 
     def of_row(path, x):
-        sharding = found.get(path, PartitionSpec())
+        sharding = given.get(path, PartitionSpec())
         spec = getattr(sharding, "spec", sharding)
         names = [*spec, *(None,) * (x.ndim - 1 - len(spec))]
         return PartitionSpec(*names[:-1], None, *names[-1:])
@@ -240,7 +240,7 @@ def by_layer(
 
     def routed(tree):
         routes = route(tree, routing)
-        axes = {path: _axes_of(found) for path, found in routes.items()}
+        axes = {path: _axes_of(leaf) for path, leaf in routes.items()}
         if matrix_axes is not None:
             axes |= axes_by_path(matrix_axes, tree, partial=True)
         chosen = layers_of(tree, routes)
@@ -277,20 +277,20 @@ def balls_of(
 ) -> dict[KeyPath, Ball]:
     chosen = match_rules(rules, tree, routes)
     return {
-        path: chosen[path][0] if path in chosen else _ball_of(found)
-        for path, found in routes.items()
-        if found.label != FROZEN
+        path: chosen[path][0] if path in chosen else _ball_of(leaf)
+        for path, leaf in routes.items()
+        if leaf.label != FROZEN
     }
 
 
-def _ball_of(found: Route) -> Ball:
-    if found.label == MUON:
-        return CONV if found.kind == _routing.CONV else HIDDEN
-    return VECTOR if found.kind == _routing.VECTOR else TABLE
+def _ball_of(leaf: Route) -> Ball:
+    if leaf.label == MUON:
+        return CONV if leaf.kind == _routing.CONV else HIDDEN
+    return VECTOR if leaf.kind == _routing.VECTOR else TABLE
 
 
-def _axes_of(found: Route) -> MatrixAxes:
+def _axes_of(leaf: Route) -> MatrixAxes:
     """Of a table, the width of the model is fan_in: the last axis of an embedding."""
-    if found.axes is not None:
-        return found.axes
-    return MatrixAxes(-1, -2) if found.kind == _routing.EMBEDDING else MatrixAxes()
+    if leaf.axes is not None:
+        return leaf.axes
+    return MatrixAxes(-1, -2) if leaf.kind == _routing.EMBEDDING else MatrixAxes()

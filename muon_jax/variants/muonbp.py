@@ -30,8 +30,8 @@ def scale_by_muonbp(
     Args:
         period: 1 is Muon.
         block_ratio: factor of the updates of the other steps, for the second rate of the paper.
-        blocks: `(along fan_in, along fan_out)`, into how many blocks every matrix is cut, wherever
-            it lies. `None` is as the mesh does; under Auto axes inside `jit` that needs
+        blocks: `(along fan_in, along fan_out)`, into how many blocks every matrix is split, on any
+            mesh. `None` is one for each shard; under Auto axes inside `jit` that needs
             `shardings=`. Leaves with parts of their own (`MatrixAxes`) keep these.
         options: those of `scale_by_muon`.
 
@@ -40,8 +40,8 @@ def scale_by_muonbp(
 
     Raises:
         TypeError: an argument of another type, or an array where the program depends on it.
-        ValueError: a period below 1, blocks that do not divide a matrix, or a mesh that does not
-            tell where the leaves lie.
+        ValueError: a period below 1, blocks that do not divide a matrix, or leaves of unknown
+            sharding.
 
     References:
         Khaled et al., 2025, MuonBP, arXiv 2510.16981, algorithm 1.
@@ -69,21 +69,21 @@ def scale_by_muonbp(
     def update(updates, state, params=None):
         del params
         count = optax.safe_increment(state.count)
-        used, mu = stages.average(updates, state.mu, count)
+        averaged, mu = stages.average(updates, state.mu, count)
 
-        def orthogonalized(matrices, used, ratio=1.0):
-            factors = matrices.orthogonalize(matrices.split(used), like=state.mu)
+        def orthogonalized(matrices, averaged, ratio=1.0):
+            factors = matrices.orthogonalize(matrices.split(averaged), like=state.mu)
             return matrices.merge([ratio * widen(x) for x in matrices.scale(factors)], updates)
 
         matrices = stages.matrices(updates)
         if period == 1:
-            return orthogonalized(matrices, used), MuonState(count, mu)
+            return orthogonalized(matrices, averaged), MuonState(count, mu)
         in_blocks = matrices.in_blocks(blocks)
         out = jax.lax.cond(
             (count - 1) % period == 0,
             functools.partial(orthogonalized, matrices),
             functools.partial(orthogonalized, in_blocks, ratio=block_ratio),
-            used,
+            averaged,
         )
         return out, MuonState(count, mu)
 

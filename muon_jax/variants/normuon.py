@@ -72,9 +72,9 @@ def scale_by_normuon(
     def update(updates, state, params=None):
         del params
         count = optax.safe_increment(state.count)
-        used, mu = stages.average(updates, state.mu, count)
+        averaged, mu = stages.average(updates, state.mu, count)
         matrices = stages.matrices(updates)
-        factors = matrices.orthogonalize(matrices.split(used), like=state.mu)
+        factors = matrices.orthogonalize(matrices.split(averaged), like=state.mu)
         factors = [o.astype(jnp.float32) for o in factors]
         squares = matrices.sum([o * o for o in factors], over="fan_in")
         nu = [

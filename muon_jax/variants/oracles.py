@@ -126,11 +126,11 @@ class _SameShape:
     oracle: Oracle
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        found = self.oracle(x)
-        if jnp.shape(found) != x.shape:
+        y = self.oracle(x)
+        if jnp.shape(y) != x.shape:
             name = getattr(self.oracle, "__name__", self.oracle)
             raise ValueError(
                 f"The oracle {name!r} must return an array of the shape that it is given, "
-                f"{x.shape}; got {jnp.shape(found)}."
+                f"{x.shape}; got {jnp.shape(y)}."
             )
-        return found
+        return y

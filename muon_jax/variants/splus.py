@@ -117,14 +117,14 @@ def scale_by_splus(
 
     def sides(matrices, square):
         """`square(batch, size)` for the sides of every part that are short enough."""
-        found = []
+        pairs = []
         for part in matrices:
             batch, *fans = part.axes.matrix_shape(part.shape)
             both = (
                 matrices.own_batch(part, square(batch, n)) if n < max_dim else None for n in fans
             )
-            found.append(Sides(*both))
-        return found
+            pairs.append(Sides(*both))
+        return pairs
 
     def init(params):
         matrices = stages.matrices(params)
