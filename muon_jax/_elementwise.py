@@ -132,7 +132,7 @@ def scale_by_lion(
 def sign_of_momentum(
     decay: Number, *, mu_dtype: jax.typing.DTypeLike | None = None
 ) -> optax.GradientTransformation:
-    """0.001 times the sign of the average gradient."""
+    """0.001 times the sign of the average gradient: SPlus (2506.07254) for what is no matrix."""
 
     def init(params):
         return optax.EmaState(jnp.zeros([], jnp.int32), _zeros(params, mu_dtype))

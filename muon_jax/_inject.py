@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from muon_jax._precision import cast_like
+
 
 def inject_hyperparams(
     factory: Callable[..., optax.GradientTransformation],
@@ -84,14 +86,9 @@ def _keep_dtypes(
 
     def update(updates, state, params=None, **extra_args):
         new, after = tx.update(updates, state, params, **extra_args)
-        return jax.tree.map(_cast_like, new, updates), jax.tree.map(_cast_like, after, state)
+        return jax.tree.map(cast_like, new, updates), jax.tree.map(cast_like, after, state)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
-
-
-def _cast_like(new: Any, old: Any) -> Any:
-    dtype = getattr(old, "dtype", None)
-    return new if dtype in (None, new.dtype) else new.astype(dtype)
 
 
 def _may_be_injected(parameter: inspect.Parameter) -> bool:

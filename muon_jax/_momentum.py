@@ -5,7 +5,6 @@ once, when they are stored or passed on. A finite sum beyond the range of the dt
 into becomes the largest finite number there; infinite and NaN gradients stay as they are.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,51 +14,33 @@ import optax
 from muon_jax._orthogonalize.symmetric import accumulator
 
 
-class Momentum(NamedTuple):
-    """How the average moves, and what of it is orthogonalised.
-
-    Attributes:
-        accumulate: `(g, mu, beta) -> mu`.
-        look_ahead: `(g, mu, beta, nesterov, count) -> u`, with the new `mu`; `count` starts at 1.
-    """
-
-    accumulate: Callable
-    look_ahead: Callable
-
-
 def _ema(g, mu, beta):
     return beta * mu + (1 - beta) * g
-
-
-def _ema_look_ahead(g, mu, beta, nesterov, count):
-    del count
-    return beta * mu + (1 - beta) * g if nesterov else mu
 
 
 def _heavy_ball(g, mu, beta):
     return g + beta * mu
 
 
-def _heavy_ball_look_ahead(g, mu, beta, nesterov, count):
-    del count
-    return g + beta * mu if nesterov else mu
-
-
-def _debiased_look_ahead(g, mu, beta, nesterov, count):
-    if not nesterov:
-        return mu / (1 - beta**count)
-    return beta * mu / (1 - beta ** (count + 1)) + (1 - beta) * g / (1 - beta**count)
-
-
+# How the average moves: (g, mu, beta) -> mu.
 MOMENTA = {
     # KellerJordan/Muon, torch.optim.Muon.
-    "ema": Momentum(_ema, _ema_look_ahead),
+    "ema": _ema,
     # Liu et al. (2502.16982), eq. 1; optax.trace. A positive factor away from "ema".
-    "heavy_ball": Momentum(_heavy_ball, _heavy_ball_look_ahead),
-    # optax.contrib.muon: Adam's bias correction, one step further for the momentum part (Dozat's
-    # NAdam).
-    "optax": Momentum(_ema, _debiased_look_ahead),
+    "heavy_ball": _heavy_ball,
+    # optax.contrib.muon: with Adam's bias correction.
+    "optax": _ema,
 }
+
+
+def _look_ahead(kind, g, mu, beta, nesterov, count):
+    """What is orthogonalised: the new `mu`, or with Nesterov's step one average further."""
+    if kind != "optax":
+        return MOMENTA[kind](g, mu, beta) if nesterov else mu
+    if not nesterov:
+        return mu / (1 - beta**count)
+    # Dozat's NAdam corrects the momentum part for one step more.
+    return beta * mu / (1 - beta ** (count + 1)) + (1 - beta) * g / (1 - beta**count)
 
 
 class Int8(NamedTuple):
@@ -150,14 +131,13 @@ def update_momentum(
 
     `count` is the number of this step, from 1.
     """
-    momentum = MOMENTA[kind]
 
     def average(g: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
         dtype = accumulator(jnp.promote_types(g.dtype, m.dtype))
         b = jnp.asarray(beta).astype(jnp.finfo(dtype).dtype)
         wide = g.astype(dtype)
-        new = momentum.accumulate(wide, m.astype(dtype), b)
-        ahead = momentum.look_ahead(wide, new, b, nesterov, count)
+        new = MOMENTA[kind](wide, m.astype(dtype), b)
+        ahead = _look_ahead(kind, wide, new, b, nesterov, count)
         finite = jnp.isfinite(g) & jnp.isfinite(m)
         return clipped(ahead, finite, g.dtype), clipped(new, finite, dtype)
 

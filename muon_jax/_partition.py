@@ -12,6 +12,7 @@ from muon_jax._checks import check_dtype, check_mesh, check_number, check_static
 from muon_jax._decay import add_decayed_weights, as_decay_mask, scale_by_learning_rate
 from muon_jax._elementwise import scale_by_adam, scale_by_lion, sign_of_momentum, trace
 from muon_jax._options import takes_options_of
+from muon_jax._precision import cast_like
 from muon_jax._routing.rules import FROZEN, MUON, OTHER, Routing, route, warn_of_guesses
 from muon_jax._sharding.layout import AnyMesh
 from muon_jax._trees import map_paths, only_updated
@@ -105,9 +106,7 @@ def partition(
         "adam_nesterov": adam_nesterov,
         "nu_dtype": nu_dtype,
     }
-    _check_other(
-        other_optimizer, {name: value for name, value in adam.items() if value is not None}
-    )
+    _check_other(other_optimizer, [name for name, value in adam.items() if value is not None])
     _check_adam(adam)
 
     def other_of(mask: Any) -> optax.GradientTransformation:
@@ -146,11 +145,9 @@ def partition(
             {
                 MUON: matrix_optimizer(
                     mask=mask,
-                    mu_dtype=mu_dtype,
                     matrix_axes=functools.partial(map_paths, axes),
-                    mesh=mesh,
                     shardings=shardings,
-                    chunk_size=chunk_size,
+                    **settings,
                 ),
                 OTHER: other_of(mask),
                 FROZEN: optax.set_to_zero(),
@@ -158,8 +155,8 @@ def partition(
             functools.partial(map_paths, {path: leaf.label for path, leaf in routes.items()}),
         )
 
-    # Checked here, not at the first step.
     settings = {"mu_dtype": mu_dtype, "mesh": mesh, "chunk_size": chunk_size}
+    # Checked here, not at the first step.
     matrix_optimizer(mask=None, matrix_axes=None, shardings=None, **settings)
     return fitted(routed, lambda params: warn_of_guesses(route(params, routing, matrix_axes)))
 
@@ -265,17 +262,13 @@ def fitted(
     def update(updates, state, params=None, **extra_args):
         params = only_updated(params, updates)
         new, state = build(updates).update(updates, state, params, **extra_args)
-        return jax.tree.map(_cast_like, new, updates), state
+        return jax.tree.map(cast_like, new, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def is_int8(dtype: jax.typing.DTypeLike | None) -> bool:
     return dtype is not None and jnp.dtype(dtype) == jnp.int8
-
-
-def _cast_like(u: jax.Array, g: jax.Array) -> jax.Array:
-    return u if u.dtype == g.dtype else u.astype(g.dtype)
 
 
 def _or(value: Any, default: Any) -> Any:
@@ -291,7 +284,7 @@ def _check_scale_by(scale_by: Any) -> None:
         )
 
 
-def _check_other(other: Any, given: dict[str, Any]) -> None:
+def _check_other(other: Any, given: list[str]) -> None:
     """Refuses what `other_optimizer` may not be, and the arguments that it does not read."""
     known = f"one of {', '.join(OTHERS)}, or an Optax optimizer"
     if isinstance(other, str) and other not in OTHERS:
@@ -318,16 +311,8 @@ def _check_other(other: Any, given: dict[str, Any]) -> None:
 
 
 def _check_adam(adam: dict[str, Any]) -> None:
-    check_number(
-        "adam_learning_rate",
-        adam["adam_learning_rate"],
-        at_least=0,
-        optional=True,
-        schedule=True,
-    )
-    check_number(
-        "adam_weight_decay", adam["adam_weight_decay"], at_least=0, optional=True, schedule=True
-    )
+    for name in ("adam_learning_rate", "adam_weight_decay"):
+        check_number(name, adam[name], at_least=0, optional=True, schedule=True)
     for name in ("adam_b1", "adam_b2"):
         check_number(name, adam[name], at_least=0, below=1, optional=True)
     for name in ("adam_eps", "adam_eps_root"):

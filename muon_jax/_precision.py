@@ -12,6 +12,12 @@ def widen(x: jax.Array) -> jax.Array:
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 
+def cast_like(x: Any, like: Any) -> Any:
+    """`x` in the dtype of `like`, if that has one."""
+    dtype = getattr(like, "dtype", None)
+    return x if dtype in (None, x.dtype) else x.astype(dtype)
+
+
 def real_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
     """The dtype of the real part."""
     return np.dtype(jnp.finfo(dtype).dtype)

@@ -247,7 +247,8 @@ def newton_schulz(
             their own.
         method: `"standard"`, `"gram"`, or `"auto"`: whichever needs fewer FLOPs for this shape,
             schedule and dtype (the Gram form is restarted as often as its dtype needs).
-        eps: what the Frobenius norm that divides is greater by, as a share of it.
+        eps: what the Frobenius norm that divides is greater by, as a share of it; KellerJordan/Muon
+            adds 1e-7 to the norm itself.
 
     Returns:
         `(..., m, n)` in `x.dtype`.

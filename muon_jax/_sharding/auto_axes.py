@@ -7,7 +7,7 @@ mesh axis at a time, since it would replicate them for a direct move over two ax
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,29 +22,17 @@ from muon_jax._sharding.layout import PlacedArray, Placing
 _UNCONSTRAINED = PartitionSpec.UNCONSTRAINED
 
 
-class MovedLeaves(Protocol):
-    """Leaves that move together.
-
-    Attributes:
-        members: their indices.
-        arrays, placed: what takes the leaves' place in the exchange, and its layouts.
-    """
-
-    members: list[int]
-    arrays: list[jax.Array]
-    placed: list[PlacedArray]
-
-    def restore(self, results: Sequence[jax.Array]) -> Sequence[jax.Array]:
-        """The leaves' updates from those of `arrays`."""
-
-
 def assume_layouts(
     leaves: Sequence[jax.Array],
     axes: Sequence[MatrixAxes],
     newton_schulz: NewtonSchulz | None,
     placing: Placing,
-) -> list[MovedLeaves]:
-    """All leaves, each in one group."""
+) -> list[Any]:
+    """All leaves, each in one group.
+
+    A group has the indices of its `members`, the `arrays` that take their place in the exchange,
+    how these are `placed`, and `restore(results)`: the members' updates from those of `arrays`.
+    """
     shared: dict[tuple, list[int]] = defaultdict(list)
     stacked: dict[tuple, list[int]] = defaultdict(list)
     for i, (x, a) in enumerate(zip(leaves, axes, strict=True)):
@@ -53,7 +41,7 @@ def assume_layouts(
             shared[x.shape, dtype, a.normalized(x.ndim), at].append(i)
         else:
             stacked[a.matrix_shape(x.shape)[1:], dtype].append(i)
-    groups: list[MovedLeaves] = []
+    groups: list[Any] = []
     for (_, dtype, a, at), members in shared.items():
         groups.append(_SharedBatch(members, [leaves[i] for i in members], a, at, dtype, placing))
     for (_, dtype), members in stacked.items():
@@ -75,7 +63,7 @@ def _shared_batch_axis(shape: tuple[int, ...], axes: MatrixAxes, placing: Placin
     return max(fit, key=lambda axis: shape[axis], default=None)
 
 
-class _SharedBatch(MovedLeaves):
+class _SharedBatch:
     """Equal leaves whose batch axis `at` the whole mesh splits, stacked along a new first axis."""
 
     def __init__(self, members, leaves, axes: MatrixAxes, at: int, dtype, placing: Placing):
@@ -93,7 +81,7 @@ class _SharedBatch(MovedLeaves):
         return list(results[0])
 
 
-class _SameShape(MovedLeaves):
+class _SameShape:
     """Matrices of one shape: full rounds whole on their devices, the others split on the long side.
 
     With `fill_up` zeros are appended to a long side that the devices do not divide; without it,
@@ -105,7 +93,8 @@ class _SameShape(MovedLeaves):
     ):
         self.members = members
         self.leaves, self.axes, self.placing = leaves, axes, placing
-        self.arrays, self.placed = [], []
+        self.arrays: list[jax.Array] = []
+        self.placed: list[PlacedArray] = []
         parts = [a.to_matrices(x).astype(dtype) for x, a in zip(leaves, axes, strict=True)]
         parts = [x.reshape(-1, *x.shape[-2:]) for x in parts]
         stack = jnp.concatenate(parts) if len(parts) > 1 else parts[0]

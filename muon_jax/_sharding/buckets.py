@@ -88,10 +88,10 @@ class Bucket(NamedTuple):
         spans: the matrices.
         lead, other: the sides of a tile. Of matrices that are cut, `other` is the short side and
             `lead` a part of the long one, or more than it where zeros fill it up.
-        lead_axes, other_axes: the mesh axes that split the shards before the exchange.
-        width: devices in a group; a matrix of several tiles stays within one group.
         slots: how many tiles a device takes.
         form: the arithmetic; `None` leaves it to the orthogonalizer.
+        lead_axes, other_axes: the mesh axes that split the shards before the exchange.
+        width: devices in a group; a matrix of several tiles stays within one group.
         cut: whether matrices may be cut into several tiles, which only the Gram form can take.
         dtype: of the exchange.
         alignment: numbers that collectives bring to a device so that matrices to be cut are split
@@ -105,12 +105,12 @@ class Bucket(NamedTuple):
     spans: tuple[Span, ...]
     lead: int
     other: int
-    lead_axes: Axes
-    other_axes: Axes
-    width: int
     slots: int
     form: Form | None
     dtype: np.dtype
+    lead_axes: Axes = ()
+    other_axes: Axes = ()
+    width: int = 1
     cut: bool = False
     alignment: int = 0
     call: int = 0

@@ -11,13 +11,14 @@ import optax
 from muon_jax._checks import check_integer, check_number
 from muon_jax._matrices.stages import Stages
 from muon_jax._momentum import as_array_tree, stored_like
+from muon_jax._muon import scale_by_muon
 from muon_jax._options import takes_options_of
 from muon_jax._orthogonalize.decompositions import each_matrix
 from muon_jax._partition import HybridOptions, hybrid
+from muon_jax._precision import widen
 from muon_jax._scale import ShapeScale
 from muon_jax._sharding.explicit_axes import over_auto_axes
-from muon_jax._sharding.layout import AnyMesh
-from muon_jax.variants.low_rank import product, rank_of, relative, widen
+from muon_jax.variants.low_rank import product, rank_of, relative
 
 
 class DionState(NamedTuple):
@@ -34,6 +35,7 @@ class DionState(NamedTuple):
     q: optax.Updates
 
 
+@takes_options_of(scale_by_muon, without=("nesterov", "momentum", "orthogonalizer"))
 def scale_by_dion(
     *,
     rank: int | float = 0.25,
@@ -41,11 +43,7 @@ def scale_by_dion(
     scale: str | ShapeScale | None = "mup",
     seed: int = 0,
     eps: float | jax.Array = 1e-8,
-    mu_dtype: jax.typing.DTypeLike | None = None,
-    matrix_axes: Any = None,
-    mesh: AnyMesh | None = None,
-    shardings: Any = None,
-    chunk_size: int | None = None,
+    **options: Any,
 ) -> optax.GradientTransformation:
     r"""Updates of rank r for trees of matrix stacks, without an iteration on whole matrices.
 
@@ -93,11 +91,7 @@ def scale_by_dion(
     check_number("eps", eps, at_least=0)
     stages = Stages(
         scale=scale,
-        mu_dtype=mu_dtype,
-        matrix_axes=matrix_axes,
-        mesh=mesh,
-        shardings=shardings,
-        chunk_size=chunk_size,
+        **options,
     )
 
     def init(params):

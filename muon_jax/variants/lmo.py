@@ -18,6 +18,7 @@ from muon_jax._matrix_axes import MatrixAxes, axes_by_path
 from muon_jax._momentum import as_array_tree
 from muon_jax._orthogonalize.newton_schulz import configured
 from muon_jax._partition import fitted
+from muon_jax._precision import widen
 from muon_jax._routing import rules as _routing
 from muon_jax._routing.rules import (
     FROZEN,
@@ -30,7 +31,6 @@ from muon_jax._routing.rules import (
 )
 from muon_jax._sharding.layout import SHARDING, AnyMesh, is_sharding
 from muon_jax._trees import KeyPath, broadcast_prefix, map_paths
-from muon_jax.variants.low_rank import widen
 from muon_jax.variants.oracles import Ball, as_oracle, checked_ball
 
 # The setting of the authors' nanoGPT runs; their gains and biases have none.

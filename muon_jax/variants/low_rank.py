@@ -12,6 +12,7 @@ from muon_jax._checks import check_integer, check_number, check_static
 from muon_jax._muon import muon
 from muon_jax._options import takes_options_of
 from muon_jax._orthogonalize.decompositions import each_matrix
+from muon_jax._precision import widen
 
 # Directions beyond the rank that the iteration carries, so that the last wanted ones converge.
 _OVERSAMPLING = 8
@@ -163,11 +164,6 @@ def relative(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
     root = jax.lax.rsqrt(jnp.where(largest == 0, 1, largest))
     return x * root * root, largest
-
-
-def widen(x: jax.Array) -> jax.Array:
-    """In float32 or wider, where Python's numbers keep their digits."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _kept(values: jax.Array, rank: int) -> jax.Array:

@@ -11,7 +11,7 @@ from muon_jax._checks import check_integer, check_number
 from muon_jax._matrices.stages import Stages
 from muon_jax._muon import MuonOptions, MuonState, hybrid_muon, muon, scale_by_muon
 from muon_jax._options import takes_options_of
-from muon_jax.variants.low_rank import widen
+from muon_jax._precision import widen
 
 
 @takes_options_of(scale_by_muon)

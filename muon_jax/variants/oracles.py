@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from muon_jax._checks import check_number, check_static
 from muon_jax._matrices.stages import Matrices
-from muon_jax.variants.low_rank import widen
+from muon_jax._precision import widen
 
 Oracle = Callable[[jax.Array], jax.Array]
 

@@ -11,13 +11,14 @@ import optax
 from muon_jax._checks import check_integer, check_number
 from muon_jax._matrices.stages import Stages
 from muon_jax._momentum import as_array_tree
+from muon_jax._muon import scale_by_muon
 from muon_jax._options import takes_options_of
 from muon_jax._orthogonalize.decompositions import each_matrix
 from muon_jax._partition import hybrid
+from muon_jax._precision import widen
 from muon_jax._sharding.explicit_axes import over_auto_axes
-from muon_jax._sharding.layout import AnyMesh
 from muon_jax.variants.evaluation_average import evaluation_average
-from muon_jax.variants.low_rank import product, relative, widen
+from muon_jax.variants.low_rank import product, relative
 
 # Of the entries of gradients in the second moments: the squares of 2^23 of them are a number.
 _LARGEST = 2.0**52
@@ -46,17 +47,16 @@ class SPlusState(NamedTuple):
     bases: optax.Updates
 
 
+@takes_options_of(
+    scale_by_muon, without=("beta", "nesterov", "momentum", "orthogonalizer", "scale")
+)
 def scale_by_splus(
     *,
     b1: float | jax.Array = 0.9,
     b2: float | jax.Array = 0.999,
     every: int = 100,
     max_dim: int = 10_000,
-    mu_dtype: jax.typing.DTypeLike | None = None,
-    matrix_axes: Any = None,
-    mesh: AnyMesh | None = None,
-    shardings: Any = None,
-    chunk_size: int | None = None,
+    **options: Any,
 ) -> optax.GradientTransformation:
     r"""Stable whitening of the momentum, for trees of matrix stacks.
 
@@ -77,7 +77,8 @@ def scale_by_splus(
     Args:
         b1, b2: decays of the momentum and of the second moments.
         every: steps between eigendecompositions.
-        max_dim: a side this long keeps the identity as its basis, and its matrix the scale 0.001.
+        max_dim: a side this long keeps the identity as its basis, and its matrix the scale 0.001,
+            which the authors' code gives to what is no matrix.
         mu_dtype, matrix_axes, mesh, shardings, chunk_size: as in `scale_by_muon`. Each
             eigendecomposition is done once, on one device; the products are spread by XLA, and
             inside `shard_map` a leaf that is a part is gathered for them.
@@ -108,11 +109,7 @@ def scale_by_splus(
         beta=b1,
         nesterov=False,
         scale=lambda m, n: 2 / (m + n) if max(m, n) < max_dim else 0.001,
-        mu_dtype=mu_dtype,
-        matrix_axes=matrix_axes,
-        mesh=mesh,
-        shardings=shardings,
-        chunk_size=chunk_size,
+        **options,
     )
 
     def sides(matrices, square):
