@@ -83,10 +83,10 @@ def check_integer(name: str, value: Any, *, at_least: int) -> None:
         ValueError: period must be an integer of at least 1; got 0.
     """
     check_static(name, value)
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer of at least {at_least}; got {value!r}.")
-    if value < at_least:
-        raise ValueError(f"{name} must be an integer of at least {at_least}; got {value!r}.")
+    other = isinstance(value, bool) or not isinstance(value, (int, np.integer))
+    if other or value < at_least:
+        error = TypeError if other else ValueError
+        raise error(f"{name} must be an integer of at least {at_least}; got {value!r}.")
 
 
 def check_static(name: str, value: Any) -> None:

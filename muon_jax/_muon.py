@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muon_jax._decay import add_decayed_weights, scale_by_learning_rate
 from muon_jax._matrices.stages import Orthogonalizer, Stages
 from muon_jax._options import takes_options_of
 from muon_jax._orthogonalize.coefficients import Schedule
 from muon_jax._orthogonalize.newton_schulz import configured
-from muon_jax._partition import HybridOptions, PartitionOptions, hybrid, partition
+from muon_jax._partition import HybridOptions, hybrid, partition
 from muon_jax._scale import ShapeScale
 from muon_jax._sharding.layout import AnyMesh
 
@@ -59,15 +58,15 @@ def scale_by_muon(
         matrix_axes: `MatrixAxes` or optax's `MuonDimensionNumbers` for all leaves, a tree of them
             (or a prefix of one), or a callable from the updates to such a tree; `None` takes the
             last two axes as `(fan_in, fan_out)` and the rest as batch.
-        mesh: over all of whose devices the matrices are spread, each orthogonalised once; `None` is
-            the mesh of `jax.set_mesh`, or else of the arrays. Where none of these tells of a mesh,
-            the spreading is left to XLA, which repeats much of the work on every device.
-        shardings: a tree of `NamedSharding` or `PartitionSpec` (or a prefix of one), the params'
-            own. Explicit axes tell it by themselves. Auto axes do not: without it the updates are
-            first moved to where the optimizer knows them, which costs nothing in the usual layouts
-            and more where experts lie over some axes of the mesh and their matrices over others.
-            Inside `shard_map` it says over which axes a leaf is a part; by default leaves are whole
-            there.
+        mesh: the devices that share the matrices, each of which is orthogonalised once; `None` is
+            the mesh of `jax.set_mesh`, or else of the arrays. Where no mesh is known, XLA shares
+            out the work, and repeats much of it on every device.
+        shardings: of the params: a tree of `NamedSharding` or `PartitionSpec`, or a prefix of one.
+            Explicit axes do not need it. Under Auto axes XLA alone knows the shardings: without
+            this argument the updates are first moved to a known one, which costs nothing in the
+            usual layouts and more where experts are split over some axes of the mesh and their
+            matrices over others. Inside `shard_map` it names the axes that split a leaf; by default
+            leaves are whole there.
         chunk_size: how many matrices of a bucket a device holds at once, to bound memory; `None`
             is all.
 
@@ -124,9 +123,7 @@ def muon(
     ns_dtype: jax.typing.DTypeLike | None = None,
     orthogonalizer: Orthogonalizer | None = None,
     scale: str | ShapeScale | None = "spectral",
-    weight_decay: optax.ScalarOrSchedule = 0.0,
-    cautious_weight_decay: bool = False,
-    **options: Unpack[PartitionOptions],
+    **options: Unpack[HybridOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for the hidden matrices, AdamW for the other leaves, in one `optax.multi_transform`.
 
@@ -135,9 +132,8 @@ def muon(
         beta, nesterov, momentum, scale: as in `scale_by_muon`.
         ns_coeffs, ns_steps, ns_dtype: `coeffs`, `steps` and `dtype` of `newton_schulz`.
         orthogonalizer: takes the place of `newton_schulz`; then give none of the `ns_` arguments.
-        weight_decay, cautious_weight_decay: as in `hybrid`; 0.0 by default, where `muonclip` has
-            0.1.
-        options: the others of `hybrid`: the optimizer of the other leaves, routing, placement.
+        options: those of `hybrid`: weight decay (0.0 by default, where `muonclip` has 0.1), the
+            optimizer of the other leaves, routing, placement.
 
     Returns:
         A transformation that takes (and needs) `params` in `update`.
@@ -161,9 +157,9 @@ def muon(
     """
     orthogonalizer = configured(orthogonalizer, ns_coeffs, ns_steps, ns_dtype)
 
-    def matrix_optimizer(*, mask: Any, **settings: Any) -> optax.GradientTransformation:
+    def matrix_optimizer(add_decay: Any, scale_by_rate: Any, **settings: Any) -> Any:
         return optax.chain(
-            scale_by_muon(
+            scale_by_muon(  # momentum -> orthogonalise -> shape scale
                 beta=beta,
                 nesterov=nesterov,
                 momentum=momentum,
@@ -171,17 +167,11 @@ def muon(
                 scale=scale,
                 **settings,
             ),
-            add_decayed_weights(weight_decay, mask, cautious_weight_decay),
-            scale_by_learning_rate(learning_rate),
+            add_decay,
+            scale_by_rate,
         )
 
-    return partition(
-        matrix_optimizer,
-        learning_rate,
-        weight_decay=weight_decay,
-        cautious_weight_decay=cautious_weight_decay,
-        **options,
-    )
+    return partition(matrix_optimizer, learning_rate, **options)
 
 
 class MuonOptions(HybridOptions, total=False):

@@ -30,10 +30,12 @@ OTHERS = {
 }
 
 
-class PartitionOptions(TypedDict, total=False):
-    """What `muon` and `hybrid` pass on, for type checkers; a test compares it with `partition`."""
+class HybridOptions(TypedDict, total=False):
+    """The options of `hybrid`, for type checkers; a test compares them with its signature."""
 
+    weight_decay: optax.ScalarOrSchedule
     weight_decay_mask: Any
+    cautious_weight_decay: bool
     mu_dtype: jax.typing.DTypeLike | None
     nu_dtype: jax.typing.DTypeLike | None
     other_optimizer: str | optax.GradientTransformation
@@ -49,13 +51,6 @@ class PartitionOptions(TypedDict, total=False):
     mesh: AnyMesh | None
     shardings: Any
     chunk_size: int | None
-
-
-class HybridOptions(PartitionOptions, total=False):
-    """The options of `hybrid`."""
-
-    weight_decay: optax.ScalarOrSchedule
-    cautious_weight_decay: bool
 
 
 def partition(
@@ -84,9 +79,9 @@ def partition(
     """`matrix_optimizer` for the hidden matrices, another optimizer for the other leaves.
 
     Args:
-        matrix_optimizer: makes the transformation of the hidden matrices; called with the `mask` of
-            weight decay, `mu_dtype`, `matrix_axes`, `mesh`, `shardings` and `chunk_size`.
-        learning_rate, weight_decay: defaults of the other leaves.
+        matrix_optimizer: makes the transformation of the hidden matrices; called with the two last
+            links of its chain, which add the decay and scale by the rate, and with `mu_dtype`,
+            `matrix_axes`, `mesh`, `shardings` and `chunk_size`.
 
     The other arguments are those of `hybrid`.
     """
@@ -130,11 +125,13 @@ def partition(
             "lion": lambda: scale_by_lion(b1, mu_dtype=dtype),
             "sign": lambda: sign_of_momentum(b1, mu_dtype=dtype),
         }[other_optimizer]()
-        return optax.chain(
-            first,
-            add_decayed_weights(_or(adam_weight_decay, weight_decay), mask, cautious_weight_decay),
-            scale_by_learning_rate(_or(adam_learning_rate, learning_rate)),
-        )
+        decay = _or(adam_weight_decay, weight_decay)
+        return optax.chain(first, *last(decay, mask, _or(adam_learning_rate, learning_rate)))
+
+    def last(decay: Any, mask: Any, rate: Any) -> Any:
+        """The last two links of both chains."""
+        add_decay = add_decayed_weights(decay, mask, cautious_weight_decay)
+        return add_decay, scale_by_learning_rate(rate)
 
     def routed(tree) -> optax.GradientTransformationExtraArgs:
         """The pair for a tree of this structure and these shapes."""
@@ -144,7 +141,7 @@ def partition(
         return optax.multi_transform(
             {
                 MUON: matrix_optimizer(
-                    mask=mask,
+                    *last(weight_decay, mask, learning_rate),
                     matrix_axes=functools.partial(map_paths, axes),
                     shardings=shardings,
                     **settings,
@@ -157,7 +154,8 @@ def partition(
 
     settings = {"mu_dtype": mu_dtype, "mesh": mesh, "chunk_size": chunk_size}
     # Checked here, not at the first step.
-    matrix_optimizer(mask=None, matrix_axes=None, shardings=None, **settings)
+    links = last(weight_decay, None, learning_rate)
+    matrix_optimizer(*links, matrix_axes=None, shardings=None, **settings)
     return fitted(routed, lambda params: warn_of_guesses(route(params, routing, matrix_axes)))
 
 
@@ -165,10 +163,7 @@ def partition(
 def hybrid(
     scale_by: Callable[..., optax.GradientTransformation],
     learning_rate: optax.ScalarOrSchedule,
-    *,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
-    cautious_weight_decay: bool = False,
-    **options: Unpack[PartitionOptions],
+    **options: Unpack[HybridOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by`, decay and rate for the hidden matrices, AdamW for the other leaves.
 
@@ -230,20 +225,10 @@ def hybrid(
     """
     _check_scale_by(scale_by)
 
-    def matrix_optimizer(*, mask: Any, **settings: Any) -> optax.GradientTransformation:
-        return optax.chain(
-            scale_by(**settings),
-            add_decayed_weights(weight_decay, mask, cautious_weight_decay),
-            scale_by_learning_rate(learning_rate),
-        )
+    def matrix_optimizer(add_decay: Any, scale_by_rate: Any, **settings: Any) -> Any:
+        return optax.chain(scale_by(**settings), add_decay, scale_by_rate)
 
-    return partition(
-        matrix_optimizer,
-        learning_rate,
-        weight_decay=weight_decay,
-        cautious_weight_decay=cautious_weight_decay,
-        **options,
-    )
+    return partition(matrix_optimizer, learning_rate, **options)
 
 
 def fitted(

@@ -173,7 +173,7 @@ def plan(
     Args:
         params: arrays or `jax.ShapeDtypeStruct`s; their shardings count if `shardings` is None.
         mesh: as in `muon`.
-        shardings: as in `muon`: where the params lie. Under Auto axes, where `muon` has no
+        shardings: as in `muon`, of the params. Under Auto axes, where `muon` has no
             shardings, XLA moves a leaf once for each mesh axis that splits it, in place of once.
         tokens_per_step: of the whole batch; needed for the overhead.
         active_params: parameters that a token passes through; `None` is all of them, where no leaf
@@ -319,7 +319,7 @@ def _form(form: Form | None) -> str:
 
 def _placing(bucket: Bucket) -> str:
     if not bucket.axes:
-        return "where it lies"
+        return "local, not moved"
     if not bucket.cut:
         return f"whole, {bucket.slots} a device"
     if bucket.width == 1:

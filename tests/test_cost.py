@@ -210,7 +210,7 @@ def test_a_plan_spreads_experts_and_prints_and_saves():
     assert plan.devices == 64
     assert plan.total("flops") < 1.1 * plan.total("standard_flops")
     text, saved = str(plan), json.loads(json.dumps(plan.to_dict()))
-    assert "moe/experts" in text and "where it lies" in text and "other" in text
+    assert "moe/experts" in text and "local, not moved" in text and "other" in text
     assert "Muon's overhead" in text
     assert saved["total"]["flops"] == plan.total("flops")
     assert len(saved["rows"]) == len(plan.rows)

@@ -14,6 +14,7 @@ from muon_jax._orthogonalize.symmetric import (
     accumulator,
     gram,
     join_panels,
+    joined,
     matmul,
     product,
     split_panels,
@@ -56,17 +57,14 @@ class Form(NamedTuple):
         return passes * (symmetric + 2 * long * short**2) + (4 * len(rows) - 3 * passes) * squared
 
 
-class Share(NamedTuple):
-    """How devices that hold different columns of the same matrices combine what they know.
-
-    Attributes:
-        sum: `(..., n, n)` or `(..., k, 1)` partial sums -> their totals.
-    """
-
-    sum: Callable[[jax.Array], jax.Array]
+# Of devices that hold different columns of the same matrices: partial sums, `(..., n, n)` or
+# `(..., k, 1)`, -> their totals.
+Share = Callable[[jax.Array], jax.Array]
 
 
-ALONE = Share(lambda x: x)
+def ALONE(x: jax.Array) -> jax.Array:
+    """The `Share` of whole matrices."""
+    return x
 
 
 def orthogonalize_stacks(
@@ -121,7 +119,7 @@ def orthogonalize_stacks(
         if normalization != "frobenius":
             written = _written(x, dtype)
             written = written.mT if upright else written
-            factor = _rescaling(share.sum(join_panels(gram(written, 1))), normalization)
+            factor = _rescaling(share(join_panels(gram(written, 1))), normalization)
             factor = factor.mT if upright else factor
             x = x * factor
         if absolute_eps is not None:
@@ -161,7 +159,7 @@ class _Alike(NamedTuple):
         return cls([*by_shape.values()], [len(x) for x in xs])
 
     def stacked(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
-        return [_joined([xs[i] for i in same]) for same in self.indices]
+        return [joined([xs[i] for i in same]) for same in self.indices]
 
     def arrays(self, stacks: Sequence[jax.Array]) -> list[jax.Array]:
         """Undoes `stacked`."""
@@ -180,10 +178,6 @@ class _Alike(NamedTuple):
         order = [i for same in self.indices for i in same]
         at = dict(zip(order, values, strict=True))
         return [at[i] for i in range(len(order))]
-
-
-def _joined(xs: Sequence[jax.Array]) -> jax.Array:
-    return jnp.concatenate(xs) if len(xs) > 1 else xs[0]
 
 
 def _split(x: jax.Array, counts: Sequence[int]) -> list[jax.Array]:
@@ -218,12 +212,12 @@ class _Products(NamedTuple):
         panels = [
             self._gram(x.mT if upright else x) for x, upright in zip(xs, self.upright, strict=True)
         ]
-        return tuple(map(_joined, zip(*panels, strict=True)))
+        return tuple(map(joined, zip(*panels, strict=True)))
 
     def _gram(self, x: jax.Array) -> Panels:
         if self.share is ALONE:
             return _rounded(gram(x, self.form.panels, self.written), self.dtype)
-        total = self.share.sum(join_panels(gram(x, self.form.panels)))
+        total = self.share(join_panels(gram(x, self.form.panels)))
         return _rounded(split_panels(total, self.form.panels), self.dtype)
 
     def symmetric(self, p: Panels, q: Panels) -> Panels:
@@ -317,7 +311,7 @@ def _unit_norms(
     if not form.rounded and share is ALONE:
         norms: Iterable = map(_norm_in_two_passes, xs)
     else:
-        sums = _joined([_sums_of_squares(x, share) for x in xs])
+        sums = joined([_sums_of_squares(x, share) for x in xs])
         counts = [len(x) for x in xs]
         norms = zip(*(_split(each, counts) for each in _norm_of(sums)), strict=True)
     return [
@@ -352,7 +346,7 @@ def _sums_of_squares(x: jax.Array, share: Share) -> jax.Array:
             jnp.where(is_tiny, size * scale, 0),
         )
         sums.append([jnp.sum(s * s, axis=(-2, -1), keepdims=True) for s in scaled])
-    return share.sum(jnp.concatenate([sum(same) for same in zip(*sums, strict=True)], axis=-2))
+    return share(jnp.concatenate([sum(same) for same in zip(*sums, strict=True)], axis=-2))
 
 
 def _norm_of(sums: jax.Array) -> tuple[jax.Array, jax.Array]:

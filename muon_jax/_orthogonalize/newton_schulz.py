@@ -85,7 +85,7 @@ class NewtonSchulz:
         """The `(a, b, c)` of each step for updates of `dtype`."""
         return self.coeffs.resolve(self.steps, self.compute_dtype(dtype))
 
-    def tells_sides(self, m: int, n: int) -> bool:
+    def is_oriented(self, m: int, n: int) -> bool:
         """Whether the factor of Xᵀ is not that of X transposed: AOL rescales along one side."""
         return self.coeffs.normalization == "aol" and m == n
 
@@ -122,7 +122,7 @@ class NewtonSchulz:
     def cut_form(
         self, short: int, dtype: jax.typing.DTypeLike, platform: str, near_square: bool
     ) -> Form:
-        """The Gram form of matrices whose columns lie on several devices.
+        """The Gram form of matrices whose columns are split over several devices.
 
         `near_square`: some are so close to square that their small singular values feel the
         rounding of XXᵀ.

@@ -10,6 +10,7 @@ from product to product, since panels are what the next one reads.
 import functools
 import itertools
 import operator
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,11 @@ def split_panels(x: jax.Array, count: int) -> Panels:
 
 def join_panels(panels: Panels) -> jax.Array:
     """The panels as one matrix."""
-    return jnp.concatenate(panels, axis=-2) if len(panels) > 1 else panels[0]
+    return joined(panels, axis=-2)
+
+
+def joined(xs: Sequence[jax.Array], axis: int = 0) -> jax.Array:
+    return jnp.concatenate(xs, axis) if len(xs) > 1 else xs[0]
 
 
 def matmul(

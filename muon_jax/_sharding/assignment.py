@@ -98,7 +98,7 @@ class _Alike(NamedTuple):
 
     def turned(self, newton_schulz: NewtonSchulz) -> "_Alike":
         """The same with the long side leading, or fan_out where both are equal and it matters."""
-        if newton_schulz.tells_sides(self.lead, self.other):
+        if newton_schulz.is_oriented(self.lead, self.other):
             turn = not self.spans[0].flip
         else:
             turn = self.lead < self.other
@@ -146,7 +146,7 @@ class _Assignment(NamedTuple):
             fans = [(stack.fan_in, stack.in_axes), (stack.fan_out, stack.out_axes)]
             (lead, lead_axes), (other, other_axes) = reversed(fans) if stack.flip else fans
             # Any other orthogonalizer may treat fan_in and fan_out differently.
-            oriented = self.newton_schulz is None or self.newton_schulz.tells_sides(lead, other)
+            oriented = self.newton_schulz is None or self.newton_schulz.is_oriented(lead, other)
             orientation = stack.flip if oriented else None
             span = Span(index, 0, stack.matrices, stack.flip)
             alike[lead, other, lead_axes, other_axes, orientation].append(span)

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from muon_jax._matrix_axes import MatrixAxes
 from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
+from muon_jax._orthogonalize.symmetric import joined
 from muon_jax._sharding.buckets import exchange_dtype
 from muon_jax._sharding.layout import PlacedArray, Placing
 
@@ -97,7 +98,7 @@ class _SameShape:
         self.placed: list[PlacedArray] = []
         parts = [a.to_matrices(x).astype(dtype) for x, a in zip(leaves, axes, strict=True)]
         parts = [x.reshape(-1, *x.shape[-2:]) for x in parts]
-        stack = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+        stack = joined(parts)
         count, m, n = stack.shape
         full = count - count % placing.devices
         if full:
@@ -136,7 +137,7 @@ class _SameShape:
             for end in range(len(self.placing.available_axes) - 1, 0, -1):
                 y = self._constrain(y, at, end)
             moved.append(y[:, :m, :n])
-        stack = jnp.concatenate(moved) if len(moved) > 1 else moved[0]
+        stack = joined(moved)
         updates, start = [], 0
         for x, a in zip(self.leaves, self.axes, strict=True):
             batch, m, n = a.matrix_shape(x.shape)

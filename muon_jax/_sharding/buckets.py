@@ -1,4 +1,4 @@
-"""Stacks of matrices as they lie on a mesh, and the buckets that assign them to devices.
+"""Stacks of matrices on a mesh, and the buckets that assign them to devices.
 
 A bucket takes matrices that move over the same mesh axes: those that do not split their batch
 already. It assigns tiles to devices: a tile is a whole matrix, or some of its columns where there
@@ -48,7 +48,7 @@ class Stack(NamedTuple):
         """Whether fan_out leads: the side that more mesh axes split.
 
         Of equals the order of the axes' names decides, and then the longer side, so that a matrix
-        leads like its transpose that lies in the same way.
+        leads like its transpose of the same layout.
         """
         in_, out = (
             (len(axes), axes, fan)
@@ -82,8 +82,8 @@ class Bucket(NamedTuple):
     The shards of a tile are put together along its leading side, which is a mere reshape.
 
     Attributes:
-        axes: mesh axes of the exchange, in mesh order; none for matrices that are whole on the
-            device where they lie.
+        axes: mesh axes of the exchange, in mesh order; none for matrices that are already
+            local to a device, which are not moved.
         devices: the product of their sizes.
         spans: the matrices.
         lead, other: the sides of a tile. Of matrices that are cut, `other` is the short side and

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from muon_jax._orthogonalize.iteration import ALONE, Share
+from muon_jax._orthogonalize.symmetric import joined
 from muon_jax._sharding.buckets import Axes, Bucket, Sizes, Span, Stack
 
 Orthogonalizer = Callable[..., jax.Array]
@@ -58,7 +59,7 @@ def orthogonalize_local(
     outputs = []
     for index, array in enumerate(arrays):
         in_order = [result for _, result in sorted(done[index], key=lambda item: item[0])]
-        outputs.append(_joined(in_order, axis=0) if in_order else array)
+        outputs.append(joined(in_order, axis=0) if in_order else array)
     return outputs
 
 
@@ -70,6 +71,9 @@ class _Exchange:
         self.size = size
         self.orthogonalizer = orthogonalizer
         self.chunk = chunk
+        split_axes = bucket.lead_axes + bucket.other_axes
+        self.moving = tuple(a for a in bucket.axes if a in split_axes)
+        self.still = tuple(a for a in bucket.axes if a not in split_axes)
 
     def in_place(self, shards: list[jax.Array]) -> list[jax.Array]:
         """Matrices that are whole on this device: those of several arrays in one call."""
@@ -92,7 +96,7 @@ class _Exchange:
             self._to_tiles(shard.astype(bucket.dtype), span, stacks[span.stack])
             for shard, span in zip(shards, bucket.spans, strict=True)
         ]
-        tiles = _joined(shards_of_tiles, axis=0)
+        tiles = joined(shards_of_tiles, axis=0)
         table, shared = bucket.assign_slots()
         results: list[jax.Array] = []
         chunk = self.chunk or max(bucket.slots, 1)
@@ -104,9 +108,9 @@ class _Exchange:
             else:
                 results.append(self._round(tiles, table[:, slots], shared[:, slots]))
         if bucket.resident:
-            tiles = _joined(results, axis=0)
+            tiles = joined(results, axis=0)
         else:
-            by_device = _joined(results, axis=1)
+            by_device = joined(results, axis=1)
             flat = by_device.reshape(-1, *by_device.shape[2:])
             tiles = _undo_take(flat, table.ravel(), len(tiles))
         updates, start = [], 0
@@ -128,7 +132,7 @@ class _Exchange:
         if bucket.cut:
             y = run(x.mT, form=bucket.form, share=self._share(shared)).mT
         else:
-            oriented = bucket.form is None or run.tells_sides(bucket.lead, bucket.other)
+            oriented = bucket.form is None or run.is_oriented(bucket.lead, bucket.other)
             run = run if bucket.form is None else functools.partial(run, form=bucket.form)
             turn = oriented and bucket.spans[0].flip
             y = apply_checked(run, x.mT).mT if turn else apply_checked(run, x)
@@ -138,8 +142,8 @@ class _Exchange:
     # device holds of every tile; a tile is (lead, other).
 
     def _gather(self, shards: jax.Array) -> jax.Array:
-        moving, still = self._moving(), self._still()
-        shards = self._drop_replicas(shards, still)
+        moving = self.moving
+        shards = self._drop_replicas(shards)
         if moving:
             shards = lax.all_to_all(shards, moving, 0, 0)
         _, slots, lead, other = shards.shape
@@ -151,7 +155,7 @@ class _Exchange:
         return x.reshape(slots, self.bucket.lead, self.bucket.other)
 
     def _scatter(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        moving, still = self._moving(), self._still()
+        moving = self.moving
         _, slots, lead, other = shape
         leading = [self.size[a] for a in self.bucket.lead_axes]
         others = [self.size[a] for a in self.bucket.other_axes]
@@ -162,33 +166,26 @@ class _Exchange:
         x = x.reshape(-1, slots, lead, other)
         if moving:
             x = lax.all_to_all(x, moving, 0, 0)
-        return self._restore_replicas(x, moving, still)
+        return self._restore_replicas(x)
 
-    def _moving(self) -> Axes:
-        split_axes = self.bucket.lead_axes + self.bucket.other_axes
-        return tuple(a for a in self.bucket.axes if a in split_axes)
-
-    def _still(self) -> Axes:
-        return tuple(a for a in self.bucket.axes if a not in self._moving())
-
-    def _drop_replicas(self, shards: jax.Array, still: Axes) -> jax.Array:
+    def _drop_replicas(self, shards: jax.Array) -> jax.Array:
         """Of the tiles, those for devices whose place along the replicated axes is this one's."""
-        if not still:
+        if not self.still:
             return shards
         x = shards.reshape(*(self.size[a] for a in self.bucket.axes), *shards.shape[1:])
         for axis in reversed(self.bucket.axes):
-            if axis in still:
+            if axis in self.still:
                 at = self.bucket.axes.index(axis)
                 x = lax.dynamic_index_in_dim(x, lax.axis_index(axis), at, keepdims=False)
         return x.reshape(-1, *shards.shape[1:])
 
-    def _restore_replicas(self, x: jax.Array, moving: Axes, still: Axes) -> jax.Array:
-        if not still:
+    def _restore_replicas(self, x: jax.Array) -> jax.Array:
+        if not self.still:
             return x
-        everyone = lax.all_gather(x, still, axis=0)
-        sizes = [self.size[a] for a in (*still, *moving)]
-        y = everyone.reshape(*sizes, *x.shape[1:])
-        order = [(*still, *moving).index(a) for a in self.bucket.axes]
+        everyone = lax.all_gather(x, self.still, axis=0)
+        axes = (*self.still, *self.moving)
+        y = everyone.reshape(*(self.size[a] for a in axes), *x.shape[1:])
+        order = [axes.index(a) for a in self.bucket.axes]
         rest = range(len(order), y.ndim)
         return y.transpose(*order, *rest).reshape(self.bucket.devices, *x.shape[1:])
 
@@ -254,7 +251,7 @@ class _Exchange:
             summed = _unpack_symmetric(summed) if x.shape[-1] > 1 else summed
             return jnp.where(here, summed, x)
 
-        return Share(total)
+        return total
 
 
 def orthogonalize_chunks(
@@ -276,7 +273,7 @@ def orthogonalize_chunks(
         step = max(1, chunk * size // matrices)
         starts = range(0, size, step)
         slices = [lax.slice_in_dim(x, i, min(i + step, size), axis=axis) for i in starts]
-        return _joined([run(part) for part in slices], axis)
+        return joined([run(part) for part in slices], axis)
 
     return run(x)
 
@@ -306,7 +303,7 @@ def orthogonalize_together(
         previous = ys[-1]
         for (index, _), y in zip(parts, ys, strict=True):
             done[index].append(y)
-    return [_joined(results, 0) for results in done]
+    return [joined(results, 0) for results in done]
 
 
 def _after(previous: jax.Array | None, x: Any) -> Any:
@@ -335,10 +332,6 @@ def apply_checked(orthogonalizer: Orthogonalizer, x: jax.Array) -> jax.Array:
             f"fan_out); for {x.shape} it returned {returned}."
         )
     return y
-
-
-def _joined(arrays: list[jax.Array], axis: int) -> jax.Array:
-    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=axis)
 
 
 def _pad(x: jax.Array, lead: int) -> jax.Array:

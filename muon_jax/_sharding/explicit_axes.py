@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 
 
 def over_auto_axes(update: Callable[[Any, Any], Any], updates: Any, state: Any) -> Any:
-    """`update(updates, state)`, whose results lie as its arguments do."""
+    """`update(updates, state)`, whose results have the shardings of its arguments."""
     mesh = next(
         (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(updates) if _is_explicit(x)), None
     )

@@ -1,4 +1,4 @@
-"""Where arrays lie: the mesh in force, and the mesh axes along each axis of an array."""
+"""The mesh in use, and the layout of an array: the mesh axes along each of its axes."""
 
 import math
 from collections.abc import Sequence
@@ -62,7 +62,7 @@ class Placing(NamedTuple):
 
 
 class PlacedArray(NamedTuple):
-    """An array before the exchange, and where it lies.
+    """An array before the exchange, with its layout.
 
     Attributes:
         shape, dtype: of the whole array.

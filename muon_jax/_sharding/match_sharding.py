@@ -1,4 +1,4 @@
-"""Two arrays that XLA shall shard alike, where the sharding is XLA's to choose."""
+"""Two arrays that XLA must shard alike, where it chooses the sharding."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from jax.interpreters import ad, batching, mlir
 
 
 def match_sharding(x: jax.Array, like: jax.Array) -> jax.Array:
-    """`x`, which the compiler shall shard as it shards `like`, an array of the same shape.
+    """`x`, sharded as the compiler shards `like`, an array of the same shape.
 
     Under Auto axes shardings propagate from operation to operation, and where two meet the compiler
     takes either. Both arrays become one of Shardy's sharding groups, whose members have one

@@ -26,7 +26,7 @@ def orthogonalize_leaves(
     like: Sequence[jax.Array],
     chunk_size: int | None = None,
 ) -> list[jax.Array]:
-    """Orthogonalises every matrix of every leaf once, wherever the leaves lie.
+    """Orthogonalises every matrix of every leaf once, on any mesh.
 
     Args:
         leaves: arrays or tracers.
@@ -34,7 +34,7 @@ def orthogonalize_leaves(
         orthogonalizer: `(..., fan_in, fan_out) -> (..., fan_in, fan_out)`.
         placing: the mesh.
         layouts: the mesh axes along each axis of a leaf, or `None` where the caller has none.
-        like: arrays with the sharding that the leaves have and the results shall have.
+        like: arrays with the sharding that the leaves have and the results must have.
         chunk_size: how many matrices of a bucket a device holds at once; `None` is all.
 
     Returns:

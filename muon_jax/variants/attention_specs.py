@@ -38,7 +38,7 @@ class AttentionSpec(Protocol):
         """Of gamma `(..., heads)` what multiplies `scaled`: `(..., heads there, columns or 1)`."""
 
     def check(self, module: str, names: Sequence[str]) -> None:
-        """Refuses a module, told the names below it, where these factors would change nothing."""
+        """Refuses a module, with the `names` below it, where these factors would change nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

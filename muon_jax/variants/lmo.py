@@ -16,6 +16,8 @@ from muon_jax._decay import add_decayed_weights, as_decay_mask, scale_by_learnin
 from muon_jax._matrices.stages import Orthogonalizer, Stages
 from muon_jax._matrix_axes import MatrixAxes, axes_by_path
 from muon_jax._momentum import as_array_tree
+from muon_jax._muon import scale_by_muon
+from muon_jax._options import takes_options_of
 from muon_jax._orthogonalize.newton_schulz import configured
 from muon_jax._partition import fitted
 from muon_jax._precision import widen
@@ -58,17 +60,14 @@ class LmoState(NamedTuple):
     mu: optax.Updates
 
 
+@takes_options_of(scale_by_muon, without=("beta", "nesterov", "momentum", "scale"))
 def scale_by_lmo(
     ball: Ball = HIDDEN,
     *,
     alpha: float | jax.Array = 0.1,
     smoothness: tuple[float, float] | None = None,
     orthogonalizer: Orthogonalizer | None = None,
-    mu_dtype: jax.typing.DTypeLike | None = None,
-    matrix_axes: Any = None,
-    mesh: AnyMesh | None = None,
-    shardings: Any = None,
-    chunk_size: int | None = None,
+    **options: Any,
 ) -> optax.GradientTransformation:
     r"""The oracle of the average gradient, for trees whose leaves share one ball.
 
@@ -107,16 +106,10 @@ def scale_by_lmo(
     if smoothness is not None:
         check_smoothness(smoothness)
     vectors = ball.oracle == "bias_rms"
-    stages = Stages(
-        beta=1 - alpha,
-        nesterov=False,
-        orthogonalizer=orthogonalizer,
-        mu_dtype=mu_dtype,
-        matrix_axes=None if vectors else matrix_axes,
-        mesh=mesh,
-        shardings=None if vectors else shardings,
-        chunk_size=chunk_size,
-    )
+    shardings = options.get("shardings")
+    if vectors:
+        options |= {"matrix_axes": None, "shardings": None}
+    stages = Stages(beta=1 - alpha, nesterov=False, orthogonalizer=orthogonalizer, **options)
 
     def init(params):
         return LmoState(jnp.zeros([], jnp.int32), stages.init_momentum(params))

@@ -91,7 +91,7 @@ def qk_clip(
             others = f"; got {', '.join(map(repr, sorted(extra_args)))}" * bool(extra_args)
             raise TypeError(
                 "qk_clip's update must be given max_logits=, the largest attention logits by "
-                f"module{others}. Give max_logits=None for a step that shall not clip."
+                f"module{others}. Pass max_logits=None for a step without a clip."
             )
         if max_logits is None:
             return updates, state
@@ -163,7 +163,7 @@ def _check_arguments(specs: Specs, threshold: Any, alpha: Any) -> tuple[Attentio
     listed = tuple(specs) if isinstance(specs, (tuple, list)) else (specs,)
     if not listed or not all(hasattr(spec, "factors") for spec in listed):
         raise TypeError(
-            "specs must be GroupedQuery(...), MultiHeadLatent(...) or a list of them, which tell "
+            "specs must be GroupedQuery(...), MultiHeadLatent(...) or a list of them, which say "
             f"where the heads are; got {specs!r}."
         )
     return listed
