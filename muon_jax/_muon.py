@@ -199,7 +199,7 @@ def hybrid_muon(
         options.pop("ns_steps", None),
         options.pop("ns_dtype", None),
     )
-    names = [name for name in ("beta", "nesterov", "momentum", "scale") if name in options]
+    names = {"beta", "nesterov", "momentum", "scale"} & options.keys()
     stages = {name: options.pop(name) for name in names}
     scale_by = functools.partial(scale_by, orthogonalizer=orthogonalizer, **stages)
     return hybrid(scale_by, learning_rate, **options)

@@ -48,17 +48,11 @@ def takes_options_of(base: Callable, *, without: tuple[str, ...] = ()) -> Callab
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)
-        own = {
-            name: parameter
-            for name, parameter in signature.parameters.items()
-            if parameter.kind != inspect.Parameter.VAR_KEYWORD
-        }
+        own = {name: p for name, p in signature.parameters.items() if p.kind != p.VAR_KEYWORD}
         passed_on = [
-            parameter
-            for name, parameter in inspect.signature(base).parameters.items()
-            if parameter.kind == inspect.Parameter.KEYWORD_ONLY
-            and name not in own
-            and name not in without
+            p
+            for name, p in inspect.signature(base).parameters.items()
+            if p.kind == p.KEYWORD_ONLY and name not in {*own, *without}
         ]
         merged = signature.replace(parameters=[*own.values(), *passed_on])
 
@@ -120,11 +114,8 @@ def _explain(
     if any(name in _HERE for name in unknown):
         here = "; ".join(f"{name!r} is here {_HERE[name]}" for name in unknown if name in _HERE)
         return f"{here}. muon_jax.optax_muon takes the arguments of optax.contrib.muon as they are."
-    positional = [
-        name
-        for name, parameter in signature.parameters.items()
-        if parameter.kind == parameter.POSITIONAL_OR_KEYWORD
-    ]
+    parameters = signature.parameters.values()
+    positional = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
     if len(args) > len(positional):
         return (
             f"only {', '.join(positional)} may be given by position; name the argument that "

@@ -102,7 +102,13 @@ def partition(
         "nu_dtype": nu_dtype,
     }
     _check_other(other_optimizer, [name for name, value in adam.items() if value is not None])
-    _check_adam(adam)
+    for name in ("adam_learning_rate", "adam_weight_decay"):
+        check_number(name, adam[name], at_least=0, optional=True, schedule=True)
+    for name in ("adam_b1", "adam_b2"):
+        check_number(name, adam[name], at_least=0, below=1, optional=True)
+    for name in ("adam_eps", "adam_eps_root"):
+        check_number(name, adam[name], at_least=0, optional=True)
+    check_static("adam_nesterov", adam_nesterov)
 
     def other_of(mask: Any) -> optax.GradientTransformation:
         if not isinstance(other_optimizer, str):
@@ -293,13 +299,3 @@ def _check_other(other: Any, given: list[str]) -> None:
             "adam_ arguments and nu_dtype belong to the named ones"
         )
     raise ValueError(f"{reason}: leave {', '.join(unread)} out, or choose another optimizer.")
-
-
-def _check_adam(adam: dict[str, Any]) -> None:
-    for name in ("adam_learning_rate", "adam_weight_decay"):
-        check_number(name, adam[name], at_least=0, optional=True, schedule=True)
-    for name in ("adam_b1", "adam_b2"):
-        check_number(name, adam[name], at_least=0, below=1, optional=True)
-    for name in ("adam_eps", "adam_eps_root"):
-        check_number(name, adam[name], at_least=0, optional=True)
-    check_static("adam_nesterov", adam["adam_nesterov"])

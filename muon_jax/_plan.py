@@ -1,8 +1,10 @@
 """What a step of Muon costs, before anything runs: FLOPs, bytes exchanged, memory."""
 
 import dataclasses
+import functools
 import math
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -102,35 +104,21 @@ class Plan:
 
     def __str__(self) -> str:
         memory = ("exchanged", "momentum", "working")
-        lines: list[tuple[str, ...]] = [
-            ("route", "leaves", "matrices", "form", "placing", "FLOPs", "per device", *memory)
-        ]
+
+        def figures(of: Callable[[str], Any]) -> list[str]:
+            flops = [_count(of(field)) for field in ("flops", "device_flops")]
+            return flops + [_bytes(of(f"{name}_bytes")) for name in memory]
+
+        head = ["route", "leaves", "matrices", "form", "placing", "FLOPs", "per device", *memory]
+        lines = [head]
         for row in self.rows:
             shape = " × ".join(map(str, row.shape))
-            lines.append(
-                (
-                    row.route,
-                    _leaves(row.leaves),
-                    f"{row.matrices} × ({shape})" if shape else "-",
-                    row.form or "-",
-                    row.placing or "-",
-                    _count(row.flops),
-                    _count(row.device_flops),
-                    *(_bytes(getattr(row, f"{name}_bytes")) for name in memory),
-                )
-            )
-        lines.append(
-            (
-                "total",
-                "",
-                str(self.total("matrices")),
-                "",
-                f"{self.devices} device{'s' * (self.devices > 1)}",
-                _count(self.total("flops")),
-                _count(self.total("device_flops")),
-                *(_bytes(self.total(f"{name}_bytes")) for name in memory),
-            )
-        )
+            matrices = f"{row.matrices} × ({shape})" if shape else "-"
+            words = [row.route, _leaves(row.leaves), matrices, row.form or "-", row.placing or "-"]
+            lines.append(words + figures(functools.partial(getattr, row)))
+        devices = f"{self.devices} device{'s' * (self.devices > 1)}"
+        total = ["total", "", str(self.total("matrices")), "", devices]
+        lines.append(total + figures(self.total))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

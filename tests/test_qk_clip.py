@@ -424,7 +424,7 @@ def test_forgotten_and_misspelt_max_logits_are_errors(wrapper):
     params, spec = grouped()
     tx = WRAPPERS[wrapper](qk_clip(spec))
     state = tx.init(params)
-    with pytest.raises(TypeError, match=r"must be given max_logits=.* Give max_logits=None"):
+    with pytest.raises(TypeError, match=r"must be given max_logits=.* Pass max_logits=None"):
         tx.update(params, state, params)
     with pytest.raises(TypeError, match=r"by module; got 'max_logit'\. Give"):
         tx.update(params, state, params, max_logit={"attention": ONES})

@@ -7,7 +7,7 @@ of axes.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -304,9 +304,6 @@ class Matrices:
         )
         by_part = dict(zip(present, results, strict=True))
         return [by_part.get(i) for i in range(len(matrices))]
-
-    def __iter__(self) -> Iterator[Part]:
-        return iter(self.parts)
 
 
 def _check_slices(path: str, shape: tuple[int, ...], layout: Layout, parts: Sequence[Part]) -> None:

@@ -87,7 +87,7 @@ def scale_by_adamuon(
         adapted = [o / (jnp.sqrt(v) + eps) for o, v in zip(factors, nu, strict=True)]
         adapted = [
             math.sqrt(min(part.fans)) * y / (norm + eps)
-            for part, y, norm in zip(matrices, adapted, matrices.norms(adapted), strict=True)
+            for part, y, norm in zip(matrices.parts, adapted, matrices.norms(adapted), strict=True)
         ]
         state = AdaMuonState(count, mu, matrices.merge(nu, state.nu))
         return matrices.merge(matrices.scale(adapted), updates), state

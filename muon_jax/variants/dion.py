@@ -97,7 +97,7 @@ def scale_by_dion(
     def init(params):
         matrices = stages.matrices(params)
         key, q = jax.random.key(seed), []
-        for i, part in enumerate(matrices):
+        for i, part in enumerate(matrices.parts):
             batch, fan_in, fan_out = part.axes.matrix_shape(part.shape)
             shape = (*batch, fan_in, rank_of(rank, fan_in, fan_out))
             first = jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)

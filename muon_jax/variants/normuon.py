@@ -80,7 +80,7 @@ def scale_by_normuon(
         nu = [
             (beta2 * v + (1 - beta2) * s / part.fans[0]).astype(v.dtype)
             for part, v, s in zip(
-                matrices, matrices.unpack(state.nu, updates), squares, strict=True
+                matrices.parts, matrices.unpack(state.nu, updates), squares, strict=True
             )
         ]
         even = [o / (jnp.sqrt(v) + eps) for o, v in zip(factors, nu, strict=True)]

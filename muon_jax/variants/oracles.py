@@ -50,7 +50,7 @@ def spectral(matrices: Matrices, d: Sequence[jax.Array], like) -> list[jax.Array
     return [
         math.sqrt(fan_out / fan_in) * widen(x)
         for x, (fan_in, fan_out) in zip(
-            matrices.orthogonalize(d, like), (part.fans for part in matrices), strict=True
+            matrices.orthogonalize(d, like), (part.fans for part in matrices.parts), strict=True
         )
     ]
 
@@ -58,7 +58,7 @@ def spectral(matrices: Matrices, d: Sequence[jax.Array], like) -> list[jax.Array
 def spectral_conv(matrices: Matrices, d: Sequence[jax.Array], like) -> list[jax.Array]:
     """The same for a convolution, whose window is all axes of fan_in but the last."""
     areas = []
-    for part in matrices:
+    for part in matrices.parts:
         _, fan_in, _ = part.axes.split(part.shape)
         areas.append(math.prod(part.shape[axis] for axis in fan_in[:-1]))
     return [x / math.sqrt(area) for x, area in zip(spectral(matrices, d, like), areas, strict=True)]
@@ -67,21 +67,21 @@ def spectral_conv(matrices: Matrices, d: Sequence[jax.Array], like) -> list[jax.
 def sign(matrices: Matrices, d: Sequence[jax.Array], like) -> list[jax.Array]:
     """Largest entry, times fan_in: sign / fan_in."""
     del like
-    return [jnp.sign(widen(x)) / part.fans[0] for part, x in zip(matrices, d, strict=True)]
+    return [jnp.sign(widen(x)) / part.fans[0] for part, x in zip(matrices.parts, d, strict=True)]
 
 
 def row_norm(matrices: Matrices, d: Sequence[jax.Array], like) -> list[jax.Array]:
     """Each output neuron's weights of length 1 / sqrt(fan_in)."""
     del like
     unit = _unit(matrices, d, over="fan_in")
-    return [x / math.sqrt(part.fans[0]) for part, x in zip(matrices, unit, strict=True)]
+    return [x / math.sqrt(part.fans[0]) for part, x in zip(matrices.parts, unit, strict=True)]
 
 
 def col_norm(matrices: Matrices, d: Sequence[jax.Array], like) -> list[jax.Array]:
     """Each input's weights of root mean square 1."""
     del like
     unit = _unit(matrices, d, over="fan_out")
-    return [x * math.sqrt(part.fans[1]) for part, x in zip(matrices, unit, strict=True)]
+    return [x * math.sqrt(part.fans[1]) for part, x in zip(matrices.parts, unit, strict=True)]
 
 
 def _unit(matrices: Matrices, d: Sequence[jax.Array], over: str) -> list[jax.Array]:

@@ -115,7 +115,7 @@ def scale_by_splus(
     def sides(matrices, square):
         """`square(batch, size)` for the sides of every part that are short enough."""
         pairs = []
-        for part in matrices:
+        for part in matrices.parts:
             batch, *fans = part.axes.matrix_shape(part.shape)
             both = (
                 matrices.own_batch(part, square(batch, n)) if n < max_dim else None for n in fans
