@@ -426,7 +426,7 @@ def test_forgotten_and_misspelt_max_logits_are_errors(wrapper):
     state = tx.init(params)
     with pytest.raises(TypeError, match=r"must be given max_logits=.* Pass max_logits=None"):
         tx.update(params, state, params)
-    with pytest.raises(TypeError, match=r"by module; got 'max_logit'\. Give"):
+    with pytest.raises(TypeError, match=r"by module; got 'max_logit'\. Pass"):
         tx.update(params, state, params, max_logit={"attention": ONES})
     given, _ = tx.update(params, state, params, max_logits=None)
     np.testing.assert_array_equal(*map(ravel, (given, params)))
