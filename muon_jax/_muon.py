@@ -199,7 +199,6 @@ def hybrid_muon(
         options.pop("ns_steps", None),
         options.pop("ns_dtype", None),
     )
-    names = {"beta", "nesterov", "momentum", "scale"} & options.keys()
-    stages = {name: options.pop(name) for name in names}
-    scale_by = functools.partial(scale_by, orthogonalizer=orthogonalizer, **stages)
-    return hybrid(scale_by, learning_rate, **options)
+    stages = {"beta", "nesterov", "momentum", "scale"} & options.keys()
+    settings = {name: options.pop(name) for name in stages} | {"orthogonalizer": orthogonalizer}
+    return hybrid(functools.partial(scale_by, **settings), learning_rate, **options)

@@ -81,9 +81,7 @@ def partition(
     Args:
         matrix_optimizer: makes the transformation of the hidden matrices; called with the two last
             links of its chain, which add the decay and scale by the rate, and with `mu_dtype`,
-            `matrix_axes`, `mesh`, `shardings` and `chunk_size`.
-
-    The other arguments are those of `hybrid`.
+            `matrix_axes`, `mesh`, `shardings` and `chunk_size`. All else is as in `hybrid`.
     """
     check_number("learning_rate", learning_rate, at_least=0, schedule=True)
     check_number("weight_decay", weight_decay, at_least=0, schedule=True)

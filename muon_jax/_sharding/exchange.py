@@ -279,9 +279,7 @@ def orthogonalize_chunks(
 
 
 def orthogonalize_together(
-    run: Callable[[list[jax.Array]], Sequence[jax.Array]],
-    shards: list[jax.Array],
-    chunk: int | None,
+    run: Callable[[Any], Sequence[jax.Array]], shards: list[jax.Array], chunk: int | None
 ) -> list[jax.Array]:
     """Stacks `(count, m, n)` orthogonalised, at most `chunk` matrices at once; `None` is all."""
     most = chunk or sum(map(len, shards))

@@ -106,8 +106,7 @@ def find_placing(mesh: AnyMesh | None, leaves: Sequence[jax.Array]) -> Placing:
             )
         mesh = context
     elif mesh is None:
-        meshes: list[Any] = [*filter(None, map(_mesh_of, leaves)), None]
-        mesh = meshes[0]
+        mesh = next((known for x in leaves if (known := _mesh_of(x)) is not None), None)
     if mesh is None:
         return Placing(None, False, (), ())
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
