@@ -23,18 +23,18 @@ INTERRUPTED = 130
 _MISREAD = (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError)
 _NO_PLATFORM, _FULL_DEVICE = "Unable to initialize backend", "RESOURCE_EXHAUSTED"
 _REMEDIES = {
-    errno.ENOSPC: "Make room there; the same command goes on with what was finished.",
-    errno.EDQUOT: "Make room there; the same command goes on with what was finished.",
-    errno.EACCES: "Change who may use it, or give another place.",
-    errno.EROFS: "Give a place that can be written.",
-    errno.ENOTDIR: "Give a path whose folders are folders.",
-    errno.EEXIST: "Give another place.",
+    errno.ENOSPC: "Free some space; the same command then continues with what was finished.",
+    errno.EDQUOT: "Free some space; the same command then continues with what was finished.",
+    errno.EACCES: "Change its permissions, or give another path.",
+    errno.EROFS: "Give a path that can be written.",
+    errno.ENOTDIR: "Give a path whose parents are folders.",
+    errno.EEXIST: "Give another path.",
 }
 
 Config = TypeVar("Config")
 
 
-def conduct(
+def run_command(
     begin: Callable[[], tuple[Config, Run]],
     study: Callable[[Config, Run, threading.Event, Console], int],
 ) -> int:
@@ -57,7 +57,8 @@ def conduct(
             return study(config, run, stop, console)
         except OSError as error:
             raise OSError(
-                f"{explain(error)} {len(run.finished)} finished cells are safe in {run.folder}."
+                f"{explain(error)} {len(run.finished)} finished trainings are saved in "
+                f"{run.folder}."
             ) from error
         finally:
             run.close()
@@ -78,7 +79,7 @@ def guard(work: Callable[[], int]) -> int:
         return code
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):
-            Console().print("Stopped and saved; the same command goes on from there.")
+            Console().print("Stopped and saved; the same command continues from there.")
         _give_up_a_broken_stdout()
         return INTERRUPTED
     except Exception as error:
@@ -105,8 +106,8 @@ def reporting(folder: object) -> Iterator[None]:
         raise SystemExit(INTERRUPTED) from None
     except _MISREAD as error:
         raise SystemExit(
-            f"error: {folder} has files that are not those of such a run, or of another version "
-            f"({type(error).__name__}: {error}). Name the folder of a run of this study."
+            f"error: {folder} holds no readable run of this study, or one of another version "
+            f"({type(error).__name__}: {error}). Give the folder of a run of this study."
         ) from None
     except Exception as error:
         if _exit_code(error) is None:
@@ -118,20 +119,20 @@ def reporting(folder: object) -> Iterator[None]:
 def explain(error: BaseException) -> str:
     """An error as a sentence or two: what is wrong, and what to do."""
     if isinstance(error, ImportError):
-        return f"{error.name or error} is not installed, and this command needs it; install it."
+        return f"{error.name or error} is not installed, but this command requires it."
     if isinstance(error, MemoryError):
-        return f"The machine's memory does not suffice ({error or 'out of memory'})."
+        return f"The machine has not enough memory ({error or 'out of memory'})."
     text = re.sub(r"\[Errno -?\d+\] ", "", str(error))
     if _NO_PLATFORM in text:
         asked = os.environ.get("JAX_PLATFORMS")
         return (
-            f"JAX cannot start the platform that JAX_PLATFORMS={asked} asks for "
-            f"({text.splitlines()[0]}). Install what it needs, or set JAX_PLATFORMS=cpu."
+            f"JAX cannot initialize the platform of JAX_PLATFORMS={asked} "
+            f"({text.splitlines()[0]}). Install its plugin, or set JAX_PLATFORMS=cpu."
         )
     if _FULL_DEVICE in text:
         return (
-            f"The device's memory does not suffice ({text.splitlines()[0]}). Take a smaller batch "
-            "or model, or more devices."
+            f"The device has not enough memory ({text.splitlines()[0]}). Use a smaller batch or "
+            "model, or more devices."
         )
     if isinstance(error, OSError) and error.errno in _REMEDIES:
         where = "" if error.filename else ", for a file or for the standard output"
@@ -177,7 +178,7 @@ def stop_on_signals() -> threading.Event:
         # By the descriptor: what was interrupted may hold the locks of sys.stderr.
         show_cursor = b"\x1b[?25h" if os.isatty(2) else b""
         with contextlib.suppress(OSError):
-            os.write(2, show_cursor + b"\nStopped at once; what was finished is kept.\n")
+            os.write(2, show_cursor + b"\nStopped immediately; finished work is kept.\n")
         os._exit(INTERRUPTED)
 
     signal.signal(signal.SIGINT, ask)

@@ -71,7 +71,9 @@ def _standard_library(root: Path, limit: int | None) -> Corpus:
     for name, held_out in library_files(root):
         (validation if held_out else train).write((root / name).read_bytes())
     if not train.tell():
-        raise ValueError("This Python has no source of its standard library; give --text FILE.")
+        raise ValueError(
+            "This Python installation has no source of the standard library; give --text FILE."
+        )
     tenth = None if limit is None else limit // VALIDATION_SHARE
     return _corpus(
         f"standard library of Python {platform.python_version()}",
@@ -109,7 +111,7 @@ def _corpus(name: str, train: bytes, validation: bytes) -> Corpus:
     if not (train and validation):
         raise ValueError(
             f"{name} has {len(train)} bytes for training and {len(validation)} for validation; "
-            "both need some. Take more bytes, or a longer text of several lines."
+            "both must have some. Use more bytes, or a longer text of several lines."
         )
     digest = hashlib.sha256(train + validation).hexdigest()
     arrays = (np.frombuffer(side, np.uint8) for side in (train, validation))

@@ -21,7 +21,7 @@ def loads(text: str | bytes | bytearray) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is no UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise ValueError(f"it is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def read_json(path: Any) -> dict[str, Any]:
@@ -36,13 +36,13 @@ def read_json(path: Any) -> dict[str, Any]:
         while len(text) <= LARGEST and (part := file.read(1 << 20)):
             text += part
     if len(text) > LARGEST:
-        raise ValueError(f"{path} has more than {LARGEST >> 20} MB, too many for a file of JSON.")
+        raise ValueError(f"{path} has more than {LARGEST >> 20} MB, too many for a JSON file.")
     try:
         value = loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: no valid JSON ({error}).") from None
+        raise ValueError(f"{path} is damaged: invalid JSON ({error}).") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: no JSON object but a {type(value).__name__}.")
+        raise ValueError(f"{path} is damaged: expected a JSON object, got {type(value).__name__}.")
     return value
 
 
@@ -76,7 +76,7 @@ def write_json(path: Any, value: Any) -> None:
     except ValueError:
         name, number = next(_not_finite(value))
         raise ValueError(
-            f"{path} cannot be written: {name} is {number}, and JSON has finite numbers alone."
+            f"{path} cannot be written: {name} is {number}, but JSON has only finite numbers."
         ) from None
     write_text(path, text + "\n")
 

@@ -19,7 +19,7 @@ ScheduleName = Literal[
 ScaleName = Literal["spectral", "match_rms_adamw", "mup", "none"]
 DecayName = Literal["linear", "cosine"]
 _RANK = Rule(
-    "a whole number from 1 on, or a share above 0 and up to 1",
+    "a whole number of at least 1, or a fraction greater than 0 and at most 1",
     lambda value: value >= 1 if isinstance(value, int) else 0 < value <= 1,
 )
 
@@ -29,15 +29,15 @@ class AdamW:
     """AdamW for all parameters; in the other arms, for those that are no hidden matrices."""
 
     learning_rate: Rate = 1e-3
-    """After warm-up."""
+    """Learning rate after warm-up."""
     weight_decay: Decay = 1.0
-    """Decoupled: a step shrinks weights by learning rate × this."""
+    """Decoupled weight decay. A step shrinks parameters by learning rate × this."""
     b1: Average = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     b2: Average = 0.98
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     eps: Positive = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,43 +45,43 @@ class Muon:
     """Muon for the hidden matrices."""
 
     learning_rate: Rate = 0.02
-    """After warm-up."""
+    """Learning rate after warm-up."""
     weight_decay: Decay = 0.1
-    """Decoupled, as AdamW's."""
+    """Decoupled weight decay, as AdamW's."""
     beta: Average = 0.95
-    """Decay of the momentum."""
+    """Decay rate of the momentum."""
     nesterov: bool = True
-    """Look one step ahead."""
+    """Use Nesterov momentum."""
     ns_coeffs: ScheduleName = "jordan"
-    """Newton-Schulz schedule."""
+    """Coefficients of the Newton-Schulz iteration."""
     ns_dtype: Literal["bfloat16", "float32"] = "float32"
-    """Of Newton-Schulz's matrix products."""
+    """Precision of Newton-Schulz's matrix products."""
     scale: ScaleName = "spectral"
-    """Size of the update by fan_in and fan_out."""
+    """Shape scale of the update, a function of fan_in and fan_out."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Variants:
-    """What single optimizers of the family have to set."""
+    """Settings of single variants of Muon and AdamW."""
 
     rank: Annotated[int | float, _RANK] = 0.25
-    """Of dion and low_rank: a whole number, or a share of the short side."""
+    """dion, low_rank: rank, as a whole number or as a fraction of the shorter side."""
     blocks: tuple[Count, Count] = (2, 2)
-    """Of muonbp: blocks along fan_in and fan_out."""
+    """muonbp: number of blocks along fan_in and fan_out."""
     period: Count = 5
-    """Of muonbp: steps from one whole matrix to the next."""
+    """muonbp: steps between orthogonalisations of the whole matrix."""
     clip_threshold: Positive = 100.0
-    """Of muonclip: largest attention logit."""
+    """muonclip: largest attention logit allowed."""
     eigenbases_every: Count = 100
-    """Of splus: steps between eigendecompositions."""
+    """splus: steps between eigendecompositions."""
     gluon_norm: Positive = 1.0
-    """Of gluon: dual norm of a gradient at which the step is half of its largest, L0 / L1."""
+    """gluon: dual gradient norm at which the step has half its maximal size, L0 / L1."""
     sgd_learning_rate: Rate = 0.1
-    """Of muon_sgd, for what is no hidden matrix."""
+    """muon_sgd: SGD's learning rate, for all but the hidden matrices."""
     lion_learning_rate: Rate = 1e-3
-    """Of muon_lion, for what is no hidden matrix."""
+    """muon_lion: Lion's learning rate, for all but the hidden matrices."""
     tuned_weight_decay: Decay = 4.0
-    """Of adamw_tuned."""
+    """adamw_tuned: weight decay."""
 
 
 Options = dict[str, Any]
@@ -254,9 +254,9 @@ def _gluon(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Op
 ARMS: dict[str, Arm] = {
     "adamw": Arm("AdamW for all parameters", _adamw),
     "muon": Arm("Muon for the hidden matrices", _like_muon(muon_jax.muon)),
-    "muon_only": Arm("Muon, and nothing else learns", _muon_only),
-    "muon_sgd": Arm("Muon, and SGD for the rest", _rest("sgd")),
-    "muon_lion": Arm("Muon, and Lion for the rest", _rest("lion")),
+    "muon_only": Arm("Muon, with all other parameters frozen", _muon_only),
+    "muon_sgd": Arm("Muon for hidden matrices, SGD for all other parameters", _rest("sgd")),
+    "muon_lion": Arm("Muon for hidden matrices, Lion for all other parameters", _rest("lion")),
     "muon_bf16": Arm(
         "Muon with momentum in bfloat16", _like_muon(muon_jax.muon, mu_dtype=jnp.bfloat16)
     ),
@@ -269,22 +269,24 @@ ARMS: dict[str, Arm] = {
         _like_muon(muon_jax.muon, orthogonalizer=muon_jax.polar_factor),
     ),
     "low_rank": Arm("Muon of the top singular triplets, by SVD", _low_rank("svd")),
-    "low_rank_subspace": Arm("the same by subspace iteration", _low_rank("subspace")),
+    "low_rank_subspace": Arm(
+        "Muon of the top singular triplets, by subspace iteration", _low_rank("subspace")
+    ),
     "normuon": Arm("NorMuon", _like_muon(muon_jax.normuon)),
     "adamuon": Arm("AdaMuon", _like_muon(muon_jax.adamuon, scale="match_rms_adamw"), 0.02),
-    "muonbp": Arm("MuonBP, orthogonalising blocks between whole steps", _muonbp),
+    "muonbp": Arm("MuonBP, orthogonalising blocks at most steps", _muonbp),
     "muonclip": Arm("Muon and QK-clip", _muonclip),
     "dion": Arm("Dion", _dion),
     "splus": Arm("SPlus, evaluated at its average", _splus, 0.8, muon_jax.evaluation_params),
     "splus_adamw": Arm(
-        "SPlus, and AdamW for the rest",
+        "SPlus for hidden matrices, AdamW for all other parameters",
         _splus_adamw,
         0.8,
         muon_jax.evaluation_params,
         member=False,
     ),
     "scion": Arm("Scion, unconstrained", _scion, 1e-3),
-    "gluon": Arm("Gluon, Scion with steps by smoothness", _gluon, 2e-3),
+    "gluon": Arm("Gluon: Scion with step sizes from smoothness constants", _gluon, 2e-3),
     "muon_equal_decay": Arm("Muon with AdamW's weight decay", _equal_decay, member=False),
     "muon_equal_shrink": Arm(
         "Muon with AdamW's learning rate × weight decay", _equal_shrink, member=False
@@ -294,18 +296,20 @@ ARMS: dict[str, Arm] = {
         _like_muon(muon_jax.muon, ns_steps=1),
         member=False,
     ),
-    "optax_muon": Arm("optax.contrib.muon, told what ours finds out", _optax_muon, member=False),
+    "optax_muon": Arm("optax.contrib.muon with the routing of muon_jax", _optax_muon, member=False),
     "orthogonal": Arm(
-        "orthogonalised momentum, not scaled by shape",
+        "Muon without a shape scale",
         _like_muon(muon_jax.muon, scale="none"),
         member=False,
     ),
     "spectral": Arm(
-        "momentum of Muon's spectral norm, not orthogonalised",
+        "Momentum scaled to Muon's spectral norm, not orthogonalised",
         _like_muon(muon_jax.muon, orthogonalizer=baselines.unit_spectral_norm),
         member=False,
     ),
-    "adamw_tuned": Arm("AdamW, fast and with much decay", _adamw_tuned, 0.01, member=False),
+    "adamw_tuned": Arm(
+        "AdamW with a high learning rate and weight decay", _adamw_tuned, 0.01, member=False
+    ),
     "orthogonal_gradient": Arm(
         "⊥Grad, then AdamW without weight decay, as published",
         _after(baselines.orthogonal_gradient, weight_decay=0.0),
@@ -325,7 +329,9 @@ Rates = dataclasses.make_dataclass(
             name,
             Annotated[
                 Rate if arm.rate else Rate | None,
-                tyro.conf.arg(help=f"{arm.about}{'' if arm.rate else '; by default as muon'}."),
+                tyro.conf.arg(
+                    help=f"{arm.about}{'' if arm.rate else '; by default --muon.learning-rate'}."
+                ),
             ],
             dataclasses.field(default=arm.rate),
         )
@@ -343,13 +349,13 @@ class Settings:
     """Settings of all arms; the config of a study inherits them."""
 
     adamw: AdamW = dataclasses.field(default_factory=AdamW)
-    """The AdamW arm, and in the others the embedding, the head and the gains."""
+    """AdamW, as an optimizer of its own and in the others for embedding, head and gains."""
     muon: Muon = dataclasses.field(default_factory=Muon)
-    """The hidden matrices of the Muon arm."""
+    """Muon, for the hidden matrices."""
     variants: Variants = dataclasses.field(default_factory=Variants)
-    """What single optimizers of the family have to set."""
+    """Settings of single variants of Muon and AdamW."""
     rates: Rates = dataclasses.field(default_factory=Rates)  # type: ignore[valid-type]
-    """Learning rates of the other optimizers."""
+    """Learning rates of all other optimizers."""
 
     @property
     def attention_spec(self) -> muon_jax.GroupedQuery | muon_jax.MultiHeadLatent:

@@ -44,11 +44,11 @@ class Chip:
 
     def assumptions(self) -> str:
         """In a sentence."""
-        launch = f"{1e6 * self.launch:g} µs a launch, " if self.launch else ""
+        launch = f"{1e6 * self.launch:g} µs per launch, " if self.launch else ""
         return (
             f"Roofline of {self.name}: {launch}{self.bandwidth / 1e12:.3g} TB/s, "
-            f"{self.flops / 1e12:.4g} TFLOP/s (float32 products at half of it); kernels one after "
-            "another, collectives beside them."
+            f"{self.flops / 1e12:.4g} TFLOP/s (float32 products at half of it); kernels in "
+            "sequence, collectives overlapping with them."
         )
 
 
@@ -120,7 +120,7 @@ def exchange_text(collective: Collective | None) -> str:
     if collective.in_loops:
         parts.append(f"{collective.in_loops:,} in loops")
     if collective.beside:
-        parts.append(f"{collective.beside:,} beside computation")
+        parts.append(f"{collective.beside:,} overlapped with computation")
     more = f" ({', '.join(parts)})" if parts else ""
     return f"{readable(collective.output_bytes)} in {collective.count:,}{more}"
 
@@ -157,13 +157,13 @@ def print_estimates(estimates: Mapping[str, Estimate], device_kind: str, console
     """What is assumed, and the dearest kernels of each program by name."""
     console.print(CHIPS[device_kind].assumptions(), highlight=False, soft_wrap=True)
     for name, found in estimates.items():
-        console.print(dearest_table(found.dearest, f"The dearest kernels of {name}"))
+        console.print(dearest_table(found.dearest, f"Most expensive kernels of {name}"))
 
 
 def unread_text(unread: Mapping[str, int]) -> str:
     """That FLOPs, and so the roofline, are without those of some kernels."""
     kernels = ", ".join(f"{runs:,} × {name}" for name, runs in unread.items())
-    return f"FLOPs, and the roofline, are without those of {kernels}."
+    return f"FLOPs and roofline exclude {kernels}, which could not be read."
 
 
 def dearest(program: Program, chip: Chip, count: int = 10) -> list[tuple[Kernel, float]]:
@@ -187,7 +187,7 @@ def dearest_table(
 ) -> Table:
     """A row a kernel."""
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for heading in ("ms", "runs", "MB a run", "FLOPs a run"):
+    for heading in ("ms", "runs", "MB per run", "FLOPs per run"):
         table.add_column(heading, justify="right")
     table.add_column("kernel", overflow="fold")
     table.add_column("source", overflow="fold")

@@ -28,6 +28,14 @@ _STARTED = CONFIG, "tokenizer.json"  # what a start writes before its log
 _LEFT = re.compile(r"\.lock|\.\w+\.jsonl?\.[a-z0-9_]{8}")
 
 
+# Settings of earlier versions, by the names that they have today.
+_RENAMED = {
+    "arms": "optimizers",
+    "optimizer": "optimizers",
+    "final": "final_lr_fraction",
+    "patience": "max_nonfinite_steps",
+}
+
 # Settings, and which of a folder's files tells them.
 Told = list[tuple[str, dict[str, Any]]]
 
@@ -63,7 +71,7 @@ class Run:
     def __init__(self, folder: Path, config: dict[str, Any], grid: tuple[str, ...] = ()):
         self.folder = folder
         self._identity = identity(config, grid)
-        self._lock = claim(folder, config, grid, other="another --name or --out")
+        self._lock = claim(folder, config, grid, other="another --out")
         try:
             self.finished, self._sealed, self.notes = self._recover()
         except BaseException:
@@ -105,16 +113,21 @@ class Run:
         notes = []
         if not found.text and (self.folder / "summary.json").exists():
             notes.append(
-                f"{path} is empty or gone, though there is a summary.json: what it had finished is "
-                "to be done again. Bring the file back from a copy to keep it."
+                f"{path} is empty or missing although summary.json exists, so all work will be "
+                "repeated. Restore the file from a backup to keep what was finished."
             )
         kept = sum(1 + len(records) for records, _ in pieces)
         if dropped := len(found.text) + bool(found.torn) - kept:
-            notes.append(f"{dropped} lines of an unfinished or damaged cell were cut away.")
+            notes.append(
+                f"{dropped} lines of an unfinished or damaged training were removed; it will be "
+                "repeated."
+            )
         if found.damage:
             copy = path.with_name(f"{LOG}.damaged")
             shutil.copyfile(path, copy)
-            notes.append(f"{path} is damaged: {'; '.join(found.damage)}. A copy is {copy.name}.")
+            notes.append(
+                f"{path} is damaged: {'; '.join(found.damage)}. It was copied to {copy.name}."
+            )
         text, count = self._lines(pieces, 0)
         if dropped or found.damage:
             write_text(path, text)
@@ -206,14 +219,14 @@ def _refuse_strangers(
     if names and not told:
         found = f"{CONFIG}, which is damaged," if CONFIG in names else min(names)
         raise RunError(
-            f"{folder} holds {found} {'and other files ' * (len(names) > 1)}and no run of this "
-            f"study, so nothing is written there. Give {other}, or an empty folder."
+            f"{folder} holds {found} {'and other files ' * (len(names) > 1)}but no run of this "
+            f"study; nothing was written. Give {other}, or an empty folder."
         )
     for where, settings in told:
         if 2 * len(settings.keys() & keys) < len(keys):
             raise RunError(
-                f"{folder} is no run of this study, as {where} tells, so nothing is written "
-                f"there. Give {other}, or an empty folder."
+                f"{folder} holds no run of this study according to {where}; nothing was "
+                f"written. Give {other}, or an empty folder."
             )
 
 
@@ -248,15 +261,36 @@ def known_settings(folder: Path) -> dict[str, Any]:
     if not told:
         if not (folder / CONFIG).exists():
             raise RunError(f"{folder} holds no run: it has no {CONFIG}.")
-        told = [(CONFIG, read_json(folder / CONFIG))]
+        told = [(CONFIG, read_settings(folder / CONFIG))]
     (where, settings), *more = reversed(told)
     for other, there in more:
         if changed := [key for key in changed_settings(there, settings) if key in settings]:
             raise RunError(
-                f"{folder}: {other} and {where} are of different runs "
-                f"({_differences(changed, there, settings)}). Bring {other} back as it was."
+                f"{folder}: {other} and {where} belong to different runs "
+                f"({_differences(changed, there, settings)}). Restore {other} from a backup."
             )
     return (dict(more[-1][1]) if more else {}) | settings
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A `config.json` of any version.
+
+    Raises:
+        ValueError: it is damaged.
+        OSError: it cannot be read.
+    """
+    return current_names(read_json(path))
+
+
+def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of any version by the names that they have today."""
+
+    def current(key: str, value: Any) -> str:
+        # Under "optimizer" is also the one that a run trains with, or what all arms share.
+        is_other = key == "optimizer" and not isinstance(value, list)
+        return key if is_other else _RENAMED.get(key, key)
+
+    return {current(key, value): value for key, value in settings.items()}
 
 
 def holds_run(folder: Path) -> bool:
@@ -270,11 +304,11 @@ def _told(folder: Path) -> Told:
         return []
     told: Told = []
     with contextlib.suppress(FileNotFoundError, ValueError):
-        told.append((CONFIG, read_json(folder / CONFIG)))
+        told.append((CONFIG, read_settings(folder / CONFIG)))
     if (config := sealed.read(folder / LOG).config) is not None:
-        told.append((f"{LOG}, by its seals,", config))
+        told.append((f"{LOG}, by its seals,", current_names(config)))
     if (config := manifests.newest_meta(folder / "checkpoints").get("config")) is not None:
-        told.append(("its newest checkpoint", config))
+        told.append(("its newest checkpoint", current_names(config)))
     return told
 
 
@@ -288,7 +322,7 @@ def _check(folder: Path, config: dict[str, Any], free: tuple[str, ...], other: s
             changed = [key for key in changed if key in there]
         if changed:
             raise RunError(
-                f"{folder} holds a run with other settings, as {where} tells "
+                f"{folder} holds a run with other settings according to {where} "
                 f"({_differences(changed, there, here)}). Give {other}, or the same settings."
             )
 
@@ -307,7 +341,7 @@ def _names(folder: Path) -> list[str]:
     if not folder.exists():
         return []
     if not folder.is_dir():
-        raise RunError(f"{folder} is a file, and a run is a folder. Give the name of a folder.")
+        raise RunError(f"{folder} is a file; a run is a folder. Give the path of a folder.")
     return sorted(path.name for path in folder.iterdir() if not _LEFT.fullmatch(path.name))
 
 

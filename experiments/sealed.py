@@ -120,11 +120,12 @@ def _told(lost: int, wanted: int, others: list[int], seal: int) -> str:
     parts = []
     if lost:
         parts.append(
-            f"{lost} of the {wanted} records that line {seal + 1} seals are damaged or missing"
+            f"{lost} of the {wanted} records before the seal in line {seal + 1} are damaged or "
+            "missing"
         )
     if others:
         which = ", ".join(str(at + 1) for at in others[:5]) + (", …" if len(others) > 5 else "")
-        parts.append(f"line{'s' * (len(others) > 1)} {which} under no whole seal")
+        parts.append(f"line{'s' * (len(others) > 1)} {which} without a valid seal")
     return ", with ".join(parts)
 
 

@@ -56,11 +56,11 @@ Decay = Annotated[float, at_least(0)]
 Share = Annotated[float, Rule("from 0 to 1", lambda value: 0 <= value <= 1)]
 Average = Annotated[
     float,
-    Rule("at least 0 and less than 1, the share of an average that a step keeps",
+    Rule("at least 0 and less than 1, as the decay rate of an average",
          lambda value: 0 <= value < 1),
 ]  # fmt: skip
 Dropout = Annotated[
-    float, Rule("at least 0 and less than 1, the share of numbers that are dropped",
+    float, Rule("at least 0 and less than 1, as a probability",
                 lambda value: 0 <= value < 1),
 ]  # fmt: skip
 Clip = Annotated[float, above(0, "; a large number clips nothing")]
@@ -124,9 +124,7 @@ def check_different(settings: Any, *fields: str) -> None:
         values = getattr(settings, field)
         if not values or len(set(values)) != len(values):
             found = " ".join(map(str, values)) or "none"
-            raise ValueError(
-                f"{option(field)} must name one or more, each of them once; got {found}."
-            )
+            raise ValueError(f"{option(field)} requires one or more different values; got {found}.")
 
 
 def given(arguments: Sequence[str], name: str, otherwise: Number) -> Number:

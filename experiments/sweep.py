@@ -20,9 +20,9 @@ from rich.console import Console
 
 from experiments import sealed
 from experiments.commands import print_warning, progress_bar
-from experiments.runs import Run, finished_pieces, machine, read_json, write_json
+from experiments.parallel import run_in_parallel
+from experiments.runs import Run, finished_pieces, machine, read_json, read_settings, write_json
 from experiments.settings import Whole, above
-from experiments.side_by_side import side_by_side
 
 Row = dict[str, Any]
 Cell = TypeVar("Cell", bound=tuple)
@@ -33,11 +33,11 @@ class Sweep:
     """Which learning rates an optimizer is tried at."""
 
     factor: Annotated[float, above(1)] = 2.0
-    """From one rate to the next."""
+    """Ratio of neighbouring learning rates."""
     reach: Whole = 1
-    """Rates on either side of the default one."""
+    """Learning rates to try on either side of the default one."""
     limit: Whole = 4
-    """Further rates on a side whose last one is the best; none is to be judged at an edge."""
+    """Further learning rates at most, on a side whose outermost one is the best so far."""
 
 
 def check_sweep_seeds(seeds: int, sweep_seeds: int) -> None:
@@ -194,7 +194,7 @@ def cell_of(make: Callable[..., Cell], row: Row) -> Cell:
     return make(*(row[field] for field in make._fields))
 
 
-def carry_out(
+def run_sweep(
     make: Callable[..., Cell],
     arms: Mapping[tuple[Hashable, ...], float],
     config: Any,
@@ -264,8 +264,8 @@ def carry_out(
     for note in run.notes:
         console.print(note, highlight=False, soft_wrap=True)
     console.print(
-        f"[bold]{run.folder}[/bold]: {len(missing())} cells to go, and more where a best rate lies "
-        f"at the edge; {len(run.finished)} finished.",
+        f"[bold]{run.folder}[/bold]: {len(missing())} trainings to go, and more if a best "
+        f"learning rate is the highest or lowest one tried; {len(run.finished)} finished.",
         highlight=False,
     )
     try:
@@ -275,20 +275,22 @@ def carry_out(
                 if program is None:
                     to_the_end(cells[0])
                 else:
-                    side_by_side(cells, program, to_the_end, stop)
+                    run_in_parallel(cells, program, to_the_end, stop)
     except KeyboardInterrupt:
         stop.set()
     left = len(missing())
     if run.finished:
         _summarize(run, corpus, len(run.finished) + left)
     if left:
-        console.print(f"Interrupted with {left} cells to go; the same command goes on from there.")
+        console.print(
+            f"Interrupted with {left} trainings to go; the same command continues from there."
+        )
     return left
 
 
 def _outcome(row: Row) -> str:
     loss = "diverged" if row["diverged"] else f"loss {row['validation_loss']:.4f}"
-    return f"{loss}, {row['milliseconds_per_step']:.0f} ms a step"
+    return f"{loss}, {row['milliseconds_per_step']:.0f} ms per step"
 
 
 def _summarize(run: Run, corpus: dict[str, Any], total: int) -> None:
@@ -325,14 +327,14 @@ def load_run(folder: Path) -> Files:
         raise FileNotFoundError(f"no run folder {folder}")
     for name in ("config.json", "summary.json", "metrics.jsonl"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}: has a cell of the run finished?")
+            raise FileNotFoundError(f"{folder} has no {name}. Has a training of the run finished?")
     log = sealed.read(folder / "metrics.jsonl")
     for damage in log.damage:
         print_warning(f"{folder / 'metrics.jsonl'} is damaged: {damage}.")
     pieces = finished_pieces(log)
     costs = folder / "costs.json"
     return Files(
-        read_json(folder / "config.json"),
+        read_settings(folder / "config.json"),
         read_json(folder / "summary.json"),
         [row for _, row in pieces],
         [records for records, _ in pieces],

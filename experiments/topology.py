@@ -104,14 +104,14 @@ def topology_devices(name: str) -> list[Any]:
     """
     if topologies is None:
         raise TopologyError(
-            f"JAX {jax.__version__} has no jax.experimental.topologies, which compiling for a "
-            "device that is not here needs. Install another version of JAX."
+            f"JAX {jax.__version__} has no jax.experimental.topologies, which ahead-of-time "
+            "compilation for absent devices requires. Install another version of JAX."
         )
     if name.partition(":")[0] in _GPUS:
         return _gpus(name)
     if re.fullmatch(r"(v\d+\w*|tpu\w+):\d+(x\d+)*", name):
         return _tpus(name)
-    raise TopologyError(f"There is no topology {name!r}. Give {NAMES}.")
+    raise TopologyError(f"Unknown topology {name!r}. Give {NAMES}.")
 
 
 def _gpus(name: str) -> list[Any]:
@@ -119,12 +119,12 @@ def _gpus(name: str) -> list[Any]:
     shape = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", size)
     if shape is None:
         raise TopologyError(
-            f"{name!r} is no topology of GPUs. Write the number of devices as {kind}:8, or hosts × "
-            f"devices as {kind}:8x8."
+            f"{name!r} is not a topology of GPUs. Write the number of devices, as {kind}:8, or "
+            f"hosts × devices, as {kind}:8x8."
         )
     if not any(importlib.util.find_spec(plugin) for plugin in _PLUGINS):
         raise TopologyError(
-            "Compiling for a GPU that is not here needs XLA's plugin for CUDA, which is not "
+            "Ahead-of-time compilation for GPUs requires XLA's CUDA plugin, which is not "
             'installed. Run: pip install -e ".[experiments,gpu-compile]"'
         )
     # Nothing can be timed, and so no kernel chosen by its time.
@@ -152,8 +152,9 @@ def _gpus(name: str) -> list[Any]:
         )
     except Exception as error:  # the plugin's own kinds differ from version to version
         raise TopologyError(
-            f"XLA's plugin for CUDA makes no topology {name!r}: {str(error).splitlines()[0]}. It "
-            'comes with what it loads by: pip install -e ".[experiments,gpu-compile]"'
+            f"XLA's CUDA plugin cannot build the topology {name!r}: "
+            f"{str(error).splitlines()[0]}. Install it with its dependencies: pip install -e "
+            '".[experiments,gpu-compile]"'
         ) from error
 
 
@@ -162,8 +163,8 @@ def _tpus(name: str) -> list[Any]:
         import libtpu  # noqa: F401 - JAX looks for it and otherwise says only "no TPU"
     except ImportError:
         raise TopologyError(
-            "Compiling for a TPU needs libtpu, which is not installed. "
-            'Run: pip install -e ".[experiments,tpu]"'
+            "Ahead-of-time compilation for TPUs requires libtpu, which is not installed. Run: "
+            'pip install -e ".[experiments,tpu]"'
         ) from None
 
     # libtpu asks the cloud which machine this is, unless it is told; and it lets one process at a
@@ -175,5 +176,6 @@ def _tpus(name: str) -> list[Any]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:  # libtpu's own kinds differ from version to version
         raise TopologyError(
-            f"libtpu makes no topology {name!r}: {str(error).splitlines()[0]}. Give {NAMES}."
+            f"libtpu cannot build the topology {name!r}: {str(error).splitlines()[0]}. Give "
+            f"{NAMES}."
         ) from error

@@ -231,7 +231,7 @@ def test_the_roofline_by_hand():
     assert [kernel.name for kernel, _ in found] == ["wide", "works"]
     assert dearest_table(found).row_count == 2
     assert CHIP.floor(1e10, 1e6) == pytest.approx(1e-4)
-    assert "2 µs a launch, 1 TB/s, 100 TFLOP/s" in CHIP.assumptions()
+    assert "2 µs per launch, 1 TB/s, 100 TFLOP/s" in CHIP.assumptions()
 
 
 def test_a_program_is_printed_with_all_that_it_takes(monkeypatch):
@@ -253,7 +253,7 @@ def test_a_program_is_printed_with_all_that_it_takes(monkeypatch):
         "estimated cycles 1.50 M",
         "all-gather 24.00 MB in 6 (4 in loops, 5 beside computation)",
         "temporaries 7.00 MB",
-        "without those of 2 × other",
+        "exclude 2 × other",
         "Roofline of made up",
         "a.py:7 f",
     ):
@@ -270,7 +270,7 @@ def test_a_cpu_has_no_roofline():
 def test_what_is_no_topology_says_which_there_are(name, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "libtpu", None)
-    with pytest.raises(TopologyError, match=f"no topology '{name}'") as refused:
+    with pytest.raises(TopologyError, match=f"Unknown topology '{name}'") as refused:
         topology_devices(name)
     for text in ("h100:8", "`gpu-compile`", "v5e:4x4", "`tpu`"):
         assert text in str(refused.value)
@@ -278,7 +278,7 @@ def test_what_is_no_topology_says_which_there_are(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["h100:0", "h100:", "h100:8x", "b200:2x2x2"])
 def test_sizes_that_no_gpus_have_are_refused(name):
-    with pytest.raises(TopologyError, match=r"hosts × devices as \w+:8x8"):
+    with pytest.raises(TopologyError, match=r"hosts × devices, as \w+:8x8"):
         topology_devices(name)
 
 

@@ -249,7 +249,7 @@ def test_a_bad_sector_is_damage_and_missing_rights_are_not(checkpoints, monkeypa
     monkeypatch.setattr(manifests, "_sha256", failing)
     if number == errno.EIO:
         damaged = checkpoints.restore(small_state()).damaged
-        assert damaged == ("step 2: state/_METADATA has other bytes than were written",)
+        assert damaged == ("step 2: state/_METADATA has other contents than were written",)
     else:
         with pytest.raises(PermissionError):
             checkpoints.restore(small_state())
@@ -328,7 +328,12 @@ def test_what_cannot_be_saved_is_refused(checkpoints):
     refused = [
         (TypeError, "bad is a str", {"bad": "text"}, {}),
         (TypeError, "bad is a float32", {"bad": np.float32(1)}, {}),
-        (ValueError, "leaves are called a.b", {"a.b": jnp.ones(1), "a": {"b": jnp.zeros(1)}}, {}),
+        (
+            ValueError,
+            "leaves have the name a.b",
+            {"a.b": jnp.ones(1), "a": {"b": jnp.zeros(1)}},
+            {},
+        ),
         (TypeError, "not JSON serializable", small_state(), {"x": jnp.ones(1)}),
         (ValueError, "not JSON compliant", small_state(), {"x": float("nan")}),
     ]
@@ -336,7 +341,9 @@ def test_what_cannot_be_saved_is_refused(checkpoints):
         with pytest.raises(kind, match=message):
             checkpoints.save(2, state, meta)
     assert os.listdir(folder) == ["step_1"]
-    with pytest.raises(ValueError, match="keep must be at least 1, not 0"):
+    with pytest.raises(
+        ValueError, match="keep must be at least 1, since a run needs its last checkpoint; got 0"
+    ):
         Checkpoints(folder, keep=0)
 
 

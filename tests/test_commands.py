@@ -45,17 +45,17 @@ def fail(error):
         (ValueError("--x is 1"), 2, "--x is 1"),
         (RunError("in use"), 2, "in use"),
         (OSError(28, "No space left on device", "/runs/a"), 1,
-         "No space left on device: '/runs/a'. Make room there"),
+         "No space left on device: '/runs/a'. Free some space"),
         (OSError("[Errno 28] No space left on device: 'a'. It is whole"), 1,
          "No space left on device: 'a'. It is whole"),
-        (PermissionError(13, "Permission denied", "/a"), 1, "Change who may use it"),
+        (PermissionError(13, "Permission denied", "/a"), 1, "Change its permissions"),
         (FileNotFoundError(2, "No such file or directory", "/a"), 2, "No such file or directory"),
         (ModuleNotFoundError("No module named 'torch'", name="torch"), 2,
-         "torch is not installed, and this command needs it"),
+         "torch is not installed, but this command requires it"),
         (RuntimeError("Unable to initialize backend 'tpu': no libtpu"), 1,
-         "JAX cannot start the platform"),
-        (RuntimeError("RESOURCE_EXHAUSTED: 5 GB\nmore"), 1, "memory does not suffice (RES"),
-        (MemoryError(), 1, "memory does not suffice"),
+         "JAX cannot initialize the platform"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 5 GB\nmore"), 1, "has not enough memory (RES"),
+        (MemoryError(), 1, "has not enough memory"),
     ],
 )  # fmt: skip
 def test_what_a_user_can_cause_is_a_message_and_an_exit_code(error, code, said, capsys):
@@ -70,8 +70,11 @@ def test_an_error_of_the_code_has_its_traceback_and_ctrl_c_an_exit_code(capsys):
     with pytest.raises(KeyError):
         guard(fail(KeyError("x")))
     assert guard(fail(KeyboardInterrupt())) == INTERRUPTED
-    assert "the same command goes on" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"folder has files that"), reporting("folder"):
+    assert "the same command continues" in capsys.readouterr().out
+    with (
+        pytest.raises(SystemExit, match=r"folder holds no readable run of this study"),
+        reporting("folder"),
+    ):
         fail(KeyError("x"))()
 
 
@@ -88,13 +91,13 @@ def test_speed_without_torch_says_so(monkeypatch, capsys):
         (speed.main, "--rounds 9 --epochs 3", "--epochs must be at least --rounds 9; got 3"),
         (speed.main, "--layers 0", "--layers must be at least 1; got 0"),
         (speed.main, "--width -16", "--width must be at least 1; got -16"),
-        (speed.main, "--width 17", "--width 17 does not split"),
+        (speed.main, "--width 17", "--width 17 must be a multiple of 2 × --heads"),
         (speed.main, "--batch 0", "--batch must be at least 1; got 0"),
         (bench.main, "--rounds 0", "--rounds must be at least 1; got 0"),
         (bench.main, "--devices 5", "--devices must be even and at least 4; got 5"),
         (bench.main, "--width 0", "--width must be at least 1; got 0"),
-        (bench.main, "--parts speed speed", "--parts must name one or more, each of them once"),
-        (bench.main, "--parts", "--parts must name one or more, each of them once; got none"),
+        (bench.main, "--parts speed speed", "--parts requires one or more different values"),
+        (bench.main, "--parts", "--parts requires one or more different values; got none"),
     ],
 )
 def test_settings_of_what_measures_speed_are_held_to_rules(main, line, said, capsys):
@@ -133,7 +136,7 @@ def test_a_full_output_is_told_once():
         )
     assert process.returncode == 1
     assert process.stderr.startswith(
-        "error: No space left on device, for a file or for the standard output. Make room"
+        "error: No space left on device, for a file or for the standard output. Free some space"
     )
     assert "Exception ignored" not in process.stderr and "Traceback" not in process.stderr
 
@@ -160,7 +163,7 @@ time.sleep(600)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED and "Traceback" not in error
-    assert "Stopped at once" in error
+    assert "Stopped immediately" in error
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

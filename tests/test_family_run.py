@@ -42,7 +42,7 @@ def run(*options, out):
     """The command in this process, as `python -m experiments.family` would run it."""
     words = [str(word) for key, value in TINY.items() for word in (f"--{key}", value)]
     words += ["--optimizers", "adamw", "muon", "--sweep.limit", "0"]
-    words += [*map(str, options), "--out", str(out), "--name", "run"]
+    words += [*map(str, options), "--out", str(out / "run")]
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
         context.setattr(sys, "argv", ["family", *words])
@@ -133,7 +133,7 @@ def test_ctrl_c_keeps_finished_cells_and_the_rest_follows_bit_for_bit(whole, tmp
     monkeypatch.setattr(command, "train_cell", interrupted)
     assert run(out=tmp_path) == command.INTERRUPTED
     assert len(rows(tmp_path)) == 3 and (tmp_path / "run" / "report.html").exists()
-    assert "3 of 12 cells finished so far" in (tmp_path / "run" / "report.html").read_text()
+    assert "3 of 12 trainings finished so far" in (tmp_path / "run" / "report.html").read_text()
     assert not (tmp_path / "run" / "costs.json").exists()
     assert run(out=tmp_path) == 0
     assert len(calls) == 4 + 12 - 3
@@ -145,7 +145,7 @@ def test_more_seeds_rates_and_optimizers_are_added_to_a_folder(whole, tmp_path, 
     assert len(rows(tmp_path)) == 1
     assert run(out=tmp_path) == 0
     assert sorted(map(str, rows(tmp_path))) == sorted(map(str, rows(whole)))
-    assert "11 cells to go" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "11 trainings to go" in re.sub(r"\s+", " ", capsys.readouterr().out)
     assert summary(tmp_path)["arms"][0]["update"]
     capsys.readouterr()
     assert run("--batch", 8, out=tmp_path) == 2
@@ -161,7 +161,7 @@ def test_a_diverged_cell_is_recorded_and_counts_as_the_worst(tmp_path):
     (arm,) = summary(tmp_path)["arms"]
     assert arm["best_rate"] == default["rate"] and arm["diverged"] == 1 and not arm["at_edge"]
     assert list(arm["losses_by_rate"].values())[-1] is None
-    assert "1 cell diverged" in (tmp_path / "run" / "report.html").read_text()
+    assert "1 training diverged" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_where_everything_diverged_there_is_a_report_too(whole, tmp_path):
@@ -174,7 +174,7 @@ def test_where_everything_diverged_there_is_a_report_too(whole, tmp_path):
     log.close()
     main(str(tmp_path))
     page = (tmp_path / "report.html").read_text()
-    assert "<td>diverged</td>" in page and "12 cells diverged" in page
+    assert "<td>diverged</td>" in page and "12 trainings diverged" in page
     table = json.loads((tmp_path / "summary.json").read_text())["arms"]
     assert [arm["validation_loss"] for arm in table] == [None, None]
 
@@ -184,7 +184,7 @@ def test_a_best_rate_at_the_edge_makes_the_sweep_go_on(tmp_path):
     # Eight steps are so few that a high rate is the best one.
     assert sorted(row["rate"] for row in rows(tmp_path)) == [0.003, 0.006, 0.012, 0.024]
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Still best at the edge" in page and "0.024 (edge)" in page
+    assert "Best at the highest or lowest learning rate tried" in page and "0.024 (edge)" in page
 
 
 def test_the_report_is_made_again_without_training(whole, tmp_path, monkeypatch, capsys):
@@ -197,10 +197,10 @@ def test_the_report_is_made_again_without_training(whole, tmp_path, monkeypatch,
     assert summary(whole) == before
     assert (folder / "report.html").stat().st_size > 50_000
     assert "The family, lowest loss first" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no run folder"):
+    with pytest.raises(SystemExit, match="is not a folder"):
         main(str(tmp_path / "missing"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit, match=r"has no config\.json"):
+    with pytest.raises(SystemExit, match=r"neither it nor a folder in it has a config\.json"):
         main(str(tmp_path / "empty"))
 
 
@@ -209,7 +209,7 @@ def test_a_flipped_byte_costs_its_cell_alone(whole, tmp_path, capsys):
     log = tmp_path / "run" / "metrics.jsonl"
     log.write_text(re.sub(r'"train_loss": \d', '"train_loss": 9', log.read_text(), count=1))
     assert run("--seeds", 1, "--sweep.reach", 0, out=tmp_path) == 0
-    assert "damaged cell were cut away" in capsys.readouterr().out
+    assert "damaged training were removed" in capsys.readouterr().out
     assert len(rows(tmp_path)) == 2
 
 
@@ -217,14 +217,14 @@ def test_a_flipped_byte_costs_its_cell_alone(whole, tmp_path, capsys):
     ("options", "hint"),
     [
         (["--optimizers", "adam"], "'adamw'"),
-        (["--optimizers", "muon", "muon"], "each of them once"),
+        (["--optimizers", "muon", "muon"], "requires one or more different values"),
         (["--steps", "7", "--warmup", "2"], "try --steps 6"),
         (["--head-size", "5"], "even for RoPE"),
         (["--warmup", "8"], "less than --steps 8"),
         (["--seeds", "0"], "--seeds must be at least 1"),
         (["--sweep.factor", "1"], "greater than 1"),
         (["--muon.lerning-rate", "1"], "--muon.learning-rate"),
-        (["--corpus-bytes", "40"], "less than the 9 of one window"),
+        (["--corpus-bytes", "40"], "fewer than the 9 of one sequence"),
     ],
 )
 def test_wrong_options_are_refused_with_a_hint(options, hint, tmp_path, capsys):

@@ -26,7 +26,7 @@ def run(*options, out):
     """The command in this process, as `python -m experiments.family.widths` would run it."""
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
-        words = [*TINY.split(), *map(str, options), "--out", str(out), "--name", "run"]
+        words = [*TINY.split(), *map(str, options), "--out", str(out / "run")]
         context.setattr(sys, "argv", ["widths", *words])
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -50,13 +50,13 @@ def test_a_run_and_its_report(tmp_path, capsys):
     assert "Best rate by width" in capsys.readouterr().out
     # Wider models are added to the same folder.
     assert run("--widths", 8, 16, 24, "--scales", "mup", out=tmp_path) == 0
-    assert "3 cells to go" in " ".join(capsys.readouterr().out.split())
+    assert "3 trainings to go" in " ".join(capsys.readouterr().out.split())
 
 
 def test_wrong_widths_are_refused(tmp_path, capsys):
     for options, hint in (
         (["--widths", "8", "12"], "--width 12"),
-        (["--widths", "8", "8"], "each of them once"),
+        (["--widths", "8", "8"], "requires one or more different values"),
     ):
         with pytest.raises(SystemExit):
             run(*options, out=tmp_path)

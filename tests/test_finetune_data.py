@@ -158,10 +158,10 @@ def test_a_row_is_cut_at_its_end_and_left_out_where_nothing_is_to_learn(model, t
     assert found.truncated == (lengths > context).sum()
     assert found.lost == np.maximum(lengths - context, 0).sum()
     assert found.tokens == sum(len(side.tokens) for side in cut)
-    none = r"60 rows of 60 groups.* 3 tokens 0 to train on and 0 to hold"
+    none = r"60 examples in 60 groups.* 3 tokens, 0 of these can be trained on and 0 held"
     with pytest.raises(ValueError, match=none):
         data.prepare(file, model, 3)
-    with pytest.raises(ValueError, match="two tokens or more, got 1"):
+    with pytest.raises(ValueError, match="at least two tokens; got 1"):
         data.prepare(file, model, 1)
 
 
@@ -176,7 +176,8 @@ def test_groups_stay_together(model, tmp_path):
     assert [len(side.lengths) for side in sides] == [5, 5]
     one = [{"prompt": "Why?", "completion": str(i)} for i in range(9)]
     with pytest.raises(
-        ValueError, match=r"one\.jsonl has 9 rows of 1 groups.* 9 to train on and 0"
+        ValueError,
+        match=r"one\.jsonl has 9 examples in 1 groups.* 9 of these can be trained on and 0",
     ):
         data.prepare(write(tmp_path / "one.jsonl", one), model, 100)
 
@@ -209,10 +210,10 @@ def test_content_that_spells_special_tokens_is_counted(model, tmp_path):
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ('{"messages": [', r"no valid JSON: "),
-        ("[" * 100_000, r"no valid JSON: "),
-        ('"\udcff"', r"no valid JSON: "),
-        ("[]", "a row is an object, and this is a list"),
+        ('{"messages": [', r"invalid JSON: "),
+        ("[" * 100_000, r"invalid JSON: "),
+        ('"\udcff"', r"invalid JSON: "),
+        ("[]", "an example must be an object; got list"),
         ("{}", 'has "messages", or "prompt" and "completion".*; this has no keys'),
         (
             '{"conversations": [], "id": 1, "group": null}',
@@ -226,18 +227,21 @@ def test_content_that_spells_special_tokens_is_counted(model, tmp_path):
         (
             '{"messages": [{"role": "user", "content": null, "tool_calls": [1]}, {"role": '
             '"assistant", "content": "a"}]}',
-            "the content of message 1 is no text but None",
+            "the content of message 1 must be a text; got None",
         ),
         ('{"prompt": "a"}', "this has 'prompt'"),
         ('{"messages": [], "prompt": "a", "completion": "b"}', "this has 'completion', 'messages'"),
-        ('{"messages": []}', "must be a list with something in it"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "last message is of the user"),
-        ('{"prompt": "a", "completion": " "}', '"completion" must be a text and not blank'),
-        ('{"prompt": "", "completion": "a"}', '"prompt" must be a text and not blank'),
-        ('{"prompt": "a", "completion": [{}]}', '"completion" must be a text'),
+        ('{"messages": []}', "must be a non-empty list"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}]}',
+            "last message must be the assistant's; got the user's",
+        ),
+        ('{"prompt": "a", "completion": " "}', '"completion" must be a non-blank text'),
+        ('{"prompt": "", "completion": "a"}', '"prompt" must be a non-blank text'),
+        ('{"prompt": "a", "completion": [{}]}', '"completion" must be a non-blank text'),
         ('{"prompt": [{}], "completion": []}', '"prompt" or its "completion" is empty'),
-        ('{"prompt": [{}], "completion": [{}]}', "message 1 is no object"),
-        ('{"prompt": "a", "completion": "b", "group": 1}', '"group" must be a text, got 1'),
+        ('{"prompt": [{}], "completion": [{}]}', "message 1 must be an object"),
+        ('{"prompt": "a", "completion": "b", "group": 1}', '"group" must be a text; got 1'),
         ('{"prompt": "a", "completion": "b", "tools": []}', '"tools" must be a list, beside'),
     ],
 )
@@ -258,7 +262,7 @@ def test_a_row_with_nothing_to_learn_is_an_error(tmp_path, model):
     blank = "{% generation %}{% endgeneration %}{% for m in messages %}{{ m.content }}{% endfor %}"
     (folder / "chat_template.jinja").write_text(blank)
     file = write(tmp_path / "a.jsonl", rows_of("messages"))
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: nothing in it is to be learnt"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: it has no tokens to train on"):
         data.prepare(file, chat.Chat(folder), 100)
 
 
@@ -268,15 +272,15 @@ def test_files_that_cannot_be_read_are_errors(model, tmp_path):
     cut.write_bytes(gzip.compress(b'{"prompt": "a", "completion": "b"}\n' * 99, mtime=0)[:-20])
     for path, error in (
         (cut, "is damaged"),
-        (tmp_path / "a.csv", "ends in none of .jsonl"),
+        (tmp_path / "a.csv", "must end in one of .jsonl"),
         (write(tmp_path / "a.parquet", [{"text": "a"}]), 'has no column "completion" or "group"'),
-        (write(tmp_path / "a.jsonl", []), r"a\.jsonl has no rows; give a file that has some"),
-        (blank, r"blank\.jsonl has no rows"),
+        (write(tmp_path / "a.jsonl", []), r"a\.jsonl has no examples."),
+        (blank, r"blank\.jsonl has no examples"),
     ):
         with pytest.raises(ValueError, match=error):
             data.prepare(str(path), model, 100)
     for name in ("missing.jsonl", "missing.parquet"):
-        with pytest.raises(FileNotFoundError, match=rf"{name} is not there; give the path"):
+        with pytest.raises(FileNotFoundError, match=rf"{name} does not exist; give the path"):
             data.prepare(str(tmp_path / name), model, 100)
 
 
@@ -370,8 +374,8 @@ def test_rows_fill_the_window_with_least_space_left():
 def test_batches_that_cannot_be_are_refused():
     rows = random_rows()
     for settings, error in (
-        ({"batch": 0}, "--batch must be at least 1, got 0"),
-        ({"seed": -1}, "--seed must not be negative, got -1"),
+        ({"batch": 0}, "--batch must be at least 1; got 0"),
+        ({"seed": -1}, "--seed must be at least 0; got -1"),
         ({"context": 31}, "from 1 to 31 tokens"),
     ):
         with pytest.raises(ValueError, match=error):

@@ -400,13 +400,13 @@ def test_params_begin_as_transformers_initialises_them():
 
 
 def test_sizes_that_make_no_model_or_no_mesh_are_refused():
-    with pytest.raises(ValueError, match=r"kv_heads divides heads.*heads 4, kv_heads 3"):
+    with pytest.raises(ValueError, match=r"kv_heads must divide heads.*heads 4, kv_heads 3"):
         dataclasses.replace(TIED, kv_heads=3)
-    with pytest.raises(ValueError, match=r"head_dim is even.*got 31"):
+    with pytest.raises(ValueError, match=r"head_dim must be even.*got 31"):
         dataclasses.replace(TIED, head_dim=31)
-    with pytest.raises(ValueError, match="layers is at least 1; got 0"):
+    with pytest.raises(ValueError, match="layers must be at least 1; got 0"):
         dataclasses.replace(TIED, layers=0)
-    with pytest.raises(ValueError, match="rope_theta is above 0; got nan"):
+    with pytest.raises(ValueError, match="rope_theta must be greater than 0; got nan"):
         dataclasses.replace(TIED, rope_theta=float("nan"))
     with pytest.raises(ValueError, match=r"2 key heads.*tensor 4 does not divide"):
         model.shardings(TIED, mesh_of(1, 1, 1, 4))

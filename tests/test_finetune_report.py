@@ -77,7 +77,7 @@ def test_runs_as_the_post_has_them_agree_with_all_of_it(tmp_path):
     assert verdicts(runs) == ["agrees"] * 5
     text = " ".join(report.abstract(runs))
     hybrid = optimizer_label("muon_adamw")
-    assert f"{hybrid} ends with the lowest held-out loss, 1.4000 nats a token" in text
+    assert f"{hybrid} ends with the lowest held-out loss, 1.4000 nats per token" in text
     assert "3.2500 before training" in text
     assert "agrees with 5" in text
     assert f"{hybrid} skipped 1 step" in text
@@ -132,7 +132,7 @@ def test_an_arm_that_has_no_record_yet_is_told_of(tmp_path):
 
 
 def test_a_clip_that_never_acts_is_told(tmp_path):
-    idle = "no attention logit comes to its threshold"
+    idle = "MuonClip never clips here"
     assert idle in " ".join(report.abstract(read(plant(tmp_path / "a"))))
     acting = plant(tmp_path / "b", threshold=2.0)
     assert idle not in " ".join(report.abstract(read(acting)))
@@ -165,14 +165,14 @@ def test_a_suite_is_known_by_its_settings(tmp_path):
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(RunError, match="no folder of an arm"):
+    with pytest.raises(RunError, match="no optimizer's folder"):
         found_arms(epath.Path(tmp_path))
     folder = plant(tmp_path)
     (folder / "adamw" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"adamw/config.json is damaged"):
         load_run(folder / "adamw")
     (folder / "adamw" / "config.json").write_text('{"arm": "sgd", "seed": 0}')
-    with pytest.raises(ValueError, match="of no run of this study"):
+    with pytest.raises(ValueError, match="not of a run of this study"):
         load_run(folder / "adamw")
 
 

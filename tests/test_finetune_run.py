@@ -32,11 +32,11 @@ from experiments.finetune.step import Trainer
 from experiments.language import log
 from experiments.language.checkpoints import Checkpoints
 from experiments.language.training_loop import TrainingError
+from experiments.parallel import run_in_parallel
 from experiments.roofline import CHIPS, Chip
-from experiments.side_by_side import side_by_side
 
 ROOT = Path(__file__).parent.parent
-OFTEN = Running(save_every=4, evaluate_every=6, evaluation_tokens=100, keep=9)
+OFTEN = Running(save_every=4, evaluate_every=6, evaluation_tokens=100, max_checkpoints=9)
 
 
 def assert_same_bits(a, b):
@@ -182,24 +182,24 @@ def test_a_step_that_is_not_finite_changes_nothing(poisoned):
 
 
 def test_a_run_without_finite_steps_stops_and_says_so(poisoned, tmp_path):
-    trainer = Trainer(training(patience=3), "adamw", NORMED, mesh_of(1, 1, 1, 1))
+    trainer = Trainer(training(max_nonfinite_steps=3), "adamw", NORMED, mesh_of(1, 1, 1, 1))
     rows = prepared()
     rows.train.tokens[:] = 63
-    with pytest.raises(TrainingError, match="3 steps in a row had no finite loss"):
+    with pytest.raises(TrainingError, match="3 consecutive steps had NaN or Inf in their loss"):
         run(trainer, tmp_path, rows=rows)
 
 
 def test_params_that_an_update_breaks_are_not_saved(tmp_path):
     config = training(warmup=0, with_={"learning_rate": 3e38})
-    with pytest.raises(TrainingError, match=r"update that is not.*learning-rate 3e\+38"):
+    with pytest.raises(TrainingError, match=r"update contains NaN or Inf.*learning-rate 3e\+38"):
         run(trainer_of(config), tmp_path / "run")
     assert not [*(tmp_path / "run" / "checkpoints").glob("[0-9]*")]
 
 
 def test_a_batch_that_devices_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match=r"= 8 windows, which .* = 16 do not divide"):
+    with pytest.raises(ValueError, match=r"= 8 sequences, which must be a multiple .* = 16"):
         Trainer(training(), "adamw", NORMED, mesh_of(1, 16, 1, 1))
-    with pytest.raises(ValueError, match=r"kv_heads: 2 .* tensor 4 does not divide"):
+    with pytest.raises(ValueError, match=r"kv_heads: 2 .*--mesh\.tensor 4 does not divide"):
         Trainer(training(), "adamw", NORMED, mesh_of(1, 1, 1, 4))
     with pytest.raises(ValueError, match="less than the steps of --epochs 1, 1; got 2"):
         training(steps=0).with_steps(8)
@@ -253,7 +253,7 @@ def test_stopping_and_going_on_gives_the_same_bits(tmp_path):
     checkpoints = Checkpoints(tmp_path / "parts" / "checkpoints")
     assert_same_bits(checkpoints.restore(trainer.abstract).state.params, exported[0])
     checkpoints.close()
-    with pytest.raises(ValueError, match="of other rows"):
+    with pytest.raises(ValueError, match="trained on other examples"):
         run(trainer, tmp_path / "whole", rows=prepared(seed=5))
 
 
@@ -267,7 +267,7 @@ def test_cells_are_pure_functions_on_any_device():
         found[name] = loop.train_cell(*given)
 
     jobs = [(1e-2, "a"), (1e-2, "b"), (3e-2, "c")]
-    side_by_side(jobs, lambda job: job[1], work, threading.Event())
+    run_in_parallel(jobs, lambda job: job[1], work, threading.Event())
     (a, outcome), (b, _), (c, _) = (found[name] for name in "abc")
     assert [e.validation_loss for e in a] == [e.validation_loss for e in b]
     assert a[-1].losses == b[-1].losses and a[-1].losses != c[-1].losses
@@ -308,12 +308,12 @@ def test_what_fits_is_trained_and_what_does_not_is_refused():
     for size in ("0.6b", "1.7b"):
         memory.check(plan_of(size, "adamw"), 80 * 10**9)
     memory.check(plan_of("4b", "muonclip"), 80 * 10**9)
-    with pytest.raises(memory.TooLarge, match=r"alone are 64.36 GB.*--mesh.fsdp"):
+    with pytest.raises(memory.TooLarge, match=r"alone take 64.36 GB.*--mesh.fsdp"):
         memory.check(plan_of("4b", "adamw"), 24 * 10**9)
-    with pytest.raises(memory.TooLarge, match="take --accumulate 4; shorten --context"):
+    with pytest.raises(memory.TooLarge, match="use --accumulate 4; shorten --context"):
         memory.check(plan_of("1.7b", "adamw", batch=256), 80 * 10**9)
     small = trainer_of(training(), "muon_adamw")
-    with pytest.raises(memory.TooLarge, match="The compiled step of muon_adamw needs"):
+    with pytest.raises(memory.TooLarge, match="The compiled step of muon_adamw requires"):
         memory.check(small, 10**5, memory.compiled(small))
 
 
@@ -325,16 +325,18 @@ def test_a_mesh_that_is_advised_fits(gigabytes, fsdp):
     if fsdp is None:
         assert "no --mesh.fsdp that divides" in str(refused.value)
         return
-    assert f"share it among {fsdp} devices with --mesh.fsdp {fsdp};" in str(refused.value)
+    assert f"shard it over {fsdp} devices with --mesh.fsdp {fsdp};" in str(refused.value)
     memory.check(plan_of("4b", "adamw", mesh_of(1, fsdp, 1, 1), batch=8), gigabytes * 10**9)
 
 
 def test_arms_that_fit_are_advised_in_place_of_one_that_does_not():
-    with pytest.raises(memory.TooLarge, match="take --arms muon_frozen1d muon_adamw muonclip, wh"):
+    with pytest.raises(
+        memory.TooLarge, match="use --optimizers muon_frozen1d muon_adamw muonclip, wh"
+    ):
         memory.check(plan_of("4b", "adamw", batch=8), 80 * 10**9)
     with pytest.raises(memory.TooLarge) as refused:
         memory.check(plan_of("4b", "adamw", batch=8), 60 * 10**9)
-    assert "--arms" not in str(refused.value)
+    assert "--optimizers" not in str(refused.value)
 
 
 # --- The command -----------------------------------------------------------------------------
@@ -343,23 +345,23 @@ def test_arms_that_fit_are_advised_in_place_of_one_that_does_not():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--accumulate 3", "does not divide --batch"),
-        ("--arms adamw adamw", "each of them once; got adamw adamw"),
-        ("--preset 4b", "--preset is of --dry-run"),
+        ("--accumulate 3", "--accumulate must divide --batch"),
+        ("--optimizers adamw adamw", "requires one or more different values; got adamw adamw"),
+        ("--preset 4b", "--preset requires --dry-run"),
         ("--warmup 500", "less than --steps 100; got 500"),
         ("--context 1", "--context must be at least 2; got 1"),
         ("--optimizer.b1 1", "--optimizer.b1 must be at least 0 and less than 1"),
         ("--optimizer.b2 1", "--optimizer.b2 must be at least 0 and less than 1"),
-        ("--optimizer.beta -0.1", "that a step keeps; got -0.1"),
+        ("--optimizer.beta -0.1", "as the decay rate of an average; got -0.1"),
         ("--optimizer.weight-decay -1", "--optimizer.weight-decay must be at least 0; got -1"),
         (
             "--optimizer.learning-rate inf",
             "a finite number of at most 3.4e+38; got inf",
         ),
-        ("--final 1.5", "--final must be from 0 to 1; got 1.5"),
+        ("--final-lr-fraction 1.5", "--final-lr-fraction must be from 0 to 1; got 1.5"),
         ("--seed -1", "--seed must be at least 0; got -1"),
         ("--epochs inf", "--epochs must be a finite number"),
-        ("--warmup 3 --steps 3", "less than --steps 3; got 3. Take fewer"),
+        ("--warmup 3 --steps 3", "less than --steps 3; got 3. Use fewer"),
         ("--base.hidden 0", "--base.hidden must be at least 1; got 0"),
         ("--base.heads 3", "--base.heads must be even and at least 2"),
         ("--base.head-dim 3", "--base.head-dim must be even and at least 2, since RoPE"),
@@ -369,8 +371,8 @@ def test_arms_that_fit_are_advised_in_place_of_one_that_does_not():
             "--base.learning-rate must be greater than 0",
         ),
         ("--model x --out gs://a/b", "Give --export False"),
-        ("--suite qk --preset 4b --dry-run", "leave --preset 4b out"),
-        ("--topology h100:8", "--topology is of --dry-run without --suite"),
+        ("--suite qk --preset 4b --dry-run", "remove --preset 4b"),
+        ("--topology h100:8", "--topology requires --dry-run and excludes --suite"),
         ("--suite bogus", "For full helptext, run python -m experiments.finetune"),
         ("--suite", "Missing value for argument '--suite'"),
         ("--model", "Missing value for argument '--model'"),
@@ -415,7 +417,7 @@ def test_a_model_that_is_no_folder_is_refused_with_a_way_to_get_it(monkeypatch, 
         monkeypatch.setattr(sys, "argv", ["finetune", "--model", name])
         assert command.main() == 2
         said = capsys.readouterr().err
-        assert f"{name} is no folder here" in said
+        assert f"{name} is not a folder here" in said
         assert "`hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B`" in said
     monkeypatch.setattr(
         sys, "argv", ["finetune", "--suite", "controlled", "--model", str(tmp_path)]
@@ -427,12 +429,16 @@ def test_a_model_that_is_no_folder_is_refused_with_a_way_to_get_it(monkeypatch, 
 @pytest.mark.parametrize(
     ("words", "rows", "said"),
     [
-        (["--data", "{}/none.jsonl"], None, "is not there"),
-        (["--data", "{}/rows.csv"], "{}", "ends in none of .jsonl"),
-        (["--data", "{}/rows.jsonl"], "[", "rows.jsonl:1: no valid JSON"),
-        (["--data", "{}/rows.jsonl"], "5", "a row is an object, and this is a int"),
-        (["--mesh.tensor", "3"], None, "does not make up 16 devices"),
-        (["--mesh.data", "16", "--mesh.fsdp", "1", "--batch", "6"], None, "= 16 do not divide"),
+        (["--data", "{}/none.jsonl"], None, "does not exist"),
+        (["--data", "{}/rows.csv"], "{}", "must end in one of .jsonl"),
+        (["--data", "{}/rows.jsonl"], "[", "rows.jsonl:1: invalid JSON"),
+        (["--data", "{}/rows.jsonl"], "5", "an example must be an object; got int"),
+        (["--mesh.tensor", "3"], None, "does not fit 16 devices"),
+        (
+            ["--mesh.data", "16", "--mesh.fsdp", "1", "--batch", "6"],
+            None,
+            "a multiple of the mesh axes",
+        ),
     ],
 )
 def test_a_base_is_not_pretrained_for_what_will_be_refused(
@@ -452,7 +458,9 @@ def test_a_context_beyond_the_models_positions_is_told(monkeypatch, capsys):
         words = f"finetune --dry-run --preset 0.6b --batch 1 --context {context}"
         monkeypatch.setattr(sys, "argv", [*words.split(), "--device-memory", "999"])
         assert command.main() == 0
-        assert ("beyond the 40,960 positions" in capsys.readouterr().out) == told
+        assert (
+            "exceeds the model's max_position_embeddings 40,960" in capsys.readouterr().out
+        ) == told
 
 
 def test_a_suite_is_planned_before_its_models_are_read(monkeypatch, capsys):
@@ -469,7 +477,10 @@ def test_a_suite_is_planned_before_its_models_are_read(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*words.split(), "0.129"])
     assert command.main() == 2
     said = capsys.readouterr().err
-    assert "a step of adamw needs" in said and "--arms muon_frozen1d muon_adamw muonclip" in said
+    assert (
+        "a step of adamw requires" in said
+        and "--optimizers muon_frozen1d muon_adamw muonclip" in said
+    )
     assert "--mesh" not in said  # each training is one device's
     monkeypatch.setattr(sys, "argv", [*words.split(), "80", "--preset", "4b", "--dry-run"])
     assert command.main() == 2
@@ -477,16 +488,16 @@ def test_a_suite_is_planned_before_its_models_are_read(monkeypatch, capsys):
 
 
 def test_a_dry_run_shows_the_plan_and_refuses(monkeypatch, capsys):
-    words = "finetune --dry-run --preset 4b --device-memory 80 --arms muon_adamw"
+    words = "finetune --dry-run --preset 4b --device-memory 80 --optimizers muon_adamw"
     monkeypatch.setattr(sys, "argv", words.split())
     monkeypatch.setenv("COLUMNS", "200")
     assert command.main() == 0
     said = capsys.readouterr().out
     assert "16.09 GB" in said
-    assert "a device of its own for each arm" in said and "--mesh" not in said
+    assert "one device for each optimizer" in said and "--mesh" not in said
     monkeypatch.setattr(sys, "argv", f"{words} adamw --device-memory 60".split())
     assert command.main() == 2
-    assert "needs" in capsys.readouterr().err
+    assert "requires" in capsys.readouterr().err
 
 
 def test_a_dry_run_compiles_for_a_topology(monkeypatch, capsys):
@@ -496,17 +507,17 @@ def test_a_dry_run_compiles_for_a_topology(monkeypatch, capsys):
     monkeypatch.setattr(command.dry_run, "topology_devices", lambda name: jax.devices()[:2])
     monkeypatch.setenv("COLUMNS", "200")
     small = "--base.layers 1 --base.hidden 16 --base.ffn 16 --base.heads 2 --base.head-dim 8"
-    words = f"finetune --dry-run --arms muon_adamw --context 16 {small} --topology made:2"
+    words = f"finetune --dry-run --optimizers muon_adamw --context 16 {small} --topology made:2"
     monkeypatch.setattr(sys, "argv", words.split())
     assert command.main() == 0
     said = capsys.readouterr().out
     assert "on made:2 (cpu), data 1 × fsdp 2" in said
     for text in ("kernels", "HBM traffic", "roofline", "all-reduce", "temporaries"):
         assert re.search(rf"^{text} .*\d", said, re.MULTILINE), text
-    assert "Roofline of made up" in said and "The dearest kernels of" in said
+    assert "Roofline of made up" in said and "Most expensive kernels of" in said
     monkeypatch.setattr(sys, "argv", [*words.split(), "--device-memory", "0.001"])
     assert command.main() == 2
-    assert "By the plan a step of muon_adamw needs" in capsys.readouterr().err
+    assert "By the plan a step of muon_adamw requires" in capsys.readouterr().err
 
 
 def begin(words, out, devices=None):
@@ -523,7 +534,7 @@ def begin(words, out, devices=None):
 def test_a_killed_command_goes_on_and_writes_the_model(tmp_path):
     folder, rows = written(tmp_path, dataclasses.replace(NORMED, vocabulary=320))
     words = f"--model {folder} --data {rows} --context 32 --batch 4 --accumulate 2 --steps 40"
-    words += " --warmup 2 --save-every 5 --evaluate-every 20 --dtype float32 --arms muonclip"
+    words += " --warmup 2 --save-every 5 --evaluate-every 20 --dtype float32 --optimizers muonclip"
     process = begin(words, tmp_path / "killed")
     log = tmp_path / "killed" / "muonclip" / "metrics.jsonl"
     wait_for(lambda: log.exists() and '"step": 7' in log.read_text(), process)
@@ -548,7 +559,7 @@ def test_a_killed_command_goes_on_and_writes_the_model(tmp_path):
 def test_two_processes_train_and_write_one_model(tmp_path):
     folder, rows = written(tmp_path, dataclasses.replace(NORMED, vocabulary=320))
     words = f"--model {folder} --data {rows} --context 32 --batch 8 --accumulate 2 --steps 6"
-    words += " --warmup 1 --dtype float32 --arms muonclip --mesh.data 1 --mesh.fsdp 4"
+    words += " --warmup 1 --dtype float32 --optimizers muonclip --mesh.data 1 --mesh.fsdp 4"
     # jordan's steep steps make rounding of the least singular values a hundredth of the update.
     words += " --optimizer.ns-coeffs exact"
     with socket.socket() as free:
@@ -574,7 +585,7 @@ def test_two_processes_train_and_write_one_model(tmp_path):
 def one_arm(tmp_path, monkeypatch, *more):
     folder, rows = written(tmp_path, dataclasses.replace(NORMED, vocabulary=320))
     words = f"finetune --model {folder} --data {rows} --context 32 --batch 4 --steps 6"
-    words += f" --dtype float32 --arms adamw --out {tmp_path / 'runs'}"
+    words += f" --dtype float32 --optimizers adamw --out {tmp_path / 'runs'}"
     monkeypatch.setattr(sys, "argv", [*words.split(), *more])
     monkeypatch.setattr(command, "stop_on_signals", threading.Event)
     return folder
@@ -606,7 +617,7 @@ def test_an_out_with_other_files_is_refused_before_rows_are_read(tmp_path, monke
         monkeypatch.setattr(sys, "argv", ["finetune", "--out", str(tmp_path), *more])
         monkeypatch.setattr(command.dry_run, "plan_suite", lambda *given: None)
         assert command.main() == 2
-        assert "holds thesis.tex and no run of this study" in capsys.readouterr().err
+        assert "holds thesis.tex but no run of this study" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -625,7 +636,7 @@ def test_a_start_that_failed_leaves_the_folder_free(tmp_path, monkeypatch, capsy
 def test_side_by_side_and_again(tmp_path, monkeypatch):
     folder, rows = written(tmp_path, dataclasses.replace(NORMED, vocabulary=320))
     words = f"finetune --model {folder} --data {rows} --context 32 --batch 4 --accumulate 1"
-    words += " --steps 6 --warmup 1 --dtype float32 --arms adamw muon_adamw --out"
+    words += " --steps 6 --warmup 1 --dtype float32 --optimizers adamw muon_adamw --out"
     monkeypatch.setattr(sys, "argv", [*words.split(), str(tmp_path / "runs")])
     monkeypatch.setattr(command, "stop_on_signals", threading.Event)
     assert command.main() == 0
@@ -645,7 +656,7 @@ def test_side_by_side_and_again(tmp_path, monkeypatch):
 def test_an_interrupted_command_reports_on_what_there_is(tmp_path, monkeypatch, capsys):
     folder, rows = written(tmp_path, dataclasses.replace(NORMED, vocabulary=320))
     words = f"finetune --model {folder} --data {rows} --context 32 --batch 4 --accumulate 1"
-    words += f" --steps 6 --warmup 1 --dtype float32 --arms adamw --out {tmp_path / 'runs'}"
+    words += f" --steps 6 --warmup 1 --dtype float32 --optimizers adamw --out {tmp_path / 'runs'}"
     stop = threading.Event()
     monkeypatch.setattr(sys, "argv", words.split())
     monkeypatch.setattr(command, "stop_on_signals", lambda: stop)

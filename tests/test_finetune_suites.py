@@ -33,7 +33,7 @@ MUON = "muon_adamw"
 
 @dataclasses.dataclass(frozen=True)
 class Command(Suite, Running, Training):
-    arms: tuple[str, ...] = tuple(ARMS)
+    optimizers: tuple[str, ...] = tuple(ARMS)
     base: Base = dataclasses.field(default_factory=Base)
     model: str | None = None
     data: str | None = None
@@ -94,7 +94,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "_models", models)
-        assert run(command("controlled", arms=("adamw", MUON), out=str(folder))) == 0
+        assert run(command("controlled", optimizers=("adamw", MUON), out=str(folder))) == 0
     return folder
 
 
@@ -120,7 +120,7 @@ def test_a_suite_that_was_stopped_and_killed_goes_on_as_if_nothing_was(
         if len(self.finished) == 3:
             stop.set()
 
-    config = command("controlled", arms=("adamw", MUON), out=str(tmp_path))
+    config = command("controlled", optimizers=("adamw", MUON), out=str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(Run, "append", then_stop)
         assert run(config, stop) == INTERRUPTED
@@ -149,7 +149,7 @@ def test_a_suite_that_was_stopped_and_killed_goes_on_as_if_nothing_was(
 
 def test_another_training_needs_another_folder(whole):
     with pytest.raises(RunError, match="context"):
-        run(command("controlled", arms=("adamw", MUON), out=str(whole), context=32))
+        run(command("controlled", optimizers=("adamw", MUON), out=str(whole), context=32))
 
 
 def test_the_page_is_whole_and_has_the_numbers(whole):
@@ -251,7 +251,7 @@ def test_qk_trains_with_each_clip_and_without():
 def planted(folder, which, losses, clips=None, seeds=3):
     """A suite whose cells came to these losses, by variant and arm, a seed each."""
     config = command(which, seeds=seeds, out=str(folder))
-    settings = {"suite": which} | config.as_json() | {"arms": list(ARMS), "seeds": seeds}
+    settings = {"suite": which} | config.as_json() | {"optimizers": list(ARMS), "seeds": seeds}
     settings |= {"sweep": dataclasses.asdict(config.sweep), "sweep_seeds": 1, "models": ["a base"]}
     settings |= {"clips": clips or {}, "clip_share": config.clip_share}
     sealed = Run(folder, settings)
@@ -319,17 +319,17 @@ def test_an_arm_that_diverged_wins_nothing(tmp_path):
     results = planted(tmp_path, "controlled", losses)
     text = " ".join(report.abstract(results))
     assert "AdamW has the lowest" in text
-    assert "3 cells diverged." in text
+    assert "3 trainings diverged." in text
     assert {of.verdict for of in results.verdicts} == {"cannot tell"}
 
 
 @pytest.mark.parametrize(
     ("from_adamw", "from_muon", "found", "counts"),
     [
-        (LOSES, WINS, ["agrees", "agrees"], "1 lose more"),
-        (WINS, LOSES, ["disagrees", "disagrees"], "0 lose more"),
-        (LOSES, LOSES, ["agrees", "cannot tell"], "0 lose more"),
-        (TIES, TIES, ["cannot tell", "cannot tell"], "0 lose more"),
+        (LOSES, WINS, ["agrees", "agrees"], "1 are worse"),
+        (WINS, LOSES, ["disagrees", "disagrees"], "0 are worse"),
+        (LOSES, LOSES, ["agrees", "cannot tell"], "0 are worse"),
+        (TIES, TIES, ["cannot tell", "cannot tell"], "0 are worse"),
     ],
 )
 def test_mismatch_answers_by_both_bases(tmp_path, from_adamw, from_muon, found, counts):

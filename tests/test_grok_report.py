@@ -132,8 +132,8 @@ def text_of(tmp_path, rows, **options) -> str:
 
 def test_abstract_of_a_whole_run(tmp_path):
     assert text_of(tmp_path, ADAMW + MUON) == (
-        "Muon reached 95 % validation accuracy, and held it, in 3 of 3 cells, at a median of"
-        " 17 epochs; AdamW in 3 of 3 cells, at a median of 97 epochs."
+        "Muon reached 95 % validation accuracy, and held it, in 3 of 3 trainings, at a median of"
+        " 17 epochs; AdamW in 3 of 3 trainings, at a median of 97 epochs."
         " The ratio of medians, AdamW over Muon, is 5.7."
         " Median training time to grok: Muon 1.31 s; AdamW 4.62 s."
     )
@@ -146,17 +146,20 @@ def test_abstract_counts_the_panels(tmp_path):
     for optimizer in ("adamw", "muon"):
         rows += three_seeds(optimizer, [None] * 3, task="exp")
     text = text_of(tmp_path, rows)
-    assert "Muon has the lower median in 1 of 3 pairs of task and softmax, and in 1 neither" in text
+    assert (
+        "Muon has the lower median in 1 of 3 pairs of task and output function, and in 1 neither"
+        in text
+    )
 
 
 def test_abstract_with_censored_cells(tmp_path):
     one = three_seeds("adamw", [90, 97, None])
     text = text_of(tmp_path, one + MUON)
-    assert "AdamW in 2 of 3 cells, at a median of 97 epochs" in text and "is 5.7." in text
+    assert "AdamW in 2 of 3 trainings, at a median of 97 epochs" in text and "is 5.7." in text
 
     two = three_seeds("adamw", [90, None, None])
     text = text_of(tmp_path, two + MUON)
-    assert "AdamW in 1 of 3 cells, so at a median beyond 200 epochs" in text
+    assert "AdamW in 1 of 3 trainings, so at a median beyond 200 epochs" in text
     assert "is at least 12." in text
 
     slow = three_seeds("muon", [None, None, 30])
@@ -165,23 +168,23 @@ def test_abstract_with_censored_cells(tmp_path):
 
 def test_abstract_where_nothing_grokked(tmp_path):
     text = text_of(tmp_path, three_seeds("adamw", [None] * 3) + three_seeds("muon", [None] * 3))
-    assert "in 0 of 3 cells within the budget of 200 epochs; AdamW in 0 of 3" in text
+    assert "in 0 of 3 trainings within the budget of 200 epochs; AdamW in 0 of 3" in text
     assert "No ratio AdamW over Muon: both medians lie beyond the budget." in text
 
 
 def test_abstract_of_a_partial_run(tmp_path):
     text = text_of(tmp_path, [*ADAMW, MUON[0]], total=6, begun=[MUON[1]])
-    assert text.startswith("4 of 6 cells finished so far.")
+    assert text.startswith("4 of 6 trainings finished so far.")
     # Only seed 0 has both optimizers: 90 / 15.
-    assert "is 6 (over the 1 cell that both finished)." in text
-    assert "No cell has finished yet: 0 of 6 cells" in text_of(tmp_path, [], total=6)
+    assert "is 6 (over the 1 training that both finished)." in text
+    assert "No training has finished yet: 0 of 6," in text_of(tmp_path, [], total=6)
 
 
 def test_abstract_of_one_optimizer_and_of_divergence(tmp_path):
     text = text_of(tmp_path, MUON)
-    assert "AdamW" not in text and "ratio" not in text and "in 3 of 3 cells" in text
+    assert "AdamW" not in text and "ratio" not in text and "in 3 of 3 trainings" in text
     text = text_of(tmp_path, [*MUON[:2], MUON[2] | {"diverged": True}])
-    assert "1 cell diverged." in text
+    assert "1 training diverged." in text
 
 
 MANY = [
@@ -200,13 +203,13 @@ def test_many_optimizers_are_ranked_and_have_rows_and_panels_of_their_own(tmp_pa
     assert text.startswith("7 of 8 optimizers grokked, at a median epoch of: AdamW 91; Muon 91;")
     assert "Not within the budget of 200 epochs, by the median: AdamW, tuned." in text
     ranked = "Muon 7; Exact polar 9.1; Spectral alone 9.1; AdamW"
-    assert f"First by seconds of training: {ranked}" in text
-    assert "1 cell lost it again: 1 of AdamW." in text
+    assert f"Fastest in seconds of training: {ranked}" in text
+    assert "1 training lost it again: 1 of AdamW." in text
     page = write_report(folder).read_text()
     # 21 points of survival curves in 8 colours would tell nothing.
     assert not (folder / "survival.png").exists() and "Kaplan" not in page
-    assert "What the published study says" not in page
-    assert "a cross the epoch at which a cell had lost it" in page
+    assert "Comparison with the published study" not in page
+    assert "a cross the epoch at which a training had lost" in page
     figure = epochs_figure(load_run(folder))
     (axes,) = figure.axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
@@ -229,7 +232,7 @@ def test_settings_too_many_for_boxes_have_rows_by_optimizer(tmp_path):
     assert [label.get_text() for label in axes.get_yticklabels()] == [f"{r:g}" for r in rates]
     assert axes.get_ylabel() == "learning rate"
     # The paper's pooled means are no measure of a grid of rates.
-    assert "What the published study says" not in write_report(folder).read_text()
+    assert "Comparison with the published study" not in write_report(folder).read_text()
 
 
 def test_every_box_has_its_n_and_an_optimizer_that_is_not_swept_a_place_of_its_own(tmp_path):
@@ -262,7 +265,7 @@ def test_stored_results_have_a_report_without_their_log(tmp_path):
     folder = make_run(tmp_path / "run", ADAMW + MUON)
     (folder / "metrics.jsonl").unlink()
     page = write_report(folder).read_text()
-    assert "6 cells" in page and "Figure 2" in page and "Figure 1" not in page
+    assert "6 trainings" in page and "Figure 2" in page and "Figure 1" not in page
 
 
 def test_censored_medians():
@@ -303,7 +306,7 @@ def test_the_terminal_table_tells_settings_in_80_columns():
     console = Console(file=io.StringIO(), width=80)
     console.print(terminal_table(rows))
     text = console.file.getvalue()
-    assert "Medians per arm · div · softmax" in text and "…" not in text
+    assert "Medians by optimizer · div · softmax" in text and "…" not in text
     assert "lr 0.016" in text and "beta 0.9 " in text
 
 
@@ -327,13 +330,13 @@ def test_report_stands_alone_and_holds_every_row(tmp_path):
     labels = {"adamw": "AdamW", "muon": "Muon"}
     wanted = [(row["task"], labels[row["optimizer"]], str(row["seed"])) for row in rows]
     assert found == wanted
-    assert "1 censored, drawn as open triangles" in re.sub(r"\s+", " ", page)
-    assert "width" in page and "TFRT_CPU_0" in page and "9 of 12 cells finished" in page
+    assert "The 1 censored ones are open triangles" in re.sub(r"\s+", " ", page)
+    assert "width" in page and "TFRT_CPU_0" in page and "9 of 12 trainings finished" in page
 
 
 def test_report_of_a_run_with_nothing_finished(tmp_path):
     page = write_report(make_run(tmp_path / "a", [], total=6, begun=[MUON[0]])).read_text()
-    assert "no cell has finished yet" in page
+    assert "no training has finished yet" in page
     assert write_report(make_run(tmp_path / "b", [], total=6)).is_file()
 
 
@@ -350,7 +353,7 @@ def test_faults_name_the_file_and_the_line(tmp_path):
     folder = make_run(tmp_path / "run", MUON, budget=5)
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines()
-    for line, message in (('{"task": "a', "no valid JSON"), ("[]", "object"), ("{}", "lacks task")):
+    for line, message in (('{"task": "a', "invalid JSON"), ("[]", "object"), ("{}", "lacks task")):
         path.write_text("\n".join([*lines[:6], line, *lines[7:]]))
         with pytest.raises(ValueError, match=f"metrics.jsonl, line 7: .*{message}"):
             write_report(folder)

@@ -27,7 +27,7 @@ TINY = ["--tasks", "gcd", "--seeds", "2", "--epochs", "3", "--width", "16", "--b
 
 def run(*options, out):
     """The command in this process, as `python -m experiments.grok` would run it."""
-    arguments = ["grok", *map(str, options), "--out", str(out), "--name", "run"]
+    arguments = ["grok", *map(str, options), "--out", str(out / "run")]
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
         context.setattr(sys, "argv", arguments)
@@ -42,7 +42,7 @@ def run(*options, out):
 def start(*options, out):
     """The command in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.grok", *options, "--out", str(out), "--name", "run"],
+        [sys.executable, "-m", "experiments.grok", *options, "--out", str(out / "run")],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -140,7 +140,7 @@ def test_a_flipped_byte_is_noticed_and_its_cell_trained_again(whole, tmp_path, c
         log.read_text().replace('"validation_accuracy": 0.', '"validation_accuracy": 1.', 1)
     )
     assert run(*TINY, out=tmp_path) == 0
-    assert "damaged cell were cut away" in capsys.readouterr().out
+    assert "damaged training were removed" in capsys.readouterr().out
     assert sorted(map(str, results(tmp_path)[0])) == sorted(map(str, whole[0]))
 
 
@@ -170,7 +170,7 @@ def test_sigterm_ends_like_ctrl_c(tmp_path):
     process.terminate()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == command.INTERRUPTED, output
-    assert "the same command goes on" in re.sub(r"\s+", " ", output)
+    assert "the same command continues" in re.sub(r"\s+", " ", output)
 
 
 def test_a_second_process_on_the_same_folder_is_refused(tmp_path, capsys):
@@ -207,8 +207,8 @@ def test_a_run_from_before_an_optimizer_was_added_goes_on(tmp_path):
         (["--width", "17"], "try --width 16"),
         (["--width", "30", "--heads", "4"], "try --width 24"),
         (["--seeds", "0"], "--seeds must be at least 1"),
-        (["--tasks", "mul", "mul"], "each of them once"),
-        (["--train-fraction", "1.5"], "both sides need a row"),
+        (["--tasks", "mul", "mul"], "requires one or more different values"),
+        (["--train-fraction", "1.5"], "both must have at least one"),
         (["--dropout", "1"], "at least 0 and less than 1"),
         (["--muon.scale", "huge"], "'spectral'"),
     ],

@@ -122,7 +122,7 @@ def test_a_trend_does_not_come_from_budgets_that_fall(tmp_path):
     epochs, steps = (report_sweep.trend(run, "muon", "batch", u) for u in ("epochs", "steps"))
     assert epochs.rho > 0.9 and (epochs.values, epochs.left_out) == (5, 0)
     assert (steps.values, steps.left_out) == (3, 2)
-    assert "over the 3 values without a censored cell (steps, FLOP, seconds)" in " ".join(
+    assert "over the 3 values without a censored training (steps, FLOP, seconds)" in " ".join(
         abstract(run)
     )
 
@@ -131,14 +131,14 @@ def test_the_sweep_is_told_in_sentences(tmp_path):
     text = " ".join(abstract(loaded(tmp_path, ADAMW + MUON)))
     assert "AdamW 70, the best of 3 settings (width 128); Muon 25" in text
     assert re.search(r"AdamW over Muon, 95 % interval: 2.82 \[.*?\] in epochs", text)
-    assert "With larger width, what grokking takes: AdamW's falls" in text
+    assert "Cost of grokking with larger width: AdamW's falls" in text
 
 
 def test_the_abstract_counts_cells_and_those_censored(tmp_path):
     text = " ".join(abstract(loaded(tmp_path, ADAMW + MUON)))
-    assert "18 cells, 3 seeds a setting; 2 censored at 200 epochs: AdamW 2 of 9." in text
+    assert "18 trainings, 3 seeds per setting; 2 censored at 200 epochs: AdamW 2 of 9." in text
     text = " ".join(abstract(loaded(tmp_path / "all", MUON)))
-    assert "All of 9 cells, 3 seeds a setting, grokked within 200 epochs." in text
+    assert "All of 9 trainings, 3 seeds per setting, grokked within 200 epochs." in text
 
 
 def along(setting, epochs, optimizer="muon"):
@@ -163,7 +163,7 @@ def test_words_and_zero_lie_side_by_side_in_their_order(tmp_path, setting, epoch
     axes, *_ = lines_figure(run).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == [*map(str, epochs)]
     assert [*axes.get_xticks()] == [*range(len(epochs))]
-    assert report_sweep.trends(run) == [] and "end of its grid" not in " ".join(abstract(run))
+    assert report_sweep.trends(run) == [] and "of its grid" not in " ".join(abstract(run))
 
 
 def test_flops_that_xla_does_not_count_are_not_compared(tmp_path):
@@ -175,7 +175,7 @@ def test_flops_that_xla_does_not_count_are_not_compared(tmp_path):
     text = " ".join(abstract(run))
     (polar,) = re.findall(r"AdamW over Exact polar.*?\.(?= [A-Z])", text)
     assert "in epochs" in polar and "FLOP" not in polar
-    assert "No FLOP (–) of Exact polar: XLA's count leaves out decompositions" in text
+    assert "FLOPs of Exact polar are unknown (–): XLA's count omits decompositions" in text
     panels = {axes.get_title("left"): axes for axes in lines_figure(run).axes}
     drawn = {unit: {line.get_color() for line in panels[unit].lines} for unit in ("steps", "FLOP")}
     assert len(drawn["steps"]) == 3 and len(drawn["FLOP"]) == 2
@@ -224,7 +224,9 @@ def test_censored_cells_are_counted_and_stand_on_their_tick(tmp_path):
     assert texts == ["×2"]  # one seed of rank 1
     assert figure.axes[0].get_ylim()[1] > 200
     told = " ".join(figure.axes[5].texts[0].get_text().split())
-    assert told.startswith("8 cells, 2 seeds a setting; 3 censored at 200 epochs: Rank k, SVD 3 of")
+    assert told.startswith(
+        "8 trainings, 2 seeds per setting; 3 censored at 200 epochs: Rank k, SVD 3 of"
+    )
 
 
 def test_censored_cells_of_two_optimizers_stand_apart(tmp_path):
@@ -314,13 +316,16 @@ def test_a_best_setting_inside_its_grid_is_told(tmp_path):
     ]
     grid = ("muon.learning-rate=0.1,0.2,0.4",)
     inside = " ".join(abstract(loaded(tmp_path, rows, grid)))
-    assert "No best setting lies at an end of its grid." in inside
-    assert "With larger" not in inside  # a rate has a best value, and no trend
+    assert "No best setting is the lowest or highest of its grid." in inside
+    assert "with larger" not in inside  # a rate has a best value, and no trend
     # A folder whose grid grew keeps what it had at the default rate.
     plain = [cell("div", "softmax", "muon", s, 5, 90 + s) for s in range(2)]
     grown = " ".join(abstract(loaded(tmp_path / "grown", [*plain, *rows], grid)))
-    assert "No best setting lies at an end of its grid." in grown and "of 4 settings" in grown
-    assert "end of its grid" not in " ".join(abstract(loaded(tmp_path / "widths", ADAMW + MUON)))
+    assert (
+        "No best setting is the lowest or highest of its grid." in grown
+        and "of 4 settings" in grown
+    )
+    assert "of its grid" not in " ".join(abstract(loaded(tmp_path / "widths", ADAMW + MUON)))
 
 
 def test_a_sweep_of_one_setting_is_lines_and_tests_at_each(tmp_path):

@@ -50,13 +50,28 @@ def test_huge_pages_spare_a_program_its_page_faults():
     [
         (("-m", "experiments.grok", "--help"), {}, 2),
         (("-m", "experiments.grok", "--help"), {"GLIBC_TUNABLES": "glibc.malloc.check=0"}, 1),
-        (("-c", "import experiments"), {}, 1),
+        (("-c", "import experiments.grok.__main__"), {}, 1),
     ],
 )
 def test_a_command_starts_anew_once_and_what_imports_it_does_not(arguments, variables, starts):
     found = run("-X", "importtime", *arguments, **variables)
     assert found.stderr.count("experiments.huge_pages") == starts
     assert "--help" not in arguments or found.stdout.startswith("usage: python -m experiments.grok")
+
+
+def test_each_command_that_trains_restarts_itself_before_its_other_imports():
+    root = pathlib.Path(__file__).parent.parent / "experiments"
+    start = "from experiments.huge_pages import restart_with_huge_pages\n\n"
+    start += 'if __name__ == "__main__":\n    restart_with_huge_pages()'
+    found = set()
+    for path in root.glob("**/*.py"):
+        source = path.read_text(encoding="utf-8")
+        if "restart_with_huge_pages()" in source and path.stem != "huge_pages":
+            assert source.split('"""')[2].strip().startswith(start), path
+            found.add(str(path.relative_to(root)))
+    studies = ("bench", "family", "finetune", "grok", "pretrain")
+    others = {"family/widths.py", "grok/speed.py", "pretrain/speed.py"}
+    assert found == {f"{study}/__main__.py" for study in studies} | others
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of Linux")

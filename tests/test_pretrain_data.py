@@ -183,19 +183,19 @@ def test_a_tokenizer_learns_from_all_files_alike_and_never_from_held_out_text(tm
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("*.txt", None, r"\*\.txt names no file"),
-        ("a.csv", b"x", r"a\.csv, which ends in none of \.txt, "),
-        ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"a\.jsonl:2 is no JSON object"),
-        ("a.jsonl", b'{"text": "x"}\n\n{"text": 3}\n', r"a\.jsonl:3 is no JSON object"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "', r"a\.jsonl:2 is no JSON object"),
+        ("*.txt", None, r"\*\.txt matches no file"),
+        ("a.csv", b"x", r"a\.csv, which must end in one of \.txt, "),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"a\.jsonl:2 must be a JSON object"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": 3}\n', r"a\.jsonl:3 must be a JSON object"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "', r"a\.jsonl:2 must be a JSON object"),
         ("a.jsonl", b'{"text": "half \\ud83d"}\n', r"a\.jsonl:1 .* Unicode text"),
-        ("a.jsonl", b"\n", r"a\.jsonl .* no text at all"),
-        ("a.txt", b"", r"a\.txt .* no text at all"),
-        ("a.txt", b"x", "none to hold out"),
-        ("a.txt", b"fine \xff", r"a\.txt is no UTF-8 text: invalid start byte at 5"),
+        ("a.jsonl", b"\n", r"a\.jsonl .* contain no text"),
+        ("a.txt", b"", r"a\.txt .* contain no text"),
+        ("a.txt", b"x", "none is left to hold out"),
+        ("a.txt", b"fine \xff", r"a\.txt is not UTF-8 text: invalid start byte at 5"),
         ("a.jsonl.gz", CUT_SHORT, r"a\.jsonl\.gz is damaged"),
         ("a.parquet", b"PAR1 not", r"a\.parquet cannot be read"),
-        ("a.npy", b"\x93NUMPY", r"a\.npy is no whole \.npy file"),
+        ("a.npy", b"\x93NUMPY", r"a\.npy is not a complete \.npy file"),
         ("a.bin", b"", r"a\.bin has 0 bytes"),
         ("a.bin", b"abc", r"a\.bin has 3 bytes"),
     ],
@@ -218,7 +218,7 @@ def test_a_parquet_file_needs_a_column_of_texts(tmp_path):
 
 def test_texts_and_tokens_do_not_mix(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(9, dtype=np.uint16))
-    with pytest.raises(ValueError, match="both texts and tokens"):
+    with pytest.raises(ValueError, match="both text and token files"):
         prepare(configured(tmp_path, tmp_path / "a.npy", write_jsonl(tmp_path / "a.jsonl")))
 
 
@@ -255,7 +255,7 @@ def test_files_may_be_in_a_bucket(bucket, tmp_path, prepared):
 
 
 def test_a_bucket_without_its_package_says_which(tmp_path):
-    with pytest.raises(ValueError, match=r"s3://b/\*\.txt cannot be looked up: .*s3fs"):
+    with pytest.raises(ValueError, match=r"s3://b/\*\.txt cannot be listed: .*s3fs"):
         prepare(configured(tmp_path, "s3://b/*.txt"))
 
 
@@ -292,7 +292,9 @@ def test_shards_that_say_so_in_a_whole_word_are_held_out(tmp_path):
     assert [part[0] for part in got.train] == [5, 6, 7, 8, 9]
     other = prepare(configured(tmp_path, tmp_path / "train*.npy"))
     assert other.sha256 != got.sha256
-    with pytest.raises(ValueError, match=r"held out, as val0\.npy, .* none is left to train on"):
+    with pytest.raises(
+        ValueError, match=r"held-out files, such as val0\.npy; none is left to train on"
+    ):
         prepare(configured(tmp_path, tmp_path / "val0*.npy"))
 
 
@@ -309,10 +311,10 @@ def test_shards_may_bring_their_tokenizer(tmp_path, prepared):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (header(10), "with the 10 tokens .* 1044 bytes, and it has 1024"),
+        (header(10), "its header promises 10 tokens, which are 1044 bytes, but it has 1024"),
         (header(10)[:900], "900"),
         (header(0), "0 tokens"),
-        (header(2, version=2) + b"1234", "not of version 1"),
+        (header(2, version=2) + b"1234", "must have a header of version 1"),
     ],
 )
 def test_a_damaged_shard_is_refused(content, message, tmp_path):
@@ -344,7 +346,7 @@ def test_a_vocabulary_is_as_large_as_asked_for_and_holds_all_bytes(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["ab", "abc"])
     tokens = prepare(configured(tmp_path, path, vocabulary=1000))
     assert tokens.vocabulary == 1000 == len(tokens.bytes_per_token)
-    with pytest.raises(ValueError, match=r"--data\.vocabulary 256 is less than 257"):
+    with pytest.raises(ValueError, match=r"--data\.vocabulary must be at least 257, .*; got 256"):
         prepare(configured(tmp_path, path, vocabulary=256))
 
 
@@ -386,7 +388,7 @@ def test_bytes_are_not_told_where_a_tokenizer_loses_them(tmp_path, prepared):
 
 def test_a_damaged_tokenizer_is_refused(tmp_path):
     (tmp_path / "t.json").write_text('{"model": ')
-    with pytest.raises(ValueError, match=r"t\.json is no tokenizer\.json that can be read"):
+    with pytest.raises(ValueError, match=r"t\.json is not a valid tokenizer\.json"):
         prepare(
             configured(tmp_path, write_jsonl(tmp_path / "a.jsonl"), tokenizer=f"{tmp_path}/t.json")
         )
@@ -446,7 +448,7 @@ def test_a_damaged_cache_is_made_anew(file, damage, tmp_path, prepared):
             path.unlink()
     tokens, work = watched(config)
     # a flip that leaves the record's meaning as it was, or a final line's end, costs nothing
-    assert "tokenising again what was damaged" in work or (file, damage) == ("meta.json", "cut")
+    assert "tokenizing damaged files again" in work or (file, damage) == ("meta.json", "cut")
     assert tokens.sha256 == prepared.sha256
     assert not watched(config)[1]
 
@@ -601,9 +603,9 @@ def test_a_run_goes_on_from_any_step_with_the_same_batches():
 
 def test_batches_that_cannot_be_are_refused():
     settings = {"batch": 6, "context": 4, "seed": 0}
-    with pytest.raises(ValueError, match="4 tokens to train on, less than the 5"):
+    with pytest.raises(ValueError, match="4 tokens to train on, fewer than the 5"):
         batches(counted(2, 2), **settings)
-    with pytest.raises(ValueError, match="--seed must not be negative"):
+    with pytest.raises(ValueError, match="--seed must be at least 0"):
         batches(counted(99), **settings | {"seed": -1})
     assert batches(counted(5), **settings)[9].shape == (6, 5)
 
@@ -632,8 +634,8 @@ def test_bits_per_byte_are_of_the_bytes_of_the_targets(prepared):
 
 
 def test_held_out_text_must_hold_a_window():
-    with pytest.raises(ValueError, match="3 tokens held out, less than the 5 of one window"):
+    with pytest.raises(ValueError, match="3 tokens held out, fewer than the 5 of one sequence"):
         held_out(counted(99, validation=3), 4, 100)
-    with pytest.raises(ValueError, match="3 tokens to validate on are less than one --context 4"):
+    with pytest.raises(ValueError, match="3 tokens to validate on are fewer than one --context 4"):
         held_out(counted(99), 4, 3)
     assert held_out(counted(99), 4, 4).bytes is None

@@ -295,7 +295,7 @@ def test_a_size_that_the_mesh_does_not_divide_is_named():
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1, 1), (-1, -1, 1, 1), (1, 0, 1, 1)])
 def test_a_mesh_that_does_not_make_up_the_devices_is_refused(sizes):
-    with pytest.raises(ValueError, match="does not make up 8 devices"):
+    with pytest.raises(ValueError, match="does not fit 8 devices"):
         make_mesh(sizes, jax.devices()[:8])
 
 
@@ -313,9 +313,11 @@ def test_the_state_lies_like_the_params():
 
 
 def test_a_config_says_which_option_is_wrong():
-    with pytest.raises(ValueError, match=r"--model.active 9 is more than --model.experts 8"):
+    with pytest.raises(
+        ValueError, match=r"--model.active must be at most --model.experts 8; got 9"
+    ):
         dataclasses.replace(SMALL, active=9)
-    with pytest.raises(ValueError, match=r"--accumulate 3 does not divide --batch 8"):
+    with pytest.raises(ValueError, match=r"--accumulate must divide --batch 8; got 3"):
         training(accumulate=3)
 
 

@@ -136,7 +136,7 @@ def test_a_report_tells_the_roofline_and_the_dearest_kernels(report):
     said = " ".join(console.export_text().split())
     for text in ("kernels 4", "HBM traffic 4.00 MB", "roofline 0.0137 ms", "model.py:3 f"):
         assert text in said, text
-    assert "2 µs a launch, 3.35 TB/s" in said and "without those of 3 × other" in said
+    assert "2 µs per launch, 3.35 TB/s" in said and "exclude 3 × other" in said
 
 
 def test_kernels_of_attention_count_in_the_roofline():

@@ -87,7 +87,7 @@ def make_run(folder, optimizer, floor, *, done=None, model=SMALL, bits=True, eve
                 "vocabulary": 64,
                 "sha256": "fedc" * 16,
             },
-            "machine": {"device": "1 × cpu (cpu)", "command": f"python -m x --name {optimizer}"},
+            "machine": {"device": "1 × cpu (cpu)", "command": f"python -m x --out {optimizer}"},
         }
         (folder / "summary.json").write_text(json.dumps(summary))
     return epath.Path(folder)
@@ -135,10 +135,10 @@ def test_two_runs_are_compared(tmp_path):
     muon = BITS_A_NAT * (0.9 + 3 / 13**0.5)
     text = text_of(two(tmp_path))
     assert text.startswith(
-        f"After 1,536 tokens, Muon predicts the held-out text at {muon:.4f} bits a byte, "
-        f"AdamW at {adamw:.4f}. Muon is lower than AdamW by 0.0470 bits a byte, 5.5 %, "
+        f"After 1,536 tokens, Muon predicts the held-out text at {muon:.4f} bits per byte, "
+        f"AdamW at {adamw:.4f}. Muon is lower than AdamW by 0.0470 bits per byte, 5.5 %, "
     )
-    assert text.endswith("One training each, with one seed: no statistics.")
+    assert text.endswith("Each is one training with one seed, so there are no statistics.")
 
 
 def test_share_of_the_tokens_to_the_other_ones_last_value(tmp_path):
@@ -150,14 +150,14 @@ def test_share_of_the_tokens_to_the_other_ones_last_value(tmp_path):
         write_records(folder / name, losses)
     # Muon passes AdamW's 1.0 half a doubling before the end.
     assert text_of(folder).startswith(
-        "After 8,192 tokens, Muon predicts the held-out text at 0.5000 nats a token, "
-        "AdamW at 1.0000. Muon is lower than AdamW by 0.5000 nats a token, 50 %, and passes its "
+        "After 8,192 tokens, Muon predicts the held-out text at 0.5000 nats per token, "
+        "AdamW at 1.0000. Muon is lower than AdamW by 0.5000 nats per token, 50 %, and passes its "
         "last value after 71 % of the tokens. "
     )
     write_records(folder / "adamw", [{"step": 64, "validation_loss": 0.5}])
-    assert "AdamW and Muon are level." in text_of(folder)
+    assert "AdamW and Muon are equal." in text_of(folder)
     write_records(folder / "muon", [{"step": 64, "validation_loss": 0.25}])
-    assert "by 0.2500 nats a token, 50 %. One" in text_of(folder)
+    assert "by 0.2500 nats per token, 50 %. Each" in text_of(folder)
 
 
 def test_an_unfinished_run_is_compared_where_both_have_been(tmp_path):
@@ -177,7 +177,7 @@ def test_a_run_that_has_only_begun(tmp_path):
     folder = make_run(tmp_path / "r", "muon", 0.9, done=0)
     write_records(folder, [])
     write_report(folder, ("muon",))
-    assert "There is no evaluation" in text_of(folder) and not pngs(folder)
+    assert "No evaluation has been reached" in text_of(folder) and not pngs(folder)
     assert "None" not in (folder / "report.html").read_text()
     write_records(folder, [{"step": 0, "validation_loss": 4.0, "bits_per_byte": 2.0}])
     write_report(folder, ("muon",))
@@ -192,7 +192,7 @@ def test_runs_that_differ_in_more_than_the_optimizer_say_so(tmp_path):
     path.write_text(path.read_text().replace("fedc", "0000"))
     text = text_of(folder)
     found = text[: text.index(".  After") if ".  After" in text else text.index(" After")]
-    assert "Beside the optimizer the runs differ in model.layers, model.dense_layers" in found
+    assert "Besides the optimizer the runs differ in model.layers, model.dense_layers" in found
     assert found.endswith("model.tied, seed, the text.")
     write_report(folder, ("adamw", "muon"))
     assert pngs(folder) == FIGURES
@@ -202,7 +202,7 @@ def test_one_run_is_not_compared(tmp_path):
     folder = make_run(tmp_path / "r", "muon", 0.9)
     before, after = (BITS_A_NAT * (0.9 + 3 / n**0.5) for n in (1, 13))
     assert text_of(folder) == (
-        f"After 1,536 tokens, Muon predicts the held-out text at {after:.4f} bits a byte, "
+        f"After 1,536 tokens, Muon predicts the held-out text at {after:.4f} bits per byte, "
         f"{before:.4f} before training."
     )
     summary = (folder / "summary.json").read_text()
@@ -224,7 +224,7 @@ def test_page_of_two_runs_says_what_differs(tmp_path):
     assert "AdamW: adamw; Muon: muon" in page
     assert re.search(r"model\.layers</th><td>3</td>", page)
     assert re.search(r"device</th><td>1 × cpu \(cpu\)</td>", page)
-    assert "AdamW: python -m x --name adamw; Muon: python -m x --name muon" in page
+    assert "AdamW: python -m x --out adamw; Muon: python -m x --out muon" in page
     runs = json.loads((folder / "summary.json").read_text())["runs"]
     assert runs["muon"] == json.loads((folder / "muon" / "summary.json").read_text())
 
@@ -241,7 +241,7 @@ def test_losses_that_are_not_finite(tmp_path, share):
     write_records(folder / "adamw", records)
     text = text_of(folder)
     assert "Muon predicts the held-out text at" in text and "AdamW at" not in text
-    assert "After 1,536 tokens, the held-out loss of AdamW is not finite." in text
+    assert "After 1,536 tokens, the held-out loss of AdamW is NaN or Inf." in text
     assert "AdamW skipped 3 steps." in text
     write_report(folder, ("adamw", "muon"))
     row = next(line for line in printed(both(folder)).splitlines() if line.startswith("AdamW"))
@@ -259,10 +259,10 @@ def test_nats_where_bytes_are_unknown(tmp_path):
     folder = two(tmp_path, bits=False)
     assert measure_of(both(folder)) == "validation_loss"
     text = text_of(folder)
-    assert "nats a token" in text and "bits" not in text
+    assert "nats per token" in text and "bits" not in text
     page = write_report(folder, ("adamw", "muon")).read_text()
-    assert "bits a byte" not in page
-    assert "a byte" not in printed(both(folder))
+    assert "bits per byte" not in page
+    assert "per byte" not in printed(both(folder))
 
 
 def test_terminal_table(tmp_path):
@@ -271,7 +271,7 @@ def test_terminal_table(tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("Muon")).split()
     loss = 0.9 + 3 / 13**0.5
     assert row[:4] == ["Muon", "0.008", f"{BITS_A_NAT * loss:.4f}", f"{loss:.4f}"]
-    # 256 tokens a second: the record that compiled, of 3, is not counted.
+    # 256 tokens per second: the record that compiled, of 3, is not counted.
     assert row[5:] == ["12", "256", "46", "0"]
 
 
@@ -335,7 +335,7 @@ def test_folders_that_hold_no_run(tmp_path):
     with pytest.raises(SystemExit, match=r"error: .* holds no run"):
         main(str(folder))
     make_run(tmp_path / "r", "muon", 0.9)
-    with pytest.raises(RunError, match="is a run itself"):
+    with pytest.raises(RunError, match="is a single run"):
         write_report(folder / "r", ("adamw", "muon"))
     for name in ("config.json", "summary.json"):
         (folder / "r" / name).write_text("{")
@@ -343,7 +343,7 @@ def test_folders_that_hold_no_run(tmp_path):
             load_run(folder / "r")
         (folder / "r" / name).write_text("{}")
         if name == "config.json":
-            with pytest.raises(ValueError, match=r"config.json is of no run of this study"):
+            with pytest.raises(ValueError, match=r"config.json is not of a run of this study"):
                 load_run(folder / "r")
             (folder / "r" / name).write_text(
                 json.dumps({"optimizer": "muon"} | as_json(training()))
@@ -370,14 +370,14 @@ def test_dry_run_on_one_device():
     assert "embedding/embedding                         (64, 32)        -   " in text
     assert re.search(r"experts/gate +\(8, 2, 32, 16\) +8 × 2 × \(32 × 16\) +muon", text)
     assert re.search(r"experts/gate, experts/up +experts, –, –, hidden +whole", text)
-    assert "51,344 in all, 47,248 without embedding and head" in text
+    assert "51,344 in total, 47,248 without embedding and head" in text
     # Two float32s of all; one of the 46,976 entries of hidden matrices, and counters.
     assert re.search(r"optimizer state +410.76 kB +222.86 kB", text)
     assert re.search(r"model +25 MFLOP +25 MFLOP", text)
     assert re.search(r"Newton-Schulz +– +21.9 MFLOP", text)
     assert "Muon's overhead: 87.85 % of the model's 25 MFLOP a step" in text
     assert "warm-up over 2 steps, then cosine to 0.1" in text
-    assert "128 tokens a step, 1,536 in all" in text
+    assert "128 tokens per step, 1,536 in total" in text
 
 
 def test_dry_run_of_the_default():
@@ -391,7 +391,7 @@ def test_dry_run_of_moonlight_on_devices_that_need_not_be_there(fsdp, devices):
     assert f"= {devices} devices" in text
     assert ("this machine has 16." in text) is (devices > 16)
     assert "15,289,019,904 without embedding and head" in text
-    assert "passes through 2,243,685,888" in text
+    assert "2,243,685,888 of these are active per token" in text
     assert f"experts/down expert 8 × fsdp {devices // 8}" in re.sub(
         " experts, –, hidden, – +", " ", re.sub(" +", " ", text)
     )
@@ -402,7 +402,7 @@ def test_dry_run_of_moonlight_on_devices_that_need_not_be_there(fsdp, devices):
         state, 8e-9 * (experts + 8 * (all_params - experts)) / devices, rel_tol=0.002
     )
     assert re.search(r"model +317 PFLOP +317 PFLOP", text)
-    assert "5,200,936,960,000 in all" in text
+    assert "5,200,936,960,000 in total" in text
 
 
 def test_memory_is_that_of_the_arrays():
@@ -430,7 +430,7 @@ def test_memory_is_that_of_the_arrays():
 
 
 def test_a_mesh_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="at most one is -1"):
+    with pytest.raises(ValueError, match="at most one may be -1"):
         mesh_of_config(Mesh(data=-1, fsdp=-1, expert=32))
     with pytest.raises(ValueError, match=r"fsdp 1 = 32 do not divide"):
         dry(training(mesh=Mesh(fsdp=-1, expert=32), batch=32))

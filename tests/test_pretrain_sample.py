@@ -113,12 +113,12 @@ def test_temperature_and_top_k_shape_the_distribution(trainer, params, last_logi
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prompts": []}, "one token or more"),
-        ({"prompts": [[1], []]}, "one token or more"),
-        ({"length": 0}, "--length is at least 1, got 0"),
-        ({"temperature": -0.5}, "--temperature is at least 0, got -0.5"),
-        ({"temperature": float("nan")}, "--temperature is at least 0, got nan"),
-        ({"top_k": 0}, "--top-k is at least 1, got 0"),
+        ({"prompts": []}, "at least one token"),
+        ({"prompts": [[1], []]}, "at least one token"),
+        ({"length": 0}, "--length must be at least 1; got 0"),
+        ({"temperature": -0.5}, "--temperature must be at least 0; got -0.5"),
+        ({"temperature": float("nan")}, "--temperature must be at least 0; got nan"),
+        ({"top_k": 0}, "--top-k must be at least 1; got 0"),
     ],
 )
 def test_senseless_settings_are_refused(trainer, params, settings, message):
@@ -183,7 +183,7 @@ def test_the_commands_read_a_run(run, monkeypatch, capsys, tmp_path):
     assert (code, printed.out) == (0, sample.DIVIDER.join(texts) + "\n")
 
     code, printed = call(export, folder, tmp_path / "hf")
-    assert (code, printed.out) == (0, f"Step 0 of {folder} is in {tmp_path / 'hf'}.\n")
+    assert (code, printed.out) == (0, f"Wrote step 0 of {folder} to {tmp_path / 'hf'}.\n")
     config, vocabulary, *tree = export.read(tmp_path / "hf")
     assert vocabulary == 300
     assert config.layers == 2

@@ -344,7 +344,7 @@ def test_tokens_to_a_loss_lie_between_evaluations():
 @pytest.mark.parametrize("which", ["optimizers", "scaling"])
 def test_defaults_are_settings_of_the_command(which):
     config = Command(**defaults(which))
-    assert "adamw" in config.optimizer
+    assert "adamw" in config.optimizers
     assert all(sized(config.training(), width, 10.0) for width in config.widths)
     # Those that have Muon's updates begin where it does.
     preset = Command(**defaults(which, PRESETS["small"]))
@@ -355,7 +355,7 @@ def test_defaults_are_settings_of_the_command(which):
 def test_wrong_settings_are_refused():
     for changes, hint in (
         ({"sweep_seeds": 4}, "--sweep-seeds must be at most --seeds 3; got 4"),
-        ({"widths": (8, 8)}, "each of them once; got 8 8"),
+        ({"widths": (8, 8)}, "requires one or more different values; got 8 8"),
         ({"tokens_per_param": 0.0}, "must be greater than 0"),
     ):
         with pytest.raises(ValueError, match=hint):

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 COUNTED = """
 import collections, os, sys
 sys.argv = ["grok", *"--tasks gcd --seeds 2 --epochs 2 --width 16 --batch 4096 --probe-every 0 "
-            "--name run --out".split(), sys.argv[1]]
+            "--out".split(), sys.argv[1]]
 os.sched_getaffinity = lambda pid, cores=int(os.environ["CORES"]): set(range(cores))
 import jax
 counts = collections.Counter()

@@ -92,7 +92,7 @@ def test_a_log_that_is_gone_is_told(tmp_path):
     (tmp_path / "summary.json").write_text("{}")
     path.unlink()
     found, notes = opened(tmp_path)
-    assert found == [] and "metrics.jsonl is empty or gone" in notes
+    assert found == [] and "metrics.jsonl is empty or missing" in notes
 
 
 @pytest.mark.parametrize("config", [None, "", "{", "[]", "5", "[" * 100_000, b"\xff"])
@@ -115,7 +115,7 @@ def test_a_config_that_differs_from_the_seals_is_refused(tmp_path):
     three_cells(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(SETTINGS | {"rate": 0.2}))
     for rate in (0.1, 0.2):
-        with pytest.raises(RunError, match="other settings, as"):
+        with pytest.raises(RunError, match="other settings according to"):
             Run(tmp_path, SETTINGS | {"rate": rate}, ("seeds",))
     with pytest.raises(RunError, match=r"config.json and metrics.jsonl.*rate: there 0.2, here 0.1"):
         known_settings(tmp_path)
@@ -127,7 +127,9 @@ def test_checkpoints_tell_the_settings_too(tmp_path):
     checkpoints.save(4, {"x": jnp.ones(2)}, {"config": config})
     checkpoints.close()
     assert known_settings(epath.Path(tmp_path)) == config
-    with pytest.raises(RunError, match=r"as its newest checkpoint tells .*width: there 8, here 16"):
+    with pytest.raises(
+        RunError, match=r"according to its newest checkpoint .*width: there 8, here 16"
+    ):
         claim(tmp_path, config | {"width": 16}, other="another --out")
     claim(tmp_path, config, other="another --out").close()
     assert json.loads((tmp_path / "config.json").read_text()) == config
@@ -171,9 +173,13 @@ def test_a_log_goes_on_from_any_save(tmp_path):
 @pytest.mark.parametrize(
     ("change", "steps", "told"),
     [
-        (flip(1, b"2.0", b"7.0"), [1, 3, 4, 5, 6, 7, 8], "1 of the 4 records that line 5 seals"),
+        (
+            flip(1, b"2.0", b"7.0"),
+            [1, 3, 4, 5, 6, 7, 8],
+            "1 of the 4 records before the seal in line 5",
+        ),
         (delete(1, 2), [1, 3, 4, 5, 6, 7, 8], "1 of the 4 records"),
-        (flip(4, b'"step"', b'"stop"'), [5, 6, 7, 8], "lines 1, 2, 3, 4, 5 under no whole seal"),
+        (flip(4, b'"step"', b'"stop"'), [5, 6, 7, 8], "lines 1, 2, 3, 4, 5 without a valid seal"),
         (delete(0, 5), [5, 6, 7, 8], "4 records before line 1 are missing"),
         (delete(5, 15), [1, 2, 3, 4], "the records of steps 5 to 8 are missing"),
         (flip(9, b'"step"', b'"stop"'), [1, 2, 3, 4], "steps 5 to 8 are missing"),

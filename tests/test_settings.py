@@ -58,8 +58,8 @@ def refused(study, line, capsys):
         ("--muon.weight-decay -1", "--muon.weight-decay must be at least 0"),
         ("--rates.scion -1", "--rates.scion must be greater than 0"),
         ("--rates.normuon nan", "--rates.normuon must be a finite number"),
-        ("--variants.rank 0", "a whole number from 1 on, or a share above 0 and up to 1; got 0"),
-        ("--variants.rank 1.5", "up to 1; got 1.5"),
+        ("--variants.rank 0", "or a fraction greater than 0 and at most 1; got 0"),
+        ("--variants.rank 1.5", "at most 1; got 1.5"),
         ("--variants.blocks 2 0", "--variants.blocks must be at least 1; got 0"),
         ("--variants.period 0", "--variants.period must be at least 1"),
         ("--warmup -1", "--warmup must be at least 0"),
@@ -74,36 +74,40 @@ def test_settings_of_all_optimizers_are_held_to_one_rule(study, line, message, c
 @pytest.mark.parametrize(
     "study, line, message",
     [
-        ("grok", "--grid width=32 width=64", "must name a setting once, with all of its values"),
+        ("grok", "--grid width=32 width=64", "must name each setting once, with all its values"),
         ("grok", "--grid width=32,-64", "--width must be at least 1; got -64"),
         ("grok", "--grid muon.learning-rate=0.1,0", "--muon.learning-rate must be greater than 0"),
         ("grok", "--dropout nan", "--dropout must be a finite number"),
-        ("grok", "--dropout 1", "less than 1, the share of numbers that are dropped; got 1"),
+        ("grok", "--dropout 1", "less than 1, as a probability; got 1"),
         ("grok", "--train-fraction nan", "--train-fraction must be a finite number"),
         ("grok", "--together 0", "--together must be at least 1"),
-        ("grok", "--tasks mul mul", "--tasks must name one or more, each of them once"),
+        ("grok", "--tasks mul mul", "--tasks requires one or more different values"),
         ("family", "--sweep.factor nan", "--sweep.factor must be a finite number"),
         ("family", "--sweep.factor 1", "--sweep.factor must be greater than 1"),
         ("family", "--corpus-bytes -3", "--corpus-bytes must be at least 1"),
         ("family", "--steps 20 --warmup 20", "--warmup must be less than --steps 20; got 20"),
         ("widths", "--widths 64 0", "--widths must be at least 1"),
-        ("widths", "--widths 64 64", "--widths must name one or more, each of them once"),
+        ("widths", "--widths 64 64", "--widths requires one or more different values"),
         ("widths", "--muon.beta 2", "--muon.beta must be at least 0"),
         ("pretrain", "--clip -1", "--clip must be greater than 0; a large number clips nothing"),
         ("pretrain", "--clip inf", "--clip must be a finite number"),
-        ("pretrain", "--final -3", "--final must be from 0 to 1; got -3"),
+        ("pretrain", "--final-lr-fraction -3", "--final-lr-fraction must be from 0 to 1; got -3"),
         ("pretrain", "--spike -1", "--spike must be greater than 1; got -1"),
         ("pretrain", "--samples -1", "--samples must be at least 0; got -1"),
         ("pretrain", "--seed -1", "--seed must be at least 0"),
         ("pretrain", "--mesh.tensor 0", "--mesh.tensor must be at least 1, or -1"),
         ("pretrain", "--context 0", "--context must be at least 1"),
-        ("pretrain", "--evaluation-tokens 9", "must be at least one --context, 256; got 9"),
+        (
+            "pretrain",
+            "--evaluation-tokens 9",
+            "--evaluation-tokens must be at least --context 256; got 9",
+        ),
         ("pretrain", "--data.vocabulary 0", "--data.vocabulary must be at least 1"),
         ("pretrain", "--tokens-per-param nan", "--tokens-per-param must be a finite number"),
         ("pretrain", "--model.init-std 0", "--model.init-std must be greater than 0"),
         ("pretrain", "--model.rope-base nan", "--model.rope-base must be a finite number"),
         ("pretrain", "--profile 5 2", "--profile must be FIRST END"),
-        ("pretrain", "--keep 0", "--keep must be at least 1"),
+        ("pretrain", "--max-checkpoints 0", "--max-checkpoints must be at least 1"),
         ("pretrain", "--processes.index -1", "--processes.index must be at least 0"),
         ("pretrain", "--steps -5", "--steps must be at least 1; got -5"),
         ("pretrain", "--steps 24 --warmup 40", "together must be less than --steps 24; got 40"),
@@ -165,10 +169,10 @@ def test_mesh_and_folder_are_checked_before_text_is_read(monkeypatch, capsys, tm
     monkeypatch.setattr(pretrain.data, "prepare", read)
     words = ["pretrain", "--out", str(tmp_path / "run")]
     for more, message in (
-        ("--mesh.fsdp 3", "does not make up 16 devices"),
-        ("--mesh.fsdp 16", "which the mesh axes data × fsdp × expert = 16 do not divide"),
-        ("--mesh.fsdp 2 --mesh.tensor 8", "attention heads, which the mesh axis tensor 8"),
-        ("--suite scaling --widths 33", "--widths 33 is no multiple of a head"),
+        ("--mesh.fsdp 3", "does not fit 16 devices"),
+        ("--mesh.fsdp 16", "which must be a multiple of the mesh axes data × fsdp × expert = 16"),
+        ("--mesh.fsdp 2 --mesh.tensor 8", "attention heads, which --mesh.tensor 8"),
+        ("--suite scaling --widths 33", "--widths 33 is not a multiple of the head size"),
     ):
         monkeypatch.setattr(sys, "argv", [*words, *more.split()])
         assert pretrain.main() == 2
@@ -178,15 +182,15 @@ def test_mesh_and_folder_are_checked_before_text_is_read(monkeypatch, capsys, tm
     other = {"optimizer": "muon"} | as_json(pretrain.parse(["--seed", "5"]))
     (tmp_path / "run" / "config.json").write_text(json.dumps(other))
     monkeypatch.setattr(
-        sys, "argv", [*words, "--optimizer", "adamw", "--mesh.fsdp", "8", "--mesh.tensor", "2"]
+        sys, "argv", [*words, "--optimizers", "adamw", "--mesh.fsdp", "8", "--mesh.tensor", "2"]
     )
     assert pretrain.main() == 2
     assert "holds a run with other settings" in capsys.readouterr().err
 
 
 def test_a_start_without_text_leaves_the_folder_free(monkeypatch, capsys, tmp_path):
-    words = f"pretrain --out {tmp_path} --optimizer adamw --mesh.fsdp 8 --mesh.tensor 2"
+    words = f"pretrain --out {tmp_path} --optimizers adamw --mesh.fsdp 8 --mesh.tensor 2"
     monkeypatch.setattr(sys, "argv", [*words.split(), "--data.files", str(tmp_path / "no*.txt")])
     assert pretrain.main() == 2
-    assert "names no file" in capsys.readouterr().err
+    assert "matches no file" in capsys.readouterr().err
     assert not (tmp_path / "config.json").exists()

@@ -72,7 +72,7 @@ def test_brackets_in_brackets_are_a_damaged_file(copy):
     (copy / "meta.json").write_text(DEEP)
     assert cache.read(copy) is None
     (copy / "a.jsonl").write_text(DEEP)
-    with pytest.raises(ValueError, match=r"a.jsonl:1 is no JSON object"):
+    with pytest.raises(ValueError, match=r"a.jsonl:1 must be a JSON object"):
         list(documents._lines(epath.Path(copy / "a.jsonl")))
     assert rows()[0] == 1
 
@@ -80,14 +80,14 @@ def test_brackets_in_brackets_are_a_damaged_file(copy):
 @pytest.mark.parametrize("layers", [10_000_000, 10**30])
 def test_a_config_of_more_layers_than_tensors_is_refused(copy, tmp_path, layers):
     change(copy / "config.json", num_hidden_layers=layers)
-    with pytest.raises(ValueError, match=f"tells of {layers} layers, and there are 24 tensors"):
+    with pytest.raises(ValueError, match=f"has {layers} layers, but there are 24 tensors"):
         weights.check(copy, read_architecture(copy / "config.json"))
     dense = tmp_path / "dense"
     dense.mkdir()
     change_to = export_config.to_json(DENSE, VOCABULARY) | {"num_hidden_layers": layers}
     (dense / "config.json").write_text(json.dumps(change_to))
     save_file({"model.norm.weight": np.ones(4, np.float32)}, dense / "model.safetensors")
-    with pytest.raises(ValueError, match=f"tells of {layers} layers, and there are 1 tensors"):
+    with pytest.raises(ValueError, match=f"has {layers} layers, but there are 1 tensors"):
         export.read(dense)
 
 
@@ -120,9 +120,9 @@ def test_a_table_that_expands_to_no_text_is_refused(tmp_path, monkeypatch):
     many = pa.DictionaryArray.from_arrays(pa.array(np.zeros(10_000, np.int32)), long)
     nested = pa.ListArray.from_arrays([0, 10_000], many)
     for column, told in (
-        (many, "unpacks to more than 100 times its size, which text does not. If it is what you "
-         "want, write it as .jsonl."),
-        (nested, "takes more than 4096 MB to read; write it as .jsonl."),
+        (many, "unpacks to more than 100 times its size, which is not plausible for text. If it "
+         "is intended, write it as .jsonl."),
+        (nested, "takes more than 4096 MB to read; convert it to .jsonl."),
     ):  # fmt: skip
         count, error = read(column)
         assert path.stat().length < 10_000 and count < 2
@@ -151,7 +151,7 @@ def test_a_reader_that_is_killed_is_no_end_of_a_table(tmp_path, monkeypatch):
             "os.kill(os.getpid(), 9)\n"
         )
         monkeypatch.setattr(documents.table_reader, "__file__", str(reader))
-        with pytest.raises(ValueError, match=r"row 1 is damaged, or takes more than 4096 MB"):
+        with pytest.raises(ValueError, match=r"row 1 is damaged, or requires more than 4096 MB"):
             list(documents.table(path, {"text"}))
 
 
@@ -159,7 +159,9 @@ def test_a_reader_that_is_killed_is_no_end_of_a_table(tmp_path, monkeypatch):
 def test_ids_that_no_vocabulary_has_are_refused(index):
     source = json.loads(tokenizer.train(["a b"], 300, "<|end|>"))
     source["model"]["vocab"]["zz"] = index
-    with pytest.raises(ValueError, match=f"t.json has the token {index}, and a vocabulary is"):
+    with pytest.raises(
+        ValueError, match=f"t.json has the token {index}, but a vocabulary must have"
+    ):
         tokenizer.load(json.dumps(source).encode(), "t.json", "<|end|>")
 
 
@@ -181,7 +183,7 @@ def test_a_link_is_known_by_what_it_leads_to(tmp_path):
 def test_an_index_names_no_file_outside_its_folder(copy, name):
     index = {"weight_map": {"a": name}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="should be the name of one in this folder"):
+    with pytest.raises(ValueError, match="must name one in this folder"):
         weights.check(copy, NORMED)
 
 

@@ -48,7 +48,9 @@ class Trainer:
 
     def __init__(self, loop, steps):
         self.loop, self.advance = loop, loop.advance
-        self.config = types.SimpleNamespace(steps=steps, patience=3, tokens_per_step=TOKENS)
+        self.config = types.SimpleNamespace(
+            steps=steps, max_nonfinite_steps=3, tokens_per_step=TOKENS
+        )
 
     @functools.cached_property
     def program(self):
@@ -190,11 +192,11 @@ def test_a_profile_has_the_steps_that_this_part_of_a_run_has(
     monkeypatch.setattr(saved, "save", lambda *_: None)
     assert loop.to_the_end()
     assert seen == watched
-    assert bool(watched) != any("watches nothing" in text for text in loop.said)
+    assert bool(watched) != any("has no effect" in text for text in loop.said)
 
 
 def test_a_profile_behind_the_last_step_is_refused(clock, folder):
-    with pytest.raises(ValueError, match="--profile watches steps from 9 on"):
+    with pytest.raises(ValueError, match="--profile starts at step 9"):
         Loop(clock, Saved(clock), folder, 9, profile=(9, 12)).to_the_end()
 
 
@@ -203,10 +205,14 @@ def test_lost_params_are_not_saved(clock, folder, bad):
     """Whether the step that loses them is before a save, at it, or the last."""
     saved = Saved(clock)
     loop = Loop(clock, saved, folder, 12, bad={bad}, save_every=5, evaluate_every=100)
-    with pytest.raises(TrainingError, match="update that is not") as caught:
+    with pytest.raises(TrainingError, match="update contains NaN or Inf") as caught:
         loop.to_the_end()
     assert saved.steps == [step for step in (5, 10) if step <= bad]
-    safe = f"The checkpoint of step {saved.steps[-1]} is good" if saved.steps else "None is saved"
+    safe = (
+        f"The checkpoint of step {saved.steps[-1]} is valid"
+        if saved.steps
+        else "No checkpoint was saved"
+    )
     assert safe in str(caught.value) and "lower the rate" in str(caught.value)
 
 
@@ -214,8 +220,8 @@ def test_lost_params_are_not_saved(clock, folder, bad):
 def test_params_with_no_held_out_loss_are_not_saved(clock, folder, evaluate_every):
     """Params may be finite, and so large that nothing which they give is."""
     saved = Saved(clock)
-    settings = {"save_every": 5, "keep": 1, "evaluate_every": evaluate_every}
+    settings = {"save_every": 5, "max_checkpoints": 1, "evaluate_every": evaluate_every}
     held_out = lambda step: 1.0 if step < 8 else math.nan  # noqa: E731
-    with pytest.raises(TrainingError, match="After step 10 the held-out loss is not finite"):
+    with pytest.raises(TrainingError, match="The held-out loss after step 10 is NaN or Inf"):
         Loop(clock, saved, folder, 30, held_out=held_out, **settings).to_the_end()
     assert saved.steps == [5]

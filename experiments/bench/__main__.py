@@ -1,5 +1,10 @@
 """`python -m experiments.bench`: our optimizer beside its rivals, in tables and figures."""
 
+from experiments.huge_pages import restart_with_huge_pages
+
+if __name__ == "__main__":
+    restart_with_huge_pages()  # before the imports, which take seconds
+
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -13,13 +18,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.bench import accelerators, sharding, spectra, speed
 from experiments.bench.cases import Case, simulated_cases, topology_cases
 from experiments.bench.report import PARTS
+from experiments.command_line import parse
 from experiments.commands import guard
 from experiments.report.studies import show
 from experiments.runs import machine, write_json
@@ -37,42 +42,43 @@ _EVEN = Rule("even and at least 4", lambda value: value >= 4 and value % 2 == 0)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Muon beside its rivals: what a step costs each device of a mesh, how long an update takes on
-    one device, and what Newton-Schulz does to singular values.
+    """Compares Muon with other implementations: the cost of a step on each device of a mesh, the
+    time of an update on one device, and the accuracy of Newton-Schulz.
 
-    `sharding` compiles and runs nothing: FLOPs, bytes exchanged, collectives and memory are read
-    from the program, so they are exact, and equal on every machine. `speed` measures on the
-    device that JAX finds (two CPU cores are enough; on a GPU it takes larger trees), optimizers
-    taking turns. `spectra` compares the standard and the Gram form. All together take minutes.
+    `sharding` compiles and does not run: FLOPs, bytes exchanged, collectives and memory are read
+    from the compiled program, so they are exact and the same on every machine. `speed` times
+    updates on JAX's default device, in turns; two CPU cores are enough, and a GPU gets larger
+    models. `spectra` compares the singular values after the standard and the Gram form of
+    Newton-Schulz. All three together take minutes.
 
-    `accelerators`, if asked for, compiles the update for an H100 and a v5e, eight of each too, that
-    need not be there: kernels, bytes, roofline and compile time beside its rivals', in ten minutes.
+    `accelerators` runs only if --parts names it. It compiles the update for one and for eight H100
+    and v5e, which need not be present, and reports kernels, bytes, roofline and compile time, in
+    ten minutes.
 
-    With --topology only `sharding` runs, or `accelerators` if it is asked for, compiled for those
+    With --topology only `sharding` runs, or `accelerators` if --parts names it, compiled for those
     devices: `python -m experiments.bench --topology v5e:16x16`.
     """
 
     parts: tuple[PartName, ...] = ("sharding", "speed", "spectra")
-    """Which parts to run."""
+    """Parts to run."""
     topology: str | None = None
-    """Compile for TPUs, as v5e:16x16 or v5p:8x8x8, or GPUs, as h100:8, h100:8x8 (hosts × devices),
-    h200:8 or b200:8. Needs the extra `tpu` or `gpu-compile`."""
+    """Accelerators to compile for, which need not be present. TPUs: v5e:16x16 or v5p:8x8x8. GPUs:
+    h100:8, h200:8, b200:8, or h100:8x8 for hosts × devices. Requires the extra `tpu` or
+    `gpu-compile`."""
     devices: Annotated[int, _EVEN] = 16
-    """Simulated CPU devices of the sharding part; an even number, at least 4."""
+    """Simulated CPU devices of the sharding part. Must be even and at least 4."""
     layers: Count | None = None
-    """Layers of the sharding part; by default 16, and 64 for a topology. With --width of the
-    accelerators part too, by default 2."""
+    """Number of layers. By default 16 in the sharding part, 64 with --topology, and 2 in the
+    accelerators part."""
     width: Count | None = None
-    """D, fan_in and fan_out of its square kernels; by default 256, and 2048 for a topology."""
+    """Width of the model. By default 256, and 2048 with --topology."""
     hidden: Count | None = None
-    """F, of its up (D, F) and down (F, D); by default 4 × width."""
+    """Width of the MLP. By default 4 × --width."""
     rounds: Count = 7
-    """Updates of each optimizer in the speed part."""
-    out: Path = Path("runs/bench")
-    """Where result folders are."""
-    name: str | None = None
-    """The folder of the results; by default the topology, or `cpu` or `gpu`. What is in it is
-    replaced."""
+    """Timed rounds, whose median is reported. A round of the speed part is one update."""
+    out: str | None = None
+    """Folder of the run. By default the topology's, or `cpu` or `gpu`, in runs/bench. Results in it
+    are replaced."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -80,13 +86,13 @@ class Config:
 
     def folder(self) -> Path:
         """Where the results go."""
-        name = self.name or (self.topology or jax.default_backend()).replace(":", "-")
-        return self.out / name
+        name = (self.topology or jax.default_backend()).replace(":", "-")
+        return Path(self.out or f"runs/bench/{name}")
 
     def as_json(self) -> Row:
         """The settings, without where results are kept."""
         settings = dataclasses.asdict(self)
-        del settings["out"], settings["name"]
+        del settings["out"]
         return json.loads(json.dumps(settings))
 
 
@@ -108,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
 
     def work() -> int:
-        config = tyro.cli(Config, prog="python -m experiments.bench", args=arguments)
+        config = parse(Config, "python -m experiments.bench", arguments)
         chosen = parts(config)
         folder = config.folder()
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,8 +161,8 @@ def simulated_table(config: Config) -> list[Case]:
     devices = jax.devices("cpu")
     if len(devices) < config.devices:
         raise ValueError(
-            f"--devices {config.devices} needs as many CPU devices, and JAX has {len(devices)}: it "
-            "was started or told so before."
+            f"--devices {config.devices} requires as many CPU devices, but JAX has already "
+            f"started with {len(devices)}."
         )
     return simulated_cases(devices[: config.devices], config.layers or 16, width, hidden)
 

@@ -223,17 +223,18 @@ def tables(rows: Sequence[Row]) -> Group:
         shown.add(row["topology"])
         parts.append(Text(CHIPS[row["device_kind"]].assumptions()))
         dearest = [(Kernel(**kernel), seconds) for kernel, seconds in row["dearest"]]
-        parts.append(dearest_table(dearest, f"Our dearest kernels, {row['case']}"))
+        parts.append(dearest_table(dearest, f"Most expensive kernels of muon_jax, {row['case']}"))
     return Group(*parts)
 
 
 def table(rows: Sequence[Row]) -> Table:
     """A piece a line."""
     result = Table(
-        title="One update of a device, compiled",
-        caption="ms by the roofline; Mcycles by the TPU's compiler; compile: CPU time ÷ optax's. "
-        "Our products are bfloat16, the others' in the dtype of the leaves. Floor: the least FLOPs "
-        "known, beside gradient, momentum and params once.",
+        title="One update on one device, compiled",
+        caption="ms by the roofline; Mcycles by the TPU's compiler; compile: CPU time ÷ Optax's. "
+        "Products of muon_jax are bfloat16, those of others have the dtype of the leaves. "
+        "Floor: the fewest FLOPs known, and gradient, momentum and parameters read and "
+        "written once.",
     )
     for heading in ("tree", "leaves", "optimizer"):
         result.add_column(heading)

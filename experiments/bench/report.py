@@ -16,9 +16,9 @@ from experiments.report.page import Code, Picture, Report, Section
 
 # By its key in summary.json: the module, what gives its tables, and what it asks.
 PARTS: dict[str, tuple[ModuleType, Callable[[Any], Any], str]] = {
-    "sharding": (sharding, sharding.tables, "What one step costs each device of a mesh"),
-    "speed": (speed, speed.table, "How long one update takes on one device"),
-    "spectra": (spectra, spectra.table, "What Newton–Schulz does to singular values"),
+    "sharding": (sharding, sharding.tables, "Cost of one step for each device of a mesh"),
+    "speed": (speed, speed.table, "Time of one update on one device"),
+    "spectra": (spectra, spectra.table, "Singular values after Newton–Schulz"),
     "accelerators": (accelerators, accelerators.tables, "The update compiled for accelerators"),
 }
 

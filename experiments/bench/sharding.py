@@ -151,13 +151,13 @@ def tables(rows: Sequence[Row]) -> Group:
     parts: list[Any] = [table(rows)]
     timed = [row for row in rows if "kernels" in row]
     if timed:
-        told = "ms: all kernels one after another. beside: collectives beside computation."
+        told = "ms: all kernels in sequence. beside: collectives that overlap with computation."
         told = f"{told}\n{CHIPS[timed[0]['device_kind']].assumptions()}"
         title = "The same step, on each device of the topology"
         parts.append(Table(ON_CHIPS, timed, told, title, told, names=2))
     for row in timed:
         dearest = [(Kernel(**kernel), seconds) for kernel, seconds in row["dearest"]]
-        parts.append(dearest_table(dearest, f"The dearest kernels, {row['case']}, {row['arm']}"))
+        parts.append(dearest_table(dearest, f"Most expensive kernels, {row['case']}, {row['arm']}"))
     return Group(*parts)
 
 

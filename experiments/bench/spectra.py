@@ -118,7 +118,7 @@ def table(rows: Sequence[Row]) -> Table:
     ]
     headings = ("dtype", "schedule", "matrix", "spectrum", *FORMS, "restarts")
     title = "Singular values after Newton–Schulz: smallest / median / largest"
-    note = "Restarts: the steps after which the Gram form forms XXᵀ anew."
+    note = "Restarts: the steps after which the Gram form computes XXᵀ again."
     return Table.of_texts(headings, lines, note, title=title, note=note, names=4)
 
 

@@ -1,29 +1,34 @@
 """`python -m experiments.family`: trains the sweep's cells, measures costs, writes the report."""
 
+from experiments.huge_pages import restart_with_huge_pages
+
+if __name__ == "__main__":
+    restart_with_huge_pages()  # before the imports, which take seconds
+
 import sys
 import threading
 
-import tyro
 from rich.console import Console
 
-from experiments.commands import INTERRUPTED, conduct, progress_bar
+from experiments.command_line import parse
+from experiments.commands import INTERRUPTED, progress_bar, run_command
 from experiments.family import cost, data
 from experiments.family.config import GRID, Cell, Config, as_json, fitted
 from experiments.family.train import train_cell
 from experiments.report.studies import show
 from experiments.runs import Run, machine, read_json, write_json
-from experiments.sweep import carry_out
+from experiments.sweep import run_sweep
 
 
 def main() -> int:
     """Runs the command; returns its exit code."""
-    return conduct(begin, study)
+    return run_command(begin, study)
 
 
 def begin() -> tuple[tuple[Config, data.Data], Run]:
     """The command line's config and its corpus, and the run."""
     default = fitted(Config(), sys.argv[1:])
-    config = tyro.cli(Config, prog="python -m experiments.family", default=default)
+    config = parse(Config, "python -m experiments.family", default=default)
     text = data.load(config)
     return (config, text), Run(config.folder(), as_json(config) | {"corpus": text.origin}, GRID)
 
@@ -31,7 +36,7 @@ def begin() -> tuple[tuple[Config, data.Data], Run]:
 def study(task: tuple[Config, data.Data], run: Run, stop: threading.Event, console: Console) -> int:
     """Trains what is missing of the sweep, measures costs, and reports on what there is."""
     config, text = task
-    left = carry_out(
+    left = run_sweep(
         Cell,
         {(name,): config.rate(name) for name in config.optimizers},
         config,

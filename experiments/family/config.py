@@ -31,33 +31,34 @@ class Training(Settings):
     adamw: AdamW = dataclasses.field(
         default_factory=lambda: AdamW(learning_rate=6e-3, weight_decay=0.1, b2=0.95)
     )
-    """The AdamW arm, and in the others the embedding, the head and the gains."""
+    """AdamW, as an optimizer of its own and in the others for embedding, head and gains."""
     muon: Muon = dataclasses.field(default_factory=lambda: Muon(learning_rate=0.04))
-    """The hidden matrices of the Muon arm."""
+    """Muon, for the hidden matrices."""
     width: Count = 128
-    """Embedding size."""
+    """Width of the model."""
     layers: Count = 2
-    """Transformer blocks."""
+    """Number of layers."""
     head_size: Count = 32
-    """Width of an attention head; there are width / this. The default divides --width."""
+    """Width of an attention head. Must divide --width; the default does."""
     context: Count = 64
-    """Bytes that a prediction sees at most."""
+    """Sequence length, in tokens. Tokens are bytes."""
     batch: Count = 16
-    """Windows of context bytes a step."""
+    """Global batch size, in sequences."""
     steps: Count = 300
-    """Optimizer steps of a cell."""
+    """Optimizer steps."""
     warmup: Whole = 20
-    """Steps of linear warm-up; the default is a tenth of --steps at most."""
+    """Steps of linear warm-up. The default is at most a tenth of --steps."""
     decay: DecayName = "linear"
-    """How the rate falls to zero after warm-up."""
+    """Shape of the learning rate's decay after warm-up."""
     evaluations: Count = 6
-    """Times a cell is validated, the last time at its end; divides --steps, as the default does."""
+    """Number of validations, the last after the last step. Must divide --steps, and does by
+    default."""
     validation: Count = 256
-    """Windows that it is validated on, always the same."""
+    """Sequences to validate on, the same every time."""
     text: Path | None = dataclasses.field(default=None, compare=False)
-    """A file to learn instead of the Python standard library."""
+    """Text file to train on. By default the source of Python's standard library."""
     corpus_bytes: Count | None = None
-    """Take no more of the text than this, validation included; by default all of it."""
+    """Use only so many bytes of the text, validation included. By default all."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -68,8 +69,8 @@ class Training(Settings):
             )
         if self.steps % self.evaluations:
             raise ValueError(
-                f"--steps {self.steps} is no multiple of --evaluations {self.evaluations}; try "
-                f"--steps {max(self.steps // self.evaluations, 1) * self.evaluations}."
+                f"--steps {self.steps} is not a multiple of --evaluations {self.evaluations}; "
+                f"try --steps {max(self.steps // self.evaluations, 1) * self.evaluations}."
             )
         if self.warmup >= self.steps:
             raise ValueError(f"--warmup must be less than --steps {self.steps}; got {self.warmup}.")
@@ -102,41 +103,41 @@ GRID = ("optimizers", "seeds", "sweep", "rates")
 
 @dataclasses.dataclass(frozen=True)
 class Config(Training):
-    """The family side by side: every optimizer on one small language model, its rate swept.
+    """Compares every variant of Muon on one small language model, each at its best learning rate.
 
-    Trains a transformer on the bytes of Python's own standard library. Every combination of
-    optimizer, learning rate and seed is a cell. Rates are swept around each optimizer's default,
-    and further where the best one lies at the edge; the AdamW that others use for embedding, head
-    and gains keeps its own. Then all optimizers take turns at timing their updates. Finished cells
-    are kept: after Ctrl-C the same command goes on from there, and one that names more optimizers,
-    seeds or rates adds them. A cell takes about ten seconds on two quiet cores, the defaults some
-    45 minutes; `--optimizers adamw muon` takes four.
+    Trains a transformer on the bytes of Python's standard library, for every combination of
+    optimizer, learning rate and seed. Learning rates are swept around each optimizer's default, and
+    further where the best one is the highest or the lowest tried; embedding, head and gains keep
+    AdamW's own. Then all optimizers time their updates in turns. Finished trainings are kept: after
+    Ctrl-C the same command continues, and more optimizers, seeds or rates are added to the run. A
+    training takes about ten seconds on two idle CPU cores, the defaults some 45 minutes, and
+    `--optimizers adamw muon` four.
     """
 
     optimizers: tuple[OptimizerName, ...] = tuple(name for name, arm in ARMS.items() if arm.member)
-    """Arms of the comparison, by default the whole family; differences are to AdamW."""
+    """Optimizers to compare. By default all variants of Muon; differences are to AdamW."""
     seeds: Count = 3
-    """Seeds a rate: of the initial weights and the batches, the same for all optimizers."""
+    """Number of random seeds. A seed sets the initial parameters and the batches; all optimizers
+    have the same seeds."""
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
-    """Which learning rates an optimizer is tried at."""
-    out: Path = dataclasses.field(default=Path("runs/family"), compare=False)
-    """Where run folders are."""
-    name: str | None = dataclasses.field(default=None, compare=False)
-    """The run's folder; by default made of the settings."""
+    """Learning rates to try."""
+    out: str | None = dataclasses.field(default=None, compare=False)
+    """Folder of the run. By default one in runs/family, named after the settings."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_different(self, "optimizers")
 
     def folder(self) -> Path:
-        """The run's folder: `name`, or one made of the settings, so that equal ones meet again."""
-        return self.out / (self.name or f"{self.layers}x{self.width}-{digest(self, GRID)}")
+        """`out`, or one named after the settings, so that equal settings continue one run."""
+        name = f"{self.layers}x{self.width}-{digest(self, GRID)}"
+        return Path(self.out or f"runs/family/{name}")
 
 
 def as_json(config: Training) -> dict:
     """The settings, without where the run is kept and what it reads."""
     settings = dataclasses.asdict(config) | {"rates": config.known_rates()}
-    for field in ("out", "name", "text"):
+    for field in ("out", "text"):
         del settings[field]
     return json.loads(json.dumps(settings))
 

@@ -37,8 +37,8 @@ def load(config: Training) -> Data:
         length = len(getattr(text, side))
         if length < window:
             raise ValueError(
-                f"{text.name} has {length} bytes for {side}, less than the {window} of one window; "
-                "take more bytes or a shorter --context."
+                f"{text.name} has {length} bytes for {side}, fewer than the {window} of one "
+                "sequence; use more bytes or a shorter --context."
             )
     starts = np.linspace(0, len(text.validation) - window, config.validation).astype(int)
     windows = text.validation[starts[:, None] + np.arange(window)]

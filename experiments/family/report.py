@@ -85,54 +85,55 @@ def _cost(field: str, spec: str = "") -> Callable[[Arm], str]:
 COLUMNS: tuple[Column, ...] = (
     ("optimizer", "optimizer", lambda arm: arm.label),
     arms.RATE,
-    ("final loss (nats a byte)", "loss", lambda arm: arm.loss_text()),
+    ("final loss (nats per byte)", "loss", lambda arm: arm.loss_text()),
     ("minus AdamW's [95 % interval]", "minus AdamW's", lambda arm: interval_text(arm.difference)),
     ("training step ÷ AdamW's", "step", lambda arm: number(arm.step_ratio)),
     ("update alone ÷ AdamW's", "update", _cost("times_baseline")),
-    ("state (bytes a parameter)", "bytes", _cost("state_bytes_per_parameter", ".2f")),
+    ("state (bytes per parameter)", "bytes", _cost("state_bytes_per_parameter", ".2f")),
     ("working memory of the update (bytes)", "", _cost("temp_bytes", ",")),
     ("cells", "", lambda arm: str(arm.cells)),
     ("diverged", "", lambda arm: str(arm.diverged)),
 )
 NOTE = (
     "loss: at the best rate, mean ± deviation over seeds\n"
-    "minus AdamW's: with its 95 % interval, paired by seed\n"
-    "step, update: time over AdamW's; bytes: of state a parameter"
+    "minus AdamW's: with 95 % interval, paired by seed\n"
+    "step, update: time ÷ AdamW's; bytes: of state per parameter"
 )
 CAPTION = (
     "Lowest loss first. Validation loss at the end, mean and standard deviation over seeds. The "
-    "difference is paired by seed, each optimizer at its own best rate; its interval is Student's "
-    "t, without correction for the number of rows, and knows nothing of the choice of the rate. "
-    "“(edge)”: no further rate was tried on that side."
+    "difference is paired by seed, each optimizer at its own best rate; its interval is "
+    "Student's t, without correction for the number of rows or for the choice of the rate. "
+    "“(edge)”: the best rate is the highest or lowest tried."
 )
 MEASURED = {
     "Task": "{corpus[name]}: the next byte of {corpus[train_bytes]:,} bytes, validated on "
     "{config[validation]} fixed windows of {config[context]} bytes out of "
     "{corpus[validation_bytes]:,} others, after {config[steps]} steps. SHA-256 {corpus[sha256]}.",
-    "Seeds": "A seed fixes the initial weights and the batches, the same for all optimizers and "
+    "Seeds": "A seed sets the initial parameters and the batches, equally for all optimizers and "
     "rates.",
-    "Learning rates": "The optimizer's own rate is swept by factors of {config[sweep][factor]:g}, "
-    "and on until the best one has a neighbour on each side, at most {config[sweep][limit]} "
-    "further. The AdamW that trains the embedding, the head and the gains of the other optimizers "
-    "keeps its rate, {config[adamw][learning_rate]}.",
-    "Training step": "Median time of a step over all cells of the optimizer, over AdamW's; the "
-    "cells took turns.",
+    "Learning rates": "The optimizer's own rate is swept by factors of "
+    "{config[sweep][factor]:g}, and extended until the best one has a neighbour on each side, "
+    "by at most {config[sweep][limit]} rates. With all other optimizers, AdamW trains "
+    "embedding, head and gains at the rate {config[adamw][learning_rate]}.",
+    "Training step": "Median time of a step over all trainings of the optimizer, divided by "
+    "AdamW's; trainings alternated.",
     "Update alone, state, working memory": "Of tx.update and optax.apply_updates on this model, "
-    "optimizers taking turns of many steps in one process: median of the turns' ratios, the exact "
-    "size of the state, and what the compiled update allocates beside its arguments and results.",
+    "in alternating rounds of many steps in one process: median ratio, exact size of the state, "
+    "and memory that the compiled update allocates besides arguments and results.",
 }
 
 
 def abstract(found: Sequence[Arm], files: Files) -> list[str]:
     """The result in plain sentences, every number computed from the run."""
     if not found:
-        return ["No cell has finished yet."]
-    sentences = [*arms.progress(files), f"{arms.lowest(found)} a byte."]
+        return ["No training has finished yet."]
+    sentences = [*arms.progress(files), f"{arms.lowest(found)} per byte."]
     if gaps := [arm.difference for arm in found if arm.difference]:
         below, above = sum(gap.high < 0 for gap in gaps), sum(gap.low > 0 for gap in gaps)
         sentences.append(
-            f"Of {len(gaps)} {'arm' if len(gaps) == 1 else 'arms'} beside AdamW, the 95 % "
-            f"interval of the difference lies below zero for {below} and above for {above}."
+            f"Of {len(gaps)} {'optimizer' if len(gaps) == 1 else 'optimizers'} besides AdamW, "
+            f"the 95 % interval of the difference lies below zero for {below} and above for "
+            f"{above}."
         )
     return sentences + arms.caveats(found)
 
@@ -168,11 +169,11 @@ def report(folder: Path) -> Report:
         "Validation loss during training at the best rates.",
         "Validation loss against step, a panel for each optimizer.",
     )
-    unit = "nats a byte"
+    unit = "nats per byte"
     figures = [arms.finals(found, unit), arms.rates(found, unit), curves if files.rows else None]
     measured = all_told(MEASURED, facts) | arms.about(found, ARMS)
     return arms.report(
-        "The family on a small language model",
+        "Variants of Muon on a small language model",
         folder,
         files,
         "an optimizer, a learning rate and a seed",

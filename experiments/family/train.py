@@ -30,7 +30,7 @@ class State(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Losses in nats a byte; `seconds` are of training alone, since the cell's start."""
+    """Losses in nats per byte; `seconds` are of training alone, since the cell's start."""
 
     step: int
     seconds: float

@@ -8,6 +8,11 @@ spectral norm grows as the root of the width, and the best rate should fall by h
 for each doubling.
 """
 
+from experiments.huge_pages import restart_with_huge_pages
+
+if __name__ == "__main__":
+    restart_with_huge_pages()  # before the imports, which take seconds
+
 import dataclasses
 import sys
 import threading
@@ -17,7 +22,8 @@ from typing import NamedTuple
 import tyro
 from rich.console import Console
 
-from experiments.commands import INTERRUPTED, conduct
+from experiments.command_line import parse
+from experiments.commands import INTERRUPTED, run_command
 from experiments.family import data
 from experiments.family.config import Training, as_json, digest
 from experiments.family.train import train_cell
@@ -25,7 +31,7 @@ from experiments.optimizers import Muon, ScaleName
 from experiments.report.studies import show
 from experiments.runs import Run
 from experiments.settings import Count, check, check_different
-from experiments.sweep import Sweep, carry_out
+from experiments.sweep import Sweep, run_sweep
 
 # What only chooses cells; the rest decides what a cell is.
 GRID = ("scales", "widths", "seeds", "sweep")
@@ -55,27 +61,25 @@ class Cell(NamedTuple):
 class Config(Training):
     """Learning-rate transfer: Muon's best rate at several widths, under several shape scales.
 
-    Trains the language model of `python -m experiments.family` with Muon. Every combination of
-    shape scale, width, learning rate and seed is a cell; the rate grid of a scale is the same for
-    all widths, and goes on where the best one lies at the edge. Finished cells are kept: after
-    Ctrl-C the same command goes on from there.
+    Trains the language model of `python -m experiments.family` with Muon, for every combination of
+    shape scale, width, learning rate and seed. Widths share the learning rates of a scale; more are
+    tried where the best one is the highest or the lowest. Finished trainings are kept: after Ctrl-C
+    the same command continues.
     """
 
     muon: Muon = dataclasses.field(default_factory=lambda: Muon(weight_decay=0.0))
-    """The hidden matrices; their rate and scale are what is swept."""
+    """Muon, for the hidden matrices. Its learning rate and scale are swept."""
     width: tyro.conf.Suppress[int] = 128
     scales: tuple[ScaleName, ...] = ("spectral", "mup", "match_rms_adamw")
-    """Shape scales, a panel each."""
+    """Shape scales to compare."""
     widths: tuple[Count, ...] = (64, 128, 256)
-    """Embedding sizes, multiples of --head-size."""
+    """Model widths to compare. Must be multiples of --head-size."""
     seeds: Count = 1
-    """Seeds a rate."""
+    """Number of random seeds."""
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
-    """Which learning rates are tried."""
-    out: Path = dataclasses.field(default=Path("runs/widths"), compare=False)
-    """Where run folders are."""
-    name: str | None = dataclasses.field(default=None, compare=False)
-    """The run's folder; by default made of the settings."""
+    """Learning rates to try."""
+    out: str | None = dataclasses.field(default=None, compare=False)
+    """Folder of the run. By default one in runs/widths, named after the settings."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -84,8 +88,8 @@ class Config(Training):
             self.training(width=width)
 
     def folder(self) -> Path:
-        """The run's folder: `name`, or one made of the settings, so that equal ones meet again."""
-        return self.out / (self.name or f"{self.layers}-{digest(self, GRID)}")
+        """`out`, or one named after the settings, so that equal settings continue one run."""
+        return Path(self.out or f"runs/widths/{self.layers}-{digest(self, GRID)}")
 
     def of(self, scale: ScaleName, width: int) -> Training:
         """The settings of one training."""
@@ -94,12 +98,12 @@ class Config(Training):
 
 def main() -> int:
     """Runs the command; returns its exit code."""
-    return conduct(begin, study)
+    return run_command(begin, study)
 
 
 def begin() -> tuple[tuple[Config, data.Data], Run]:
     """The command line's config and its corpus, and the run."""
-    config = tyro.cli(Config, prog="python -m experiments.family.widths")
+    config = parse(Config, "python -m experiments.family.widths")
     text = data.load(config)
     return (config, text), Run(config.folder(), as_json(config) | {"corpus": text.origin}, GRID)
 
@@ -108,7 +112,7 @@ def study(task: tuple[Config, data.Data], run: Run, stop: threading.Event, conso
     """Trains what is missing of the sweep, and reports on what there is."""
     config, text = task
 
-    left = carry_out(
+    left = run_sweep(
         Cell,
         {(scale, width): RATES[scale] for scale in config.scales for width in config.widths},
         config,

@@ -94,8 +94,8 @@ def sentences(transfers: Sequence[Transfer]) -> list[str]:
         rates = ", ".join(f"{best:.3g} at width {width}" for width, best in of.optimum.items())
         text = f"{of.scale}: the best rate is {rates}"
         if of.drift is not None:
-            text += f", a drift of {of.drift_text} powers of two a doubling"
-        edge = " (a best rate lies at the edge of those tried)"
+            text += f", a drift of {of.drift_text} powers of two per doubling of the width"
+        edge = " (a best rate is the highest or lowest tried)"
         found.append(f"{text}{edge if any(of.at_edge.values()) else ''}.")
     return found
 
@@ -112,13 +112,12 @@ COLUMNS: tuple[Column, ...] = (
 CAPTION = (
     "Final validation loss, mean over the seeds. Optimum: the lowest point of a parabola in "
     "log(rate) through the best rate and its two neighbours. Drift: slope of log2(optimum) over "
-    "log2(width); 0 is perfect transfer, −0.5 is what a spectral norm that grows as the root of "
-    "the width asks for."
+    "log2(width); 0 is perfect transfer, −0.5 is required by a spectral norm that grows as the "
+    "square root of the width."
 )
 FIGURE = (
-    "Final validation loss against Muon's learning rate. The embedding, the gains and the head "
-    "have AdamW's rate {adamw[learning_rate]} at every width; the logits carry a factor of 128 / "
-    "width."
+    "Final validation loss against Muon's learning rate. AdamW trains embedding, gains and head "
+    "at the rate {adamw[learning_rate]} at every width; logits are multiplied by 128 / width."
 )
 
 
@@ -132,7 +131,7 @@ def widths_figure(transfers: Sequence[Transfer]) -> Figure:
         style=lambda width: {"color": colors[width]},
         label="width {}".format,
         width=2.9,
-        unit="nats a byte",
+        unit="nats per byte",
     )
 
 

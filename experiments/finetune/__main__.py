@@ -1,5 +1,10 @@
 """`python -m experiments.finetune`: fine-tunes a Qwen3 with each arm, and compares them."""
 
+from experiments.huge_pages import restart_with_huge_pages
+
+if __name__ == "__main__":
+    restart_with_huge_pages()  # before the imports, which take seconds
+
 import contextlib
 import functools
 import hashlib
@@ -35,17 +40,17 @@ from experiments.language import hugging_face
 from experiments.language.hugging_face import CONFIG
 from experiments.language.mesh import make_mesh, one_device
 from experiments.language.training_loop import Progress
+from experiments.parallel import devices_for, one_cpu_device_per_core, run_in_parallel
 from experiments.programs import keep_compiled_programs
 from experiments.report.figures import LABELS
 from experiments.report.studies import show
 from experiments.runs import check_free, check_group, claim, leave_nothing_of_no_run
-from experiments.side_by_side import a_device_for_each_core, devices_for, side_by_side
 from experiments.topology import leave_accelerators_alone
 
 
 def main() -> int:
     """Runs the command; returns its exit code."""
-    a_device_for_each_core()
+    one_cpu_device_per_core()
     keep_compiled_programs()
     console = Console()
     stop = stop_on_signals()
@@ -85,7 +90,7 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
         windows, WARMUP if command.model is None else REAL_WARMUP
     )
     alone = dry_run.apart(command)
-    places = devices_for(len(command.arms)) if alone else [None]
+    places = devices_for(len(command.optimizers)) if alone else [None]
     meshes = (
         {device: one_device(device) for device in places}
         if alone
@@ -96,7 +101,7 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
     )
     limit = dry_run.limit_of(command, len(places))
     first = next(iter(meshes))
-    dry_run.plan(command, {arm: made(arm, first) for arm in command.arms}, limit, console)
+    dry_run.plan(command, {arm: made(arm, first) for arm in command.optimizers}, limit, console)
     try:
         with progress_bar(console) as bar:
             messages = functools.partial(bar.console.print, highlight=False)
@@ -106,9 +111,9 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
                 _train(command, config, trainer, limit, start, rows, folder, stop, bar, messages)
 
             if alone:
-                side_by_side(command.arms, lambda arm: arm, work, stop)
+                run_in_parallel(command.optimizers, lambda arm: arm, work, stop)
             else:
-                for arm in command.arms:
+                for arm in command.optimizers:
                     work(arm, None)
     except KeyboardInterrupt:
         _tell(command, console)
@@ -119,7 +124,7 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
 
 def _tell(command: Command, console: Console) -> None:
     """The table and the report of the arms that have begun."""
-    begun = [arm for arm in command.arms if (command.folder(arm) / "metrics.jsonl").exists()]
+    begun = [arm for arm in command.optimizers if (command.folder(arm) / "metrics.jsonl").exists()]
     if jax.process_index() == 0 and begun:
         show(command.out, console, arms=begun)
 
@@ -129,7 +134,7 @@ def _prepare(
 ) -> tuple[loop.Start, data.Prepared, Path]:
     """The model, the rows, and the model's folder."""
     with progress_bar(console) as bar:
-        task = bar.add_task("looking at the model", total=None)
+        task = bar.add_task("reading the model", total=None)
 
         def show(what: str, done: int, total: int | None) -> None:
             if stop.is_set():
@@ -138,7 +143,7 @@ def _prepare(
 
         if command.model is None:
             if jax.process_count() > 1:
-                raise ValueError("A run of several processes needs a --model.")
+                raise ValueError("A run of several processes requires --model.")
             folder = base.prepare(command.base, show)
         else:
             folder = Path(command.model).expanduser()
@@ -149,7 +154,7 @@ def _prepare(
         if chat.vocabulary > architecture.vocabulary:
             raise ValueError(
                 f"{folder}: the tokenizer has {chat.vocabulary} tokens, and the model "
-                f"{architecture.vocabulary}. They are not of one model."
+                f"{architecture.vocabulary}. The files are of different models."
             )
         rows = data.prepare(
             command.data,
@@ -158,12 +163,15 @@ def _prepare(
             on_progress=lambda done: show(f"reading rows, {done:,}", done, None),
         )
     report = rows.report
-    dropped = f", {report.dropped:,} thoughts or words beside a call dropped by the chat template"
+    dropped = (
+        f", {report.dropped:,} reasoning texts or remarks beside a tool call dropped by the chat "
+        "template"
+    )
     console.print(
-        f"{report.name}: {report.rows:,} rows, {report.tokens:,} tokens, {report.learnt:,} of "
-        f"these to learn; {report.held_out_rows:,} rows held out, {report.truncated:,} cut at "
-        f"{command.context:,} tokens, {report.too_long:,} left out"
-        f"{dropped if report.dropped else ''}.",
+        f"{report.name}: {report.rows:,} examples, {report.tokens:,} tokens, {report.learnt:,} "
+        f"of them trained on; {report.held_out_rows:,} examples held out, {report.truncated:,} "
+        f"truncated to {command.context:,} tokens, {report.too_long:,} left "
+        f"out{dropped if report.dropped else ''}.",
         highlight=False,
     )
 
@@ -187,9 +195,9 @@ def _check_folder(model: str) -> None:
     # What looks like a name on the Hub most likely is one.
     name = model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) else "Qwen/Qwen3-0.6B"
     raise ValueError(
-        f"--model is a local folder with a Qwen3's {CONFIG}, safetensors and tokenizer; {model} "
-        f"{f'has no {CONFIG}' if folder.is_dir() else 'is no folder here'}. "
-        f"`hf download {name} --local-dir {name.split('/')[1]}` makes one."
+        f"--model must be a local folder with a Qwen3's {CONFIG}, safetensors and tokenizer; "
+        f"{model} {f'has no {CONFIG}' if folder.is_dir() else 'is not a folder here'}. `hf "
+        f"download {name} --local-dir {name.split('/')[1]}` downloads one."
     )
 
 
@@ -224,7 +232,7 @@ def _train(
             if new:
                 stack.callback(leave_nothing_of_no_run, folder)
         if (folder / "summary.json").exists():
-            on_message(f"{LABELS.get(arm, arm)}: finished before, in {folder}")
+            on_message(f"{LABELS.get(arm, arm)}: already finished, in {folder}")
             return
         task = bar.add_task(f"{arm}: compiling", total=config.steps)
         memory.check(trainer, limit, memory.compiled(trainer))

@@ -55,17 +55,19 @@ class Qwen3:
         sizes = dataclasses.asdict(self)
         for name in ("layers", "hidden", "ffn", "heads", "kv_heads", "vocabulary", "context"):
             if sizes[name] < 1:
-                raise ValueError(f"{name} is at least 1; got {sizes[name]}.")
+                raise ValueError(f"{name} must be at least 1; got {sizes[name]}.")
         if self.heads % self.kv_heads:
             raise ValueError(
-                "kv_heads divides heads, since each key head serves equally many query heads; got "
-                f"heads {self.heads}, kv_heads {self.kv_heads}."
+                "kv_heads must divide heads, since all key heads serve equally many query "
+                f"heads; got heads {self.heads}, kv_heads {self.kv_heads}."
             )
         if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim is even, for RoPE turns pairs; got {self.head_dim}.")
+            raise ValueError(
+                f"head_dim must be even, since RoPE rotates pairs; got {self.head_dim}."
+            )
         for name in ("rope_theta", "epsilon", "initializer_range"):
             if not sizes[name] > 0:
-                raise ValueError(f"{name} is above 0; got {sizes[name]}.")
+                raise ValueError(f"{name} must be greater than 0; got {sizes[name]}.")
 
     @property
     def parameters(self) -> int:
@@ -165,8 +167,8 @@ def read(path: Path) -> Qwen3:
         given = read_json(path)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path} is not there. A model is a folder here, with {path.name}, tokenizer and "
-            "safetensors, as `hf download NAME --local-dir FOLDER` makes one."
+            f"{path} does not exist. A model must be a local folder with {path.name}, tokenizer "
+            "and safetensors; `hf download NAME --local-dir FOLDER` downloads one."
         ) from None
     kind = given.get("model_type")
     if not isinstance(kind, str) or kind not in _KINDS:
@@ -176,7 +178,7 @@ def read(path: Path) -> Qwen3:
             raise _unknown(path, name, given[name], repr(only))
     types = given.get("layer_types") or []
     if not isinstance(types, list):
-        raise ValueError(f"{path}: layer_types is {types!r} and should be a list.")
+        raise ValueError(f"{path}: layer_types is {types!r} but must be a list.")
     others = sorted(set(map(str, types)) - {"full_attention"})
     if others:
         raise _unknown(path, "layer_types", others[0], "'full_attention'")
@@ -202,7 +204,7 @@ def _rope_theta(path: Path, given: dict[str, Any]) -> float:
     for field in ("rope_parameters", "rope_scaling"):
         rope = given.get(field) or {}
         if not isinstance(rope, dict):
-            raise ValueError(f"{path}: {field} is {rope!r} and should be an object.")
+            raise ValueError(f"{path}: {field} is {rope!r} but must be an object.")
         for name, value in rope.items():
             if name == "rope_theta":
                 bases.add(_checked(path, f"{field}.{name}", value, float))
@@ -211,7 +213,7 @@ def _rope_theta(path: Path, given: dict[str, Any]) -> float:
                 raise _unknown(path, f"{field}.{name}", value, only)
     if len(bases) != 1:
         found = " and ".join(map(str, sorted(bases, key=str))) or "missing"
-        raise ValueError(f"{path}: rope_theta is {found} and should be one number.")
+        raise ValueError(f"{path}: rope_theta is {found} but must be one number.")
     return bases.pop()
 
 
@@ -224,9 +226,9 @@ def _ids(path: Path, name: str, value: Any) -> Ids:
 def _checked(path: Path, name: str, value: Any, kind: type) -> Any:
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
-        raise ValueError(f"{path}: {name} is {value!r} and should be of type {kind.__name__}.")
+        raise ValueError(f"{path}: {name} is {value!r} but must be of type {kind.__name__}.")
     return value
 
 
 def _unknown(path: Path, name: str, value: Any, only: str) -> ValueError:
-    return ValueError(f"{path}: {name} is {value!r}, and only models with {only} can be read.")
+    return ValueError(f"{path}: {name} is {value!r}; only models with {only} are supported.")

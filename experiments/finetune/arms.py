@@ -23,30 +23,31 @@ from experiments.language.mesh import make_mesh
 from experiments.optimizers import warmup_then_decay
 
 ARMS: dict[ArmName, str] = {
-    "adamw": "AdamW for all params",
+    "adamw": "AdamW for all parameters",
     "muon_frozen1d": "Muon for the hidden matrices, AdamW for embedding and head; gains are frozen",
     "muon_adamw": "Muon for the hidden matrices, AdamW for embedding, head and gains",
-    "muonclip": "the same and QK-clip, of the gains of QK-norm where there is one",
+    "muonclip": "Muon and AdamW as before, with QK-clip of the gains of QK-norm, if there is one",
 }
 
 # KingNish, "Muon vs MuonClip vs Muon+AdamW for Fine-Tuning", Hugging Face blog, December 2025.
 QUIRKS: dict[QuirkName, str] = {
-    "warmup_of_muonclip_alone": "muonclip alone warms up; the others begin at their full rate",
-    "decay_apart": "what Muon takes decays by 0.1, what AdamW takes by 0.01, and SGD's not at all",
+    "warmup_of_muonclip_alone": "only muonclip has a warm-up; the others begin at the full "
+    "learning rate",
+    "decay_apart": "weight decay is 0.1 for Muon's parameters, 0.01 for AdamW's, and 0 for SGD's",
     "spectral_scale": (
-        "the update of muon_frozen1d and muon_adamw has a spectral norm of √max(1, fan_out/fan_in) "
-        "and not AdamW's RMS: for Qwen3 4B 1/10 to 1/20 of it"
+        "updates of muon_frozen1d and muon_adamw have the spectral norm √max(1, fan_out/fan_in) "
+        "instead of AdamW's RMS; for Qwen3 4B they are 1/10 to 1/20 as large"
     ),
     "scale_in_root": (
-        "muonclip's update is scaled by √(0.2·max(fan_in, fan_out)), 2.24 times AdamW's RMS, in "
-        "place of 0.2·√max(fan_in, fan_out)"
+        "updates of muonclip are scaled by √(0.2·max(fan_in, fan_out)), 2.24 times AdamW's RMS, "
+        "instead of 0.2·√max(fan_in, fan_out)"
     ),
-    "sgd_of_gains": "what muonclip does not take for a matrix learns by SGD with momentum",
-    "no_clip": "muonclip finds no layer to clip, and clips none",
+    "sgd_of_gains": "with muonclip, SGD with momentum trains all that is not a matrix",
+    "no_clip": "muonclip finds no layer to clip, so it never clips",
     "frozen_in_norm": (
-        "the gradient of frozen params is part of the norm that is logged, and clipped by"
+        "the gradient norm, as logged and as used for clipping, includes frozen parameters"
     ),
-    "muon_of_tables": "embedding and head are matrices like the others, which Muon takes",
+    "muon_of_tables": "Muon trains embedding and head like hidden matrices",
 }
 
 # The learning rate, and the rest, of that comparison.
@@ -88,7 +89,7 @@ def make(name: ArmName, config: Training, architecture: Qwen3, **placed: Any) ->
     quirks = settings.quirks
     late = "warmup_of_muonclip_alone" in quirks and name != "muonclip"
     schedule = warmup_then_decay(
-        0 if late else config.warmup, config.steps, config.decay, config.final
+        0 if late else config.warmup, config.steps, config.decay, config.final_lr_fraction
     )
     if name == "adamw":
         labels = jax.tree.map(lambda x: "adamw", params)

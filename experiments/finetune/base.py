@@ -123,7 +123,7 @@ def _pretrain(
         steps=base.steps,
         warmup=base.steps // 10,
         decay="cosine",
-        final=0.1,
+        final_lr_fraction=0.1,
         remat=False,
     )
     # All devices share a batch; those that do not divide it stay out.
@@ -146,7 +146,7 @@ def _pretrain(
     found = loop.evaluate(trainer, state.params, [_every_token(rows) for rows in whole])
     if not np.isfinite(found["validation_loss"]):
         raise TrainingError(
-            "The base's loss is no longer finite. Lower --base.learning-rate "
+            "The loss of the small model is NaN or Inf. Lower --base.learning-rate "
             f"{base.learning_rate:g}."
         )
     return state.params, {"train_loss": loss, "skipped": int(state.guard.skipped)} | found

@@ -36,8 +36,8 @@ _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _OTHER = "?"
 _CALL = {"type": "function", "function": {"name": _OTHER, "arguments": {}}}
 _LEFT_OUT = (
-    "{} nowhere in what the chat template makes of the conversation; leave {} out, or take a "
-    "template that shows everything"
+    "{} missing from the text that the chat template makes of the conversation; remove {}, or "
+    "use a template that shows everything"
 )
 _MARK = re.compile(f"([{CUT}{BEGIN}{END}])")
 
@@ -100,8 +100,8 @@ class Chat:
         for name in (TOKENIZER, SETTINGS):
             if not (folder / name).exists():
                 raise FileNotFoundError(
-                    f"{folder / name} is not there; download it, or have transformers write it: "
-                    "AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)."
+                    f"{folder / name} does not exist; download it, or write it with "
+                    "transformers: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)."
                 )
         self._folder = folder
         path = folder / TOKENIZER
@@ -123,8 +123,8 @@ class Chat:
         reserved = {token.content for token in added if token.special} | {*(self._markers or ())}
         if single := [text for text in reserved if len(text) < 2]:
             raise ValueError(
-                f"Special tokens and markers have two characters or more; {single[0]!r} could not "
-                "be told from content; name longer markers."
+                "Special tokens and markers must have at least two characters, or they could "
+                f"not be distinguished from content; got {single[0]!r}."
             )
         self._reserved = re.compile(
             f"(?={'|'.join(map(re.escape, sorted(reserved))) or '(?!)'})(.)", re.DOTALL
@@ -134,19 +134,21 @@ class Chat:
         """Raises a ValueError where the settings name a token that the tokenizer has not."""
         path = self._folder / SETTINGS
         if not isinstance(added, dict):
-            raise ValueError(f"{path}: added_tokens_decoder is {short(added)}, and no object.")
+            raise ValueError(
+                f"{path}: added_tokens_decoder is {short(added)}, but must be an object."
+            )
         for index, token in added.items():
             content = _content(self._folder, f"added token {index}", token)
             if str(self._tokenizer.token_to_id(content)) != index:
                 raise ValueError(
-                    f"{path} has the token {content!r} as {index}, and {TOKENIZER} does not; save "
+                    f"{path} has the token {content!r} as {index}, but {TOKENIZER} has not; save "
                     "both again with transformers."
                 )
         end = self._names.get("eos_token")
         if end is not None and self._tokenizer.token_to_id(end) is None:
             raise ValueError(
-                f"{path}: the eos_token is {end!r}, which is no token of {TOKENIZER}: it would be "
-                "learnt as plain text. Name one of its tokens."
+                f"{path}: the eos_token is {end!r}, which is not a token of {TOKENIZER} and "
+                "would be trained on as plain text. Name one of its tokens."
             )
 
     def conversation(
@@ -196,11 +198,11 @@ class Chat:
         """
         end = self._names.get("eos_token")
         if end is None:
-            raise ValueError(f"no eos_token in {SETTINGS} can end a completion; give messages")
+            raise ValueError(f"no eos_token in {SETTINGS} can end a completion; use messages")
         parts = {"prompt": prompt, "completion": completion}
         for name, part in parts.items():
             if not isinstance(part, str) or not part.strip():
-                raise ValueError(f'its "{name}" must be a text and not blank, got {short(part)}')
+                raise ValueError(f'its "{name}" must be a non-blank text; got {short(part)}')
         prompt, completion = map(self._escape, parts.values())
         text = _unmark(f"{prompt}{CUT}{BEGIN}{completion}{CUT}{end}{END}")
         return text._replace(escaped=CUT in prompt + completion)
@@ -225,7 +227,7 @@ class Chat:
                 **self._names,
             )
         except ValueError as error:
-            raise ValueError(f"the chat template refuses it: {error}") from None
+            raise ValueError(f"the chat template rejects it: {error}") from None
 
     def _dropped(self, messages: list[Any], tools: Any, rendered: str) -> int:
         """How many thoughts, and words beside a call, are not in what the template makes.
@@ -276,11 +278,13 @@ class Chat:
         match value:
             case str():
                 if _MARK.search(value):
-                    raise ValueError("it has U+FDD0, U+FDD1 or U+FDD2, which are no characters")
+                    raise ValueError(
+                        "it contains U+FDD0, U+FDD1 or U+FDD2, which are not characters"
+                    )
                 try:
                     value.encode()  # JSON may spell half a character
                 except UnicodeEncodeError:
-                    raise ValueError(f"it has what is no Unicode text: {short(value)}") from None
+                    raise ValueError(f"it contains invalid Unicode: {short(value)}") from None
                 return self._reserved.sub(rf"\1{CUT}", value)
             case dict():
                 return {self._escape(key): self._escape(item) for key, item in value.items()}
@@ -294,8 +298,8 @@ def _content(folder: Path, name: str, token: Any) -> str:
     content = token.get("content") if isinstance(token, dict) else token
     if not isinstance(content, str) or not content:
         raise ValueError(
-            f"{folder / SETTINGS}: {name} is {short(token)}, and a token is a text that is not "
-            "empty; get the file again, or leave that token out."
+            f"{folder / SETTINGS}: {name} is {short(token)}, but a token must be a non-empty "
+            "text; download the file again, or remove that token."
         )
     return content
 
@@ -337,14 +341,16 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 def _check(messages: Sequence[Any]) -> list[str]:
     """The roles of messages; a ValueError where one is no message or at a wrong place."""
     if not isinstance(messages, list | tuple) or not messages:
-        raise ValueError(f"messages must be a list with something in it, got {short(messages)}")
+        raise ValueError(f"messages must be a non-empty list; got {short(messages)}")
     roles: list[str] = []
     for number, message in enumerate(messages, 1):
         name = f"message {number}"
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ValueError(f'{name} is no object with a "role" and a "content": {short(message)}')
+            raise ValueError(
+                f'{name} must be an object with a "role" and a "content"; got {short(message)}'
+            )
         if unknown := message.keys() - set(_KEYS):
-            raise ValueError(f"{name} has {min(unknown)!r}, and may have {', '.join(_KEYS)}")
+            raise ValueError(f"{name} has {min(unknown)!r}, but may only have {', '.join(_KEYS)}")
         role, content, before = message["role"], message["content"], roles[-1] if roles else None
         if not isinstance(role, str) or role not in _PREDECESSORS:
             raise ValueError(f"{name} has the role {short(role)}, not {', '.join(_PREDECESSORS)}")
@@ -355,12 +361,12 @@ def _check(messages: Sequence[Any]) -> list[str]:
             )
         if not (content is None and role == "assistant" and message.get("tool_calls")):
             if not isinstance(content, str):
-                raise ValueError(f"the content of {name} is no text but {short(content)}")
+                raise ValueError(f"the content of {name} must be a text; got {short(content)}")
             if role in ("user", "assistant") and not (content.strip() or message.get("tool_calls")):
                 raise ValueError(f"{name}, of the {role}, is empty")
         roles.append(role)
     if roles[-1] != "assistant":
-        raise ValueError(f"the last message is of the {roles[-1]}, and not of the assistant")
+        raise ValueError(f"the last message must be the assistant's; got the {roles[-1]}'s")
     return roles
 
 

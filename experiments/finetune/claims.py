@@ -51,7 +51,7 @@ MEASURES = {
         "mean token accuracy in the last quarter of the steps", 100, 2, " %", " points"
     ),
     "gradient_norm_spread": Measure(
-        "distance of the gradient norm's quartiles after warm-up, of its median",
+        "interquartile range of the gradient norm after warm-up, relative to its median",
         100,
         1,
         " %",

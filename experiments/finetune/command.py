@@ -4,9 +4,9 @@ import argparse
 import dataclasses
 from typing import Literal, get_args
 
-import tyro
 from etils import epath
 
+from experiments import command_line
 from experiments.finetune.config import ArmName, Base, Optimizer, Running, Training
 from experiments.finetune.suites.config import Suite, SuiteName, defaults
 from experiments.language.processes import Processes
@@ -26,70 +26,71 @@ _SHORT = {"steps": 100, "evaluation_tokens": 16_384}
 
 @dataclasses.dataclass(frozen=True)
 class Command(Suite, Running, Training):
-    """Fine-tunes a Qwen3 with AdamW and three forms of Muon, from equal starts on equal rows.
+    """Fine-tunes a Qwen3 with AdamW and three forms of Muon, from one start on the same examples.
 
-    With no argument: pretrains a small Qwen3 (once; it is kept), fine-tunes it with the four arms
-    side by side to write the bodies of documented Python functions, and prints what came out, all
-    within some minutes on two cores. `--model FOLDER --data FILE` fine-tunes a model of Hugging
-    Face's on your own rows, every param of it; the memory that takes is told before it is
-    allocated. Each arm's folder in --out has `metrics.jsonl`, `summary.json` and checkpoints, and
-    the same command goes on with it, bit for bit, after Ctrl-C, SIGTERM (both save first and exit
+    Without options it pretrains a small Qwen3 (once; it is cached), fine-tunes it with the four
+    optimizers to write the bodies of documented Python functions, and prints the results, in some
+    minutes on two CPU cores. `--model FOLDER --data FILE` fine-tunes all parameters of a Hugging
+    Face model on your own examples; the memory that takes is printed before it is allocated. Each
+    optimizer's folder in --out has `metrics.jsonl`, `summary.json` and checkpoints. The same
+    command continues a run, bit for bit, after Ctrl-C or SIGTERM (which save a checkpoint and exit
     with 130), a crash or a kill.
     """
 
     model: str | None = None
-    """A folder with config.json, safetensors and tokenizer of a Qwen3; by default the small one."""
+    """Folder with config.json, safetensors and tokenizer of a Qwen3. By default the small model."""
     data: str | None = None
-    """Rows with "messages", or "prompt" and "completion", as .jsonl, .jsonl.gz or .parquet; by
-    default functions of the Python packages that are installed."""
-    arms: tuple[ArmName, ...] = ("adamw", "muon_frozen1d", "muon_adamw", "muonclip")
-    """Which to compare; each has a folder of its own in --out."""
+    """Examples with "messages", or "prompt" and "completion", as .jsonl, .jsonl.gz or .parquet.
+    By default functions of the installed Python packages."""
+    optimizers: tuple[ArmName, ...] = ("adamw", "muon_frozen1d", "muon_adamw", "muonclip")
+    """Optimizers to compare. Each has a folder of its own in --out."""
     base: Base = dataclasses.field(default_factory=Base)
-    """The small model, where there is no --model."""
+    """The small model, which is trained without --model."""
     out: str = "runs/finetune/study"
-    """Where the arms' folders are."""
+    """Folder of the run. It has a folder for each optimizer, and may be in gs:// or s3://."""
     export: bool | None = None
-    """Write the fine-tuned model, with its tokenizer, to `model` in the arm's folder; by default of
-    a --model."""
+    """Write the fine-tuned model and its tokenizer to `model` in the optimizer's folder. By default
+    only with --model."""
     dry_run: bool = False
-    """Print what a step takes of a device's memory, refuse what does not fit, and end."""
+    """Train nothing, and print what a step would cost. What does not fit the device is an
+    error."""
     preset: Literal["0.6b", "1.7b", "4b"] | None = None
-    """Of --dry-run: a Qwen3 of that size, which need not be here."""
+    """Named model to begin with; explicit options override its settings. Requires
+    --dry-run; a Qwen3 of that size, which need not be present."""
     topology: str | None = None
-    """Of --dry-run: compile the step for devices that are not here, and print what it takes there:
-    GPUs as h100:8, h200:8, b200:8 or h100:8x8 (hosts × devices), TPUs as v5e:4x4 or v5p:4x4x4.
-    Needs the extra `gpu-compile` or `tpu`."""
+    """Accelerators to compile for, which need not be present. TPUs: v5e:16x16 or v5p:8x8x8. GPUs:
+    h100:8, h200:8, b200:8, or h100:8x8 for hosts × devices. Requires --dry-run, and the extra `tpu`
+    or `gpu-compile`."""
     device_memory: Positive | None = None
-    """Gigabytes that a device has; by default it is asked."""
+    """Memory of a device, in gigabytes. By default what the device reports."""
     processes: Processes = dataclasses.field(default_factory=Processes)
-    """A run on many hosts."""
+    """A run on several hosts."""
 
     def __post_init__(self) -> None:
         Suite.__post_init__(self)
         Running.__post_init__(self)
         Training.__post_init__(self)
-        check_different(self, "arms")
+        check_different(self, "optimizers")
         if self.preset and not self.dry_run:
             raise ValueError(
-                "--preset is of --dry-run; to train, give --model with the folder of such a model."
+                "--preset requires --dry-run. To train such a model, give its folder as --model."
             )
         if self.topology and (self.suite or not self.dry_run):
             raise ValueError(
-                "--topology is of --dry-run without --suite, as --dry-run --topology h100:8; to "
-                "train on devices that are here, leave it out."
+                "--topology requires --dry-run and excludes --suite, as in --dry-run --topology "
+                "h100:8. To train on the devices of this machine, leave it out."
             )
         if self.preset and self.model:
             raise ValueError("Give --preset or --model, not both.")
         if self.preset and self.suite in ("mismatch", "qk"):
             raise ValueError(
-                f"--suite {self.suite} pretrains the models that it compares; leave --preset "
-                f"{self.preset} out."
+                f"--suite {self.suite} pretrains the models that it compares; remove --preset "
+                f"{self.preset}."
             )
         if self.exports and not self.suite and "://" in self.out:
             raise ValueError(
-                f"The fine-tuned model is written to a local folder; got --out {self.out}. Give "
-                "--export False, which leaves checkpoints there and no model, or a local --out and "
-                "copy the arm's folder `model` from it."
+                "The fine-tuned model can only be written to a local folder; got --out "
+                f"{self.out}. Give --export False to write checkpoints only, or a local --out."
             )
 
     @property
@@ -117,6 +118,5 @@ def parse(arguments: list[str]) -> Command:
         settings |= _SHORT
     if named.epochs:
         settings["steps"] = 0  # as many as these are, unless --steps is given too
-    return tyro.cli(
-        Command, args=arguments, default=Command(**settings), prog="python -m experiments.finetune"
-    )
+    default = Command(**settings)
+    return command_line.parse(Command, "python -m experiments.finetune", arguments, default=default)

@@ -45,7 +45,8 @@ def _even(why: str) -> Rule:
 
 
 _ALL_BYTES = Rule(
-    f"at least {_SMALLEST_VOCABULARY}, all bytes, an end of text and ChatML's two markers",
+    f"at least {_SMALLEST_VOCABULARY}, for all bytes, an end-of-text token and ChatML's two "
+    "markers",
     lambda value: value >= _SMALLEST_VOCABULARY,
 )
 
@@ -58,32 +59,32 @@ class Optimizer:
     """
 
     learning_rate: Rate = 4e-3
-    """After warm-up, of every param that learns."""
+    """Learning rate after warm-up, of all trained parameters."""
     weight_decay: Decay = 0.1
-    """Decoupled: a step shrinks params by learning rate × this."""
+    """Decoupled weight decay. A step shrinks parameters by learning rate × this."""
     b1: Average = 0.9
-    """AdamW's decay of the first moment."""
+    """AdamW: decay rate of the first moment."""
     b2: Average = 0.95
-    """AdamW's decay of the second moment."""
+    """AdamW: decay rate of the second moment."""
     eps: Positive = 1e-8
-    """AdamW's, added to the root of the second moment."""
+    """AdamW: added to the square root of the second moment."""
     beta: Average = 0.95
-    """Muon's decay of the momentum, with Nesterov's step ahead."""
+    """Muon: decay rate of the Nesterov momentum."""
     ns_coeffs: ScheduleName = "jordan"
-    """Muon's Newton-Schulz schedule."""
+    """Muon: coefficients of the Newton-Schulz iteration."""
     ns_dtype: Literal["bfloat16", "float32"] = "float32"
-    """Of Newton-Schulz's matrix products."""
+    """Muon: precision of Newton-Schulz's matrix products."""
     clip_threshold: Positive = 100.0
-    """Of muonclip: largest attention logit."""
+    """muonclip: largest attention logit allowed."""
     clip_projections: bool = False
-    """Of muonclip: clip W_q and W_k although QK-norm cancels it, and not the gains of the norms."""
+    """muonclip: clip W_q and W_k, which QK-norm undoes, in place of the gains of the norms."""
     quirks: tuple[QuirkName, ...] = ()
-    """What to do as the code released with the study did; `arms.QUIRKS` says what each is."""
+    """Deviations of the published study's code to reproduce; see QUIRKS in finetune/arms.py."""
 
     def __post_init__(self) -> None:
         if len(set(self.quirks)) != len(self.quirks):
             found = " ".join(self.quirks)
-            raise ValueError(f"--optimizer.quirks must name each once; got {found}.")
+            raise ValueError(f"--optimizer.quirks must be different values; got {found}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,47 +92,48 @@ class Training:
     """One fine-tuning of one model, whichever arm does it."""
 
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
-    """What all arms share."""
+    """Settings that all optimizers share."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
-    """How devices share the work of an arm; on a CPU each arm by default has one of its own."""
+    """The mesh of devices; at most one axis may be -1, and takes all devices that others leave. By
+    default, on a CPU, each optimizer trains on a device of its own."""
     context: Annotated[int, at_least(2)] = 512
-    """Tokens of a window, which holds one row or several; longer rows lose their end."""
+    """Sequence length, in tokens. Short examples share one; longer examples are truncated."""
     batch: Count = 8
-    """Windows a step, over all devices."""
+    """Global batch size, in sequences."""
     accumulate: Count = 1
-    """Microbatches that a step's batch is worked through in; the loss is one mean over tokens."""
+    """Gradient-accumulation steps. Must divide --batch; the loss is one mean over all tokens."""
     epochs: Positive = 1.0
-    """Passes over all rows, where --steps does not say how long."""
+    """Passes over the training data. Ignored if --steps is given."""
     steps: Whole = 0
-    """Optimizer steps; 0 is as many as --epochs are."""
+    """Optimizer steps. 0 follows --epochs."""
     warmup: Whole | None = None
-    """Steps of linear warm-up; by default 10, of a --model 20, and a tenth of all at most."""
+    """Steps of linear warm-up. By default 10, with --model 20, and at most a tenth of all."""
     decay: DecayName = "linear"
-    """How the rate falls after warm-up."""
-    final: Share = 0.0
-    """Share of the rate that it falls to."""
+    """Shape of the learning rate's decay after warm-up."""
+    final_lr_fraction: Share = 0.0
+    """Fraction of the learning rate that the decay ends at."""
     clip: Clip = 1.0
-    """Largest norm of the gradient of all params that learn; above it is scaled down."""
+    """Largest global gradient norm; larger gradients are scaled down to it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the arithmetic; params, optimizer state, gradients and losses are float32."""
+    """Precision of the arithmetic. Parameters, optimizer state, gradients and loss are float32."""
     remat: bool = True
-    """Compute layers again in the backward pass: keep of each its input, and on accelerators what
-    attention returned."""
-    patience: Count = 10
-    """Steps without finite loss and gradient, in a row, after which the run stops."""
+    """Rematerialisation: recompute layers in the backward pass, from their inputs. On accelerators
+    the outputs of attention are kept, too."""
+    max_nonfinite_steps: Count = 10
+    """Consecutive steps with NaN or Inf in loss or gradient after which the run stops."""
     seed: Whole = 0
-    """Of the order of the rows."""
+    """Random seed. It sets the order of the examples."""
 
     def __post_init__(self) -> None:
         check(self)
         if self.batch % self.accumulate:
             raise ValueError(
-                f"--accumulate {self.accumulate} does not divide --batch {self.batch}."
+                f"--accumulate must divide --batch {self.batch}; got {self.accumulate}."
             )
         if self.warmup is not None and self.steps and self.warmup >= self.steps:
             raise ValueError(
-                f"--warmup must be less than --steps {self.steps}; got {self.warmup}. Take fewer, "
-                "or leave --warmup out for a tenth of the steps."
+                f"--warmup must be less than --steps {self.steps}; got {self.warmup}. Use fewer, "
+                "or omit --warmup for a tenth of the steps."
             )
 
     @property
@@ -158,7 +160,7 @@ class Training:
         if self.warmup is not None and self.warmup >= steps:
             raise ValueError(
                 f"--warmup must be less than the steps of --epochs {self.epochs:g}, {steps}; got "
-                f"{self.warmup}. Take fewer, or leave --warmup out for a tenth of the steps."
+                f"{self.warmup}. Use fewer, or omit --warmup for a tenth of the steps."
             )
         warmup = tenth_at_most(steps, warmup) if self.warmup is None else self.warmup
         return dataclasses.replace(self, steps=steps, warmup=warmup)
@@ -178,15 +180,15 @@ class Running(Keeping):
     """How a run is kept and watched, which changes nothing of what it trains."""
 
     save_every: Count = 50
-    """Steps from one checkpoint to the next."""
-    keep: Count = 1
-    """Checkpoints that are kept."""
+    """Steps between checkpoints."""
+    max_checkpoints: Count = 1
+    """Number of checkpoints to keep; older ones are deleted."""
     evaluate_every: Count = 25
-    """Steps from one evaluation to the next."""
+    """Steps between evaluations."""
     evaluation_tokens: Count = 32_768
-    """Tokens of held-out rows that it is evaluated on, always the same."""
+    """Held-out tokens to evaluate on, the same every time."""
     log_every: Count = 1
-    """Steps from one record of metrics.jsonl to the next."""
+    """Steps between records in metrics.jsonl."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,31 +196,31 @@ class Base:
     """The small Qwen3 that is fine-tuned where no --model is named: pretrained here, and kept."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """Which pretrains it."""
+    """Optimizer that pretrains the small model."""
     qk_norm: bool = True
-    """Normalise queries and keys, as Qwen3 does; without it the model is a Llama."""
+    """Normalise queries and keys, as Qwen3 does. Without, the model is a Llama."""
     layers: Count = 4
-    """Decoder layers."""
+    """Number of layers."""
     hidden: Count = 128
     """Width of the residual stream."""
     ffn: Count = 384
-    """Width of SwiGLU."""
+    """Hidden size of SwiGLU."""
     heads: Annotated[int, _even("two share keys and values")] = 4
-    """Of queries; half as many of keys and values."""
+    """Attention heads of queries. Keys and values have half as many."""
     head_dim: Annotated[int, _even("RoPE turns pairs")] = 32
-    """Of every head."""
+    """Width of an attention head."""
     vocabulary: Annotated[int, _ALL_BYTES] = 2048
-    """Tokens of its byte-level BPE."""
+    """Vocabulary size of its byte-level BPE."""
     context: Annotated[int, at_least(2)] = 256
-    """Tokens of a window that it is pretrained on."""
+    """Sequence length of its pretraining, in tokens."""
     batch: Count = 8
-    """Windows a step."""
+    """Global batch size of its pretraining, in sequences."""
     steps: Annotated[int, at_least(2)] = 500
-    """Steps of pretraining."""
+    """Optimizer steps of its pretraining."""
     learning_rate: Rate = 4e-3
-    """Of pretraining, after warm-up."""
+    """Learning rate of its pretraining, after warm-up."""
     seed: Whole = 0
-    """Of its initial params, and the order of its text."""
+    """Random seed of its initial parameters and of the order of its text."""
 
     def __post_init__(self) -> None:
         check(self, "base")

@@ -110,7 +110,7 @@ def prepare(
         OSError: the file is not there or cannot be read.
     """
     if context < 2:
-        raise ValueError(f"A context has two tokens or more, got {context}.")
+        raise ValueError(f"A context must have at least two tokens; got {context}.")
     made = instructions.prepare(cache, lambda: on_progress(0)) if file is None else None
     path = located(made.path if made else file)
     name = f"functions of {len(made.rows)} installed Python modules" if made else path.name
@@ -121,7 +121,7 @@ def prepare(
         for row, (tokens, learnt) in zip(batch, chat.encode(r.text for r in batch), strict=True):
             learnt[:1] = False  # nothing comes before it
             if not learnt.any():
-                raise ValueError(f"{row.place}: nothing in it is to be learnt.")
+                raise ValueError(f"{row.place}: it has no tokens to train on.")
             groups.add(row.group)
             escaped += row.text.escaped
             dropped += row.text.dropped
@@ -134,14 +134,15 @@ def prepare(
         done += len(batch)
         on_progress(done)
     if not done:
-        raise ValueError(f"{path} has no rows; give a file that has some.")
+        raise ValueError(f"{path} has no examples.")
     held = _held_out(group for group, _ in kept)
     divided = [[row for group, row in kept if (group in held) is side] for side in (False, True)]
     if not all(divided):
         raise ValueError(
-            f"{name} has {done} rows of {len(groups)} groups, and with something to learn within "
-            f"{context} tokens {len(divided[0])} to train on and {len(divided[1])} to hold out; "
-            "both need some. Give more data, of different prompts or groups, or a longer context."
+            f"{name} has {done} examples in {len(groups)} groups. Within a context of {context} "
+            f"tokens, {len(divided[0])} of these can be trained on and {len(divided[1])} held "
+            "out; both must be at least 1. Give more data with different prompts or groups, or a "
+            "longer --context."
         )
     train, held_out = sides = [Rows.of(side) for side in divided]
     digest = hashlib.sha256()
@@ -176,12 +177,12 @@ def located(file: Any) -> epath.Path:
     """
     path = epath.Path(file).expanduser()
     if not path.name.endswith(SUFFIXES):
-        raise ValueError(f"{path} ends in none of {', '.join(SUFFIXES)}.")
+        raise ValueError(f"{path} must end in one of {', '.join(SUFFIXES)}.")
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there; give the path of a file with rows.")
+        raise FileNotFoundError(f"{path} does not exist; give the path of a file with examples.")
     for place, row in itertools.islice(_values(path), 1):
         if not isinstance(row, dict):
-            raise ValueError(f"{place}: a row is an object, and this is a {type(row).__name__}.")
+            raise ValueError(f"{place}: an example must be an object; got {type(row).__name__}.")
     return path
 
 
@@ -209,7 +210,7 @@ def _values(path: epath.Path) -> Iterator[tuple[str, Any]]:
         try:
             yield f"{path}:{number}", loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: no valid JSON: {error}.") from None
+            raise ValueError(f"{path}:{number}: invalid JSON: {error}.") from None
 
 
 def _as_written(row: dict[str, Any]) -> dict[str, Any]:
@@ -231,12 +232,12 @@ def _without_nulls(value: Any) -> Any:
 def _text(row: Any, chat: Chat) -> tuple[Text, str]:
     """A row's text and group."""
     if not isinstance(row, dict):
-        raise ValueError(f"a row is an object, and this is a {type(row).__name__}")
+        raise ValueError(f"an example must be an object; got {type(row).__name__}")
     given = row
     row = {key: value for key, value in given.items() if key in _COLUMNS and value is not None}
     group, tools = row.pop("group", None), row.pop("tools", None)
     if not isinstance(group, str | None):
-        raise ValueError(f'its "group" must be a text, got {group!r}')
+        raise ValueError(f'its "group" must be a text; got {group!r}')
     if not (tools is None or (isinstance(tools, list) and "prompt" not in row)):
         raise ValueError('its "tools" must be a list, beside "messages"')
     if row.keys() == {"messages"}:

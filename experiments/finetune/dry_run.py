@@ -19,9 +19,9 @@ from experiments.language.hugging_face import CONFIG
 from experiments.language.kernels import Shape, with_attention
 from experiments.language.mesh import Mesh, make_mesh, mesh_of_config, one_device
 from experiments.language.sharding import RULES
+from experiments.parallel import devices_for
 from experiments.report.figures import LABELS
 from experiments.roofline import print_programs
-from experiments.side_by_side import devices_for
 from experiments.topology import MEMORY, topology_devices
 
 _MADE_UP_STEPS = 1000  # of a dry run, whose rows are not read
@@ -34,7 +34,7 @@ def dry_run(command: Command, console: Console) -> int:
     config = command.training().with_steps(_MADE_UP_STEPS * command.batch)
     mesh = one_device() if apart(command) else mesh_of_config(command.mesh)
     architecture = _architecture(command, command.base)
-    trainers = {arm: Trainer(config, arm, architecture, mesh) for arm in command.arms}
+    trainers = {arm: Trainer(config, arm, architecture, mesh) for arm in command.optimizers}
     plan(command, trainers, limit_of(command, len(devices_for(len(trainers)))), console)
     return 0
 
@@ -52,7 +52,7 @@ def compile_for(command: Command, topology: str, console: Console) -> int:
     mesh = make_mesh(command.mesh.sizes, devices)
     config = command.training().with_steps(_MADE_UP_STEPS * command.batch)
     architecture = _architecture(command, command.base)
-    trainers = {arm: Trainer(config, arm, architecture, mesh) for arm in command.arms}
+    trainers = {arm: Trainer(config, arm, architecture, mesh) for arm in command.optimizers}
     if command.device_memory is not None:
         limit = round(command.device_memory * 1e9)
     else:
@@ -70,7 +70,7 @@ def compile_for(command: Command, topology: str, console: Console) -> int:
     )
     programs = {}
     for arm, trainer in trainers.items():
-        with console.status(f"{arm}: compiling for {topology}, which takes minutes"):
+        with console.status(f"{arm}: compiling for {topology} (takes minutes)"):
             programs[LABELS.get(arm, arm)] = with_attention(measure(trainer.program), shape)
         memory.check(trainer, limit, memory.compiled(trainer))
     print_programs(programs, kind, console)
@@ -83,7 +83,7 @@ def plan(
     """Prints what arms take of a device's memory; raises `memory.TooLarge` if one does not fit."""
     _warn_of_context(command, next(iter(trainers.values())).architecture, console)
     at_once = len(devices_for(len(trainers)))
-    where = f"a device of its own for each arm, {at_once} at a time" if apart(command) else None
+    where = f"one device for each optimizer, {at_once} at a time" if apart(command) else None
     memory.show(trainers, limit, console, where)
     for trainer in trainers.values():
         memory.check(trainer, limit)
@@ -115,14 +115,14 @@ def plan_suite(command: Command, which: SuiteName, console: Console) -> None:
         told += [(arm, memory.plan(t)) for arm, t in new.items()]
         if new:
             console.print(f"[bold]{name}[/bold]", highlight=False)
-            where = f"a device of its own for each training, {at_once} at a time"
+            where = f"one device for each training, {at_once} at a time"
             memory.show(new, limit, console, where)
         else:
             same.append(name)
     if same:
-        console.print(f"As much as these: {', '.join(same)}.", highlight=False)
+        console.print(f"The same memory is required by: {', '.join(same)}.", highlight=False)
     large = {t.name for t in every if memory.plan(t).total > limit}
-    choice = () if which == "qk" else [arm for arm in command.arms if arm not in large]
+    choice = () if which == "qk" else [arm for arm in command.optimizers if arm not in large]
     for trainer in every:
         memory.check(trainer, limit, choice=choice, shared=False)
 
@@ -141,9 +141,9 @@ def limit_of(command: Command, sharing: int) -> int:
 def _warn_of_context(command: Command, architecture: Qwen3, console: Console) -> None:
     if command.context > architecture.context:
         console.print(
-            f"[yellow]warning:[/yellow] --context {command.context:,} is beyond the "
-            f"{architecture.context:,} positions that the model was made for "
-            "(max_position_embeddings): RoPE turns further there than it has learnt from.",
+            f"[yellow]warning:[/yellow] --context {command.context:,} exceeds the model's "
+            f"max_position_embeddings {architecture.context:,}, so it will see RoPE positions "
+            "that it was not trained on.",
             highlight=False,
         )
 

@@ -78,7 +78,7 @@ def prepare(folder: Path | None = None, on_wait: Callable[[], None] = lambda: No
         with _uncollected():
             rows = list(from_files(_files(library, map(Path, roots))))
         if not rows:
-            raise ValueError("No installed package has source; give data of your own.")
+            raise ValueError("No installed package has source code; give --data.")
         with gzip.GzipFile(partial / FILE, "wb", compresslevel=5, mtime=0) as file:
             file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
         groups = Counter(row["group"] for row in rows)

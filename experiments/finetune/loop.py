@@ -83,7 +83,9 @@ def train(
         ValueError: the checkpoints are of other rows.
         OSError: a checkpoint could not be written; those before are whole.
     """
-    with contextlib.closing(Checkpoints(folder / "checkpoints", keep=running.keep)) as checkpoints:
+    with contextlib.closing(
+        Checkpoints(folder / "checkpoints", keep=running.max_checkpoints)
+    ) as checkpoints:
         run = _Run(trainer, running, folder, checkpoints, stop, on_step, on_message)
         run.read(rows, start, on_finish)
         return run.to_the_end()
@@ -131,9 +133,9 @@ class _Run(TrainingLoop):
     def check(self, meta: dict[str, Any]) -> None:
         if meta["data_sha256"] != self.rows.report.sha256:
             raise ValueError(
-                f"The checkpoints in {self.folder} are of other rows: their digest was "
-                f"{meta['data_sha256'][:12]}…, now it is {self.rows.report.sha256[:12]}…. Give the "
-                "same --data and --context, or another --out."
+                f"The checkpoints in {self.folder} were trained on other examples: the digest "
+                f"was {meta['data_sha256'][:12]}…, now it is {self.rows.report.sha256[:12]}…. "
+                "Give the same --data and --context, or another --out."
             )
 
     def finish(self, state: State) -> None:

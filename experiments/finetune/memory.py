@@ -137,9 +137,9 @@ def show(
     config, a = first.config, first.architecture
     remat = "remat" if config.remat else "no remat"
     console.print(
-        f"{a.parameters:,} params on {where or mesh_text(first.mesh)}\n"
-        f"{config.microbatch} windows of {config.context:,} tokens a microbatch, "
-        f"{config.accumulate} of these a step, {config.dtype}, {remat}; memory of a device:",
+        f"{a.parameters:,} parameters on {where or mesh_text(first.mesh)}\n"
+        f"{config.microbatch} sequences of {config.context:,} tokens per microbatch, "
+        f"{config.accumulate} microbatches per step, {config.dtype}, {remat}; memory per device:",
         highlight=False,
     )
     table = Table("", box=None, padding=(0, 2, 0, 0), pad_edge=False)
@@ -188,7 +188,7 @@ def check(
     # What the compiler takes beyond the plan it takes after a change, too.
     remedies = _remedies(trainer, limit, max(total - found, 0), choice, shared)
     raise TooLarge(
-        f"{told} of {trainer.name} needs {readable(total)} of a device that has "
+        f"{told} of {trainer.name} requires {readable(total)} of memory, and the device has "
         f"{readable(limit)}. {'; '.join(remedies)}."
     )
 
@@ -210,33 +210,33 @@ def _remedies(
     held = sum(plan(trainer).held.values())
     if held > limit:
         remedies.append(
-            f"Params, gradient and optimizer state alone are {readable(held)}, so no shorter "
-            "context helps"
+            f"Parameters, gradient and optimizer state alone take {readable(held)}, so a shorter "
+            "context does not help"
         )
     else:
         sizes = _divisors(config.batch)
         accumulate = next((n for n in sizes if n > config.accumulate and fits(accumulate=n)), None)
         batch = next((n for n in sizes[-2::-1] if fits(batch=n, accumulate=1)), None)
         if config.accumulate > 1 and fits(accumulate=1):
-            remedies.append("take --accumulate 1, since a sum of gradients needs a second one")
+            remedies.append("use --accumulate 1, which stores no sum of gradients")
         elif accumulate:
-            remedies.append(f"take --accumulate {accumulate}")
+            remedies.append(f"use --accumulate {accumulate}")
         elif batch:
-            remedies.append(f"take --batch {batch}")
+            remedies.append(f"use --batch {batch}")
         remedies.append(f"shorten --context {config.context}")
         if not config.remat:
-            remedies.append("take --remat")
+            remedies.append("use --remat")
         if config.dtype == "float32":
-            remedies.append("take --dtype bfloat16")
+            remedies.append("use --dtype bfloat16")
         if trainer.name != "adamw" and config.optimizer.ns_dtype == "float32":
-            remedies.append("take --optimizer.ns-dtype bfloat16")
+            remedies.append("use --optimizer.ns-dtype bfloat16")
     if fitting := [arm for arm in choice if arm != trainer.name and fits(arm)]:
-        remedies.append(f"take --arms {' '.join(fitting)}, which would fit")
+        remedies.append(f"use --optimizers {' '.join(fitting)}, which would fit")
     if shared:
         remedies.append(_sharing(trainer, fits))
-    remedies.append("take a smaller model")
+    remedies.append("use a smaller model")
     if mesh.abstract_mesh.abstract_device.platform == "gpu":
-        remedies.append("JAX takes 3/4 of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says more")
+        remedies.append("raise XLA_PYTHON_CLIENT_MEM_FRACTION, by default 0.75 of a GPU's memory")
     return remedies
 
 
@@ -247,10 +247,10 @@ def _sharing(trainer: Trainer, fits: Callable[..., bool]) -> str:
     microbatch = trainer.config.microbatch
     for fsdp in _divisors(microbatch):
         if fsdp > sizes["fsdp"] and fits(mesh=mesh_of_config(Mesh(**sizes | {"fsdp": fsdp}))):
-            return f"share it among {fsdp * others} devices with --mesh.fsdp {fsdp}"
+            return f"shard it over {fsdp * others} devices with --mesh.fsdp {fsdp}"
     return (
-        "no --mesh.fsdp that divides the windows of a microbatch (--batch / --accumulate = "
-        f"{microbatch}) and the model's axes is enough"
+        f"no --mesh.fsdp that divides a microbatch (--batch / --accumulate = {microbatch} "
+        "sequences) and the model's axes suffices"
     )
 
 

@@ -258,8 +258,8 @@ def shardings(architecture: Qwen3, mesh: jax.sharding.Mesh) -> Params:
     """
     if architecture.kv_heads % mesh.shape["tensor"]:
         raise ValueError(
-            f"The model has {architecture.kv_heads} key heads, which the mesh axis tensor "
-            f"{mesh.shape['tensor']} does not divide. Take a divisor of them."
+            f"The model has {architecture.kv_heads} key heads, which --mesh.tensor "
+            f"{mesh.shape['tensor']} does not divide. Use a divisor."
         )
     return sharding.shardings(sharding.param_specs(shapes(architecture), mesh), mesh)
 

@@ -84,7 +84,7 @@ class Batches:
     ):
         _check_batch(batch)
         if seed < 0:
-            raise ValueError(f"--seed must not be negative, got {seed}.")
+            raise ValueError(f"--seed must be at least 0; got {seed}.")
         self._rows, self._context, self._seed = rows, context, seed
         self._batch = batch
         self._places = range(batch) if places is None else [int(place) for place in places]
@@ -178,4 +178,4 @@ def assemble(rows: Rows, windows: Sequence[Sequence[int]], context: int) -> Batc
 
 def _check_batch(batch: int) -> None:
     if batch < 1:
-        raise ValueError(f"--batch must be at least 1, got {batch}.")
+        raise ValueError(f"--batch must be at least 1; got {batch}.")

@@ -66,11 +66,11 @@ def _answer(work: Any, seconds: float) -> None:
     try:
         text = work()
         if len(text) > LARGEST:
-            answer = {"error": f"it makes more than {LARGEST:,} characters"}
+            answer = {"error": f"it produces more than {LARGEST:,} characters"}
         else:
             answer = {"text": text}
     except MemoryError:
-        answer = {"error": f"it takes more than {MEMORY >> 20} MB"}
+        answer = {"error": f"it requires more than {MEMORY >> 20} MB"}
     except Exception as error:
         line = getattr(error, "lineno", None)
         answer = {"error": f"line {line}: {error}" if line else str(error) or repr(error)}

@@ -31,7 +31,7 @@ def _steps(run: Run) -> str:
 
 COLUMNS: tuple[Column, ...] = (
     ("arm", "arm", lambda run: run.label),
-    ("held-out loss (nats a token)", "held-out\nloss", _last("validation_loss", ".4f")),
+    ("held-out loss (nats per token)", "held-out\nloss", _last("validation_loss", ".4f")),
     ("held-out accuracy", "held-out\nacc.", _last("validation_accuracy", ".1%")),
     ("token accuracy, first quarter", "early\nacc.", _value("early_accuracy")),
     ("token accuracy, last quarter", "late\nacc.", _value("late_accuracy")),
@@ -40,40 +40,40 @@ COLUMNS: tuple[Column, ...] = (
         "grad.\nnorm",
         lambda run: number(run.summary.get("gradient_norm_median")),
     ),
-    ("its quartiles' distance ÷ median", "its\nspread", _value("gradient_norm_spread")),
+    ("its interquartile range ÷ median", "its\nspread", _value("gradient_norm_spread")),
     ("largest attention logit", "", lambda run: number(run.summary.get("max_logit"))),
     ("skipped steps", "", lambda run: f"{run.skipped:,}"),
     ("steps", "steps", _steps),
     ("tokens/s", "tokens\n/s", lambda run: number(run.tokens_per_second)),
 )
 NOTE = (
-    "held-out loss: nats a token; early, late acc.: mean token accuracy of the\n"
-    "rows trained on, first and last quarter of the steps\n"
-    "its spread: distance of the gradient norm's quartiles, of its median"
+    "held-out loss: nats per token; early, late acc.: mean token accuracy of\n"
+    "training examples, first and last quarter of the steps\n"
+    "its spread: interquartile range of the gradient norm ÷ its median"
 )
 CAPTION = (
-    "One training with one seed a row. Held out: the last evaluation, on the same rows for all. "
-    "Token accuracy: mean over the first and the last quarter of the steps. Gradient norm: before "
-    "clipping, of the steps after warm-up. “–”: not known, or not finite."
+    "One training with one seed per row. Held out: the last evaluation, on the same examples "
+    "for all. Token accuracy: mean over the first and the last quarter of the steps. Gradient "
+    "norm: before clipping, of the steps after warm-up. “–”: unknown, NaN or Inf."
 )
 POST = (
-    "KingNish, “Muon vs MuonClip vs Muon+AdamW for Fine-Tuning”, Hugging Face blog, December 2025. "
-    "“Muon alone” is its arm with frozen gains, “the hybrid” Muon + AdamW. With several seeds a "
-    "verdict needs 95 % intervals, paired by seed, without zero, and against the claim p < 0.05 "
-    "after Holm's correction; with one seed it is that of one run."
+    "KingNish, “Muon vs MuonClip vs Muon+AdamW for Fine-Tuning”, Hugging Face blog, December "
+    "2025. “Muon alone” is its optimizer with frozen gains, “the hybrid” Muon + AdamW. With "
+    "several seeds, a verdict requires a 95 % interval, paired by seed, that excludes zero, and "
+    "a refutation also p < 0.05 after Holm's correction; with one seed it is of one run only."
 )
 MEASURED = {
     "Rows": "{data[name]}: {data[rows]:,}, of these {data[held_out_rows]:,} held out by group; "
-    "{data[learnt]:,} of {data[tokens]:,} tokens are learnt; {data[truncated]:,} rows were cut, "
-    "{data[too_long]:,} left out. SHA-256 {data[sha256]}.",
-    "Mean token accuracy": "trl's: the mean over microbatches of the share of learnt tokens that "
-    "have the largest logit, of the rows that the step trains on.",
-    "Held out": "Mean cross-entropy in nats, and accuracy, of all learnt tokens of held-out rows "
-    "alike.",
-    "Gradient norm": "Of all params that learn, before clipping; its steadiness is the distance of "
-    "its quartiles over its median, of the steps after warm-up.",
-    "Seed": "It fixes the order of the rows, the same for all arms, which begin with the same "
-    "model.",
+    "{data[learnt]:,} of {data[tokens]:,} tokens are trained on; {data[truncated]:,} "
+    "examples were truncated, {data[too_long]:,} left out. SHA-256 {data[sha256]}.",
+    "Mean token accuracy": "As in trl: the share of trained-on tokens that have the largest "
+    "logit, in the examples of the step, averaged over microbatches.",
+    "Held out": "Mean cross-entropy in nats, and accuracy, over all trained-on tokens of the "
+    "held-out examples.",
+    "Gradient norm": "Global norm before clipping; its spread is the interquartile range over "
+    "the median, of the steps after warm-up.",
+    "Seed": "It sets the order of the examples, equally for all optimizers, which begin with the "
+    "same model.",
 }
 
 
@@ -98,7 +98,7 @@ def abstract(runs: Sequence[Run]) -> list[str]:
         f"{run.label} has done {_steps(run)} steps." for run in runs if not run.trained.finished
     ]
     if different := records.differing(runs, "arm"):
-        sentences.append(f"Beside the arm the runs differ in {', '.join(different)}.")
+        sentences.append(f"Besides the optimizer the runs differ in {', '.join(different)}.")
     losses = {
         run.label: run.trained.last("validation_loss") for run in runs if run.trained.finished
     }
@@ -108,18 +108,20 @@ def abstract(runs: Sequence[Run]) -> list[str]:
         each = "".join(f", {name} at {losses[name]:.4f}" for name in rest)
         how = "ends with the lowest held-out loss," if rest else "ends at"
         sentences.append(
-            f"{first} {how} {losses[first]:.4f} nats a token{each}, {_before(runs)} before "
+            f"{first} {how} {losses[first]:.4f} nats per token{each}, {_before(runs)} before "
             "training."
         )
-    sentences += [f"{name} has no finite loss at the end." for name in losses if name not in ranked]
+    sentences += [
+        f"{name} ends with a loss of NaN or Inf." for name in losses if name not in ranked
+    ]
     if len(runs) > 1:
         sentences += claims.sentences(judged(runs))
-        sentences.append("One training each, with one seed: no statistics.")
+        sentences.append("Each is one training with one seed, so there are no statistics.")
     optimizer = runs[0].records.settings["optimizer"]
     sentences += idle_clip([run.trained for run in runs], optimizer)
     if count := len(optimizer["quirks"]):
         quirks = "one quirk" if count == 1 else f"{count} quirks"
-        sentences.append(f"They train with {quirks} of the released code.")
+        sentences.append(f"They reproduce {quirks} of the released code.")
     return sentences + [
         f"{run.label} skipped {plural(run.skipped, 'step')}." for run in runs if run.skipped
     ]
@@ -154,8 +156,8 @@ def report(folder: epath.Path, arms: Sequence[ArmName] = ()) -> Report:
         abstract(runs),
         table(runs),
         [
-            Section("arms", "The arms", [table(runs)]),
-            Section("claims", "The post's claims, and this run", [POST, verdicts]),
+            Section("arms", "The optimizers", [table(runs)]),
+            Section("claims", "The post's claims and this run", [POST, verdicts]),
             Section("figures", "Figures", pictures({run.arm: [run.trained] for run in runs})),
             Section("criteria", "How it was measured", [measured]),
         ],

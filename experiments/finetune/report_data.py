@@ -103,11 +103,11 @@ def load_run(folder: epath.Path) -> Run:
     try:
         arm, seed, steps, warmup = (found.settings[k] for k in ("arm", "seed", "steps", "warmup"))
         if arm not in ARMS:
-            raise ValueError(f"no arm is named {arm!r}")
+            raise ValueError(f"unknown optimizer {arm!r}")
     except (KeyError, ValueError) as error:
         raise ValueError(
-            f"{folder / 'config.json'} is of no run of this study ({type(error).__name__}: "
-            f"{error}). Name the folder above the arms of python -m experiments.finetune."
+            f"{folder / 'config.json'} is not of a run of this study ({type(error).__name__}: "
+            f"{error}). Give a folder that python -m experiments.finetune wrote with --out."
         ) from None
     trained = found.trained
     scalars = ("loss", "mean_token_accuracy", "gradient_norm", "max_logit")
@@ -128,7 +128,7 @@ def found_arms(folder: epath.Path) -> tuple[ArmName, ...]:
     found = tuple(name for name in ARMS if holds_run(folder / name))
     if not found:
         raise RunError(
-            f"{folder} holds no run: no folder of an arm in it ({', '.join(ARMS)}) has a "
+            f"{folder} holds no run: no optimizer's folder in it ({', '.join(ARMS)}) has a "
             "config.json."
         )
     return found
@@ -159,8 +159,8 @@ def idle_clip(trainings: Iterable[Trained], optimizer: Mapping[str, Any]) -> lis
     if not len(known) or "no_clip" in optimizer["quirks"] or known.max() > threshold:
         return []
     return [
-        f"MuonClip never clips here, as no attention logit comes to its threshold, {threshold:g}: "
-        f"the largest is {known.max():.3g}."
+        f"MuonClip never clips here: the largest attention logit is {known.max():.3g}, and its "
+        f"threshold {threshold:g}."
     ]
 
 

@@ -55,7 +55,7 @@ def held_out_figure(arms: Arms) -> Figure:
     """Held-out loss and accuracy, and the largest attention logit, against step."""
     figure = new_figure(10.4, 3.7)
     panels = figure.subplots(1, 3)
-    _draw(panels[0], arms, "validation_loss", "Held-out loss (nats a token)", marked=True)
+    _draw(panels[0], arms, "validation_loss", "Held-out loss (nats per token)", marked=True)
     accuracy = {"scale": 100, "marked": True}
     _draw(panels[1], arms, "validation_accuracy", "Held-out accuracy (%)", **accuracy)
     _draw(panels[2], arms, "max_logit", "Largest attention logit", gaps=False)
@@ -109,21 +109,21 @@ def _finish(figure: Figure, lowest: Sequence[Axes], arms: Arms) -> None:
 _PICTURES = {
     "post": (
         post_figure,
-        "The plots of the post: mean token accuracy of the rows trained on, and the norm of the "
-        "gradient before it is clipped.",
-        "Mean token accuracy and gradient norm against step, a line for each arm.",
+        "As plotted in the post: mean token accuracy of the training examples, and gradient "
+        "norm before clipping.",
+        "Mean token accuracy and gradient norm against step, a line for each optimizer.",
     ),
     "held_out": (
         held_out_figure,
-        "Loss and accuracy of held-out rows, of all learnt tokens alike, and the largest attention "
-        "logit of all layers and heads.",
+        "Loss and accuracy over all trained-on tokens of the held-out examples, and the largest "
+        "attention logit of all layers and heads.",
         "Held-out loss, held-out accuracy and largest attention logit against step.",
     ),
     "groups": (
         groups_figure,
-        "Gradient norm, above, and RMS of the update, below, with learning rate and weight decay, "
-        "of the groups of params. Frozen params have a gradient and no update.",
-        "Gradient norm and update RMS by group of params against step.",
+        "Gradient norm (top) and RMS of the update, learning rate and weight decay included "
+        "(bottom), by group of parameters. Frozen parameters have a gradient but no update.",
+        "Gradient norm and update RMS by group of parameters against step.",
     ),
 }
 

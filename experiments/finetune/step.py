@@ -288,6 +288,6 @@ def _check_batch(config: Training, mesh: jax.sharding.Mesh) -> None:
     if config.microbatch % ways:
         raise ValueError(
             f"A microbatch has --batch {config.batch} / --accumulate {config.accumulate} = "
-            f"{config.microbatch} windows, which the mesh axes data × fsdp × expert = {ways} do "
-            "not divide. Take a multiple."
+            f"{config.microbatch} sequences, which must be a multiple of the mesh axes data × "
+            f"fsdp × expert = {ways}."
         )

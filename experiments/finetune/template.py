@@ -65,10 +65,10 @@ class Template:
         except BrokenPipeError:
             line = b""
         except TypeError as error:
-            raise ValueError(f"it has what JSON has not: {error}") from None
+            raise ValueError(f"it contains what JSON cannot express: {error}") from None
         if not line.endswith(b"\n"):
             raise ValueError(
-                f"it takes more than {renderer.SECONDS} seconds or {renderer.MEMORY >> 20} MB"
+                f"it requires more than {renderer.SECONDS} seconds or {renderer.MEMORY >> 20} MB"
             )
         answer = json.loads(line)
         if "error" in answer:
@@ -104,9 +104,7 @@ def read(folder: Path, settings: dict[str, Any]) -> tuple[Template, bool]:
     if (folder / TEMPLATE).exists():
         source = (folder / TEMPLATE).read_bytes().decode(errors="replace")
     if not isinstance(source, str):
-        raise ValueError(
-            f"{folder} has no chat template; put one for this model there, as {TEMPLATE}."
-        )
+        raise ValueError(f"{folder} has no chat template; add the one of this model as {TEMPLATE}.")
     try:
         return Template(source), bool(_BLOCK.search(source))
     except ValueError as error:

@@ -162,9 +162,7 @@ def _read_leaf(
         x = jax.make_array_from_callback(of_one, lies, tensor.__getitem__)
         leaf, finite = insert(leaf, x, layer)
         if not finite:  # which also waits, so that tensors do not pile up
-            raise ValueError(
-                f"{files[name].path}: {name} has values that are not finite; get it again."
-            )
+            raise ValueError(f"{files[name].path}: {name} contains NaN or Inf; download it again.")
     return leaf
 
 
@@ -188,7 +186,7 @@ def _check_tied(folder: Path, files: Mapping[str, File]) -> None:
     parts = (slice(i, min(i + _COMPARED, entries)) for i in range(0, entries, _COMPARED))
     if any((embedding[part] != head[part]).any() for part in parts):
         raise ValueError(
-            f"{folder}: {CONFIG} has tie_word_embeddings true, and {_HEAD} is not the same as "
+            f"{folder}: {CONFIG} has tie_word_embeddings true, and {_HEAD} differs from "
             f"{_EMBEDDING}. One of the two is wrong."
         )
 
@@ -202,7 +200,7 @@ def _exported(
             one = jnp.asarray(leaf[layer] if _is_stacked(path) else leaf)
             x = on_host((one.T if _is_kernel(path) else one).astype(dtype))
             if not np.isfinite(x).all():
-                raise ValueError(f"{name} has values that are not finite, and is not written.")
+                raise ValueError(f"{name} contains NaN or Inf; the model was not written.")
             yield name, np.ascontiguousarray(x)
 
 

@@ -1,33 +1,38 @@
 """`python -m experiments.grok`: trains the grid's cells and writes the report."""
 
+from experiments.huge_pages import restart_with_huge_pages
+
+if __name__ == "__main__":
+    restart_with_huge_pages()  # before the imports, which take seconds
+
 import importlib.metadata
 import sys
 import threading
 from typing import Any
 
 import jax
-import tyro
 from rich.console import Console
 
-from experiments.commands import INTERRUPTED, conduct, progress_bar
+from experiments.command_line import parse
+from experiments.commands import INTERRUPTED, progress_bar, run_command
 from experiments.grok import suites
 from experiments.grok.config import GRID, Cell, Config
 from experiments.grok.estimate import estimate
 from experiments.grok.train import Epoch, Outcome, train_cells
+from experiments.parallel import run_in_parallel
 from experiments.report.studies import show
 from experiments.runs import Run, machine, write_json
-from experiments.side_by_side import side_by_side
 
 
 def main() -> int:
     """Runs the command; returns its exit code."""
-    return conduct(begin, study)
+    return run_command(begin, study)
 
 
 def begin() -> tuple[Config, Run]:
     """The command line's config, and its run."""
     default = suites.defaults(sys.argv[1:])
-    config = tyro.cli(Config, prog="python -m experiments.grok", default=default)
+    config = parse(Config, "python -m experiments.grok", default=default)
     return config, Run(config.folder(), config.as_json(), GRID)
 
 
@@ -39,7 +44,7 @@ def study(config: Config, run: Run, stop: threading.Event, console: Console) -> 
     for note in run.notes:
         console.print(note, highlight=False, soft_wrap=True)
     console.print(
-        f"[bold]{run.folder}[/bold]: {len(cells)} cells of at most {config.epochs} epochs, "
+        f"[bold]{run.folder}[/bold]: {len(cells)} trainings of at most {config.epochs} epochs, "
         f"{len(cells) - len(missing)} of them finished.",
         highlight=False,
     )
@@ -53,7 +58,9 @@ def study(config: Config, run: Run, stop: threading.Event, console: Console) -> 
         show(run.folder, console)
     left = len(set(cells) - {Cell.of(row) for row in run.finished})
     if left:
-        console.print(f"Interrupted with {left} cells to go; the same command goes on from there.")
+        console.print(
+            f"Interrupted with {left} trainings to go; the same command continues from there."
+        )
     return INTERRUPTED if left else 0
 
 
@@ -70,7 +77,7 @@ def train(
     console.print(str(expected), highlight=False)
     writing = threading.Lock()
     with progress_bar(console) as progress:
-        whole = progress.add_task(f"{len(missing)} cells", total=sum(expected.seconds.values()))
+        whole = progress.add_task(f"{len(missing)} trainings", total=sum(expected.seconds.values()))
 
         def work(cells: list[Cell], device: jax.Device) -> None:
             bar = progress.add_task(f"{cells[0]} starting", total=config.epochs)
@@ -97,7 +104,7 @@ def train(
         def arm(cells: list[Cell]) -> Cell:
             return cells[0]._replace(seed=0)
 
-        side_by_side(groups(config, missing), arm, work, stop)
+        run_in_parallel(groups(config, missing), arm, work, stop)
 
 
 def groups(config: Config, cells: list[Cell]) -> list[list[Cell]]:
@@ -127,12 +134,12 @@ def _outcome(row: dict[str, Any]) -> str:
     outcome = (
         f"grokked at epoch {grokked}"
         if grokked
-        else "loss no longer finite"
+        else "diverged: loss is NaN or Inf"
         if row["diverged"]
         else f"not grokked in {row['epochs_run']} epochs"
     )
     if row["collapse_epoch"]:
-        outcome += f", lost it at {row['collapse_epoch']}"
+        outcome += f", lost it at epoch {row['collapse_epoch']}"
     return f"{outcome}, {row['seconds']:.1f} s, {row['steps_per_second']:.0f} steps/s"
 
 

@@ -62,55 +62,56 @@ GRID = ("tasks", "softmax", "optimizers", "seeds", "grid")
 class Config(Settings):
     """Grokking: does Muon generalise earlier than AdamW on modular arithmetic?
 
-    Trains a small transformer on part of an operation's table modulo 97 and watches the rest: it
-    first memorises, then, suddenly, generalises. Every combination of task, softmax, optimizer and
-    seed is a cell. Finished cells are kept: after Ctrl-C the same command goes on from there. The
-    defaults take less than a minute on two cores; `--layers 2 --heads 1` is the published study's
-    best-known size, and `--suite` names whole studies.
+    Trains a small transformer on some equations of an operation modulo 97 and validates it on the
+    others: it first memorises, then suddenly generalises. Every combination of task, output
+    function, optimizer and seed is trained. Finished trainings are kept: after Ctrl-C the same
+    command continues. The defaults take less than a minute on two CPU cores; `--layers 2 --heads 1`
+    is the best-known size of the published study, and `--suite` names whole studies.
     """
 
     suite: SuiteName | None = None
-    """Settings of a study to begin with; any other option goes before. paper: seven tasks, three
-    output functions, both readings of equal decay. critics: the parts of Muon, tuned baselines and
-    the family, trained to the end. width, batch, rank, rates: sweeps on division."""
+    """Named study to run; explicit options override its settings.
+    paper: seven tasks and three output functions; Muon also with AdamW's weight decay, and with
+    AdamW's learning rate × weight decay. critics: parts of Muon, tuned baselines and variants, all
+    trained to the last epoch. width, batch, rank, rates: sweeps on the task "div"."""
     tasks: tuple[TaskName, ...] = ("mul",)
-    """Operations modulo 97, or the parity of ten bits."""
+    """Tasks: operations modulo 97, or the parity of ten bits."""
     softmax: tuple[SoftmaxName, ...] = ("softmax",)
-    """Output functions, each with its own loss."""
+    """Output functions, each with the cross-entropy that belongs to it."""
     optimizers: tuple[OptimizerName, ...] = ("adamw", "muon")
-    """Arms of the comparison."""
+    """Optimizers to compare."""
     seeds: Count = 3
-    """Seeds per arm: of the split, the initial weights, the batches and the dropout."""
+    """Number of random seeds. A seed sets the split, the initial parameters, the batches and
+    the dropout."""
     grid: tuple[str, ...] = ()
-    """Axes of a sweep, as `width=32,64 muon.learning-rate=0.01,0.02`: settings by their options'
-    names. One of a single optimizer's varies that optimizer alone."""
+    """Settings to sweep, as `width=32,64 muon.learning-rate=0.01,0.02`; every combination is
+    trained. A setting of one optimizer is swept for that optimizer alone."""
     epochs: Count = 200
-    """Budget of a cell; one that has not grokked by then is censored."""
+    """Passes over the training data. A training that has not grokked by then counts as censored.
+    Rows that do not fill a batch are dropped from an epoch."""
     width: Count = 128
-    """Embedding size."""
+    """Width of the model."""
     layers: Count = 1
-    """Transformer blocks."""
+    """Number of layers."""
     heads: Count = 2
-    """Attention heads; width / heads must be even, and is by default."""
+    """Attention heads. --width / --heads must be even; the default follows --width."""
     batch: Count = 512
-    """Rows a step; an epoch drops the rows that do not fill one."""
+    """Global batch size, in sequences."""
     dropout: Dropout = 0.0
-    """Share of a block's outputs dropped in training."""
+    """Dropout probability of a block's outputs."""
     train_fraction: float | None = None
-    """Share of the table trained on; by default the published one of each task."""
+    """Fraction of all examples to train on. By default the published one of each task."""
     warmup: Whole = 10
     """Steps of linear warm-up."""
     full_length: bool = False
-    """Train every cell for all epochs; by default one ends once it has grokked for good."""
+    """Train for all epochs. By default a training ends once it has grokked and stays so."""
     probe_every: Whole = 10
-    """Epochs between looks inside the model, besides the first and the last: spectra, norms,
-    Fourier power; 0 for none."""
+    """Epochs between diagnostics of the model: spectra, norms and Fourier power. The first and the
+    last epoch always have them; 0 turns them off."""
     together: Count | None = dataclasses.field(default=None, compare=False)
-    """Seeds that train side by side in one program; by default 1 on a CPU, elsewhere all."""
-    out: Path = dataclasses.field(default=Path("runs/grok"), compare=False)
-    """Where run folders are."""
-    name: str | None = dataclasses.field(default=None, compare=False)
-    """The run's folder; by default made of the settings."""
+    """Seeds that one program trains together. By default 1 on a CPU, and all elsewhere."""
+    out: str | None = dataclasses.field(default=None, compare=False)
+    """Folder of the run. By default one in runs/grok, named after the settings."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -118,21 +119,22 @@ class Config(Settings):
         pair = 2 * self.heads
         if self.width % pair:
             raise ValueError(
-                f"--width {self.width} does not split into --heads {self.heads} heads of even "
-                f"size, which RoPE needs; try --width {max(self.width // pair, 1) * pair}."
+                f"--width {self.width} must be a multiple of 2 × --heads {self.heads}, since "
+                "RoPE requires an even head size; try --width "
+                f"{max(self.width // pair, 1) * pair}."
             )
         for task in self.tasks:
             split(len(table(task).tokens), self.fraction(task), seed=0)
         axes = [grid.axis(text) for text in self.grid]
         if repeated := [name for name, n in Counter(a.setting for a in axes).items() if n > 1]:
             raise ValueError(
-                f"--grid must name a setting once, with all of its values, as "
-                f"{repeated[0]}=1,2; got several axes of {', '.join(repeated)}."
+                f"--grid must name each setting once, with all its values, as {repeated[0]}=1,2; "
+                f"got several of {', '.join(repeated)}."
             )
         for text, axis in zip(self.grid, axes, strict=True):
             if not any(map(axis.concerns, self.optimizers)):
                 raise ValueError(
-                    f"--grid {text!r} concerns none of --optimizers {' '.join(self.optimizers)}."
+                    f"--grid {text!r} affects none of --optimizers {' '.join(self.optimizers)}."
                 )
         for cell in self.cells() if self.grid else ():
             self.at(cell)
@@ -168,13 +170,13 @@ class Config(Settings):
     def as_json(self) -> dict:
         """The settings, without where they are kept."""
         settings = dataclasses.asdict(self) | {"rates": self.known_rates()}
-        del settings["out"], settings["name"], settings["together"]
+        del settings["out"], settings["together"]
         return json.loads(json.dumps(settings))
 
     def folder(self) -> Path:
-        """The run's folder: `name`, or one made of the settings, so that equal ones meet again."""
-        if self.name is not None:
-            return self.out / self.name
+        """`out`, or one named after the settings, so that equal settings continue one run."""
+        if self.out is not None:
+            return Path(self.out)
         usual = Config().as_json()
         settings = {
             key: value
@@ -185,4 +187,4 @@ class Config(Settings):
         words = [*self.tasks] if len(self.tasks) <= 3 else [f"{len(self.tasks)}tasks"]
         words += [s for s in self.softmax if self.softmax != ("softmax",)]
         words = words if self.suite is None else [self.suite]
-        return self.out / "-".join([*words, f"{self.layers}x{self.width}", digest])
+        return Path("runs/grok") / "-".join([*words, f"{self.layers}x{self.width}", digest])

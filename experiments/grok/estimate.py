@@ -14,8 +14,8 @@ import numpy as np
 from experiments.grok.config import GRID, Cell, Config
 from experiments.grok.tasks import table
 from experiments.grok.train import compile_arm, split
+from experiments.parallel import devices_for, run_in_parallel
 from experiments.runs import changed_settings, read_json
-from experiments.side_by_side import devices_for, side_by_side
 
 RESULTS = Path(__file__).parent / "results"
 _COMPILING = 4.0  # seconds an arm, on two cores
@@ -37,12 +37,15 @@ class Estimate(NamedTuple):
     def __str__(self) -> str:
         total = datetime.timedelta(seconds=round(sum(self.seconds.values())))
         if self.known == len(self.seconds):
-            return f"About {total}, by an earlier run and this machine's speed."
+            return f"Expected time: {total}, from an earlier run and the speed of this machine."
         if self.full_length:
-            return f"About {total}: every cell trains to the end."
+            return f"Expected time: {total}; every training runs to its last epoch."
         if self.known:
-            return f"At most {total}; {self.known} cells are known from an earlier run."
-        return f"At most {total}: a cell that groks ends then."
+            return (
+                f"Expected time: at most {total}; {self.known} trainings are known from an "
+                "earlier run."
+            )
+        return f"Expected time: at most {total}; a training ends once it has grokked."
 
 
 def estimate(config: Config, cells: Sequence[Cell], stop: threading.Event) -> Estimate:
@@ -85,7 +88,7 @@ def _timed(config: Config, cells: Sequence[Cell], stop: threading.Event) -> Call
     def time_one(cell: Cell, device: jax.Device) -> None:
         taken[cell] = _seconds_per_step(config, cell, device)
 
-    side_by_side(chosen, lambda cell: cell, time_one, stop)
+    run_in_parallel(chosen, lambda cell: cell, time_one, stop)
 
     def seconds(cell: Cell) -> float:
         kind, at = _kind(cell), points[_kind(cell)]

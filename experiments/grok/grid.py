@@ -50,13 +50,13 @@ def axis(text: str) -> Axis:
     found = tuple(value for value in values.split(",") if value)
     if not equals or not found or len(set(found)) != len(found):
         raise ValueError(
-            f"--grid {text!r} is no axis; write a setting and different values, as width=32,64."
+            f"--grid {text!r} is not an axis; write a setting and different values, as width=32,64."
         )
     known = setting in OWNERS or setting.replace("-", "_") in SETTINGS
     if not known and setting.split(".")[0] not in ("adamw", "muon"):
         raise ValueError(
-            f"--grid {setting!r} is no setting of a cell; there are {', '.join(SETTINGS)}, "
-            "adamw.*, muon.* and variants.rank."
+            f"--grid {setting!r} is not a setting that can be swept. Choose from "
+            f"{', '.join(SETTINGS)}, adamw.*, muon.* and variants.rank."
         )
     return Axis(setting, found)
 
@@ -107,12 +107,12 @@ def _replaced(settings: Any, path: list[str], value: Any, name: str) -> Any:
         words = get_args(its) if get_origin(its) is Literal else ()
         if words and value not in words:
             raise ValueError(
-                f"--grid {name}={value} is no value of this setting; there are {', '.join(words)}."
+                f"--grid {name}={value} is not a valid value. Choose from {', '.join(words)}."
             )
         kind = float if "float" in str(its) and not words else type(old)
         whole_is_number = kind is float and type(value) is int
         if len(path) > 1 or not (isinstance(value, kind) or whole_is_number):
-            raise ValueError(f"--grid {name}={value} does not fit, as {name}={old} would.")
+            raise ValueError(f"--grid {name}={value} is not valid; an example is {name}={old}.")
         new = value if "int" in str(its) or not whole_is_number else float(value)
     return dataclasses.replace(settings, **{field.name: new})
 

@@ -65,12 +65,12 @@ STABILITY_COLUMN: Column = (
 POINT_COLUMN: Column = ("setting", "setting", lambda arm: arm.panel.point)
 NOTE = (
     "Epochs: mem. memorised, grok first at 95 % then, held for 5 evaluations,\n"
-    "best within 1 % of the run's highest. cens. censored; time and compute to\n"
-    "grok; > only a lower bound is known."
+    "best within 1 % of the run's highest. cens. censored; time and compute: to\n"
+    "grok; > is a lower bound."
 )
 ARMS = (
-    "Medians over the n finished cells of each arm. A censored cell counts as later than any that "
-    "grokked; “>” marks a median of which only a lower bound is known."
+    "Medians over the n finished trainings of each optimizer. A censored training counts as "
+    "later than any that grokked; “>” marks a median of which only a lower bound is known."
 )
 
 
@@ -104,31 +104,30 @@ CELL_COLUMNS: tuple[Column, ...] = (
     ("compute per step", "", lambda row: flop(row["step_flops"])),
     _number("parameters", "parameters"),
 )
-CELLS = "One row per finished cell. “–”: not reached, or not measured."
+CELLS = "One row per finished training. “–”: not reached or not measured."
 BEST = (
-    "The setting of each optimizer at which the median cost to its sustained grokking epoch is "
-    "lowest, on each axis where cells can rank otherwise. The best of many settings flatters an "
-    "optimizer that was tried at more of them; the interval is over seeds alone, and does not "
-    "count the choice; – where XLA does not count an optimizer's FLOPs."
+    "The setting at which each optimizer has its lowest median cost of sustained grokking, for "
+    "each unit of cost that ranks trainings differently. The best of many settings favours "
+    "optimizers that were tried at more of them; the interval covers seeds only, not the choice "
+    "of the setting. “–”: XLA does not count the optimizer's FLOPs."
 )
 TRENDS = (
-    "Spearman's rank correlation of the setting with what a cell took to its sustained grokking "
-    "epoch, on five axes: +1 where more of it always takes longer. Where all cells have one "
-    "budget, a censored cell ranks last; where they have not, as in steps over batches, values "
-    "with a censored cell are left out. Words have no order, and so no trend."
+    "Spearman's rank correlation between the setting and the cost of sustained grokking, in "
+    "five units: +1 if a larger value always costs more. If all trainings have the same budget, "
+    "censored ones rank last; if not, as in steps when the batch varies, values with a censored "
+    "training are excluded. Settings that are words have no order and no correlation."
 )
 SWEEP = (
-    "What a cell took to its sustained grokking epoch, against the setting. A point is a cell that "
-    "grokked, a line the median over seeds where it is known, an open triangle the cells of an "
-    "optimizer at a setting that had not grokked within {budget} epochs, at the median of what "
-    "their budgets took; ×n says that they are n, and those of several optimizers stand side by "
-    "side. FLOPs are XLA's count, which leaves out decompositions and what loops repeat: an "
-    "optimizer with one has none (–). Seconds are this machine's."
+    "Cost of sustained grokking against the setting. A point is a training that grokked, a line "
+    "the median over seeds where it is known. An open triangle marks the n trainings (×n) of an "
+    "optimizer at a setting that had not grokked within {budget} epochs, at the median cost of "
+    "their budgets. FLOPs are counted by XLA, which omits decompositions and the repetitions of "
+    "loops; optimizers with either have none (–). Seconds are this machine's."
 )
 HEAT = (
-    "Median cost to the sustained grokking epoch over seeds, with the number of censored cells, "
-    "whose budget is {budget} epochs. Grey: only a bound of the median is known (>), or nothing "
-    "(–), as FLOPs with decompositions. A unit has one colour scale for all optimizers."
+    "Median cost of sustained grokking over seeds, with the number of trainings censored at "
+    "{budget} epochs. Grey: only a lower bound of the median is known (>), or nothing (–), such "
+    "as FLOPs with decompositions. All optimizers share the colour scale of a unit."
 )
 PUBLISHED = (
     "“Muon Optimizer Accelerates Grokking” (Tveit et al., arXiv 2504.16041) reports a mean "
@@ -139,90 +138,88 @@ PUBLISHED = (
     "covers {tasks} ({named_tasks}) and {kinds} ({named_kinds})."
 )
 BOXES = (
-    "Left, quartiles, medians and the farthest outliers read off the paper's figure, and its "
-    "means. Right, the first grokking epoch of every finished cell here; censored cells are drawn "
-    "at the budget of {budget} epochs."
+    "Left: quartiles, medians and most extreme outliers, read off the paper's figure, and its "
+    "means. Right: the first grokking epoch of every finished training of this run; censored "
+    "ones are drawn at the budget of {budget} epochs."
 )
 SLIP = (
     "The paper gives t ≈ 5.0175 and p ≈ 6.33e-8. No two-sided p at that t is below 5.2e-7; with "
-    "880 degrees of freedom it is 6.33e-7, so the exponent looks like a slip, and the study like "
-    "one of 882 trainings. {welch}Such a p counts every task and output function as a repetition "
-    "of one experiment, and grows with the number of seeds; it is no target."
+    "880 degrees of freedom it is 6.33e-7, so the exponent seems to be a typing error, and the "
+    "study to have 882 trainings. {welch}Such a p value treats tasks and output functions as "
+    "repetitions of one experiment and falls with the number of seeds, so it is not a target."
 )
 DOUBT = (
-    "Later work doubts how general the result is: Essential AI (“Muon Doesn't Clearly Grok "
-    "Faster”, June 2025) finds the advantage under certain conditions and sees it disappear over a "
-    "wider range of hyperparameters and model sizes."
+    "Later work questions how general the result is: Essential AI (“Muon Doesn't Clearly Grok "
+    "Faster”, June 2025) finds the advantage under certain conditions and sees it disappear "
+    "over a wider range of hyperparameters and model sizes."
 )
 CURVES = (
     "Accuracy after each epoch. Solid: training. Dashed: validation. Thin: one seed. Thick: the "
     "median over seeds, at the epochs that all of them reached. Dotted: 95 %. Open circles mark "
     "the median memorised epoch (at 100 %) and diamonds the median sustained grokking epoch (at "
-    "95 %), over finished cells; a median beyond the budget has no mark. {begun} cells begun, "
-    "{finished} finished."
+    "95 %), over finished trainings; a median beyond the budget has no mark. {begun} trainings "
+    "started, {finished} finished."
 )
 EPOCHS = (
-    "Sustained grokking epoch of every finished cell, one point each; {censored} censored, drawn "
-    "as open triangles at the budget of {budget} epochs and set apart so that they can be "
-    "counted. {shape}"
+    "Sustained grokking epoch of every finished training, one point each. The {censored} "
+    "censored ones are open triangles at the budget of {budget} epochs, spread out so that they "
+    "can be counted. {shape}"
 )
 ROWS = (
-    "A line spans the range of an arm, a bar marks its median where that is known, and a cross the "
-    "epoch at which a cell had lost it again."
+    "A line spans an optimizer's range, a bar marks its median where that is known, and a cross "
+    "the epoch at which a training had lost its accuracy again."
 )
 QUARTILES = (
-    "Boxes span the quartiles and whiskers the range, a censored cell counting at the budget: a "
-    "box that touches the dotted line is a lower bound. Points are spread sideways for legibility "
-    "only; n on the axis."
+    "Boxes span the quartiles and whiskers the range, with censored trainings at the budget: a "
+    "box that touches the dotted line is a lower bound. Points are spread horizontally for "
+    "legibility only; the axis shows n."
 )
 SURVIVAL = (
-    "Share of the finished cells that had not grokked (sustained) after each epoch, by Kaplan and "
-    "Meier, over all tasks and output functions."
+    "Kaplan–Meier estimate of the share of trainings that have not reached sustained grokking "
+    "by each epoch, over all tasks and output functions."
 )
 TESTS = (
-    "How many times the epochs of each optimizer AdamW takes to the sustained grokking epoch: the "
-    "geometric mean over cells that share task, output function, setting and seed. In a row of one "
-    "of these panels an observation is a seed; over several it is the mean of a panel, since "
-    "panels are no repetitions of one another. The interval of ten observations and more is a "
-    "percentile bootstrap's, that of fewer Student's, on the logarithms: resampling three seeds "
-    "can only give their range. A censored cell counts at the budget, which makes the ratio a "
-    "bound, from below (≥) where AdamW's is the censored one and from above (≤) where the other's "
-    "is; cells where both are censored tell nothing and are left out. Mann–Whitney ranks censored "
-    "cells last, and Holm's correction is over all its rows; of three seeds against three no p is "
-    "below 0.1, so these rows can only be significant with more. Wilcoxon's signed-rank test, "
-    "after Holm over the optimizers, has a panel's mean as one observation. The log-rank test and "
-    "Welch's t are pooled over all cells as the published study does, Welch's over first grokking "
-    "epochs without the censored: they take tasks for repetitions, and are here for comparison "
-    "with it."
+    "Ratio: AdamW's sustained grokking epoch over each optimizer's, as the geometric mean over "
+    "pairs of trainings with the same task, output function, setting and seed. In a row for one "
+    "task and output function, an observation is a seed; in a row for several, it is the mean "
+    "of one task and output function, since these are not repetitions of one experiment. "
+    "Intervals are computed on logarithms: a percentile bootstrap for ten or more observations, "
+    "Student's t for fewer, since resampling three seeds can only give their range. A censored "
+    "training counts at the budget, which makes the ratio a lower bound (≥) if AdamW's is "
+    "censored and an upper bound (≤) if the other's is; pairs with both censored are excluded. "
+    "The Mann–Whitney test ranks censored trainings last, with Holm's correction over all its "
+    "rows; three seeds against three are too few to distinguish, since p cannot be below 0.1. "
+    "Wilcoxon's signed-rank test, with Holm's correction over the optimizers, has the mean of a "
+    "task and output function as an observation. The log-rank test and Welch's t pool all "
+    "trainings, as the published study does, Welch's t over first grokking epochs without the "
+    "censored ones. They treat tasks as repetitions, and are shown only for comparison with "
+    "that study."
 )
-CRITERIA = (
-    "The same ratio over all panels, of AdamW's epochs to each optimizer's, by what counts as the "
-    "epoch:"
-)
+CRITERIA = "The same ratio over all tasks and output functions, for other definitions of the epoch:"
 DEFINITIONS = {
-    "Memorised": "The first epoch after which at least 99 % of the training rows are answered "
-    "correctly, measured without dropout on a fixed sample of up to 1024 of them.",
+    "Memorised": "The first epoch after which training accuracy is at least 99 %, measured without "
+    "dropout on a fixed sample of up to 1024 examples.",
     "First crossing": "The first epoch with a validation accuracy of at least 95 %, memorised or "
     "not.",
     "Grok, first": "The first epoch with a validation accuracy of at least 95 % at or after the "
     "memorised epoch.",
     "Grok, sustained": "The start of the first five evaluations in a row with a validation "
     "accuracy of at least 95 %, at or after the memorised epoch. The abstract and Figure 2 use "
-    "this one, since a single crossing may be a spike.",
-    "Grok, near best": "The first epoch, at or after the memorised one, with a validation accuracy "
-    "of at least 95 % and within 1 % of the highest of the cell (Essential AI). A cell that ends "
-    "once it has grokked has its highest within five evaluations.",
+    "this definition, since a single crossing may be a spike.",
+    "Grok, near best": "The first epoch, at or after the memorised one, with a validation "
+    "accuracy of at least 95 % and within 1 % of the training's highest (Essential AI). A "
+    "training that ends once it has grokked reaches its highest within five evaluations.",
     "Lost again": "After sustained grokking, five evaluations in a row below 95 %: {collapsed} of "
-    "{finished} finished cells here{short}. A shorter dip does not count there; the share of "
-    "evaluations below 95 % after that epoch does count it, over the cells of an arm that grokked, "
-    "where they train to the end of the budget.",
+    "{finished} finished trainings here{short}. Shorter dips do not count; they do in the "
+    "share of evaluations below 95 % after that epoch, which is over the trainings that "
+    "grokked, where these run to the end of the budget.",
     "Delay": "First grokking epoch minus memorised epoch.",
-    "Censored": "No sustained grokking epoch within the budget of {budget} epochs. Such a cell "
-    "ranks above every other in a median. Where this makes the median unknown, the table shows the "
-    "lower bound that follows from what each censored cell is known to exceed.",
+    "Censored": "No sustained grokking epoch within the budget of {budget} epochs. Such a training "
+    "ranks last in a median. If the median is then unknown, the table shows the lower bound "
+    "that follows from the budget.",
     "Time and compute to grok": "Training seconds, compilation excluded, and floating-point "
-    "operations (a step's, from XLA's cost model, times the steps) until the first grokking epoch. "
-    "Seconds compare only within one machine.",
+    "operations (of a step, by XLA's cost model, times the steps) until the first grokking "
+    "epoch. Seconds can only be compared on one machine.",
 }
 
 
@@ -242,7 +239,7 @@ def terminal_table(rows: Sequence[Row], budget: int | None = None) -> Table:
         budget: The epoch budget; by default the most epochs that a cell ran.
     """
     one = [name for name in ("task", "softmax") if len({row[name] for row in rows}) == 1]
-    title = " · ".join(["Medians per arm", *(rows[0][name] for name in one)])
+    title = " · ".join(["Medians by optimizer", *(rows[0][name] for name in one)])
     columns = [column for column in arm_columns(rows) if column[0] not in one]
     columns = [(*c[:2], _short_point) if c == POINT_COLUMN else c for c in columns]
     names = [heading for heading, *_ in columns].index("n")
@@ -266,13 +263,13 @@ def compare(rows: Sequence[Row], slow: str, fast: str, budget: int) -> str:
     common = [key for key in cells[slow] if key in cells[fast]]
     names = f"{optimizer_label(slow)} over {optimizer_label(fast)}"
     if not common:
-        return f"No ratio {names}: no cell that both finished."
+        return f"No ratio {names}: no training that both finished."
     over, under = (sustained_median([cells[name][key] for key in common], budget) for name in cells)
     if over.at_least and under.at_least:
         return f"No ratio {names}: both medians lie beyond the budget."
     bound = "at least " if over.at_least else "at most " if under.at_least else ""
     same = len(common) == len(cells[slow]) == len(cells[fast])
-    where = "" if same else f" (over the {plural(len(common), 'cell')} that both finished)"
+    where = "" if same else f" (over the {plural(len(common), 'training')} that both finished)"
     return f"The ratio of medians, {names}, is {bound}{over.value / under.value:.2g}{where}."
 
 
@@ -288,8 +285,8 @@ def by_panel(run: Run, slow: str, fast: str) -> str:
     unknown = sum(s.at_least and f.at_least for s, f in pairs)
     tail = f", and in {unknown} neither median is within the budget" if unknown else ""
     return (
-        f"{optimizer_label(fast)} has the lower median in {lower} of {len(pairs)}"
-        f" pairs of task and softmax{tail}."
+        f"{optimizer_label(fast)} has the lower median in {lower} of {len(pairs)} pairs of task "
+        f"and output function{tail}."
     )
 
 
@@ -301,9 +298,9 @@ def abstract(run: Run) -> list[str]:
     """
     finished, begun = len(run.rows), len(run.cells)
     if not finished:
-        return [f"No cell has finished yet: 0 of {run.total} cells, {begun} begun."]
+        return [f"No training has finished yet: 0 of {run.total}, {begun} started."]
     partial = finished < run.total
-    sentences = [f"{finished} of {run.total} cells finished so far."] if partial else []
+    sentences = [f"{finished} of {run.total} trainings finished so far."] if partial else []
     if run.is_sweep:
         return sentences + report_sweep.sentences(run)
     pooled = {
@@ -317,7 +314,7 @@ def abstract(run: Run) -> list[str]:
     clauses: list[str] = []
     for name in names:
         arm = pooled[name]
-        clause = f"in {arm.n - arm.censored} of {arm.n} cells"
+        clause = f"in {arm.n - arm.censored} of {arm.n} trainings"
         epochs = number(arm.median().value)
         if arm.censored == arm.n:
             clause += f" within the budget of {run.budget} epochs"
@@ -345,7 +342,7 @@ def ranking(run: Run, arms: Sequence[Arm]) -> list[str]:
     """Many optimizers in two sentences: by the epoch, and the fastest by the second."""
 
     def told(arm: Arm, median: Median) -> str:
-        part = f" ({arm.n - arm.censored} of {arm.n} cells)" if arm.censored else ""
+        part = f" ({arm.n - arm.censored} of {arm.n} trainings)" if arm.censored else ""
         return f"{arm.label} {number(median.value)}{part}"
 
     known = [arm for arm in arms if not arm.median().at_least]
@@ -359,7 +356,7 @@ def ranking(run: Run, arms: Sequence[Arm]) -> list[str]:
     timed = sorted(known, key=lambda arm: arm.median("seconds_to_grok").value)
     first = [arm for arm in timed if arm in timed[:3] or arm.optimizer == BASELINE]
     seconds = "; ".join(told(arm, arm.median("seconds_to_grok")) for arm in first)
-    return [*result, f"First by seconds of training: {seconds}."] if first else result
+    return [*result, f"Fastest in seconds of training: {seconds}."] if first else result
 
 
 def losses(run: Run) -> list[str]:
@@ -369,7 +366,7 @@ def losses(run: Run) -> list[str]:
         found = collections.Counter(r["optimizer"] for r in run.rows if r[key])
         whose = ", ".join(f"{count} of {optimizer_label(name)}" for name, count in found.items())
         whose = f": {whose}" if len(run.optimizers()) > 1 else ""
-        result += [f"{plural(found.total(), 'cell')} {verb}{whose}."] if found else []
+        result += [f"{plural(found.total(), 'training')} {verb}{whose}."] if found else []
     return result
 
 
@@ -384,7 +381,7 @@ def report(folder: Path) -> Report:
         "finished": finished,
         "censored": sum(row["censored"] for row in run.rows),
         "collapsed": sum(row["collapse_epoch"] is not None for row in run.rows),
-        "short": "" if whole else ", which end soon after grokking and say little",
+        "short": "" if whole else ", though most end soon after grokking",
         "shape": ROWS if report_figures.in_rows(run) else QUARTILES,
         "welch": report_published.welch(run),
         "tasks": plural(len(tasks), "task"),
@@ -398,19 +395,19 @@ def report(folder: Path) -> Report:
     definitions = {term: text.format_map(facts) for term, text in DEFINITIONS.items()}
     return Report(
         "Grokking study",
-        f"Run {folder.resolve().name} · {finished} of {run.total} cells finished · a cell is one "
-        "training: a task, a softmax, an optimizer and a seed",
+        f"Run {folder.resolve().name} · {finished} of {run.total} trainings finished, each of a "
+        "task, an output function, an optimizer and a seed",
         abstract(run),
         terminal_table(run.rows, run.budget) if run.rows else "",
         [
             Section("sweep", "Each optimizer at its best", _sweep(run, facts)),
-            Section("published", "What the published study says", _published(run, facts)),
+            Section("published", "Comparison with the published study", _published(run, facts)),
             Section("figures", "Figures", _figures(run, facts)),
             Section("tests", "Tests", _tests(run)),
-            Section("inside", "Inside the models", report_probes.figures(run)),
-            Section("arms", "Results per arm", [arms]),
+            Section("inside", "Diagnostics", report_probes.figures(run)),
+            Section("arms", "Results by optimizer", [arms]),
             Section("criteria", "Definitions", [definitions]),
-            Section("cells", "Every finished cell", [cells]),
+            Section("cells", "Every finished training", [cells]),
         ],
         run.config,
         run.machine,
@@ -442,19 +439,19 @@ PICTURES = {
     "curves": (
         "Figure 1",
         CURVES,
-        "Training and validation accuracy against epoch, a panel per task and softmax, a colour "
-        "per optimizer.",
+        "Training and validation accuracy against epoch, a panel for each task and output "
+        "function, a colour for each optimizer.",
     ),
     "grok_epochs": (
         "Figure 2",
         EPOCHS,
-        "The sustained grokking epoch of every cell, by optimizer, task and softmax; {censored} of "
-        "{finished} cells are censored.",
+        "The sustained grokking epoch of every training, by optimizer, task and output "
+        "function; {censored} of {finished} are censored.",
     ),
     "survival": (
         "Figure 3",
         SURVIVAL,
-        "Share of cells that have not grokked against epoch, a curve per optimizer.",
+        "Share of trainings that have not grokked against epoch, a curve for each optimizer.",
     ),
 }
 

@@ -166,9 +166,9 @@ def _parse(text: bytes, path: Path, keys: Sequence[str], line: int | None = None
     try:
         value = loads(text)
     except ValueError as error:
-        raise ValueError(f"{where}: no valid JSON: {error}") from None
+        raise ValueError(f"{where}: invalid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: a JSON object is wanted, found {type(value).__name__}")
+        raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
     # A line with "cell" is the runner's bookkeeping and has keys of its own.
     missing = [] if line and "cell" in value else [key for key in keys if key not in value]
     if missing:
@@ -343,7 +343,7 @@ def median_cost(run: Run, rows: Sequence[Row], unit: str) -> Median:
 def counts(run: Run) -> str:
     """How many cells there are, and how many are censored and whose; a sentence."""
     seeds = plural(len({row["seed"] for row in run.rows}), "seed")
-    cells = f"{len(run.rows)} cells, {seeds} a setting"
+    cells = f"{len(run.rows)} trainings, {seeds} per setting"
     whose = []
     for name in run.optimizers():
         own = [row["censored"] for row in run.of(None, name)]
@@ -357,5 +357,5 @@ def counts(run: Run) -> str:
 def uncounted(run: Run) -> str:
     """Whose FLOPs are not known, and why, in a sentence; "" where all are."""
     names = "; ".join(optimizer_label(n) for n in run.optimizers() if not known(n, "FLOP"))
-    why = "XLA's count leaves out decompositions and what loops repeat"
-    return f"No FLOP (–) of {names}: {why}." if names else ""
+    why = "XLA's count omits decompositions and the repetitions of loops"
+    return f"FLOPs of {names} are unknown (–): {why}." if names else ""

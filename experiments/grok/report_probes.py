@@ -75,27 +75,29 @@ MEASURES = (
 TOLD = {"logit_gini": "Gini of the logits", "weight_stable_rank": "stable rank of the weights"}
 
 MEASURES_CAPTION = (
-    "Inside the models over training. Thin: one seed; thick: the median at the epochs that all "
-    "seeds reached; diamond: median sustained grokking epoch. Gini: how unequal the norms of the "
-    "Fourier components are, 0 for all frequencies alike and near 1 for one alone. Restricted "
-    "loss: of logits of which only the constant and the waves of their five strongest frequencies "
-    "are left; excluded loss: of training rows without these waves (Nanda et al., 2301.05217; the "
-    "extension from addition to the other operations, and five frequencies chosen anew at each "
-    "look, are ours). Stable rank ‖W‖_F² / ‖W‖₂²; effective rank: exponential of the entropy of "
-    "the singular values. Updates are one step's change of the weights, decay included. Softmax "
-    "collapse: training rows where float32 absorbs all but the largest logit (2501.04697)."
+    "Diagnostics over training. Thin: one seed; thick: the median at the epochs that all seeds "
+    "reached; diamond: median sustained grokking epoch. Gini: inequality of the norms of the "
+    "Fourier components, 0 if all frequencies are equal and near 1 if only one remains. "
+    "Restricted loss: with only the constant and the five strongest frequencies of the logits; "
+    "excluded loss: on training examples without these frequencies (Nanda et al., 2301.05217; "
+    "we extend both from addition to other operations and choose the five frequencies at each "
+    "diagnostic). Stable rank ‖W‖_F² / ‖W‖₂²; effective rank: exponential of the entropy of the "
+    "singular values. Updates are the change of the weights in one step, decay included. "
+    "Softmax collapse: training examples where float32 absorbs all but the largest logit "
+    "(2501.04697)."
 )
 POWER_CAPTION = (
-    "Share of power at each frequency over training, first seed of each optimizer: of the number "
-    "tokens' embeddings along the residues (for mul, div and exp by discrete logarithm to base 5), "
-    "and of the logits along the answer. A solution by few waves shows as few dark lines; all "
-    "frequencies alike are an even grey, 2 % each. Dashed line: sustained grokking epoch."
+    "Share of power at each frequency over training, first seed of each optimizer: of the "
+    "number tokens' embeddings along the residues (for mul, div and exp by discrete logarithm "
+    "to base 5), and of the logits along the answer. A solution with few frequencies shows as a "
+    "few dark lines; equal frequencies show as uniform grey, 2 % each. Dashed line: sustained "
+    "grokking epoch."
 )
 SPECTRA_CAPTION = (
-    "Singular values of the first of the largest matrices, largest first, over the largest: of its "
-    "weights and of one step's change of them, first seed of each optimizer, from the first look "
-    "(pale) to the last. A line that falls early is a matrix of few directions; values below a "
-    "thousandth of the largest are not accurate."
+    "Singular values of the first of the largest matrices, in descending order and divided by "
+    "the largest: of its weights and of their change in one step, for the first seed of each "
+    "optimizer, from the first diagnostic (pale) to the last. A line that falls early is a "
+    "matrix of low rank; values below a thousandth of the largest are not accurate."
 )
 
 
@@ -122,7 +124,7 @@ def figures(run: Run) -> list[Picture]:
         }
         if _powers(looks):
             kinds["power"] = (POWER_CAPTION, power_figure)
-        alt = f"Measures of the models' insides over training, on {panel}."
+        alt = f"Diagnostics of the models over training, on {panel}."
         drawn += [
             Picture(
                 f"inside_{place}_{kind}",
@@ -147,7 +149,7 @@ def last_values(looks: Looks) -> str:
                 medians.append(f"{optimizer_label(name)} {number(statistics.median(values))}")
         if medians:
             clauses.append(f"{words} {', '.join(medians)}")
-    return f"At the last look, median over seeds: {'; '.join(clauses)}." if clauses else ""
+    return f"At the last diagnostic, median over seeds: {'; '.join(clauses)}." if clauses else ""
 
 
 def measures_figure(looks: Looks, grokked: Grokked) -> Figure:
@@ -209,7 +211,7 @@ def spectra_figure(looks: Looks, grokked: Grokked) -> Figure:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_ylim(1e-3, 1.5)
     both[0].set_ylabel("singular value / largest")
-    others = [legend_line("first look", alpha=0.3), legend_line("last look")]
+    others = [legend_line("first diagnostic", alpha=0.3), legend_line("last diagnostic")]
     legend(figure, looks, *others, columns=5)
     return figure
 

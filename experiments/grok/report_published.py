@@ -25,8 +25,8 @@ BOXES = {
     "muon": {"q1": 40, "med": 79, "q3": 106, "fliers": [1000]},
 }
 COLUMNS = (
-    "optimizer", "paper's mean epoch", "mean epoch of the cells that grokked", "grokked",
-    "mean, censored cells at the budget", "median epoch", "AdamW's mean over it",
+    "optimizer", "paper's mean epoch", "mean epoch of the trainings that grokked", "grokked",
+    "mean, censored trainings at the budget", "median epoch", "AdamW's mean over it",
 )  # fmt: skip
 
 
@@ -65,8 +65,8 @@ def welch(run: Run) -> str:
     if found is None:
         return ""
     return (
-        "Here, pooled the same way and without the censored cells, t is "
-        f"{found.t:.2f} with {number(found.degrees)} degrees of freedom, p {found.p:.2g}. "
+        f"In this run, pooled the same way without censored trainings, t is {found.t:.2f} with "
+        f"{number(found.degrees)} degrees of freedom, p {found.p:.2g}. "
     )
 
 

@@ -34,8 +34,8 @@ from experiments.report.figures import optimizer_label
 from experiments.report.text import number
 
 BEST_COLUMNS = (
-    "on the axis of", "optimizer", "settings tried", "best setting", "n", "to grok, sustained",
-    "ratio, AdamW's best over it", "95 % interval",
+    "unit", "optimizer", "settings tried", "best setting", "n", "cost to grok, sustained",
+    "ratio to AdamW's best", "95 % interval",
 )  # fmt: skip
 
 
@@ -211,19 +211,19 @@ def sentences(run: Run) -> list[str]:
                 ratios.setdefault(found.optimizer, []).append(f"{text} in {unit}")
     for name, found_ratios in ratios.items():
         of = f"AdamW over {optimizer_label(name)}"
-        result.append(f"Each at its best, {of}, 95 % interval: {'; '.join(found_ratios)}.")
+        result.append(f"Each at its best setting, {of}, 95 % interval: {'; '.join(found_ratios)}.")
     result += [text for text in (uncounted(run),) if text] + _edges(run)
     for setting in dict.fromkeys(s for settings in swept(run).values() for s in settings):
         directions: dict[str, list[str]] = {}
         for unit in UNITS if not _is_tuned(setting) else ():
             for name in run.optimizers():
                 if (at := trend(run, name, setting, unit)) is not None:
-                    over = f" over the {at.values} values without a censored cell"
+                    over = f" over the {at.values} values without a censored training"
                     words = f"{_direction(at)}{over if at.left_out else ''}"
                     directions.setdefault(f"{optimizer_label(name)}'s {words}", []).append(unit)
         told = [f"{who} ({', '.join(units)})" for who, units in directions.items()]
         if told:
-            result.append(f"With larger {plain(setting)}, what grokking takes: {'; '.join(told)}.")
+            result.append(f"Cost of grokking with larger {plain(setting)}: {'; '.join(told)}.")
     return result
 
 
@@ -247,8 +247,8 @@ def _edges(run: Run) -> list[str]:
                 name = optimizer_label(found.optimizer)
                 ends.append(f"{name}'s {plain(setting)} is the {word} tried")
     if ends:
-        return [f"{'; '.join(ends)}: a better one may lie beyond."]
-    return ["No best setting lies at an end of its grid."] if tuned else []
+        return [f"{'; '.join(ends)}, so a better one may lie beyond."]
+    return ["No best setting is the lowest or highest of its grid."] if tuned else []
 
 
 def _direction(trend: Trend) -> str:

@@ -83,7 +83,7 @@ def lines_figure(run: Run) -> Figure:
     others = [
         legend_line("median, where known", lw=2),
         legend_line("one cell", **POINT_MARK),
-        legend_line("censored, at the budget; ×n: n cells", **BEYOND),
+        legend_line("censored, at the budget; ×n: n trainings", **BEYOND),
     ]
     if not all(swept(run).values()):
         others.append(legend_line("not swept, median; dotted: a bound", lw=1.4, ls="--"))

@@ -93,12 +93,12 @@ def sentence(run: Run, fast: str) -> str:
     if found is None or math.isnan(found.low):
         return ""
     text = (
-        f"Paired by cell over {found.observations} pairs of task and softmax, "
-        f"{optimizer_label(BASELINE)} takes {found} times the epochs of "
-        f"{optimizer_label(fast)}, 95 % interval {found.low:.2f} to {found.high:.2f}"
+        f"Over {found.observations} pairs of task and output function, "
+        f"{optimizer_label(BASELINE)} takes {found} times the epochs of {optimizer_label(fast)}, "
+        f"95 % interval {found.low:.2f} to {found.high:.2f}"
     )
     cells = "1 pair" if found.bounded == 1 else f"{found.bounded} pairs"
-    counted = f"; in {cells} of cells one is censored and counts at the budget"
+    counted = f"; in {cells} of trainings one is censored and counts at the budget"
     return text + (counted if found.bounded else "") + "."
 
 

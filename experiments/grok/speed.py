@@ -4,6 +4,11 @@ All train the same transformer on `mul`, without dropout, to 95 %. They take tur
 so that a noisy machine disturbs all; what counts are the ratios.
 """
 
+from experiments.huge_pages import restart_with_huge_pages
+
+if __name__ == "__main__":
+    restart_with_huge_pages()  # before the imports, which take seconds
+
 import dataclasses
 import statistics
 import sys
@@ -13,12 +18,12 @@ from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
-import tyro
 from flax import nnx
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from experiments.command_line import parse
 from experiments.commands import guard
 from experiments.grok import tasks
 from experiments.grok.config import Cell, Config
@@ -200,25 +205,26 @@ def our_loop(config: Config, optimizer: OptimizerName) -> Loop:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Trains with PyTorch, ours and optax.contrib.muon in turns, and prints how fast they are."""
+    """Times training in PyTorch, with muon_jax and with optax.contrib.muon, in turns."""
 
     layers: Count = 2
-    """Transformer blocks."""
+    """Number of layers."""
     width: Count = 128
-    """Embedding size."""
+    """Width of the model."""
     batch: Count = 512
-    """Rows a step."""
+    """Global batch size, in sequences."""
     rounds: Annotated[int, at_least(2)] = 9
-    """Epochs at least, of which the first warms up."""
+    """Timed rounds, whose median is reported. A round is an epoch; the first is not counted."""
     epochs: Count = 300
-    """Budget of a loop that has not reached 95 % on the validation rows; --rounds at least."""
+    """Passes over the training data. A loop ends earlier at 95 % validation accuracy; at least
+    --rounds."""
 
     def __post_init__(self) -> None:
         check(self)
         if self.epochs < self.rounds:
             raise ValueError(
-                f"--epochs must be at least --rounds {self.rounds}; got {self.epochs}. Take fewer "
-                "rounds, or more epochs."
+                f"--epochs must be at least --rounds {self.rounds}; got {self.epochs}. Use fewer "
+                "rounds or more epochs."
             )
         self.config()
 
@@ -236,8 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
 
     def work() -> int:
-        prog = "python -m experiments.grok.speed"
-        return _compare(tyro.cli(Command, prog=prog, args=arguments))
+        return _compare(parse(Command, "python -m experiments.grok.speed", arguments))
 
     return guard(work)
 
@@ -276,7 +281,7 @@ def _compare(command: Command) -> int:
 
     table = Table(title=f"{TASK}, {layers} layers, width {width}, batch {batch}, seed 0")
     for heading in (
-        "loop", "ms a step", "steps/s", "× PyTorch", "÷ our AdamW", "epochs to 95 %", "seconds",
+        "loop", "ms per step", "steps/s", "× PyTorch", "÷ our AdamW", "epochs to 95 %", "seconds",
     ):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "loop" else "right")
     for name, seconds in median.items():
@@ -292,8 +297,8 @@ def _compare(command: Command) -> int:
         )
     Console().print(table)
     Console().print(
-        f"Medians of {rounds - 1} epochs in turns; at that speed, seconds of training alone until "
-        "95 % of the validation rows are right."
+        f"Median of {rounds - 1} alternating epochs. Seconds: training time at that speed until "
+        "95 % validation accuracy."
     )
     return 0
 

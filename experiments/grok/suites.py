@@ -1,4 +1,4 @@
-"""Named studies; `--suite NAME`, and any option given beside it goes before."""
+"""Named studies; `--suite NAME`; explicit options override it."""
 
 import argparse
 from collections.abc import Sequence

@@ -84,7 +84,7 @@ def split(rows: int, train_fraction: float, seed: int) -> Split:
     if not 0 < cut < rows:
         raise ValueError(
             f"--train-fraction {train_fraction} of {rows} rows leaves {cut} for training and "
-            f"{rows - cut} for validation; both sides need a row."
+            f"{rows - cut} for validation; both must have at least one."
         )
     order = np.random.default_rng(seed).permutation(rows).astype(np.int32)
     return Split(np.sort(order[:cut]), np.sort(order[cut:]))

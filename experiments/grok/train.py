@@ -20,7 +20,7 @@ from experiments.grok.config import Cell, Config
 from experiments.grok.losses import LOSSES
 from experiments.grok.model import Transformer
 from experiments.language.mesh import one_device
-from experiments.side_by_side import once
+from experiments.parallel import once
 
 MEMORIZED_ACCURACY = 0.99
 GROKKED_ACCURACY = 0.95

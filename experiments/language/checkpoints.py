@@ -65,7 +65,9 @@ class Checkpoints:
 
     def __init__(self, folder: epath.PathLike, *, keep: int = 3):
         if keep < 1:
-            raise ValueError(f"keep must be at least 1, not {keep}: a run needs its last save.")
+            raise ValueError(
+                f"keep must be at least 1, since a run needs its last checkpoint; got {keep}."
+            )
         folder = epath.Path(folder)
         self.folder = folder if folder.is_absolute() else folder.resolve()
         if os.fspath(folder).startswith("s3://"):
@@ -114,8 +116,9 @@ class Checkpoints:
             reason = error or "in another process"
             raise OSError(
                 _errno(error),
-                f"The checkpoint of step {step} could not be saved ({reason}). Those before it "
-                "are untouched; make room or mend the storage, and the run goes on from the last",
+                f"The checkpoint of step {step} could not be saved ({reason}). Earlier "
+                "checkpoints are untouched; once the storage works again, the run continues "
+                "from the last",
                 os.fspath(self.folder),
             ) from error
 
@@ -186,7 +189,7 @@ class Checkpoints:
         if finished and step <= finished[-1]:
             raise RunError(
                 f"{self.folder} has a checkpoint of step {finished[-1]}, so one of step {step} "
-                "would not be the newest. To go back, remove the later ones first."
+                "would not be the newest. Remove the later ones first."
             )
         for number, path in self._folders().items():
             if number not in finished:
@@ -219,8 +222,9 @@ class Checkpoints:
         if damaged:
             found = "; ".join(f"step {step}: {reason}" for step, reason in damaged)
             raise RunError(
-                f"{self.folder} has no whole checkpoint{'' if wanted is None else ' of that step'} "
-                f"({found}). Bring one back from a copy, or begin anew in another folder."
+                f"{self.folder} has no whole "
+                f"checkpoint{'' if wanted is None else ' of that step'} ({found}). Restore one "
+                "from a backup, or start again in another folder."
             )
         return None, []
 
@@ -285,14 +289,16 @@ def _leaves(tree: Any) -> dict[str, list[Any]]:
     leaves: dict[str, list[Any]] = {}
     for name, leaf in _named(tree, "."):
         if name in leaves:
-            raise ValueError(f"Two leaves are called {name}, and Orbax would keep one: rename one.")
+            raise ValueError(
+                f"Two leaves have the name {name}, and Orbax would keep only one. Rename one."
+            )
         if type(leaf) in (bool, int, float):
             leaves[name] = [[], type(leaf).__name__]
         elif isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
             leaves[name] = [list(leaf.shape), str(leaf.dtype)]
         else:
             raise TypeError(
-                f"{name} is a {type(leaf).__name__}, which a checkpoint does not hold: make it an "
+                f"{name} is a {type(leaf).__name__}, which a checkpoint cannot hold. Make it an "
                 "array, or put it into meta."
             )
     return leaves
@@ -306,8 +312,8 @@ def _check_leaves(path: epath.Path, *, there: dict[str, Any], here: dict[str, An
     ]
     if differences:
         raise ValueError(
-            f"{path} was saved from another state ({_enumerated(differences)}). Give the settings "
-            "of the run that saved it, or another folder."
+            f"{path} was saved from a different state ({_enumerated(differences)}). Give the "
+            "settings of the run that saved it, or another folder."
         )
 
 

@@ -32,18 +32,19 @@ class Data:
     """The text, and how it becomes tokens."""
 
     files: tuple[str, ...] = ()
-    """Globs of .txt (a document each), .jsonl, .jsonl.gz or .parquet (whose field or column "text"
-    has a document), or of tokens: .npy (uint16 or uint32), .bin (uint16), held out where a word of
-    the name is val, valid, validation or test, else the last one's end. They may be in gs:// or
-    s3://. By default the Python standard library is learnt."""
+    """Globs of text or token files, which may be in gs:// or s3://. Text: .txt (one document each),
+    .jsonl, .jsonl.gz or .parquet (documents in the field or column "text"). Tokens: .npy (uint16 or
+    uint32) or .bin (uint16); held out are those with val, valid, validation or test as a word of
+    their name, or else the end of the last file. By default the source of Python's standard
+    library."""
     tokenizer: str | None = None
-    """A tokenizer.json to use; by default a byte-level BPE is trained on the text."""
+    """Path of a tokenizer.json. By default a byte-level BPE is trained on the text."""
     vocabulary: Count = 2048
-    """Tokens of the trained tokenizer, or of --data.files that are tokens already."""
+    """Vocabulary size of the trained tokenizer, or of --data.files that hold tokens."""
     end_of_text: str = "<|endoftext|>"
     """The special token that ends a document."""
     cache: Path | None = None
-    """Where tokens are kept; by default muon_jax/pretrain in $XDG_CACHE_HOME or ~/.cache."""
+    """Folder that caches tokens. By default muon_jax/pretrain in $XDG_CACHE_HOME or ~/.cache."""
 
     def folder(self) -> Path:
         """The cache."""
@@ -98,7 +99,7 @@ def prepare(config: Data, on_progress: OnProgress = lambda what, done, total: No
     files = documents.matching(config.files, documents.SUFFIXES + shards.SUFFIXES)
     tokenised = sum(file.name.endswith(shards.SUFFIXES) for file in files)
     if 0 < tokenised < len(files):
-        raise ValueError("--data.files names both texts and tokens; give files of one kind.")
+        raise ValueError("--data.files has both text and token files; give files of one kind.")
     given = None
     if config.tokenizer is not None:
         given = epath.Path(config.tokenizer).expanduser().read_bytes()
@@ -132,7 +133,7 @@ def _from_texts(
         meta = cache.read(folder)
         if meta is None:
             if folder.exists():
-                on_progress("tokenising again what was damaged", 0, 1)
+                on_progress("tokenizing damaged files again", 0, 1)
             meta = cache.make(folder, write)
         vocabulary = load((folder / _TOKENIZER).read_bytes())
         sides = [(np.memmap(folder / side, meta["dtype"], "r"),) for side in _SIDES]
@@ -177,7 +178,7 @@ def _tokenise(
         for side in (train, validation):
             if not side.tell():
                 raise ValueError(
-                    "--data.files has too little text: there is none to "
+                    "--data.files has too little text: none is left to "
                     f"{'train on' if side is train else 'hold out'}."
                 )
     return {"dtype": dtype.str, "exact": exact}
@@ -218,8 +219,9 @@ def _from_shards(
     names = [[file for file in files if _is_held_out(file) is side] for side in (False, True)]
     if not names[0]:
         raise ValueError(
-            f"--data.files names only shards that are held out, as {files[0].name}, since their "
-            f"names have one of the words {', '.join(sorted(_HELD_OUT))}: none is left to train on."
+            f"--data.files has only held-out files, such as {files[0].name}; none is left to "
+            f"train on. Files are held out if {', '.join(sorted(_HELD_OUT))} is a word of their "
+            "name."
         )
     tokens = {}
     for done, file in enumerate(files):

@@ -31,8 +31,8 @@ HELD_OUT_SHARE = 100  # one document of the user's in so many
 # Bytes of a line at most, of what a file may unpack to in any case, and how many times its size.
 _LINE, _UNPACKED, _RATIO = 1 << 26, 1 << 26, 100
 _TOO_MUCH = (
-    f"{{}} unpacks to more than {_RATIO} times its size, which text does not. If it is what you "
-    "want, {}."
+    f"{{}} unpacks to more than {_RATIO} times its size, which is not plausible for text. If it "
+    "is intended, {}."
 )
 _DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)
 
@@ -88,7 +88,9 @@ def standard_library() -> Documents:
     root = epath.Path(sysconfig.get_path("stdlib"))
     held_out = {root / name: side for name, side in corpus.library_files(Path(root))}
     if not held_out:
-        raise ValueError("This Python has no source of its standard library; give --data.files.")
+        raise ValueError(
+            "This Python installation has no source of the standard library; give --data.files."
+        )
     return Documents(tuple(held_out), lambda file, text: [Document(text, held_out[file])])
 
 
@@ -110,7 +112,7 @@ def from_files(files: tuple[epath.Path, ...]) -> Documents:
         if len(sides) == 2:
             return Documents(files, lambda _, text: [Document(text, _is_held_out(text))])
     if not hashes:
-        raise ValueError(f"{files[0]} and what else --data.files names have no text at all.")
+        raise ValueError(f"The files of --data.files, {files[0]} first, contain no text.")
     if len(hashes) == 1:
         return Documents(files, lambda _, text: _cut(text))
     smallest = min(hashes)
@@ -144,14 +146,14 @@ def matching(patterns: tuple[str, ...], suffixes: tuple[str, ...]) -> tuple[epat
         try:
             files = [path] if path.exists() else sorted(path.parent.glob(path.name))
         except (ImportError, NotImplementedError) as error:
-            raise ValueError(f"--data.files {pattern} cannot be looked up: {error}") from None
+            raise ValueError(f"--data.files {pattern} cannot be listed: {error}") from None
         if not files:
-            raise ValueError(f"--data.files {pattern} names no file.")
+            raise ValueError(f"--data.files {pattern} matches no file.")
         found.update(dict.fromkeys(files))
     for file in found:
         if not file.name.endswith(suffixes):
             raise ValueError(
-                f"--data.files names {file}, which ends in none of {', '.join(suffixes)}."
+                f"--data.files names {file}, which must end in one of {', '.join(suffixes)}."
             )
     return tuple(found)
 
@@ -171,7 +173,7 @@ def _texts(file: epath.Path) -> Iterator[str]:
     try:
         yield from filter(None, read(file))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no UTF-8 text: {error.reason} at {error.start}.") from None
+        raise ValueError(f"{file} is not UTF-8 text: {error.reason} at {error.start}.") from None
 
 
 def _whole(file: epath.Path) -> Iterator[str]:
@@ -212,7 +214,7 @@ def _lines(file: epath.Path) -> Iterator[str]:
             text.encode()  # JSON may spell half a character, which is no text
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(
-                f'{file}:{number} is no JSON object whose "text" is Unicode text.'
+                f'{file}:{number} must be a JSON object whose "text" is Unicode text.'
             ) from None
         yield text
 
@@ -249,7 +251,7 @@ def table(file: epath.Path, columns: Set[str]) -> Iterator[dict[str, Any]]:
                 packed = process.stdout.read(size)
                 if not packed or len(packed) < size:
                     raise ValueError(
-                        f"{file} cannot be read: row {number} is damaged, or takes more than "
+                        f"{file} cannot be read: row {number} is damaged, or requires more than "
                         f"{table_reader.MEMORY >> 20} MB."
                     )
                 row = pickle.loads(packed)  # of our own process

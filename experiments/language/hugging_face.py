@@ -65,7 +65,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def _check_empty(folder: Path) -> None:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} is not empty; remove it, or give another folder.")
+        raise ValueError(f"{folder} is not empty. Remove it, or give another folder.")
 
 
 def write_tensors(
@@ -124,7 +124,7 @@ def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, File]:
         try:
             file = stack.enter_context(safe_open(path, "np"))
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); get it again.") from None
+            raise ValueError(f"{path} is damaged ({error}); download it again.") from None
         found |= dict.fromkeys(file.keys(), File(path, file))
     return found
 
@@ -137,22 +137,23 @@ def _files(folder: Path) -> list[str]:
             return [WEIGHTS]
         pickled = any(folder.glob("pytorch_model*.bin"))
         raise FileNotFoundError(
-            f"{folder} has neither {WEIGHTS} nor {INDEX}"
-            f"{', and pytorch_model.bin is not read' if pickled else ''}; download the model's "
-            "safetensors files, or save it with transformers' save_pretrained, which writes them."
+            f"{folder} has neither {WEIGHTS} nor "
+            f"{INDEX}{'; pytorch_model.bin is not supported' if pickled else ''}; download the "
+            "model's safetensors files, or save it with transformers' save_pretrained, which "
+            "writes them."
         )
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(
-            f"{folder / INDEX}: weight_map is {short(weight_map)} and should be an object of "
-            "tensors and their files; get it again."
+            f"{folder / INDEX}: weight_map is {short(weight_map)} but must be an object of "
+            "tensors and their files; download it again."
         )
     for tensor, name in weight_map.items():
         # A link may lead elsewhere, as those of a hub's cache do; a name may not.
         if not isinstance(name, str) or {"..", "/"} & {*Path(name).parts} or not Path(name).name:
             raise ValueError(
-                f"{folder / INDEX}: the file of {short(tensor)} is {short(name)} and should be the "
-                "name of one in this folder; get it again."
+                f"{folder / INDEX}: the file of {short(tensor)} is {short(name)} but must name "
+                "one in this folder; download it again."
             )
     names = sorted(set(weight_map.values()))
     if single and names != [WEIGHTS]:  # transformers would read this one, and others the shards
@@ -163,7 +164,7 @@ def _files(folder: Path) -> list[str]:
     for name in names:
         if not (folder / name).exists():
             raise FileNotFoundError(
-                f"{folder / INDEX} names {name}, which is not there; download it again."
+                f"{folder / INDEX} names {name}, which does not exist; download it again."
             )
     return names
 
@@ -183,8 +184,8 @@ def check_layers(folder: Path, layers: int, files: Mapping[str, File]) -> None:
     """Raises a ValueError where a config has more layers than there are tensors."""
     if layers > len(files):
         raise ValueError(
-            f"{folder / CONFIG} tells of {layers} layers, and there are {len(files)} tensors: its "
-            "files are not those of that model. Get them again."
+            f"{folder / CONFIG} has {layers} layers, but there are {len(files)} tensors: the "
+            "files are not of that model. Download them again."
         )
 
 
@@ -200,8 +201,8 @@ def check_params(found: Any, wanted: Any) -> None:
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise ValueError(
-                f"These are not params of this model: {name} is {ours.get(name, 'missing')}, and "
-                f"its config asks for {theirs.get(name, 'none')}."
+                f"The parameters are not of this model: {name} is {ours.get(name, 'missing')}, "
+                f"but its config requires {theirs.get(name, 'none')}."
             )
 
 
@@ -211,8 +212,8 @@ def check_names(folder: Path, wanted: Set[str], found: Set[str]) -> None:
         if names:
             first = ", ".join(sorted(names)[:3])
             raise ValueError(
-                f"{folder} {what} {len(names)} tensors, {first} first: its files are not those of "
-                f"the model in its {CONFIG}."
+                f"{folder} {what} {len(names)} tensors, the first being {first}: its files are "
+                f"not of the model in its {CONFIG}."
             )
 
 
@@ -223,7 +224,7 @@ def check_tensor(file: File, name: str, shape: tuple[int, ...]) -> None:
     if found != shape or dtype not in ("F32", "BF16", "F16"):
         raise ValueError(
             f"{file.path}: {name} is {dtype} {found}; the model in {CONFIG} has F32, BF16 or F16 "
-            f"{shape}. Get both files again, of one model and in one of these dtypes."
+            f"{shape}. Download both files again, of one model and in one of these dtypes."
         )
 
 

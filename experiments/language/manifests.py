@@ -69,13 +69,13 @@ def problems(path: epath.Path, manifest: dict[str, Any]) -> list[str]:
     found = [f"{name} is missing" for name in files.keys() - sizes.keys()]
     found += [f"{name} was added" for name in sizes.keys() - files.keys()]
     found += [
-        f"{name} has {sizes[name]} bytes of {size}"
+        f"{name} has {sizes[name]} bytes instead of {size}"
         for name, (size, _) in files.items()
         if sizes.get(name, size) != size
     ]
     if not found:
         found = [
-            f"{name} has other bytes than were written"
+            f"{name} has other contents than were written"
             for name, same in _in_threads(lambda name: _has(path / name, files[name][1]), files)
             if not same
         ]

@@ -16,7 +16,10 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 Axis = Annotated[
     int,
-    Rule("at least 1, or -1 for what the others leave", lambda size: size >= 1 or size == -1),
+    Rule(
+        "at least 1, or -1 for all devices that the other axes leave",
+        lambda size: size >= 1 or size == -1,
+    ),
 ]
 
 
@@ -25,13 +28,14 @@ class Mesh:
     """How devices share the work; one size may be -1, which is what the others leave."""
 
     data: Axis = 1
-    """Copies of the params; each takes a part of the batch."""
+    """Devices along the axis of data parallelism, which splits the batch."""
     fsdp: Axis = -1
-    """Devices that share out params, optimizer state and batch."""
+    """Devices along the axis that splits parameters, optimizer state and batch. -1 takes all that
+    the other axes leave."""
     expert: Axis = 1
-    """Devices that share out the experts, and a part of the batch."""
+    """Devices along the axis of expert parallelism, which splits experts and batch."""
     tensor: Axis = 1
-    """Devices that share out heads and hidden sizes."""
+    """Devices along the axis of tensor parallelism, which splits heads and hidden sizes."""
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -50,14 +54,15 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[Any] | None = None) -> jax
     open_axes = sum(size == -1 for size in sizes)
     if any(size < 1 and size != -1 for size in sizes) or open_axes > 1 or len(devices) % known:
         raise ValueError(
-            f"The mesh ({named}) does not make up {len(devices)} devices. The sizes are positive, "
-            "at most one is -1 for what the others leave, and their product is the devices."
+            f"The mesh ({named}) does not fit {len(devices)} devices. Sizes must be positive, at "
+            "most one may be -1 for all that the others leave, and their product must be the "
+            "number of devices."
         )
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
         raise ValueError(
-            f"The mesh ({named}) has {math.prod(sizes)} devices of {len(devices)}. Give one axis "
-            "-1 for what the others leave."
+            f"The mesh ({named}) uses {math.prod(sizes)} of {len(devices)} devices. Give one "
+            "axis -1 to use all that the others leave."
         )
     auto = (AxisType.Auto,) * len(MESH_AXES)
     return jax.sharding.Mesh(arrange_devices(sizes, devices), MESH_AXES, axis_types=auto)
@@ -93,4 +98,4 @@ def mesh_text(mesh: jax.sharding.Mesh) -> str:
     text = f"{sizes} = {mesh.size:,} {'device' if mesh.size == 1 else 'devices'}"
     if mesh.size == jax.device_count():
         return text
-    return f"{text}; this machine has {jax.device_count()}. Options --mesh.… take other sizes."
+    return f"{text}; this machine has {jax.device_count()}. The options --mesh.… change the sizes."

@@ -18,13 +18,14 @@ class Processes:
     """A run of many processes, one a host."""
 
     enabled: bool = False
-    """Find the others: Slurm, GKE, Open MPI and TPU VMs tell who they are; elsewhere say it."""
+    """Run as one of several processes. Slurm, GKE, Open MPI and TPU VMs tell which; elsewhere, give
+    the next three options."""
     coordinator: str | None = None
-    """HOST:PORT of the first process, where nothing tells."""
+    """HOST:PORT of the first process."""
     count: Count | None = None
-    """How many there are, where nothing tells."""
+    """Number of processes."""
     index: Whole | None = None
-    """Which one this is, from 0, where nothing tells."""
+    """Index of this process, from 0."""
 
     def join(self) -> None:
         """To be called before anything else of JAX.
@@ -37,8 +38,9 @@ class Processes:
             return
         if None in told and any(value is not None for value in told):
             raise ValueError(
-                "--processes.coordinator, --processes.count and --processes.index go together; "
-                "give all of them, or --processes.enabled alone where Slurm, GKE or a TPU VM tells."
+                "--processes.coordinator, --processes.count and --processes.index require each "
+                "other. Give all three, or only --processes.enabled under Slurm, on GKE or on a "
+                "TPU VM."
             )
         jax.distributed.initialize(*told)
 
@@ -124,8 +126,8 @@ def check_same(facts: dict[str, Any]) -> None:
     differs = np.any(seen != seen[:1], axis=(0, 2))
     if names := [name for name, is_other in zip(facts, differs, strict=True) if is_other]:
         raise ValueError(
-            f"The processes of this run differ in {', '.join(names)}. Give all of them the same "
-            "options, and text of which each host has the same copy."
+            f"The processes of this run differ in {', '.join(names)}. Give all processes the "
+            "same options and the same text."
         )
 
 

@@ -53,7 +53,7 @@ def param_specs(params: Any, mesh: Mesh | AbstractMesh) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         found = next((axes for regex, axes in LEAVES if re.search(regex, name)), None)
         if found is None:
-            raise ValueError(f"No rule in LEAVES tells the logical axes of {name!r}.")
+            raise ValueError(f"LEAVES has no rule for the logical axes of {name!r}.")
         axes = (None,) * (len(leaf.shape) - len(found)) + found
         _check(name, leaf.shape, axes, mesh)
         return spec(*axes)
@@ -71,7 +71,7 @@ def _check(
             meshed = " × ".join(f"{a} {mesh.shape[a]}" for a in names)
             raise ValueError(
                 f"{name}: axis {position} ({axis}) has {size} entries, which the mesh axes "
-                f"{meshed} = {ways} do not divide. Change --mesh or the model's size."
+                f"{meshed} = {ways} do not divide. Change --mesh or the size of the model."
             )
 
 
@@ -85,8 +85,8 @@ def check_heads(mesh: Mesh | AbstractMesh, **heads: int) -> None:
         if count % ways:
             fit = [str(n) for n in range(1, count + 1) if count % n == 0]
             raise ValueError(
-                f"{name}: {count} attention heads, which the mesh axis tensor {ways} does not "
-                f"divide. Take a --mesh.tensor of {', '.join(fit)}."
+                f"{name}: {count} attention heads, which --mesh.tensor {ways} does not divide. "
+                f"Use --mesh.tensor {', '.join(fit)}."
             )
 
 

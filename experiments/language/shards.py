@@ -36,11 +36,11 @@ def _npy(path: Path) -> np.ndarray:
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is no whole .npy file: {error}.") from None
+        raise ValueError(f"{path} is not a complete .npy file: {error}.") from None
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
         raise ValueError(
-            f"{path} has {tokens.dtype} of shape {tokens.shape}; tokens are one axis of uint16 or "
-            "uint32."
+            f"{path} has {tokens.dtype} of shape {tokens.shape}; tokens must have one axis and "
+            "be uint16 or uint32."
         )
     return tokens
 
@@ -48,18 +48,21 @@ def _npy(path: Path) -> np.ndarray:
 def _bin(path: Path) -> np.ndarray:
     size = path.stat().st_size
     if not size or size % 2:
-        raise ValueError(f"{path} has {size} bytes, which are no uint16 tokens.")
+        raise ValueError(
+            f"{path} has {size} bytes, which must be an even number greater than 0 for uint16 "
+            "tokens."
+        )
     header = np.fromfile(path, *_HEADER)
     if _MAGIC not in header[:1]:
         return np.memmap(path, "<u2", "r")
     if header.size < 3 or header[1] != _VERSION:
-        raise ValueError(f"{path} has a header that is not of version {_VERSION}.")
+        raise ValueError(f"{path} must have a header of version {_VERSION}.")
     count = int(header[2])
     whole = 4 * _HEADER[1] + 2 * count
     if size != whole or not count:
         raise ValueError(
-            f"{path} is damaged or empty: with the {count} tokens that its header tells of it "
-            f"would have {whole} bytes, and it has {size}."
+            f"{path} is damaged or empty: its header promises {count} tokens, which are {whole} "
+            f"bytes, but it has {size}."
         )
     return np.memmap(path, "<u2", "r", offset=header.nbytes)
 
@@ -73,9 +76,8 @@ def check(tokens: np.ndarray, vocabulary: int, file: epath.Path) -> str:
     largest = int(tokens.max())
     if largest >= vocabulary:
         raise ValueError(
-            f"{file} has the token {largest}, which is not less than --data.vocabulary "
-            f"{vocabulary}; give the size of the vocabulary it was made with, or its "
-            "--data.tokenizer."
+            f"{file} has the token {largest}, which must be less than --data.vocabulary "
+            f"{vocabulary}. Give the size of its vocabulary, or its --data.tokenizer."
         )
     return hashlib.sha256(tokens).hexdigest()
 
@@ -97,6 +99,8 @@ def fetch(file: epath.Path, folder: Path, on_wait: Callable[[], None] = lambda: 
             with file.open("rb") as source, open(partial, "wb") as target:
                 shutil.copyfileobj(source, target, 1 << 24)
             if partial.stat().st_size != file.stat().length:
-                raise OSError(f"{file} came only in part: {partial.stat().st_size} bytes of it")
+                raise OSError(
+                    f"{file} was only partly downloaded: {partial.stat().st_size} bytes of it"
+                )
             partial.replace(copy)
     return copy

@@ -33,7 +33,7 @@ def _rows(file: str, columns: list[str]) -> Iterator[dict[str, Any] | str]:
             for batch in rows.iter_batches(_ROWS, columns=found, use_threads=False):
                 yield from batch.to_pylist()
     except MemoryError:  # pyarrow's own is one, too
-        yield f"takes more than {MEMORY >> 20} MB to read; write it as .jsonl"
+        yield f"takes more than {MEMORY >> 20} MB to read; convert it to .jsonl"
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         yield f"cannot be read: {error}"
 

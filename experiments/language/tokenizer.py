@@ -43,8 +43,8 @@ def train(texts: Iterable[str], size: int, end_of_text: str) -> bytes:
     """
     if size <= len(_BYTES):
         raise ValueError(
-            f"A byte-level vocabulary has {len(_BYTES)} bytes and an end of text; "
-            f"--data.vocabulary {size} is less than {len(_BYTES) + 1}."
+            f"--data.vocabulary must be at least {len(_BYTES) + 1}, for all bytes and an "
+            f"end-of-text token; got {size}."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -75,7 +75,7 @@ def load(source: bytes, name: str, end_of_text: str, size: int = 0) -> Vocabular
     end = tokenizer.token_to_id(end_of_text)
     if end is None:
         raise ValueError(
-            f"{name} has no token {end_of_text!r}; name the one that ends a document with "
+            f"{name} has no token {end_of_text!r}; give the token that ends a document as "
             "--data.end-of-text."
         )
     tokenizer.encode_special_tokens = True
@@ -98,11 +98,12 @@ def read(source: bytes, name: str) -> Tokenizer:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library has no narrower one, and panics are none of those
-        raise ValueError(f"{name} is no tokenizer.json that can be read: {error}.") from None
+        raise ValueError(f"{name} is not a valid tokenizer.json: {error}.") from None
     if not 0 <= largest < _LARGEST:
         found = "no tokens" if largest < 0 else f"the token {largest}"
         raise ValueError(
-            f"{name} has {found}, and a vocabulary is 1 to {_LARGEST:,} tokens; get it again."
+            f"{name} has {found}, but a vocabulary must have 1 to {_LARGEST:,} tokens; download "
+            "it again."
         )
     tokenizer.no_truncation()
     tokenizer.no_padding()

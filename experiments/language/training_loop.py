@@ -46,17 +46,17 @@ class Keeping:
     """How a run is kept and watched, which changes nothing of what it trains."""
 
     save_every: Count = 100
-    """Steps from one checkpoint to the next."""
-    keep: Count = 3
-    """Checkpoints that are kept."""
+    """Steps between checkpoints."""
+    max_checkpoints: Count = 3
+    """Number of checkpoints to keep; older ones are deleted."""
     evaluate_every: Count = 50
-    """Steps from one evaluation to the next."""
+    """Steps between evaluations."""
     evaluation_tokens: Count = 32_768
-    """Held-out tokens that it is evaluated on, always the same."""
+    """Held-out tokens to evaluate on, the same every time."""
     log_every: Count = 10
-    """Steps from one record of metrics.jsonl to the next."""
+    """Steps between records in metrics.jsonl."""
     profile: tuple[int, int] | None = None
-    """First step that the profiler watches, and the first that it does not."""
+    """First step to profile, and the step to stop before."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -71,9 +71,10 @@ class TrainingLoop(abc.ABC):
     """Trains, evaluates, logs and saves; what a study has of its own are its methods.
 
     Args:
-        trainer: has `config` (`steps`, `patience`, `tokens_per_step`), the `mesh`, the state as
-            shapes with shardings, `abstract`, the compiled step, `program`, the one that tells the
-            exact `max_logit`, `looking`, and `advance(state, batch, look=...) -> (state, metrics)`.
+        trainer: has `config` (`steps`, `max_nonfinite_steps`, `tokens_per_step`), the `mesh`, the
+            state as shapes with shardings, `abstract`, the compiled step, `program`, the one that
+            tells the exact `max_logit`, `looking`, and
+            `advance(state, batch, look=...) -> (state, metrics)`.
         keeping: what is saved, evaluated and logged when.
         folder: the run's, which this process has claimed.
         checkpoints: of the folder.
@@ -133,7 +134,7 @@ class TrainingLoop(abc.ABC):
         return window[-1]
 
     def rates(self, seconds: float) -> dict[str, float]:
-        """What is logged of a step that takes so long, beside tokens a second."""
+        """What is logged of a step that takes so long, beside tokens per second."""
         return {}
 
     @property
@@ -158,8 +159,8 @@ class TrainingLoop(abc.ABC):
         keeping, steps = self.keeping, self.config.steps
         if keeping.profile and keeping.profile[0] >= steps:
             raise ValueError(
-                f"--profile watches steps from {keeping.profile[0]} on, and the last of --steps "
-                f"{steps} is {steps - 1}; give a FIRST below that."
+                f"--profile starts at step {keeping.profile[0]}, but the last one of --steps "
+                f"{steps} is {steps - 1}. Give an earlier FIRST."
             )
         when = {f.name: getattr(keeping, f.name) for f in dataclasses.fields(Keeping)}
         check_same(flat(self.meta(0) | when))
@@ -184,7 +185,7 @@ class TrainingLoop(abc.ABC):
         batches = self.batches(step)
         profiler = Profiler(keeping.profile, self.folder / "profile")
         if keeping.profile and step >= keeping.profile[1]:
-            self.on_message(f"--profile watches nothing: step {step} is behind its last one")
+            self.on_message(f"--profile has no effect: the run is already at step {step}")
         stopping = looked = False
         metrics: Metrics | None = None
         try:
@@ -232,7 +233,7 @@ class TrainingLoop(abc.ABC):
             return finished
         except OSError as error:
             raise OSError(
-                f"{error}. The checkpoint of step {self._saved} or the one before is whole"
+                f"{error}. The checkpoint of step {self._saved} or the one before it is complete"
             ) from error
         finally:
             profiler.stop()
@@ -244,9 +245,9 @@ class TrainingLoop(abc.ABC):
         if restored is None:
             return self.start()
         for damage in restored.damaged:
-            self.on_message(f"[yellow]passed over a damaged checkpoint:[/yellow] {damage}")
+            self.on_message(f"[yellow]skipped a damaged checkpoint:[/yellow] {damage}")
         self.check(restored.meta)
-        self.on_message(f"going on from step {restored.step}")
+        self.on_message(f"continuing from step {restored.step}")
         return restored.state
 
     def _check_log(self) -> None:
@@ -254,32 +255,36 @@ class TrainingLoop(abc.ABC):
         for key in ("loss", "validation_loss"):
             if self.log and not any(key in record for record in self.log.records):
                 raise TrainingError(
-                    f"{self.folder / 'metrics.jsonl'} has lost its records of {key}, so that no "
-                    "summary can be made. Bring it back from a copy, or train in another folder; "
-                    "the checkpoints are whole."
+                    f"{self.folder / 'metrics.jsonl'} has lost its records of {key}, so no "
+                    "summary can be made. Restore it from a backup, or train in another folder; "
+                    "the checkpoints are complete."
                 )
 
     def _refuse_to_diverge(self, metrics: Metrics | None) -> None:
         if metrics is None:
             return
-        patience = self.config.patience
-        if int(metrics["nonfinite_in_a_row"]) >= patience:
+        most = self.config.max_nonfinite_steps
+        if int(metrics["nonfinite_in_a_row"]) >= most:
             raise TrainingError(
-                f"{patience} steps in a row had no finite loss and gradient; they changed nothing. "
-                f"Look at the text they read, or {self.remedy()}. {self._what_is_safe()}"
+                f"{most} consecutive steps had NaN or Inf in their loss or gradient, and were "
+                f"skipped. Check the training data, or {self.remedy()}. {self._what_is_safe()}"
             )
         # The guard knows loss and gradient. To judge the update too it would have to hold the old
         # params beside the new; so these are given up, and are not saved. An update whose root mean
         # square is finite is itself, and so are the params that it is added to.
         if not np.isfinite([float(x) for x in metrics["update_rms"].values()]).all():
             raise TrainingError(
-                "A step had a finite loss and gradient, and an update that is not: the params are "
-                f"lost, and were not saved; {self.remedy()}. {self._what_is_safe()}"
+                "The update contains NaN or Inf; parameters were discarded, not saved. To "
+                f"continue, {self.remedy()}. {self._what_is_safe()}"
             )
 
     def _what_is_safe(self) -> str:
-        saved = f"The checkpoint of step {self._saved} is good" if self._saved else "None is saved"
-        return f"{saved}; other settings need another --out."
+        saved = (
+            f"The checkpoint of step {self._saved} is valid"
+            if self._saved
+            else "No checkpoint was saved"
+        )
+        return f"{saved}; other settings require another --out."
 
     def _tell(self, step: int) -> None:
         found = self.told(jax.device_get(self._window))
@@ -305,8 +310,8 @@ class TrainingLoop(abc.ABC):
     def _save(self, state: Any, step: int, held_out: float) -> None:
         if not math.isfinite(held_out):
             raise TrainingError(
-                f"After step {step} the held-out loss is not finite, so the params are lost, and "
-                f"were not saved; {self.remedy()}. {self._what_is_safe()}"
+                f"The held-out loss after step {step} is NaN or Inf; parameters were discarded, "
+                f"not saved. To continue, {self.remedy()}. {self._what_is_safe()}"
             )
         if self.log:
             self.log.flush()

@@ -37,7 +37,7 @@ def batches(
         ValueError: there is no whole window, or the seed is negative.
     """
     if seed < 0:
-        raise ValueError(f"--seed must not be negative, got {seed}.")
+        raise ValueError(f"--seed must be at least 0; got {seed}.")
     # Not left to Grain, which makes a seed of the place in the pipeline. Neighbouring seeds must
     # be far apart, since it adds the epoch to them.
     (start,) = np.random.SeedSequence(seed).generate_state(1)
@@ -77,7 +77,7 @@ def held_out(tokens: Tokens, context: int, limit: int) -> HeldOut:
         ValueError: there is no whole window, or the limit is below one.
     """
     if limit < context:
-        raise ValueError(f"{limit} tokens to validate on are less than one --context {context}.")
+        raise ValueError(f"{limit} tokens to validate on are fewer than one --context {context}.")
     windows = _Windows(tokens.validation, context, "held out")
     count = min(limit // context, len(windows))
     chosen = np.stack([windows[i * len(windows) // count] for i in range(count)])
@@ -107,8 +107,8 @@ class _Windows:
         self._ends = np.cumsum([len(shard) for shard in shards])
         if len(self) < 1:
             raise ValueError(
-                f"The text has {self._ends[-1]} tokens {purpose}, less than the {context + 1} of "
-                "one window; give more text or a shorter --context."
+                f"The text has {self._ends[-1]} tokens {purpose}, fewer than the {context + 1} "
+                "of one sequence; give more text or a shorter --context."
             )
 
     def __len__(self) -> int:

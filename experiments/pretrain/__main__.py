@@ -1,5 +1,10 @@
 """`python -m experiments.pretrain`: trains, resumes, compares, and plans what is too large."""
 
+from experiments.huge_pages import restart_with_huge_pages
+
+if __name__ == "__main__":
+    restart_with_huge_pages()  # before the imports, which take seconds
+
 import argparse
 import contextlib
 import dataclasses
@@ -10,12 +15,12 @@ from pathlib import Path
 from typing import get_args
 
 import jax
-import tyro
 from etils import epath
 from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import TaskID
 
+from experiments import command_line
 from experiments.commands import INTERRUPTED, guard, progress_bar, stop_on_signals
 from experiments.language import data
 from experiments.language.mesh import make_mesh
@@ -44,50 +49,54 @@ from experiments.topology import leave_accelerators_alone
 
 @dataclasses.dataclass(frozen=True)
 class Command(Suite, Running, Training):
-    """Pretrains a Mixture-of-Experts language model, with Muon and with AdamW.
+    """Pretrains a mixture-of-experts language model, with Muon and with AdamW.
 
-    With no argument: a small model on the source of Python's own standard library, with both
-    optimizers, in some minutes on two cores; then a report with loss curves in bits per byte and
-    texts that the models write. `--preset` takes larger models, `--data.files` other text and
-    `--suite` many trainings. A run is a folder, and the same command goes on with it, bit for bit,
-    after Ctrl-C, SIGTERM (both save first and exit with 130), a crash or a kill.
+    Without options it trains a small model on the source of Python's standard library with both
+    optimizers, in some minutes on two CPU cores, and writes a report with loss curves in bits per
+    byte and texts that the models write. `--preset` takes larger models, `--data.files` other text,
+    and `--suite` compares many trainings. The same command continues a run, bit for bit, after
+    Ctrl-C or SIGTERM (which save a checkpoint and exit with 130), a crash or a kill.
     """
 
     preset: PresetName = "tiny"
-    """Model, schedule and rates to begin with; any other option goes before."""
-    optimizer: tuple[OptimizerName, ...] = ("adamw", "muon")
-    """One, or several to compare; each of several has a folder of its own in --out."""
+    """Named model to begin with; explicit options override its settings. It has a schedule and
+    learning rates, too."""
+    optimizers: tuple[OptimizerName, ...] = ("adamw", "muon")
+    """Optimizers to compare. Each of several has a folder of its own in --out."""
     out: str | None = None
-    """The run's folder, by default runs/pretrain/PRESET; it may be in gs:// or s3://."""
+    """Folder of the run. By default runs/pretrain/PRESET; it may be in gs:// or s3://."""
     dry_run: bool = False
-    """Print which param goes to which optimizer, and what a step costs in memory and FLOPs."""
+    """Train nothing, and print what a step would cost. Printed is also which optimizer takes which
+    parameter."""
     compile_only: bool = False
-    """Compile the step for a --topology that is not there, and print what it takes there."""
+    """Train nothing, compile the step for --topology, and print what it would cost there."""
     topology: str | None = None
-    """Of --compile-only: TPUs as v5p:4x4x4 or v5e:16x16, GPUs as h100:8 or h100:8x8 (hosts ×
-    devices), h200:8, b200:8. Needs the extra `tpu` or `gpu-compile`."""
+    """Accelerators to compile for, which need not be present. TPUs: v5e:16x16 or v5p:8x8x8. GPUs:
+    h100:8, h200:8, b200:8, or h100:8x8 for hosts × devices. Requires --compile-only, and the extra
+    `tpu` or `gpu-compile`."""
     processes: Processes = dataclasses.field(default_factory=Processes)
-    """A run on many hosts."""
+    """A run on several hosts."""
 
     def __post_init__(self) -> None:
         Suite.__post_init__(self)
         Running.__post_init__(self)
         Training.__post_init__(self)
-        check_different(self, "optimizer")
+        check_different(self, "optimizers")
         if self.evaluation_tokens < self.context:
             raise ValueError(
-                f"--evaluation-tokens must be at least one --context, {self.context}; got "
+                f"--evaluation-tokens must be at least --context {self.context}; got "
                 f"{self.evaluation_tokens}."
             )
         if self.compile_only != (self.topology is not None):
             raise ValueError(
-                "--compile-only and --topology go together, as --compile-only --topology v5p:4x4x4."
+                "--compile-only and --topology require each other, as in --compile-only "
+                "--topology v5p:4x4x4."
             )
 
     def folder(self, optimizer: OptimizerName | None = None) -> epath.Path:
         """Of the command, or of the run with one of its optimizers."""
         folder = epath.Path(self.out or Path("runs/pretrain") / self.preset)
-        return folder / optimizer if optimizer and len(self.optimizer) > 1 else folder
+        return folder / optimizer if optimizer and len(self.optimizers) > 1 else folder
 
 
 def main() -> int:
@@ -127,7 +136,7 @@ def parse(arguments: list[str]) -> Command:
         }
     )
     default = Command(preset=named.preset or "tiny", **settings)
-    return tyro.cli(Command, args=arguments, default=default, prog="python -m experiments.pretrain")
+    return command_line.parse(Command, "python -m experiments.pretrain", arguments, default=default)
 
 
 def run(command: Command, stop: threading.Event, console: Console) -> int:
@@ -135,11 +144,11 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
     if command.dry_run:
         from experiments.pretrain.dry_run import dry_run
 
-        return dry_run(command, command.optimizer, console)
+        return dry_run(command, command.optimizers, console)
     if command.topology:
         from experiments.pretrain.pod import compile_only
 
-        return compile_only(command.training(), command.optimizer, command.topology, console)
+        return compile_only(command.training(), command.optimizers, command.topology, console)
     if command.suite:
         study.check(command, command.suite)
     _check_folder(command)
@@ -149,17 +158,17 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
     step.check(command.training(), make_mesh(command.mesh.sizes))
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
-            for optimizer in command.optimizer:
+            for optimizer in command.optimizers:
                 _claim(command, optimizer, stack)
         tokens = _prepare(command, stop, console)
-        for optimizer in command.optimizer:
+        for optimizer in command.optimizers:
             if not _train(command, optimizer, tokens, stop, console):
-                console.print("Stopped and saved; the same command goes on from there.")
+                console.print("Stopped and saved; the same command continues from there.")
                 return INTERRUPTED
     if jax.process_index() == 0:
         from experiments.report.studies import show
 
-        show(command.folder(), console, optimizers=command.optimizer)
+        show(command.folder(), console, optimizers=command.optimizers)
     return 0
 
 
@@ -168,13 +177,13 @@ def _check_folder(command: Command) -> None:
     folder = command.folder()
     if command.suite:
         folder = epath.Path(command.out or f"runs/pretrain/suite-{command.suite}")
-    settings = settings_of(command.optimizer[0], command)
-    if command.suite or len(command.optimizer) == 1:
+    settings = settings_of(command.optimizers[0], command)
+    if command.suite or len(command.optimizers) == 1:
         check_free(folder, settings, other="another --out")
     elif holds_run(folder):
         raise RunError(
-            f"{folder} holds a run of one optimizer, and several get folders in --out. "
-            "Give another --out, or the one --optimizer of that run."
+            f"{folder} holds a run of one optimizer, but several require a folder each in --out. "
+            "Give another --out, or only that run's optimizer as --optimizers."
         )
     else:
         check_group(folder, ARMS, settings, other="another --out")
@@ -203,7 +212,7 @@ def _prepare(command: Command, stop: threading.Event, console: Console) -> data.
         tokens = data.prepare(command.data, show)
     facts = tokens.as_json()
     console.print(
-        f"{facts['name']}: {facts['train_tokens']:,} tokens to train on, "
+        f"{facts['name']}: {facts['train_tokens']:,} training tokens, "
         f"{facts['validation_tokens']:,} held out.",
         highlight=False,
     )

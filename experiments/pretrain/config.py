@@ -29,71 +29,72 @@ class Model:
     """A transformer: some dense layers first, then layers with experts."""
 
     layers: Count = 4
-    """All of them."""
+    """Number of layers."""
     dense_layers: Whole = 1
-    """The first ones, which have no experts; as many as --model.layers for a dense model."""
+    """Number of first layers without experts. A dense model has as many as --model.layers."""
     width: Count = 128
-    """Of the residual stream."""
+    """Width of the residual stream."""
     heads: Count = 4
     """Attention heads."""
     attention: Literal["latent", "multi-head"] = "latent"
-    """Keys and values from a shared latent (DeepSeek's MLA), or from the stream itself."""
+    """Attention with a shared latent for keys and values (DeepSeek's MLA), or without."""
     latent: Count = 64
-    """Of latent attention: size of the latent."""
+    """Latent attention: size of the latent."""
     nope: Count = 32
-    """Of latent attention: columns of a query or key head without position."""
+    """Latent attention: columns of a query or key head without RoPE."""
     rope: Count = 16
-    """Of latent attention: rotated columns of a query or key head."""
+    """Latent attention: columns of a query or key head with RoPE."""
     value: Count = 32
-    """Of latent attention: columns of a value head."""
+    """Latent attention: columns of a value head."""
     rope_base: Annotated[float, above(1)] = 50_000.0
-    """Of the wavelengths of RoPE."""
+    """Base of RoPE's wavelengths."""
     hidden: Count = 384
     """Hidden size of a dense layer's SwiGLU."""
     experts: Count = 8
-    """Routed experts of a layer."""
+    """Routed experts per layer."""
     active: Count = 2
-    """Routed experts that a token goes to."""
+    """Routed experts per token."""
     shared: Whole = 1
-    """Experts that every token goes to, as one SwiGLU of their joint size."""
+    """Shared experts, which see every token; they are one SwiGLU of their joint size."""
     expert_hidden: Count = 96
     """Hidden size of an expert."""
     routed_scale: Positive = 2.446
     """Factor of the routed experts' weights, which sum to 1."""
     bias_rate: Decay = 1e-3
-    """Step of the selection biases that balance the experts; 0 for the last phase."""
+    """Update rate of the router biases that balance the experts."""
     balance_loss: Decay = 1e-4
-    """Factor of the sequence-wise balance loss."""
+    """Weight of the sequence-wise balance loss."""
     tied: bool = False
-    """Let the head be the embedding."""
+    """Tie the output head to the embedding."""
     init_std: Positive = 0.02
-    """Of all kernels and the embedding."""
+    """Standard deviation of the initial kernels and embedding."""
     epsilon: Positive = 1e-5
-    """Of RMSNorm."""
+    """Epsilon of RMSNorm."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the arithmetic; params, router and losses are float32."""
+    """Precision of the arithmetic. Parameters, router and losses are float32."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass computes again: nothing, all but products with kernels, or layers;
-    but for attention where a TPU's kernel does it or one of ours."""
+    """Rematerialisation: what the backward pass recomputes. none: nothing. dots: all but the
+    products with kernels. full: whole layers. Fused attention kernels are never recomputed."""
     exchange: Literal["gather", "ragged"] | None = None
-    """How tokens reach experts of other devices; by default the better that the platform has."""
+    """How tokens reach experts on other devices. By default the faster way that the platform
+    has."""
 
     def __post_init__(self) -> None:
         check(self, "model")
         if self.dense_layers > self.layers:
             raise ValueError(
-                f"--model.dense-layers {self.dense_layers} is more than --model.layers "
-                f"{self.layers}."
+                f"--model.dense-layers must be at most --model.layers {self.layers}; got "
+                f"{self.dense_layers}."
             )
         if self.dense_layers < self.layers and self.active > self.experts:
             raise ValueError(
-                f"--model.active {self.active} is more than --model.experts {self.experts}."
+                f"--model.active must be at most --model.experts {self.experts}; got {self.active}."
             )
         rotated = self.rope if self.attention == "latent" else self.width / self.heads
         if rotated % 2:
             raise ValueError(
-                f"RoPE turns pairs of columns: --model.rope, or --model.width / --model.heads of "
-                f"multi-head attention, is even; got {rotated:g}."
+                "--model.rope, or --model.width / --model.heads with multi-head attention, must "
+                f"be even, since RoPE rotates pairs; got {rotated:g}."
             )
 
     @property
@@ -110,49 +111,49 @@ class Training(Settings):
     adamw: AdamW = dataclasses.field(
         default_factory=lambda: AdamW(learning_rate=4e-3, weight_decay=0.1, b2=0.95)
     )
-    """The AdamW arm, and in the others the embedding, the head and the gains."""
+    """AdamW, as an optimizer of its own and in the others for embedding, head and gains."""
     muon: Muon = dataclasses.field(
         default_factory=lambda: Muon(learning_rate=8e-3, scale="match_rms_adamw")
     )
-    """The hidden matrices of the Muon arm."""
+    """Muon, for the hidden matrices."""
     model: Model = dataclasses.field(default_factory=Model)
-    """The transformer."""
+    """The model."""
     data: Data = dataclasses.field(default_factory=Data)
-    """The text."""
+    """The text to train on."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
-    """How devices share the work."""
+    """The mesh of devices; at most one axis may be -1, and takes all devices that others leave."""
     context: Count = 256
-    """Tokens that a prediction sees at most."""
+    """Sequence length, in tokens."""
     batch: Count = 8
-    """Windows of context tokens a step, over all devices."""
+    """Global batch size, in sequences."""
     accumulate: Count = 1
-    """Microbatches that a step's batch is worked through in; the default divides --batch."""
+    """Gradient-accumulation steps. Must divide --batch; the default does."""
     steps: Count = 400
     """Optimizer steps."""
     warmup: Whole = 40
-    """Steps of linear warm-up; the default is a tenth of --steps at most."""
+    """Steps of linear warm-up. The default is at most a tenth of --steps."""
     decay: DecayName = "cosine"
-    """How the rate falls after warm-up."""
-    final: Share = 0.1
-    """Share of the rate that it falls to."""
+    """Shape of the learning rate's decay after warm-up."""
+    final_lr_fraction: Share = 0.1
+    """Fraction of the learning rate that the decay ends at."""
     cooldown: Whole = 0
-    """Last steps, in which the rate falls linearly to 0 and the selection biases rest; the default
-    is a tenth of --steps at most."""
+    """Final steps with a linear decay to 0 and fixed router biases. The default is at most a tenth
+    of --steps."""
     clip: Clip = 1.0
-    """Largest norm of the gradient of all params; above it is scaled down."""
+    """Largest global gradient norm; larger gradients are scaled down to it."""
     spike: Annotated[float, above(1)] | None = None
-    """Skip steps whose gradient norm is more than so many times its recent mean, to which a skipped
-    one counts as the largest that would be taken; by default none."""
-    patience: Count = 10
-    """Steps without finite loss and gradient, in a row, after which the run stops."""
+    """Skip steps whose gradient norm exceeds this multiple of its recent mean. In the mean, a
+    skipped step counts with that bound. By default no step is skipped."""
+    max_nonfinite_steps: Count = 10
+    """Consecutive steps with NaN or Inf in loss or gradient after which the run stops."""
     seed: Whole = 0
-    """Of the initial params and the order of the text."""
+    """Random seed. It sets the initial parameters and the order of the text."""
 
     def __post_init__(self) -> None:
         check(self)
         if self.batch % self.accumulate:
             raise ValueError(
-                f"--accumulate {self.accumulate} does not divide --batch {self.batch}."
+                f"--accumulate must divide --batch {self.batch}; got {self.accumulate}."
             )
         if self.warmup + self.cooldown >= self.steps:
             raise ValueError(
@@ -182,7 +183,7 @@ class Running(Keeping):
     """How a run is kept and watched, which changes nothing of what it trains."""
 
     samples: Whole = 3
-    """Texts that the finished model writes."""
+    """Number of texts that the trained model writes."""
 
 
 def as_json(config: Training) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def unknown_peak() -> str | None:
     kind = jax.devices()[0].device_kind
     if kind in PEAKS or jax.default_backend() == "cpu":
         return None
-    return f"MFU is not told: the peak FLOP/s of {kind!r} is not among `pretrain.costs.PEAKS`."
+    return f"MFU is unknown: the peak FLOP/s of {kind!r} is not in `pretrain.costs.PEAKS`."
 
 
 def step_costs(config: Training, optimizer: OptimizerName, params: Any) -> Costs:

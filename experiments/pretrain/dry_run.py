@@ -46,8 +46,8 @@ def dry_run(config: Training, optimizers: Sequence[OptimizerName], console: Cons
     show("Params by optimizer", routing(params, optimizers))
     show("Mesh and what it splits", mesh_text(mesh), axes_table(params, mesh))
     show("Parameters", parameters_text(config, params))
-    show("Memory of a device, without activations (see --compile-only)", memory_table(trainers))
-    show("FLOPs of a step, over all devices", flops_table(trainers))
+    show("Memory per device, without activations (see --compile-only)", memory_table(trainers))
+    show("FLOPs per step, over all devices", flops_table(trainers))
     if set(optimizers) != {"adamw"}:
         show("Newton-Schulz of the hidden matrices", str(plan(first)))
     show("Schedule", schedule_text(config, optimizers))
@@ -58,7 +58,7 @@ def routing(params: Any, optimizers: Sequence[OptimizerName]) -> str:
     """Which param goes to which optimizer."""
     if set(optimizers) == {"adamw"}:
         return "AdamW takes all."
-    note = "AdamW itself takes all; the others take those of label muon by their own rule.\n"
+    note = "AdamW itself trains all parameters; the other optimizers train those labelled muon.\n"
     return note * ("adamw" in optimizers) + muon_jax.routing_table(params)
 
 
@@ -97,8 +97,8 @@ def parameters_text(config: Training, params: Any) -> str:
     whole = sum(sizes.values())
     idle = routed - routed * config.model.active // config.model.experts
     return (
-        f"{whole:,} in all, {whole - ends:,} without embedding and head; of these a token passes "
-        f"through {whole - ends - idle:,}."
+        f"{whole:,} in total, {whole - ends:,} without embedding and head; "
+        f"{whole - ends - idle:,} of these are active per token."
     )
 
 
@@ -175,17 +175,17 @@ def plan(trainer: Trainer) -> muon_jax.Plan:
 def schedule_text(config: Training, optimizers: Sequence[OptimizerName]) -> str:
     """Rates, their course, and the tokens in all."""
     rates = ", ".join(f"{optimizer_label(name)} {config.rate(name):g}" for name in optimizers)
-    course = f"warm-up over {_many(config.warmup, 'step')}, then {config.decay} to {config.final:g}"
+    warmup = f"warm-up over {_many(config.warmup, 'step')}"
+    course = f"{warmup}, then {config.decay} to {config.final_lr_fraction:g}"
     if config.cooldown:
-        course += f", in the last {_many(config.cooldown, 'step')} linearly to 0"
+        course += f", then linearly to 0 in the last {_many(config.cooldown, 'step')}"
     return (
-        f"Learning rates {rates}; of the params that AdamW has in the others, "
+        f"Learning rates {rates}; of the parameters that the others leave to AdamW, "
         f"{config.adamw.learning_rate:g}.\n"
-        f"Their factor: {course}.\n"
-        f"{config.steps:,} steps of {config.batch:,} windows of {config.context:,} tokens, in "
-        f"{_many(config.accumulate, 'microbatch')}: {config.tokens_per_step:,} tokens a step, "
-        f"{config.steps * config.tokens_per_step:,} in all. How many epochs that is, only the text "
-        "tells."
+        f"Schedule: {course}.\n"
+        f"{config.steps:,} steps of {config.batch:,} sequences of {config.context:,} tokens, in "
+        f"{_many(config.accumulate, 'microbatch')}: {config.tokens_per_step:,} tokens per step, "
+        f"{config.steps * config.tokens_per_step:,} in total."
     )
 
 

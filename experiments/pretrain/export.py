@@ -19,6 +19,7 @@ import numpy as np
 import tyro
 from tokenizers import Tokenizer
 
+from experiments.command_line import parse
 from experiments.commands import guard
 from experiments.language import hugging_face
 from experiments.optimizers import ARMS
@@ -202,7 +203,7 @@ def _cast(
     for name, x in tensors:
         x = x.astype(jnp.float32 if ".mlp.gate." in name else dtype)
         if not np.isfinite(x).all():
-            raise ValueError(f"{name} has values that are not finite, and is not written.")
+            raise ValueError(f"{name} contains NaN or Inf; the model was not written.")
         yield name, x
 
 
@@ -239,8 +240,8 @@ def _shapes(config: Model, vocabulary: int) -> Params:
 def _check_exportable(config: Model) -> None:
     if config.attention == "multi-head" and config.dense_layers < config.layers:
         raise ValueError(
-            "DeepSeek-V3 has experts and latent attention, Llama neither: a model with experts and "
-            "--model.attention multi-head has no Hugging Face format."
+            "A model with experts and --model.attention multi-head has no Hugging Face format: "
+            "DeepSeek-V3 has experts and latent attention, Llama has neither."
         )
 
 
@@ -254,18 +255,18 @@ class Command:
     """Writes a run's model for Hugging Face transformers."""
 
     run: tyro.conf.Positional[str]
-    """The run's folder; it may be in gs:// or s3://."""
+    """Folder of the run. It may be in gs:// or s3://."""
     out: tyro.conf.Positional[Path]
-    """The folder to make."""
+    """Folder to write."""
     dtype: Dtype = "float32"
-    """Of the files; routers and their biases stay float32."""
+    """Precision of the written files. Routers and their biases stay float32."""
 
 
 def main() -> int:
     """Runs the command; returns its exit code."""
-    command = tyro.cli(Command, prog="python -m experiments.pretrain.export")
 
     def work() -> int:
+        command = parse(Command, "python -m experiments.pretrain.export")
         loaded = load_run(command.run)
         state, tokenizer = loaded.state, loaded.tokenizer
         end_of_text = tokenizer and tokenizer.token_to_id(loaded.config.data.end_of_text)
@@ -279,7 +280,7 @@ def main() -> int:
             tokenizer=tokenizer,
             end_of_text=end_of_text,
         )
-        print(f"Step {int(state.step)} of {command.run} is in {command.out}.")
+        print(f"Wrote step {int(state.step)} of {command.run} to {command.out}.")
         return 0
 
     return guard(work)

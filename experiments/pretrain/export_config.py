@@ -68,8 +68,8 @@ def read(path: Path) -> tuple[Model, int]:
     attention = kinds.get(given.get("model_type"))
     if attention is None:
         raise ValueError(
-            f"{path}: the model_type is {given.get('model_type')!r}, and only "
-            f"{' and '.join(kinds)} can be read."
+            f"{path}: the model_type is {given.get('model_type')!r}, but only "
+            f"{' and '.join(kinds)} are supported."
         )
     rope = given.get("rope_parameters") or {}
     names = _FIELDS | (_LATENT_FIELDS if attention == "latent" else {})
@@ -78,7 +78,7 @@ def read(path: Path) -> tuple[Model, int]:
     for name in [*names.values(), "rope_theta", "vocab_size"]:
         numbers[name] = values.get(name)
         if not isinstance(numbers[name], int | float):
-            raise ValueError(f"{path}: {name} is {numbers[name]!r} and should be a number.")
+            raise ValueError(f"{path}: {name} is {numbers[name]!r} but must be a number.")
     fields = {ours: numbers[theirs] for ours, theirs in names.items()}
     if attention == "multi-head":
         fields["dense_layers"] = fields["layers"]
@@ -101,8 +101,10 @@ def _check_config(path: Path, given: dict[str, Any], config: Model) -> None:
         found = given.get(name, "missing" if name in _SAID_LATENT else wanted[name])
         if found != wanted[name]:
             raise ValueError(
-                f"{path}: {name} is {found!r}, and only models with {wanted[name]!r} can be read."
+                f"{path}: {name} is {found!r}, but only models with {wanted[name]!r} are supported."
             )
     kind = (given.get("rope_parameters") or {}).get("rope_type", "default")
     if kind != "default":
-        raise ValueError(f"{path}: RoPE of type {kind!r}; only models without scaling can be read.")
+        raise ValueError(
+            f"{path}: RoPE of type {kind!r}; only models without scaling are supported."
+        )

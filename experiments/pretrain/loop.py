@@ -55,12 +55,14 @@ def train(
     """
     if tokens.vocabulary > config.data.vocabulary:
         raise ValueError(
-            f"The text has {tokens.vocabulary} tokens, the model {config.data.vocabulary}: give "
-            f"--data.vocabulary {tokens.vocabulary} or more."
+            f"The text has a vocabulary of {tokens.vocabulary} tokens, the model of "
+            f"{config.data.vocabulary}. Give --data.vocabulary {tokens.vocabulary} or more."
         )
     mesh = make_mesh(config.mesh.sizes)
     trainer = Trainer(config, optimizer, mesh, config.data.vocabulary)
-    with contextlib.closing(Checkpoints(folder / "checkpoints", keep=running.keep)) as checkpoints:
+    with contextlib.closing(
+        Checkpoints(folder / "checkpoints", keep=running.max_checkpoints)
+    ) as checkpoints:
         run = _Run(trainer, running, folder, checkpoints, stop, on_step, on_message)
         run.read(tokens)
         return run.to_the_end()
@@ -111,9 +113,9 @@ class _Run(TrainingLoop):
     def check(self, meta: dict[str, Any]) -> None:
         if meta["data_sha256"] != self.tokens.sha256:
             raise ValueError(
-                f"The checkpoints in {self.folder} are of another text: its digest was "
-                f"{meta['data_sha256'][:12]}…, now it is {self.tokens.sha256[:12]}…. Give "
-                "the same --data, or another --out."
+                f"The checkpoints in {self.folder} were trained on another text: the digest was "
+                f"{meta['data_sha256'][:12]}…, now it is {self.tokens.sha256[:12]}…. Give the "
+                "same --data, or another --out."
             )
 
     def remedy(self) -> str:
@@ -168,7 +170,7 @@ class _Run(TrainingLoop):
 
 
 def evaluate(trainer: Trainer, state: State, held_out: windows.HeldOut) -> dict[str, float]:
-    """`validation_loss` in nats a token and, where bytes are known, `bits_per_byte`."""
+    """`validation_loss` in nats per token and, where bytes are known, `bits_per_byte`."""
     rows = held_out.windows
     size = trainer.config.batch // trainer.config.accumulate
     # The last chunk is filled up with windows that do not count.

@@ -125,7 +125,7 @@ def compile_only(
     devices = topology_devices(topology)
     reports = []
     for name in names:
-        with console.status(f"{name}: compiling for {topology}, which takes minutes"):
+        with console.status(f"{name}: compiling for {topology} (takes minutes)"):
             try:
                 reports.append(compile_for(config, name, devices, topology))
             except DoesNotFitError as error:
@@ -321,7 +321,7 @@ def _rows(reports: Sequence[PodReport]) -> dict[str, list[str]]:
 def _verdict(report: PodReport) -> str:
     label = optimizer_label(report.optimizer)
     if report.memory_bytes is None:
-        text = f"{label}: the memory of a {report.device_kind} is not known."
+        text = f"{label}: the memory of {report.device_kind} is unknown."
     else:
         verb = "fits" if report.fits else "does not fit"
         text = (
@@ -329,7 +329,7 @@ def _verdict(report: PodReport) -> str:
             f"{_memory(report.memory_bytes)} on each device."
         )
         if not report.fits:
-            text += " More devices, a larger --accumulate or --model.remat full take less."
+            text += " More devices, a larger --accumulate or --model.remat full reduce it."
     return text + (f" {unread_text(report.unread)}" if report.unread else "")
 
 

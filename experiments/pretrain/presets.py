@@ -1,4 +1,4 @@
-"""Named settings; `--preset NAME`, and any option given beside it goes before."""
+"""Named settings; `--preset NAME`; explicit options override it."""
 
 import argparse
 from collections.abc import Sequence
@@ -115,7 +115,7 @@ PRESETS: dict[str, Training] = {
         steps=10_000,
         warmup=250,
         decay="linear",
-        final=0.0,
+        final_lr_fraction=0.0,
         adamw=AdamW(learning_rate=1.8e-3, weight_decay=0.1, b2=0.95),
         muon=Muon(
             learning_rate=1.8e-3, weight_decay=0.1, scale="match_rms_adamw", ns_dtype="bfloat16"

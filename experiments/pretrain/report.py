@@ -45,13 +45,13 @@ def _steps_text(run: Run) -> str:
 COLUMNS: tuple[Column, ...] = (
     ("optimizer", "optimizer", lambda run: run.label),
     ("learning rate", "rate", lambda run: form(run.rate, "g")),
-    ("held out (bits a byte)", "bits\na byte", lambda run: loss_text(run.last("bits_per_byte"))),
+    ("held out (bits per byte)", "bits\na byte", lambda run: loss_text(run.last("bits_per_byte"))),
     (
-        "held out (nats a token)",
+        "held out (nats per token)",
         "nats\na token",
         lambda run: loss_text(run.last("validation_loss")),
     ),
-    ("training loss (nats a token)", "train\nloss", lambda run: loss_text(run.last("loss"))),
+    ("training loss (nats per token)", "train\nloss", lambda run: loss_text(run.last("loss"))),
     ("tokens", "", lambda run: f"{run.steps * run.tokens_per_step:,}"),
     ("steps", "steps", _steps_text),
     ("tokens/s", "tokens\n/s", lambda run: number(run.median("tokens_per_second"))),
@@ -64,30 +64,31 @@ COLUMNS: tuple[Column, ...] = (
 )
 NOTE = (
     "bits, nats: held-out text; train loss: last step, in nats\n"
-    "tokens/s: median; skip: steps that changed nothing\n"
-    "MFU: of the peak; NS: Newton-Schulz, of the FLOPs"
+    "tokens/s: median; skip: steps skipped\n"
+    "MFU: share of peak FLOP/s; NS: Newton-Schulz, share of FLOPs"
 )
 CAPTION = (
-    "One training with one seed a row. Held out: the last evaluation, on the same text for all. "
-    "Training loss: the last logged step. “–”: not known, or not finite."
+    "One training with one seed per row. Held out: the last evaluation, on the same text for "
+    "all. Training loss: the last logged step. “–”: unknown, NaN or Inf."
 )
 MEASURED = {
     "Text": "{data[name]}: {data[train_tokens]:,} tokens to train on, {data[validation_tokens]:,} "
     "held out, a vocabulary of {data[vocabulary]:,}. SHA-256 {data[sha256]}.",
-    "Held out": "Mean cross-entropy of the same windows at every evaluation, in nats a token, and "
-    "in bits over the bytes that the tokens stand for where these are known.",
-    "Seed": "It fixes the initial params and the order of the text, the same for all optimizers.",
-    "Learning rates": "Of each optimizer its own, after warm-up. The embedding, the head and the "
-    "gains are trained by AdamW at its rate, with every optimizer that routes them to it.",
-    "Training time, tokens/s, FLOPs/s, MFU": "Time counts steps, compiling included, without "
-    "evaluations and checkpoints. The rates are medians over the logged intervals, so that one "
-    "which compiled does not count. FLOPs are the model's alone, forward and backward, counted "
-    "from shapes; MFU is their share of the devices' peak.",
-    "Skipped steps": "Steps whose loss or gradient was not finite, or whose gradient norm was a "
-    "spike; they changed nothing.",
+    "Held out": "Mean cross-entropy of the same sequences at every evaluation, in nats per "
+    "token, and in bits over the bytes of the text where these are known.",
+    "Seed": "It sets the initial parameters and the order of the text, equally for all optimizers.",
+    "Learning rates": "Each optimizer's own, after warm-up. AdamW trains embedding, head and "
+    "gains at its rate, with every optimizer that leaves them to it.",
+    "Training time, tokens/s, FLOPs/s, MFU": "Time is of steps, compilation included, "
+    "evaluations and checkpoints excluded. Tokens/s and FLOPs/s are medians over logged "
+    "intervals, so compilation does not affect them. FLOPs are the model's alone, forward and "
+    "backward, counted from shapes; MFU is their share of the devices' peak.",
+    "Skipped steps": "Steps without effect, since their loss or gradient had NaN or Inf or "
+    "their gradient norm exceeded --spike.",
     "Newton–Schulz of the FLOPs": "FLOPs of the orthogonalisation over those of the model and it, "
-    "counted from shapes; the share falls with the tokens a step, here {tokens_per_step:,}.",
-    "Params": "How the SHA-256 of the final float32 params begins; summary.json has it whole.",
+    "counted from shapes; the share falls with the tokens per step, here {tokens_per_step:,}.",
+    "Params": "Beginning of the SHA-256 of the final float32 parameters; summary.json has all "
+    "of it.",
 }
 
 
@@ -104,12 +105,12 @@ def abstract(runs: Sequence[Run]) -> list[str]:
         if run.steps < run.whole
     ]
     if different := differences(runs):
-        sentences.append(f"Beside the optimizer the runs differ in {', '.join(different)}.")
+        sentences.append(f"Besides the optimizer the runs differ in {', '.join(different)}.")
     key = measure_of(runs)
     curves = {run.label: dict(run.held_out(key)) for run in runs}
     common = set.intersection(*map(set, curves.values()))
     if not common:
-        return [*sentences, "There is no evaluation that all have come to."]
+        return [*sentences, "No evaluation has been reached by all runs."]
     tokens, unit = max(common), MEASURES[key]
     losses = {name: curve[tokens] for name, curve in curves.items()}
     ranked = sorted((name for name in losses if math.isfinite(losses[name])), key=losses.get)
@@ -126,7 +127,7 @@ def abstract(runs: Sequence[Run]) -> list[str]:
             other = _BASELINE if _BASELINE in rest else rest[0]
             sentences.append(_comparison(first, other, curves, tokens, unit))
     sentences += [
-        f"{when}, the held-out loss of {name} is not finite."
+        f"{when}, the held-out loss of {name} is NaN or Inf."
         for name in losses
         if name not in ranked
     ]
@@ -135,7 +136,7 @@ def abstract(runs: Sequence[Run]) -> list[str]:
         for run in runs
         if (skipped := run.last("skipped"))
     ]
-    several = ["One training each, with one seed: no statistics."] * (len(runs) > 1)
+    several = ["Each is one training with one seed, so there are no statistics."] * (len(runs) > 1)
     return sentences + several
 
 
@@ -149,7 +150,7 @@ def _comparison(
     goal = curves[other][end]
     less = goal - curves[first][end]
     if less < 5e-5:
-        return f"{first} and {other} are level."
+        return f"{first} and {other} are equal."
     sentence = f"{first} is lower than {other} by {less:.4f} {unit}, {100 * less / goal:.2g} %"
     points = [(n, x) for n, x in sorted(curves[first].items()) if n and math.isfinite(x)]
     below = next(i for i, (_, x) in enumerate(points) if x <= goal)
@@ -163,29 +164,29 @@ def _comparison(
 PICTURES = (
     (
         figures.held_out_figure,
-        "Held-out text in {measure}, against the tokens trained on and against the time that they "
-        "take at the run's median speed. The legend has the last values; the start is beyond the "
-        "log axis.",
+        "Held-out text in {measure}, against the tokens trained on and against the time that "
+        "these take at the run's median speed. The legend shows the last values; the start is "
+        "not on the log axis.",
         "Held-out loss against tokens and against training time, a line for each optimizer.",
     ),
     (
         figures.loss_figure,
-        "Training loss of the logged steps; thick the mean over 6 % of them, over fewer in the "
+        "Training loss of the logged steps; thick: the mean over 6 % of them, over fewer at the "
         "beginning.",
         "Training loss against tokens, a line for each optimizer.",
     ),
     (
         figures.optimization_figure,
-        "The optimizer's own learning rate; the norm of the gradient of all params before it is "
-        "clipped; the RMS of the update, weight decay and learning rate included, over hidden "
-        "matrices and over all other params; the largest attention logit of all layers.",
+        "The optimizer's own learning rate; the global gradient norm before clipping; the RMS "
+        "of the update, weight decay and learning rate included, of hidden matrices and of all "
+        "other parameters; the largest attention logit of all layers.",
         "Learning rate, gradient norm, update RMS and largest attention logit against step.",
     ),
     (
         figures.router_figure,
-        "Tokens of the busiest and of the idlest expert of all layers in one step, over the even "
-        "share (below 1/32 drawn there); entropy of the router's normalised scores, mean over "
-        "tokens and layers, dotted where all scores are equal.",
+        "Load of the most and of the least used expert of all layers in one step, relative to "
+        "an even load (values below 1/32 are drawn at 1/32); entropy of the router's normalised "
+        "scores, mean over tokens and layers; dotted: entropy of equal scores.",
         "Largest and smallest load of an expert, and router entropy, against step.",
     ),
     (

@@ -16,7 +16,7 @@ from experiments.report.figures import optimizer_label, optimizer_style
 from experiments.report.series import Series, series
 from experiments.runs import RunError, holds_run, read_json
 
-MEASURES = {"bits_per_byte": "bits a byte", "validation_loss": "nats a token"}
+MEASURES = {"bits_per_byte": "bits per byte", "validation_loss": "nats per token"}
 
 
 class Run(NamedTuple):
@@ -130,7 +130,7 @@ def load_runs(folder: epath.Path, optimizers: Sequence[OptimizerName] = ()) -> l
     if len(found) == 1 and (holds_run(folder) or optimizers):
         return [load_run(folder)]
     if holds_run(folder):
-        raise RunError(f"{folder} is a run itself. Compare optimizers in another folder.")
+        raise RunError(f"{folder} is a single run. Give a folder with a run for each optimizer.")
     if not any(holds_run(folder / name) for name in found):
         stored = read_json(folder / "summary.json")["runs"]
         return [of_summary(stored[name]) for name in found]
@@ -150,14 +150,13 @@ def found_optimizers(folder: epath.Path) -> tuple[OptimizerName, ...]:
     found = found or tuple(read_json(summary).get("runs", ()) if summary.exists() else ())
     if not found:
         raise RunError(
-            f"{folder} holds no run: neither it nor a folder of an optimizer in it has a "
-            "config.json."
+            f"{folder} holds no run: neither it nor an optimizer's folder in it has a config.json."
         )
     return found
 
 
 def measure_of(runs: Iterable[Run]) -> str:
-    """The key of the held-out measure: nats a token where one run does not know its bytes."""
+    """The key of the held-out measure: nats per token where one run does not know its bytes."""
     known = [record for run in runs for record in run.records.evaluated]
     return "bits_per_byte" if all("bits_per_byte" in r for r in known) else "validation_loss"
 

@@ -64,7 +64,7 @@ def loss_figure(runs: Sequence[Run]) -> Figure:
             axes.plot(gaps, gaps * 0 + 1, transform=axes.get_xaxis_transform(), **mark)
     engineering_axis(axes, "x")
     axes.set_xlabel("tokens (log scale)")
-    axes.set_ylabel("training loss (nats a token)")
+    axes.set_ylabel("training loss (nats per token)")
     _legend(figure, runs, others=[*_NOISY, *lost])
     return figure
 

@@ -13,6 +13,7 @@ import numpy as np
 import tokenizers
 import tyro
 
+from experiments.command_line import parse
 from experiments.commands import guard
 from experiments.language import sharding
 from experiments.optimizers import ARMS
@@ -57,7 +58,7 @@ def generate(
         ValueError: a prompt is empty, or a number is out of range.
     """
     if not prompts or not all(map(len, prompts)):
-        raise ValueError("There is a prompt or more, each of one token or more; got an empty one.")
+        raise ValueError("At least one prompt is required, and each must have at least one token.")
     _check(
         length=(length, 1), temperature=(temperature, 0), top_k=(1 if top_k is None else top_k, 1)
     )
@@ -140,8 +141,8 @@ def write_texts(
     _check(count=(count, 1))
     if tokenizer is None:
         raise ValueError(
-            "The run has learnt tokens that came without their tokenizer, so that its samples are "
-            "no text. Name the tokenizer with --data.tokenizer when you train."
+            "The run was trained on tokens without a tokenizer, so its samples cannot be shown "
+            "as text. Give --data.tokenizer when training."
         )
     params = ARMS[trainer.optimizer].eval_params(state.opt_state, state.params)
     end_of_text = tokenizer.token_to_id(trainer.config.data.end_of_text)
@@ -158,27 +159,27 @@ def write_texts(
 def _check(**numbers: tuple[float, float]) -> None:
     for name, (value, least) in numbers.items():
         if not least <= value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} is at least {least}, got {value}.")
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; got {value}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Prints texts that a run's newest checkpoint writes."""
+    """Prints texts that a run's newest checkpoint generates."""
 
     run: tyro.conf.Positional[str]
-    """The run's folder; it may be in gs:// or s3://."""
+    """Folder of the run. It may be in gs:// or s3://."""
     prompt: str = ""
-    """What they begin with; by default the beginning of a document."""
+    """Beginning of the texts. By default the beginning of a document."""
     length: Count = 200
-    """Tokens of each text at most, without the prompt's."""
+    """Largest number of tokens to generate for a text."""
     temperature: Annotated[float, at_least(0)] = 0.8
-    """0 takes the likeliest token; higher is more varied."""
+    """Sampling temperature. 0 takes the most likely token."""
     top_k: Count | None = 40
-    """How many of the likeliest tokens are drawn from; None for all."""
+    """Number of most likely tokens to sample from. None takes all."""
     seed: int = 0
-    """Other seeds give other texts."""
+    """Random seed. It sets what is sampled."""
     count: Count = 3
-    """How many texts."""
+    """Number of texts."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -186,9 +187,9 @@ class Command:
 
 def main() -> int:
     """Runs the command; returns its exit code."""
-    settings = dataclasses.asdict(tyro.cli(Command, prog="python -m experiments.pretrain.sample"))
 
     def work() -> int:
+        settings = dataclasses.asdict(parse(Command, "python -m experiments.pretrain.sample"))
         loaded = load_run(settings.pop("run"))
         texts = write_texts(loaded.trainer, loaded.state, loaded.tokenizer, **settings)
         print(DIVIDER.join(texts))

@@ -1,9 +1,14 @@
-"""`python -m experiments.pretrain.speed`: tokens a second, beside PyTorch where it is there.
+"""`python -m experiments.pretrain.speed`: tokens per second, beside PyTorch where it is there.
 
 All loops train the model from the same params on the same tokens and take turns, so that a noisy
 machine disturbs each of them; what counts is their ratio. PyTorch has a process of its own, where
 neither's threads and memory are in the other's way.
 """
+
+from experiments.huge_pages import restart_with_huge_pages
+
+if __name__ == "__main__":
+    restart_with_huge_pages()  # before the imports, which take seconds
 
 import functools
 import multiprocessing
@@ -19,10 +24,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.command_line import parse
 from experiments.commands import guard
 from experiments.language.mesh import make_mesh, one_device
 from experiments.optimizers import OptimizerName
@@ -52,13 +57,13 @@ class Command(Training):
     """
 
     preset: PresetName = "tiny"
-    """Model and batch; any option given beside it goes before."""
-    optimizer: tuple[OptimizerName, ...] = ("adamw", "muon")
-    """Of our loops."""
+    """Named model to begin with; explicit options override its settings."""
+    optimizers: tuple[OptimizerName, ...] = ("adamw", "muon")
+    """Optimizers to compare. PyTorch's loops have AdamW."""
     turn: Count = 5
-    """Steps of a loop that count, before it is another's turn."""
+    """Timed steps of a loop per round."""
     rounds: Count = 5
-    """Turns of each loop after one that does not count; the medians are compared."""
+    """Timed rounds, whose median is reported. One more round comes first and is not counted."""
 
 
 def our_loop(config: Training, optimizer: OptimizerName) -> tuple[Loop, Trainer]:
@@ -171,11 +176,11 @@ def take_turns(loops: dict[str, Loop], steps: int, rounds: int) -> dict[str, flo
 
 
 def main() -> int:
-    """Prints a table of tokens a second, and what there is to compare."""
+    """Prints a table of tokens per second, and what there is to compare."""
     preset = preset_of(sys.argv[1:])
     default = Command(preset=preset, **vars(fitted(PRESETS[preset], sys.argv[1:])))
-    command = tyro.cli(Command, default=default, prog="python -m experiments.pretrain.speed")
-    return guard(lambda: _compare(command))
+    prog = "python -m experiments.pretrain.speed"
+    return guard(lambda: _compare(parse(Command, prog, default=default)))
 
 
 def _compare(command: Command) -> int:
@@ -186,7 +191,7 @@ def _compare(command: Command) -> int:
             for name in process.submit(_prepare, command.training()).result():
                 loops[name] = functools.partial(_wait_for, process, name)
         trainers = {}
-        for optimizer in command.optimizer:
+        for optimizer in command.optimizers:
             name = f"ours, {optimizer_label(optimizer)}"
             loops[name], trainers[name] = our_loop(command, optimizer)
         median = take_turns(loops, command.turn, command.rounds)
@@ -208,11 +213,11 @@ def _print(
     rivals = [seconds for name, seconds in median.items() if name.startswith("PyTorch")]
     base = median.get("ours, AdamW")
     table = Table(
-        title=f"{command.preset}: {command.tokens_per_step:,} tokens a step, "
-        f"{command.model.dtype} arithmetic, {jax.device_count()} × {jax.devices()[0].device_kind}, "
-        f"median of {command.rounds} turns"
+        title=f"{command.preset}: {command.tokens_per_step:,} tokens per step, "
+        f"{command.model.dtype} arithmetic, {jax.device_count()} × "
+        f"{jax.devices()[0].device_kind}, median of {command.rounds} turns"
     )
-    for heading in ("loop", "s a step", "tokens/s", "× fastest PyTorch", "÷ AdamW step", "MFU"):
+    for heading in ("loop", "s per step", "tokens/s", "× fastest PyTorch", "÷ AdamW step", "MFU"):
         table.add_column(heading, justify="left" if heading == "loop" else "right")
     for name, seconds in median.items():
         ours = name in mfu

@@ -62,7 +62,7 @@ class Trainer:
         self.config, self.optimizer, self.mesh = config, optimizer, mesh
         self.model = LanguageModel(config.model, vocabulary)
         self.schedule = optimizers.warmup_then_decay(
-            config.warmup, config.steps, config.decay, config.final, config.cooldown
+            config.warmup, config.steps, config.decay, config.final_lr_fraction, config.cooldown
         )
         params = jax.eval_shape(self.model.init, jax.random.key(0))
         self.specs = check(config, mesh, params)
@@ -339,6 +339,6 @@ def _check_batch(config: Training, mesh: jax.sharding.Mesh) -> None:
     if config.batch // config.accumulate % ways:
         raise ValueError(
             f"A microbatch has --batch {config.batch} / --accumulate {config.accumulate} = "
-            f"{config.batch // config.accumulate} windows, which the mesh axes data × fsdp × "
-            f"expert = {ways} do not divide. Take a multiple."
+            f"{config.batch // config.accumulate} sequences, which must be a multiple of the "
+            f"mesh axes data × fsdp × expert = {ways}."
         )

@@ -47,12 +47,12 @@ def told_by(folder: epath.Path, settings: dict[str, Any]) -> tuple[OptimizerName
         own = {key: value for key, value in settings.items() if key != "optimizer"}
         optimizer, config = settings["optimizer"], from_json(Training, own)
         if optimizer not in ARMS:
-            raise ValueError(f"no optimizer is named {optimizer!r}")
+            raise ValueError(f"unknown optimizer {optimizer!r}")
         config.rate(optimizer)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"{folder / 'config.json'} is of no run of this study ({type(error).__name__}: "
-            f"{error}). Name the folder of a run of python -m experiments.pretrain."
+            f"{folder / 'config.json'} is not of a run of this study ({type(error).__name__}: "
+            f"{error}). Give the folder of a run of python -m experiments.pretrain."
         ) from None
     return optimizer, config
 
@@ -79,11 +79,11 @@ def load_run(folder: epath.PathLike, on_message: Callable[[str], None] = print_w
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         restored = checkpoints.restore(trainer.abstract)
     if restored is None:
-        raise RunError(f"{folder} has no checkpoint yet. Wait for its first save.")
+        raise RunError(f"{folder} has no checkpoint yet; wait until the first one is saved.")
     for damage in restored.damaged:
         on_message(
-            f"A damaged checkpoint of {folder} was passed over, and step {restored.step} is taken: "
-            f"{damage}"
+            f"A damaged checkpoint of {folder} was skipped, and that of step {restored.step} is "
+            f"used: {damage}"
         )
     _check_finite(folder, restored.step, restored.state)
     tokenizer = _tokenizer(folder / TOKENIZER, restored.meta.get("tokenizer_sha256"))
@@ -104,9 +104,9 @@ def _check_finite(folder: epath.Path, step: int, state: State) -> None:
     ]
     if broken:
         raise RunError(
-            f"The checkpoint of step {step} in {folder} has {len(broken)} params that are not "
-            f"finite, {broken[0]} first: the training went wrong before it. Remove that checkpoint "
-            "to take the one before, or train with lower learning rates."
+            f"The checkpoint of step {step} in {folder} has NaN or Inf in {len(broken)} "
+            f"parameters, the first being {broken[0]}: the training had diverged. Remove that "
+            "checkpoint to use the previous one, or train with lower learning rates."
         )
 
 
@@ -114,11 +114,13 @@ def _tokenizer(path: epath.Path, digest: str | None) -> tokenizers.Tokenizer | N
     if not path.exists():
         if digest is None:
             return None
-        raise RunError(f"{path} is gone, and the run has learnt its tokens. Bring it back.")
+        raise RunError(
+            f"{path} is missing, but the run was trained on its tokens. Restore it from a backup."
+        )
     source = path.read_bytes()
     if digest is not None and hashlib.sha256(source).hexdigest() != digest:
         raise RunError(
-            f"{path} is not the tokenizer that the run has learnt: its digest is another. Bring it "
-            "back as it was."
+            f"{path} is not the tokenizer that the run was trained with: its digest differs. "
+            "Restore it from a backup."
         )
     return read_tokenizer(source, str(path))

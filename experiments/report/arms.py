@@ -17,7 +17,7 @@ from experiments.report.figures import (
 )
 from experiments.report.page import Column, Picture, Report, Section, Table
 from experiments.report.text import number, plural
-from experiments.runs import flat, read_json
+from experiments.runs import flat, read_json, read_settings
 from experiments.sweep import Best, Files, Row, best, chosen_by, load_run, losses_by_rate, mean
 
 
@@ -161,7 +161,7 @@ def load(folder: Path) -> Files:
     config, summary = folder / "config.json", folder / "summary.json"
     if (folder / "metrics.jsonl").exists() or not summary.is_file():
         return load_run(folder)
-    return Files(read_json(config) if config.is_file() else {}, read_json(summary), [], [], {})
+    return Files(read_settings(config) if config.is_file() else {}, read_json(summary), [], [], {})
 
 
 def baseline_of(found: Iterable[AnyArm], name: str = "adamw") -> AnyArm | None:
@@ -209,7 +209,7 @@ _CELL: dict[str, Column] = {
         ("steps_run", "steps run", lambda row: str(row["steps_run"])),
         ("skipped", "skipped steps", lambda row: str(row["skipped"])),
         ("seconds", "training time (s)", lambda row: number(row["seconds"])),
-        ("milliseconds_per_step", "ms a step", lambda row: number(row["milliseconds_per_step"])),
+        ("milliseconds_per_step", "ms per step", lambda row: number(row["milliseconds_per_step"])),
     )
 }
 
@@ -227,7 +227,7 @@ def cells_table(rows: Sequence[Row]) -> Table | None:
     return Table(
         columns,
         rows,
-        "One row per finished cell. “–”: its loss was no longer finite.",
+        "One row per finished training. “–”: its loss was NaN or Inf.",
         names=min(names, 3),
     )
 
@@ -237,7 +237,7 @@ def finished(files: Files) -> str:
     stored = files.summary.get("arms", files.summary.get("groups", []))
     total = files.summary["cells_total"]
     count = len(files.rows) or sum(row["cells"] for row in stored) or total
-    return f"{count} of {total} cells finished"
+    return f"{count} of {total} trainings finished"
 
 
 def progress(files: Files) -> list[str]:
@@ -259,9 +259,12 @@ def caveats(found: Sequence[Arm], name: Any = lambda arm: arm.label) -> list[str
     """Whose best rate lies at the edge of those tried, and how many cells diverged."""
     sentences = []
     if edge := ", ".join(name(arm) for arm in found if arm.at_edge):
-        sentences.append(f"Still best at the edge of the rates tried, so perhaps beyond: {edge}.")
+        sentences.append(
+            "Best at the highest or lowest learning rate tried, so a better one may lie beyond: "
+            f"{edge}."
+        )
     if diverged := sum(arm.diverged for arm in found):
-        sentences.append(f"{plural(diverged, 'cell')} diverged.")
+        sentences.append(f"{plural(diverged, 'training')} diverged.")
     return sentences
 
 
@@ -273,7 +276,7 @@ def rates(found: Sequence[Arm], unit: str) -> Picture:
     return Picture(
         "rates",
         lambda: rates_figure(panels, reference=reference, unit=unit),
-        "Final validation loss against learning rate. A diverged cell counts as infinite; "
+        "Final validation loss against learning rate. A diverged training counts as infinite; "
         "triangles lie beyond the axis.",
         "Final validation loss against learning rate, a panel for each optimizer.",
     )
@@ -325,7 +328,7 @@ def report(
     left_out = ("text", "suite", "clips")
     return Report(
         study,
-        f"{folder.resolve().name} · {finished(files)} · a cell is one training: {cell}",
+        f"{folder.resolve().name} · {finished(files)} · each is {cell}",
         abstract,
         table,
         [*sections, Section("cells", "Every finished cell", [cells_table(files.rows)])],

@@ -237,7 +237,7 @@ def rates_figure(
     reference: float = math.inf,
     shared: bool = True,
     width: float = 2.2,
-    unit: str = "nats a token",
+    unit: str = "nats per token",
 ) -> Figure:
     """Final loss against learning rate, a line for each of a panel's `arms.Arm`.
 

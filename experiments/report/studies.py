@@ -49,7 +49,7 @@ def study_of(folder: Any) -> str:
         ValueError: its config.json or summary.json is damaged.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"no run folder {folder}")
+        raise FileNotFoundError(f"{folder} is not a folder")
     return next(_names(folder), "") or _of_groups(folder)
 
 
@@ -71,7 +71,7 @@ def _of_groups(folder: Any) -> str:
     for path in sorted(folder.iterdir()):
         if path.is_dir() and holds_run(path):
             return next(_names(path))
-    raise RunError(f"{folder} holds no run: it has no config.json, nor has a folder in it.")
+    raise RunError(f"{folder} holds no run: neither it nor a folder in it has a config.json.")
 
 
 def report_of(folder: Any, **options: Any) -> page.Report:

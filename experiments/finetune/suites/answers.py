@@ -23,7 +23,10 @@ def mismatch(found: Sequence[Contrast]) -> list[Judged]:
         crossed = _of(found, BY_BASE, label)
         claims = (
             (f"{label} fine-tunes an AdamW-pretrained model worse than AdamW does.", beside),
-            (f"{label} loses more against AdamW there than from a Muon-pretrained one.", crossed),
+            (
+                f"{label} is worse relative to AdamW there than from a Muon-pretrained model.",
+                crossed,
+            ),
         )
         judged += [_by_sign(claim, of) for claim, of in claims if of]
     return judged
@@ -56,8 +59,9 @@ def mismatch_sentences(found: Sequence[Contrast], text: Callable[[Contrast], str
         worse, better = (sum(of.sign == sign for of in crossed) for sign in (1, -1))
         forms = "form" if len(crossed) == 1 else "forms"
         sentences.append(
-            f"Of {len(crossed)} {forms} of Muon, {worse} lose more against AdamW from the AdamW "
-            f"base than from the Muon base, and {better} less, at p < 0.05 after Holm's correction."
+            f"Of {len(crossed)} {forms} of Muon, {worse} are worse relative to AdamW from the "
+            f"AdamW base than from the Muon base, and {better} better, at p < 0.05 after Holm's "
+            "correction."
         )
     return sentences
 
@@ -79,17 +83,17 @@ def clip(clips: Clips) -> list[Judged]:
 
 
 _EXPECTED = (
-    (f"{QK_NORM}, {PROJECTIONS}", "Under QK-norm a clip of W_q and W_k changes nothing.", True),
-    (f"{QK_NORM}, {GAINS}", "Under QK-norm a clip of the norms' gains acts.", False),
-    (f"{NO_QK_NORM}, {PROJECTIONS}", "Without QK-norm a clip of W_q and W_k acts.", False),
+    (f"{QK_NORM}, {PROJECTIONS}", "With QK-norm, clipping W_q and W_k changes nothing.", True),
+    (f"{QK_NORM}, {GAINS}", "With QK-norm, clipping the gains of the norms has an effect.", False),
+    (f"{NO_QK_NORM}, {PROJECTIONS}", "Without QK-norm, clipping W_q and W_k has an effect.", False),
 )
 
 
 def _clipped(of: Mapping[str, float]) -> str:
     return (
-        f"Clipped at {of['threshold']:g}, the largest attention logit goes from "
-        f"{of['before']:.4g} to {of['after']:.4g}, and the model's predictions move by "
-        f"{of['change']:.2g} at most, of logits up to {of['logits']:.3g}."
+        f"Clipped at {of['threshold']:g}, the largest attention logit changes from "
+        f"{of['before']:.4g} to {of['after']:.4g}, and the output logits, up to "
+        f"{of['logits']:.3g}, by {of['change']:.2g} at most."
     )
 
 

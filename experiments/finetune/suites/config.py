@@ -27,7 +27,9 @@ _CONCERNS: dict[QuirkName, tuple[ArmName, ...]] = {
     "frozen_in_norm": ("muon_frozen1d",),
     "muon_of_tables": ("muon_frozen1d", "muon_adamw", "muonclip"),
 }
-_CLIPPED = Rule("above 0 and below 1, so that something is clipped", lambda value: 0 < value < 1)
+_CLIPPED = Rule(
+    "greater than 0 and less than 1, so that something is clipped", lambda value: 0 < value < 1
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +37,19 @@ class Suite:
     """A study of many small trainings; its folder keeps those that are finished."""
 
     suite: SuiteName | None = None
-    """The released code's quirks; all arms on equal terms, with a sweep of learning rates; models
-    pretrained by AdamW and by Muon; or QK-clip with QK-norm and without."""
+    """Named study to run; explicit options override its settings.
+    as_published: the quirks of the released code. controlled: all optimizers on equal terms, each
+    at its best learning rate. mismatch: models pretrained by AdamW and by Muon. qk: QK-clip with
+    QK-norm and without."""
     seeds: Count = 3
-    """Of a suite: seeds at each arm's best rate, of the order of the rows."""
+    """Number of random seeds. In a suite they train at the best learning rate. A seed sets the
+    order of the examples."""
     sweep_seeds: Count = 1
-    """Of a suite: how many of the seeds choose that rate."""
+    """Number of seeds that choose the best learning rate of a suite."""
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
-    """Of a suite: which learning rates an arm is tried at."""
+    """Learning rates to try."""
     clip_share: Annotated[float, _CLIPPED] = 0.5
-    """Of --suite qk: the threshold, as a share of the model's largest attention logit."""
+    """--suite qk: clipping threshold, as a fraction of the model's largest attention logit."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -87,7 +92,7 @@ def variants(command: Any, which: SuiteName) -> dict[str, Variant]:
     Raises:
         ValueError: a `model` where the suite pretrains its own.
     """
-    training, arms = command.training(), tuple(command.arms)
+    training, arms = command.training(), tuple(command.optimizers)
     base = None if command.model else command.base
     if which == "controlled":
         return {CONTROLLED: Variant(base, training, arms)}
@@ -105,8 +110,8 @@ def variants(command: Any, which: SuiteName) -> dict[str, Variant]:
         return {PUBLISHED: Variant(base, training, arms)} | without
     if command.model:
         raise ValueError(
-            f"--suite {which} pretrains the models that it compares; leave --model {command.model} "
-            "out."
+            f"--suite {which} pretrains the models that it compares; remove --model "
+            f"{command.model}."
         )
     if which == "mismatch":
         return {

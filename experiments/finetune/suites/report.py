@@ -39,9 +39,9 @@ from experiments.report.text import all_told, form, number, p_text, plural, told
 from experiments.sweep import Files
 
 TITLES: dict[SuiteName, str] = {
-    "as_published": "Fine-tuning as the released code does it",
-    "controlled": "Fine-tuning with all arms on equal terms",
-    "mismatch": "Fine-tuning models that AdamW and Muon pretrained",
+    "as_published": "Fine-tuning as in the released code",
+    "controlled": "Fine-tuning with all optimizers on equal terms",
+    "mismatch": "Fine-tuning models pretrained by AdamW and by Muon",
     "qk": "QK-clip in fine-tuning, with QK-norm and without",
 }
 # How many effects of quirks the abstract tells, the largest ones.
@@ -84,7 +84,7 @@ def load(folder: Path) -> Results:
     files = arms.load(folder)
     which = files.config.get("suite")
     if which not in TITLES:
-        raise ValueError(f"{folder / 'config.json'} is of no suite of this study: {which!r}.")
+        raise ValueError(f"{folder / 'config.json'} is not of a suite of this study: {which!r}.")
     found = groups(files)
     return Results(which, files, found, contrasts(which, found), files.config["clips"])
 
@@ -97,11 +97,11 @@ COLUMNS: tuple[Column, ...] = (
     ("variant", "variant", lambda of: of.variant),
     ("arm", "arm", lambda of: of.label),
     arms.RATE,
-    ("final loss (nats a token)", "loss", lambda of: of.loss_text()),
+    ("final loss (nats per token)", "loss", lambda of: of.loss_text()),
     ("held-out accuracy", "accuracy", _share("validation_accuracy")),
     ("token accuracy, first quarter", "", _share("early_accuracy")),
     ("token accuracy, last quarter", "", _share("late_accuracy")),
-    ("gradient norm, quartiles' distance ÷ median", "", _share("gradient_norm_spread")),
+    ("gradient norm, interquartile range ÷ median", "", _share("gradient_norm_spread")),
     ("largest attention logit", "logit", lambda of: number(of.largest_logit())),
     ("seeds", "", lambda of: str(len(of.best.losses))),
     ("cells", "", lambda of: str(of.cells)),
@@ -110,68 +110,67 @@ COLUMNS: tuple[Column, ...] = (
 )
 CAPTION = (
     "Held-out loss after {config[steps]} steps, mean ± standard deviation over the seeds at the "
-    "best rate. Token accuracy: of the rows trained on, mean over the first and last quarter of "
-    "the steps. Gradient norm: before clipping, after warm-up. “(edge)”: no further rate was tried "
-    "on that side."
+    "best rate. Token accuracy: of the training examples, mean over the first and last quarter "
+    "of the steps. Gradient norm: before clipping, after warm-up. “(edge)”: the best rate is "
+    "the highest or lowest tried."
 )
 MATRIX = (
-    "Final held-out loss, mean ± standard deviation over seeds, of a model that the one or the "
-    "other optimizer pretrained, fine-tuned by each arm at its best rate; and its difference to "
-    "AdamW's from the same base, paired by seed, with its 95 % interval and p after Holm's "
-    "correction. Last: how much more an arm loses to AdamW from the AdamW base than from the Muon "
-    "base."
+    "Final held-out loss, mean ± standard deviation over seeds, of each pretrained model, "
+    "fine-tuned by each optimizer at its best rate; and the difference to AdamW from the same "
+    "base, paired by seed, with its 95 % interval and p after Holm's correction. Last: how much "
+    "worse an optimizer is relative to AdamW from the AdamW base than from the Muon base."
 )
 CLIPS = (
-    "QK-clip of the models that the cells begin with, at {config[clip_share]} of their largest "
-    "attention logit on one batch, in float32. Training clips above the same threshold."
+    "QK-clip of the models before fine-tuning, at {config[clip_share]} of their largest "
+    "attention logit on one batch, in float32. Fine-tuning clips above the same threshold."
 )
 DIFFERENCES = (
-    "Paired by seed, Student's t. p is of the paired t test after Holm's correction for all rows "
-    "with the same heading; neither knows of the choice of the rate."
+    "Paired by seed, Student's t. p is of the paired t test with Holm's correction for all rows "
+    "with the same heading; neither accounts for the choice of the rate."
 )
 # By the suite: the heading of its claims, and whose they are.
 ASKED = {
     "mismatch": (
         "Muon after AdamW (2605.10468), and this run",
-        "2605.10468 finds that Muon degrades models that AdamW pretrained. A verdict needs p < "
-        "0.05 of the paired t test after Holm's correction.",
+        "2605.10468 finds that Muon degrades models that AdamW pretrained. A verdict requires p "
+        "< 0.05 in the paired t test after Holm's correction.",
     ),
     "qk": (
-        "What a clip should do, and this run",
-        "RMSNorm of queries and keys cancels any scale of W_q and W_k but for its ε. “Changes "
-        "nothing” is less than a thousandth of the logits.",
+        "What QK-clip should do, and this run",
+        "RMSNorm of queries and keys cancels any scale of W_q and W_k, up to its ε. “Changes "
+        "nothing” means less than a thousandth of the logits.",
     ),
 }
 LIMITS = (
-    "The post's model has 4 B params and was pretrained on trillions of tokens; unless --model "
-    "names one, the model here has thousands of times fewer of both, and what ranks optimizers at "
-    "the one size may not at the other.",
-    "One number is swept, the learning rate, which in the hybrids both optimizers have; what else "
-    "an arm sets keeps its default.",
-    "{config[sweep_seeds]} of {config[seeds]} seeds choose the rate, and are among those it is "
-    "judged by, for all arms alike. A seed is an order of the rows: all begin with the same model, "
-    "so that intervals know nothing of other models or other rows. With so few seeds they are "
-    "wide, and a difference that they do not tell from zero may still be there.",
+    "The post's model has 4 B parameters and was pretrained on trillions of tokens; without "
+    "--model, the model here has thousands of times fewer of both, and optimizers may rank "
+    "differently at the two sizes.",
+    "Only the learning rate is swept, which hybrids use for both of their optimizers; all other "
+    "settings keep their defaults.",
+    "{config[sweep_seeds]} of {config[seeds]} seeds choose the rate, and are among those that "
+    "judge it, for all optimizers. A seed is an order of the examples; all trainings begin with "
+    "the same model, so intervals do not cover other models or examples. {config[seeds]} seeds "
+    "are too few to distinguish small differences from zero.",
 )
 LIMITS_OF = {
-    "mismatch": "Each optimizer pretrained one model, at one rate and with one seed; the two bases "
-    "differ in more than their optimizer's name. What fine-tuning forgets of the pretraining text "
-    "is not measured.",
-    "qk": "Under QK-norm a clip of W_q and W_k leaves the logits as they are, so it comes again at "
-    "every step: the projections shrink, each update turns them further, and in training that is "
-    "not nothing.",
+    "mismatch": "Each optimizer pretrained one model, at one rate and with one seed; the two "
+    "bases may differ in more than the optimizer. Forgetting of the pretraining text is not "
+    "measured.",
+    "qk": "With QK-norm, clipping W_q and W_k leaves the logits unchanged, so it is repeated at "
+    "every step: the projections shrink, each update rotates them further, and training is "
+    "affected.",
 }
 MEASURED = {
     "Rows": "{corpus[name]}: {corpus[rows]:,}, of these {corpus[held_out_rows]:,} held out by "
     "group. SHA-256 {corpus[sha256]}.",
     "Models": "{models}.",
     "Learning rates": "{rates}",
-    "Mean token accuracy": "trl's: the mean over microbatches of the share of learnt tokens that "
-    "have the largest logit.",
+    "Mean token accuracy": "As in trl: the share of trained-on tokens that have the largest "
+    "logit, averaged over microbatches.",
 }
 _SWEPT = (
-    "Swept by factors of {sweep[factor]:g} around {optimizer[learning_rate]}, and on until the "
-    "best one has a neighbour on each side, at most {sweep[limit]} further."
+    "Swept by factors of {sweep[factor]:g} around {optimizer[learning_rate]}, and extended "
+    "until the best one has a neighbour on each side, by at most {sweep[limit]} rates."
 )
 
 
@@ -185,7 +184,7 @@ def abstract(results: Results) -> list[str]:
     """The result in plain sentences, every number computed from the run."""
     found, files = results.groups, results.files
     if not found:
-        return ["No cell has finished yet."]
+        return ["No training has finished yet."]
     sentences = arms.progress(files)
     if results.variant:
         sentences += _arms(results)
@@ -206,22 +205,22 @@ def _arms(results: Results) -> list[str]:
     own = [of for of in results.groups if of.variant == results.variant]
     ranked = sorted((of for of in own if math.isfinite(of.loss)), key=lambda of: of.loss)
     if not ranked:
-        return ["Every arm diverged."]
+        return ["Every optimizer diverged."]
     first = ranked[0]
     names = " and ".join(of.label for of in ranked if of.loss == first.loss)
     seeds = plural(len(first.best.losses), "seed")
     before = f"; {first.before:.4f} before training" if math.isfinite(first.before) else ""
     sentences = [
         f"{names} {'has' if names == first.label else 'have'} the lowest mean held-out loss, "
-        f"{first.loss_text()} nats a token over {seeds}, at the rate {first.best.rate:g}{before}."
+        f"{first.loss_text()} nats per token over {seeds}, at the rate {first.best.rate:g}{before}."
     ]
     beside = [of for of in results.contrasts if of.family == "minus AdamW" and of.gaps]
     sentences += [f"{of.name} minus AdamW: {contrast_text(of)}." for of in beside]
     if tested := [of for of in beside if of.p is not None]:
         lower, higher = (sum(of.sign == sign for of in tested) for sign in (-1, 1))
         sentences.append(
-            f"Of {plural(len(tested), 'arm')} beside AdamW, {lower} end lower and {higher} higher "
-            "at p < 0.05 after Holm's correction."
+            f"Of {plural(len(tested), 'optimizer')} besides AdamW, {lower} end lower and "
+            f"{higher} higher at p < 0.05 after Holm's correction."
         )
     return sentences
 
@@ -295,7 +294,7 @@ def drawn_differences(told: Sequence[Contrast]) -> Figure:
         span = of.interval and (of.interval.low, of.interval.high)
         line = Final(of.name, style_of(of.arm)["color"], [*of.gaps.values()], of.mean, span)
         panels.setdefault(of.family, []).append(line)
-    name = "difference of the final held-out loss (nats a token); lower is better"
+    name = "difference of the final held-out loss (nats per token); lower is better"
     return finals_figure(panels, name, ("", 0), width=7.4)
 
 
@@ -341,7 +340,7 @@ def report(folder: Path) -> Report:
         [of.family, of.name, contrast_text(of._replace(p=None)), p_text(of.p), str(len(of.gaps))]
         for of in results.contrasts
     ]
-    heading, whose = ASKED.get(which, ("The post's claims, and this run", POST))
+    heading, whose = ASKED.get(which, ("The post's claims and this run", POST))
     limits = [*(told(limit, facts) for limit in LIMITS), LIMITS_OF.get(which, "")]
     of_arms = about([of.arm for of in found], config["optimizer"]["quirks"])
     of_texts = functools.partial(Table.of_texts, names=2)
@@ -351,21 +350,21 @@ def report(folder: Path) -> Report:
         TITLES[which],
         folder,
         files,
-        "a variant, an arm, a learning rate and a seed",
+        "a variant, an optimizer, a learning rate and a seed",
         abstract(results),
         table,
         [
             Section("matrix", "Base and arm", [crossed]),
             Section("clips", "One clip, before any training", [results.clips and clips]),
             Section("claims", heading, [whose, verdicts] if verdicts else []),
-            Section("arms", "Every arm at its best rate", [table]),
+            Section("arms", "Every optimizer at its best rate", [table]),
             Section(
                 "differences",
                 "Differences",
                 [differences and of_texts(headings, differences, DIFFERENCES)],
             ),
             Section("figures", "Figures", figures(results)),
-            Section("limits", "What so small a study can show", [limits]),
+            Section("limits", "Limits of so small a study", [limits]),
             Section("criteria", "How it was measured", [of_arms | all_told(MEASURED, facts)]),
         ],
         groups=[of.as_json() for of in found],

@@ -106,7 +106,7 @@ def groups(files: Files) -> list[Group]:
             )
             for stored in files.summary.get("groups", [])
         ]
-    names = files.config["arms"]
+    names = files.config["optimizers"]
 
     def order(of: Group) -> tuple[Any, ...]:
         return _place(of.variant), names.index(of.arm) if of.arm in names else 0

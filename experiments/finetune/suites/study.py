@@ -31,13 +31,22 @@ from experiments.finetune.suites.config import (
     with_threshold,
 )
 from experiments.language.checkpoints import params_sha256
+from experiments.parallel import devices_for, run_in_parallel
 from experiments.report.studies import show
 from experiments.runs import Run
-from experiments.side_by_side import devices_for, side_by_side
-from experiments.sweep import carry_out, missing_cells
+from experiments.sweep import missing_cells, run_sweep
 
 # What only chooses cells, or where they run, or was measured; the rest decides what a cell is.
-_FREE = ("arms", "seeds", "sweep_seeds", "sweep", "mesh", "seed", "patience", "clips")
+_FREE = (
+    "optimizers",
+    "seeds",
+    "sweep_seeds",
+    "sweep",
+    "mesh",
+    "seed",
+    "max_nonfinite_steps",
+    "clips",
+)
 _TIMED = 3  # steps
 
 
@@ -70,8 +79,8 @@ def suite(command: Any, which: SuiteName, console: Console, stop: threading.Even
     """
     if jax.process_count() > 1 or "://" in command.out:
         raise ValueError(
-            f"--suite {which} runs in one process and keeps its cells in a local folder; got "
-            f"{jax.process_count()} processes and --out {command.out}."
+            f"--suite {which} requires one process and a local folder; got {jax.process_count()} "
+            f"processes and --out {command.out}."
         )
     planned = variants(command, which)
     try:
@@ -99,7 +108,7 @@ def suite(command: Any, which: SuiteName, console: Console, stop: threading.Even
         work = _Work(command, planned, trainings, models)
         try:
             _estimate(work, run, arms, swept, stop, console)
-            carry_out(
+            run_sweep(
                 Cell,
                 arms,
                 command,
@@ -176,7 +185,7 @@ def _models(
     models: dict[Base | None, Model] = {}
     read: dict[bytes, data.Prepared] = {}
     with progress_bar(console) as bar:
-        task = bar.add_task("looking at the models", total=None)
+        task = bar.add_task("reading the models", total=None)
 
         def show(what: str, done: int, total: int | None) -> None:
             if stop.is_set():
@@ -192,7 +201,7 @@ def _models(
                 if chat.vocabulary > architecture.vocabulary:
                     raise ValueError(
                         f"{folder}: the tokenizer has {chat.vocabulary} tokens, and the model "
-                        f"{architecture.vocabulary}. They are not of one model."
+                        f"{architecture.vocabulary}. The files are of different models."
                     )
                 read[tokenizer] = data.prepare(
                     command.data,
@@ -218,7 +227,14 @@ def _settings(
     models: Mapping[Base | None, Model],
     trainings: Mapping[str, Training],
 ) -> dict[str, Any]:
-    names = ("arms", "seeds", "sweep_seeds", "clip_share", "evaluate_every", "evaluation_tokens")
+    names = (
+        "optimizers",
+        "seeds",
+        "sweep_seeds",
+        "clip_share",
+        "evaluate_every",
+        "evaluation_tokens",
+    )
     own = {name: getattr(command, name) for name in names}
     known = next(iter(trainings.values()))
     return {
@@ -227,7 +243,7 @@ def _settings(
         **own,
         "steps": known.steps,
         "warmup": known.warmup,
-        "arms": list(command.arms),
+        "optimizers": list(command.optimizers),
         "sweep": dataclasses.asdict(command.sweep),
         "models": [of.name for of in models.values()],
         "data": next(iter(models.values())).rows.report.sha256,
@@ -276,7 +292,7 @@ def _estimate(
 
     devices = len(devices_for(count))
     with console.status("estimating the time"):
-        side_by_side(
+        run_in_parallel(
             programs[: len(devices_for(len(programs)))], lambda cell: cell, time_some, stop
         )
     if not found:  # each diverged at once
@@ -285,9 +301,10 @@ def _estimate(
     each = statistics.fmean(of.cell for of in found)
     whole = (count * each + (len(programs) - len(found)) * once) / devices
     console.print(
-        f"About {_duration(whole)} for {count} cells: {_duration(each)} each on "
+        f"Expected time: {_duration(whole)} for {count} trainings; {_duration(each)} each on "
         f"{devices} {'device' if devices == 1 else 'devices at once'}, and {_duration(once)} to "
-        f"compile each of {len(programs)} programs. Where a best rate lies at the edge, more come.",
+        f"compile each of {len(programs)} programs. More are added if a best learning rate is "
+        "the highest or lowest one tried.",
         highlight=False,
     )
 

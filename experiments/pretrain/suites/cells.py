@@ -25,7 +25,7 @@ ROUNDS, STEPS = 5, 10
 
 
 class Evaluation(NamedTuple):
-    """Losses in nats a token; `seconds` are of training alone, since the cell's start."""
+    """Losses in nats per token; `seconds` are of training alone, since the cell's start."""
 
     step: int
     tokens: int
@@ -85,7 +85,9 @@ def train_cell(
         seconds += time.perf_counter() - began
         found = loop.evaluate(arm, state, text.held_out)
         held_out = found["validation_loss"]
-        if in_a_row >= config.patience or not (math.isfinite(loss) and math.isfinite(held_out)):
+        if in_a_row >= config.max_nonfinite_steps or not (
+            math.isfinite(loss) and math.isfinite(held_out)
+        ):
             break
         tokens = step * config.tokens_per_step
         history.append(

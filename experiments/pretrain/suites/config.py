@@ -25,17 +25,20 @@ class Suite:
     """A study of many small trainings; its folder keeps those that are finished."""
 
     suite: SuiteName | None = None
-    """Compare many optimizers at one size, or the growth of few over several sizes."""
+    """Named study to run; explicit options override its settings.
+    optimizers: all optimizers, each at its best learning rate. scaling: AdamW and Muon at several
+    model sizes."""
     seeds: Count = 3
-    """Of a suite: seeds at each arm's best rate, of initial params and the order of the text."""
+    """Number of random seeds. In a suite they train at the best learning rate. A seed sets the
+    initial parameters and the order of the text."""
     sweep_seeds: Count = 1
-    """Of a suite: how many of the seeds choose that rate."""
+    """Number of seeds that choose the best learning rate of a suite."""
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
-    """Of a suite: which learning rates an arm is tried at."""
+    """Learning rates to try."""
     widths: tuple[Count, ...] = (32, 48, 64, 80)
-    """Of --suite scaling: sizes of the residual stream; all other sizes grow with it."""
+    """Model widths to compare. Of --suite scaling; all other sizes grow with the width."""
     tokens_per_param: Positive = 10.0
-    """Of --suite scaling: tokens that a model is trained on, for each of its active params."""
+    """--suite scaling: training tokens per active parameter."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -68,7 +71,7 @@ def sized(config: Training, width: int, tokens_per_param: float) -> Training:
     factor = width / model.width
     if (heads := model.heads * factor) != int(heads):
         raise ValueError(
-            f"--widths {width} is no multiple of a head: --model.width {model.width} / "
+            f"--widths {width} is not a multiple of the head size, --model.width {model.width} / "
             f"--model.heads {model.heads}."
         )
     names = ("latent", "hidden", "expert_hidden")
@@ -146,9 +149,9 @@ def defaults(which: SuiteName, preset: Training | None = None) -> dict[str, Any]
     """
     own: dict[str, Any] = {"suite": which}
     if which == "optimizers":
-        own["optimizer"] = (BASELINE, "muon", *_LIKE_MUON, "splus", "splus_adamw", "scion")
+        own["optimizers"] = (BASELINE, "muon", *_LIKE_MUON, "splus", "splus_adamw", "scion")
     else:
-        own |= {"optimizer": (BASELINE, "muon"), "evaluate_every": 200}
+        own |= {"optimizers": (BASELINE, "muon"), "evaluate_every": 200}
     training = preset or (_MIXTURE if which == "optimizers" else _DENSE)
     rates = Rates(scion=1e-3, splus=0.4, splus_adamw=0.4)
     training = dataclasses.replace(training, rates=rates)

@@ -85,7 +85,7 @@ def _levels(floor: float) -> np.ndarray:
 
 def _line(of: Points, e: float) -> PowerLaw:
     if len(of.loss) < 2:
-        raise ValueError("A curve needs at least two sizes.")
+        raise ValueError("A curve requires at least two sizes.")
     slope, intercept = np.polyfit(np.log(of.compute), np.log(of.loss - e), 1)
     return PowerLaw(float(np.exp(intercept)), float(-slope), float(e))
 

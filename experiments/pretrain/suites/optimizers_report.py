@@ -79,15 +79,15 @@ def _cost(form: Callable[[Arm], str]) -> Callable[[Arm], str]:
 COLUMNS: tuple[Column, ...] = (
     ("optimizer", "optimizer", lambda arm: arm.label),
     (arms.RATE[0], "", arms.RATE[2]),
-    ("final loss (nats a token)", "loss", lambda arm: arm.loss_text()),
-    ("bits a byte", "", lambda arm: number(arm.bits_per_byte)),
+    ("final loss (nats per token)", "loss", lambda arm: arm.loss_text()),
+    ("bits per byte", "", lambda arm: number(arm.bits_per_byte)),
     ("minus AdamW's [95 % interval]", "minus AdamW's", lambda arm: interval_text(arm.difference)),
     ("p, Holm", "p", lambda arm: p_text(arm.p)),
     ("to AdamW's loss: tokens", "tokens", _share("tokens")),
     ("FLOPs", "FLOPs", _share("flops")),
     ("time", "time", _share("time")),
     ("step time ÷ AdamW's", "", _cost(lambda arm: number(arm.cost["times_baseline"]))),
-    ("optimizer's FLOPs a step", "", _cost(lambda arm: flop(arm.cost["optimizer_flops"]))),
+    ("optimizer's FLOPs per step", "", _cost(lambda arm: flop(arm.cost["optimizer_flops"]))),
     (
         "their share of the step",
         "",
@@ -102,62 +102,62 @@ NOTE = (
     "tokens, FLOPs, time: to AdamW's final loss, of AdamW's whole training"
 )
 CAPTION = (
-    "Lowest loss first. Held-out loss at the end, mean and standard deviation over the seeds. The "
-    "difference is paired by seed; its interval is Student's t, and p is of the paired t test "
-    "after Holm's correction for all rows; neither knows of the choice of the rate. “To AdamW's "
-    "loss”: where the mean curve first reaches the loss that AdamW ends with, in parts of AdamW's "
-    "whole training; on the way there its rate has not fallen to its end, which favours AdamW. "
-    "“(edge)”: no further rate was tried on that side."
+    "Lowest loss first. Held-out loss at the end, mean and standard deviation over the seeds. "
+    "The difference is paired by seed; its interval is Student's t, and p is of the paired t "
+    "test with Holm's correction for all rows; neither accounts for the choice of the rate. “To "
+    "AdamW's loss”: where the mean curve first reaches the loss that AdamW ends with, as a "
+    "fraction of AdamW's whole training; its learning rate has not yet decayed there, which "
+    "favours AdamW. “(edge)”: the best rate is the highest or lowest tried."
 )
 LIMITS = (
-    "The model has {config[model][layers]} layers of width {config[model][width]} and learns for "
-    "{config[steps]} steps of {tokens_per_step} tokens. What it ranks is how fast optimizers go "
-    "down early in training; long runs, where weight decay and the end of the schedule decide, may "
-    "rank them otherwise.",
-    "The effort is equal, not the tuning complete: one number, the optimizer's own learning rate, "
-    "is swept for each. What else an optimizer sets keeps its default, which favours those whose "
-    "defaults suit this model.",
-    "{config[sweep_seeds]} of {config[seeds]} seeds choose the rate and are among those it is "
-    "judged by, for all arms alike. With so few seeds an interval is wide, and a difference that "
-    "it does not tell from zero may still be there.",
-    "An update's cost beside the model's depends on the batch: with so few tokens a step "
-    "Newton–Schulz takes a far larger share than in large trainings, and on two cores small "
-    "matrices run at a lower rate than large ones.",
+    "The model has {config[model][layers]} layers of width {config[model][width]} and trains "
+    "for {config[steps]} steps of {tokens_per_step} tokens. This ranks how fast optimizers "
+    "reduce the loss early in training; long runs, in which weight decay and the end of the "
+    "schedule matter more, may rank them differently.",
+    "Tuning effort is equal, but not complete: only the optimizer's own learning rate is swept. "
+    "All other settings keep their defaults, which favours optimizers whose defaults suit this "
+    "model.",
+    "{config[sweep_seeds]} of {config[seeds]} seeds choose the rate and are among those that "
+    "judge it, for all optimizers. {config[seeds]} seeds are too few to distinguish small "
+    "differences from zero.",
+    "The cost of an update relative to the model depends on the batch: with so few tokens per "
+    "step, Newton–Schulz takes a far larger share than in large trainings, and small matrices "
+    "run at a lower rate than large ones.",
 )
 MEASURED = {
     "Text": "{corpus[name]}: {corpus[train_tokens]:,} tokens of a byte-level BPE of "
     "{corpus[vocabulary]}, evaluated on {config[evaluation_tokens]:,} of "
-    "{corpus[validation_tokens]:,} held out, always the same. SHA-256 {corpus[sha256]}.",
-    "Seeds": "A seed fixes the initial params and the order of the text, the same for all "
+    "{corpus[validation_tokens]:,} held out, the same every time. SHA-256 {corpus[sha256]}.",
+    "Seeds": "A seed sets the initial parameters and the order of the text, equally for all "
     "optimizers and rates.",
-    "Learning rates": "Swept by factors of {config[sweep][factor]:g} around a default, and on "
-    "until the best one has a neighbour on each side, at most {config[sweep][limit]} further. The "
-    "AdamW that trains embedding, head and gains of the hybrids keeps its rate, "
-    "{config[adamw][learning_rate]}, and so do their SGD and Lion.",
-    "FLOPs": "Of the model: analytic, forward and backward. Of the optimizer: the matrix products "
-    "of its compiled update; eigendecompositions and element-wise work count nothing.",
-    "Step time": "Of whole training steps, optimizers taking turns in one process: median of the "
-    "turns' ratios to AdamW's.",
+    "Learning rates": "Swept by factors of {config[sweep][factor]:g} around a default, and "
+    "extended until the best one has a neighbour on each side, by at most "
+    "{config[sweep][limit]} rates. In the hybrids, AdamW trains embedding, head and gains at "
+    "the rate {config[adamw][learning_rate]}; SGD and Lion keep their rates too.",
+    "FLOPs": "Model: analytic, forward and backward. Of the optimizer: the matrix products of its "
+    "compiled update; eigendecompositions and element-wise work count nothing.",
+    "Step time": "Of whole training steps, in alternating rounds in one process: median ratio "
+    "to AdamW's.",
 }
 CURVES = (
     "Held-out loss during training at the best rates, mean over seeds; the vertical axis begins "
-    "where AdamW is after a sixth of its training, and an optimizer that stays above lies beyond "
-    "it. FLOPs are those of the model's forward and backward pass and of the optimizer's matrix "
-    "products; time is a step's, measured in turns."
+    "at AdamW's loss after a sixth of its training, and optimizers above it are not shown. "
+    "FLOPs are of the model's forward and backward pass and of the optimizer's matrix products; "
+    "the time of a step is measured in alternating rounds."
 )
 
 
 def abstract(found: Sequence[Arm], files: Files) -> list[str]:
     """The result in plain sentences, every number computed from the run."""
     if not found:
-        return ["No cell has finished yet."]
-    sentences = [*arms.progress(files), f"{arms.lowest(found)} a token."]
+        return ["No training has finished yet."]
+    sentences = [*arms.progress(files), f"{arms.lowest(found)} per token."]
     if tested := [arm for arm in found if arm.p is not None]:
         significant = [arm.difference.mean for arm in tested if arm.p < 0.05]
         below, above = sum(x < 0 for x in significant), sum(x > 0 for x in significant)
         sentences.append(
-            f"Of {len(tested)} arms beside AdamW, {below} end lower and {above} higher at p < 0.05 "
-            f"after Holm's correction."
+            f"Of {len(tested)} optimizers besides AdamW, {below} end lower and {above} higher at "
+            "p < 0.05 after Holm's correction."
         )
     muon = arms.baseline_of(found, "muon")
     if muon and math.isfinite((muon.shares or {}).get("tokens") or math.inf):
@@ -197,7 +197,7 @@ def curves_figure(found: Sequence[Arm]) -> Figure:
     low = min(arm.curve[-1][1] for arm in drawn)
     high = float(np.interp(base.tokens / 6, *np.array(base.curve).T))
     grid[0].set_ylim(low - 0.04 * (high - low), high)
-    grid[0].set_ylabel("validation loss (nats a token)")
+    grid[0].set_ylabel("validation loss (nats per token)")
     legend(figure, [arm.optimizer for arm in drawn], columns=5)
     return figure
 
@@ -211,7 +211,7 @@ def report(folder: Path) -> Report:
     table = Table(COLUMNS, found, CAPTION, "Optimizers, lowest loss first", NOTE)
     figures: list[Picture] = []
     if any(math.isfinite(arm.loss) for arm in found):
-        unit = "nats a token"
+        unit = "nats per token"
         figures = [arms.finals(found, unit), arms.rates(found, unit)]
         if any(arm.curve for arm in found):
             alt = "Held-out loss against tokens, FLOPs and time."
@@ -229,7 +229,7 @@ def report(folder: Path) -> Report:
         [
             Section("arms", "Every optimizer at its best rate", [table]),
             Section("figures", "Figures", figures),
-            Section("limits", "What so small a study can show", [limits]),
+            Section("limits", "Limits of so small a study", [limits]),
             Section("criteria", "How it was measured", [measured]),
         ],
         arms=[arm.as_json() for arm in found],

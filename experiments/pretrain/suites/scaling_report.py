@@ -39,7 +39,7 @@ from experiments.report.page import Column, Picture, Report, Section, Table
 from experiments.report.text import all_told, flop, number, told
 
 PFLOPS_DAY = 8.64e19  # FLOPs
-# Of the paper's ladder: 6 FLOPs a param and token, 1.5 B params, 38.91 B tokens.
+# Of the paper's ladder: 6 FLOPs per parameter and token, 1.5 B params, 38.91 B tokens.
 PAPER_LARGEST = 6 * 1.5e9 * 38.91e9
 
 
@@ -134,57 +134,58 @@ COLUMNS: tuple[Column, ...] = (
     ("compute of the model", "FLOPs", lambda arm: flop(arm.compute(False)) if arm.cost else "–"),
     ("and of the update", "", lambda arm: flop(arm.compute(True)) if arm.cost else "–"),
     arms.RATE,
-    ("final loss (nats a token)", "loss", lambda arm: arm.loss_text()),
-    ("bits a byte", "bits", lambda arm: number(arm.bits_per_byte)),
+    ("final loss (nats per token)", "loss", lambda arm: arm.loss_text()),
+    ("bits per byte", "bits", lambda arm: number(arm.bits_per_byte)),
     ("cells", "", lambda arm: str(arm.cells)),
 )
 CAPTION = (
-    "Final held-out loss, mean and standard deviation over seeds. Every model is trained on a "
-    "number of tokens for each param that a token meets, embedding and head aside."
+    "Final held-out loss, mean and standard deviation over seeds. The number of training tokens "
+    "is proportional to the active parameters, without embedding and head."
 )
 FITS = (
-    "L = a·C^−b by least squares in log L over log C; an irreducible loss, one for all, is added "
-    "only where AICc gains more than 2 by it. The ratio is at the lowest loss that all optimizers "
-    "have seen. Its interval of 95 % is a bootstrap over residuals of whole sizes, drawn for all "
-    "optimizers together, times Student's t for so few sizes. Liu et al. (2502.16982) have "
-    "2.506·C^−0.052 for Muon and 2.608·C^−0.054 for AdamW, and quote 0.519; their two curves give "
-    "it near C = 10 PFLOP/s-days, 0.46 at 1 and 0.55 at 100."
+    "L = a·C^−b by least squares in log L over log C; an irreducible loss, one for all, is "
+    "added only where AICc gains more than 2 by it. The ratio is at the lowest loss that all "
+    "optimizers reached. Its interval of 95 % is a bootstrap over residuals of whole sizes, "
+    "drawn for all optimizers together, times Student's t for so few sizes. Liu et al. "
+    "(2502.16982) have 2.506·C^−0.052 for Muon and 2.608·C^−0.054 for AdamW, and quote 0.519; "
+    "their two curves give it near C = 10 PFLOP/s-days, 0.46 at 1 and 0.55 at 100."
 )
 LIMITS = (
-    "They can show whether Muon needs less compute than AdamW at these sizes, when both have their "
-    "rates swept alike, and by how much.",
-    "They cannot show the paper's ratio at its scale. The paper's largest model had {far[0]} times "
-    "the compute; carried that far, the ratio changes by a factor of {far[1]} when one exponent is "
-    "off by 0.01. No curve here is read beyond the points that it was fitted to.",
-    "Embedding and head, which AdamW trains in both arms, are a large part of models so narrow, "
-    "and Newton–Schulz is a large part of a step with so few tokens: the first makes Muon look "
-    "weaker than it is in large models, and the second dearer.",
-    "The text is source code with a vocabulary of {corpus[vocabulary]}: its losses cannot be "
-    "compared with the paper's, only the ratio of compute can.",
+    "These trainings show whether, and by how much, Muon needs less compute than AdamW at these "
+    "sizes, with equally swept learning rates.",
+    "They do not show the ratio at the paper's scale. The paper's largest model had {far[0]} "
+    "times the compute; extrapolated that far, the ratio changes by a factor of {far[1]} when "
+    "one exponent is off by 0.01. No curve here is extrapolated.",
+    "Embedding and head, which AdamW trains in both cases, are a large part of such narrow "
+    "models, which understates Muon's advantage; Newton–Schulz is a large part of a step with "
+    "so few tokens, which overstates its cost.",
+    "The text is source code with a vocabulary of {corpus[vocabulary]}: only the ratio of "
+    "compute can be compared with the paper's, not the loss.",
 )
 MEASURED = {
     "Sizes": "Heads keep their size and their number grows with the width, and so do the hidden "
-    "sizes; the number of layers, {config[model][layers]}, stays, and so do "
-    "{config[tokens_per_param]:g} tokens a param. The schedule spans each training.",
-    "Text": "{corpus[name]}: {corpus[train_tokens]:,} tokens; a longer training reads some of them "
-    "again. SHA-256 {corpus[sha256]}.",
-    "Learning rates": "At every size swept by factors of {config[sweep][factor]:g}, and on until "
-    "the best one has a neighbour on each side, by {config[sweep_seeds]} of {config[seeds]} seeds. "
-    "The AdamW that trains what is no hidden matrix keeps its rate, "
-    "{config[adamw][learning_rate]}, in the other arms.",
-    "Compute": "Of the model: analytic FLOPs of forward and backward pass, head included. Of the "
-    "update: its matrix products.",
+    "sizes; the number of layers, {config[model][layers]}, is constant, and so are "
+    "{config[tokens_per_param]:g} tokens per active parameter. The schedule spans each "
+    "training.",
+    "Text": "{corpus[name]}: {corpus[train_tokens]:,} tokens; longer trainings repeat some of "
+    "them. SHA-256 {corpus[sha256]}.",
+    "Learning rates": "Swept at every size by factors of {config[sweep][factor]:g}, and "
+    "extended until the best one has a neighbour on each side, by {config[sweep_seeds]} of "
+    "{config[seeds]} seeds. With the other optimizers, AdamW trains all but the hidden matrices "
+    "at the rate {config[adamw][learning_rate]}.",
+    "Compute": "Model: analytic FLOPs of the forward and backward pass, head included. Update: its "
+    "matrix products.",
 }
 
 
 def abstract(found: Sequence[Arm], model: Scaling | None, whole: Scaling | None) -> list[str]:
     """The result in plain sentences, every number computed from the run."""
     if model is None or whole is None:
-        return ["Fewer than two sizes have finished with all optimizers: no curve yet."]
+        return ["Fewer than two sizes have finished with all optimizers, so there is no curve yet."]
     sentences = [
-        f"{optimizer_label(ours.optimizer)} reaches AdamW's lowest loss that all have seen, "
-        f"{ours.loss:.3f} nats a token, with {ours} of AdamW's model FLOPs, or {with_update} with "
-        "the updates' own."
+        f"{optimizer_label(ours.optimizer)} reaches the lowest loss that all optimizers reached, "
+        f"{ours.loss:.3f} nats per token, with {ours} of AdamW's model FLOPs, or {with_update} "
+        "with the updates' own."
         for ours, with_update in zip(model.ratios, whole.ratios, strict=True)
     ]
     sentences.append(
@@ -226,7 +227,7 @@ def fit_figure(found: Sequence[Arm], curves: Scaling) -> Figure:
         plain_log_axis(left, which)
     left.xaxis.set_major_formatter(lambda value, _: flop(value))
     left.set_xlabel("compute of the model")
-    left.set_ylabel("final held-out loss (nats a token)")
+    left.set_ylabel("final held-out loss (nats per token)")
     line = {"lw": 1.6, "marker": "o", "ms": 5}
     left.legend(
         handles=[legend_line(optimizer_label(n), optimizer_color(n), **line) for n in curves.points]

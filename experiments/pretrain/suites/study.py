@@ -15,7 +15,7 @@ from experiments.pretrain.suites import cells
 from experiments.pretrain.suites.config import Cell, SuiteName, model_flops, sized
 from experiments.report.studies import show
 from experiments.runs import Run, machine, read_json, write_json
-from experiments.sweep import carry_out
+from experiments.sweep import run_sweep
 
 # What only chooses cells, or where they run; the rest decides what a cell is.
 _FREE = ("optimizer", "seeds", "sweep_seeds", "sweep", "widths", "rates", "mesh", "seed")
@@ -30,8 +30,8 @@ def check(config: Any, which: SuiteName) -> dict[int, Training]:
     """
     if jax.process_count() > 1 or "://" in str(config.out):
         raise ValueError(
-            f"--suite {which} runs in one process and keeps its cells in a local folder; got "
-            f"{jax.process_count()} processes and --out {config.out}."
+            f"--suite {which} requires one process and a local folder; got {jax.process_count()} "
+            f"processes and --out {config.out}."
         )
     return _trainings(config, which)
 
@@ -62,9 +62,9 @@ def suite(
     folder = Path(config.out or f"runs/pretrain/suite-{which}")
     run = Run(folder, _settings(config, which, tokens), _FREE)
     try:
-        left = carry_out(
+        left = run_sweep(
             Cell,
-            {(name, width): config.rate(name) for width in trainings for name in config.optimizer},
+            {(name, width): config.rate(name) for width in trainings for name in config.optimizers},
             config,
             lambda cell, show: cells.train_cell(
                 trainings[cell.width],
@@ -101,7 +101,7 @@ def _trainings(config: Any, which: SuiteName) -> dict[int, Training]:
 
 
 def _settings(config: Any, which: SuiteName, tokens: data.Tokens) -> dict[str, Any]:
-    names = ["optimizer", "seeds", "sweep_seeds", "evaluate_every", "evaluation_tokens"]
+    names = ["optimizers", "seeds", "sweep_seeds", "evaluate_every", "evaluation_tokens"]
     names += ["widths", "tokens_per_param"] if which == "scaling" else []
     own = {name: getattr(config, name) for name in names}
     settings = {"suite": which} | own | {"sweep": dataclasses.asdict(config.sweep)}
@@ -119,7 +119,7 @@ def _measure_costs(
     path = folder / "costs.json"
     costs = read_json(path)["costs"] if path.exists() else {}
     known = {width: set(costs.get(str(width), {})) for width in trainings}
-    missing = [width for width in trainings if not known[width] >= set(config.optimizer)]
+    missing = [width for width in trainings if not known[width] >= set(config.optimizers)]
     if not missing:
         return
 
@@ -130,12 +130,12 @@ def _measure_costs(
 
     try:
         with progress_bar(console) as progress:
-            turns = (cells.ROUNDS + 1) * len(missing) * len(config.optimizer)
+            turns = (cells.ROUNDS + 1) * len(missing) * len(config.optimizers)
             bar = progress.add_task("timing the optimizers", total=turns)
             for width in missing:
-                arms = [(name, trainings[width]) for name in config.optimizer]
+                arms = [(name, trainings[width]) for name in config.optimizers]
                 found = cells.measure(arms, turn)
-                rows = zip(config.optimizer, found, strict=True)
+                rows = zip(config.optimizers, found, strict=True)
                 costs[str(width)] = {name: cost._asdict() for name, cost in rows}
     except KeyboardInterrupt:
         stop.set()

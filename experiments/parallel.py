@@ -18,7 +18,7 @@ import jax
 Job = TypeVar("Job")
 
 
-def a_device_for_each_core() -> None:
+def one_cpu_device_per_core() -> None:
     """Of a CPU as many devices as it has cores, if JAX was not told; for before it begins."""
     if jax.config.jax_num_cpu_devices == -1:
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
@@ -51,7 +51,7 @@ def once(keep: int) -> Callable[[Callable], Any]:
     return decorate
 
 
-def side_by_side(
+def run_in_parallel(
     jobs: Sequence[Job],
     key: Callable[[Job], Hashable],
     work: Callable[[Job, jax.Device], None],

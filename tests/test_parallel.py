@@ -6,7 +6,7 @@ import time
 import jax.numpy as jnp
 import pytest
 
-from experiments.side_by_side import devices_for, once, side_by_side
+from experiments.parallel import devices_for, once, run_in_parallel
 
 
 def test_every_job_is_done_once_in_the_place_of_its_key():
@@ -20,7 +20,7 @@ def test_every_job_is_done_once_in_the_place_of_its_key():
             assert where == {device} == {devices_for(1)[0]}
 
     jobs = [(key, i) for i in range(4) for key in "abcdef"]
-    side_by_side(jobs, lambda job: job[0], work, threading.Event())
+    run_in_parallel(jobs, lambda job: job[0], work, threading.Event())
     assert sorted(job for job, _ in done) == sorted(jobs)
     assert len({place for _, place in done}) == len(devices_for(len(jobs)))
 
@@ -33,7 +33,7 @@ def test_an_idle_core_takes_over_rather_than_wait():
         with lock:
             places.add(threading.current_thread().name)
 
-    side_by_side(range(8), lambda job: "one", work, threading.Event())
+    run_in_parallel(range(8), lambda job: "one", work, threading.Event())
     assert len(places) == len(devices_for(8))
 
 
@@ -49,7 +49,7 @@ def test_what_threads_ask_for_together_is_made_once():
     def work(job, device):
         found.append(make("a"))
 
-    side_by_side(range(8), lambda job: job, work, threading.Event())
+    run_in_parallel(range(8), lambda job: job, work, threading.Event())
     assert made == ["a"] and len(found) == 8 and len(set(map(id, found))) == 1
 
 
@@ -66,7 +66,7 @@ def test_a_failure_ends_the_others_and_is_what_the_caller_sees():
         raise KeyboardInterrupt
 
     with pytest.raises(OSError, match="disk full"):
-        side_by_side(range(3), lambda job: job, work, stop)
+        run_in_parallel(range(3), lambda job: job, work, stop)
     assert sorted(ended) == list(range(several - 1))
 
 
@@ -78,5 +78,5 @@ def test_a_stop_is_an_interrupt():
         stop.set()
 
     with pytest.raises(KeyboardInterrupt):
-        side_by_side(range(1000), lambda job: job, work, stop)
+        run_in_parallel(range(1000), lambda job: job, work, stop)
     assert len(done) < 1000
