@@ -264,7 +264,7 @@ def run_sweep(
     for note in run.notes:
         console.print(note, highlight=False, soft_wrap=True)
     console.print(
-        f"[bold]{run.folder}[/bold]: {len(missing())} trainings to go, and more if a best "
+        f"[bold]{run.folder}[/bold]: trainings left: {len(missing())}, and more if a best "
         f"learning rate is the highest or lowest one tried; {len(run.finished)} finished.",
         highlight=False,
     )
@@ -283,7 +283,7 @@ def run_sweep(
         _summarize(run, corpus, len(run.finished) + left)
     if left:
         console.print(
-            f"Interrupted with {left} trainings to go; the same command continues from there."
+            f"Interrupted; trainings left: {left}. The same command continues from there."
         )
     return left
 

@@ -145,7 +145,7 @@ def test_more_seeds_rates_and_optimizers_are_added_to_a_folder(whole, tmp_path, 
     assert len(rows(tmp_path)) == 1
     assert run(out=tmp_path) == 0
     assert sorted(map(str, rows(tmp_path))) == sorted(map(str, rows(whole)))
-    assert "11 trainings to go" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "trainings left: 11" in re.sub(r"\s+", " ", capsys.readouterr().out)
     assert summary(tmp_path)["arms"][0]["update"]
     capsys.readouterr()
     assert run("--batch", 8, out=tmp_path) == 2

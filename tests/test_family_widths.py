@@ -50,7 +50,7 @@ def test_a_run_and_its_report(tmp_path, capsys):
     assert "Best rate by width" in capsys.readouterr().out
     # Wider models are added to the same folder.
     assert run("--widths", 8, 16, 24, "--scales", "mup", out=tmp_path) == 0
-    assert "3 trainings to go" in " ".join(capsys.readouterr().out.split())
+    assert "trainings left: 3" in " ".join(capsys.readouterr().out.split())
 
 
 def test_wrong_widths_are_refused(tmp_path, capsys):

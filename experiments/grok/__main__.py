@@ -59,7 +59,7 @@ def study(config: Config, run: Run, stop: threading.Event, console: Console) -> 
     left = len(set(cells) - {Cell.of(row) for row in run.finished})
     if left:
         console.print(
-            f"Interrupted with {left} trainings to go; the same command continues from there."
+            f"Interrupted; trainings left: {left}. The same command continues from there."
         )
     return INTERRUPTED if left else 0
 
