@@ -251,7 +251,7 @@ def test_a_program_is_printed_with_all_that_it_takes(monkeypatch):
         "HBM traffic 23.00 MB",
         "roofline 0.06 ms",  # 3 × (2 + 10) + 2 × (2 + 10) µs
         "estimated cycles 1.50 M",
-        "all-gather 24.00 MB in 6 (4 in loops, 5 beside computation)",
+        "all-gather 24.00 MB in 6 (4 in loops, 5 overlapped with computation)",
         "temporaries 7.00 MB",
         "exclude 2 × other",
         "Roofline of made up",

@@ -75,7 +75,7 @@ def test_every_quirk_is_told_and_the_published_form_has_all():
     assert set(AS_PUBLISHED.quirks) == set(QUIRKS) == set(arms.QuirkName.__args__)
     assert AS_PUBLISHED.learning_rate == 5e-5
     assert arms.as_published(training()).optimizer == AS_PUBLISHED
-    with pytest.raises(ValueError, match="each once"):
+    with pytest.raises(ValueError, match="must be different values; got no_clip no_clip"):
         Optimizer(quirks=("no_clip", "no_clip"))
 
 

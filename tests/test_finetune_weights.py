@@ -272,17 +272,17 @@ def rewrite(folder, **tensors):
 def test_damaged_tensors_are_named(written):
     gate = load_file(written / "model.safetensors")[GATE]
     for x, message in {
-        "missing": (None, rf"lacks 1 tensors, {GATE}"),
+        "missing": (None, rf"lacks 1 tensor\(s\), the first being {GATE}"),
         "short": (gate[1:], rf"hf.model\.safetensors: {GATE} is F32 \(23, 16\).*F16 \(24, 16\)"),
         "transposed": (gate.T.copy(), rf"{GATE} is F32 \(16, 24\)"),
         "integers": (gate.astype(np.int32), rf"{GATE} is I32"),
-        "infinite": (np.where(gate == gate[3, 3], np.inf, gate), rf"{GATE} has values .* finite"),
-        "nan": (np.where(gate == gate[0, 0], np.nan, gate), rf"{GATE} has values .* finite"),
+        "infinite": (np.where(gate == gate[3, 3], np.inf, gate), rf"{GATE} contains NaN or Inf"),
+        "nan": (np.where(gate == gate[0, 0], np.nan, gate), rf"{GATE} contains NaN or Inf"),
     }.values():
         rewrite(written, **{GATE: x})
         with pytest.raises(ValueError, match=message):
             read(written)
-        if "finite" in message:
+        if "NaN or Inf" in message:
             check(written, TIED)
         else:
             with pytest.raises(ValueError, match=message):
@@ -299,7 +299,7 @@ def test_a_tied_model_may_repeat_its_embedding_but_no_other_head(written):
     for other, message in (
         (
             embedding + np.eye(64, 16, -30, np.float32),
-            "word_embeddings true, and lm_head.weight is",
+            "word_embeddings true, and lm_head.weight differs",
         ),
         (embedding[1:], r"lm_head.weight is F32 \(63, 16\)"),
     ):
@@ -315,7 +315,9 @@ def test_files_that_are_cut_or_missing_are_refused(written):
         read(written)
     path.unlink()
     (written / "pytorch_model.bin").touch()
-    said_so = r"hf has neither model\.safetensors nor .*pytorch_model\.bin is not read; download"
+    said_so = (
+        r"hf has neither model\.safetensors nor .*pytorch_model\.bin is not supported; download"
+    )
     with pytest.raises(FileNotFoundError, match=said_so):
         read(written)
     (written / "config.json").unlink()
@@ -334,7 +336,7 @@ def test_an_index_names_files_that_are_there(tmp_path):
             look()
     for weight_map, value in (["a"], r"\['a'\]"), ({}, "{}"), (None, None), ({"a": [1]}, r"\[1\]"):
         index.write_text(json.dumps({"weight_map": weight_map}))
-        with pytest.raises(ValueError, match=rf"{index.name}: .* is {value} but must be"):
+        with pytest.raises(ValueError, match=rf"{index.name}: .* is {value} but must (be|name) "):
             check(folder, TIED)
 
 
@@ -359,7 +361,7 @@ def test_no_tensor_is_read_to_check(written, monkeypatch):
     monkeypatch.setattr(weights.hugging_face, "read_tensor", fails)
     monkeypatch.setattr(weights, "_check_tied", fails)
     check(written, TIED)
-    with pytest.raises(ValueError, match=r"lacks 1 tensors, lm_head"):
+    with pytest.raises(ValueError, match=r"lacks 1 tensor\(s\), the first being lm_head"):
         check(written, UNTIED)
 
 

@@ -212,7 +212,7 @@ def check_names(folder: Path, wanted: Set[str], found: Set[str]) -> None:
         if names:
             first = ", ".join(sorted(names)[:3])
             raise ValueError(
-                f"{folder} {what} {len(names)} tensors, the first being {first}: its files are "
+                f"{folder} {what} {len(names)} tensor(s), the first being {first}: its files are "
                 f"not of the model in its {CONFIG}."
             )
 
