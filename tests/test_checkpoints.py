@@ -459,7 +459,9 @@ def test_two_processes_save_and_restore_together(tmp_path):
     assert first["empty"] is None and first["same"] and first["same_fallback"]
     assert first["steps"] == [2, 3] and first["newest"] == [3, {"step": 3}, []]
     step, damaged = first["fallback"]
-    assert step == 2 and damaged[0].startswith("step 3: _CHECKPOINT_METADATA has 9 bytes of ")
+    assert step == 2 and damaged[0].startswith(
+        "step 3: _CHECKPOINT_METADATA has 9 bytes instead of "
+    )
     assert first["last"] == [2, 4]
 
     leaf = jax.ShapeDtypeStruct((8, 4), jnp.float32)

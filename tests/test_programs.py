@@ -70,7 +70,7 @@ def test_cores_share_programs_and_the_next_run_compiles_none(tmp_path):
     damaged, told = counts(tmp_path / "damaged", tmp_path)
     assert damaged["cache_hits"] < len(kept) / 2 and "ompilation cache" in told
     digests = [
-        re.findall(r"params_sha256\W+(\w+)", (tmp_path / run / "run/summary.json").read_text())
+        re.findall(r"params_sha256\W+(\w+)", (tmp_path / run / "summary.json").read_text())
         for run in ("alone", "cold", "warm", "damaged")
     ]
     assert len(digests[0]) == 4 and digests.count(digests[0]) == 4
