@@ -227,7 +227,7 @@ def test_a_topology_compiles(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     size = ["--layers", "4", "--width", "256"]
     assert bench.main(["--topology", "v5e:2x2", *size, "--out", str(tmp_path)]) == 0
-    summary = json.loads((tmp_path / "v5e-2x2" / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     ours = summary["sharding"][0]
     assert ours["raises"] is None and ours["ns_dtype"] == "bfloat16"
     assert 0 < ours["flops_ratio"] < 1.2
