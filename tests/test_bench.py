@@ -233,7 +233,7 @@ def test_a_topology_compiles(tmp_path, monkeypatch, capsys):
     assert 0 < ours["flops_ratio"] < 1.2
     assert ours["kernels"] > 10 and ours["cycles"] > 0 and len(ours["dearest"]) == 10
     printed = capsys.readouterr().out
-    assert "Roofline of TPU v5 lite" in printed and "The dearest kernels" in printed
+    assert "Roofline of TPU v5 lite" in printed and "Most expensive kernels" in printed
 
 
 @needs_libtpu
