@@ -1,7 +1,7 @@
 """Muon: gradients -> momentum -> orthogonalise -> shape scale -> weight decay -> learning rate."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Unpack
 
 import chex
@@ -9,13 +9,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from muon_jax._matrices.hooks import Hook, HookState, Step, init_hooks, run_hooks
 from muon_jax._matrices.stages import Orthogonalizer, Stages
 from muon_jax._options import takes_options_of
 from muon_jax._orthogonalize.coefficients import Schedule
 from muon_jax._orthogonalize.newton_schulz import configured
 from muon_jax._partition import HybridOptions, hybrid, partition
+from muon_jax._precision import cast_like
 from muon_jax._scale import ShapeScale
 from muon_jax._sharding.layout import AnyMesh
+
+Hooks = Hook | Sequence[Hook] | None
 
 
 class MuonState(NamedTuple):
@@ -30,6 +34,19 @@ class MuonState(NamedTuple):
     mu: optax.Updates
 
 
+class HookedState(NamedTuple):
+    """State of `scale_by_muon` and its relatives with hooks that have state.
+
+    Attributes:
+        count, mu: as in `MuonState`.
+        hooks: the state of each hook that has one, first those before orthogonalisation.
+    """
+
+    count: chex.Array
+    mu: optax.Updates
+    hooks: tuple[HookState, ...]
+
+
 def scale_by_muon(
     *,
     beta: float | jax.Array = 0.95,
@@ -42,6 +59,8 @@ def scale_by_muon(
     mesh: AnyMesh | None = None,
     shardings: Any = None,
     chunk_size: int | None = None,
+    before: Hooks = None,
+    after: Hooks = None,
 ) -> optax.GradientTransformation:
     """Momentum, orthogonalised and scaled by shape, for trees whose every leaf is a matrix stack.
 
@@ -69,9 +88,11 @@ def scale_by_muon(
             leaves are whole there.
         chunk_size: how many matrices of a bucket a device holds at once, to bound memory; `None`
             is all.
+        before, after: hooks, one or a list: functions of the matrices before and after
+            orthogonalisation, such as `equilibrate()` before and `snap_norm()` after it.
 
     Returns:
-        A transformation whose state is `MuonState`.
+        A transformation whose state is `MuonState`, or `HookedState` where a hook has state.
 
     Raises:
         ValueError: an unknown name, or axes that do not fit a leaf.
@@ -84,29 +105,59 @@ def scale_by_muon(
         >>> updates["kernel"].shape
         (4, 8)
     """
-    stages = Stages(
-        beta=beta,
-        nesterov=nesterov,
-        momentum=momentum,
-        orthogonalizer=orthogonalizer,
-        scale=scale,
-        mu_dtype=mu_dtype,
-        matrix_axes=matrix_axes,
-        mesh=mesh,
-        shardings=shardings,
-        chunk_size=chunk_size,
+    return hooked(
+        Stages(
+            beta=beta,
+            nesterov=nesterov,
+            momentum=momentum,
+            orthogonalizer=orthogonalizer,
+            scale=scale,
+            mu_dtype=mu_dtype,
+            matrix_axes=matrix_axes,
+            mesh=mesh,
+            shardings=shardings,
+            chunk_size=chunk_size,
+            before=before,
+            after=after,
+        )
     )
 
+
+def hooked(stages: Stages, own: type | None = None) -> optax.GradientTransformation:
+    """Momentum -> before -> orthogonalise -> after -> shape scale.
+
+    Args:
+        stages: the settings, with the hooks before and after.
+        own: the class of the state, `(count, mu, state of the hook)`, where one hook has some.
+    """
+    hooks = (*stages.before, *stages.after)
+    stateful = sum(hook.init is not None for hook in hooks)
+
+    def state_of(count, mu, states):
+        if not states:
+            return MuonState(count, mu)
+        if own and stateful == 1:
+            return own(count, mu, *states)
+        return HookedState(count, mu, tuple(map(HookState, states)))
+
     def init(params):
-        return MuonState(jnp.zeros([], jnp.int32), stages.init_momentum(params))
+        states = init_hooks(hooks, stages.matrices(params), params) if stateful else ()
+        return state_of(jnp.zeros([], jnp.int32), stages.init_momentum(params), states)
 
     def update(updates, state, params=None):
-        del params
         count = optax.safe_increment(state.count)
         averaged, mu = stages.average(updates, state.mu, count)
         matrices = stages.matrices(updates)
-        factors = matrices.orthogonalize(matrices.split(averaged), like=state.mu)
-        return matrices.merge(matrices.scale(factors), updates), MuonState(count, mu)
+        momentum = matrices.split(averaged)
+        step = Step(matrices, updates, params, momentum)
+        hooked = isinstance(state, HookedState)
+        states = [hook.value for hook in state.hooks] if hooked else state[2:]
+        first = sum(hook.init is not None for hook in stages.before)
+        x, before = run_hooks(stages.before, momentum, states[:first], step)
+        x = matrices.orthogonalize(map(cast_like, x, momentum), like=state.mu)
+        x, after = run_hooks(stages.after, x, states[first:], step)
+        new = state_of(count, mu, [*before, *after])
+        return matrices.merge(matrices.scale(x), updates), new
 
     return optax.GradientTransformation(init, update)
 
@@ -123,13 +174,15 @@ def muon(
     ns_dtype: jax.typing.DTypeLike | None = None,
     orthogonalizer: Orthogonalizer | None = None,
     scale: str | ShapeScale | None = "spectral",
+    before: Hooks = None,
+    after: Hooks = None,
     **options: Unpack[HybridOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for the hidden matrices, AdamW for the other leaves, in one `optax.multi_transform`.
 
     Args:
         learning_rate: of the Muon leaves; a number or a schedule.
-        beta, nesterov, momentum, scale: as in `scale_by_muon`.
+        beta, nesterov, momentum, scale, before, after: as in `scale_by_muon`.
         ns_coeffs, ns_steps, ns_dtype: `coeffs`, `steps` and `dtype` of `newton_schulz`.
         orthogonalizer: takes the place of `newton_schulz`; then give none of the `ns_` arguments.
         options: those of `hybrid`: weight decay (0.0 by default, where `muonclip` has 0.1), the
@@ -165,6 +218,8 @@ def muon(
                 momentum=momentum,
                 orthogonalizer=orthogonalizer,
                 scale=scale,
+                before=before,
+                after=after,
                 **settings,
             ),
             add_decay,
@@ -174,8 +229,8 @@ def muon(
     return partition(matrix_optimizer, learning_rate, **options)
 
 
-class MuonOptions(HybridOptions, total=False):
-    """The options of `muon`, for type checkers; a test compares it with its signature."""
+class StageOptions(HybridOptions, total=False):
+    """The options of `muon` but the hooks, for type checkers."""
 
     beta: float | jax.Array
     nesterov: bool
@@ -185,6 +240,13 @@ class MuonOptions(HybridOptions, total=False):
     ns_dtype: jax.typing.DTypeLike | None
     orthogonalizer: Orthogonalizer | None
     scale: str | ShapeScale | None
+
+
+class MuonOptions(StageOptions, total=False):
+    """The options of `muon`, for type checkers; a test compares them with its signature."""
+
+    before: Hooks
+    after: Hooks
 
 
 def hybrid_muon(
@@ -199,6 +261,7 @@ def hybrid_muon(
         options.pop("ns_steps", None),
         options.pop("ns_dtype", None),
     )
-    stages = {"beta", "nesterov", "momentum", "scale"} & options.keys()
+    names = {"beta", "nesterov", "momentum", "scale", "before", "after"}
+    stages = names & options.keys()
     settings = {name: options.pop(name) for name in stages} | {"orthogonalizer": orthogonalizer}
     return hybrid(functools.partial(scale_by, **settings), learning_rate, **options)

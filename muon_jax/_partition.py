@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from muon_jax._checks import check_dtype, check_mesh, check_number, check_static
+from muon_jax._constraint import Constraints, as_constraints, constrained
 from muon_jax._decay import add_decayed_weights, as_decay_mask, scale_by_learning_rate
 from muon_jax._elementwise import scale_by_adam, scale_by_lion, sign_of_momentum, trace
 from muon_jax._options import takes_options_of
@@ -36,6 +37,7 @@ class HybridOptions(TypedDict, total=False):
     weight_decay: optax.ScalarOrSchedule
     weight_decay_mask: Any
     cautious_weight_decay: bool
+    constraint: Constraints
     mu_dtype: jax.typing.DTypeLike | None
     nu_dtype: jax.typing.DTypeLike | None
     other_optimizer: str | optax.GradientTransformation
@@ -60,6 +62,7 @@ def partition(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Any = None,
     cautious_weight_decay: bool = False,
+    constraint: Constraints = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
     other_optimizer: str | optax.GradientTransformation = "adamw",
@@ -142,20 +145,20 @@ def partition(
         routes = route(tree, routing, matrix_axes)
         axes = {path: leaf.axes for path, leaf in routes.items()}
         mask = as_decay_mask(weight_decay_mask, tree, routes)
+        links = last(weight_decay, mask, learning_rate)
+        where = {"matrix_axes": functools.partial(map_paths, axes), "shardings": shardings}
+        if constraints:
+            links = constrained(constraints, links, where | settings)
         return optax.multi_transform(
             {
-                MUON: matrix_optimizer(
-                    *last(weight_decay, mask, learning_rate),
-                    matrix_axes=functools.partial(map_paths, axes),
-                    shardings=shardings,
-                    **settings,
-                ),
+                MUON: matrix_optimizer(*links, **where, **settings),
                 OTHER: other_of(mask),
                 FROZEN: optax.set_to_zero(),
             },
             functools.partial(map_paths, {path: leaf.label for path, leaf in routes.items()}),
         )
 
+    constraints = as_constraints(constraint)
     settings = {"mu_dtype": mu_dtype, "mesh": mesh, "chunk_size": chunk_size}
     # Checked here, not at the first step.
     links = last(weight_decay, None, learning_rate)
@@ -190,6 +193,8 @@ def hybrid(
             both optimizers.
         cautious_weight_decay: decay an entry only where its update shrinks it too (arXiv
             2510.12402). Holds for both optimizers.
+        constraint: of the norms of the Muon leaves, such as `hyperball()`; one, or a list of which
+            each sees what the one before has done.
         mu_dtype: dtype of the stored momentum, for AdamW's first moment too; `None` is each
             parameter's own. `jnp.int8` stores Muon's in one byte and a scale a row, and leaves
             AdamW's as it is.

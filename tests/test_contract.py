@@ -65,6 +65,18 @@ TRANSFORMATIONS = {
     "dion": lambda: muon_jax.dion(0.02, rank=2, weight_decay=0.1),
     # The longer side, without an eigenbasis of its own after one gradient, is left as it is.
     "splus": lambda: muon_jax.splus(0.2, every=2, max_dim=5, weight_decay=0.1),
+    "muonh": lambda: muon_jax.muonh(0.02, ns_steps=1, matrix_axes=PARTS),
+    "hooks": lambda: muon_jax.muon(
+        0.02,
+        before=[muon_jax.equilibrate(), muon_jax.second_moment()],
+        after=[muon_jax.snap_norm(), muon_jax.noise_scale()],
+        constraint=[muon_jax.update_floor(), muon_jax.spectral_sphere(), muon_jax.radial_brake()],
+        weight_decay=0.1,
+        ns_steps=1,
+    ),
+    "spel": lambda: muon_jax.spel(0.02, weight_decay=0.1, ns_steps=1),
+    "aurora": lambda: muon_jax.aurora(0.02, weight_decay=0.1, ns_steps=1),
+    "polargrad": lambda: muon_jax.polargrad(0.02, weight_decay=0.1, ns_steps=1),
     "scion": lambda: muon_jax.scion(2**-9, constrained=True, ns_steps=1),
     "gluon": lambda: muon_jax.gluon(smoothness=(0.5, 9.0), weight_decay=0.1, ns_steps=1),
 }
@@ -74,6 +86,8 @@ REDUCED = {
     "int8": {(4, 1), (2, 6, 1)},
     "normuon": {(1, 6), (2, 1, 1, 1), (2, 1, 1, 3)},
     "dion": {(4, 2), (2, 6, 2)},
+    "muonh": {(1, 1), (2, 1, 1, 1)},
+    "hooks": {(1, 1), (2, 1, 1), (1, 6), (2, 1, 4)},
     "splus": {(4, 4), (2, 4, 4)},
 }
 

@@ -3,10 +3,13 @@
 import functools
 
 import jax.numpy as jnp
+import optax
 
+import muon_jax
 from muon_jax import (
     Ball,
     TruncatedPolar,
+    UniformPolar,
     newton_schulz,
     scale_by_adamuon,
     scale_by_dion,
@@ -28,6 +31,23 @@ QUICK = {"scale": "mup"} | ONE_STEP
 # this length on.
 SHORT = 18
 
+
+def constrained(constraint, **options):
+    """Muon with a constraint on weights that the state carries: what is first seen, and its way."""
+    options |= {"routing": lambda path, x: "muon", "mu_dtype": options.pop("mu_dtype", None)}
+    tx = muon_jax.muon(0.1, ns_steps=1, scale="mup", constraint=constraint, **options)
+
+    def init(params):
+        return params, tx.init(params)
+
+    def update(updates, state, params=None):
+        weights, state = state
+        updates, state = tx.update(updates, state, weights)
+        return updates, (optax.apply_updates(weights, updates), state)
+
+    return optax.GradientTransformation(init, update)
+
+
 SCALE_BY = {
     "muon": functools.partial(scale_by_muon, **QUICK),
     "int8": functools.partial(scale_by_muon, mu_dtype=jnp.int8, **QUICK),
@@ -41,4 +61,13 @@ SCALE_BY = {
     "row_norm": functools.partial(scale_by_lmo, Ball("row_norm")),
     "col_norm": functools.partial(scale_by_lmo, Ball("col_norm")),
     "gluon": functools.partial(scale_by_lmo, smoothness=(0.5, 2.0), **ONE_STEP),
+    "equilibrate": functools.partial(scale_by_muon, before=muon_jax.equilibrate(), **QUICK),
+    "second_moment": functools.partial(
+        scale_by_muon, before=muon_jax.second_moment(eps=0.0), after=muon_jax.snap_norm(), **QUICK
+    ),
+    "noise_scale": functools.partial(scale_by_muon, after=muon_jax.noise_scale(eps=0.0), **QUICK),
+    "nuclear_scale": functools.partial(scale_by_muon, after=muon_jax.nuclear_scale(), **QUICK),
+    "uniform_polar": functools.partial(
+        scale_by_muon, orthogonalizer=UniformPolar(orthogonalizer=ONE_STEP["orthogonalizer"])
+    ),
 }

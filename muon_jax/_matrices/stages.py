@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from muon_jax._checks import check_integer, check_mesh, check_number
+from muon_jax._matrices.hooks import as_hooks
 from muon_jax._matrices.parts import Part, merge_parts, split_into_parts
 from muon_jax._matrix_axes import MatrixAxes, axes_by_path
 from muon_jax._momentum import MOMENTA, as_array_tree, init_momentum, update_momentum
@@ -50,6 +51,8 @@ class Stages:
     mesh: AnyMesh | None = None
     shardings: Any = None
     chunk_size: int | None = None
+    before: Any = None
+    after: Any = None
 
     def __post_init__(self) -> None:
         check_number("beta", self.beta, at_least=0, below=1)
@@ -60,6 +63,8 @@ class Stages:
             check_integer("chunk_size", self.chunk_size, at_least=1)
         if self.mu_dtype is not None:
             init_momentum({}, self.mu_dtype)
+        for place in ("before", "after"):
+            object.__setattr__(self, place, as_hooks(place, getattr(self, place)))
         object.__setattr__(self, "orthogonalizer", as_newton_schulz(self.orthogonalizer))
         object.__setattr__(self, "scale", as_shape_scale(self.scale))
 
@@ -156,17 +161,17 @@ class Matrices:
 
         return jax.tree_util.tree_map_with_path(leaf, tree)
 
-    def pack(self, arrays: Sequence[Any], tree: Any) -> Any:
-        """What is kept for each part as a tree like `tree`; a tuple where a leaf has several."""
+    def pack(self, arrays: Sequence[Any]) -> Any:
+        """What is kept for each part as a tree of the leaves; a tuple where a leaf has several."""
         remaining = iter(arrays)
 
         def leaf(path, x):
             kept = tuple(next(remaining) for _ in self._parts.get(path, ()))
             return kept[0] if len(kept) == 1 else kept
 
-        return jax.tree_util.tree_map_with_path(leaf, tree)
+        return jax.tree_util.tree_map_with_path(leaf, self._tree)
 
-    def unpack(self, packed: Any, tree: Any) -> list[Any]:
+    def unpack(self, packed: Any) -> list[Any]:
         """Undoes `pack`."""
         kept: list[Any] = []
 
@@ -174,11 +179,11 @@ class Matrices:
             parts = self._parts.get(path, ())
             kept.extend([value] if len(parts) == 1 else value)
 
-        jax.tree_util.tree_map_with_path(leaf, tree, packed)
+        jax.tree_util.tree_map_with_path(leaf, self._tree, packed)
         return kept
 
     def orthogonalize(
-        self, arrays: Sequence[jax.Array], like: Any, orthogonalizer: Orthogonalizer | None = None
+        self, arrays: Iterable[jax.Array], like: Any, orthogonalizer: Orthogonalizer | None = None
     ) -> list[jax.Array]:
         """The parts orthogonalised, each matrix once, on any mesh.
 
@@ -232,11 +237,26 @@ class Matrices:
             sizes.append(jax.lax.pmax(largest, names) if names else largest)
         return sizes
 
-    def norms(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-        """Frobenius norms of the matrices, in float32."""
+    def norms(self, arrays: Sequence[jax.Array], over: str = "matrix") -> list[jax.Array]:
+        """Norms of the matrices (Frobenius), or over one of their axes, in float32 or wider."""
         wide = [x.astype(accumulator(x.dtype)) for x in arrays]
         squares = [jnp.real(x * jnp.conj(x)) for x in wide]
-        return [jnp.sqrt(total) for total in self.sum(squares, over="matrix")]
+        return [jnp.sqrt(total) for total in self.sum(squares, over)]
+
+    def safe_norms(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        """Frobenius norms where the squares of entries may be too large or too small."""
+        norms = zip(self.norms(self.relative(arrays)), self.largest(arrays), strict=True)
+        return [norm * largest for norm, largest in norms]
+
+    def with_norms(
+        self, arrays: Sequence[jax.Array], norms: Iterable[Any], over: str = "matrix"
+    ) -> list[jax.Array]:
+        """Scaled to other norms, over the same axes; zeros stay zeros."""
+        own = self.norms(arrays, over)
+        return [
+            x * (new / jnp.where(old == 0, 1, old))
+            for x, new, old in zip(arrays, norms, own, strict=True)
+        ]
 
     def whole(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """Pieces as `(*batch, fan_in, fan_out)`; inside `shard_map` gathered along their fans."""

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from muon_jax._checks import check_number
+from muon_jax._matrices.hooks import Hook, Step, as_hooks, entrywise, stateless
 from muon_jax._matrices.stages import Stages
-from muon_jax._muon import hybrid_muon, muon, scale_by_muon
+from muon_jax._muon import hooked, hybrid_muon, muon, scale_by_muon
 from muon_jax._options import takes_options_of
 from muon_jax._scale import ShapeScale
 
@@ -65,34 +66,29 @@ def scale_by_adamuon(
         >>> print(f"{jnp.sqrt(jnp.mean(updates['kernel'] ** 2)):.2f}")
         0.20
     """
+    before, after = options.pop("before", None), options.pop("after", None)
+    sign = stateless(lambda momentum, step: [jnp.sign(x) for x in momentum])
+    stages = Stages(
+        scale=scale,
+        before=(*as_hooks("before", before), sign),
+        after=(entry_norm(beta2, eps), *as_hooks("after", after)),
+        **options,
+    )
+    return hooked(stages, AdaMuonState)
+
+
+def entry_norm(beta2: float | jax.Array = 0.95, eps: float | jax.Array = 1e-8) -> Hook:
+    """AdaMuon's second moment, a hook after orthogonalisation; see `scale_by_adamuon`."""
     check_number("beta2", beta2, at_least=0, at_most=1)
     check_number("eps", eps, at_least=0)
-    stages = Stages(scale=scale, **options)
 
-    def init(params):
-        nu = optax.tree.zeros_like(params, dtype=jnp.float32)
-        return AdaMuonState(jnp.zeros([], jnp.int32), stages.init_momentum(params), nu)
-
-    def update(updates, state, params=None):
-        del params
-        count = optax.safe_increment(state.count)
-        averaged, mu = stages.average(updates, state.mu, count)
-        matrices = stages.matrices(updates)
-        signs = [jnp.sign(x) for x in matrices.split(averaged)]
-        factors = [o.astype(jnp.float32) for o in matrices.orthogonalize(signs, like=state.mu)]
-        nu = [
-            (beta2 * v + (1 - beta2) * o * o).astype(v.dtype)
-            for v, o in zip(matrices.split(state.nu), factors, strict=True)
-        ]
+    def update(factors: Any, nu: Any, step: Step) -> Any:
+        nu = [beta2 * v + (1 - beta2) * o * o for v, o in zip(nu, factors, strict=True)]
         adapted = [o / (jnp.sqrt(v) + eps) for o, v in zip(factors, nu, strict=True)]
-        adapted = [
-            math.sqrt(min(part.fans)) * y / (norm + eps)
-            for part, y, norm in zip(matrices.parts, adapted, matrices.norms(adapted), strict=True)
-        ]
-        state = AdaMuonState(count, mu, matrices.merge(nu, state.nu))
-        return matrices.merge(matrices.scale(adapted), updates), state
+        sized = zip(step.matrices.parts, adapted, step.matrices.norms(adapted), strict=True)
+        return [math.sqrt(min(part.fans)) * y / (norm + eps) for part, y, norm in sized], nu
 
-    return optax.GradientTransformation(init, update)
+    return entrywise(update)
 
 
 @takes_options_of(muon)

@@ -35,7 +35,9 @@ class DionState(NamedTuple):
     q: optax.Updates
 
 
-@takes_options_of(scale_by_muon, without=("nesterov", "momentum", "orthogonalizer"))
+@takes_options_of(
+    scale_by_muon, without=("nesterov", "momentum", "orthogonalizer", "before", "after")
+)
 def scale_by_dion(
     *,
     rank: int | float = 0.25,
@@ -103,7 +105,7 @@ def scale_by_dion(
             first = jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
             first /= jnp.linalg.norm(first, axis=-2, keepdims=True)
             q.append(matrices.own_batch(part, first))
-        packed = matrices.pack(q, params)
+        packed = matrices.pack(q)
         return DionState(jnp.zeros([], jnp.int32), stages.init_momentum(params), packed)
 
     def step(updates, state):
@@ -111,7 +113,7 @@ def scale_by_dion(
         mu = as_array_tree(state.mu)
         half = jax.tree.map(_half_sum, mu, updates)
         units = [_unit(m) for m in matrices.whole(matrices.split(half))]
-        q = matrices.unpack(state.q, updates)
+        q = matrices.unpack(state.q)
         p = [product(m.mT, x) for (m, _), x in zip(units, q, strict=True)]
         p = matrices.map_distributed(p, _orthonormal)
         limits = [0.5 * float(jnp.finfo(m.dtype).max) for m in matrices.split(mu)]
@@ -128,7 +130,7 @@ def scale_by_dion(
         kept = matrices.merge(matrices.local(left), half)
         count = optax.safe_increment(state.count)
         stored = stored_like(kept, state.mu, count)
-        state = DionState(count, stored, matrices.pack(right, updates))
+        state = DionState(count, stored, matrices.pack(right))
         return matrices.merge(matrices.scale(matrices.local(factors)), updates), state
 
     def update(updates, state, params=None):

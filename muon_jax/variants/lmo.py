@@ -60,7 +60,9 @@ class LmoState(NamedTuple):
     mu: optax.Updates
 
 
-@takes_options_of(scale_by_muon, without=("beta", "nesterov", "momentum", "scale"))
+@takes_options_of(
+    scale_by_muon, without=("beta", "nesterov", "momentum", "scale", "before", "after")
+)
 def scale_by_lmo(
     ball: Ball = HIDDEN,
     *,

@@ -9,12 +9,12 @@ import optax
 
 from muon_jax._checks import check_integer, check_number
 from muon_jax._matrices.stages import Stages
-from muon_jax._muon import MuonOptions, MuonState, hybrid_muon, muon, scale_by_muon
+from muon_jax._muon import MuonState, StageOptions, hybrid_muon, muon, scale_by_muon
 from muon_jax._options import takes_options_of
 from muon_jax._precision import widen
 
 
-@takes_options_of(scale_by_muon)
+@takes_options_of(scale_by_muon, without=("before", "after"))
 def scale_by_muonbp(
     *,
     period: int = 5,
@@ -90,14 +90,14 @@ def scale_by_muonbp(
     return optax.GradientTransformation(init, update)
 
 
-@takes_options_of(muon)
+@takes_options_of(muon, without=("before", "after"))
 def muonbp(
     learning_rate: optax.ScalarOrSchedule,
     *,
     period: int = 5,
     block_ratio: float | jax.Array = 1.0,
     blocks: tuple[int, int] | None = None,
-    **options: Unpack[MuonOptions],
+    **options: Unpack[StageOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by_muonbp` for the hidden matrices, AdamW for the other leaves.
 

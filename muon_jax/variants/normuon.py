@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from muon_jax._checks import check_number
+from muon_jax._matrices.hooks import Hook, Step, as_hooks
 from muon_jax._matrices.stages import Stages
-from muon_jax._muon import MuonOptions, hybrid_muon, muon, scale_by_muon
+from muon_jax._muon import MuonOptions, hooked, hybrid_muon, muon, scale_by_muon
 from muon_jax._options import takes_options_of
 
 
@@ -59,37 +60,31 @@ def scale_by_normuon(
         >>> tx.init({"kernel": jnp.ones((4, 8))}).nu["kernel"].shape
         (1, 8)
     """
+    before, after = options.pop("before", None), options.pop("after", None)
+    hooks = (neuron_norm(beta2, eps), *as_hooks("after", after))
+    return hooked(Stages(before=before, after=hooks, **options), NorMuonState)
+
+
+def neuron_norm(beta2: float | jax.Array = 0.95, eps: float | jax.Array = 1e-10) -> Hook:
+    """NorMuon's second moment, a hook after orthogonalisation; see `scale_by_normuon`."""
     check_number("beta2", beta2, at_least=0, at_most=1)
     check_number("eps", eps, at_least=0)
-    stages = Stages(**options)
 
-    def init(params):
-        matrices = stages.matrices(params)
-        zeros = (jnp.zeros_like(x, jnp.float32) for x in matrices.split(params))
-        nu = matrices.pack(matrices.sum(zeros, over="fan_in"), params)
-        return NorMuonState(jnp.zeros([], jnp.int32), stages.init_momentum(params), nu)
+    def init(matrices: Any, params: Any) -> Any:
+        return matrices.sum((jnp.zeros_like(x, jnp.float32) for x in params), over="fan_in")
 
-    def update(updates, state, params=None):
-        del params
-        count = optax.safe_increment(state.count)
-        averaged, mu = stages.average(updates, state.mu, count)
-        matrices = stages.matrices(updates)
-        factors = matrices.orthogonalize(matrices.split(averaged), like=state.mu)
-        factors = [o.astype(jnp.float32) for o in factors]
+    def update(factors: Any, nu: Any, step: Step) -> Any:
+        matrices = step.matrices
         squares = matrices.sum([o * o for o in factors], over="fan_in")
         nu = [
-            (beta2 * v + (1 - beta2) * s / part.fans[0]).astype(v.dtype)
-            for part, v, s in zip(
-                matrices.parts, matrices.unpack(state.nu, updates), squares, strict=True
-            )
+            beta2 * v + (1 - beta2) * s / part.fans[0]
+            for part, v, s in zip(matrices.parts, nu, squares, strict=True)
         ]
         even = [o / (jnp.sqrt(v) + eps) for o, v in zip(factors, nu, strict=True)]
         norms = zip(matrices.norms(factors), matrices.norms(even), strict=True)
-        even = [y * old / (new + eps) for y, (old, new) in zip(even, norms, strict=True)]
-        state = NorMuonState(count, mu, matrices.pack(nu, updates))
-        return matrices.merge(matrices.scale(even), updates), state
+        return [y * old / (new + eps) for y, (old, new) in zip(even, norms, strict=True)], nu
 
-    return optax.GradientTransformation(init, update)
+    return Hook(update, init)
 
 
 @takes_options_of(muon)

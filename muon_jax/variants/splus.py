@@ -48,7 +48,8 @@ class SPlusState(NamedTuple):
 
 
 @takes_options_of(
-    scale_by_muon, without=("beta", "nesterov", "momentum", "orthogonalizer", "scale")
+    scale_by_muon,
+    without=("beta", "nesterov", "momentum", "orthogonalizer", "scale", "before", "after"),
 )
 def scale_by_splus(
     *,
@@ -133,8 +134,8 @@ def scale_by_splus(
         return SPlusState(
             jnp.zeros([], jnp.int32),
             stages.init_momentum(params),
-            matrices.pack(zeros, params),
-            matrices.pack(eyes, params),
+            matrices.pack(zeros),
+            matrices.pack(eyes),
         )
 
     def step(updates, state):
@@ -143,13 +144,13 @@ def scale_by_splus(
         _, mu = stages.average(updates, state.mu, count)
         momenta = matrices.whole(matrices.relative(matrices.split(as_array_tree(mu))))
         gradients = [_bounded(g) for g in matrices.whole(matrices.split(updates))]
-        bases = matrices.unpack(state.bases, updates)
+        bases = matrices.unpack(state.bases)
         second = [
             Sides(
                 _average(old.fan_in, lambda g=g: product(g, g.mT), b2),
                 _average(old.fan_out, lambda g=g: product(g.mT, g), b2),
             )
-            for old, g in zip(matrices.unpack(state.second, updates), gradients, strict=True)
+            for old, g in zip(matrices.unpack(state.second), gradients, strict=True)
         ]
         factors = [_whitened_sign(m, q) for m, q in zip(momenta, bases, strict=True)]
 
@@ -161,7 +162,7 @@ def scale_by_splus(
 
         due = (count == 1) | (count % every == 0)
         bases = jax.lax.cond(due, fresh, lambda _: bases, second) if second else bases
-        state = SPlusState(count, mu, matrices.pack(second, updates), matrices.pack(bases, updates))
+        state = SPlusState(count, mu, matrices.pack(second), matrices.pack(bases))
         return matrices.merge(matrices.scale(matrices.local(factors)), updates), state
 
     def update(updates, state, params=None):

@@ -1,0 +1,76 @@
+"""Constraints: what holds the norms of the weights, whatever optimizer makes the update."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import optax
+
+from muon_jax._matrices.hooks import Hook, HookState, Step, init_hooks, run_hooks
+from muon_jax._matrices.stages import Stages
+from muon_jax._precision import widen
+
+
+class Constraint(NamedTuple):
+    """Hooks of a matrix optimizer's update and of the weights that it leads to.
+
+    Attributes:
+        on_update: before decay and rate; the arrays are the update, and what it returns is
+            multiplied by the learning rate.
+        on_weights: after the rate, last of all; the arrays are the new weights, and what it returns
+            takes their place.
+    """
+
+    on_update: Hook | None = None
+    on_weights: Hook | None = None
+
+
+Constraints = Constraint | Sequence[Constraint] | None
+
+
+def as_constraints(given: Any) -> tuple[Constraint, ...]:
+    """None, one constraint or several as a tuple.
+
+    Raises:
+        TypeError: something else.
+    """
+    if given is None or isinstance(given, Constraint):
+        return () if given is None else (given,)
+    constraints = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    for constraint in constraints:
+        if not isinstance(constraint, Constraint):
+            called = " It makes a constraint: call it." if callable(constraint) else ""
+            raise TypeError(
+                "constraint must be a constraint, such as muon_jax.hyperball(), or a list of them; "
+                f"got {getattr(constraint, '__name__', repr(constraint))}.{called}"
+            )
+    return constraints
+
+
+def constrained(
+    constraints: Sequence[Constraint], links: Sequence[Any], placing: dict[str, Any]
+) -> tuple[Any, Any]:
+    """The last two links of a chain, decay and rate, with the constraints before and after them."""
+    link = functools.partial(_link, Stages(**placing))
+    before = [link(c.on_update) for c in constraints if c.on_update]
+    last = [link(c.on_weights, of_weights=True) for c in constraints if c.on_weights]
+    add_decay, scale_by_rate = links
+    return optax.chain(*before, add_decay), optax.chain(scale_by_rate, *last)
+
+
+def _link(stages: Stages, hook: Hook, of_weights: bool = False) -> optax.GradientTransformation:
+    def init(params):
+        states = init_hooks([hook], stages.matrices(params), params)
+        return HookState(*states) if states else optax.EmptyState()
+
+    def update(updates, state, params=None):
+        matrices = stages.matrices(updates)
+        step = Step(matrices, updates, params)
+        x = [widen(u) for u in matrices.split(updates)]
+        weights = step.weights("A constraint") if of_weights else [0.0] * len(x)
+        x = [w + u for w, u in zip(weights, x, strict=True)]
+        x, states = run_hooks([hook], x, tuple(state), step)
+        x = [y - w for y, w in zip(x, weights, strict=True)]
+        return matrices.merge(x, updates), HookState(*states) if states else state
+
+    return optax.GradientTransformation(init, update)

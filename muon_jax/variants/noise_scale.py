@@ -1,0 +1,80 @@
+"""One adaptive scalar for each matrix: NAMO."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from muon_jax._checks import check_number
+from muon_jax._matrices.hooks import Arrays, Hook, Step
+from muon_jax._muon import muon
+from muon_jax._options import takes_options_of
+from muon_jax.variants.second_moment import root_mean_squares
+
+
+def noise_scale(beta2: float | jax.Array = 0.95, eps: float | jax.Array = 1e-8) -> Hook:
+    r"""Scales each orthogonal factor by how much of its gradients the momentum keeps.
+
+    $v \leftarrow \beta_2 v + (1-\beta_2) \|G\|_F^2$, $O \leftarrow O\,\|M\|_F / (\sqrt v +
+    \epsilon)$: about 1 where gradients agree from step to step, and less where they are noise.
+
+    Args:
+        beta2: decay of the second moment, from 0 to 1.
+        eps: added to its root.
+
+    Returns:
+        A hook, for `after=` of `muon`, `scale_by_muon` and their relatives; its state is the root
+        of v, a float32 number for each matrix.
+
+    References:
+        NAMO, 2026, arXiv 2602.17080, without a bias correction, as in NVIDIA Emerging-Optimizers.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.muon(0.02, after=muon_jax.noise_scale())
+        >>> params = {"kernel": jnp.ones((4, 8))}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    check_number("beta2", beta2, at_least=0, at_most=1)
+    check_number("eps", eps, at_least=0)
+
+    def init(matrices: Any, params: Arrays) -> Arrays:
+        return [jnp.zeros_like(norm) for norm in matrices.norms(params)]
+
+    def update(factors: Arrays, roots: Arrays, step: Step) -> tuple[Arrays, Arrays]:
+        momentum, gradients = (
+            [jnp.minimum(norm, 2.0**126) for norm in step.matrices.safe_norms(arrays)]
+            for arrays in (step.momentum, step.gradients())
+        )
+        roots = root_mean_squares(roots, gradients, beta2)
+        return [
+            o * (m / jnp.where(r + eps == 0, 1, r + eps))
+            for o, m, r in zip(factors, momentum, roots, strict=True)
+        ], roots
+
+    return Hook(update, init)
+
+
+@takes_options_of(muon, without=("after",))
+def namo(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    beta2: float | jax.Array = 0.95,
+    eps: float | jax.Array = 1e-8,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """NAMO: `muon(learning_rate, after=noise_scale(beta2, eps))`.
+
+    Args:
+        learning_rate: of the hidden matrices; a number or a schedule.
+        beta2, eps: as in `noise_scale`.
+        options: those of `muon`.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.namo(0.02, adam_learning_rate=3e-4)
+        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    return muon(learning_rate, after=noise_scale(beta2, eps), **options)

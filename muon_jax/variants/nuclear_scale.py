@@ -1,0 +1,61 @@
+"""Steepest descent in the spectral norm: PolarGrad."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from muon_jax._matrices.hooks import Arrays, Hook, Step, stateless
+from muon_jax._muon import muon
+from muon_jax._options import takes_options_of
+
+
+def nuclear_scale() -> Hook:
+    r"""Multiplies each orthogonal factor by the nuclear norm of the momentum.
+
+    $O \leftarrow \langle O, M \rangle\,O$: the inner product with the polar factor is the sum of
+    singular values. Steps then shrink with the gradient, as gradient descent's do; entries of the
+    momentum beyond 2^100 count as that.
+
+    Returns:
+        A hook, for `after=` of `muon`, `scale_by_muon` and their relatives.
+
+    References:
+        Lau et al., 2025, PolarGrad, arXiv 2505.21799.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.scale_by_muon(after=muon_jax.nuclear_scale())
+        >>> params = {"kernel": jnp.ones((4, 8))}
+        >>> updates, state = tx.update(params, tx.init(params))
+    """
+
+    def scaled(factors: Arrays, step: Step) -> Arrays:
+        matrices = step.matrices
+        pairs = zip(factors, matrices.relative(step.momentum), strict=True)
+        inner = matrices.sum([jnp.real(o * jnp.conj(m)) for o, m in pairs], over="matrix")
+        sizes = zip(inner, matrices.largest(step.momentum), strict=True)
+        norms = [x * jnp.minimum(largest, 2.0**100) for x, largest in sizes]
+        return [o * norm for o, norm in zip(factors, norms, strict=True)]
+
+    return stateless(scaled)
+
+
+@takes_options_of(muon, without=("after",))
+def polargrad(
+    learning_rate: optax.ScalarOrSchedule, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """PolarGrad: `muon(learning_rate, after=nuclear_scale())`.
+
+    Args:
+        learning_rate: of the hidden matrices; a number or a schedule. Its size is that of SGD's,
+            not of Muon's: the update grows with the gradient.
+        options: those of `muon`.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.polargrad(1.0, adam_learning_rate=3e-4)
+        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    return muon(learning_rate, after=nuclear_scale(), **options)

@@ -1,0 +1,82 @@
+"""Adam's second moment before orthogonalisation: Muon²."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from muon_jax._checks import check_number
+from muon_jax._matrices.hooks import Arrays, Hook, Step, entrywise
+from muon_jax._muon import muon
+from muon_jax._options import takes_options_of
+
+
+def second_moment(beta2: float | jax.Array = 0.95, eps: float | jax.Array = 1e-10) -> Hook:
+    r"""Divides the momentum by the root of the gradient's second moment, before orthogonalisation.
+
+    $V \leftarrow \beta_2 V + (1-\beta_2) G^2$, $M \leftarrow M / (\sqrt V + \epsilon)$, entry by
+    entry. The spectrum becomes flatter, so that fewer steps of Newton-Schulz do. What is stored is
+    the root of V, which is a number for gradients of any size.
+
+    Args:
+        beta2: decay of the second moment, from 0 to 1.
+        eps: added to its root.
+
+    Returns:
+        A hook, for `before=` of `muon`, `scale_by_muon` and their relatives.
+
+    References:
+        Muon², 2026, arXiv 2604.09967; beta2 and eps as in KellerJordan/modded-nanogpt, track 3.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.muon(0.02, before=muon_jax.second_moment(), ns_steps=3)
+        >>> params = {"kernel": jnp.ones((4, 8))}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    check_number("beta2", beta2, at_least=0, at_most=1)
+    check_number("eps", eps, at_least=0)
+
+    def whitened(momentum: Arrays, roots: Arrays, step: Step) -> tuple[Arrays, Arrays]:
+        roots = root_mean_squares(roots, step.gradients(), beta2)
+        return [
+            m / jnp.where(r + eps == 0, 1, r + eps) for m, r in zip(momentum, roots, strict=True)
+        ], roots
+
+    return entrywise(whitened)
+
+
+@takes_options_of(muon, without=("before",))
+def muon_squared(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    beta2: float | jax.Array = 0.95,
+    eps: float | jax.Array = 1e-10,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon²: `muon(learning_rate, before=second_moment(beta2, eps))`.
+
+    Args:
+        learning_rate: of the hidden matrices; a number or a schedule.
+        beta2, eps: as in `second_moment`.
+        options: those of `muon`; `ns_steps=3` is the paper's saving.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.muon_squared(0.02, ns_steps=3, adam_learning_rate=3e-4)
+        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    return muon(learning_rate, before=second_moment(beta2, eps), **options)
+
+
+def root_mean_squares(roots: Arrays, xs: Arrays, beta2: float | jax.Array) -> Arrays:
+    """The roots of `beta2 * root**2 + (1 - beta2) * x**2`, where a square may be no number."""
+    kept, added = jnp.sqrt(beta2), jnp.sqrt(1 - beta2)
+
+    def root(r: jax.Array, x: jax.Array) -> jax.Array:
+        largest = float(jnp.finfo(r.dtype).max)
+        return jnp.minimum(jnp.hypot(kept * r, added * jnp.abs(x)), largest).astype(r.dtype)
+
+    return [root(r, x) for r, x in zip(roots, xs, strict=True)]

@@ -1,0 +1,106 @@
+"""A polar factor whose rows have equal norms, for rectangles: Aurora."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from muon_jax._checks import check_integer, check_number
+from muon_jax._muon import muon
+from muon_jax._options import takes_options_of
+from muon_jax._orthogonalize.newton_schulz import as_newton_schulz, configured
+from muon_jax._precision import widen
+from muon_jax.variants.low_rank import relative
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformPolar:
+    r"""The orthogonalizer $U = \mathrm{polar}(DX)$ with D such that the rows of U are alike.
+
+    The rows are those of the longer side, n against m: where $U$ has orthonormal columns, each row
+    then has the norm $\sqrt{m/n}$. Row norms of the plain polar factor differ, so that some neurons
+    hardly move. Square matrices have nothing to even out, and get their plain factor.
+
+    Attributes:
+        iterations: polar factors that are computed; after each but the last
+            $D_i \leftarrow D_i \left(\frac{m/n}{\|U_i\|^2}\right)^{p}$, from $D_i = 1/\|X_i\|$. One
+            is MuonEq on the longer side.
+        power: p, from 0 to 1.
+        orthogonalizer: of the scaled matrices; `None` is `newton_schulz`.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: a number out of range.
+
+    References:
+        Aurora: KellerJordan/modded-nanogpt, track 3, 2026-05-05 (2 iterations, power 0.5).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, muon_jax
+        >>> x = jax.random.normal(jax.random.key(0), (32, 8)) * jnp.arange(1.0, 33)[:, None]
+        >>> even = muon_jax.UniformPolar(orthogonalizer=muon_jax.polar_factor)(x)
+        >>> plain = muon_jax.polar_factor(x)
+        >>> bool(jnp.linalg.norm(even, axis=1).std() < 0.3 * jnp.linalg.norm(plain, axis=1).std())
+        True
+    """
+
+    iterations: int = 2
+    power: Any = 0.5
+    orthogonalizer: Any = None
+
+    def __post_init__(self) -> None:
+        check_integer("iterations", self.iterations, at_least=1)
+        check_number("power", self.power, at_least=0, at_most=1)
+        object.__setattr__(self, "orthogonalizer", as_newton_schulz(self.orthogonalizer))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        n, m = x.shape[-2:]
+        if n == m or not x.size:
+            return self.orthogonalizer(x)
+        if n < m:
+            return self(x.mT).mT
+        wide, _ = relative(x)
+        scaled = wide / _row_norms(wide)
+        factor = self.orthogonalizer(scaled.astype(x.dtype))
+        d: Any = 1.0
+        for _ in range(self.iterations - 1):
+            d = d * ((m / n) ** 0.5 / _row_norms(widen(factor))) ** (2 * self.power)
+            factor = self.orthogonalizer((d * scaled).astype(x.dtype))
+        return factor
+
+
+@takes_options_of(muon, without=("orthogonalizer",))
+def aurora(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    iterations: int = 2,
+    power: float | jax.Array = 0.5,
+    ns_coeffs: Any = "jordan",
+    ns_steps: int | None = None,
+    ns_dtype: jax.typing.DTypeLike | None = None,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Aurora: `muon(learning_rate, orthogonalizer=UniformPolar(iterations, power))`.
+
+    Args:
+        learning_rate: of the hidden matrices; a number or a schedule.
+        iterations, power: as in `UniformPolar`; each iteration costs what Muon does.
+        ns_coeffs, ns_steps, ns_dtype: as in `muon`.
+        options: those of `muon`.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.aurora(0.02, adam_learning_rate=3e-4)
+        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    inner = configured(None, ns_coeffs, ns_steps, ns_dtype)
+    return muon(learning_rate, orthogonalizer=UniformPolar(iterations, power, inner), **options)
+
+
+def _row_norms(x: jax.Array) -> jax.Array:
+    """With 1 for rows of zeros, which stay so."""
+    norms = jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return jnp.where(norms == 0, 1, norms)
