@@ -39,6 +39,7 @@ from muon_jax.variants.radial_brake import radial_brake
 from muon_jax.variants.scion import scion
 from muon_jax.variants.second_moment import muon_squared, second_moment
 from muon_jax.variants.snap_norm import muon_plus, snap_norm
+from muon_jax.variants.soap import eigenbasis, soap, soap_muon
 from muon_jax.variants.spectral_norm import muon_sphere, spectral_cap, spectral_sphere
 from muon_jax.variants.splus import SPlusState, scale_by_splus, splus
 from muon_jax.variants.stiefel import spel, stiefel
@@ -68,6 +69,7 @@ __all__ = [
     "aurora",
     "clip_qk",
     "dion",
+    "eigenbasis",
     "entry_norm",
     "equilibrate",
     "evaluation_average",
@@ -110,6 +112,8 @@ __all__ = [
     "scion",
     "second_moment",
     "snap_norm",
+    "soap",
+    "soap_muon",
     "spectral_cap",
     "spectral_sphere",
     "spel",

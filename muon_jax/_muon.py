@@ -17,6 +17,7 @@ from muon_jax._orthogonalize.newton_schulz import configured
 from muon_jax._partition import HybridOptions, hybrid, partition
 from muon_jax._precision import cast_like
 from muon_jax._scale import ShapeScale
+from muon_jax._sharding.explicit_axes import over_auto_axes
 from muon_jax._sharding.layout import AnyMesh
 
 Hooks = Hook | Sequence[Hook] | None
@@ -144,20 +145,25 @@ def hooked(stages: Stages, own: type | None = None) -> optax.GradientTransformat
         states = init_hooks(hooks, stages.matrices(params), params) if stateful else ()
         return state_of(jnp.zeros([], jnp.int32), stages.init_momentum(params), states)
 
-    def update(updates, state, params=None):
+    def step(updates, state, params=None):
         count = optax.safe_increment(state.count)
         averaged, mu = stages.average(updates, state.mu, count)
         matrices = stages.matrices(updates)
         momentum = matrices.split(averaged)
-        step = Step(matrices, updates, params, momentum)
+        seen = Step(matrices, updates, params, momentum, count)
         hooked = isinstance(state, HookedState)
         states = [hook.value for hook in state.hooks] if hooked else state[2:]
         first = sum(hook.init is not None for hook in stages.before)
-        x, before = run_hooks(stages.before, momentum, states[:first], step)
+        x, before = run_hooks(stages.before, momentum, states[:first], seen)
         x = matrices.orthogonalize(map(cast_like, x, momentum), like=state.mu)
-        x, after = run_hooks(stages.after, x, states[first:], step)
+        x, after = run_hooks(stages.after, x, states[first:], seen)
         new = state_of(count, mu, [*before, *after])
         return matrices.merge(matrices.scale(x), updates), new
+
+    def update(updates, state, params=None):
+        if any(hook.products for hook in hooks):
+            return over_auto_axes(step, updates, state, params)
+        return step(updates, state, params)
 
     return optax.GradientTransformation(init, update)
 

@@ -60,6 +60,28 @@ def second_moment(w, beta2=0.95, eps=1e-10):
     return before
 
 
+def eigenbasis(w, b2=0.95, every=10, eps=1e-8, max_dim=10_000):
+    """SOAP (2409.11321) on the bases of earlier steps, eigenvectors, identities at first."""
+    sides = [np.zeros((n, n)) for n in w.shape]
+    bases = [np.eye(n) for n in w.shape]
+    v, count = np.zeros(w.shape), 0
+
+    def before(m, g):
+        nonlocal v, count
+        count += 1
+        left, right = bases
+        v = b2 * v + (1 - b2) * (left.T @ g @ right) ** 2
+        root = np.sqrt(v / (1 - b2**count)) + eps
+        m = left @ (left.T @ m @ right / root) @ right.T
+        for a, square in enumerate((g @ g.T, g.T @ g)):
+            sides[a] = b2 * sides[a] + (1 - b2) * square
+            if w.shape[a] < max_dim and (count == 1 or count % every == 0):
+                bases[a] = np.linalg.eigh(sides[a])[1]
+        return m
+
+    return before
+
+
 def snap_norm(w):
     """Muon+."""
     return lambda o, m, g: o * np.sqrt(min(w.shape)) / norm(o)

@@ -25,6 +25,11 @@ HOOKS = {
         {"before": muon_jax.second_moment(0.9, 1e-3)},
         {"before": part(reference_hooks.second_moment, beta2=0.9, eps=1e-3)},
     ),
+    # The longer side of a rectangle has no eigenbasis of its own after one gradient.
+    "eigenbasis": (
+        {"before": muon_jax.eigenbasis(0.9, every=3, max_dim=16, eps=0.01)},
+        {"before": part(reference_hooks.eigenbasis, b2=0.9, every=3, max_dim=16, eps=0.01)},
+    ),
     "snap_norm": ({"after": muon_jax.snap_norm()}, {"after": reference_hooks.snap_norm}),
     "noise_scale": (
         {"after": muon_jax.noise_scale(0.8, 0.1)},
@@ -89,6 +94,22 @@ def test_ten_steps_on_the_hyperball():
         np.testing.assert_allclose(
             np.linalg.norm(trajectory[-1][name]), np.linalg.norm(PARAMS[name]), rtol=1e-6
         )
+
+
+def test_ten_steps_of_soap():
+    settings = {"learning_rate": 0.01, "weight_decay": 0.1}
+    expected = of_leaves(
+        reference_hooks.muon,
+        before=part(reference_hooks.eigenbasis, b2=0.8, every=2, max_dim=16),
+        polar=lambda x, *schedule: x,
+        momentum="optax",
+        nesterov=False,
+        beta=0.9,
+        scale="none",
+        **settings,
+    )
+    tx = muon_jax.soap(beta=0.9, b2=0.8, every=2, max_dim=16, **settings)
+    assert distance(run(tx, jit=True)[0], with_adamw(expected, **settings)) < ROUNDING
 
 
 def test_hooks_combine():

@@ -110,7 +110,7 @@ def test_after_any_gradient_the_next_ones_move_the_params(name, dtype):
 
 
 # Gluon's steps and PolarGrad's do depend on it, and squares are what SPlus has to keep.
-SIZES = {"splus": 1e15}
+SIZES = {"splus": 1e15, "eigenbasis": 1e15}
 
 
 @pytest.mark.parametrize("name", [n for n in SCALE_BY if n not in ("gluon", "nuclear_scale")])

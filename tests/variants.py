@@ -70,4 +70,7 @@ SCALE_BY = {
     "uniform_polar": functools.partial(
         scale_by_muon, orthogonalizer=UniformPolar(orthogonalizer=ONE_STEP["orthogonalizer"])
     ),
+    "eigenbasis": functools.partial(
+        scale_by_muon, before=muon_jax.eigenbasis(every=2, max_dim=SHORT, eps=0.0), **QUICK
+    ),
 }

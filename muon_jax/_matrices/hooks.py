@@ -27,12 +27,14 @@ class Step(NamedTuple):
         updates: the tree that came in: gradients, or in a constraint what is made of them.
         params: the weights before the step; None where `update` was called without.
         momentum: the average to orthogonalise, before any hook; in a constraint empty.
+        count: steps taken with this one, int32; in a constraint None.
     """
 
     matrices: "Matrices"
     updates: Any
     params: Any
     momentum: Sequence[jax.Array] = ()
+    count: Any = None
 
     def gradients(self) -> Arrays:
         """In float32 or wider."""
@@ -68,11 +70,14 @@ class Hook(NamedTuple):
         init: `(matrices, params) -> state`; None where there is none.
         entrywise: the state is a float32 number for each entry, zero at first, and stored as the
             leaf is; `init` is then not called.
+        products: it multiplies matrices, which XLA may spread over the mesh as it likes, also one
+            with Explicit axes.
     """
 
     update: Callable[[Arrays, list[Any], Step], tuple[Arrays, list[Any]]]
     init: Callable[["Matrices", Arrays], list[Any]] | None = None
     entrywise: bool = False
+    products: bool = False
 
 
 def stateless(function: Callable[[Arrays, Step], Arrays]) -> Hook:

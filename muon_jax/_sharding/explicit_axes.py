@@ -7,15 +7,15 @@ import jax
 from jax.sharding import AxisType
 
 
-def over_auto_axes(update: Callable[[Any, Any], Any], updates: Any, state: Any) -> Any:
-    """`update(updates, state)`, whose results have the shardings of its arguments."""
+def over_auto_axes(update: Callable, updates: Any, state: Any, *read: Any) -> Any:
+    """`update(updates, state, *read)`, whose results have the shardings of the first two."""
     mesh = next(
         (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(updates) if _is_explicit(x)), None
     )
     if mesh is None:
-        return update(updates, state)
+        return update(updates, state, *read)
     shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
-    return jax.sharding.auto_axes(update, out_sharding=shardings)(updates, state)
+    return jax.sharding.auto_axes(update, out_sharding=shardings)(updates, state, *read)
 
 
 def _is_explicit(x: jax.Array) -> bool:

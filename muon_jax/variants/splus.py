@@ -8,27 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muon_jax._checks import check_integer, check_number
+from muon_jax._checks import check_number
 from muon_jax._matrices.stages import Stages
 from muon_jax._momentum import as_array_tree
 from muon_jax._muon import scale_by_muon
 from muon_jax._options import takes_options_of
-from muon_jax._orthogonalize.decompositions import each_matrix
 from muon_jax._partition import hybrid
-from muon_jax._precision import widen
 from muon_jax._sharding.explicit_axes import over_auto_axes
+from muon_jax.variants.eigenbases import Eigenbases, bounded, into, out_of
 from muon_jax.variants.evaluation_average import evaluation_average
-from muon_jax.variants.low_rank import product, relative
-
-# Of the entries of gradients in the second moments: the squares of 2^23 of them are a number.
-_LARGEST = 2.0**52
-
-
-class Sides(NamedTuple):
-    """Square matrices of the two sides of a part, `(*batch, fan, fan)`; `None` where too long."""
-
-    fan_in: Any
-    fan_out: Any
 
 
 class SPlusState(NamedTuple):
@@ -103,9 +91,7 @@ def scale_by_splus(
         (8, 8)
     """
     check_number("b1", b1, at_least=0, below=1)
-    check_number("b2", b2, at_least=0, below=1)
-    check_integer("every", every, at_least=1)
-    check_integer("max_dim", max_dim, at_least=1)
+    eigenbases = Eigenbases(b2, every, max_dim)
     stages = Stages(
         beta=b1,
         nesterov=False,
@@ -113,55 +99,21 @@ def scale_by_splus(
         **options,
     )
 
-    def sides(matrices, square):
-        """`square(batch, size)` for the sides of every part that are short enough."""
-        pairs = []
-        for part in matrices.parts:
-            batch, *fans = part.axes.matrix_shape(part.shape)
-            both = (
-                matrices.own_batch(part, square(batch, n)) if n < max_dim else None for n in fans
-            )
-            pairs.append(Sides(*both))
-        return pairs
-
     def init(params):
         matrices = stages.matrices(params)
-        zeros = sides(matrices, lambda batch, n: jnp.zeros((*batch, n, n), jnp.float32))
-        eyes = sides(
-            matrices,
-            lambda batch, n: jnp.broadcast_to(jnp.eye(n, dtype=jnp.float32), (*batch, n, n)),
-        )
-        return SPlusState(
-            jnp.zeros([], jnp.int32),
-            stages.init_momentum(params),
-            matrices.pack(zeros),
-            matrices.pack(eyes),
-        )
+        kept = map(matrices.pack, eigenbases.init(matrices))
+        return SPlusState(jnp.zeros([], jnp.int32), stages.init_momentum(params), *kept)
 
     def step(updates, state):
         matrices = stages.matrices(updates)
         count = optax.safe_increment(state.count)
         _, mu = stages.average(updates, state.mu, count)
         momenta = matrices.whole(matrices.relative(matrices.split(as_array_tree(mu))))
-        gradients = [_bounded(g) for g in matrices.whole(matrices.split(updates))]
+        gradients = [bounded(g) for g in matrices.whole(matrices.split(updates))]
         bases = matrices.unpack(state.bases)
-        second = [
-            Sides(
-                _average(old.fan_in, lambda g=g: product(g, g.mT), b2),
-                _average(old.fan_out, lambda g=g: product(g.mT, g), b2),
-            )
-            for old, g in zip(matrices.unpack(state.second), gradients, strict=True)
-        ]
-        factors = [_whitened_sign(m, q) for m, q in zip(momenta, bases, strict=True)]
-
-        def fresh(second):
-            halves = [
-                matrices.map_distributed(half, _eigenvectors) for half in zip(*second, strict=True)
-            ]
-            return [Sides(*pair) for pair in zip(*halves, strict=True)]
-
-        due = (count == 1) | (count % every == 0)
-        bases = jax.lax.cond(due, fresh, lambda _: bases, second) if second else bases
+        second = eigenbases.average(matrices.unpack(state.second), gradients)
+        factors = [out_of(jnp.sign(into(m, q)), q) for m, q in zip(momenta, bases, strict=True)]
+        bases = eigenbases.renew(matrices, second, bases, count)
         state = SPlusState(count, mu, matrices.pack(second), matrices.pack(bases))
         return matrices.merge(matrices.scale(matrices.local(factors)), updates), state
 
@@ -210,26 +162,3 @@ def splus(
         hybrid(scale_by, learning_rate, other_optimizer=other_optimizer, **options),
         evaluation_average(average),
     )
-
-
-def _eigenvectors(x: jax.Array) -> jax.Array:
-    return each_matrix(jnp.linalg.eigh, relative(x)[0])[1]
-
-
-def _bounded(g: jax.Array) -> jax.Array:
-    g = widen(g)
-    largest = jnp.max(jnp.abs(g), axis=(-2, -1), keepdims=True)
-    root = jnp.sqrt(_LARGEST) * jax.lax.rsqrt(jnp.maximum(largest, _LARGEST))
-    return (g * root * root).astype(jnp.float32)
-
-
-def _average(old, new, decay):
-    return None if old is None else (decay * old + (1 - decay) * new()).astype(old.dtype)
-
-
-def _whitened_sign(m: jax.Array, bases: Sides) -> jax.Array:
-    left, right = bases
-    m = m if left is None else product(left.mT, m)
-    m = jnp.sign(m if right is None else product(m, right))
-    m = m if left is None else product(left, m)
-    return m if right is None else product(m, right.mT)

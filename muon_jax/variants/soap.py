@@ -1,0 +1,169 @@
+"""Adam's second moment in Shampoo's eigenbases: SOAP, and before orthogonalisation SOAP-Muon."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from muon_jax._checks import check_number
+from muon_jax._matrices.hooks import Arrays, Hook, Step
+from muon_jax._muon import muon
+from muon_jax._options import takes_options_of
+from muon_jax.variants.eigenbases import Eigenbases, Sides, bounded, into, out_of
+
+
+class EigenbasisState(NamedTuple):
+    """What `eigenbasis` keeps for a matrix, in float32.
+
+    Attributes:
+        second: averages of G Gᵀ and Gᵀ G.
+        bases: their eigenvectors when they were last computed.
+        nu: average square of the gradient in these bases, `(*batch, fan_in, fan_out)`.
+    """
+
+    second: Sides
+    bases: Sides
+    nu: jax.Array
+
+
+def eigenbasis(
+    b2: float | jax.Array = 0.95,
+    *,
+    every: int = 10,
+    max_dim: int = 10_000,
+    eps: float | jax.Array = 1e-8,
+) -> Hook:
+    r"""Adam's denominator in the eigenbases of the gradient's second moments, a hook before.
+
+    $V \leftarrow b_2 V + (1-b_2)(Q_L^\top G\,Q_R)^2$, $M \leftarrow Q_L \left(
+    \frac{Q_L^\top M\,Q_R}{\sqrt{\hat V} + \epsilon}\right) Q_R^\top$ with the bias-corrected
+    $\hat V$ and the bases of earlier steps, identities at first; then $L, R \leftarrow
+    \mathrm{EMA}(GG^\top, G^\top G; b_2)$, whose eigenvectors are the new bases on the first and
+    every `every`-th step. V is not turned with them: it goes by the rank of the eigenvalues.
+
+    What `scale_by_splus` says of repeated eigenvalues holds here.
+
+    Args:
+        b2: decay of V, L and R.
+        every: steps between eigendecompositions.
+        max_dim: a side this long keeps the identity as its basis.
+        eps: added to the root.
+
+    Returns:
+        A hook, for `before=` of `muon`, `scale_by_muon` and their relatives.
+
+    References:
+        Vyas et al., 2024, SOAP, arXiv 2409.11321, whose code skips the first step, and renews the
+        bases by a power iteration and QR, where this takes eigenvectors.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.muon(0.02, before=muon_jax.eigenbasis(every=5))
+        >>> params = {"kernel": jnp.ones((4, 8))}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    eigenbases = Eigenbases(b2, every, max_dim)
+    check_number("eps", eps, at_least=0)
+
+    def init(matrices: Any, params: Arrays) -> list[EigenbasisState]:
+        nu = [jnp.zeros_like(w, jnp.float32) for w in matrices.whole(params)]
+        return list(map(EigenbasisState, *eigenbases.init(matrices), nu))
+
+    def update(
+        momentum: Arrays, states: list[EigenbasisState], step: Step
+    ) -> tuple[Arrays, list[EigenbasisState]]:
+        matrices = step.matrices
+        gradients = [bounded(g) for g in matrices.whole(step.gradients())]
+        whitened, kept = [], []
+        for m, g, state in zip(matrices.whole(momentum), gradients, states, strict=True):
+            nu = b2 * state.nu + (1 - b2) * jnp.square(into(g, state.bases))
+            root = jnp.sqrt(nu / (1 - b2**step.count)) + eps
+            m = into(bounded(m), state.bases) / jnp.where(root == 0, 1, root)
+            whitened.append(out_of(m, state.bases))
+            kept.append(nu)
+        second = eigenbases.average([state.second for state in states], gradients)
+        bases = eigenbases.renew(matrices, second, [s.bases for s in states], step.count)
+        return matrices.local(whitened), list(map(EigenbasisState, second, bases, kept))
+
+    return Hook(update, init, products=True)
+
+
+@takes_options_of(
+    muon,
+    without=("orthogonalizer", "ns_coeffs", "ns_steps", "ns_dtype", "before", "momentum", "scale"),
+)
+def soap(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    beta: float | jax.Array = 0.95,
+    b2: float | jax.Array = 0.95,
+    every: int = 10,
+    max_dim: int = 10_000,
+    eps: float | jax.Array = 1e-8,
+    nesterov: bool = False,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """SOAP for the hidden matrices, AdamW for the other leaves: Adam in Shampoo's eigenbases.
+
+    `muon` without orthogonalisation or shape scale, whose momentum has Adam's bias correction, and
+    `before=eigenbasis(b2, ...)`.
+
+    Args:
+        learning_rate: of AdamW's size, 3e-3 or so; a number or a schedule.
+        beta: decay of the momentum.
+        b2, every, max_dim, eps: as in `eigenbasis`.
+        nesterov: as in `muon`.
+        options: those of `muon`.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.soap(3e-3, weight_decay=0.01)
+        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    hook = eigenbasis(b2, every=every, max_dim=max_dim, eps=eps)
+    return muon(
+        learning_rate,
+        beta=beta,
+        nesterov=nesterov,
+        momentum="optax",
+        orthogonalizer=_as_it_is,
+        scale="none",
+        before=hook,
+        **options,
+    )
+
+
+@takes_options_of(muon, without=("before",))
+def soap_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b2: float | jax.Array = 0.95,
+    every: int = 10,
+    max_dim: int = 10_000,
+    eps: float | jax.Array = 1e-8,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """SOAP-Muon: `muon(learning_rate, before=eigenbasis(b2, ...))`.
+
+    Args:
+        learning_rate: of the hidden matrices; a number or a schedule.
+        b2, every, max_dim, eps: as in `eigenbasis`.
+        options: those of `muon`.
+
+    References:
+        KellerJordan/modded-nanogpt, track 3, 2026-06-09.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.soap_muon(0.02, adam_learning_rate=3e-4)
+        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    hook = eigenbasis(b2, every=every, max_dim=max_dim, eps=eps)
+    return muon(learning_rate, before=hook, **options)
+
+
+def _as_it_is(x: jax.Array) -> jax.Array:
+    return x
