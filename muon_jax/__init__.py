@@ -17,6 +17,7 @@ from muon_jax._state_shardings import state_shardings
 from muon_jax.variants.adamuon import AdaMuonState, adamuon, entry_norm, scale_by_adamuon
 from muon_jax.variants.attention_specs import GroupedQuery, MultiHeadLatent
 from muon_jax.variants.dion import DionState, dion, scale_by_dion
+from muon_jax.variants.dion2 import Dion2State, dion2, dion3, scale_by_dion2
 from muon_jax.variants.equilibrate import equilibrate, muon_eq
 from muon_jax.variants.evaluation_average import (
     EvaluationAverageState,
@@ -50,6 +51,7 @@ __all__ = [
     "AdaMuonState",
     "Ball",
     "Constraint",
+    "Dion2State",
     "DionState",
     "EvaluationAverageState",
     "GroupedQuery",
@@ -69,6 +71,8 @@ __all__ = [
     "aurora",
     "clip_qk",
     "dion",
+    "dion2",
+    "dion3",
     "eigenbasis",
     "entry_norm",
     "equilibrate",
@@ -104,6 +108,7 @@ __all__ = [
     "routing_table",
     "scale_by_adamuon",
     "scale_by_dion",
+    "scale_by_dion2",
     "scale_by_lmo",
     "scale_by_muon",
     "scale_by_muonbp",

@@ -6,6 +6,7 @@ step, from 0; the decay is decoupled and of the old weight: `w - lr * (direction
 Where a paper and its code disagree both are here, and the code is the default.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -140,6 +141,30 @@ def dion(w, grads, *, q, learning_rate, weight_decay=0.0, mu=0.95, p_side="fan_o
         return SHAPE_SCALES[scale](*g.shape) * (update.T if turned else update)
 
     return _descend(w, grads, direction, learning_rate, weight_decay)
+
+
+def dion2(w, grads, *, fraction, beta=0.95, side="short", beta2=None, eps=1e-10, **muon):
+    """Ahn et al. (2512.16928) and microsoft/dion's Dion2; with `beta2` NorDion2, which is Dion3."""
+    muon = Muon(**muon)
+    of_fan_in = w.shape[0] < w.shape[1] if side == "short" else side == "fan_in"
+    m, v = 0.0, np.zeros(w.shape[0 if of_fan_in else 1])
+
+    def direction(g, step):
+        nonlocal m
+        m = m + (g if of_fan_in else g.T)
+        count = math.ceil(round(fraction * len(m), 9))
+        chosen = np.argsort(-np.abs(m).sum(axis=1))[:count]
+        update = np.zeros(m.shape)
+        update[chosen] = newton_schulz(m[chosen], *muon.schedule)
+        m[chosen] *= beta
+        if beta2 is not None:
+            o = update[chosen]
+            v[chosen] = beta2 * v[chosen] + (1 - beta2) * np.mean(o * o, axis=1)
+            even = o / (np.sqrt(v[chosen])[:, None] + eps)
+            update[chosen] = even * np.linalg.norm(o) / (np.linalg.norm(even) + eps)
+        return SHAPE_SCALES[muon.scale](*w.shape) * (update if of_fan_in else update.T)
+
+    return _descend(w, grads, direction, muon.learning_rate, muon.weight_decay)
 
 
 # --- Blocks ----------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from trajectories import (
     with_adamw,
 )
 
+import muon_jax
 from muon_jax import (
     Ball,
     MatrixAxes,
@@ -82,6 +83,8 @@ PAIRS = {
     "low_rank": (low_rank, truncated),
     "muonbp": (muonbp, whole_first),
     "dion": (dion, warm_dion),
+    "dion2": (muon_jax.dion2, reference_variants.dion2),
+    "dion3": (muon_jax.dion3, reference_variants.dion2),
     "int8": (functools.partial(muon, mu_dtype=jnp.int8), reference_variants.int8_muon),
 }
 
@@ -112,6 +115,11 @@ ROWS = [
     ("dion", {"rank": 3, "beta": 0.95}, {}, {}),
     ("dion", {"rank": 0.5, "beta": 0.6, "scale": "match_rms_adamw"} | SCHEDULES, {}, {}),
     ("dion", {"rank": 99, "beta": 0.95}, {}, {}),
+    ("dion2", {"fraction": 0.25, "beta": 0.95}, {}, {}),
+    ("dion2", {"fraction": 0.5, "beta": 0.6, "scale": "mup"} | SCHEDULES, {}, {}),
+    ("dion2", {"fraction": 0.4, "side": "fan_in"}, {}, {}),
+    ("dion2", {"fraction": 1.0, "side": "fan_out", "beta": 0.0}, {}, {}),
+    ("dion3", {"fraction": 0.5, "beta2": 0.9}, {}, {}),
     ("int8", {}, {}, {}),
     ("int8", {"nesterov": False, "momentum": "heavy_ball", "beta": 0.8}, {}, {}),
     ("int8", {"momentum": "optax", "scale": "mup"} | SCHEDULES, {}, {}),

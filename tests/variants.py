@@ -73,4 +73,8 @@ SCALE_BY = {
     "eigenbasis": functools.partial(
         scale_by_muon, before=muon_jax.eigenbasis(every=2, max_dim=SHORT, eps=0.0), **QUICK
     ),
+    "dion2": functools.partial(muon_jax.scale_by_dion2, fraction=0.5, scale="mup", **ONE_STEP),
+    "dion3": functools.partial(
+        muon_jax.scale_by_dion2, fraction=0.5, beta2=0.9, scale="mup", **ONE_STEP
+    ),
 }

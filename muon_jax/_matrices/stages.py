@@ -301,17 +301,40 @@ class Matrices:
         _, fan_in, fan_out = part.axes.split(part.shape)
         return [(axis, part.layout[axis]) for axis in fan_in + fan_out if part.layout[axis]]
 
-    def map_distributed(self, matrices: Sequence[Any], function: Orthogonalizer) -> list[Any]:
+    def ways(self, part: Part) -> tuple[int, int]:
+        """Into how many shards the mesh splits fan_in and fan_out; 1 where that is unknown."""
+        layout = self._whole_layout(part)
+        size = dict(self._placing.sizes)
+        fans = layout[-2:] if layout is not None else ((), ())
+        fan_in, fan_out = (math.prod(size[name] for name in names) for names in fans)
+        return fan_in, fan_out
+
+    def _whole_layout(self, part: Part) -> Layout | None:
+        """Of `(*batch, fan_in, fan_out)`, as `whole` gives them; None where it is unknown."""
+        if part.layout is None:
+            return None
+        batch, *fans = part.axes.split(part.shape)
+        outer = tuple(part.layout[axis] for axis in batch)
+        if not self._placing.available_axes:
+            return (*outer, (), ())
+        if any(part.layout[axis] for fan in fans for axis in fan[1:]):
+            return None
+        return (*outer, *(part.layout[fan[0]] for fan in fans))
+
+    def map_distributed(
+        self, matrices: Iterable[Any], function: Orthogonalizer, split: bool = False
+    ) -> list[Any]:
         """`function` of a stack `(*batch, m, n)` for each part, every matrix on one device.
 
-        A part may have None.
+        A part may have None. With `split` the stacks lie as `whole` matrices do, m and n included;
+        without, XLA chooses.
         """
+        matrices = list(matrices)
 
         def layout(part: Part) -> Layout | None:
-            if self._placing.available_axes or part.layout is None:
+            if self._placing.available_axes and not split:
                 return None
-            batch, *_ = part.axes.split(part.shape)
-            return (*(part.layout[axis] for axis in batch), (), ())
+            return self._whole_layout(part)
 
         present = [i for i, x in enumerate(matrices) if x is not None]
         results = orthogonalize_leaves(
@@ -321,6 +344,7 @@ class Matrices:
             placing=self._placing,
             layouts=[layout(self.parts[i]) for i in present],
             like=[matrices[i] for i in present],
+            chunk_size=self._stages.chunk_size if split else None,
         )
         by_part = dict(zip(present, results, strict=True))
         return [by_part.get(i) for i in range(len(matrices))]

@@ -11,6 +11,7 @@ from muon_jax._matrices.hooks import Arrays, Hook, Step
 from muon_jax._muon import muon
 from muon_jax._options import takes_options_of
 from muon_jax.variants.eigenbases import Eigenbases, Sides, bounded, into, out_of
+from muon_jax.variants.second_moment import root_mean_squares
 
 
 class EigenbasisState(NamedTuple):
@@ -19,12 +20,12 @@ class EigenbasisState(NamedTuple):
     Attributes:
         second: averages of G Gᵀ and Gᵀ G.
         bases: their eigenvectors when they were last computed.
-        nu: average square of the gradient in these bases, `(*batch, fan_in, fan_out)`.
+        root: of the average square of the gradient in these bases, `(*batch, fan_in, fan_out)`.
     """
 
     second: Sides
     bases: Sides
-    nu: jax.Array
+    root: jax.Array
 
 
 def eigenbasis(
@@ -67,24 +68,28 @@ def eigenbasis(
     check_number("eps", eps, at_least=0)
 
     def init(matrices: Any, params: Arrays) -> list[EigenbasisState]:
-        nu = [jnp.zeros_like(w, jnp.float32) for w in matrices.whole(params)]
-        return list(map(EigenbasisState, *eigenbases.init(matrices), nu))
+        roots = [jnp.zeros_like(w, jnp.float32) for w in matrices.whole(params)]
+        return list(map(EigenbasisState, *eigenbases.init(matrices), roots))
 
     def update(
         momentum: Arrays, states: list[EigenbasisState], step: Step
     ) -> tuple[Arrays, list[EigenbasisState]]:
+        if not states:
+            return momentum, states
         matrices = step.matrices
         gradients = [bounded(g) for g in matrices.whole(step.gradients())]
-        whitened, kept = [], []
-        for m, g, state in zip(matrices.whole(momentum), gradients, states, strict=True):
-            nu = b2 * state.nu + (1 - b2) * jnp.square(into(g, state.bases))
-            root = jnp.sqrt(nu / (1 - b2**step.count)) + eps
-            m = into(bounded(m), state.bases) / jnp.where(root == 0, 1, root)
-            whitened.append(out_of(m, state.bases))
-            kept.append(nu)
-        second = eigenbases.average([state.second for state in states], gradients)
-        bases = eigenbases.renew(matrices, second, [s.bases for s in states], step.count)
-        return matrices.local(whitened), list(map(EigenbasisState, second, bases, kept))
+        momentum = [bounded(m) for m in matrices.whole(momentum)]
+        second, bases, roots = (list(kept) for kept in zip(*states, strict=True))
+        turned = [into(g, q) for g, q in zip(gradients, bases, strict=True)]
+        roots = root_mean_squares(roots, turned, b2)
+        correction = jnp.sqrt(1 - b2**step.count)
+        whitened = []
+        for m, q, root in zip(momentum, bases, roots, strict=True):
+            divisor = root / correction + eps
+            whitened.append(out_of(into(m, q) / jnp.where(divisor == 0, 1, divisor), q))
+        second = eigenbases.average(second, gradients)
+        bases = eigenbases.renew(matrices, second, bases, step.count)
+        return matrices.local(whitened), list(map(EigenbasisState, second, bases, roots))
 
     return Hook(update, init, products=True)
 
