@@ -81,8 +81,8 @@ def settings_of(layout, told):
     return {key: known[key] for key in (TOLD[told],) if key}
 
 
-# Gluon's oracle is Scion's.
-PLACED = [name for name in SCALE_BY if name != "scion"]
+# Gluon's oracle is Scion's; of a side that is split Dion2 chooses other rows.
+PLACED = [name for name in SCALE_BY if name not in ("scion", "dion2", "dion3")]
 
 
 # Untold, all have the same assumptions about where things lie, and programs that compile slowly.
