@@ -31,6 +31,7 @@ from muon_jax.variants.low_rank import TruncatedPolar, low_rank, polar_factor
 from muon_jax.variants.max_logits import max_attention_logits
 from muon_jax.variants.muonbp import muonbp, scale_by_muonbp
 from muon_jax.variants.muonclip import muonclip
+from muon_jax.variants.muown import MuownState, muown
 from muon_jax.variants.noise_scale import namo, noise_scale
 from muon_jax.variants.normuon import NorMuonState, neuron_norm, normuon, scale_by_normuon
 from muon_jax.variants.nuclear_scale import nuclear_scale, polargrad
@@ -61,6 +62,7 @@ __all__ = [
     "MatrixAxes",
     "MultiHeadLatent",
     "MuonState",
+    "MuownState",
     "NorMuonState",
     "Plan",
     "SPlusState",
@@ -93,6 +95,7 @@ __all__ = [
     "muonbp",
     "muonclip",
     "muonh",
+    "muown",
     "namo",
     "neuron_norm",
     "newton_schulz",

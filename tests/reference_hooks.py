@@ -178,3 +178,29 @@ def stiefel(radius):
         return radius * u @ vt
 
     return {"on_weights": lambda w: on_weights}
+
+
+# --- Norms of output neurons -----------------------------------------------------------------
+
+
+def muown(w, grads, *, b1=0.9, b2=0.95, eps=1e-8, **settings):
+    """Muown (2605.10797), as in Emerging-Optimizers; neurons are our columns."""
+    muon = reference_variants.Muon(**settings)
+    w = np.asarray(w, np.float64)
+    g, length = norm(w, axis=0), norm(w, axis=0)
+    mu, m, s, trajectory = np.zeros(w.shape), 0.0, 0.0, []
+    for step, dw in enumerate(np.asarray(grads, np.float64)):
+        u = w / g
+        v, dg = u * length, np.sum(dw * u, axis=0)
+        average, mu = momentum_step(
+            muon.momentum, muon.nesterov, muon.beta, g / length * (dw - u * dg), mu, step + 1
+        )
+        o = SHAPE_SCALES[muon.scale](*w.shape) * newton_schulz(average, *muon.schedule)
+        v = v - muon.learning_rate * o
+        m, s = b1 * m + (1 - b1) * dg, b2 * s + (1 - b2) * dg**2
+        adam = m / (1 - b1 ** (step + 1)) / (np.sqrt(s / (1 - b2 ** (step + 1))) + eps)
+        g = g - muon.learning_rate * (adam + muon.weight_decay * g)
+        length = norm(v, axis=0)
+        w = g * v / length
+        trajectory.append(w)
+    return trajectory

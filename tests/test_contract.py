@@ -64,6 +64,7 @@ TRANSFORMATIONS = {
     "muonbp": lambda: muon_jax.muonbp(0.02, period=2, blocks=(2, 2), weight_decay=0.1, ns_steps=1),
     "dion": lambda: muon_jax.dion(0.02, rank=2, weight_decay=0.1),
     "dion3": lambda: muon_jax.dion3(0.02, fraction=0.5, weight_decay=0.1, ns_steps=1),
+    "muown": lambda: muon_jax.muown(0.02, weight_decay=0.1, ns_steps=1),
     # The longer side, without an eigenbasis of its own after one gradient, is left as it is.
     "splus": lambda: muon_jax.splus(0.2, every=2, max_dim=5, weight_decay=0.1),
     "muonh": lambda: muon_jax.muonh(0.02, ns_steps=1, matrix_axes=PARTS),
@@ -90,6 +91,7 @@ REDUCED = {
     "dion": {(4, 2), (2, 6, 2)},
     "soap": {(4, 4), (2, 4, 4)},
     "dion3": {(4,), (2, 4)},
+    "muown": {(1, 6), (2, 1, 4)},
     "muonh": {(1, 1), (2, 1, 1, 1)},
     "hooks": {(1, 1), (2, 1, 1), (1, 6), (2, 1, 4)},
     "splus": {(4, 4), (2, 4, 4)},

@@ -11,7 +11,7 @@ import reference_hooks
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
-from trajectories import PARAMS, ROUNDING, distance, of_leaves, run, with_adamw
+from trajectories import PARAMS, ROUNDING, distance, of_leaves, relative_error, run, with_adamw
 
 import muon_jax
 from muon_jax import MatrixAxes, muon
@@ -112,6 +112,13 @@ def test_ten_steps_of_soap():
     assert distance(run(tx, jit=True)[0], with_adamw(expected, **settings)) < ROUNDING
 
 
+@pytest.mark.parametrize("settings", [{}, {"nesterov": True, "beta": 0.8, "scale": "mup"}])
+def test_ten_steps_of_muown(settings):
+    expected = of_leaves(reference_hooks.muown, **BASE, **{"nesterov": False} | settings)
+    trajectory, _ = run(muon_jax.muown(**BASE, **settings), jit=True)
+    assert distance(trajectory, with_adamw(expected, **BASE)) < ROUNDING
+
+
 def test_hooks_combine():
     """One before, one after, one of the weights."""
     chosen = ("equilibrate", "noise_scale", "radial_brake")
@@ -159,6 +166,30 @@ def stacks():
     return params, {name: rng.normal(size=x.shape).astype(np.float32) for name, x in params.items()}
 
 
+def on_mesh(kind, tree):
+    mesh = mesh_of(kind, fsdp=4, tp=4)
+    return mesh, {n: jax.device_put(x, NamedSharding(mesh, SPECS[n])) for n, x in tree.items()}
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_muown_on_a_mesh(kind):
+    params, gradients = stacks()
+    (mesh, placed), (_, there) = on_mesh(kind, params), on_mesh(kind, gradients)
+
+    def two_steps(params, gradients, **where):
+        tx = muon_jax.muown(0.1, routing=lambda path, x: "muon", ns_steps=1, **where)
+        step, state = jax.jit(tx.update), tx.init(params)
+        for _ in range(2):
+            updates, state = step(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    alone = two_steps(jax.tree.map(jnp.asarray, params), gradients)
+    with jax.set_mesh(mesh):
+        found = two_steps(placed, there, mesh=mesh, shardings=SPECS)
+    assert relative_error(found, alone) < 1e-6
+
+
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_norms_are_those_of_whole_single_matrices(kind):
     """A sum over shards counted often, or over experts, would move other matrices by other shares.
@@ -167,11 +198,7 @@ def test_norms_are_those_of_whole_single_matrices(kind):
     norm of all experts of a layer for each.
     """
     params, gradients = stacks()
-    mesh = mesh_of(kind, fsdp=4, tp=4)
-    placed, there = (
-        {n: jax.device_put(x, NamedSharding(mesh, SPECS[n])) for n, x in tree.items()}
-        for tree in (params, gradients)
-    )
+    (mesh, placed), (_, there) = on_mesh(kind, params), on_mesh(kind, gradients)
     tx = muon_jax.muonh(
         0.1, routing=lambda path, x: "muon", mesh=mesh, shardings=SPECS, matrix_axes=MatrixAxes()
     )

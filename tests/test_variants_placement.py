@@ -58,8 +58,9 @@ def largest_errors(ours, theirs):
 
 
 def assert_close(ours, theirs, name="", loose=None):
-    # Rounding turns singular vectors by more where singular values are close: 1e-5 measured.
-    tolerance = {"low_rank": 3e-5}.get(name, TOLERANCE) if loose is None else loose
+    # Rounding turns singular vectors by more where singular values are close: 1.3e-5 measured.
+    turned = {"low_rank": 3e-5, "eigenbasis": 3e-5}
+    tolerance = turned.get(name, TOLERANCE) if loose is None else loose
     errors = largest_errors(ours, theirs)
     assert all(error < tolerance for error in errors.values()), errors
 

@@ -1,0 +1,159 @@
+"""Muown: every output neuron has a norm of its own, on Adam, and a direction, on Muon."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from muon_jax._checks import check_number
+from muon_jax._elementwise import scale_by_adam
+from muon_jax._matrices.stages import Stages
+from muon_jax._muon import muon, scale_by_muon
+from muon_jax._options import takes_options_of
+from muon_jax._orthogonalize.newton_schulz import configured
+from muon_jax._partition import partition
+from muon_jax._precision import widen
+
+# Of a neuron of zeros, as in Emerging-Optimizers: it has a direction after its first step.
+_LEAST = 1e-12
+
+
+class MuownState(NamedTuple):
+    """State of the hidden matrices under `muown`.
+
+    Attributes:
+        norms: g, of each output neuron, float32; shaped like the params with fan_in axes of 1.
+        lengths: |v| of the same, which grow as the directions move.
+        direction: state of `scale_by_muon`, on the gradient of v.
+        moments: Adam's, on the gradient of g.
+        decay, rate: states of the last links.
+    """
+
+    norms: optax.Updates
+    lengths: optax.Updates
+    direction: optax.OptState
+    moments: optax.OptState
+    decay: optax.OptState
+    rate: optax.OptState
+
+
+@takes_options_of(muon, without=("constraint", "cautious_weight_decay"))
+def muown(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.95,
+    eps: float | jax.Array = 1e-8,
+    nesterov: bool = False,
+    ns_coeffs: Any = "jordan",
+    ns_steps: int | None = None,
+    ns_dtype: jax.typing.DTypeLike | None = None,
+    orthogonalizer: Any = None,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Muon on the directions of output neurons, Adam on their norms.
+
+    $W = g\,u$ with $u = v / \|v\|$ for each output neuron, and the gradients are those of g and v:
+    $G_g = \langle G, u \rangle$ and $G_v = (G - G_g\,u)\,g / \|v\|$. Both take steps of the rate,
+    $v \leftarrow v - \eta\,\mathrm{Muon}(G_v)$ and $g \leftarrow g - \eta\,(\mathrm{Adam}(G_g) +
+    \lambda g)$: the decay is that of the norms.
+
+    Args:
+        learning_rate: of directions and norms; a number or a schedule.
+        b1, b2, eps: Adam's, for the norms.
+        nesterov, ns_coeffs, ns_steps, ns_dtype, orthogonalizer: as in `muon`.
+        options: those of `muon`.
+
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Muown, 2026, arXiv 2605.10797, as in NVIDIA Emerging-Optimizers.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.muown(0.02, adam_learning_rate=3e-4)
+        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    check_number("b1", b1, at_least=0, below=1)
+    check_number("b2", b2, at_least=0, below=1)
+    check_number("eps", eps, at_least=0)
+    own = {"beta", "momentum", "scale", "before", "after"} & options.keys()
+    direction = functools.partial(
+        scale_by_muon,
+        nesterov=nesterov,
+        orthogonalizer=configured(orthogonalizer, ns_coeffs, ns_steps, ns_dtype),
+        **{name: options.pop(name) for name in own},
+    )
+
+    def matrix_optimizer(add_decay: Any, scale_by_rate: Any, **settings: Any) -> Any:
+        stages = Stages(**settings)
+        adam = scale_by_adam(b1, b2, eps)
+        return _by_neuron(stages, direction(**settings), adam, add_decay, scale_by_rate)
+
+    return partition(matrix_optimizer, learning_rate, **options)
+
+
+def _by_neuron(
+    stages: Stages, direction: Any, adam: Any, add_decay: Any, scale_by_rate: Any
+) -> optax.GradientTransformation:
+    def norms(matrices, weights):
+        return [jnp.maximum(x, _LEAST) for x in matrices.norms(weights, over="fan_in")]
+
+    def init(params):
+        matrices = stages.matrices(params)
+        packed = matrices.pack(norms(matrices, matrices.split(params)))
+        return MuownState(
+            packed,
+            jax.tree.map(jnp.copy, packed),
+            direction.init(params),
+            adam.init(packed),
+            add_decay.init(params),
+            scale_by_rate.init(params),
+        )
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("muown needs the params: call update(updates, state, params).")
+        matrices = stages.matrices(updates)
+        weights = [widen(w) for w in matrices.split(params)]
+        gradients = [widen(g) for g in matrices.split(updates)]
+        size, length = matrices.unpack(state.norms), matrices.unpack(state.lengths)
+        unit = [w / g for w, g in zip(weights, size, strict=True)]
+
+        def along(arrays):
+            pairs = zip(arrays, unit, strict=True)
+            return matrices.sum([x * u for x, u in pairs], over="fan_in")
+
+        slopes = along(gradients)
+        turning = [
+            (g / length) * (dw - u * slope)
+            for g, length, dw, u, slope in zip(size, length, gradients, unit, slopes, strict=True)
+        ]
+        turn, direction_state = direction.update(
+            matrices.merge(turning, updates), state.direction, params
+        )
+        grow, moments = adam.update(matrices.pack(slopes), state.moments)
+        decayed, decay = add_decay.update(
+            optax.tree.zeros_like(updates, dtype=jnp.float32), state.decay, params
+        )
+        pairs = zip(matrices.unpack(grow), along(matrices.split(decayed)), strict=True)
+        grow = matrices.pack([x + shrunk for x, shrunk in pairs])
+        (turn, grow), rate = scale_by_rate.update((turn, grow), state.rate)
+        v = [
+            u * length + step
+            for u, length, step in zip(unit, length, matrices.split(turn), strict=True)
+        ]
+        size = [g + step for g, step in zip(size, matrices.unpack(grow), strict=True)]
+        length = norms(matrices, v)
+        moved = [g * x / norm - w for g, x, norm, w in zip(size, v, length, weights, strict=True)]
+        state = MuownState(
+            matrices.pack(size), matrices.pack(length), direction_state, moments, decay, rate
+        )
+        wide = jax.tree.map(widen, updates)
+        return matrices.merge(moved, wide), state
+
+    return optax.GradientTransformation(init, update)
