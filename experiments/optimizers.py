@@ -1,6 +1,7 @@
 """The optimizers that the studies compare, each a word on the command line."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -22,6 +23,7 @@ _RANK = Rule(
     "a whole number of at least 1, or a fraction greater than 0 and at most 1",
     lambda value: value >= 1 if isinstance(value, int) else 0 < value <= 1,
 )
+_FRACTION = Rule("greater than 0 and at most 1", lambda value: 0 < value <= 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,10 @@ class Variants:
     """muonclip: largest attention logit allowed."""
     eigenbases_every: Count = 100
     """splus: steps between eigendecompositions."""
+    soap_every: Count = 10
+    """soap, soap_muon: steps between eigendecompositions."""
+    fraction: Annotated[float, _FRACTION] = 0.25
+    """dion2, dion3: share of the rows of a matrix that a step orthogonalises."""
     gluon_norm: Positive = 1.0
     """gluon: dual gradient norm at which the step has half its maximal size, L0 / L1."""
     sgd_learning_rate: Rate = 0.1
@@ -137,9 +143,15 @@ def _like_muon(variant: Callable[..., optax.GradientTransformation], **own: Any)
             del muon["ns_coeffs"], muon["ns_dtype"]
         if "other_optimizer" in own:  # none of the others reads them
             del muon["adam_b2"], muon["adam_eps"]
-        return variant(**muon | own)
+        reads = inspect.signature(variant).parameters
+        return variant(**{name: value for name, value in muon.items() if name in reads} | own)
 
     return build
+
+
+def _on_hyperball(variant: Callable[..., optax.GradientTransformation]) -> Callable:
+    """Without decay, which the sphere would undo."""
+    return _like_muon(variant, constraint=muon_jax.hyperball(), weight_decay=0.0)
 
 
 def _equal_decay(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
@@ -203,6 +215,22 @@ def _rest(name: Literal["sgd", "lion"]) -> Callable:
             "adam_weight_decay": settings.adamw.weight_decay / factor,
         }
         return _like_muon(muon_jax.muon, **own)(settings, rate, rest, placed)
+
+    return build
+
+
+def _dion2(variant: Callable[..., optax.GradientTransformation]) -> Callable:
+    def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+        own = {"fraction": settings.variants.fraction}
+        return _like_muon(variant, **own)(settings, rate, rest, placed)
+
+    return build
+
+
+def _soap(variant: Callable[..., optax.GradientTransformation]) -> Callable:
+    def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+        own = {"every": settings.variants.soap_every}
+        return _like_muon(variant, **own)(settings, rate, rest, placed)
 
     return build
 
@@ -277,6 +305,30 @@ ARMS: dict[str, Arm] = {
     "muonbp": Arm("MuonBP, orthogonalising blocks at most steps", _muonbp),
     "muonclip": Arm("Muon and QK-clip", _muonclip),
     "dion": Arm("Dion", _dion),
+    "dion2": Arm("Dion2, a share of the rows in a step", _dion2(muon_jax.dion2)),
+    "dion3": Arm("Dion3: Dion2 with NorMuon's second moment", _dion2(muon_jax.dion3)),
+    "muonh": Arm("MuonH: Muon on the hyperball", _on_hyperball(muon_jax.muon), 0.02),
+    "normuonh": Arm("NorMuon on the hyperball", _on_hyperball(muon_jax.normuon), 0.02),
+    "muon_sphere": Arm(
+        "MuonSphere: updates and weights of one spectral norm",
+        _like_muon(muon_jax.muon_sphere, weight_decay=0.0),
+        0.02,
+    ),
+    "spel": Arm(
+        "SPEL: weights with orthonormal rows or columns",
+        _like_muon(muon_jax.spel, weight_decay=0.0),
+    ),
+    "muown": Arm("Muown: norms of neurons on Adam", _like_muon(muon_jax.muown)),
+    "muon_eq": Arm("MuonEq: rows of the momentum at one norm", _like_muon(muon_jax.muon_eq)),
+    "muon_plus": Arm("Muon+: factors of one norm", _like_muon(muon_jax.muon_plus)),
+    "muon_squared": Arm(
+        "Muon²: Adam's second moment before orthogonalisation", _like_muon(muon_jax.muon_squared)
+    ),
+    "namo": Arm("NAMO: one adaptive scalar for each matrix", _like_muon(muon_jax.namo), 0.08),
+    "polargrad": Arm("PolarGrad: times the nuclear norm", _like_muon(muon_jax.polargrad), 0.5),
+    "aurora": Arm("Aurora: polar factors with rows of one norm", _like_muon(muon_jax.aurora)),
+    "soap": Arm("SOAP: Adam in Shampoo's eigenbases", _soap(muon_jax.soap), 6e-3),
+    "soap_muon": Arm("SOAP's whitening, then Muon", _soap(muon_jax.soap_muon)),
     "splus": Arm("SPlus, evaluated at its average", _splus, 0.8, muon_jax.evaluation_params),
     "splus_adamw": Arm(
         "SPlus for hidden matrices, AdamW for all other parameters",

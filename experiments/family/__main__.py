@@ -46,6 +46,7 @@ def study(task: tuple[Config, data.Data], run: Run, stop: threading.Event, conso
         console,
         corpus=text.origin,
         steps=lambda cell: config.steps,
+        swept=config.sweep_seeds,
     )
     if not left:
         measure_costs(config, text, run, stop, console)

@@ -98,7 +98,7 @@ class Cell(NamedTuple):
 
 
 # What only chooses cells; the rest decides what a cell is.
-GRID = ("optimizers", "seeds", "sweep", "rates")
+GRID = ("optimizers", "seeds", "sweep_seeds", "sweep", "rates")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +119,8 @@ class Config(Training):
     seeds: Count = 3
     """Number of random seeds. A seed sets the initial parameters and the batches; all optimizers
     have the same seeds."""
+    sweep_seeds: Count = 3
+    """Seeds that choose an optimizer's rate, at most --seeds; the others train at the best one."""
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
     """Learning rates to try."""
     out: str | None = dataclasses.field(default=None, compare=False)

@@ -66,7 +66,7 @@ def aggregate(files: Files) -> list[Arm]:
                 optimizer=name,
                 step_ratio=pace[name] / pace[BASELINE] if BASELINE in pace else None,
                 cost=files.costs.get(name),
-                **arms.of_cells(*own),
+                **arms.of_cells(*own, files.config.get("sweep_seeds")),
             )
             for (name,), own in cells.items()
         ]

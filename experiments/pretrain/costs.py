@@ -41,6 +41,7 @@ _WITHOUT_NEWTON_SCHULZ = (
     "dion",
     "splus",
     "splus_adamw",
+    "soap",
 )
 
 
