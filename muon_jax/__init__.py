@@ -27,8 +27,10 @@ from muon_jax.variants.evaluation_average import (
 from muon_jax.variants.gluon import gluon
 from muon_jax.variants.hyperball import hyperball, muonh
 from muon_jax.variants.lmo import LmoState, scale_by_lmo
+from muon_jax.variants.lookahead import LookaheadState, lookahead, lookahead_params
 from muon_jax.variants.low_rank import TruncatedPolar, low_rank, polar_factor
 from muon_jax.variants.max_logits import max_attention_logits
+from muon_jax.variants.muloco import MulocoState, muloco
 from muon_jax.variants.muonbp import muonbp, scale_by_muonbp
 from muon_jax.variants.muonclip import muonclip
 from muon_jax.variants.muown import MuownState, muown
@@ -59,7 +61,9 @@ __all__ = [
     "Hook",
     "HookedState",
     "LmoState",
+    "LookaheadState",
     "MatrixAxes",
+    "MulocoState",
     "MultiHeadLatent",
     "MuonState",
     "MuownState",
@@ -85,8 +89,11 @@ __all__ = [
     "hyperball",
     "inject_hyperparams",
     "label_params",
+    "lookahead",
+    "lookahead_params",
     "low_rank",
     "max_attention_logits",
+    "muloco",
     "muon",
     "muon_eq",
     "muon_plus",

@@ -50,7 +50,7 @@ class HookedState(NamedTuple):
 
 def scale_by_muon(
     *,
-    beta: float | jax.Array = 0.95,
+    beta: optax.ScalarOrSchedule = 0.95,
     nesterov: bool = True,
     momentum: str = "ema",
     orthogonalizer: Orthogonalizer | None = None,
@@ -66,7 +66,7 @@ def scale_by_muon(
     """Momentum, orthogonalised and scaled by shape, for trees whose every leaf is a matrix stack.
 
     Args:
-        beta: decay of the momentum.
+        beta: decay of the momentum; a number or a schedule.
         nesterov: look one step ahead: `beta * mu + (1 - beta) * g` instead of `mu`.
         momentum: `"ema"` (KellerJordan/Muon, torch.optim.Muon), `"heavy_ball"` (Moonlight's
             `mu = beta * mu + g`), or `"optax"` (the bias correction of optax.contrib.muon).
@@ -172,7 +172,7 @@ def hooked(stages: Stages, own: type | None = None) -> optax.GradientTransformat
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    beta: float | jax.Array = 0.95,
+    beta: optax.ScalarOrSchedule = 0.95,
     nesterov: bool = True,
     momentum: str = "ema",
     ns_coeffs: str | Schedule | Any = "jordan",
@@ -238,7 +238,7 @@ def muon(
 class StageOptions(HybridOptions, total=False):
     """The options of `muon` but the hooks, for type checkers."""
 
-    beta: float | jax.Array
+    beta: optax.ScalarOrSchedule
     nesterov: bool
     momentum: str
     ns_coeffs: str | Schedule | Any

@@ -65,6 +65,10 @@ TRANSFORMATIONS = {
     "dion": lambda: muon_jax.dion(0.02, rank=2, weight_decay=0.1),
     "dion3": lambda: muon_jax.dion3(0.02, fraction=0.5, weight_decay=0.1, ns_steps=1),
     "muown": lambda: muon_jax.muown(0.02, weight_decay=0.1, ns_steps=1),
+    "muloco": lambda: muon_jax.muloco(muon_jax.muon(0.02, weight_decay=0.1, ns_steps=1), every=2),
+    "lookahead": lambda: optax.chain(
+        muon_jax.muon(0.02, beta=RATE, ns_steps=1), muon_jax.lookahead(RATE)
+    ),
     # The longer side, without an eigenbasis of its own after one gradient, is left as it is.
     "splus": lambda: muon_jax.splus(0.2, every=2, max_dim=5, weight_decay=0.1),
     "muonh": lambda: muon_jax.muonh(0.02, ns_steps=1, matrix_axes=PARTS),

@@ -55,7 +55,7 @@ class Stages:
     after: Any = None
 
     def __post_init__(self) -> None:
-        check_number("beta", self.beta, at_least=0, below=1)
+        check_number("beta", self.beta, at_least=0, below=1, schedule=True)
         if self.momentum not in MOMENTA:
             raise ValueError(f"Unknown momentum {self.momentum!r}. Known: {', '.join(MOMENTA)}.")
         check_mesh(self.mesh)
@@ -76,8 +76,9 @@ class Stages:
         self, updates: optax.Updates, mu: Any, count: jax.Array
     ) -> tuple[optax.Updates, Any]:
         """The average to orthogonalise at step `count`, from 1, and the new momentum."""
+        beta = self.beta(count - 1) if callable(self.beta) else self.beta
         return update_momentum(
-            updates, mu, beta=self.beta, nesterov=self.nesterov, kind=self.momentum, count=count
+            updates, mu, beta=beta, nesterov=self.nesterov, kind=self.momentum, count=count
         )
 
     def matrices(self, tree: Any, axes: Any = None) -> "Matrices":

@@ -69,16 +69,21 @@ def evaluation_average(decay: float | jax.Array = 0.999) -> optax.GradientTransf
     return optax.GradientTransformation(init, update)
 
 
-def evaluation_params(state: Any, params: optax.Params) -> optax.Params:
+def evaluation_params(
+    state: Any, params: optax.Params, share: float | jax.Array = 1.0
+) -> optax.Params:
     """The average in an optimizer's state, corrected for its start, in the params' dtypes.
 
     Args:
         state: of a chain with `evaluation_average` in it, `splus` for one.
         params: the present ones, returned where no step has been taken yet.
+        share: of the average; the rest is of the present params. 0.6 is the tail readout of
+            KellerJordan/modded-nanogpt, track 3 (2026-06-11), with a decay of 1 - 1/150.
 
     Raises:
-        ValueError: the state has no average, or several.
+        ValueError: the state has no average, or several, or a share outside of 0 to 1.
     """
+    check_number("share", share, at_least=0, at_most=1)
     averages = [
         node
         for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, EvaluationAverageState))
@@ -95,7 +100,8 @@ def evaluation_params(state: Any, params: optax.Params) -> optax.Params:
         if average is None:  # what is not trained, such as an activation of an Equinox module
             return param
         average = average / jnp.where(weight == 0, 1, weight)
-        return jnp.where(weight == 0, param, average).astype(param.dtype)
+        mixed = share * average + (1 - share) * param.astype(average.dtype)
+        return jnp.where(weight == 0, param, mixed).astype(param.dtype)
 
     return jax.tree.map(corrected, mean, params, is_leaf=lambda x: x is None)
 

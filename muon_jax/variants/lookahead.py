@@ -1,0 +1,116 @@
+"""Gradients taken ahead of the params, along an average of their moves: EMA-Nesterov."""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from muon_jax._checks import check_number
+from muon_jax._precision import widen
+
+
+class LookaheadState(NamedTuple):
+    """State of `lookahead`.
+
+    Attributes:
+        count: steps taken, int32 scalar.
+        factor: of the average in the next look ahead, float32 scalar.
+        mean: moving average of the params' moves, shaped like them, in float32 or wider.
+    """
+
+    count: chex.Array
+    factor: chex.Array
+    mean: optax.Updates
+
+
+def lookahead(
+    factor: optax.ScalarOrSchedule = 0.3, *, decay: float | jax.Array = 0.99
+) -> optax.GradientTransformation:
+    r"""Averages the moves of the params; the last link of a chain, whose updates it leaves alone.
+
+    $\Delta_t = w_{t+1} - w_t$, $m \leftarrow d\,m + (1-d)\,\Delta_t$. The training step takes its
+    gradient, and its step, at $w + f m$, which `lookahead_params` gives: Nesterov's momentum around
+    any optimizer.
+
+    Args:
+        factor: f, of the average; a number or a schedule. At 0 nothing is ahead.
+        decay: d, at least 0 and less than 1.
+
+    Returns:
+        A transformation whose state is `LookaheadState`.
+
+    Raises:
+        ValueError: a number out of range.
+
+    References:
+        EMA-Nesterov, 2026, arXiv 2605.25395; the defaults, and a factor that falls with the rate
+        and is 0 for the first 300 and the last 950 of some 3 000 steps, are those of
+        KellerJordan/modded-nanogpt, track 3, 2026-05-25.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, muon_jax, optax
+        >>> tx = optax.chain(muon_jax.muon(0.02), muon_jax.lookahead(0.5))
+        >>> params = {"mlp": {"kernel": jnp.ones((8, 32))}}
+        >>> state = tx.init(params)
+        >>> loss = lambda params: jnp.sum(params["mlp"]["kernel"] ** 2)
+        >>> for _ in range(2):
+        ...     ahead = muon_jax.lookahead_params(state, params)
+        ...     updates, state = tx.update(jax.grad(loss)(ahead), state, ahead)
+        ...     params = optax.apply_updates(ahead, updates)
+    """
+    check_number("factor", factor, at_least=0, schedule=True)
+    check_number("decay", decay, at_least=0, below=1)
+
+    def at(count: jax.Array) -> jax.Array:
+        return jnp.asarray(factor(count) if callable(factor) else factor, jnp.float32)
+
+    def init(params):
+        count = jnp.zeros([], jnp.int32)
+        mean = jax.tree.map(lambda w: jnp.zeros_like(widen(w)), params)
+        return LookaheadState(count, at(count), mean)
+
+    def update(updates, state, params=None):
+        del params
+
+        def average(mean, update):
+            move = widen(update) + state.factor * mean
+            return (decay * mean + (1 - decay) * move).astype(mean.dtype)
+
+        mean = jax.tree.map(average, state.mean, updates)
+        count = optax.safe_increment(state.count)
+        return updates, LookaheadState(count, at(count), mean)
+
+    return optax.GradientTransformation(init, update)
+
+
+def lookahead_params(state: Any, params: optax.Params) -> optax.Params:
+    """Where to take the next gradient, and the next step from: see `lookahead`.
+
+    Args:
+        state: of a chain with `lookahead` in it.
+        params: the present ones.
+
+    Returns:
+        The params ahead, in their dtypes.
+
+    Raises:
+        ValueError: the state has no `LookaheadState`, or several.
+    """
+    found = [
+        node
+        for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, LookaheadState))
+        if isinstance(node, LookaheadState)
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"The state has {len(found)} looks ahead, where one is needed: end the chain with "
+            "lookahead()."
+        )
+    _, factor, mean = found[0]
+
+    def ahead(m: Any, w: Any) -> Any:
+        return w if m is None else (w.astype(m.dtype) + factor * m).astype(w.dtype)
+
+    return jax.tree.map(ahead, mean, params, is_leaf=lambda x: x is None)
