@@ -16,7 +16,8 @@ class LookaheadState(NamedTuple):
 
     Attributes:
         count: steps taken, int32 scalar.
-        factor: of the average in the next look ahead, float32 scalar.
+        factor: of the average in the next look ahead, float32 scalar; 0 before the first step,
+            where nothing is averaged yet.
         mean: moving average of the params' moves, shaped like them, in float32 or wider.
     """
 
@@ -67,9 +68,8 @@ def lookahead(
         return jnp.asarray(factor(count) if callable(factor) else factor, jnp.float32)
 
     def init(params):
-        count = jnp.zeros([], jnp.int32)
         mean = jax.tree.map(lambda w: jnp.zeros_like(widen(w)), params)
-        return LookaheadState(count, at(count), mean)
+        return LookaheadState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32), mean)
 
     def update(updates, state, params=None):
         del params

@@ -75,7 +75,7 @@ def muloco(
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
-        anchor = jax.tree.map(widen, params)
+        anchor = jax.tree.map(lambda w: jnp.array(widen(w), copy=True), params)
         zeros = jax.tree.map(jnp.zeros_like, anchor)
         return MulocoState(jnp.zeros([], jnp.int32), inner.init(params), anchor, zeros)
 
