@@ -15,7 +15,15 @@ from experiments import baselines
 from experiments.settings import Average, Count, Decay, Positive, Rate, Rule
 
 ScheduleName = Literal[
-    "jordan", "you", "polar_express", "polar_express_1.02", "cans", "aol", "deepseek_v4", "exact"
+    "jordan",
+    "you",
+    "polar_express",
+    "polar_express_1.02",
+    "cans",
+    "aol",
+    "deepseek_v4",
+    "exact",
+    "cubic",
 ]
 ScaleName = Literal["spectral", "match_rms_adamw", "mup", "none"]
 DecayName = Literal["linear", "cosine"]

@@ -3,7 +3,7 @@
 from muon_jax._constraint import Constraint
 from muon_jax._inject import inject_hyperparams
 from muon_jax._matrices.hooks import Hook
-from muon_jax._matrix_axes import MatrixAxes
+from muon_jax._matrix_axes import Interleaved, MatrixAxes
 from muon_jax._muon import HookedState, MuonState, muon, scale_by_muon
 from muon_jax._optax_muon import optax_muon
 from muon_jax._orthogonalize.coefficients import Schedule
@@ -60,6 +60,7 @@ __all__ = [
     "GroupedQuery",
     "Hook",
     "HookedState",
+    "Interleaved",
     "LmoState",
     "LookaheadState",
     "MatrixAxes",

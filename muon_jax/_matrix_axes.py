@@ -10,7 +10,25 @@ import numpy as np
 from muon_jax._options import accepts_old_names
 from muon_jax._trees import KeyPath, values_by_path
 
-Parts = int | tuple[int, ...]
+
+class Interleaved(NamedTuple):
+    """Parts of an axis that take turns: the sizes of one round, as many rounds as fit.
+
+    Megatron's layout of query, key and value in one kernel is one round for each group of heads,
+    `[q ... q k v]`: `MatrixAxes(split_fan_out=Interleaved((512, 128, 128)))` for four query heads
+    of 128 to a key and a value.
+
+    Attributes:
+        sizes: of the parts of a round.
+        together: each part of all rounds is one matrix, all queries for one; False makes those of
+            each round matrices of their own.
+    """
+
+    sizes: tuple[int, ...]
+    together: bool = True
+
+
+Parts = int | tuple[int, ...] | Interleaved
 
 
 @accepts_old_names
@@ -25,6 +43,7 @@ class MatrixAxes(NamedTuple):
         fan_out: an axis or several, e.g. `(-2, -1)` for a query kernel `(d, heads, head_dim)`.
         split_fan_in, split_fan_out: the number of equal parts that the (first) axis of the fan is
             split into, or the sizes of the parts; each part is a matrix of its own.
+            Parts that take turns are `Interleaved`.
             `split_fan_out=2` for gate and up in one kernel, `(2048, 512, 512)` for query, key and
             value in one, the number of heads to orthogonalise each head by itself.
 

@@ -69,6 +69,7 @@ SCHEDULES = {
     "aol": Schedule(AOL, normalization="aol"),
     "deepseek_v4": Schedule([JORDAN] * 8 + [EXACT] * 2),
     "exact": Schedule([EXACT] * 30),
+    "cubic": Schedule([[1.5, -0.5, 0.0]] * 15),
 }
 
 

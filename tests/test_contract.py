@@ -101,6 +101,9 @@ REDUCED = {
     "splus": {(4, 4), (2, 4, 4)},
 }
 
+# The weight of an average, and the factor of the next look ahead.
+ONE_FLOAT = {"splus", "lookahead"}
+
 # Those that take matrices only, and leave the rest to another transformation.
 MATRICES_ONLY = {"scale_by_muon"}
 
@@ -222,7 +225,7 @@ def test_the_state_is_named_tuples_shaped_like_the_params(name):
     assert set(shapes) <= {x.shape for x in jax.tree.leaves(params)} | {()} | reduced
     counts = [x for x in jax.tree.leaves(state) if x.shape == ()]
     floats = [x for x in counts if x.dtype != jnp.int32]
-    assert not any(counts) and len(floats) == (name == "splus")  # the weight of its average
+    assert not any(counts) and len(floats) == (name in ONE_FLOAT)
 
 
 @every_transformation

@@ -231,7 +231,9 @@ def compiled_flops(shape, dtype, **settings):
 
 
 @pytest.mark.parametrize("shape", [(64, 256), (256, 64), (64, 64)])
-@pytest.mark.parametrize("name,dtype", [("jordan", jnp.float32), ("aol", jnp.bfloat16)])
+@pytest.mark.parametrize(
+    "name,dtype", [("jordan", jnp.float32), ("cubic", jnp.float32), ("aol", jnp.bfloat16)]
+)
 def test_flops_are_those_of_the_compiled_program(shape, name, dtype):
     rows = SCHEDULES[name].resolve(None, dtype)
     restarts = gram_restarts(rows, jnp.dtype(dtype))

@@ -33,6 +33,7 @@ from variants import BLOCKS, QUICK, SCALE_BY
 
 from muon_jax import (
     Ball,
+    Interleaved,
     MatrixAxes,
     TruncatedPolar,
     adamuon,
@@ -318,6 +319,41 @@ def test_parts_are_leaves_of_their_own(name):
     for whole, parts in zip(ours, theirs, strict=True):
         errors = {case: relative_error(split(whole)[case], parts[case]) for case in cases}
         assert max(errors.values()) < 1e-5, errors
+
+
+# Two query heads of 3, a key and a value: (3 + 3) + 3 + 3 entries for each of four groups.
+TURNS = (6, 3, 3)
+
+
+def consecutive(x, axis=-1):
+    """All queries, then all keys, then all values."""
+    rounds = np.split(np.asarray(x), 4, axis=axis)
+    turns = [np.split(one, np.cumsum(TURNS)[:-1], axis=axis) for one in rounds]
+    return np.concatenate([t[i] for i in range(3) for t in turns], axis=axis)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("together", "sizes"), [(True, (24, 12, 12)), (False, (6,) * 4 + (3,) * 4 + (3,) * 4)]
+)
+def test_parts_that_take_turns(together, sizes, turned):
+    axis = -2 if turned else -1
+    grads = [np.swapaxes(normal({"w": (2, 8, 48)}, i)["w"], -1, axis) for i in (1, 2)]
+    fans = {"fan_in": -1, "fan_out": -2} if turned else {}
+    parts = MatrixAxes(split_fan_out=Interleaved(TURNS, together), **fans)
+    ours, _ = updates_of(SCALE_BY["normuon"](matrix_axes=parts), grads)
+    plain = MatrixAxes(split_fan_out=sizes, **fans)
+    theirs, _ = updates_of(
+        SCALE_BY["normuon"](matrix_axes=plain), [consecutive(g, axis) for g in grads]
+    )
+    for x, y in zip(ours, theirs, strict=True):
+        assert relative_error(consecutive(x, axis), y) < 1e-6
+
+
+def test_turns_that_do_not_fill_the_axis_are_refused():
+    axes = MatrixAxes(split_fan_out=Interleaved((6, 3)))
+    with pytest.raises(ValueError, match=r"Axis 1 of a leaf .* rounds of \(6, 3\), which have 9"):
+        updates_of(scale_by_muon(matrix_axes=axes), [jnp.ones((4, 10))])
 
 
 def test_blocks_leave_parts_alone():

@@ -13,7 +13,7 @@ from trajectories import normal, relative_error, updates_of
 from variants import ONE_STEP, SCALE_BY
 
 from experiments.compiled import measure
-from muon_jax import MatrixAxes, normuon, scale_by_muon, scale_by_muonbp, scion
+from muon_jax import Interleaved, MatrixAxes, normuon, scale_by_muon, scale_by_muonbp, scion
 
 GRID = {"fsdp": 4, "tp": 4}
 
@@ -24,12 +24,14 @@ LEAVES = {
     "whole": ((24, 8), P(), MatrixAxes()),
     "experts": ((8, 16, 20), P("tp", "fsdp"), MatrixAxes()),
     "heads": ((16, 4, 8), P("fsdp", "tp"), MatrixAxes(0, (1, 2))),
+    "rounds": ((16, 48), P("fsdp", "tp"), MatrixAxes(split_fan_out=Interleaved((8, 4)))),
     "heads apart": ((16, 4, 20), P("fsdp", "tp"), MatrixAxes(0, (1, 2), split_fan_out=4)),
 }
 # Parts that end where no device does.
 CROOKED = {
     "fused": ((16, 64), P("fsdp", "tp"), MatrixAxes(split_fan_out=(20, 24, 20))),
     "thirds": ((72, 16), P("fsdp", "tp"), MatrixAxes(split_fan_in=3)),
+    "rounds apart": ((16, 48), P("fsdp", "tp"), MatrixAxes(split_fan_out=Interleaved((5, 3)))),
 }
 SOME = {
     "all": LEAVES | CROOKED,

@@ -3,14 +3,14 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from muon_jax._matrix_axes import MatrixAxes, Parts
+from muon_jax._matrix_axes import Interleaved, MatrixAxes
 from muon_jax._sharding.layout import Layout
 
 
@@ -31,6 +31,22 @@ class Slices(NamedTuple):
     whole: bool
 
 
+class Rounds(NamedTuple):
+    """An axis of a leaf as `(rounds, size)`, where parts take turns."""
+
+    axis: int
+    size: int
+
+    def split(self, x: jax.Array) -> jax.Array:
+        count = x.shape[self.axis] // self.size
+        if not _in_whole_slices(x, self.axis, count):
+            x = _gathered(x, self.axis)
+        return x.reshape(*x.shape[: self.axis], count, self.size, *x.shape[self.axis + 1 :])
+
+    def merge(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[: self.axis], -1, *x.shape[self.axis + 2 :])
+
+
 class Part(NamedTuple):
     """Matrices of one shape within a leaf.
 
@@ -39,6 +55,7 @@ class Part(NamedTuple):
         axes: of the array that `split` gives.
         shape: of that array, where the leaf is whole.
         layout: the mesh axes along its axes, where those along the leaf's are known.
+        rounds: axes of the leaf that are split in rounds before all else.
     """
 
     along_in: Slices | None
@@ -46,10 +63,25 @@ class Part(NamedTuple):
     axes: MatrixAxes
     shape: tuple[int, ...]
     layout: Layout | None
+    rounds: tuple[Rounds, ...] = ()
 
     @property
     def slices(self) -> list[Slices]:
         return sorted(each for each in (self.along_in, self.along_out) if each is not None)
+
+    def cuts(self) -> list[tuple[int, int, bool]]:
+        """`(axis of the leaf, size, whole)` of all rounds and slices, but those within a round."""
+        cuts = [(r.axis, r.size, True, i) for i, r in enumerate(self.rounds)]
+        cuts += [(s.axis, s.size, s.whole, len(self.rounds)) for s in self.slices]
+        of_leaf = []
+        for axis, size, whole, outer in cuts:
+            within = False
+            for rounds in reversed(self.rounds[:outer]):
+                within |= axis == rounds.axis + 1
+                axis -= axis > rounds.axis
+            if not within:
+                of_leaf.append((axis, size, whole))
+        return of_leaf
 
     @property
     def fans(self) -> tuple[int, int]:
@@ -59,6 +91,8 @@ class Part(NamedTuple):
 
     def split(self, x: jax.Array) -> jax.Array:
         """The part of a leaf; inside `shard_map`, what this device holds of it."""
+        for rounds in self.rounds:
+            x = rounds.split(x)
         for axis, start, number, size, whole in reversed(self.slices):
             count = x.shape[axis] // size if whole else number
             if not (whole and _in_whole_slices(x, axis, count)):
@@ -69,7 +103,7 @@ class Part(NamedTuple):
         return x
 
     def merge(self, y: jax.Array) -> jax.Array:
-        """Undoes `split`: an array with the axes of the leaf."""
+        """Undoes `split`, but for the rounds, which parts have together."""
         for axis, *_ in self.slices:
             y = y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
         return y
@@ -92,6 +126,9 @@ def split_into_parts(
     Raises:
         ValueError: parts that do not add up to the axis.
     """
+    for side in ("fan_in", "fan_out"):
+        if isinstance(getattr(axes, f"split_{side}"), Interleaved):
+            return _split_rounds(shape, axes, side, layout, sizes)
     _, *fans = axes.split(shape)
     slices_in = _slices(fans[0][0], shape, axes.split_fan_in)
     slices_out = _slices(fans[1][0], shape, axes.split_fan_out)
@@ -118,6 +155,42 @@ def split_into_parts(
     return parts
 
 
+def _split_rounds(
+    shape: tuple[int, ...],
+    axes: MatrixAxes,
+    side: str,
+    layout: Layout | None,
+    sizes: Mapping[str, int] | None,
+) -> list[Part]:
+    """The parts of a leaf whose fan is interleaved: of its view with an axis of rounds more."""
+    turns = getattr(axes, f"split_{side}")
+    _, *fans = axes.split(shape)
+    (axis, *_) = fan = fans[0 if side == "fan_in" else 1]
+    size = sum(turns.sizes)
+    if not turns.sizes or size < 1 or shape[axis] % size:
+        raise ValueError(
+            f"Axis {axis} of a leaf of shape {shape} is not a number of rounds of {turns.sizes}, "
+            f"which have {size} entries."
+        )
+    count = shape[axis] // size
+    along = layout[axis] if layout is not None else ()
+    if count % math.prod((sizes or {})[name] for name in along):
+        along = ()
+    if layout is not None:
+        layout = (*layout[:axis], along, (), *layout[axis + 1 :])
+
+    def moved(fan: Sequence[int]) -> tuple[int, ...]:
+        return tuple(a + (a > axis) for a in fan)
+
+    others = {"fan_in": moved(fans[0]), "fan_out": moved(fans[1])}
+    # The axis of turns comes first, since parts are of the first axis; the order of rows or columns
+    # does not matter to an orthogonal factor.
+    own = (axis + 1, axis, *moved(fan)[1:]) if turns.together else (axis + 1, *moved(fan)[1:])
+    view = axes._replace(**others | {side: own, f"split_{side}": tuple(turns.sizes)})
+    parts = split_into_parts((*shape[:axis], count, size, *shape[axis + 1 :]), view, layout, sizes)
+    return [part._replace(rounds=(Rounds(axis, size), *part.rounds)) for part in parts]
+
+
 def merge_parts(parts: Sequence[Part], arrays: Sequence[jax.Array]) -> jax.Array:
     """The leaf of which these are the parts."""
     merged = list(zip(parts, map(Part.merge, parts, arrays), strict=True))
@@ -125,7 +198,10 @@ def merge_parts(parts: Sequence[Part], arrays: Sequence[jax.Array]) -> jax.Array
     for along_in, band in itertools.groupby(merged, key=lambda pair: pair[0].along_in):
         members = list(band)
         bands.append((along_in, _concatenate([(p.along_out, y) for p, y in members])))
-    return _concatenate(bands)
+    x = _concatenate(bands)
+    for rounds in reversed(parts[0].rounds):
+        x = rounds.merge(x)
+    return x
 
 
 def _concatenate(parts: Sequence[tuple[Slices | None, jax.Array]]) -> jax.Array:
@@ -135,7 +211,7 @@ def _concatenate(parts: Sequence[tuple[Slices | None, jax.Array]]) -> jax.Array:
     return jnp.concatenate([y for _, y in parts], slices.axis)
 
 
-def _slices(axis: int, shape: tuple[int, ...], parts: Parts) -> list[Slices | None]:
+def _slices(axis: int, shape: tuple[int, ...], parts: Any) -> list[Slices | None]:
     size = shape[axis]
     listed = tuple(parts) if isinstance(parts, Sequence) else (parts,)
     if not listed or any(not isinstance(n, (int, np.integer)) or n < 1 for n in listed):

@@ -353,10 +353,11 @@ class Matrices:
 
 def _check_slices(path: str, shape: tuple[int, ...], layout: Layout, parts: Sequence[Part]) -> None:
     """Inside `shard_map` leaves are split without moving data: a device must hold whole parts."""
-    for axis, _, _, size, whole in (slices for part in parts for slices in part.slices):
-        if layout[axis] and (shape[axis] % size or not whole):
-            raise ValueError(
-                f"Inside shard_map each device must hold whole parts of {path!r}; it has "
-                f"{shape[axis]} entries of axis {axis}, in parts of {size}. Split the axis into "
-                "equal parts whose number its mesh axes divide."
-            )
+    for part in parts:
+        for axis, size, whole in part.cuts():
+            if layout[axis] and (shape[axis] % size or not whole):
+                raise ValueError(
+                    f"Inside shard_map each device must hold whole parts of {path!r}; it has "
+                    f"{shape[axis]} entries of axis {axis}, in parts of {size}. Split the axis "
+                    "into equal parts whose number its mesh axes divide."
+                )

@@ -200,6 +200,9 @@ SCHEDULES: dict[str, Schedule] = {
     "deepseek_v4": Schedule((_JORDAN,) * 8 + (_EXACT,) * 2),
     # Converges to the true polar factor: each step doubles a small singular value.
     "exact": Schedule((), tail=_EXACT, steps=30),
+    # Newton-Schulz as it was before Muon (Higham, 2008, eq. 8.20): a step costs one product less,
+    # and raises a small singular value by 1.5.
+    "cubic": Schedule((), tail=(1.5, -0.5, 0.0), steps=15),
 }
 
 

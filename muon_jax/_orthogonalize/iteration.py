@@ -51,10 +51,12 @@ class Form(NamedTuple):
         """FLOPs of the matrix products for one matrix, or for a tile with `long` of its columns."""
         symmetric = symmetric_flops(short, long, self.panels)
         squared = symmetric_flops(short, short, self.panels)
+        cubic = sum(row[2] == 0 for row in rows)  # without a square of XXᵀ
         if self.method == "standard":
-            return len(rows) * (symmetric + squared + 2 * long * short**2)
+            return len(rows) * (symmetric + squared + 2 * long * short**2) - cubic * squared
         passes = len(self.restarts) + 1
-        return passes * (symmetric + 2 * long * short**2) + (4 * len(rows) - 3 * passes) * squared
+        squares = 4 * len(rows) - 3 * passes - cubic
+        return passes * (symmetric + 2 * long * short**2) + squares * squared
 
 
 # Of devices that hold different columns of the same matrices: partial sums, `(..., n, n)` or
@@ -248,10 +250,14 @@ class _Products(NamedTuple):
         a, b, c = row
         wide = accumulator(self.dtype)
         eye = jnp.expand_dims(jnp.eye(r[0].shape[-1], dtype=wide), range(r[0].ndim - 2))
+        ones = split_panels(eye, self.form.panels)
+        if c == 0:
+            sums = tuple(a * one + b * u.astype(wide) for one, u in zip(ones, r, strict=True))
+            return _rounded(sums, self.dtype)
         squared = square(r, self.written)
         sums = tuple(
             a * one + (b * u.astype(wide) + c * v.astype(wide))
-            for one, u, v in zip(split_panels(eye, self.form.panels), r, squared, strict=True)
+            for one, u, v in zip(ones, r, squared, strict=True)
         )
         return _rounded(sums, self.dtype)
 

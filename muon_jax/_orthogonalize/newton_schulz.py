@@ -237,8 +237,8 @@ def newton_schulz(
         x: `(..., m, n)`, floating point or complex; the leading axes are batch and are never
             merged. Of complex matrices the products are Hermitian, with $X^H$ for $X^\top$.
         coeffs: a schedule's name (`jordan`, `you`, `polar_express`, `polar_express_1.02`, `cans`,
-            `aol`, `deepseek_v4`, `exact`), one `(a, b, c)` for all steps, one `(a, b, c)` a step,
-            or a `Schedule`.
+            `aol`, `deepseek_v4`, `exact`, `cubic`), one `(a, b, c)` for all steps, one `(a, b, c)`
+            a step, or a `Schedule`.
         steps: number of steps; `None` is the schedule's own. A schedule of fixed length accepts
             no other number.
         dtype: dtype of the matrix products; `None` is `x.dtype`. In bfloat16 and float16 the norm

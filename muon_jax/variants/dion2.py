@@ -96,7 +96,7 @@ def scale_by_dion2(
     rows_of = functools.partial(_Rows, side=side, fraction=fraction)
 
     def init(params):
-        nu: Any = ()
+        nu = ()
         if beta2 is not None:
             matrices = stages.matrices(params)
             whole = zip(matrices.parts, matrices.whole(matrices.split(params)), strict=True)
