@@ -15,6 +15,9 @@ import muon_jax
 torch = pytest.importorskip("torch", reason="parity needs torch: pip install -e '.[parity]'")
 pytest.importorskip("emerging_optimizers", reason="needs a checkout of NVIDIA Emerging-Optimizers")
 
+# Theirs, and torch's compiler under them.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
 # Of theirs in float32, which round as ours do: 2e-6 to 2e-5 measured.
 BOTH_ROUND = 5e-5
 OURS = {"learning_rate": 0.02, "weight_decay": 0.1}
