@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -117,16 +118,15 @@ def test_the_map_is_the_tree():
     assert len(README.splitlines()) <= 280
 
 
-def test_a_function_of_the_users_own_is_enough():
-    params = {"mlp": {"kernel": jnp.ones((4, 8))}}
-    (source,) = (block for block in blocks("python") if "scaled_sign" in block)
-    statements = ast.parse(source).body
+def test_a_function_of_the_users_own_is_enough_at_every_place():
+    params = {"mlp": {"kernel": jnp.eye(4, 8)}}
+    (source,) = (block for block in blocks("python") if "before=" in block)
     names = {"muon_jax": muon_jax}
-    exec(ast.unparse(statements[:-2]), names)
-    for call in statements[-2:]:
-        tx = eval(ast.unparse(call), names)
-        updates, _ = tx.update(params, tx.init(params), params)
-        assert float(jnp.abs(updates["mlp"]["kernel"]).max()) > 0
+    exec(source, names)
+    updates, _ = names["tx"].update(params, names["tx"].init(params), params)
+    new = optax.apply_updates(params, updates)["mlp"]["kernel"]
+    np.testing.assert_allclose(jnp.linalg.norm(new), 2.0, rtol=1e-6)  # on its sphere
+    assert float(jnp.abs(new - params["mlp"]["kernel"]).max()) > 0
 
 
 @pytest.mark.parametrize("readme", READMES)
