@@ -123,7 +123,8 @@ def test_a_function_of_the_users_own_is_enough_at_every_place():
     (source,) = (block for block in blocks("python") if "before=" in block)
     names = {"muon_jax": muon_jax}
     exec(source, names)
-    updates, _ = names["tx"].update(params, names["tx"].init(params), params)
+    gradients = {"mlp": {"kernel": jnp.ones((4, 8))}}
+    updates, _ = names["tx"].update(gradients, names["tx"].init(params), params)
     new = optax.apply_updates(params, updates)["mlp"]["kernel"]
     np.testing.assert_allclose(jnp.linalg.norm(new), 2.0, rtol=1e-6)  # on its sphere
     assert float(jnp.abs(new - params["mlp"]["kernel"]).max()) > 0
