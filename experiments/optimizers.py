@@ -149,8 +149,8 @@ def _like_muon(variant: Callable[..., optax.GradientTransformation], **own: Any)
         muon = dataclasses.asdict(settings.muon) | {"learning_rate": rate} | rest | placed
         if "orthogonalizer" in own:
             del muon["ns_coeffs"], muon["ns_dtype"]
-        if "other_optimizer" in own:  # none of the others reads them
-            del muon["adam_b2"], muon["adam_eps"]
+        if "other_optimizer" in own:
+            muon = {name: value for name, value in muon.items() if not name.startswith("adam_")}
         reads = inspect.signature(variant).parameters
         return variant(**{name: value for name, value in muon.items() if name in reads} | own)
 
@@ -219,8 +219,9 @@ def _rest(name: Literal["sgd", "lion"]) -> Callable:
         factor = other / settings.adamw.learning_rate
         own = {
             "other_optimizer": name,
-            "adam_learning_rate": lambda step: factor * scheduled(step),
-            "adam_weight_decay": settings.adamw.weight_decay / factor,
+            "other_learning_rate": lambda step: factor * scheduled(step),
+            "other_b1": settings.adamw.b1,
+            "other_weight_decay": settings.adamw.weight_decay / factor,
         }
         return _like_muon(muon_jax.muon, **own)(settings, rate, rest, placed)
 

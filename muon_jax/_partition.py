@@ -1,6 +1,7 @@
 """A matrix optimizer for the hidden matrices and another one for the other leaves."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, TypedDict, Unpack
 
@@ -24,9 +25,9 @@ OTHERS = {
         *("adam_learning_rate", "adam_b1", "adam_b2", "adam_eps", "adam_eps_root"),
         *("adam_weight_decay", "adam_nesterov", "nu_dtype"),
     ),
-    "sgd": ("adam_learning_rate", "adam_b1", "adam_weight_decay"),
-    "lion": ("adam_learning_rate", "adam_b1", "adam_weight_decay"),
-    "sign": ("adam_learning_rate", "adam_b1", "adam_weight_decay"),
+    "sgd": ("other_learning_rate", "other_b1", "other_weight_decay"),
+    "lion": ("other_learning_rate", "other_b1", "other_weight_decay"),
+    "sign": ("other_learning_rate", "other_b1", "other_weight_decay"),
     "frozen": (),
 }
 
@@ -41,6 +42,9 @@ class HybridOptions(TypedDict, total=False):
     mu_dtype: jax.typing.DTypeLike | None
     nu_dtype: jax.typing.DTypeLike | None
     other_optimizer: str | optax.GradientTransformation
+    other_learning_rate: optax.ScalarOrSchedule | None
+    other_b1: float | jax.Array | None
+    other_weight_decay: optax.ScalarOrSchedule | None
     adam_learning_rate: optax.ScalarOrSchedule | None
     adam_b1: float | jax.Array | None
     adam_b2: float | jax.Array | None
@@ -66,6 +70,9 @@ def partition(
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
     other_optimizer: str | optax.GradientTransformation = "adamw",
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
+    other_b1: float | jax.Array | None = None,
+    other_weight_decay: optax.ScalarOrSchedule | None = None,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     adam_b1: float | jax.Array | None = None,
     adam_b2: float | jax.Array | None = None,
@@ -92,7 +99,10 @@ def partition(
     check_dtype("nu_dtype", nu_dtype)
     check_mesh(mesh)
     check_static("cautious_weight_decay", cautious_weight_decay)
-    adam = {
+    other = {
+        "other_learning_rate": other_learning_rate,
+        "other_b1": other_b1,
+        "other_weight_decay": other_weight_decay,
         "adam_learning_rate": adam_learning_rate,
         "adam_b1": adam_b1,
         "adam_b2": adam_b2,
@@ -102,14 +112,20 @@ def partition(
         "adam_nesterov": adam_nesterov,
         "nu_dtype": nu_dtype,
     }
-    _check_other(other_optimizer, [name for name, value in adam.items() if value is not None])
-    for name in ("adam_learning_rate", "adam_weight_decay"):
-        check_number(name, adam[name], at_least=0, optional=True, schedule=True)
-    for name in ("adam_b1", "adam_b2"):
-        check_number(name, adam[name], at_least=0, below=1, optional=True)
-    for name in ("adam_eps", "adam_eps_root"):
-        check_number(name, adam[name], at_least=0, optional=True)
+    other = _by_new_names(other_optimizer, other)
+    _check_other(other_optimizer, [name for name, value in other.items() if value is not None])
+    for name, value in other.items():
+        if name.endswith(("learning_rate", "weight_decay")):
+            check_number(name, value, at_least=0, optional=True, schedule=True)
+        elif name.endswith(("b1", "b2")):
+            check_number(name, value, at_least=0, below=1, optional=True)
+        elif "eps" in name:
+            check_number(name, value, at_least=0, optional=True)
     check_static("adam_nesterov", adam_nesterov)
+
+    def of_other(name: str, default: Any) -> Any:
+        whose = "adam" if other_optimizer == "adamw" else "other"
+        return _or(other[f"{whose}_{name}"], default)
 
     def other_of(mask: Any) -> optax.GradientTransformation:
         if not isinstance(other_optimizer, str):
@@ -117,7 +133,7 @@ def partition(
         if other_optimizer == "frozen":
             return optax.set_to_zero()
         dtype = None if is_int8(mu_dtype) else mu_dtype
-        b1 = _or(adam_b1, 0.9)
+        b1 = of_other("b1", 0.9)
         first = {
             "adamw": lambda: scale_by_adam(
                 b1,
@@ -132,8 +148,8 @@ def partition(
             "lion": lambda: scale_by_lion(b1, mu_dtype=dtype),
             "sign": lambda: sign_of_momentum(b1, mu_dtype=dtype),
         }[other_optimizer]()
-        decay = _or(adam_weight_decay, weight_decay)
-        return optax.chain(first, *last(decay, mask, _or(adam_learning_rate, learning_rate)))
+        decay = of_other("weight_decay", weight_decay)
+        return optax.chain(first, *last(decay, mask, of_other("learning_rate", learning_rate)))
 
     def last(decay: Any, mask: Any, rate: Any) -> Any:
         """The last two links of both chains."""
@@ -201,14 +217,17 @@ def hybrid(
         nu_dtype: dtype of AdamW's stored second moment; `None` is each parameter's own. In bfloat16
             an average of squares with `adam_b2=0.999` does not move any more: ask for float32.
         other_optimizer: what takes the other leaves: `"adamw"`, `"sgd"` (heavy-ball momentum
-            `adam_b1`), `"lion"` (`adam_b1` and 0.99), `"sign"` (0.001 of the sign of the momentum,
-            decay `adam_b1`), `"frozen"`, or any Optax optimizer with its own rate. All arithmetic
-            is in float32. So that one gradient never stops a leaf for good, a finite gradient that
-            the state cannot hold is bounded first: AdamW's at half the root of the largest number
-            of `nu_dtype` (9e18, in float16 128), the others' at half the largest of `mu_dtype`.
-        adam_learning_rate: of the other leaves; `None` is `learning_rate`.
+            `other_b1`), `"lion"` (`other_b1` and 0.99), `"sign"` (0.001 of the sign of the
+            momentum, decay `other_b1`), `"frozen"`, or any Optax optimizer with its own rate. All
+            arithmetic is in float32. So that one gradient never stops a leaf for good, a finite
+            gradient that the state cannot hold is bounded first: AdamW's at half the root of the
+            largest number of `nu_dtype` (9e18, in float16 128), the others' at half the largest of
+            `mu_dtype`.
+        other_learning_rate, other_b1, other_weight_decay: of SGD, Lion or the sign; `None` is
+            `learning_rate`, 0.9 and `weight_decay`.
+        adam_learning_rate: of AdamW; `None` is `learning_rate`.
         adam_b1, adam_b2, adam_eps, adam_eps_root: AdamW's own; `None` is 0.9, 0.95, 1e-8 and 0.
-        adam_weight_decay: of the other leaves; `None` is `weight_decay`.
+        adam_weight_decay: of AdamW; `None` is `weight_decay`.
         adam_nesterov: NAdamW in place of AdamW, which is what optax.contrib.muon runs; `None` is
             `False`.
         routing: which leaf goes where, if not by the built-in rules; see `label_params`.
@@ -228,7 +247,7 @@ def hybrid(
     Example:
         >>> import functools, jax.numpy as jnp, muon_jax
         >>> scale_by = functools.partial(muon_jax.scale_by_muon, nesterov=False, scale="mup")
-        >>> tx = muon_jax.hybrid(scale_by, 0.02, other_optimizer="sgd", adam_learning_rate=0.1)
+        >>> tx = muon_jax.hybrid(scale_by, 0.02, other_optimizer="sgd", other_learning_rate=0.1)
         >>> params = {"up": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}}
         >>> updates, state = tx.update(params, tx.init(params), params)
     """
@@ -269,6 +288,22 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
+def _by_new_names(other_optimizer: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """What was called Adam's where SGD or Lion reads it, by its own name."""
+    reads = OTHERS.get(other_optimizer, ()) if isinstance(other_optimizer, str) else ()
+    for new in reads:
+        old = new.replace("other_", "adam_")
+        if new != old and given[old] is not None and given[new] is None:
+            warnings.warn(
+                f"With other_optimizer={other_optimizer!r} {old!r} is now called {new!r}; the old "
+                "name will go in the next release.",
+                DeprecationWarning,
+                stacklevel=4,
+            )
+            given |= {new: given[old], old: None}
+    return given
+
+
 def _check_scale_by(scale_by: Any) -> None:
     if isinstance(scale_by, optax.GradientTransformation) or not callable(scale_by):
         raise TypeError(
@@ -294,11 +329,11 @@ def _check_other(other: Any, given: list[str]) -> None:
     if not unread:
         return
     if isinstance(other, str):
-        names = ", ".join(reads) or "none of the adam_ arguments"
+        names = ", ".join(reads) or "none of the other_ and adam_ arguments"
         reason = f"other_optimizer={other!r} reads {names}"
     else:
         reason = (
             "other_optimizer has settings of its own, a rate and a decay among them; the "
-            "adam_ arguments and nu_dtype belong to the named ones"
+            "other_ and adam_ arguments and nu_dtype belong to the named ones"
         )
     raise ValueError(f"{reason}: leave {', '.join(unread)} out, or choose another optimizer.")

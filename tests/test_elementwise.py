@@ -77,7 +77,8 @@ STORED = {"float32": {}, "bfloat16": {}, "float16": {}, "mu float16": {"mu_dtype
 def test_a_leaf_moves_again_after_the_largest_gradient(rest, stored):
     """In two dozen steps with decays of 0.5, whose powers shrink it to nothing."""
     dtype = jnp.dtype(stored if stored in ("bfloat16", "float16") else "float32")
-    settings = {"other_optimizer": rest, "adam_b1": 0.5} | STORED[stored]
+    b1 = "adam_b1" if rest == "adamw" else "other_b1"
+    settings = {"other_optimizer": rest, b1: 0.5} | STORED[stored]
     settings |= {"adam_b2": 0.5} if rest == "adamw" else {}
     tx = muon_jax.muon(1.0, **settings)
     params = {"bias": jnp.zeros(2, dtype)}

@@ -165,7 +165,7 @@ def test_ten_steps_of_splus(every):
     """Only the shorter sides of the rectangles are turned: see the next test for the longer."""
     settings = {"b1": 0.8, "b2": 0.9, "every": every, "max_dim": 16}
     expected, averages = of_splus(**settings, ema_rate=0.9, **SCHEDULES)
-    trajectory, state = run(splus(**settings, adam_b1=0.8, average=0.9, **SCHEDULES), jit=True)
+    trajectory, state = run(splus(**settings, other_b1=0.8, average=0.9, **SCHEDULES), jit=True)
     assert distance(trajectory, expected) < ROUNDING
     assert distance([evaluation_params(state, trajectory[-1])], averages[-1:]) < ROUNDING
 
@@ -374,7 +374,7 @@ CLOSE = {
     "blocks that are whole": lambda: (muonbp(0.02, period=3, blocks=(1, 1)), muon(0.02)),
     "splus of long sides": lambda: (splus(0.02, b1=0.8, max_dim=1), signs(0.8, 0.001 * 0.02)),
     "splus of nothing but the rest": lambda: (
-        splus(0.02, adam_b1=0.8, routing=[(".", "other")]),
+        splus(0.02, other_b1=0.8, routing=[(".", "other")]),
         signs(0.8, 0.001 * 0.02),
     ),
     "scion in unit balls": lambda: (

@@ -121,13 +121,14 @@ def _transformation(
     decay = rest_decay = settings.weight_decay
     if "decay_apart" in settings.quirks:
         decay, rest_decay = _MUON_DECAY, _ADAMW_DECAY
-    adam = {"b1": settings.b1, "b2": settings.b2, "eps": settings.eps}
+    adam = {"b1": settings.b1, "b2": settings.b2, "eps": settings.eps, "weight_decay": rest_decay}
     if name == "adamw":
-        tx = optax.adamw(scheduled, **adam, weight_decay=rest_decay)
+        tx = optax.adamw(scheduled, **adam)
         return optax.with_extra_args_support(tx)
     rest = _rest(name, settings)
+    own = {f"adam_{key}": value for key, value in adam.items()}
     if rest == "sgd":
-        del adam["b2"], adam["eps"]
+        own = {"other_b1": settings.b1, "other_weight_decay": 0.0}
     muon = muon_jax.muon(
         scheduled,
         beta=settings.beta,
@@ -136,9 +137,8 @@ def _transformation(
         scale=_scale(name, settings.quirks),
         weight_decay=decay,
         other_optimizer=rest,
-        adam_weight_decay=0.0 if rest == "sgd" else rest_decay,
         routing=routing(name, settings, architecture),
-        **{f"adam_{key}": value for key, value in adam.items()},
+        **own,
         **placed,
     )
     if not _clips(name, settings):
