@@ -31,6 +31,7 @@ from trajectories import (
 )
 from variants import BLOCKS, QUICK, SCALE_BY
 
+import muon_jax
 from muon_jax import (
     Ball,
     Interleaved,
@@ -575,6 +576,11 @@ def test_help_shows_every_argument():
 FAMILY = [muon, normuon, adamuon, muonbp, low_rank, dion, splus, scion, gluon, hybrid]
 FAMILY += [scale_by_muon, scale_by_normuon, scale_by_adamuon, scale_by_muonbp]
 FAMILY += [scale_by_dion, scale_by_splus, scale_by_lmo]
+_2026 = (
+    "muonh muon_eq muon_plus muon_squared namo polargrad aurora soap soap_muon muown dion2 dion3"
+)
+FAMILY += [getattr(muon_jax, name) for name in (*_2026.split(), "muon_sphere", "spel")]
+FAMILY += [muon_jax.scale_by_dion2]
 
 
 @pytest.mark.parametrize("function", FAMILY, ids=lambda function: function.__name__)
