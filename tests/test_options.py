@@ -579,7 +579,7 @@ FAMILY += [scale_by_dion, scale_by_splus, scale_by_lmo]
 _2026 = (
     "muonh muon_eq muon_plus muon_squared namo polargrad aurora soap soap_muon muown dion2 dion3"
 )
-FAMILY += [getattr(muon_jax, name) for name in (*_2026.split(), "muon_sphere", "spel")]
+FAMILY += [getattr(muon_jax, name) for name in (*_2026.split(), "dion3", "muon_sphere", "spel")]
 FAMILY += [muon_jax.scale_by_dion2]
 
 
