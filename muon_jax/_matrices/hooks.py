@@ -72,6 +72,17 @@ class Hook(NamedTuple):
             leaf is; `init` is then not called.
         products: it multiplies matrices, which XLA may spread over the mesh as it likes, also one
             with Explicit axes.
+
+    Example:
+        Every orthogonal factor clipped at its largest entry but a tenth:
+
+        >>> import jax.numpy as jnp, muon_jax
+        >>> def clip(factors, state, step):
+        ...     sizes = step.matrices.largest(factors)
+        ...     return [jnp.clip(x, -0.9 * s, 0.9 * s) for x, s in zip(factors, sizes)], state
+        >>> tx = muon_jax.muon(0.02, after=muon_jax.Hook(clip))
+        >>> params = {"mlp": {"kernel": jnp.eye(8, 32)}}
+        >>> updates, state = tx.update(params, tx.init(params), params)
     """
 
     update: Callable[[Arrays, list[Any], Step], tuple[Arrays, list[Any]]]
