@@ -10,6 +10,7 @@ from rich.table import Table
 
 from experiments.compiled import Collective, Kernel, Program
 from experiments.report.text import flop, readable
+from muon_jax._orthogonalize.devices import DEVICES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +53,17 @@ class Chip:
         )
 
 
-# By `device_kind`. GPUs: about 70 % of the peak of dense bfloat16 products. TPUs start the next
-# kernel without a launch; of a v4 of a topology and a TPU7x, a device is half of a chip.
+_H100 = DEVICES["gpu"]
+
+# By `device_kind`. GPUs: about 70 % of the peak of dense bfloat16 products, the H100 as `plan` has
+# it. TPUs start the next kernel without a launch, and products reach the peak; of a v4 of a
+# topology and a TPU7x, a device is half of a chip.
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("NVIDIA H100 80GB HBM3", 3.35e12, 700e12, 2e-6),
-        Chip("NVIDIA H200", 4.8e12, 700e12, 2e-6),
-        Chip("NVIDIA B200", 7.67e12, 1600e12, 2e-6),
+        Chip(_H100.name, _H100.bandwidth, _H100.flops, _H100.launch),
+        Chip("NVIDIA H200", 4.8e12, _H100.flops, _H100.launch),
+        Chip("NVIDIA B200", 7.67e12, 1600e12, _H100.launch),
         Chip("TPU v4", 0.614e12, 137.5e12, 0),
         Chip("TPU v5 lite", 0.819e12, 197e12, 0),
         Chip("TPU v5", 2.765e12, 459e12, 0),

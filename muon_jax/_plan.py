@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from muon_jax._matrices.parts import split_into_parts
 from muon_jax._matrix_axes import MatrixAxes
-from muon_jax._orthogonalize.iteration import Form
+from muon_jax._orthogonalize.forms import Form
 from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muon_jax._precision import real_dtype
 from muon_jax._routing.axes import EXPERT_STACK

@@ -191,7 +191,8 @@ def test_panels_cover_every_row_once_and_end_at_tiles(n, count):
     assert stops[-1] == n and list(stops) == sorted(set(stops)) and len(stops) <= count
     heights = [b - a for a, b in itertools.pairwise((0, *stops))]
     assert all(height % (16 if n < 1024 else 128) == 0 for height in heights[:-1])
-    share = _symmetric.symmetric_flops(n, n, count) / (2 * n**3)
+    kernels = _symmetric.symmetric_kernels(1, n, n, n**2, count)
+    share = sum(kernel.flops for kernel in kernels) / (2 * n**3)
     assert share == 1 if len(heights) == 1 else share < 0.83
     if n >= 300:
         assert share < (count + 1) / (2 * count) + 0.03
@@ -202,8 +203,9 @@ def test_small_matrices_are_not_cut(platform):
     for dtype in (jnp.float32, jnp.bfloat16):
         assert _symmetric.panel_count(384, dtype, platform) == 1
         large = _symmetric.panel_count(8192, dtype, platform)
-        # Accelerators are as fast in bfloat16 as they read and write the blocks.
-        assert (large > 1) == (platform == "cpu" or dtype == jnp.float32)
+        # A TPU is as fast in bfloat16 as it reads and writes the blocks, a GPU faster from 5120 on.
+        assert (large > 1) == (platform != "tpu" or dtype == jnp.float32)
+    assert (_symmetric.panel_count(4096, jnp.bfloat16, platform) > 1) == (platform == "cpu")
 
 
 def test_the_platform_is_that_of_the_mesh_in_use():

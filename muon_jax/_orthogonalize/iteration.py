@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from muon_jax._orthogonalize.coefficients import Row
 from muon_jax._orthogonalize.decompositions import each_matrix
+from muon_jax._orthogonalize.forms import Form, iterate
 from muon_jax._orthogonalize.symmetric import (
     Panels,
     accumulator,
@@ -19,45 +20,7 @@ from muon_jax._orthogonalize.symmetric import (
     product,
     split_panels,
     square,
-    symmetric_flops,
 )
-
-
-class Form(NamedTuple):
-    """The arithmetic chosen for a shape, a dtype and a platform.
-
-    Attributes:
-        method: `"standard"` or `"gram"`.
-        restarts: the steps after which the Gram form forms XXᵀ anew.
-        panels: how many slices symmetric products are computed in.
-        one_by_one: a stack is a loop over its matrices, and no batched product.
-        rounded: products are written in the dtype of their operands, and not in that of their
-            sums, so that half of the bytes are read again.
-        upright: matrices with more rows than columns are multiplied from the right, and not
-            transposed first and last.
-        apart: arrays that make one stack are scaled before they are put together, and multiplied
-            last once they are taken apart, so that XLA fuses what comes before and after.
-    """
-
-    method: str
-    restarts: tuple[int, ...] = ()
-    panels: int = 1
-    one_by_one: bool = False
-    rounded: bool = False
-    upright: bool = False
-    apart: bool = False
-
-    def flops(self, short: int, long: int, rows: tuple[Row, ...]) -> int:
-        """FLOPs of the matrix products for one matrix, or for a tile with `long` of its columns."""
-        symmetric = symmetric_flops(short, long, self.panels)
-        squared = symmetric_flops(short, short, self.panels)
-        cubic = sum(row[2] == 0 for row in rows)  # without a square of XXᵀ
-        if self.method == "standard":
-            return len(rows) * (symmetric + squared + 2 * long * short**2) - cubic * squared
-        passes = len(self.restarts) + 1
-        squares = 4 * len(rows) - 3 * passes - cubic
-        return passes * (symmetric + 2 * long * short**2) + squares * squared
-
 
 # Of devices that hold different columns of the same matrices: partial sums, `(..., n, n)` or
 # `(..., k, 1)`, -> their totals.
@@ -132,7 +95,7 @@ def orthogonalize_stacks(
     xs = [scaled(*unit, *how) for unit, *how in zip(units, turned, upright, strict=True)]
     shapes = _Alike.of(xs)
     products = _Products(form, dtype, [upright[same[0]] for same in shapes.indices], share)
-    p, stacks = _FORMS[form.method](shapes.stacked(xs), rows, products)
+    p, stacks = iterate(shapes.stacked(xs), rows, products)
     multiply = products.multiply if form.apart else products.rounded
     ys = [
         multiply(*each)
@@ -260,38 +223,6 @@ class _Products(NamedTuple):
             for one, u, v in zip(ones, r, squared, strict=True)
         )
         return _rounded(sums, self.dtype)
-
-
-def _standard_form(
-    xs: list[jax.Array], rows: tuple[Row, ...], products: _Products
-) -> tuple[Panels, list[jax.Array]]:
-    """P and X, whose product is the result."""
-    *first, last = rows
-    for row in first:
-        xs = products.apply(products.polynomial(row, products.gram(xs)), xs)
-    return products.polynomial(last, products.gram(xs)), xs
-
-
-def _gram_form(
-    xs: list[jax.Array], rows: tuple[Row, ...], products: _Products
-) -> tuple[Panels, list[jax.Array]]:
-    """The same, iterated on R = XXᵀ; Q collects the factor that X still lacks."""
-    restarts = products.form.restarts
-    r = products.gram(xs)
-    q: Panels | None = None  # the identity
-    for step, row in enumerate(rows, start=1):
-        p = products.polynomial(row, r)
-        q = p if q is None else products.symmetric(q, p)
-        if step in restarts:
-            xs = products.apply(q, xs)
-            r, q = products.gram(xs), None
-        elif step < len(rows):
-            r = products.symmetric(p, products.symmetric(r, p))
-    assert q is not None
-    return q, xs
-
-
-_FORMS = {"standard": _standard_form, "gram": _gram_form}
 
 
 def _rounded(panels: Panels, dtype: jnp.dtype) -> Panels:

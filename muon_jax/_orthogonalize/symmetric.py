@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from muon_jax._orthogonalize.devices import Kernel, device_of
+
 Panels = tuple[jax.Array, ...]
 
 
@@ -25,10 +27,15 @@ def panel_count(n: int, dtype: jax.typing.DTypeLike, platform: str) -> int:
         # 5 to 20 % at 128 to 256, nothing at 384, and gain 10 to 20 % from 768; four gain another
         # 5 to 10 % from 2048, for twice the time to compile.
         return 1 if n < 512 else 2 if n < 2048 else 4
-    # Not measured. A quarter of the FLOPs is n³/2; to write the blocks and read them back moves
-    # 6 n² bytes. In float32 accelerators do 10 to 40 FLOPs a byte. In bfloat16 they do 170 to 300,
-    # and the compiler of TPUs estimates half as many cycles again for two panels at 2048.
-    return 2 if n >= 1024 and jnp.dtype(dtype).itemsize >= 4 else 1
+    if platform == "tpu":
+        # As XLA estimates cycles for a v5e: in float32 two save 5 to 8 % at 1024 to 2048, and four
+        # 12 % at 1536 but cost 10 % at 2048. In bfloat16 two cost 36 % at 2048, 2 % at 8192.
+        return 2 if n >= 1024 and jnp.dtype(dtype).itemsize >= 4 else 1
+    device = device_of(platform)
+    one, two = (
+        device.seconds(symmetric_kernels(1, n, n, 2 * n**2, count), dtype) for count in (1, 2)
+    )
+    return 2 if two < one else 1  # four would gain little, and take long to compile
 
 
 def panel_stops(n: int, count: int) -> tuple[int, ...]:
@@ -38,10 +45,26 @@ def panel_stops(n: int, count: int) -> tuple[int, ...]:
     return tuple(min(start + height, n) for start in range(0, n, height))
 
 
-def symmetric_flops(n: int, k: int, count: int) -> int:
-    """FLOPs of `gram` on `(n, k)`, and of `product` on `n × n` matrices where `k` is `n`."""
+def symmetric_kernels(matrices: int, n: int, k: int, read: int, count: int) -> list[Kernel]:
+    """Those of `gram` on `(matrices, n, k)`, and of `product` where `k` is `n`.
+
+    An accelerator multiplies each panel in a kernel, and mirrors the blocks of two in three more,
+    which make five passes over the result, as compiled for an H100 and a v5e.
+
+    Args:
+        matrices, n, k: the shape.
+        read: how many numbers the operands have.
+        count: of the panels, at most.
+    """
     stops = panel_stops(n, count)
-    return sum(2 * (stop - start) * stop * k for start, stop in itertools.pairwise((0, *stops)))
+    result = matrices * n**2
+    products = [
+        Kernel(2 * matrices * (stop - start) * stop * k, (read + result) // len(stops))
+        for start, stop in itertools.pairwise((0, *stops))
+    ]
+    if len(stops) == 1:
+        return products
+    return products + [Kernel(0, 5 * result // 3)] * 3
 
 
 def gram(x: jax.Array, count: int, dtype: jax.typing.DTypeLike | None = None) -> Panels:

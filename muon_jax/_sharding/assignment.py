@@ -4,13 +4,14 @@ import functools
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from muon_jax._orthogonalize.devices import device_of
 from muon_jax._orthogonalize.newton_schulz import SMALL, NewtonSchulz
-from muon_jax._sharding.buckets import Axes, Bucket, Sizes, Span, Stack
+from muon_jax._sharding.buckets import Axes, Bucket, Sizes, Span, Stack, by_call, call_seconds
 
 # Up to this many shapes the choice of which to split is exhaustive.
 _EXHAUSTIVE = 8
@@ -51,16 +52,51 @@ def plan_buckets(
 def _local(
     stacks: Sequence[Stack], whole: Iterable[int], newton_schulz: NewtonSchulz | None, platform: str
 ) -> list[Bucket]:
-    """A bucket for each shape in each call: small ones of one form and short side share a call."""
-    most = 0 if platform == "cpu" else _STACK_FLOPS
+    """Of the matrices of each short side the buckets that take least time."""
     calls = itertools.count(1)
-    last: dict[Any, tuple[int, int]] = {}  # of those that may share one: the last, and its room
-    spans_of: dict[Any, list[Span]] = defaultdict(list)
+    same_side: dict[Any, list[int]] = defaultdict(list)
     for index in whole:
         stack = stacks[index]
+        same_side[min(stack.fan_in, stack.fan_out), stack.dtype].append(index)
+    device = device_of(platform)
+    buckets = []
+    for members in same_side.values():
+        found = _in_calls(stacks, members, newton_schulz, platform, calls)
+        if newton_schulz is not None:
+            # Few matrices take the time of their launches, of which a shared call has less.
+            fewest = _in_calls(stacks, members, newton_schulz, platform, calls, by_time=False)
+            times = [
+                sum(call_seconds(call, newton_schulz, device) for call in by_call(option))
+                for option in (found, fewest)
+            ]
+            found = fewest if times[1] < times[0] else found
+        buckets += found
+    return buckets
+
+
+def _in_calls(
+    stacks: Sequence[Stack],
+    members: Iterable[int],
+    newton_schulz: NewtonSchulz | None,
+    platform: str,
+    calls: Iterator[int],
+    by_time: bool = True,
+) -> list[Bucket]:
+    """A bucket for each shape in each call, which small matrices of one Gram form share.
+
+    The standard form returns to every shape in each step, and has no products worth sharing.
+    """
+    most = 0 if platform == "cpu" else _STACK_FLOPS
+    last: dict[Any, tuple[int, int]] = {}  # of those that may share one: the last, and its room
+    spans_of: dict[Any, list[Span]] = defaultdict(list)
+    for index in members:
+        stack = stacks[index]
         m, n = shape = stack.fan_in, stack.fan_out
-        form = None if newton_schulz is None else newton_schulz.form(m, n, stack.dtype, platform)
-        alike = shape if form is None or min(shape) >= SMALL else min(shape), form, stack.dtype
+        form = None
+        if newton_schulz is not None:
+            form = newton_schulz.form(m, n, stack.dtype, platform, by_time=by_time)
+        shared = form is not None and form.method == "gram" and min(shape) < SMALL
+        alike = min(shape) if shared else shape, form, stack.dtype
         flops = 2 * m * n * min(m, n) * stack.matrices
         call, room = last.get(alike, (0, 0))
         if not call or flops > room:

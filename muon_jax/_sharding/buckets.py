@@ -7,12 +7,14 @@ one program serves all.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from muon_jax._orthogonalize.iteration import Form
+from muon_jax._orthogonalize.devices import Device, Kernel
+from muon_jax._orthogonalize.forms import Form
 from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muon_jax._orthogonalize.symmetric import accumulator
 
@@ -120,6 +122,14 @@ class Bucket(NamedTuple):
         return sum(span.matrices for span in self.spans)
 
     @property
+    def short(self) -> int:
+        return self.other if self.cut else min(self.lead, self.other)
+
+    @property
+    def long(self) -> int:
+        return self.lead if self.cut else max(self.lead, self.other)
+
+    @property
     def resident(self) -> bool:
         """Whether every device already holds its tile of every matrix, so that none moves."""
         return self.width == self.devices and all(span.tiles == self.width for span in self.spans)
@@ -131,10 +141,9 @@ class Bucket(NamedTuple):
 
     def flops(self, newton_schulz: NewtonSchulz | None) -> int:
         """FLOPs of the matrix products on each device; a guess for other orthogonalizers."""
-        short, long = (self.other, self.lead) if self.cut else sorted((self.lead, self.other))
         form = self.form or Form("standard")
         rows = (newton_schulz or NewtonSchulz()).rows(self.dtype)
-        return self.slots * form.flops(short, long, rows)
+        return self.slots * form.flops(self.short, self.long, rows)
 
     def exchanged_bytes(self, sizes: Sizes) -> int:
         """Bytes that the collectives of the bucket bring to each device."""
@@ -183,6 +192,28 @@ class Bucket(NamedTuple):
             return rows.transpose(0, 2, 1).reshape(self.devices, self.slots)
 
         return by_device(table), by_device(shared)
+
+
+def by_call(buckets: Sequence[Bucket]) -> list[list[Bucket]]:
+    """Those that share a call of the orthogonalizer together, in the order of the first."""
+    calls: dict[int, list[Bucket]] = {}
+    for index, bucket in enumerate(buckets):
+        calls.setdefault(bucket.call or -1 - index, []).append(bucket)
+    return list(calls.values())
+
+
+def call_seconds(buckets: Sequence[Bucket], newton_schulz: NewtonSchulz, device: Device) -> float:
+    """Predicted of the buckets that share a call, collectives aside."""
+    first = buckets[0]
+    form = first.form or Form("standard")
+    stacks = [(bucket.slots, bucket.long) for bucket in buckets]
+    kernels = form.kernels(first.short, stacks, newton_schulz.rows(first.dtype), device)
+    for bucket in buckets:
+        if bucket.axes:  # shards are put together, and taken apart
+            kernels += [Kernel(0, 2 * bucket.slots * bucket.lead * bucket.other)] * 2
+        triangles = Kernel(0, bucket.slots * bucket.short**2)  # packed, summed and unpacked
+        kernels += [triangles] * 5 * bucket.reductions
+    return device.seconds(kernels, newton_schulz.compute_dtype(first.dtype))
 
 
 def exchange_dtype(dtype, newton_schulz: NewtonSchulz | None) -> np.dtype:

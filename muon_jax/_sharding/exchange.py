@@ -16,7 +16,7 @@ from jax import lax
 
 from muon_jax._orthogonalize.iteration import ALONE, Share
 from muon_jax._orthogonalize.symmetric import joined
-from muon_jax._sharding.buckets import Axes, Bucket, Sizes, Span, Stack
+from muon_jax._sharding.buckets import Axes, Bucket, Sizes, Span, Stack, by_call
 
 Orthogonalizer = Callable[..., jax.Array]
 
@@ -43,10 +43,7 @@ def orthogonalize_local(
     done: dict[int, list[tuple[int, jax.Array]]] = defaultdict(list)
     size = dict(sizes)
     previous = None
-    calls: dict[int, list[Bucket]] = defaultdict(list)
-    for index, bucket in enumerate(buckets):
-        calls[bucket.call or -1 - index].append(bucket)
-    for together in calls.values():
+    for together in by_call(buckets):
         spans = [span for bucket in together for span in bucket.spans]
         shards = [arrays[span.stack][span.start : span.stop] for span in spans]
         shards = _after(previous if chunk is not None else None, shards)
