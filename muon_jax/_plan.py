@@ -1,9 +1,10 @@
-"""What a step of Muon costs, before anything runs: FLOPs, bytes exchanged, memory."""
+"""What a step of Muon costs, before anything runs: FLOPs, bytes exchanged, memory, time."""
 
 import dataclasses
 import functools
 import math
-from collections import Counter, defaultdict
+import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 
 from muon_jax._matrices.parts import split_into_parts
 from muon_jax._matrix_axes import MatrixAxes
+from muon_jax._orthogonalize.devices import Kernel, device_of
 from muon_jax._orthogonalize.forms import Form
 from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muon_jax._precision import real_dtype
 from muon_jax._routing.axes import EXPERT_STACK
 from muon_jax._routing.rules import FROZEN, MUON, OTHER, Routing, route
-from muon_jax._sharding.buckets import Bucket, Stack
+from muon_jax._sharding.buckets import Bucket, Stack, by_call, call_seconds
 from muon_jax._sharding.layout import (
     AnyMesh,
     Layout,
@@ -51,6 +53,8 @@ class PlanRow:
         exchanged_bytes: that collectives bring to one device.
         momentum_bytes: optimizer state of one device.
         working_bytes: of one device: tiles before and after, and the square matrices beside them.
+        seconds: that one device is predicted to take, momentum, decay and the step included, the
+            network not.
     """
 
     route: str
@@ -65,6 +69,7 @@ class PlanRow:
     exchanged_bytes: int = 0
     momentum_bytes: int = 0
     working_bytes: int = 0
+    seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,16 +80,33 @@ class Plan:
         rows: of each bucket and each other route.
         devices: of the mesh.
         model_flops: of a training step, 6 × active parameters × tokens; `None` without tokens.
+        assumptions: what the time is predicted for, in a sentence.
     """
 
     rows: tuple[PlanRow, ...]
     devices: int
     model_flops: int | None
+    assumptions: str = ""
 
-    def total(self, field: str) -> int:
-        """The sum of a field over rows; of `working_bytes` the largest."""
-        values = [getattr(row, field) for row in self.rows]
-        return max(values, default=0) if field == "working_bytes" else sum(values)
+    def total(self, field: str) -> Any:
+        """The sum of a field over rows."""
+        if field == "working_bytes":
+            warnings.warn(
+                'total("working_bytes") is the largest of all rows, and no sum: use peak().',
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            return self.peak()
+        return sum(getattr(row, field) for row in self.rows)
+
+    def peak(self) -> int:
+        """The most working bytes of any row: buckets follow each other."""
+        return max((row.working_bytes for row in self.rows), default=0)
+
+    def _totals(self) -> dict[str, Any]:
+        fields = [f.name for f in dataclasses.fields(PlanRow) if f.type in (int, float)]
+        sums = {name: self.total(name) for name in fields if name != "working_bytes"}
+        return sums | {"working_bytes": self.peak()}
 
     @property
     def overhead(self) -> float | None:
@@ -93,13 +115,13 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Rows and totals as plain numbers and strings."""
-        fields = [f.name for f in dataclasses.fields(PlanRow) if f.type is int]
         return {
             "devices": self.devices,
             "rows": [dataclasses.asdict(row) for row in self.rows],
-            "total": {name: self.total(name) for name in fields},
+            "total": self._totals(),
             "model_flops": self.model_flops,
             "overhead": self.overhead,
+            "assumptions": self.assumptions,
         }
 
     def __str__(self) -> str:
@@ -107,9 +129,11 @@ class Plan:
 
         def figures(of: Callable[[str], Any]) -> list[str]:
             flops = [_count(of(field)) for field in ("flops", "device_flops")]
-            return flops + [_bytes(of(f"{name}_bytes")) for name in memory]
+            held = [_bytes(of(f"{name}_bytes")) for name in memory]
+            return [*flops, *held, _duration(of("seconds"))]
 
-        head = ["route", "leaves", "matrices", "form", "placing", "FLOPs", "per device", *memory]
+        head = ["route", "leaves", "matrices", "form", "placing", "FLOPs", "per device"]
+        head += [*memory, "time"]
         lines = [head]
         for row in self.rows:
             shape = " × ".join(map(str, row.shape))
@@ -118,14 +142,14 @@ class Plan:
             lines.append(words + figures(functools.partial(getattr, row)))
         devices = f"{self.devices} device{'s' * (self.devices > 1)}"
         total = ["total", "", str(self.total("matrices")), "", devices]
-        lines.append(total + figures(self.total))
+        lines.append(total + figures(self._totals().__getitem__))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in lines
         ]
         standard = self.total("standard_flops")
-        text.append("")
+        text += ["", self.assumptions]
         if standard:
             share = self.total("flops") / standard
             text.append(
@@ -168,10 +192,11 @@ def plan(
             is a stack of experts.
         ns_coeffs, ns_steps, ns_dtype, mu_dtype, nu_dtype, routing, matrix_axes: as in `muon`.
         platform: of the devices: `"cpu"`, `"gpu"` or `"tpu"`, which an `AbstractMesh` may not know;
-            `None` is the mesh's, or else that of JAX's default devices.
+            `None` is the mesh's, or else that of JAX's default devices. Times are those of two
+            CPU cores, an H100 or a TPU v5e.
 
     Returns:
-        A `Plan`: per bucket and in total FLOPs, bytes exchanged and memory.
+        A `Plan`: per bucket and in total FLOPs, bytes exchanged, memory and predicted time.
 
     Raises:
         ValueError: another platform, or an overhead asked for without `active_params` where experts
@@ -208,6 +233,12 @@ def plan(
             return here + 4 * rows  # a float32 scale a row, on each device that has some of it
         return here * (first + second * (moments - 1))
 
+    def elementwise(path: KeyPath) -> float:
+        """Seconds of the other optimizer: gradient, moments and parameters, read and written."""
+        x = leaves[path]
+        split = math.prod(size[name] for names in layouts[path] for name in names)
+        return device.seconds([Kernel(0, 7 * math.prod(x.shape) // split)], x.dtype)
+
     hidden: list[KeyPath] = []  # of each placed array
     placed: list[PlacedArray] = []
     for path, leaf in routes.items():
@@ -218,10 +249,22 @@ def plan(
                 hidden.append(path)
                 placed.append(PlacedArray(part.shape, jnp.dtype(x.dtype), part.layout, part.axes))
     stacks, buckets = plan_exchange(placed, placing, newton_schulz, platform)
+    device = device_of(platform or placing.platform)
 
-    working: Counter = Counter()  # of each call
-    for bucket in buckets:
-        working[bucket.call] += _working(bucket, newton_schulz) if bucket.call else 0
+    call_of = {bucket: call for call in by_call(buckets) for bucket in call}
+
+    def seconds(bucket: Bucket) -> float:
+        """Its share of the call, by FLOPs, beside momentum, and the step with its decay."""
+        call = call_of[bucket]
+        share = bucket.flops(newton_schulz) / sum(each.flops(newton_schulz) for each in call)
+        total = share * call_seconds(call, newton_schulz, device)
+        held = []
+        for span in bucket.spans:
+            stack = stacks[span.stack]
+            split = math.prod(size[name] for name in stack.in_axes + stack.out_axes)
+            held.append(span.matrices * stack.fan_in * stack.fan_out // split)
+        kernels = [*(Kernel(0, 4 * numbers) for numbers in held), Kernel(0, 3 * sum(held))]
+        return total + device.seconds(kernels, placed[bucket.spans[0].stack].dtype)
 
     def muon_row(group: list[Bucket]) -> PlanRow:
         spans = [span for bucket in group for span in bucket.spans]
@@ -250,8 +293,9 @@ def plan(
             exchanged_bytes=sum(bucket.exchanged_bytes(placing.sizes) for bucket in group),
             momentum_bytes=momentum,
             working_bytes=max(
-                working[bucket.call] or _working(bucket, newton_schulz) for bucket in group
+                sum(_working(each, newton_schulz) for each in call_of[bucket]) for bucket in group
             ),
+            seconds=sum(map(seconds, group)),
         )
 
     alike: dict[Any, list[Bucket]] = defaultdict(list)
@@ -263,7 +307,8 @@ def plan(
         if others:
             held = sum(state_bytes(path, moments) for path in others) if moments else 0
             names = tuple(routes[path].path for path in others)
-            rows.append(PlanRow(label, names, momentum_bytes=held))
+            taken = sum(elementwise(path) for path in others) if moments else 0.0
+            rows.append(PlanRow(label, names, momentum_bytes=held, seconds=taken))
     tokens = tokens_per_step
     if tokens is not None:
         stacked = (leaf.path for leaf in routes.values() if EXPERT_STACK in leaf.why)
@@ -274,7 +319,7 @@ def plan(
             )
         active = active_params or sum(math.prod(x.shape) for x in leaves.values())
         tokens = 6 * active * tokens
-    return Plan(tuple(rows), placing.devices, tokens)
+    return Plan(tuple(rows), placing.devices, tokens, device.assumptions())
 
 
 def _layouts(leaves: dict[KeyPath, Any], tree: Any, shardings: Any, placing: Placing):
@@ -334,6 +379,10 @@ def _count(x: float) -> str:
             return f"{x:.3g} {unit}" if unit else f"{x:.0f} "
         x /= 1000
     raise AssertionError
+
+
+def _duration(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds else "-"
 
 
 def _bytes(x: float) -> str:

@@ -83,7 +83,7 @@ def test_matrices_of_one_short_side_share_a_call_if_their_form_is_one(platform):
         leaves = {
             f"{i}/kernel": jax.ShapeDtypeStruct(x, jnp.bfloat16) for i, x in enumerate(shapes)
         }
-        return muon_jax.plan(leaves, platform=platform).total("working_bytes")
+        return muon_jax.plan(leaves, platform=platform).peak()
 
     up, down = (256, 1024), (1024, 256)
     assert working(up, down) == (1 if platform == "cpu" else 2) * working(up)

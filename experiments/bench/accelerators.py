@@ -48,7 +48,7 @@ EXCHANGED, FLOOR = "all-to-all", "floor"
 
 # What XLA multiplies by: its own choice, which without a device to time on is Triton, or cuBLAS.
 CHOICE, CUBLAS = "XLA's choice", "cuBLAS"
-_OPTIONS = {CHOICE: {}, CUBLAS: {"xla_gpu_enable_triton_gemm": False}}
+OPTIONS = {CHOICE: {}, CUBLAS: {"xla_gpu_enable_triton_gemm": False}}
 
 _LEAVES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -171,7 +171,7 @@ def cost(piece: Piece) -> Row:
         row["version"] = importlib.metadata.version("optax")
     began = time.process_time()
     try:
-        compiled = compile_step(case, transformation(piece.arm, case), _OPTIONS[piece.products])
+        compiled = compile_step(case, transformation(piece.arm, case), OPTIONS[piece.products])
         seconds = time.process_time() - began
         program = measure(compiled)
     except Exception as error:  # whatever a rival raises is its result

@@ -101,7 +101,7 @@ def _update(trainer: Trainer) -> dict[str, int]:
     leaves = map(jax.tree.leaves, (trainer.abstract.params, trainer.arm.labels))
     matrices = [leaf for leaf, label in zip(*leaves, strict=True) if label == "muon"]
     return {
-        "Newton-Schulz": found.total("working_bytes"),
+        "Newton-Schulz": found.peak(),
         "updates of the matrices, float32": on_device(matrices),
     }
 
