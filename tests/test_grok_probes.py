@@ -305,7 +305,7 @@ def test_figures_show_every_measure_of_every_optimizer():
     ]  # fmt: skip
     assert all(len(axes.collections) == 1 for axes in images)
     assert images[0].collections[0].get_array().shape == (48, 3)
-    assert looks[0].label == "mul · softmax"
+    assert looks[0].caption.startswith("mul · softmax: ")
     middle = np.mean([probes.record(measured("mul", seed=i))["logit_gini"] for i in range(2)])
     assert f"Gini of the logits AdamW {middle:.3g}, Muon {middle:.3g};" in looks[0].caption
 

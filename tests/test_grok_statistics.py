@@ -79,6 +79,31 @@ def test_the_signed_rank_test_takes_panels_for_observations():
     assert statistics.signed_rank(panels[:5], budget=100) is None
 
 
+def test_of_several_tasks_each_is_one_observation():
+    """Two output functions of one task do not make its ratio weigh twice."""
+    halves, fourth = ({0: 20, 1: 20}, {0: 10, 1: 10}), ({0: 40}, {0: 10})
+    found = statistics.ratio([halves, halves, fourth], 100, ["add", "add", "mul"])
+    assert found.value == pytest.approx(math.sqrt(2 * 4)) and found.observations == 2
+    # Of one task its output functions are the observations, of one of these the seeds.
+    assert statistics.ratio([halves, fourth], 100, ["add", "add"]).observations == 2
+    assert statistics.ratio([halves], 100, ["add"]).observations == 2
+
+
+@pytest.mark.parametrize(("deviation", "n"), [(0.2, 3), (0.2, 10), (0.5, 7)])
+def test_the_detectable_ratio_is_found_in_four_of_five_studies(deviation, n):
+    rng = np.random.default_rng(2)
+    shift = math.log(statistics.detectable(deviation, n))
+    found = stats.ttest_1samp(rng.normal(shift, deviation, (4000, n)), 0, axis=1)
+    assert np.mean(found.pvalue < 0.05) == pytest.approx(0.8, abs=0.02)
+
+
+def test_a_training_groks_strictly_at_twice_the_memorised_epoch():
+    """Of four that grokked one is strict; two generalised within five epochs of memorising."""
+    run = run_of({("add", "muon", seed): e for seed, e in enumerate([10, 15, 19, 20, None])})
+    (row,) = report_tests.delays(run)
+    assert row == ["Muon", "5", "4", "2", "1", "10", "9", "19"]
+
+
 def test_welch_pools_what_grokked_as_the_paper_does():
     slow, fast = [90, 120, None, 200, 150], [40, 60, 80]
     expected = stats.ttest_ind([90, 120, 200, 150], fast, equal_var=False)
@@ -112,6 +137,8 @@ def run_of(epochs: dict[tuple[str, str, int], int | None]) -> Run:
             "optimizer": optimizer,
             "seed": seed,
             "point": "",
+            "memorized_epoch": 10,
+            "censored": epoch is None,
             "grok_epoch": epoch,
             "grok_epoch_sustained": epoch,
         }
@@ -130,7 +157,14 @@ def test_the_report_has_a_row_for_each_panel_and_one_for_all():
     both, first, _ = rows
     # Every rank of one lies below: 2 / (8 choose 4), twice that after Holm.
     assert (first["Mann–Whitney p"], first["after Holm"]) == ("0.029", "0.057")
-    assert both["ratio of epochs"] == f"{math.sqrt(61.5 / 31.5 * 81.5 / 21.5):.2f}"
+    logs = [np.mean(np.log([(a + s) / (b + s) for s in range(4)])) for a, b in ((60, 30), (80, 20))]
+    low, high = np.exp(stats.t.interval(0.95, 1, np.mean(logs), stats.sem(logs)))
+    assert both["ratio of epochs"] == f"{math.exp(np.mean(logs)):.2f} [{low:.2f}, {high:.2f}]"
+    assert both["ratio to memorise"] == "1.00 [1.00, 1.00]"
+    delays = [
+        np.mean(np.log([(a + s - 9) / (b + s - 9) for s in range(4)])) for a, b in ((60, 30),)
+    ]
+    assert first["ratio of delay + 1"].startswith(f"{math.exp(delays[0]):.2f} [")
     assert both["Mann–Whitney p"] == "–" and both["log-rank p"] != "–"
 
 
@@ -159,10 +193,11 @@ def test_a_baseline_that_is_not_swept_counts_once():
 def test_every_criterion_has_its_ratio():
     run = run_of({("add", "adamw", 0): 60, ("add", "muon", 0): 30, ("mul", "adamw", 0): 40})
     for row in run.rows:
-        row |= {"memorized_epoch": 5, "first_crossing_epoch": 3, "grok_epoch_near_best": None}
+        row |= {"first_crossing_epoch": 3, "grok_epoch_near_best": None}
     (row,) = report_tests.criteria(run)
     assert dict(zip(report_tests.CRITERIA, row[1:], strict=True)) == {
         "memorised": "1.00",
+        "delay + 1": f"{51 / 21:.2f}",
         "first crossing": "1.00",
         "grok, first": "2.00",
         "grok, sustained": "2.00",

@@ -40,10 +40,10 @@ def loaded(tmp_path, rows, grid=WIDTHS) -> Run:
 
 def test_the_best_setting_of_each_and_their_ratio(tmp_path):
     adamw, muon, *_ = report_sweep.best_table(loaded(tmp_path, ADAMW + MUON))
-    assert adamw[:6] == ["epochs", "AdamW", "3", "width 128", "3", "70"]
-    assert muon[:6] == ["epochs", "Muon", "3", "width 128", "3", "25"]
+    assert adamw[:8] == ["epochs", "AdamW", "3", "width 128", "3", "5", "65", "70"]
+    assert muon[:8] == ["epochs", "Muon", "3", "width 128", "3", "5", "20", "25"]
     ratio = (60 / 20 * 70 / 30 * 80 / 25) ** (1 / 3)
-    assert muon[6] == f"{ratio:.2f}" and " to " in muon[7] and adamw[6] == "–"
+    assert re.fullmatch(rf"{ratio:.2f} \[[\d.]+, [\d.]+\]", muon[8]) and adamw[8] == "–"
 
 
 def test_the_best_setting_is_that_of_each_axis(tmp_path):
@@ -53,7 +53,7 @@ def test_the_best_setting_is_that_of_each_axis(tmp_path):
     run = loaded(tmp_path, adamw + muon)
     assert report_sweep.axes_apart(run) == ["epochs", "FLOP", "seconds"]
     slow, fast = report_sweep.best(run, "FLOP")
-    assert (slow.panel.point, fast.panel.point) == ("width=64", "width=32")
+    assert (slow.arm.panel.point, fast.arm.panel.point) == ("width=64", "width=32")
     epoch = run.rows[0]["steps_per_epoch"]
     assert fast.median.value == 95 * epoch * 2 * 32**2
     paired = (120 / 100 * 130 / 90 * 110 / 95) ** (1 / 3)
@@ -87,7 +87,7 @@ def test_a_bound_is_no_best_setting(tmp_path):
     # At 32 the median lies beyond the budget, though one seed was the fastest of all.
     rows = widths("muon", {32: [3, None, None], 64: [50, 60, 55]})
     (found,) = report_sweep.best(loaded(tmp_path, rows))
-    assert found.panel.point == "width=64" and found.median == (55, False)
+    assert found.arm.panel.point == "width=64" and found.median == (55, False)
 
 
 def test_trends_differ_by_axis(tmp_path):
@@ -171,7 +171,7 @@ def test_flops_that_xla_does_not_count_are_not_compared(tmp_path):
     rows += [row | {"step_flops": 9e9} for row in widths("muon", {32: [40, 50, 45]})]
     run = loaded(tmp_path, rows)
     flops = {row[1]: row[2:] for row in report_sweep.best_table(run) if row[0] == "FLOP"}
-    assert flops["Exact polar"] == ["–"] * 6 and flops["Muon"][4] != "–"
+    assert flops["Exact polar"] == ["–"] * 7 and flops["Muon"][6] != "–"
     text = " ".join(abstract(run))
     (polar,) = re.findall(r"AdamW over Exact polar.*?\.(?= [A-Z])", text)
     assert "in epochs" in polar and "FLOP" not in polar
@@ -261,7 +261,7 @@ def test_two_settings_of_all_are_heat_maps_in_what_they_make_differ(tmp_path):
     ]
     grid = ("width=32,64", "batch=256,1024,2048")
     run = loaded(tmp_path, rows, grid)
-    assert [*report_sweep.figures(run)] == ["heat"]
+    assert [picture.name for picture in report_sweep.pictures(run)] == ["heat"]
     axes = {axes.get_title("left"): axes for axes in heat_figure(run).axes}
     units = ("epochs", "tokens", "steps", "FLOP")
     assert [*axes] == [f"{name}: {unit}" for unit in units for name in ("Muon", "Exact polar")]

@@ -17,6 +17,9 @@ from experiments.report.figures import optimizer_label
 from experiments.report.text import number, plural
 
 BASELINE = "adamw"
+# A training groks strictly if it generalises at this many times the epoch at which it memorised.
+STRICT = 2
+SOON = 5  # epochs: one that generalises so soon after memorising shows no grokking
 CONFIG_KEYS = ("tasks", "softmax", "optimizers", "epochs", "grid")
 EPOCH_KEYS = (*Cell._fields, "epoch", "train_accuracy", "validation_accuracy")
 ROW_KEYS = (
@@ -48,6 +51,11 @@ def _flops(row: Row, budget: int) -> float:
     return _seconds(row, 0) * (row["steps_per_second"] or 0.0) * (row["step_flops"] or 0.0)
 
 
+def delay(row: Row) -> float | None:
+    """Epochs from memorising to sustained grokking; None of a censored cell."""
+    return None if row["censored"] else row["grok_epoch_sustained"] - row["memorized_epoch"]
+
+
 # What a value of a cell exceeds where it is missing; an epoch exceeds the budget.
 _BOUNDS: dict[str, Callable[[Row, int], float]] = {
     "delay": lambda row, budget: budget - (row["memorized_epoch"] or budget),
@@ -77,6 +85,17 @@ class Arm(NamedTuple):
         return sum(row["censored"] for row in self.cells)
 
     @property
+    def strict(self) -> int:
+        """Cells that grokked strictly: not before twice the memorised epoch."""
+        cells = [row for row in self.cells if not row["censored"]]
+        return sum(r["grok_epoch_sustained"] >= STRICT * r["memorized_epoch"] for r in cells)
+
+    @property
+    def soon(self) -> int:
+        """Cells that grokked within a few epochs of memorising."""
+        return sum(delay(row) <= SOON for row in self.cells if not row["censored"])
+
+    @property
     def collapsed(self) -> int:
         return sum(row["collapse_epoch"] is not None for row in self.cells)
 
@@ -93,7 +112,8 @@ class Arm(NamedTuple):
         """Over the cells; a missing value exceeds its bound."""
         bound = _BOUNDS.get(field, lambda row, budget: budget)
         bounds = [bound(row, self.budget) for row in self.cells]
-        return censored_median([row[field] for row in self.cells], bounds)
+        values = (delay(row) if field == "delay" else row[field] for row in self.cells)
+        return censored_median(values, bounds)
 
     @property
     def steps_per_second(self) -> Median:

@@ -29,11 +29,39 @@ from experiments.report.figures import (
     optimizer_label,
     plain_log_axis,
 )
+from experiments.report.page import Picture
 from experiments.report.series import series
 
 # More than these make a panel of curves, or a line of boxes, illegible.
 FEW_OPTIMIZERS, FEW_SETTINGS = 6, 8
 LOST_MARK: dict[str, Any] = {"marker": "x", "ms": 5, "mew": 1.4, "ls": "none"}
+
+
+CURVES = (
+    "Accuracy after each epoch. Solid: training. Dashed: validation. Thin: one seed. Thick: the "
+    "median over seeds, at the epochs that all of them reached. Dotted: 95 %. Open circles mark "
+    "the median memorised epoch (at 100 %) and diamonds the median sustained grokking epoch (at "
+    "95 %), over finished trainings; a median beyond the budget has no mark. {begun} trainings "
+    "started, {finished} finished."
+)
+EPOCHS = (
+    "Sustained grokking epoch of every finished training, one point each. The {censored} "
+    "censored ones are open triangles at the budget of {budget} epochs, spread out so that they "
+    "can be counted. {shape}"
+)
+ROWS = (
+    "A line spans an optimizer's range, a bar marks its median where that is known, and a cross "
+    "the epoch at which a training had lost its accuracy again."
+)
+QUARTILES = (
+    "Boxes span the quartiles and whiskers the range, with censored trainings at the budget: a "
+    "box that touches the dotted line is a lower bound. Points are spread horizontally for "
+    "legibility only; the axis shows n."
+)
+SURVIVAL = (
+    "Kaplan–Meier estimate of the share of trainings that have not reached sustained grokking "
+    "by each epoch, over all tasks and output functions."
+)
 
 
 class Sample(NamedTuple):
@@ -296,3 +324,34 @@ def survival_figure(run: Run) -> Figure:
     axes.set(xlim=(0, run.budget), ylim=(0, 102), xlabel="epoch", ylabel="not yet grokked (%)")
     legend(figure, (), *handles, columns=3)
     return figure
+
+
+def pictures(run: Run) -> list[Picture]:
+    """Of a run's cells: curves where there is a log, epochs, and survival of few optimizers."""
+    censored, finished = sum(row["censored"] for row in run.rows), len(run.rows)
+    curves = CURVES.format(begun=len(run.cells), finished=finished)
+    shape = ROWS if in_rows(run) else QUARTILES
+    epochs = EPOCHS.format(censored=censored, budget=run.budget, shape=shape)
+    found = [
+        Picture(
+            "curves",
+            lambda: curves_figure(run),
+            curves,
+            "Training and validation accuracy against epoch, a panel for each task and output "
+            "function, a colour for each optimizer.",
+        ),
+        Picture(
+            "grok_epochs",
+            lambda: epochs_figure(run),
+            epochs,
+            "The sustained grokking epoch of every training, by optimizer, task and output "
+            f"function; {censored} of {finished} are censored.",
+        ),
+        Picture(
+            "survival",
+            lambda: survival_figure(run),
+            SURVIVAL,
+            "Share of trainings that have not grokked against epoch, a curve for each optimizer.",
+        ),
+    ]
+    return found[not run.traces : 2 if many_arms(run) else 3]

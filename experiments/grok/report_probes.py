@@ -129,9 +129,8 @@ def figures(run: Run) -> list[Picture]:
             Picture(
                 f"inside_{place}_{kind}",
                 functools.partial(draw, looks, grokked),
-                caption + more,
+                f"{panel}: {caption}{more}",
                 alt,
-                str(panel),
             )
             for kind, (caption, draw) in kinds.items()
         ]

@@ -2,22 +2,22 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from scipy import stats
 
-from experiments.grok import grid
+from experiments.grok import grid, report_tests
 from experiments.grok import statistics as tests
-from experiments.grok.config import Panel
 from experiments.grok.report_data import (
     BASELINE,
     UNITS,
+    Arm,
     Median,
     Row,
     Run,
+    aggregate,
     apart,
     cost,
     counts,
@@ -29,23 +29,45 @@ from experiments.grok.report_data import (
     uncounted,
 )
 from experiments.grok.report_sweep_figures import heat_figure, lines_figure
-from experiments.grok.report_tests import p_text
 from experiments.report.figures import optimizer_label
-from experiments.report.text import number
+from experiments.report.page import Picture, Table
+from experiments.report.text import number, p_text
 
+BEST = (
+    "The setting at which each optimizer has its lowest median cost of sustained grokking, for "
+    "each unit of cost that ranks trainings differently. The best of many settings favours "
+    "optimizers that were tried at more of them; the interval covers seeds only, not the choice "
+    "of the setting. “–”: XLA does not count the optimizer's FLOPs."
+)
+TRENDS = (
+    "Spearman's rank correlation between the setting and the cost of sustained grokking, in "
+    "five units: +1 if a larger value always costs more. If all trainings have the same budget, "
+    "censored ones rank last; if not, as in steps when the batch varies, values with a censored "
+    "training are excluded. Settings that are words have no order and no correlation."
+)
+SWEEP = (
+    "Cost of sustained grokking against the setting. A point is a training that grokked, a line "
+    "the median over seeds where it is known. An open triangle marks the n trainings (×n) of an "
+    "optimizer at a setting that had not grokked within {budget} epochs, at the median cost of "
+    "their budgets. FLOPs are counted by XLA, which omits decompositions and the repetitions of "
+    "loops; optimizers with either have none (–). Seconds are this machine's."
+)
+HEAT = (
+    "Median cost of sustained grokking over seeds, with the number of trainings censored at "
+    "{budget} epochs. Grey: only a lower bound of the median is known (>), or nothing (–), such "
+    "as FLOPs with decompositions. All optimizers share the colour scale of a unit."
+)
 BEST_COLUMNS = (
-    "unit", "optimizer", "settings tried", "best setting", "n", "cost to grok, sustained",
-    "ratio to AdamW's best", "95 % interval",
+    "unit", "optimizer", "settings tried", "best setting", "n", "memorised (epoch)",
+    "delay (epochs)", "cost to grok, sustained", "ratio to AdamW's best [95 %]",
 )  # fmt: skip
 
 
 class Best(NamedTuple):
     """An optimizer's setting with the lowest median cost on one axis, and that cost."""
 
-    optimizer: str
+    arm: Arm
     tried: int
-    panel: Panel
-    n: int
     median: Median
     ratio: tests.Ratio | None
 
@@ -69,31 +91,27 @@ def best(run: Run, unit: str = "epochs") -> list[Best]:
 
     A run of one task and output function.
     """
-    chosen: dict[str, tuple[int, Panel, list[Row]]] = {}
-    for name in run.optimizers():
-        tried = [(panel, rows) for panel in run.panels() if (rows := run.of(panel, name))]
-        if tried and known(name, unit):
-            panel, rows = min(tried, key=lambda setting: _order(run, setting[1], unit))
-            chosen[name] = len(tried), panel, rows
-    baseline = chosen[BASELINE][2] if BASELINE in chosen else []
+    arms: dict[str, list[Arm]] = {name: [] for name in run.optimizers()}
+    for arm in aggregate(run.rows, run.budget):
+        arms[arm.optimizer] += [arm] if known(arm.optimizer, unit) else []
+
+    def order(arm: Arm) -> tuple[float, float]:
+        """A bound behind every median, and means break ties."""
+        median = median_cost(run, arm.cells, unit)
+        mean = statistics.fmean(cost(run, row, unit) for row in arm.cells)
+        return math.inf if median.at_least else median.value, mean
+
+    chosen = {name: min(tried, key=order) for name, tried in arms.items() if tried}
+    base = chosen.get(BASELINE)
     return [
         Best(
-            name,
-            tried,
-            panel,
-            len(rows),
-            median_cost(run, rows, unit),
-            None if name == BASELINE else _ratio(run, baseline, rows, unit),
+            arm,
+            len(arms[name]),
+            median_cost(run, arm.cells, unit),
+            _ratio(run, base.cells, arm.cells, unit) if base and name != BASELINE else None,
         )
-        for name, (tried, panel, rows) in chosen.items()
+        for name, arm in chosen.items()
     ]
-
-
-def _order(run: Run, rows: Sequence[Row], unit: str) -> tuple[float, float]:
-    """Where a setting ranks: a bound behind every median, and means break ties."""
-    median = median_cost(run, rows, unit)
-    mean = statistics.fmean(cost(run, row, unit) for row in rows)
-    return math.inf if median.at_least else median.value, mean
 
 
 def _ratio(run: Run, slow: Sequence[Row], fast: Sequence[Row], unit: str) -> tests.Ratio | None:
@@ -111,28 +129,24 @@ def _ratio(run: Run, slow: Sequence[Row], fast: Sequence[Row], unit: str) -> tes
 
 def best_table(run: Run) -> list[list[str]]:
     """Rows of the table of best settings, in the order of `BEST_COLUMNS`."""
-    names = [found.optimizer for found in best(run)]
+    names = [found.arm.optimizer for found in best(run)]
     table = []
     for unit in axes_apart(run):
-        texts = {found.optimizer: _texts(found) for found in best(run, unit)}
+        texts = {found.arm.optimizer: _texts(found) for found in best(run, unit)}
         nothing = ["–"] * (len(BEST_COLUMNS) - 2)
         table += [[unit, optimizer_label(name), *texts.get(name, nothing)] for name in names]
     return table
 
 
 def _texts(found: Best) -> list[str]:
-    ratio = interval = "–"
-    if found.ratio is not None:
-        ratio = str(found.ratio)
-        if not math.isnan(found.ratio.low):
-            interval = f"{found.ratio.low:.2f} to {found.ratio.high:.2f}"
+    arm = found.arm
     return [
         str(found.tried),
-        plain_point(found.panel.point) or "the run's",
-        str(found.n),
+        plain_point(arm.panel.point) or "the run's",
+        str(arm.n),
+        *(arm.median(of).text() for of in ("memorized_epoch", "delay")),
         found.median.text(lambda x: EngFormatter(places=1, sep="")(x).replace(".0", "")),
-        ratio,
-        interval,
+        found.ratio.text if found.ratio else "–",
     ]
 
 
@@ -196,21 +210,20 @@ def sentences(run: Run) -> list[str]:
     """The sweep in plain sentences, every number computed from the run."""
     clauses = []
     for found in best(run):
-        at = f" ({plain_point(found.panel.point)})" if found.panel.point else ""
+        point = found.arm.panel.point
+        at = f" ({plain_point(point)})" if point else ""
         of = f", the best of {found.tried} settings" if found.tried > 1 else ""
         more = "beyond " if found.median.at_least else ""
-        name = optimizer_label(found.optimizer)
-        clauses.append(f"{name} {more}{number(found.median.value)}{of}{at}")
-    result = [counts(run), f"Median sustained grokking epoch: {'; '.join(clauses)}."]
+        clauses.append(f"{found.arm.label} {more}{number(found.median.value)}{of}{at}")
+    result = [counts(run), *report_tests.strictly(run)]
+    result.append(f"Median sustained grokking epoch: {'; '.join(clauses)}.")
     ratios: dict[str, list[str]] = {}
     for unit in axes_apart(run):
         for found in best(run, unit):
             if (ratio := found.ratio) is not None:
-                interval = f" [{ratio.low:.2f}, {ratio.high:.2f}]"
-                text = f"{ratio}{'' if math.isnan(ratio.low) else interval}"
-                ratios.setdefault(found.optimizer, []).append(f"{text} in {unit}")
+                ratios.setdefault(found.arm.label, []).append(f"{ratio.text} in {unit}")
     for name, found_ratios in ratios.items():
-        of = f"AdamW over {optimizer_label(name)}"
+        of = f"AdamW over {name}"
         result.append(f"Each at its best setting, {of}, 95 % interval: {'; '.join(found_ratios)}.")
     result += [text for text in (uncounted(run),) if text] + _edges(run)
     for setting in dict.fromkeys(s for settings in swept(run).values() for s in settings):
@@ -236,16 +249,16 @@ def _edges(run: Run) -> list[str]:
     """Which tuned settings, as rates and decays, are best at the end of their grid; a sentence."""
     tuned, ends = False, []
     for found in best(run):
-        tried = [grid.values(c.point) for c in run.cells if c.optimizer == found.optimizer]
-        for setting, value in grid.values(found.panel.point).items():
+        arm = found.arm
+        tried = [grid.values(c.point) for c in run.cells if c.optimizer == arm.optimizer]
+        for setting, value in grid.values(arm.panel.point).items():
             values = {point[setting] for point in tried if setting in point}
             if not _is_tuned(setting) or len(values) < 2 or not numeric(values):
                 continue
             tuned = True
             if value in (min(values), max(values)):
                 word = "lowest" if value == min(values) else "highest"
-                name = optimizer_label(found.optimizer)
-                ends.append(f"{name}'s {plain(setting)} is the {word} tried")
+                ends.append(f"{arm.label}'s {plain(setting)} is the {word} tried")
     if ends:
         return [f"{'; '.join(ends)}, so a better one may lie beyond."]
     return ["No best setting is the lowest or highest of its grid."] if tuned else []
@@ -257,13 +270,26 @@ def _direction(trend: Trend) -> str:
     return "rises" if trend.rho > 0 else "falls"
 
 
-def figures(run: Run) -> dict[str, Callable[[Run], Figure]]:
-    """The figures that a run's axes allow, by their file's name."""
+def pictures(run: Run) -> list[Picture]:
+    """Lines over the one setting that is swept; heat maps where an optimizer has two."""
     widths = {len(settings) for settings in swept(run).values()}
     named = {plain(s) for settings in swept(run).values() for s in settings}
-    drawn: dict[str, Callable[[Run], Figure]] = {}
+    found = []
     if run.rows and max(widths, default=0) == 1 and len(named) == 1:
-        drawn["sweep"] = lines_figure
+        alt = "Cost to grok against the swept setting, a panel for each unit."
+        caption = SWEEP.format(budget=run.budget)
+        found.append(Picture("sweep", lambda: lines_figure(run), caption, alt))
     if run.rows and 2 in widths:
-        drawn["heat"] = heat_figure
-    return drawn
+        alt = "Heat maps of the median cost to grok over two settings, one for each optimizer."
+        found.append(Picture("heat", lambda: heat_figure(run), HEAT.format(budget=run.budget), alt))
+    return found
+
+
+def items(run: Run) -> list[object]:
+    """Tables and figures of a sweep; nothing of another run."""
+    if not run.is_sweep or not (best := best_table(run)):
+        return []
+    found: list[object] = [BEST, Table.of_texts(BEST_COLUMNS, best, names=2)]
+    if table := trends(run):
+        found += [TRENDS, Table.of_texts(("optimizer", "setting", *UNITS), table, names=2)]
+    return found + pictures(run)

@@ -1,105 +1,205 @@
-"""The report's tests: each optimizer beside the baseline."""
+"""The report's comparisons with AdamW: memorising, delay and grokking apart, and their tests."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from experiments.differences import holm
 from experiments.grok import statistics
 from experiments.grok.config import Panel
-from experiments.grok.report_data import BASELINE, Run, censored_median
+from experiments.grok.report_data import BASELINE, SOON, Arm, Row, Run, censored_median, delay
 from experiments.report.figures import optimizer_label
-from experiments.report.text import number
+from experiments.report.page import Table
+from experiments.report.text import number, p_text, plural
 
+SUSTAINED = "grok, sustained"
+DELAY = "delay + 1"
+# What of a training is compared, by its name; None where it is not reached within the budget.
+CRITERIA: dict[str, Callable[[Row], float | None]] = {
+    "memorised": lambda row: row["memorized_epoch"],
+    DELAY: lambda row: 1 + delay(row),
+    "first crossing": lambda row: row["first_crossing_epoch"],
+    "grok, first": lambda row: row["grok_epoch"],
+    SUSTAINED: lambda row: row["grok_epoch_sustained"],
+    "grok, near best": lambda row: row["grok_epoch_near_best"],
+}
+DELAYS = (
+    "optimizer", "trainings", "grokked", f"of these, ≤ {SOON} epochs after memorising",
+    "strictly: ≥ 2 × the memorised epoch", "median memorised epoch", "median delay",
+    "median grokking epoch",
+)  # fmt: skip
 COLUMNS = (
-    "over", "on", "median epoch, AdamW", "its median epoch", "observations", "ratio of epochs",
-    "95 % interval", "Mann–Whitney p", "after Holm", "signed-rank p", "log-rank p", "Welch t",
+    "optimizer", "on", "median epoch, AdamW", "its median epoch", "observations",
+    "ratio to memorise", "ratio of delay + 1", "ratio of epochs", "detectable ratio",
+    "Mann–Whitney p", "after Holm", "signed-rank p", "log-rank p",
 )  # fmt: skip
 
-CRITERIA = {
-    "memorised": "memorized_epoch",
-    "first crossing": "first_crossing_epoch",
-    "grok, first": "grok_epoch",
-    "grok, sustained": "grok_epoch_sustained",
-    "grok, near best": "grok_epoch_near_best",
-}
+DELAY_TEXT = (
+    "Grokking is generalising long after memorising. A training groks strictly here if its "
+    "grokking epoch is at least twice its memorised one, so that the delay is as long as "
+    "memorising took; one that generalises within 5 epochs of memorising shows no grokking. "
+    "Counts are of trainings that grokked by the definition below; medians are of all."
+)
+TESTS = (
+    "Ratio: AdamW's epochs over the optimizer's, paired by training, as a geometric mean with its "
+    "95 % interval by Student's t on logarithms; an observation is a seed, of several output "
+    "functions or settings the mean of one, and of several tasks the mean of one task, and a "
+    "censored training counts at the budget, which makes the ratio a lower (≥) or upper (≤) bound. "
+    "The detectable ratio is what 80 % of studies with so many observations, which vary as these "
+    "do, would find at p < 0.05. Mann–Whitney ranks censored trainings last and cannot come below "
+    "p = 0.1 with three seeds against three; both it and the signed-rank test over tasks have "
+    "Holm's correction, and the log-rank test, as Welch's t in the published study, takes tasks "
+    "for repetitions of one experiment."
+)
+OTHERWISE = "The same ratio over all trainings by other definitions of the epoch:"
 
-Pair = tuple[dict[int, int | None], dict[int, int | None]]
+Pair = tuple[dict[int, float | None], dict[int, float | None]]
+Pairs = Mapping[Panel, Pair]
 
 
-def epochs(
-    run: Run, optimizer: str, panel: Panel, field: str = "grok_epoch_sustained"
-) -> dict[int, int | None]:
-    """Grokking epoch by seed of an optimizer's finished cells in a panel.
+def pairs(run: Run, optimizer: str, criterion: str = SUSTAINED) -> dict[Panel, Pair]:
+    """By panel, epochs by seed of AdamW and of an optimizer, where there are both.
 
-    Where a setting is swept that does not concern the optimizer, those without it.
+    Where a setting is swept that does not concern AdamW, its cells are those without it. Of delays,
+    only trainings that grokked have one.
     """
-    found = run.of(panel, optimizer) or run.of(panel._replace(point=""), optimizer)
-    return {row["seed"]: row[field] for row in found}
+    value, found = CRITERIA[criterion], {}
+    for panel in run.panels():
+        base = run.of(panel, BASELINE) or run.of(panel._replace(point=""), BASELINE)
+        slow, fast = (
+            {r["seed"]: value(r) for r in rows if criterion != DELAY or not r["censored"]}
+            for rows in (base, run.of(panel, optimizer))
+        )
+        if slow and fast:
+            found[panel] = slow, fast
+    return found
 
 
-def _anchor(run: Run, panel: Panel) -> Panel:
-    """Where the baseline's cells are that a panel is compared with."""
-    return panel if run.of(panel, BASELINE) else panel._replace(point="")
+def ratio(run: Run, found: Pairs, panels: Sequence[Panel] | None = None) -> statistics.Ratio | None:
+    """AdamW's epochs over an optimizer's by what `pairs` found, in some panels or in all."""
+    there = [panel for panel in found if panels is None or panel in panels]
+    tasks = [panel.task for panel in there]
+    return statistics.ratio([found[panel] for panel in there], run.budget, tasks)
+
+
+def _text(found: statistics.Ratio | None) -> str:
+    return found.text if found else "–"
+
+
+def _detectable(found: statistics.Ratio | None) -> str:
+    return "–" if found is None else "> 10" if found.detectable > 10 else number(found.detectable)
+
+
+def _others(run: Run) -> list[str]:
+    """The optimizers that are compared with AdamW; none without its cells."""
+    names = run.optimizers()
+    return [name for name in names if name != BASELINE] if BASELINE in names else []
+
+
+def delays(run: Run) -> list[list[str]]:
+    """Rows in the order of `DELAYS`: how many trainings of each optimizer grok, and how late."""
+    arms = (Arm(Panel("", ""), name, run.of(None, name), run.budget) for name in run.optimizers())
+    return [
+        [arm.label, str(arm.n), str(arm.n - arm.censored), str(arm.soon), str(arm.strict)]
+        + [arm.median(of).text() for of in ("memorized_epoch", "delay", "grok_epoch_sustained")]
+        for arm in arms
+        if arm.n
+    ]
+
+
+def strictly(run: Run) -> list[str]:
+    """How many of the trainings that grokked did so in the strict sense; a sentence, or none."""
+    counts = {row[0]: row[2:5] for row in delays(run) if row[2] != "0"}
+    if len(counts) > 6:
+        counts = {"all": [str(sum(int(of[i]) for of in counts.values())) for i in range(3)]}
+    strict = "; ".join(f"{name} {of[2]} of {of[0]}" for name, of in counts.items())
+    soon = "; ".join(f"{name} {of[1]} of {of[0]}" for name, of in counts.items())
+    told = (
+        f"Trainings that grokked strictly, not before twice the memorised epoch: {strict}; within "
+        f"{SOON} epochs of memorising: {soon}."
+    )
+    return [told] if counts else []
+
+
+def sentences(run: Run) -> list[str]:
+    """The ratios of memorising, delay and grokking, a sentence for each optimizer."""
+    return [text for name in _others(run) if (text := _compared(run, name))]
+
+
+def _compared(run: Run, optimizer: str) -> str:
+    """The ratios of an optimizer in one sentence; "" where it shares no cell with AdamW."""
+    names = f"{optimizer_label(BASELINE)} over {optimizer_label(optimizer)}"
+    both = pairs(run, optimizer)
+    found = ratio(run, both)
+    if found is None:
+        return f"No ratio {names}: neither grokked within the budget." if both else ""
+    several = len({panel.task for panel in both}) > 1
+    noun = "task" if several else "panel" if len(both) > 1 else "seed"
+    text = (
+        f"Ratio of grokking epochs, {names}, paired by training: {found.text} "
+        f"(n = {plural(found.observations, noun)}"
+    )
+    if found.bounded:
+        text += f"; {plural(found.bounded, 'pair')} with a censored training at the budget"
+    text += ")"
+    for words, key in (("to memorise", "memorised"), ("of the delay", DELAY)):
+        own = ratio(run, pairs(run, optimizer, key))
+        text += f"; {words} {own.text}" if own else ""
+    return f"{text}."
 
 
 def tests(run: Run) -> list[list[str]]:
-    """Rows of the table of tests, in the order of `COLUMNS`; none without the baseline.
+    """Rows of the table of tests, in the order of `COLUMNS`; none without AdamW.
 
     First all panels pooled, then those of a task, those of an output function, and each panel.
     """
-    if BASELINE not in run.optimizers():
-        return []
-    others = [name for name in run.optimizers() if name != BASELINE]
-    pairs = {(name, panel): _pair(run, name, panel) for name in others for panel in run.panels()}
-    pairs = {key: pair for key, pair in pairs.items() if all(pair)}
-    tested = {key: statistics.mann_whitney(*pair) for key, pair in pairs.items()}
-    p_values = {f"{name}/{panel}": p for (name, panel), p in tested.items() if p is not None}
-    corrected = holm(p_values)
-    ranked = _signed_ranks(run, pairs, others)
+    keys = "memorised", DELAY, SUSTAINED
+    of = {name: {key: pairs(run, name, key) for key in keys} for name in _others(run)}
+    tested = {
+        f"{name}/{panel}": p
+        for name, found in of.items()
+        for panel, pair in found[SUSTAINED].items()
+        if (p := statistics.mann_whitney(*pair)) is not None
+    }
+    corrected = holm(tested)
+    ranked = _signed_ranks(run, {name: found[SUSTAINED] for name, found in of.items()})
     rows = []
     for on, panels in groups(run).items():
-        for name in others:
-            there = [panel for panel in panels if (name, panel) in pairs]
+        whole = len(panels) > 1 and panels == run.panels() and not any(p.point for p in panels)
+        for name, found in of.items():
+            there = [panel for panel in panels if panel in found[SUSTAINED]]
+            # Cells of AdamW that are not swept count once, not for each setting of the other.
             if not there or len({_anchor(run, panel) for panel in there}) < len(there):
                 continue
-            own = [pairs[name, panel] for panel in there]
-            row = [optimizer_label(name), on, *_medians(run, own), *_ratio(run, own)]
-            key = f"{name}/{panels[0]}" if len(panels) == 1 else ""
-            row += [p_text(p_values.get(key)), p_text(corrected.get(key))]
-            if len(panels) > 1 and panels == run.panels() and not any(p.point for p in panels):
-                row += [p_text(ranked.get(name)), p_text(_log_rank(run, name)), _welch(run, name)]
-            else:
-                row += ["–", "–", "–"]
-            rows.append(row)
+            ratios = [ratio(run, found[key], there) for key in keys]
+            epochs, key = ratios[-1], f"{name}/{panels[0]}" if len(panels) == 1 else ""
+            rows.append(
+                [
+                    optimizer_label(name),
+                    on,
+                    *_medians(run, [found[SUSTAINED][panel] for panel in there]),
+                    str(epochs.observations) if epochs else "0",
+                    *map(_text, ratios),
+                    _detectable(epochs),
+                    p_text(tested.get(key)),
+                    p_text(corrected.get(key)),
+                    p_text(ranked.get(name)) if whole else "–",
+                    p_text(_log_rank(run, name)) if whole else "–",
+                ]
+            )
     return rows
 
 
-def _signed_ranks(
-    run: Run, pairs: dict[tuple[str, Panel], Pair], optimizers: Sequence[str]
-) -> dict[str, float]:
-    """Of each optimizer over all panels, after Holm."""
-    found = {}
-    for name in optimizers:
-        own = [pairs[name, panel] for panel in run.panels() if (name, panel) in pairs]
-        if (p := statistics.signed_rank(own, run.budget)) is not None:
-            found[name] = p
-    return holm(found)
+def _anchor(run: Run, panel: Panel) -> Panel:
+    """Where the cells of AdamW are that a panel is compared with."""
+    return panel if run.of(panel, BASELINE) else panel._replace(point="")
 
 
-def sentence(run: Run, fast: str) -> str:
-    """The ratio over all panels in one sentence; "" where there is none."""
-    pairs = [_pair(run, fast, panel) for panel in run.panels()]
-    found = statistics.ratio([pair for pair in pairs if all(pair)], run.budget)
-    if found is None or math.isnan(found.low):
-        return ""
-    text = (
-        f"Over {found.observations} pairs of task and output function, "
-        f"{optimizer_label(BASELINE)} takes {found} times the epochs of {optimizer_label(fast)}, "
-        f"95 % interval {found.low:.2f} to {found.high:.2f}"
-    )
-    cells = "1 pair" if found.bounded == 1 else f"{found.bounded} pairs"
-    counted = f"; in {cells} of trainings one is censored and counts at the budget"
-    return text + (counted if found.bounded else "") + "."
+def _signed_ranks(run: Run, of: Mapping[str, Pairs]) -> dict[str, float]:
+    """Of each optimizer over all tasks, after Holm."""
+    found = {
+        name: statistics.signed_rank([*own.values()], run.budget, [p.task for p in own])
+        for name, own in of.items()
+    }
+    return holm({name: p for name, p in found.items() if p is not None})
 
 
 def groups(run: Run) -> dict[str, list[Panel]]:
@@ -116,63 +216,40 @@ def groups(run: Run) -> dict[str, list[Panel]]:
 
 
 def criteria(run: Run) -> list[list[str]]:
-    """Per optimizer the ratio over all panels, by each of `CRITERIA`; none without the baseline."""
-    if BASELINE not in run.optimizers():
-        return []
-    rows = []
-    for name in run.optimizers():
-        found = []
-        for field in CRITERIA.values():
-            pairs = [_pair(run, name, panel, field) for panel in run.panels()]
-            value, interval = _ratio(run, [pair for pair in pairs if all(pair)])[1:]
-            found.append(value if interval == "–" else f"{value} [{interval}]")
-        if name != BASELINE:
-            rows.append([optimizer_label(name), *found])
-    return rows
+    """Per optimizer the ratio over all panels, by each of `CRITERIA`; none without AdamW."""
+    return [
+        [optimizer_label(name), *(_text(ratio(run, pairs(run, name, key))) for key in CRITERIA)]
+        for name in _others(run)
+    ]
 
 
-def _pair(run: Run, name: str, panel: Panel, field: str = "grok_epoch_sustained") -> Pair:
-    own = {row["seed"]: row[field] for row in run.of(panel, name)}
-    return epochs(run, BASELINE, panel, field), own
-
-
-def _medians(run: Run, pairs: Sequence[Pair]) -> list[str]:
+def _medians(run: Run, found: Sequence[Pair]) -> list[str]:
     """The median epoch of either optimizer, and how many of its cells are censored."""
     texts = []
     for which in (0, 1):
-        values = [epoch for pair in pairs for epoch in pair[which].values()]
-        median = censored_median(values, [run.budget] * len(values))
+        values = [epoch for pair in found for epoch in pair[which].values()]
+        median = censored_median(values, [run.budget] * len(values)).text()
         censored = sum(epoch is None for epoch in values)
-        texts.append(
-            median.text() + (f" ({censored} of {len(values)} censored)" if censored else "")
-        )
+        texts.append(median + (f" ({censored} of {len(values)} censored)" if censored else ""))
     return texts
 
 
-def _both(run: Run, fast: str, field: str) -> list[list[int | None]]:
-    """Epochs of all finished cells of the baseline and of another optimizer."""
-    return [[row[field] for row in run.of(None, name)] for name in (BASELINE, fast)]
-
-
 def _log_rank(run: Run, fast: str) -> float | None:
-    return statistics.log_rank(*_both(run, fast, "grok_epoch_sustained"), run.budget)
+    both = ([r["grok_epoch_sustained"] for r in run.of(None, name)] for name in (BASELINE, fast))
+    return statistics.log_rank(*both, run.budget)
 
 
-def _welch(run: Run, fast: str) -> str:
-    found = statistics.welch(*_both(run, fast, "grok_epoch"))
-    return "–" if found is None else f"{found.t:.2f} (p {p_text(found.p)}, {found.degrees:.0f} df)"
+def delay_items(run: Run) -> list[object]:
+    """How many trainings grok in the strict sense, and when."""
+    rows = delays(run)
+    return [DELAY_TEXT, Table.of_texts(DELAYS, rows)] if rows else []
 
 
-def _ratio(run: Run, pairs: Sequence[Pair]) -> list[str]:
-    found = statistics.ratio(pairs, run.budget)
-    if found is None:
-        return ["0", "–", "–"]
-    interval = "–" if math.isnan(found.low) else f"{found.low:.2f} to {found.high:.2f}"
-    return [number(found.observations), str(found), interval]
-
-
-def p_text(value: float | None) -> str:
-    """A p value for readers."""
-    if value is None:
-        return "–"
-    return f"{value:.2g}" if value >= 1e-4 else f"{value:.0e}"
+def items(run: Run) -> list[object]:
+    """The tests, and of a run without a sweep the ratios by other criteria."""
+    if not (rows := tests(run)):
+        return []
+    found: list[object] = [TESTS, Table.of_texts(COLUMNS, rows, names=2)]
+    if not run.is_sweep and (by := criteria(run)):
+        found += [OTHERWISE, Table.of_texts(("AdamW over", *CRITERIA), by)]
+    return found

@@ -1,25 +1,25 @@
 """Two optimizers' grokking epochs: tests, the interval of their ratio, survival.
 
 An epoch is None where a cell had not grokked within the budget: it is censored there. Cells of one
-task and output function are a panel; what differs between panels says nothing of the optimizers, so
-tests are made in each, and what is pooled takes a panel, not a cell, as one observation.
+task and output function are a panel. What differs between tasks says nothing of the optimizers, and
+panels of one task are no repetitions of each other: of several tasks a task is one observation, of
+several panels of one task a panel, and of one panel a seed.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 from experiments.differences import student_t
 
 CONFIDENCE = 0.95
 _RESAMPLES = 9999
-# Of fewer observations the bootstrap's interval is too short: of three it holds the mean in 75 %.
-_MANY = 10
-# Of fewer panels no signed-rank p can be below 0.05.
-_PANELS = 6
+_POWER = 0.8
+# Of fewer observations no signed-rank p can be below 0.05.
+_FEWEST = 6
 
 Epochs = Mapping[int, float | None]
 """Grokking epoch by seed."""
@@ -31,7 +31,8 @@ class Ratio(NamedTuple):
     Attributes:
         value: slow over fast.
         low, high: of the interval; NaN for one observation alone.
-        observations: seeds, or panels where there are several.
+        observations: seeds, panels or tasks.
+        deviation: of the logarithms of the observations; NaN for one alone.
         at_least: cells of the slow one that count at the budget, as they are censored.
         at_most: such cells of the fast one.
         untold: cells left out, where both are.
@@ -41,6 +42,7 @@ class Ratio(NamedTuple):
     low: float
     high: float
     observations: int
+    deviation: float
     at_least: int
     at_most: int
     untold: int
@@ -52,9 +54,25 @@ class Ratio(NamedTuple):
         return signs.get((self.at_least > 0, self.at_most > 0), "") + f"{self.value:.2f}{both}"
 
     @property
+    def text(self) -> str:
+        """With its interval, as "≥ 2.48 [1.99, 3.08]"."""
+        if math.isnan(self.low):
+            return str(self)
+        high = f"{self.high:.2f}" if self.high < 1000 else "> 1000"
+        return f"{self} [{self.low:.2f}, {high}]"
+
+    @property
     def bounded(self) -> int:
         """Pairs of cells of which one counts at the budget."""
         return self.at_least + self.at_most
+
+    @property
+    def detectable(self) -> float:
+        """The ratio that so many observations, which deviate as these do, show in 80 % of studies.
+
+        NaN for one observation alone.
+        """
+        return detectable(self.deviation, self.observations)
 
 
 class Welch(NamedTuple):
@@ -65,16 +83,20 @@ class Welch(NamedTuple):
     degrees: float
 
 
-def ratio(panels: Sequence[tuple[Epochs, Epochs]], budget: float) -> Ratio | None:
+def ratio(
+    panels: Sequence[tuple[Epochs, Epochs]],
+    budget: float,
+    tasks: Sequence[Hashable] | None = None,
+) -> Ratio | None:
     """How many times the epochs of the fast optimizer the slow one takes, paired by cell.
 
-    Within a panel the log ratios of the seeds are averaged; of several panels these means are the
-    observations, of one panel its seeds. The interval is a percentile bootstrap's of ten and more
-    observations, and Student's of fewer.
+    The log ratios of the seeds are averaged in each panel, and the panels in each task; the module
+    says which of these are the observations. The interval is Student's.
 
     Args:
         panels: epochs of the slow and of the fast optimizer, a pair for each panel.
         budget: what a censored epoch exceeds, and counts as.
+        tasks: of the panels; by default each has its own.
 
     Returns:
         None where no cell tells anything.
@@ -84,62 +106,82 @@ def ratio(panels: Sequence[tuple[Epochs, Epochs]], budget: float) -> Ratio | Non
         >>> round(found.value, 3), found.observations
         (2.828, 2)
     """
-    logs, counted = _logs(panels, budget)
+    logs, counted = _observations(panels, budget, tasks)
     if not logs:
         return None
-    drawn = np.array([np.mean(own) for own in logs] if len(logs) > 1 else logs[0])
-    center, low, high = float(drawn.mean()), math.nan, math.nan
-    if len(drawn) >= _MANY:
-        found = stats.bootstrap(
-            (drawn,),
-            np.mean,
-            n_resamples=_RESAMPLES,
-            confidence_level=CONFIDENCE,
-            method="percentile",
-            rng=np.random.default_rng(0),
-        )
-        low, high = found.confidence_interval
-    elif len(drawn) > 1:
-        half = student_t(len(drawn) - 1, CONFIDENCE) * float(drawn.std(ddof=1)) / len(drawn) ** 0.5
-        low, high = center - half, center + half
-    return Ratio(math.exp(center), math.exp(low), math.exp(high), len(drawn), *counted)
+    n, center, deviation, half = len(logs), float(np.mean(logs)), math.nan, math.nan
+    if n > 1:
+        deviation = float(np.std(logs, ddof=1))
+        half = student_t(n - 1, CONFIDENCE) * deviation / n**0.5
+    low, high = math.exp(center - half), math.exp(center + half)
+    return Ratio(math.exp(center), low, high, n, deviation, *counted)
 
 
-def signed_rank(panels: Sequence[tuple[Epochs, Epochs]], budget: float) -> float | None:
-    """Two-sided p of Wilcoxon's signed-rank test that the log ratios of panels center at 0.
+def signed_rank(
+    panels: Sequence[tuple[Epochs, Epochs]],
+    budget: float,
+    tasks: Sequence[Hashable] | None = None,
+) -> float | None:
+    """Two-sided p of Wilcoxon's signed-rank test that the log ratios center at 0.
 
     Args:
-        panels, budget: as `ratio` takes them; None with fewer than six panels that tell anything.
+        panels, budget, tasks: as `ratio` takes them; None with fewer than six observations.
 
     Example:
         >>> signed_rank([({0: 40 + i}, {0: 20}) for i in range(6)], budget=100)
         0.03125
     """
-    logs, _ = _logs(panels, budget)
-    means = [float(np.mean(own)) for own in logs]
-    if len(means) < _PANELS or not any(means):
+    logs, _ = _observations(panels, budget, tasks)
+    if len(logs) < _FEWEST or not any(logs):
         return None
-    return float(stats.wilcoxon(means).pvalue)
+    return float(stats.wilcoxon(logs).pvalue)
 
 
-def _logs(
-    panels: Sequence[tuple[Epochs, Epochs]], budget: float
-) -> tuple[list[list[float]], tuple[int, int, int]]:
-    """The log ratios of each panel that tells any, and the last three fields of a `Ratio`."""
-    logs: list[list[float]] = []
+def detectable(deviation: float, observations: int) -> float:
+    """The smallest true ratio that a paired t test at p < 0.05 finds in 80 % of studies.
+
+    Args:
+        deviation: of the logarithms of the ratios.
+        observations: how many ratios.
+
+    Example:
+        >>> [round(detectable(0.2, n), 2) for n in (3, 10)]
+        [1.92, 1.22]
+    """
+    if observations < 2 or math.isnan(deviation):
+        return math.nan
+    degrees, error = observations - 1, max(deviation, 1e-12) / observations**0.5
+    critical = student_t(degrees, CONFIDENCE)
+
+    def lacking(shift: float) -> float:
+        return float(stats.nct.sf(critical, degrees, shift)) - _POWER
+
+    return math.exp(error * float(optimize.brentq(lacking, 0, 100)))
+
+
+def _observations(
+    panels: Sequence[tuple[Epochs, Epochs]], budget: float, tasks: Sequence[Hashable] | None
+) -> tuple[list[float], tuple[int, int, int]]:
+    """The log ratio of each observation, and the last three fields of a `Ratio`."""
+    logs: dict[Hashable, dict[int, list[float]]] = {}
     at_least = at_most = untold = 0
-    for slow, fast in panels:
-        own = []
+    for place, (slow, fast) in enumerate(panels):
         for seed in sorted(slow.keys() & fast.keys()):
             pair = slow[seed], fast[seed]
-            untold += pair == (None, None)
-            if pair != (None, None):
-                at_least += pair[0] is None
-                at_most += pair[1] is None
-                over, under = (budget if epoch is None else epoch for epoch in pair)
-                own.append(math.log(over / under))
-        logs += [own] if own else []
-    return logs, (at_least, at_most, untold)
+            if pair == (None, None):
+                untold += 1
+                continue
+            at_least += pair[0] is None
+            at_most += pair[1] is None
+            over, under = (budget if epoch is None else epoch for epoch in pair)
+            task = logs.setdefault(tasks[place] if tasks else place, {})
+            task.setdefault(place, []).append(math.log(over / under))
+    by_panel = [[float(np.mean(seeds)) for seeds in task.values()] for task in logs.values()]
+    counted = at_least, at_most, untold
+    if len(by_panel) > 1:
+        return [float(np.mean(means)) for means in by_panel], counted
+    seeds = [x for task in logs.values() for own in task.values() for x in own]
+    return (by_panel[0] if by_panel and len(by_panel[0]) > 1 else seeds), counted
 
 
 def mann_whitney(slow: Epochs, fast: Epochs) -> float | None:

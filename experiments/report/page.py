@@ -79,16 +79,12 @@ class Table(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A figure: its file's name, what draws it, what is below it, and what it shows in words.
-
-    Without a `label` it is numbered.
-    """
+    """A figure: its file's name, what draws it, what is below it, and what it shows in words."""
 
     name: str
     draw: Callable[[], Figure]
     caption: str
     alt: str
-    label: str = ""
 
 
 class Code(NamedTuple):
