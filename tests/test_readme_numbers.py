@@ -1,0 +1,752 @@
+"""The READMEs' numbers, recomputed from the stored rows by other code than that of the reports.
+
+What no stored row has (diagnostics of the default run, loops beside PyTorch, the losses of
+`family.widths`) is not checked, and the READMEs say of it that its rows are not stored.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+
+ROOT = Path(__file__).parent.parent
+STUDIES = ROOT / "experiments"
+GROK = ("default", "paper", "paper_dropout", "parity", "rates", "tuned", "critics", "width")
+GROK += ("batch", "rank", "width_batch")
+HELD, MEMORISED = "grok_epoch_sustained", "memorized_epoch"
+
+
+def stored(study, name, file="summary"):
+    return json.loads((STUDIES / study / "results" / name / f"{file}.json").read_text())
+
+
+def cells(name, **where):
+    rows = stored("grok", name)["cells"]
+    return [row for row in rows if all(row[key] == value for key, value in where.items())]
+
+
+def budget(name):
+    return stored("grok", name, "config")["epochs"]
+
+
+def delay(row):
+    return row[HELD] - row[MEMORISED]
+
+
+def cost(row):
+    return row["steps_per_epoch"] * row["step_flops"]
+
+
+def logs(name, slow, fast, value=lambda row: row[HELD], weight=lambda row: 1.0):
+    """Log ratios of pairs with one seed; a missing value counts as the budget, two tell nothing."""
+    found, limit = [], budget(name)
+    for a in slow:
+        for b in fast:
+            over, under = value(a), value(b)
+            if a["seed"] == b["seed"] and (over, under) != (None, None):
+                over, under = limit if over is None else over, limit if under is None else under
+                found.append(math.log(over * weight(a) / (under * weight(b))))
+    return found
+
+
+def by_task(name, fast="muon", value=lambda row: row[HELD], **where):
+    """AdamW over another: a mean for each task, of its output functions' means over the seeds."""
+    found = []
+    for task in dict.fromkeys(row["task"] for row in cells(name)):
+        means = []
+        for kind in dict.fromkeys(row["softmax"] for row in cells(name)):
+            at = where | {"task": task, "softmax": kind}
+            if where.get("softmax", kind) == kind and where.get("task", task) == task:
+                pair = (cells(name, optimizer=o, **at) for o in ("adamw", fast))
+                own = logs(name, *pair, value)
+                means += [np.mean(own)] if own else []
+        found += [np.mean(means)] if means and "task" not in where else means
+    return found
+
+
+def delays_by_task(name, fast="muon", value=lambda row: 1 + delay(row)):
+    """Of delay + 1, over the pairs of trainings that both grokked."""
+    found = []
+    for task in dict.fromkeys(row["task"] for row in cells(name)):
+        means = []
+        for kind in dict.fromkeys(row["softmax"] for row in cells(name)):
+            at = {"task": task, "softmax": kind, "censored": False}
+            both = (cells(name, optimizer=o, **at) for o in ("adamw", fast))
+            if own := logs(name, *both, value):
+                means.append(np.mean(own))
+        found += [np.mean(means)] if means else []
+    return found
+
+
+def interval(found):
+    """Of logarithms: the geometric mean and its 95 % interval."""
+    low, high = stats.t.interval(0.95, len(found) - 1, np.mean(found), stats.sem(found))
+    return f"{math.exp(np.mean(found)):.2f} [{math.exp(low):.2f}, {math.exp(high):.2f}]"
+
+
+def number(value):
+    return f"{value:,.0f}" if value == round(value) or value >= 1000 else f"{value:.3g}"
+
+
+def middle(values, limit):
+    """A median, "> " where it is of values beyond the budget."""
+    exact = np.median([np.inf if x is None else x for x in values])
+    if np.isfinite(exact):
+        return number(exact)
+    return f"> {number(np.median([limit if x is None else x for x in values]))}"
+
+
+def medians(name, rows):
+    """Of the memorised epoch, the delay and the sustained grokking epoch."""
+    limit = budget(name)
+    late = [None if row["censored"] else delay(row) for row in rows]
+    left = [limit - (row[MEMORISED] or limit) for row in rows]
+    exact = np.median([np.inf if x is None else x for x in late])
+    bound = np.median([b if x is None else x for x, b in zip(late, left, strict=True)])
+    shown = number(exact) if np.isfinite(exact) else f"> {number(bound)}"
+    return [
+        middle([row[MEMORISED] for row in rows], limit),
+        shown,
+        middle([row[HELD] for row in rows], limit),
+    ]
+
+
+def counts(name, **where):
+    """How many grokked; of these within five epochs of memorising, and not before twice its."""
+    found = [row for row in cells(name, **where) if not row["censored"]]
+    soon = sum(delay(row) <= 5 for row in found)
+    strict = sum(row[HELD] >= 2 * row[MEMORISED] for row in found)
+    return [f"{len(found)} of {len(cells(name, **where))}", str(soon), str(strict)]
+
+
+def sign(name, slow, fast):
+    """≥ or ≤ where a censored training counts at the budget on one side."""
+    pairs = [(a, b) for a in slow for b in fast if all(a[k] == b[k] for k in ("task", "softmax"))]
+    pairs = [(a["censored"], b["censored"]) for a, b in pairs if a["seed"] == b["seed"]]
+    least, most = (any(pair == of for pair in pairs) for of in ((True, False), (False, True)))
+    return {(True, False): "≥ ", (False, True): "≤ "}.get((least, most), "")
+
+
+# --- The tables of the grokking study ------------------------------------------------------------
+
+
+def grokking():
+    found = []
+    for name in GROK[:8] + GROK[8:10]:
+        own = [counts(name, optimizer=of) for of in ("adamw", "muon")]
+        found.append([f"`{name}`", *own[0], *own[1]])
+    return found
+
+
+def published():
+    found, name = [], "paper"
+    for optimizer in ("adamw", "muon", "muon_equal_decay", "muon_equal_shrink"):
+        rows = cells(name, optimizer=optimizer)
+        row = [counts(name, optimizer=optimizer)[0], *medians(name, rows)]
+        if optimizer == "adamw":
+            found.append([*row, "", "", ""])
+            continue
+        least = sign(name, cells(name, optimizer="adamw"), rows)
+        early = by_task(name, optimizer, lambda row: row[MEMORISED])
+        ratios = interval(early), interval(delays_by_task(name, optimizer))
+        never = any(row[MEMORISED] is None for row in cells(name, optimizer="adamw"))
+        text = [("≥ " if never and least else "") + ratios[0], ratios[1]]
+        found.append([*row, *text, least + interval(by_task(name, optimizer))])
+    return found
+
+
+def dropout():
+    found, name = [], "paper_dropout"
+    for optimizer in ("adamw", "muon"):
+        rows = cells(name, optimizer=optimizer)
+        known = [[row[key] for row in rows if row[key]] for key in ("grok_epoch", HELD)]
+        means = [f"{np.mean(own):.0f}" for own in known]
+        first = middle([row["grok_epoch"] for row in rows], budget(name))
+        found.append(
+            [counts(name, optimizer=optimizer)[0], *medians(name, rows)[:2], *means, first]
+            + medians(name, rows)[2:]
+        )
+    return found
+
+
+def best_of(name, rate, decay, optimizer):
+    point = {f"{optimizer}.learning-rate={rate}", f"{optimizer}.weight-decay={decay}"}
+    rows = [r for r in cells(name, optimizer=optimizer) if set(r["point"].split()) == point]
+    # It is the best: no other setting has a lower median.
+    points = {r["point"] for r in cells(name, optimizer=optimizer)}
+    others = [
+        np.median([r[HELD] or np.inf for r in cells(name, optimizer=optimizer, point=p)])
+        for p in points
+    ]
+    assert np.median([r[HELD] or np.inf for r in rows]) == min(others)
+    return sorted(rows, key=lambda row: row["seed"])
+
+
+def tuned():
+    found = []
+    for name, rates in (("rates", (0.004, 1, 0.08, 0.3)), ("tuned", (0.008, 1, 0.08, 0.3))):
+        pair = best_of(name, *rates[:2], "adamw"), best_of(name, *rates[2:], "muon")
+        for label, rows, at in zip(("AdamW", "Muon"), pair, (rates[:2], rates[2:]), strict=True):
+            texts = [", ".join(str(r[key]) for r in rows) for key in (MEMORISED, HELD)]
+            flops = np.median([row[HELD] * cost(row) for row in rows]) / 1e12
+            late = ", ".join(str(delay(row)) for row in rows)
+            found.append(
+                [f"`{name}`", label, f"{at[0]} × {at[1]}", texts[0], late, texts[1], f"{flops:.2f}"]
+            )
+        ratios = [
+            logs(name, *pair, lambda row: row[MEMORISED]),
+            logs(name, *pair, lambda row: 1 + delay(row)),
+            logs(name, *pair),
+            logs(name, *pair, weight=cost),
+        ]
+        found.append([f"`{name}`", "ratio, 95 %", "", *map(interval, ratios)])
+    return found
+
+
+def swept(name, setting, values):
+    found = []
+    for value in values:
+        point = f"{setting}={value}"
+        both = [cells(name, point=point, optimizer=o) for o in ("adamw", "muon")]
+        row = [f"all {value}" if value == 4656 else str(value)]
+        for rows in both:
+            row += medians(name, rows)
+        own = logs(name, *both)
+        row += [sign(name, *both) + interval(own)] if own else [""]
+        row += [sign(name, *both) + interval(logs(name, *both, weight=cost))] if own else [""]
+        found.append(row)
+    return found
+
+
+def ranks():
+    found, name = [], "rank"
+    base = cells(name, optimizer="adamw")
+    arms = [(f"rank {k}", {"point": f"variants.rank={k}"}) for k in (1, 2, 4, 8, 16, 32)]
+    arms += [("all 128, SVD", {"optimizer": "polar"})]
+    arms += [("all 128, Newton–Schulz", {"optimizer": "muon"}), ("AdamW", {"optimizer": "adamw"})]
+    for label, where in arms:
+        rows = cells(name, **where)
+        own = [] if rows[0]["optimizer"] == "adamw" or all(r["censored"] for r in rows) else rows
+        text = sign(name, base, rows) + interval(logs(name, base, own)) if own else ""
+        found.append([label, *medians(name, rows), text])
+    return found
+
+
+# --- The tables of the other studies -------------------------------------------------------------
+
+
+def gap(ours, theirs, digits=3):
+    """A difference paired by seed, with its interval, of losses by seed."""
+    gaps = [ours[seed] - theirs[seed] for seed in sorted(ours)]
+    ends = stats.t.interval(0.95, len(gaps) - 1, np.mean(gaps), stats.sem(gaps))
+    mean, low, high = (f"{x:+.{digits}f}".replace("-", "−") for x in (np.mean(gaps), *ends))
+    return f"{mean} [{low}, {high}]"
+
+
+def p_of(ours, theirs):
+    return stats.ttest_1samp([ours[seed] - theirs[seed] for seed in ours], 0).pvalue
+
+
+def spread(losses):
+    values = [*losses.values()]
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+
+
+def arms(study, name):
+    """By optimizer, the lowest loss first."""
+    found = sorted(stored(study, name)["arms"], key=lambda arm: arm["validation_loss"])
+    return {arm["optimizer"]: arm for arm in found}
+
+
+def family():
+    found, every = [], arms("family", "default")
+    base = every["adamw"]["losses_by_seed"]
+    for name, arm in every.items():
+        losses, update = arm["losses_by_seed"], arm["update"]
+        times = f"{update['times_baseline']:.1f}" if name != "adamw" else "1"
+        found.append(
+            [f"{arm['best_rate']:g}", spread(losses), "" if name == "adamw" else gap(losses, base)]
+            + [times, f"{update['state_bytes_per_parameter']:.2f}"]
+        )
+        rates = arm["losses_by_rate"]
+        assert min(rates, key=rates.get) == f"{arm['best_rate']:g}"
+    return found
+
+
+def pretrain_default():
+    runs = stored("pretrain", "default")["runs"]
+    return [
+        [f"{run['bits_per_byte']:.3f}", f"{run['validation_loss']:.3f}"]
+        + [f"{run['tokens_per_second']:,.0f}".replace(",", " ")]
+        for run in (runs["muon"], runs["adamw"])
+    ]
+
+
+def pretrain_optimizers():
+    found, every = [], arms("pretrain", "optimizers")
+    base = every["adamw"]["losses_by_seed"]
+    p = {name: p_of(arm["losses_by_seed"], base) for name, arm in every.items() if name != "adamw"}
+    corrected = dict(zip(p, holm([*p.values()]), strict=True))
+    for name, arm in every.items():
+        losses, row = arm["losses_by_seed"], [f"{arm['best_rate']:g}"]
+        row.append(spread(losses))
+        if name == "adamw":
+            found.append([*row, "", "", "", "", ""])
+            continue
+        shares = arm["to_adamw_loss"].values()
+        never = ["never" if x is None else f"{100 * x:.0f} %" for x in shares]
+        found.append([*row, gap(losses, base), f"{corrected[name]:.2f}", *never])
+    return found
+
+
+def fine_tuned(name, variant, order):
+    groups = {(g["variant"], g["arm"]): g for g in stored("finetune", name)["groups"]}
+    return {arm: groups[variant, arm]["losses_by_seed"] for arm in order}
+
+
+def controlled():
+    order = ("muon_frozen1d", "muon_adamw", "muonclip", "adamw")
+    losses = fine_tuned("controlled", "controlled", order)
+    others = order[:3]
+    p = dict(zip(others, holm([p_of(losses[arm], losses["adamw"]) for arm in others]), strict=True))
+    # The last column, accuracy, is not in stored rows.
+    return [
+        [spread(losses[arm])]
+        + ([gap(losses[arm], losses["adamw"]), f"{p[arm]:.2f}"] if arm in p else ["", ""])
+        + [None]
+        for arm in order
+    ]
+
+
+def post_claims():
+    return [[of["verdict"], None] for of in stored("finetune", "controlled")["claims"]]
+
+
+def as_released():
+    order = ("adamw", "muonclip", "muon_adamw", "muon_frozen1d")
+    losses = fine_tuned("as_published", "as published", order)
+    base = losses["adamw"]
+    return [[spread(own), "" if own is base else gap(own, base)] for own in losses.values()]
+
+
+def bases():
+    found, order = [], ("adamw", "muon_frozen1d", "muon_adamw", "muonclip")
+    sides = [fine_tuned("mismatch", base, order) for base in ("AdamW base", "Muon base")]
+    for arm in order:
+        row, gaps = [], []
+        for losses in sides:
+            row += [
+                spread(losses[arm]),
+                "" if arm == "adamw" else gap(losses[arm], losses["adamw"]),
+            ]
+            gaps.append({s: losses[arm][s] - losses["adamw"][s] for s in losses[arm]})
+        found.append([*row, "" if arm == "adamw" else gap(*gaps)])
+    return found
+
+
+def clips():
+    groups = {g["variant"]: g for g in stored("finetune", "qk")["groups"]}
+    shown = ("QK-norm, no clip", "QK-norm, W_q and W_k clipped", "QK-norm, gains clipped")
+    shown += ("no QK-norm, no clip", "no QK-norm, W_q and W_k clipped")
+    found = []
+    for name in shown:
+        losses, plain = groups[name]["losses_by_seed"], groups[f"{name.split(',')[0]}, no clip"]
+        same = plain["losses_by_seed"] is losses
+        found.append([spread(losses), "" if same else gap(losses, plain["losses_by_seed"])])
+    return found
+
+
+# By a README's section and the place of a table in it: the last cells of each of its rows; None
+# where no stored row tells.
+TABLES = {
+    ("grok", "Is it grokking?", 0): grokking,
+    ("grok", "The published study", 0): published,
+    ("grok", "With dropout", 0): dropout,
+    ("grok", "After tuning", 0): tuned,
+    ("grok", "Width", 0): lambda: swept("width", "width", (32, 64, 128, 256, 512)),
+    ("grok", "Batch", 0): lambda: swept("batch", "batch", (64, 128, 256, 512, 1024, 2048, 4656)),
+    ("grok", "Rank", 0): ranks,
+    ("family", "The family study", 0): family,
+    ("pretrain", "The default run", 0): pretrain_default,
+    ("pretrain", "Optimizers at equal effort", 0): pretrain_optimizers,
+    ("finetune", "On equal terms", 0): controlled,
+    ("finetune", "On equal terms", 1): post_claims,
+    ("finetune", "As the code was released", 0): as_released,
+    ("finetune", "From models that AdamW and Muon pretrained", 0): bases,
+    ("finetune", "QK-clip", 0): clips,
+}
+
+
+def tables(study, section):
+    """The tables of a README's section, cell by cell, without their headings."""
+    text = (STUDIES / study / "README.md").read_text(encoding="utf-8").replace("**", "")
+    (own,) = (
+        of for of in re.split(r"^#+ ", text, flags=re.MULTILINE) if of.split("\n")[0] == section
+    )
+    blocks = re.findall(r"^\|.*(?:\n\|.*)*", own, re.MULTILINE)
+    return [
+        [[cell.strip() for cell in line[1:-1].split("|")] for line in block.splitlines()[2:]]
+        for block in blocks
+    ]
+
+
+@pytest.mark.parametrize(("study", "section", "place"), TABLES)
+def test_a_table_is_what_the_rows_tell(study, section, place):
+    shown, expected = tables(study, section)[place], TABLES[study, section, place]()
+    assert len(shown) == len(expected)
+    for line, row in zip(shown, expected, strict=True):
+        told = line[len(line) - len(row) :]
+        assert [t if r is not None else None for t, r in zip(told, row, strict=True)] == row
+
+
+# --- Sentences -----------------------------------------------------------------------------------
+
+
+def holm(p_values):
+    order = np.argsort(p_values)
+    steps = [(len(order) - place) * p_values[i] for place, i in enumerate(order)]
+    corrected = np.empty(len(order))
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return corrected
+
+
+def p_values(name, setting, values, weight):
+    found = {}
+    for value in values:
+        both = [cells(name, point=f"{setting}={value}", optimizer=o) for o in ("adamw", "muon")]
+        if own := logs(name, *both, weight=weight):
+            found[value] = stats.ttest_1samp(own, 0).pvalue
+    return dict(zip(found, holm([*found.values()]), strict=True))
+
+
+def spearman(name, setting, optimizer, unit):
+    """Of a setting and the cost, by the values without a censored cell where budgets differ."""
+    rows = cells(name, optimizer=optimizer)
+    value = [float(row["point"].removeprefix(f"{setting}=")) for row in rows]
+    costs = [unit(row) * (row[HELD] or budget(name)) for row in rows]
+    budgets = {round(unit(row), -len(str(int(unit(row)))) + 3) for row in rows}
+    if len(budgets) > 1:
+        out = {x for x, row in zip(value, rows, strict=True) if row["censored"]}
+        kept = [(x, y) for x, y in zip(value, costs, strict=True) if x not in out]
+        value, costs = zip(*kept, strict=True)
+    found = stats.spearmanr(value, costs)
+    return found.statistic, found.pvalue
+
+
+def signed(value):
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def of_grok():
+    paper = {o: cells("paper", optimizer=o) for o in ("adamw", "muon")}
+    for kind, mark in (("softmax", ""), ("stablemax", "≥ "), ("sparsemax", "≥ ")):
+        yield f"{mark}{interval(by_task('paper', softmax=kind))} |"
+    without = [m for m, t in zip(by_task("paper"), TASKS, strict=True) if t != "sub"]
+    yield f"≥ {interval(without)} | 6 tasks"
+    yield f"≥ {interval(by_task('paper_dropout'))} | 6 tasks"
+    yield f"{interval(by_task('paper', task='sub'))} | 3 output functions"
+    helped = []
+    for task in TASKS[:-1]:
+        stable, soft = (
+            cells("paper", optimizer="adamw", task=task, softmax=kind)
+            for kind in ("stablemax", "softmax")
+        )
+        helped.append(np.mean(logs("paper", stable, soft)))
+    yield f"{interval(helped)} times its softmax epochs"
+    held = [np.array([r[HELD] for r in rows if r[HELD]]) for rows in paper.values()]
+    for known, form in ((held, ".1f"), ([np.log(x) for x in held], ".2f")):
+        spans = [f"{np.subtract(*np.percentile(x, [75, 25])):{form}}" for x in known]
+        p = stats.levene(*known, center="median").pvalue
+        yield f"{spans[0].removesuffix('.0')} and {spans[1]}"
+        yield f"p = {p:.3f}" if p < 0.01 else f"p = {p:.2f}"
+    medians_of = {
+        name: np.median([r[HELD] for r in cells("critics", optimizer=name)])
+        for name in ("orthogonal", "muon", "spectral", "adamw", "muon_one_step", "polar")
+    }
+    alone, muon, spectral, adamw, step, polar = (f"{x:.0f}" for x in medians_of.values())
+    yield f"epoch {alone} alone, Muon's {muon}; its spectral norm alone {spectral}, AdamW's {adamw}"
+    yield f"takes {step}, the exact polar factor {polar}"
+    widths, batches = (32, 64, 128, 256, 512), (64, 128, 256, 512, 1024, 2048, 4656)
+    epochs = p_values("width", "width", widths, lambda row: 1)
+    flops = p_values("width", "width", widths, cost)
+    assert len({round(p, 2) for p in flops.values()}) == 1
+    yield f"p = {flops[64]:.2f} after Holm over five widths"
+    yield f"p is {epochs[256]:.2f} at 256 and {epochs[128]:.2f} at 128 in epochs, {epochs[512]:.2f}"
+    assert f"{epochs[32]:.2f}" == f"{epochs[64]:.2f}"
+    yield f"at 512 and {epochs[32]:.2f} at 32 and 64; in FLOPs {flops[64]:.2f} at all"
+    epochs = p_values("batch", "batch", batches, lambda row: 1)
+    flops = p_values("batch", "batch", batches, cost)
+    told = ", ".join(f"{epochs[b]:.2f}" for b in (256, 512))
+    yield f"(p = {told} and {epochs[1024]:.3f} after Holm over the six batches with a ratio)"
+    yield f"(p = {flops[1024]:.3f}; {flops[512]:.2f} at 512)"
+    units = {"epochs": lambda row: 1, "steps": lambda row: row["steps_per_epoch"], "FLOPs": cost}
+    for name in ("width", "batch"):
+        found = {
+            unit: [signed(spearman(name, name, o, of)[0]) for o in ("adamw", "muon")]
+            for unit, of in units.items()
+        }
+        if name == "width":
+            yield "Spearman {} AdamW, {} Muon; FLOPs {}, {}".format(
+                *found["epochs"], *found["FLOPs"]
+            )
+            assert found["epochs"] == found["steps"]
+        else:
+            tokens = (spearman(name, name, o, lambda r: r["tokens_per_epoch"]) for o in ARMS)
+            yield "tokens ({} for AdamW, {} for Muon)".format(*(signed(of[0]) for of in tokens))
+            yield "epochs {}, {}; steps {}, {}; FLOPs {}, {}".format(
+                *found["epochs"], *found["steps"], *found["FLOPs"]
+            )
+            yield f"(p = {spearman(name, name, 'muon', cost)[1]:.2f})"
+    ranked = cells("rank", optimizer="low_rank")
+    yield f"Spearman {signed(spearman('rank', 'variants.rank', 'low_rank', lambda row: 1)[0])}"
+    assert len(ranked) == 18
+    for study, name, n in (("family", "default", 19), ("pretrain", "optimizers", 10)):
+        loss = {a["optimizer"]: a["validation_loss"] for a in stored(study, name)["arms"]}
+        grok = {
+            o: np.median([r[HELD] or np.inf for r in rows])
+            for o in loss
+            if (rows := cells("critics", optimizer=o))
+        }
+        rho = stats.spearmanr([*grok.values()], [loss[o] for o in grok]).statistic
+        half = 1.96 * math.sqrt((1 + rho**2 / 2) / (n - 3))
+        low, high = (signed(np.tanh(np.arctanh(rho) + x)) for x in (-half, half))
+        assert len(grok) == n
+        yield f"{rho:.2f} [{low.removeprefix('+')}, {high.removeprefix('+')}]"
+        if study == "family":
+            assert max(loss, key=loss.get) == "muon_only"
+            yield f"`muon_only` groks at epoch {grok['muon_only']:.0f} and is the last of the 19"
+    every = [row for name in GROK for row in cells(name)]
+    digests = {row["params_sha256"] for row in every}
+    yield f"{len(every)} rows are of {len(digests)} trainings"
+    for deviation in (0.15, 0.2):
+        ratios = [f"{detectable(deviation, n):.2f}" for n in (3, 5, 10)]
+        yield f"| {deviation} | {' | '.join(ratios)} |"
+    pair = best_of("rates", 0.004, 1, "adamw"), best_of("rates", 0.08, 0.3, "muon")
+    deviation = np.std(logs("rates", *pair, weight=cost), ddof=1)
+    chances = [round(100 * power(math.log(1.25), deviation, n)) for n in (3, 10)]
+    yield f"it is {deviation:.2f}: of a true ratio of FLOPs of 1.25, three seeds had a chance of "
+    yield f"{chances[0]} %, and ten would have {chances[1]} %"
+    seconds = logs("rates", *pair, weight=lambda r: r["steps_per_epoch"] / r["steps_per_second"])
+    yield f"seconds ({interval(seconds)})"
+    for name, settings in (("rates", ("10 of its 15", "11 of Muon's 12")), ("tuned", ("8 of",))):
+        whole = []
+        for o in ("adamw", "muon"):
+            points = {r["point"] for r in cells(name, optimizer=o)}
+            done = [p for p in points if not any(r["censored"] for r in cells(name, point=p))]
+            whole.append((len(done), len(points)))
+        assert whole == {"rates": [(10, 15), (11, 12)], "tuned": [(8, 12), (12, 12)]}[name]
+        yield from settings
+    found = [row for row in cells("critics") if not row["censored"]]
+    assert sum(row[HELD] >= 2 * row[MEMORISED] for row in found) == 1
+    yield f"Of the {len(found)} trainings in `critics` that grok, one does so strictly"
+    relative = {}
+    for name, rows in paper.items():
+        by = {
+            t: [math.log(r[HELD] / r[MEMORISED]) for r in rows if r["task"] == t and r[HELD]]
+            for t in TASKS[:-1]
+        }
+        relative[name] = math.exp(np.mean([np.mean(x) for x in by.values()]))
+    yield f"Muon's grokking epoch is {relative['muon']:.2f} times its memorised one"
+    yield f"AdamW's {relative['adamw']:.2f} times"
+    both = delays_by_task("paper", value=lambda row: row[HELD] / row[MEMORISED])
+    yield f"both grok, {interval(both)}"
+    means = [np.mean([r["grok_epoch"] for r in rows if r["grok_epoch"]]) for rows in paper.values()]
+    capped = [np.mean([r["grok_epoch"] or 500 for r in rows]) for rows in paper.values()]
+    yield f"1.49, is {means[0] / means[1]:.2f} here over the trainings that grokked"
+    yield f"{capped[0] / capped[1]:.2f} with the others counted at the budget"
+    first = [[r["grok_epoch"] for r in rows if r["grok_epoch"]] for rows in paper.values()]
+    yield f"t is {stats.ttest_ind(*first, equal_var=False).statistic:.2f} (p = 5e-5)"
+    for optimizer in ("adamw", "muon"):
+        rows = sorted(cells("parity", optimizer=optimizer), key=lambda row: row["seed"])
+        yield "{}, {} and {}".format(*(row["grok_epoch"] for row in rows))
+    yield f"at most {['', 'nine'][max(delay(r) for r in cells('parity')) == 9]} epochs"
+    soft = {"task": "mul", "softmax": "stablemax"}
+    pair = [cells("paper", optimizer=o, **soft) for o in ("adamw", "muon")]
+    yield f"on `mul` ({interval(logs('paper', *pair))})"
+    for task in ("mul", "exp"):
+        own = [
+            np.exp(np.mean(by_task("paper", o, task=task, softmax="softmax")))
+            for o in ("muon", "muon_equal_decay")
+        ]
+        yield f"from {own[0]:.1f} to {own[1]:.1f}" + (" on `exp`" if task == "exp" else "")
+    ranks_p = [
+        stats.wilcoxon(by_task("paper", o)).pvalue
+        for o in ("muon", "muon_equal_decay", "muon_equal_shrink")
+    ]
+    corrected = holm(ranks_p)
+    yield f"(signed-rank p over tasks {corrected[1]:.2f} after Holm; Muon {corrected[0]:.2f})"
+    by = dict(zip(TASKS[:-1], by_task("paper", "muon_equal_decay"), strict=True))
+    assert max(by, key=by.get) == "mul"
+    yield f"makes most of it ({math.exp(by['mul']):.2f})"
+    yield "2412, 2196 and 2475 at width 64"
+    steps = [
+        r[HELD] * r["steps_per_epoch"]
+        for b in (128, 256, 512)
+        for r in cells("width_batch", optimizer="adamw", point=f"width=64 batch={b}")
+    ]
+    assert steps == [2412, 2196, 2475]
+
+
+ARMS = ("adamw", "muon")
+
+
+def of_others():
+    """Of the other studies, by the README that has the sentence."""
+    losses = {name: arm["losses_by_seed"] for name, arm in arms("family", "default").items()}
+    means = {name: np.mean([*own.values()]) for name, own in losses.items()}
+    near = [name for name in [*losses][:8] if name != "muon"]
+    assert means[near[-1]] - means[near[0]] < 0.03
+    p = holm([p_of(losses[name], losses["muon"]) for name in near])[0]
+    below = gap(losses["muon"], losses["normuon"]).replace("+", "")
+    yield "family", f"NorMuon's loss is {below} below Muon's, with p = {p:.2f} after Holm"
+    yield "", f"NorMuon is {below} below Muon, p = {p:.2f} after Holm for seven"
+    yield "", f"Muon is {gap(losses['adamw'], losses['muon']).replace('+', '')} nats below AdamW"
+    seen = [found(losses[name], losses["muon"]) for name in near if name[:5] != "muon_"]
+    assert all(0.002 < x < 0.055 for x in seen)
+    rest = [means[name] - means["muon"] for name in ("muon_sgd", "muon_lion")]
+    yield "family", "Muon ends {:.3f} above Muon with AdamW, with Lion {:.3f}".format(*rest)
+    drifts = {of["scale"]: signed(of["drift"]) for of in stored("family", "widths")["scales"]}
+    mup, spectral, rms = (drifts[name] for name in ("mup", "spectral", "match_rms_adamw"))
+    yield "family", f"by {mup} powers of two for each doubling of the width under `mup`, {spectral}"
+    yield "family", f"and {rms} under `match_rms_adamw`"
+
+    order = ("adamw", "muon_frozen1d", "muon_adamw", "muonclip")
+    tuned_losses = fine_tuned("controlled", "controlled", order)
+    hybrid, base = tuned_losses["muon_adamw"], tuned_losses["adamw"]
+    below = gap(base, hybrid).replace("+", "").replace(" [", " nats [")
+    p = holm([p_of(tuned_losses[arm], base) for arm in order[1:]])[1]
+    yield "", f"held-out loss {below} below AdamW, each at its best of swept rates (p = {p:.2f}"
+    deviation = np.std([hybrid[s] - base[s] for s in base], ddof=1)
+    yield "finetune", f"{deviation:.3f} nats, one of {found(hybrid, base):.3f} in 80 %"
+    groups = stored("finetune", "controlled")["groups"]
+    (logit,) = (g["max_logit"] for g in groups if g["arm"] == "muonclip")
+    threshold = stored("finetune", "controlled", "config")["optimizer"]["clip_threshold"]
+    yield "finetune", f"largest logit {logit:.1f}, threshold {threshold:.0f}"
+    assert max(abs(tuned_losses["muonclip"][s] - hybrid[s]) for s in hybrid) < 1e-3
+    sides = [fine_tuned("mismatch", side, order) for side in ("AdamW base", "Muon base")]
+    first, second = (gap(of["muon_adamw"], of["adamw"]) for of in sides)
+    yield "finetune", f"{first} from AdamW's base, {second} from Muon's"
+    six = [p_of(of[arm], of["adamw"]) for of in sides for arm in order[1:]]
+    crossed = [
+        [{s: of[arm][s] - of["adamw"][s] for s in of[arm]} for of in sides] for arm in order[1:]
+    ]
+    three = [p_of(*pair) for pair in crossed]
+    yield "finetune", f"ends lower (p = {holm(six)[0]:.2f} after Holm for the six"
+    yield "finetune", f"(p = {holm(three)[0]:.2f} after Holm for three)"
+    yield "finetune", f"over all nine together the first p is {holm([*six, *three])[0]:.3f}"
+    once = stored("finetune", "qk", "config")["clips"]["QK-norm, W_q and W_k clipped"]
+    assert f"{once['before']:.2f}" == f"{once['after']:.2f}"
+    qk = {g["variant"]: g["losses_by_seed"] for g in stored("finetune", "qk")["groups"]}
+    worse = gap(qk["QK-norm, W_q and W_k clipped"], qk["QK-norm, no clip"])
+    yield "finetune", f"{once['before']:.2f} before and after; trained with it {worse}"
+
+    every = arms("pretrain", "optimizers")
+    losses = {name: arm["losses_by_seed"] for name, arm in every.items()}
+    others = [name for name in losses if name != "adamw"]
+    p = dict(zip(others, holm([p_of(losses[o], losses["adamw"]) for o in others]), strict=True))
+    below = gap(losses["adamw"], losses["muon"]).replace("+", "").replace(" [", " nats [")
+    yield "", f"final loss {below} below AdamW, but p = {p['muon']:.2f} after Holm for ten"
+    shares = every["muon"]["to_adamw_loss"]
+    yield (
+        "",
+        f"Its {shares['tokens']:.0%}".replace("%", " %")
+        + " of AdamW's tokens and "
+        + (f"{100 * shares['flops']:.0f} % of its FLOPs"),
+    )
+    yield "pretrain", f"find a difference of {found(losses['muon'], losses['adamw']):.2f} in 80 %"
+    for key, text in (
+        ("model", "needs {:.2f} of its model"),
+        ("model_and_update", "or {:.2f} (fit"),
+    ):
+        (fit,) = stored("pretrain", "scaling")["fits"][key]["ratios"]
+        low, high = fit["interval"]
+        seeds = by_seed(key == "model_and_update")
+        yield "pretrain", text.format(fit["value"])
+        yield "pretrain", f"fit [{low:.2f}, {high:.2f}], seeds [{seeds[0]:.2f}, {seeds[1]:.2f}]"
+    speeds = stored("bench", "")["speed"]
+    for ours, theirs in (
+        ("float32", "optax.contrib"),
+        ("bfloat16", "optax.contrib"),
+        ("bfloat16", "torch.optim"),
+    ):
+        of = next(row["speedup"][theirs] for row in speeds if row["arm"] == f"muon_jax {ours}")
+        digits = 2 if theirs == "torch.optim" else 1
+        median, low, high = (f"{of[key]:.{digits}f}" for key in ("median", "min", "max"))
+        yield "", f"| {median} [{low}, {high}] |"
+
+
+def found(ours, theirs):
+    """The difference that so many seeds, which deviate as these do, show in 80 % of studies."""
+    gaps = [ours[seed] - theirs[seed] for seed in ours]
+    return math.log(detectable(np.std(gaps, ddof=1), len(gaps)))
+
+
+def by_seed(with_update):
+    """Muon's compute over AdamW's at AdamW's lowest loss, a fit for each seed: the interval."""
+    every = stored("pretrain", "scaling")["arms"]
+    lowest = min(arm["validation_loss"] for arm in every if arm["optimizer"] == "adamw")
+    ratios = []
+    for seed in every[0]["losses_by_seed"]:
+        needed = {}
+        for name in ("adamw", "muon"):
+            own = [arm for arm in every if arm["optimizer"] == name]
+            steps = [arm["tokens"] / arm["tokens_per_step"] for arm in own]
+            flops = [
+                a["cost"]["model_flops"] + with_update * a["cost"]["optimizer_flops"] for a in own
+            ]
+            losses = np.log([arm["losses_by_seed"][seed] for arm in own])
+            slope, level = np.polyfit(np.log(np.multiply(steps, flops)), losses, 1)
+            needed[name] = (math.log(lowest) - level) / slope
+        ratios.append(needed["muon"] - needed["adamw"])
+    return np.exp(stats.t.interval(0.95, len(ratios) - 1, np.mean(ratios), stats.sem(ratios)))
+
+
+TASKS = ("add", "sub", "mul", "div", "exp", "gcd", "parity")
+
+
+def power(shift, deviation, n):
+    """Of the two-sided paired t test at p < 0.05."""
+    critical = stats.t.ppf(0.975, n - 1)
+    moved = shift / deviation * math.sqrt(n)
+    return stats.nct.sf(critical, n - 1, moved) + stats.nct.cdf(-critical, n - 1, moved)
+
+
+def detectable(deviation, n):
+    """By halving."""
+    low, high = 0.0, 5.0
+    for _ in range(60):
+        half = (low + high) / 2
+        low, high = (half, high) if power(half, deviation, n) < 0.8 else (low, half)
+    return math.exp(high)
+
+
+def missing(told):
+    texts = {}
+    for study, sentence in told:
+        path = STUDIES / study / "README.md" if study else ROOT / "README.md"
+        text = texts.setdefault(study, " ".join(path.read_text(encoding="utf-8").split()))
+        if " ".join(sentence.split()) not in text:
+            yield f"{study or 'root'}: {sentence}"
+
+
+def test_sentences_of_grokking_have_the_numbers_of_the_rows():
+    assert not [*missing(("grok", sentence) for sentence in of_grok())]
+
+
+def test_sentences_of_the_other_studies_have_the_numbers_of_the_rows():
+    assert not [*missing(of_others())]
+
+
+def test_the_first_table_has_the_numbers_of_grokking():
+    ratios = ("paper", by_task("paper")), ("paper", by_task("paper", value=lambda r: r[MEMORISED]))
+    told = [f"≥ {interval(logs_)}" for _, logs_ in ratios] + [interval(delays_by_task("paper"))]
+    (*_, strict), (*_, muon) = (counts("paper", optimizer=o) for o in ARMS)
+    told.append(f"{strict} of 51, Muon {muon} of 55")
+    epochs, flops = ([row[i] for row in tuned() if row[1] == "ratio, 95 %"] for i in (5, 6))
+    told += [" and ".join(epochs), " and ".join(flops)]
+    assert not [*missing(("", sentence) for sentence in told)]
