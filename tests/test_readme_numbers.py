@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-
 ROOT = Path(__file__).parent.parent
 STUDIES = ROOT / "experiments"
 GROK = ("default", "paper", "paper_dropout", "parity", "rates", "tuned", "critics", "width")
