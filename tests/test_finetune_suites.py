@@ -357,7 +357,7 @@ def test_a_removed_quirk_is_beside_the_published_arm(tmp_path):
     results = planted(tmp_path, "as_published", losses)
     text = " ".join(report.abstract(results))
     assert "Of 2 removals of one quirk, 1 change the final loss" in text
-    assert "MuonClip without no_clip (−0.1000 nats" in text
+    assert "MuonClip without a clip that never runs (−0.1000 nats" in text
 
 
 def test_the_largest_effects_of_quirks_are_told_and_the_others_bounded(tmp_path):

@@ -208,7 +208,7 @@ def test_many_optimizers_are_ranked_and_have_rows_and_panels_of_their_own(tmp_pa
         "Trainings that grokked strictly, not before twice the memorised epoch: all"
     )
     assert "7 of 8 optimizers grokked, at a median epoch of: AdamW 91; Muon 91;" in text
-    assert "Not within the budget of 200 epochs, by the median: AdamW, tuned." in text
+    assert "Not within the budget of 200 epochs, by the median: AdamW, 0.01 × 4." in text
     ranked = "Muon 7; Exact polar 9.1; Spectral alone 9.1; AdamW"
     assert f"Fastest in seconds of training: {ranked}" in text
     assert "1 training lost it again: 1 of AdamW." in text
@@ -220,7 +220,7 @@ def test_many_optimizers_are_ranked_and_have_rows_and_panels_of_their_own(tmp_pa
     figure = epochs_figure(load_run(folder))
     (axes,) = figure.axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert len(labels) == 8 and labels[-1] == "AdamW, tuned"
+    assert len(labels) == 8 and labels[-1] == "AdamW, 0.01 × 4"
     assert axes.yaxis_inverted()
     assert len(curves_figure(load_run(folder)).axes) == 8
 

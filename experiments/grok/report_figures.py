@@ -1,5 +1,6 @@
 """The report's figures of cells: accuracy against epoch, and the epochs to grok."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments.grok import grid, statistics
 from experiments.grok.config import Panel
-from experiments.grok.report_data import BASELINE, Arm, Run, aggregate, plain
+from experiments.grok.report_data import BASELINE, Arm, Run, aggregate, censored_median, plain
 from experiments.grok.train import GROKKED_ACCURACY
 from experiments.report.figures import (
     BEYOND,
@@ -19,7 +20,9 @@ from experiments.report.figures import (
     MEMORISED_MARK,
     POINT_MARK,
     REFERENCE,
+    Final,
     draw_series,
+    finals_figure,
     grid_of,
     legend,
     legend_line,
@@ -34,7 +37,8 @@ from experiments.report.series import series
 
 # More than these make a panel of curves, or a line of boxes, illegible.
 FEW_OPTIMIZERS, FEW_SETTINGS = 6, 8
-LOST_MARK: dict[str, Any] = {"marker": "x", "ms": 5, "mew": 1.4, "ls": "none"}
+# Fewer than these have no quartiles worth a box.
+FEW_VALUES = 5
 
 
 CURVES = (
@@ -54,9 +58,9 @@ ROWS = (
     "the epoch at which a training had lost its accuracy again."
 )
 QUARTILES = (
-    "Boxes span the quartiles and whiskers the range, with censored trainings at the budget: a "
-    "box that touches the dotted line is a lower bound. Points are spread horizontally for "
-    "legibility only; the axis shows n."
+    "Five and more trainings have a box of their quartiles, with the censored ones at the budget, "
+    "and whiskers to the ends of those that grokked; fewer have a line over their range and a bar "
+    "at the median, if that is known. Points are spread horizontally for legibility only."
 )
 SURVIVAL = (
     "Kaplan–Meier estimate of the share of trainings that have not reached sustained grokking "
@@ -181,7 +185,9 @@ def _boxes_figure(run: Run) -> Figure:
         axes.set_ylabel("grokking epoch")
         if len(kinds) > 1:
             axes.set_title(softmax, loc="left")
-    others = [legend_line("one cell", **POINT_MARK), *_ends(run)]
+    sizes = {len(samples) for panel in panels for n in names if (samples := run.of(panel, n))}
+    each = f", n = {min(sizes)} each" if len(sizes) == 1 else ""
+    others = [legend_line(f"one training{each}", **POINT_MARK), *_ends(run)]
     legend(figure, names, *others, columns=3 if width < 6 else 6)
     return figure
 
@@ -210,14 +216,15 @@ def draw_boxes(
     places, names, centers = [], [], []
     start = 0.0
     # Where there is room each box says whose it is; else the legend's colours do.
-    roomy = sum(len(samples) for _, samples in groups) <= 8
+    every = [sample for _, samples in groups for sample in samples]
+    roomy, equal = len(every) <= 8, len({len(sample.values) for sample in every}) == 1
     for _, samples in groups:
         for place, sample in enumerate(samples, start=1):
-            if sample.values:
-                _draw_box(axes, start + place, sample, budget)
+            _draw_box(axes, start + place, sample, budget)
             places.append(start + place)
             size = f"n={len(sample.values)}"
-            names.append(f"{optimizer_label(sample.optimizer)}\n{size}" if roomy else size)
+            name = f"{optimizer_label(sample.optimizer)}\n{size}" if roomy else size
+            names.append("" if equal and not roomy else name)
         centers.append(start + (1 + len(samples)) / 2)
         start += len(samples) + 0.8
     axes.set_xlim(0.3, start - 0.8 + 0.7)
@@ -227,7 +234,8 @@ def draw_boxes(
     axes.set_xticks(centers, [label for label, _ in groups])
     # Two rows of labels: the sizes below the boxes, the group's name below those.
     axes.tick_params(axis="x", which="minor", length=0, labelsize=8 if roomy else 7, pad=4)
-    axes.tick_params(axis="x", which="major", length=0, labelsize=9, pad=30 if roomy else 17)
+    low = 30 if roomy else 5 if equal else 17
+    axes.tick_params(axis="x", which="major", length=0, labelsize=9, pad=low)
     if log:
         plain_log_axis(axes, "y")
     else:
@@ -235,78 +243,75 @@ def draw_boxes(
 
 
 def _draw_box(axes: Axes, place: float, sample: Sample, budget: int) -> None:
+    """The quartiles of five and more, of fewer the range; whiskers end where trainings grokked."""
     color = optimizer_color(sample.optimizer)
-    values = [budget if value is None else value for value in sample.values]
-    line = {"color": color, "linewidth": 1}
-    axes.boxplot(
-        values,
-        positions=[place],
-        widths=0.6,
-        whis=(0, 100),
-        showfliers=False,
-        manage_ticks=False,
-        patch_artist=True,
-        boxprops={"facecolor": color + "22", "edgecolor": color, "linewidth": 1},
-        medianprops={"color": color, "linewidth": 2},
-        whiskerprops=line,
-        capprops=line,
-    )
-    offsets = np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else [0.0]
-    for offset, value, shown in zip(offsets, sample.values, values, strict=True):
-        mark = BEYOND if value is None else POINT_MARK
-        axes.plot(place + offset, shown, color=color, zorder=4, clip_on=False, **mark)
+    known = [value for value in sample.values if value is not None]
+    censored = len(sample.values) - len(known)
+    counted = known + [budget] * censored
+    if len(counted) >= FEW_VALUES:
+        q1, middle, q3 = np.percentile(counted, (25, 50, 75))
+        ends = {"whislo": min([*known, q1]), "whishi": max([*known, q3])}
+        line = {"color": color, "linewidth": 1}
+        axes.bxp(
+            [ends | {"q1": q1, "med": middle, "q3": q3}],
+            positions=[place],
+            widths=0.6,
+            showfliers=False,
+            manage_ticks=False,
+            patch_artist=True,
+            boxprops={"facecolor": color + "22", "edgecolor": color, "linewidth": 1},
+            medianprops={"color": color, "linewidth": 2},
+            whiskerprops=line,
+            capprops=line,
+        )
+    elif len(counted) > 1:
+        axes.plot([place] * 2, [min(counted), max(counted)], color=color, lw=1, alpha=0.6)
+        middle = censored_median(sample.values, [budget] * len(counted))
+        if not middle.at_least:
+            axes.plot(place, middle.value, color=color, **MEAN_MARK | {"marker": "_"})
+    # Points stand apart so that they can be counted; so many triangles could not.
+    many = censored > 3
+    asides = np.linspace(-0.2, 0.2, len(counted)) if len(counted) > 1 else [0.0] * len(counted)
+    for aside, value in zip(asides, sample.values, strict=True):
+        if value is not None:
+            axes.plot(place + aside, value, color=color, zorder=4, clip_on=False, **POINT_MARK)
+        elif not many:
+            axes.plot(place + aside, budget, color=color, zorder=4, clip_on=False, **BEYOND)
+    if many:
+        axes.plot(place, budget, color=color, zorder=4, clip_on=False, **BEYOND)
+        style = {"xytext": (7, 4), "textcoords": "offset points", "fontsize": 8}
+        axes.annotate(f"×{censored}", (place, budget), color=color, **style)
 
 
 def _rows_figure(run: Run) -> Figure:
-    """A row per arm: the fastest above, a column per panel; of a sweep a column per optimizer."""
-    columns: dict[str, list[Arm]] = {}
+    """A row per arm: the fastest above, a panel per task and output function; of a sweep by arm."""
+    panels: dict[str, list[Arm]] = {}
     for arm in aggregate(run.rows, run.budget):
-        columns.setdefault(arm.label if run.is_sweep else str(arm.panel), []).append(arm)
-    longest = max(map(len, columns.values()), default=1)
-    figure = new_figure(max(6.6, 4.2 * len(columns)), 0.21 * longest + 1.3)
-    panels = figure.subplots(1, len(columns) or 1, squeeze=False, sharex=True).flat
-    for axes, (title, arms) in zip(panels, columns.items(), strict=False):
-        if not run.is_sweep:
-            arms.sort(key=lambda arm: arm.median()[::-1])
-        for place, arm in enumerate(arms):
-            _draw_row(axes, place, arm, run)
-        labels = [_settings(arm.panel) if run.is_sweep else arm.label for arm in arms]
-        axes.set_yticks(range(len(arms)), labels)
-        axes.set_ylim(len(arms) - 0.4, -0.6)
-        axes.axvline(run.budget, **REFERENCE)
-        plain_log_axis(axes, "x")
-        axes.set_title(title, loc="left")
-        axes.set_xlabel("grokking epoch (log scale)")
-        axes.set_ylabel(", ".join(map(plain, grid.values(arms[0].panel.point))))
-    lost = sum(bool(row["collapse_epoch"]) for row in run.rows)
-    others = [
-        legend_line("one cell", **POINT_MARK),
-        legend_line("median", **MEAN_MARK),
-        *[legend_line(f"{lost} lost again", **LOST_MARK)] * bool(lost),
-    ]
-    legend(figure, (), *others, *_ends(run), columns=5)
+        panels.setdefault(arm.label if run.is_sweep else str(arm.panel), []).append(arm)
+    if not run.is_sweep:
+        panels = {t: sorted(own, key=lambda arm: arm.median()[::-1]) for t, own in panels.items()}
+    figure = finals_figure(
+        {title: [_row(run, arm) for arm in own] for title, own in panels.items()},
+        "grokking epoch (log scale)",
+        (f"budget, {run.budget} epochs", run.budget),
+        middle="median",
+        limit=run.budget,
+        beyond="censored",
+        log=True,
+    )
+    for axes, own in zip(figure.axes, panels.values(), strict=True):
+        axes.set_ylabel(", ".join(map(plain, grid.values(own[0].panel.point))))
     return figure
 
 
-def _settings(panel: Panel) -> str:
-    """A point's values without their names, as "0.01, 1"."""
-    return ", ".join(p.rpartition("=")[2] for p in panel.point.split()) or "the run's"
-
-
-def _draw_row(axes: Axes, place: int, arm: Arm, run: Run) -> None:
-    color = {"color": optimizer_color(arm.optimizer), "zorder": 4}
-    found = [cell["grok_epoch_sustained"] for cell in arm.cells]
-    shown = sorted(run.budget if epoch is None else epoch for epoch in found)
-    axes.plot([shown[0], shown[-1]], [place, place], lw=1.2, alpha=0.6, **color | {"zorder": 2})
-    if not (median := arm.median()).at_least:
-        axes.plot(median.value, place, **color | MEAN_MARK | {"zorder": 3})
-    # Censored cells lie on one spot; a little apart, they can be counted.
-    for aside, epoch in zip(np.linspace(-0.2, 0.2, len(found) or 1), found, strict=False):
-        at = (run.budget, place + aside) if epoch is None else (epoch, place)
-        axes.plot(*at, clip_on=False, **color | (BEYOND if epoch is None else POINT_MARK))
-    for cell in arm.cells:
-        if cell["collapse_epoch"]:
-            axes.plot(cell["collapse_epoch"], place, **color | LOST_MARK)
+def _row(run: Run, arm: Arm) -> Final:
+    """A setting's values without their names, as "0.01, 1", or the optimizer's name."""
+    values = ", ".join(p.rpartition("=")[2] for p in arm.panel.point.split()) or "the run's"
+    epochs = [cell["grok_epoch_sustained"] or math.inf for cell in arm.cells]
+    median = math.inf if arm.median().at_least else arm.median().value
+    lost = [cell["collapse_epoch"] for cell in arm.cells if cell["collapse_epoch"]]
+    label = values if run.is_sweep else arm.label
+    return Final(label, optimizer_color(arm.optimizer), epochs, median, None, lost)
 
 
 def survival_figure(run: Run) -> Figure:

@@ -39,38 +39,47 @@ Grokked = Mapping[Cell, float | None]  # the sustained epoch, None where it was 
 
 
 class Measure(NamedTuple):
-    """Axes of the figure: a measure drawn solid, and maybe one drawn dashed."""
+    """Axes of the figure: a measure drawn solid and maybe one drawn dashed, with their names."""
 
     title: str
     label: str
-    solid: str
-    dashed: str = ""
+    solid: tuple[str, str]
+    dashed: tuple[str, str] = ("", "")
     log: bool = False
     percent: bool = False
 
 
 def _of_spectra(name: str) -> Measure:
-    prefix, title = name.lower(), f"{name} rank: stable (- - effective)"
-    keys = f"{prefix}_stable_rank", f"{prefix}_effective_rank"
-    return Measure(title, "rank, median matrix", *keys, log=True)
+    keys = (f"{name.lower()}_{kind}_rank" for kind in ("stable", "effective"))
+    solid, dashed = zip(("stable", "effective"), keys, strict=True)
+    return Measure(f"Rank of the {name.lower()}s", "rank, median matrix", solid, dashed, log=True)
 
 
 MEASURES = (
-    Measure("Gini: logits (- - embedding)", "Gini coefficient", "logit_gini", "embedding_gini"),
-    Measure("Norm: hidden (- - embedding)", "L2 norm of weights", "norm_hidden", "norm_embedding"),
-    Measure("Restricted loss (- - validation)", "loss", "restricted_loss", "validation_loss", True),
-    Measure("Excluded loss (- - training)", "loss", "excluded_loss", "train_loss", True),
+    Measure(
+        "Fourier components", "Gini coefficient",
+        ("logits", "logit_gini"), ("embedding", "embedding_gini"),
+    ),
+    Measure(
+        "Norm of the weights", "L2 norm",
+        ("hidden matrices", "norm_hidden"), ("embedding", "norm_embedding"),
+    ),
+    Measure(
+        "Five frequencies alone", "loss",
+        ("restricted", "restricted_loss"), ("validation", "validation_loss"), log=True,
+    ),
+    Measure(
+        "Without five frequencies", "loss",
+        ("excluded", "excluded_loss"), ("training", "train_loss"), log=True,
+    ),
     _of_spectra("Weight"),
     _of_spectra("Update"),
-    Measure("Softmax collapse", "training rows (%)", "collapse_share", percent=True),
+    Measure("Softmax collapse", "training rows (%)", ("", "collapse_share"), percent=True),
     Measure(
-        "Update: hidden (- - embedding)",
-        "RMS of one step",
-        "update_rms_hidden",
-        "update_rms_embedding",
-        True,
+        "RMS of an update", "RMS of one step",
+        ("hidden matrices", "update_rms_hidden"), ("embedding", "update_rms_embedding"), log=True,
     ),
-)
+)  # fmt: skip
 # What the caption has in numbers.
 TOLD = {"logit_gini": "Gini of the logits", "weight_stable_rank": "stable rank of the weights"}
 
@@ -148,7 +157,12 @@ def last_values(looks: Looks) -> str:
                 medians.append(f"{optimizer_label(name)} {number(statistics.median(values))}")
         if medians:
             clauses.append(f"{words} {', '.join(medians)}")
-    return f"At the last diagnostic, median over seeds: {'; '.join(clauses)}." if clauses else ""
+    told = [f"At the last diagnostic, median over seeds: {'; '.join(clauses)}."] if clauses else []
+    shares = [
+        x for of in looks.values() for c in of for x in _series(of[c], "collapse_share").values()
+    ]
+    told += ["No training example is in softmax collapse."] if shares and not any(shares) else []
+    return " ".join(told)
 
 
 def measures_figure(looks: Looks, grokked: Grokked) -> Figure:
@@ -158,10 +172,12 @@ def measures_figure(looks: Looks, grokked: Grokked) -> Figure:
         looks: of one panel, at least one.
         grokked: epochs to mark.
     """
+    records = [own for of in looks.values() for own in of.values()]
     shown = [
         measure
         for measure in MEASURES
-        if any(_series(records, measure.solid) for of in looks.values() for records in of.values())
+        if (values := [x for own in records for x in _series(own, measure.solid[1]).values()])
+        and (any(values) or not measure.percent)  # what is 0 throughout is told in the caption
     ]
     figure, panels = grid_of(len(shown), 2, 3.3, 2.05, sharex=True)
     marked = False
@@ -170,6 +186,10 @@ def measures_figure(looks: Looks, grokked: Grokked) -> Figure:
             mark = _median_epoch([grokked.get(cell) for cell in of])
             marked |= _draw(axes, measure, list(of.values()), optimizer_color(name), mark)
         axes.set_title(measure.title, loc="left")
+        if measure.dashed[0]:
+            named = zip((measure.solid[0], measure.dashed[0]), ("-", DASHES), strict=True)
+            lines = [legend_line(name, lw=1.5, ls=style) for name, style in named]
+            axes.legend(handles=lines, loc="best", fontsize=7)
         plain_log_axis(axes, "x")
         if measure.log:
             plain_log_axis(axes, "y")
@@ -237,12 +257,13 @@ def power_figure(looks: Looks, grokked: Grokked) -> Figure:
     high = 1.75 if len(cells) <= 4 else 1.2
     figure = new_figure(6.6 if len(kinds) > 1 else 4.2, high * len(cells) + 0.6)
     grid = figure.subplots(len(cells), len(kinds), squeeze=False, sharex=True, sharey=True)
-    # The root and the bound, so that noise's even power is seen beside a line of one frequency.
-    scale = PowerNorm(0.5, vmin=0, vmax=30)
+    shares = (x for _, of in cells.values() for r in of for _, k in kinds for x in r.get(k) or [0])
+    # The root, so that noise's even power is seen beside a line of one frequency.
+    scale = PowerNorm(0.5, vmin=0, vmax=100 * max(filter(None, shares), default=0.3))
     shades = ScalarMappable(scale, "Greys")
     for line, (name, (cell, records)) in zip(grid, cells.items(), strict=True):
         for axes, (label, key) in zip(line, kinds, strict=True):
-            axes.set_title(f"{optimizer_label(name)}: {label}", loc="left")
+            axes.set_title(f"{optimizer_label(name)}, seed {cell.seed}: {label}", loc="left")
             axes.grid(visible=False)
             known = [record for record in records if _known(record.get(key))]
             if known:
@@ -256,7 +277,7 @@ def power_figure(looks: Looks, grokked: Grokked) -> Figure:
         line[0].set_ylabel("frequency k")
     for axes in grid[-1]:
         axes.set_xlabel("epoch (log scale)")
-    bar = figure.colorbar(shades, ax=grid, extend="max", aspect=12 * len(cells))
+    bar = figure.colorbar(shades, ax=grid, aspect=12 * len(cells))
     bar.set_label("share of power (%)")
     return figure
 
@@ -286,7 +307,7 @@ def _draw(
         whether there is a diamond.
     """
     marked = False
-    for name, dashes, width in ((measure.solid, "-", 1.8), (measure.dashed, DASHES, 1.3)):
+    for name, dashes, width in ((measure.solid[1], "-", 1.8), (measure.dashed[1], DASHES, 1.3)):
         every = [_array(_series(records, name)) for records in cells]
         epochs, middle = draw_series(
             axes,
@@ -298,7 +319,7 @@ def _draw(
             smooth=False,
             statistic=statistics.median,
         )
-        if name == measure.solid and mark and len(epochs) and epochs[0] <= mark <= epochs[-1]:
+        if name == measure.solid[1] and mark and len(epochs) and epochs[0] <= mark <= epochs[-1]:
             height = np.interp(mark, epochs, middle) * (100 if measure.percent else 1)
             axes.plot(mark, height, color=color, zorder=5, clip_on=False, **GROKKED_MARK)
             marked = True
@@ -319,4 +340,4 @@ def _borders(epochs: Sequence[int]) -> np.ndarray:
     """Of an image's columns, in the middle between epochs as a log axis shows them."""
     logs = np.log(epochs)
     steps = np.diff(logs) / 2 if len(logs) > 1 else np.array([0.1])
-    return np.exp([logs[0] - steps[0], *logs[:-1] + steps[: len(logs) - 1], logs[-1] + steps[-1]])
+    return np.exp([logs[0], *logs[:-1] + steps[: len(logs) - 1], logs[-1] + steps[-1]])

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -21,6 +22,7 @@ from experiments.report.figures import (
 from experiments.report.page import Picture, Table
 from experiments.report.text import number, p_text, plural
 
+PAPER_MEAN: dict[str, Any] = {"marker": "D", "ms": 6, "mfc": "white", "mew": 1.2, "ls": "none"}
 MEANS = {"adamw": 153.09, "muon": 102.89}
 # Read off the paper's box plot: quartiles, median, and the farthest outlier.
 BOXES = {
@@ -38,7 +40,7 @@ PUBLISHED = (
 BESIDE = (
     "Left: quartiles, medians and most extreme outliers, read off the paper's figure, and its "
     "means. Right: the first grokking epoch of every finished training of this run; censored "
-    "ones are drawn at the budget of {budget} epochs."
+    "ones are counted at the budget of {budget} epochs, and whiskers end where trainings grokked."
 )
 SLIP = (
     "The paper gives t ≈ 5.0175 and p ≈ 6.33e-8. No two-sided p at that t is below 5.2e-7; with "
@@ -120,7 +122,7 @@ def figure(run: Run) -> Figure:
             medianprops={"color": color, "linewidth": 2},
             flierprops={"marker": "x", "markeredgecolor": color},
         )
-        left.plot(place, MEANS[name], "_", color=color, ms=18, mew=1, ls="none")
+        left.plot(place, MEANS[name], color=color, **PAPER_MEAN)
     left.set_xticks(range(len(BOXES)), [optimizer_label(name) for name in BOXES])
     left.set_title("paper, read off its figure", loc="left")
     left.set_ylabel("grokking epoch")
@@ -130,9 +132,9 @@ def figure(run: Run) -> Figure:
     legend(
         figure,
         (),
-        legend_line("paper's mean", "#444444", marker="_", ms=12, ls="none"),
+        legend_line("paper's mean", "#444444", **PAPER_MEAN),
         legend_line("paper's farthest outlier", "#444444", marker="x", ls="none"),
-        legend_line("censored", "#444444", **BEYOND),
+        legend_line("censored, ×n trainings", "#444444", **BEYOND),
     )
     return figure
 

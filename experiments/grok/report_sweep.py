@@ -53,9 +53,9 @@ SWEEP = (
     "loops; optimizers with either have none (–). Seconds are this machine's."
 )
 HEAT = (
-    "Median cost of sustained grokking over seeds, with the number of trainings censored at "
-    "{budget} epochs. Grey: only a lower bound of the median is known (>), or nothing (–), such "
-    "as FLOPs with decompositions. All optimizers share the colour scale of a unit."
+    "Median cost of sustained grokking over seeds and, of several, the range, or the number of "
+    "trainings censored at {budget} epochs. Grey: only a lower bound of the median is known (>), "
+    "or nothing (–), such as FLOPs with decompositions. All optimizers share a unit's colours."
 )
 BEST_COLUMNS = (
     "unit", "optimizer", "settings tried", "best setting", "n", "memorised (epoch)",

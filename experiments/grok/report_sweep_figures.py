@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import offset_copy
@@ -42,11 +44,13 @@ from experiments.report.text import number
 
 Value = float | str
 """Of a setting."""
+HEAT_COLORS = "viridis_r"
 
 
 class Spot(NamedTuple):
-    """What is known at one pair of values: the median cost, and how many cells are censored."""
+    """What is known at one pair of values: the costs that are, their median, those censored."""
 
+    known: list[float]
     median: Median
     censored: int
 
@@ -97,6 +101,7 @@ def _label(value: Value) -> str:
 
 def _draw_lines(axes: Axes, run: Run, places: Mapping[Value, float], unit: str) -> None:
     censored: dict[Value, dict[str, list[float]]] = {}
+    unswept = [name for name, own in swept(run).items() if not own and known(name, unit)]
     for name, own in swept(run).items():
         rows = run.of(None, name)
         if not rows or not known(name, unit):
@@ -104,9 +109,11 @@ def _draw_lines(axes: Axes, run: Run, places: Mapping[Value, float], unit: str) 
         color = optimizer_color(name)
         if not own:
             level = median_cost(run, rows, unit)
-            style = ":" if level.at_least else "--"
+            # Lines that coincide take turns: each begins its dashes where another one's end.
+            turn = (5 * unswept.index(name), (5, 5 * len(unswept) - 5 or 3))
             ends = [min(places.values()), max(places.values())]
-            axes.plot(ends, [level.value] * 2, color=color, lw=1.4, ls=style)
+            style = ":" if level.at_least else turn
+            axes.plot(ends, [level.value] * 2, color=color, lw=1.6, ls=style)
             continue
         by_value: dict[Value, list[Row]] = {}
         for row in rows:
@@ -141,7 +148,7 @@ def _draw_censored(
         style = BEYOND | {"color": optimizer_color(name)}
         at = statistics.median(budgets)
         axes.update_datalim([(place, at)])  # which an offset marker does not do
-        axes.plot(place, at, transform=where, zorder=4, clip_on=False, **style)
+        axes.plot(place, at, transform=where, zorder=3, clip_on=False, **style)
         if len(budgets) > 1:
             above = offset_copy(where, axes.figure, y=4.5, units="points")
             text = f"×{len(budgets)}"
@@ -161,11 +168,18 @@ def heat_figure(run: Run) -> Figure:
         spots = [spot for name in names for spot in tables[unit, name][1].values()]
         medians = [math.log(spot.median.value) for spot in spots if not spot.median.at_least]
         low, high = min(medians, default=0.0), max(medians, default=1.0)
+        scale = LogNorm(math.exp(low), math.exp(max(high, low + 1e-6)))
         for axes, name in zip(line, names, strict=True):
-            _draw_heat(axes, *tables[unit, name], (low, max(high, low + 1e-6)))
+            _draw_heat(axes, *tables[unit, name], scale)
             axes.set_title(f"{optimizer_label(name)}: {unit}", loc="left")
             axes.set_ylabel(plain(swept(run)[name][0]))
             axes.set_xlabel(plain(swept(run)[name][1]))
+        bar = figure.colorbar(ScalarMappable(scale, HEAT_COLORS), ax=line, aspect=30)
+        seeds = {len(spot.known) + spot.censored for spot in spots}
+        bar.set_label(f"{unit} to grok, " + ("one seed" if seeds == {1} else "median of the seeds"))
+        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        bar.ax.yaxis.set_major_formatter(lambda value, _: _amount(value))
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
     return figure
 
 
@@ -190,7 +204,9 @@ def _table(run: Run, name: str, unit: str) -> tuple[list[list[Value]], dict[tupl
     values = [ordered(key[place] for key in cells) for place in (0, 1)]
     spots = {
         (values[0].index(x), values[1].index(y)): Spot(
-            median_cost(run, rows, unit), sum(row["censored"] for row in rows)
+            sorted(cost(run, row, unit) for row in rows if not row["censored"]),
+            median_cost(run, rows, unit),
+            sum(row["censored"] for row in rows),
         )
         for (x, y), rows in cells.items()
         if known(name, unit)
@@ -202,21 +218,22 @@ def _draw_heat(
     axes: Axes,
     values: list[list[Value]],
     spots: Mapping[tuple[int, int], Spot],
-    limits: tuple[float, float],
+    scale: LogNorm,
 ) -> None:
-    low, high = limits
     colors = np.full([len(v) for v in values], np.nan)
     for i, j in np.ndindex(*colors.shape):
         text, color = "–", "k"
         if (i, j) in spots:
-            median, censored = spots[i, j]
+            own, median, censored = spots[i, j]
             text = median.text(_amount) + (f"\n{censored} censored" if censored else "")
+            if len(own) > 1 and not censored:
+                text += f"\n{_amount(own[0])} to {_amount(own[-1])}"
             # A bound has no colour: in steps a large batch's budget is small, and no cost.
             if not median.at_least:
-                colors[i, j] = math.log(median.value)
-                color = "w" if (colors[i, j] - low) / (high - low) > 0.5 else "k"
+                colors[i, j] = median.value
+                color = "w" if scale(median.value) > 0.5 else "k"
         axes.text(j, i, text, ha="center", va="center", color=color, fontsize=8)
-    axes.imshow(colors, cmap="viridis_r", vmin=low, vmax=high, aspect="auto")
+    axes.imshow(colors, cmap=HEAT_COLORS, norm=scale, aspect="auto")
     axes.set_facecolor("#dddddd")
     axes.grid(visible=False)
     axes.set_yticks(range(len(values[0])), [*map(_label, values[0])])

@@ -62,6 +62,14 @@ class Arm:
         return self.best.at_edge
 
     @property
+    def choosing(self) -> int:
+        """Over how many of the seeds `losses` are means."""
+        seeds = [x for _, x in sorted(self.best.losses.items())]
+        chosen = self.losses.get(self.best.rate, math.nan)
+        means = (math.isclose(statistics.fmean(seeds[:n]), chosen) for n in range(1, len(seeds)))
+        return next((n for n, same in enumerate(means, start=1) if same), len(seeds))
+
+    @property
     def mark(self) -> tuple[float, float]:
         """Where a figure marks the best rate."""
         return self.best.rate, self.losses.get(self.best.rate, math.inf)
@@ -283,18 +291,29 @@ def rates(found: Sequence[Arm], unit: str) -> Picture:
 
 
 def finals(found: Sequence[Arm], unit: str) -> Picture:
-    """Final loss of every seed at the best rates."""
+    """Final loss of every seed at the best rates; those far above AdamW's at the axis's end."""
     base = baseline_of(found)
+    known = [arm for arm in found if math.isfinite(arm.loss)]
     reference = ("AdamW, mean", base.loss) if base and math.isfinite(base.loss) else None
-    lines = [
-        Final(arm.label, optimizer_color(arm.optimizer), [*arm.best.losses.values()], arm.loss)
-        for arm in found
-        if math.isfinite(arm.loss)
-    ]
+    lowest = min((arm.loss for arm in known), default=0)
+    limit = reference[1] + 1.2 * (reference[1] - lowest) if reference else math.inf
+    limit = limit if reference and limit > reference[1] else math.inf
+
+    def line(arm: Arm) -> Final:
+        far = f" ({arm.loss:.2f})" if arm.loss > limit else ""
+        color = optimizer_color("adamw" if arm is base else "muon")
+        return Final(arm.label + far, color, [*arm.best.losses.values()], arm.loss)
+
     return Picture(
         "final",
-        lambda: finals_figure({"": lines}, f"final validation loss ({unit})", reference),
-        "Final validation loss at each optimizer's best rate.",
+        lambda: finals_figure(
+            {"": [line(arm) for arm in known]},
+            f"final validation loss ({unit})",
+            reference,
+            limit=limit,
+        ),
+        "Final validation loss at each optimizer's best rate; triangles lie beyond the axis, with "
+        "the mean beside the name.",
         "Final validation loss of every seed, a line for each optimizer.",
     )
 

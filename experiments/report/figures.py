@@ -26,7 +26,7 @@ COLORS = {
     "muon": "#D55E00",
     "muon_equal_shrink": "#00CC00",
     "muon_equal_decay": "#FF00AA",
-    "polar": "#0000FF",
+    "polar": "#111111",
     "orthogonal": "#224400",
     "spectral": "#662233",
     "normuon": "#11CC99",
@@ -73,7 +73,7 @@ OTHER_COLORS = ("#332288", "#117733", "#882255", "#999933", "#661100", "#777777"
 LABELS = {
     "adamuon": "AdaMuon",
     "adamw": "AdamW",
-    "adamw_tuned": "AdamW, tuned",
+    "adamw_tuned": "AdamW, 0.01 × 4",
     "low_rank": "Rank k, SVD",
     "low_rank_subspace": "Rank k, subspace",
     "muon_adamw": "Muon + AdamW",
@@ -116,8 +116,10 @@ GROKKED_MARK: dict[str, Any] = {"marker": "D", "ms": 6, "mec": "white", "mew": 0
 POINT_MARK: dict[str, Any] = {"marker": "o", "ms": 4, "mec": "white", "mew": 0.5, "ls": "none"}
 CENSORED_MARK: dict[str, Any] = {"marker": "^", "ms": 6, "mew": 1.2, "ls": "none"}
 MEAN_MARK: dict[str, Any] = {"marker": "|", "ms": 11, "mew": 2, "ls": "none"}
+LOST_MARK: dict[str, Any] = {"marker": "x", "ms": 5, "mew": 1.4, "ls": "none"}
 REFERENCE: dict[str, Any] = {"color": "#444444", "ls": ":", "lw": 1, "zorder": 1.5}
 BEYOND: dict[str, Any] = CENSORED_MARK | {"mfc": "white"}
+INTERVAL_MARK: dict[str, Any] = {"lw": 1.2, "marker": "|", "ms": 4, "mew": 1.2}
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -191,8 +193,8 @@ def plain_log_axis(axes: Axes, which: str) -> None:
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = sorted(axis.get_view_interval())
-    # Over less than two decades the powers of ten alone would label one or two places.
-    axis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 2.0, 5.0)))
+    # Over less than three decades the powers of ten alone would label two or three places.
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 1000 else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -247,12 +249,17 @@ def name_axes(grid: Sequence[Axes], x: str, y: str) -> None:
             axes.set_xlabel(x)
 
 
-def ceiling(arms: Sequence[Any]) -> float:
-    """Where the axis of the losses ends: the best rates and what is near them stay legible."""
+def ceiling(arms: Sequence[Any], reference: float = math.inf) -> float:
+    """Where the axis of the losses ends: the best rates and what is near them stay legible.
+
+    Three quarters as far above the reference as the lowest loss lies below it, if it does.
+    """
     best = [arm.loss for arm in arms if math.isfinite(arm.loss)] or [1.0]
     every = [x for arm in arms for x in arm.losses.values() if math.isfinite(x)] or [1.0]
     span = max(best) - min(best)
-    return min(max(every) + 0.02, max(best) + max(span, 0.3))
+    top = min(max(every) + 0.02, max(best) + max(span, 0.3))
+    below = reference - min(best)
+    return min(top, reference + 0.75 * below) if 0 < below < math.inf else top
 
 
 def rates_figure(
@@ -279,31 +286,40 @@ def rates_figure(
     high = 1.9 if len(panels) > 5 else max(2.6, 0.65 * width)
     figure, grid = grid_of(len(panels), 5, width, high, least=6.4, sharey=shared)
     every = [arm for own in panels.values() for arm in own]
+    beyond = False
     for (title, own), axes in zip(panels.items(), grid, strict=True):
-        top = ceiling(every if shared else own)
-        for arm in own:
+        top = ceiling(every, reference) if shared else ceiling(own)
+        # Equal marks lie on each other: the earlier ones are larger.
+        for place, arm in enumerate(own):
             its = style(arm.optimizer)
             mark = {"color": its["color"], "clip_on": False, "zorder": 4}
-            axes.plot([*arm.losses], [min(x, top) for x in arm.losses.values()], lw=1.4, **its)
+            losses = [min(x, top) for x in arm.losses.values()]
+            axes.plot([*arm.losses], losses, lw=1.4, **its)
             for rate, loss in arm.points if alone and arm.points else arm.losses.items():
                 kind = POINT_MARK if loss < top else BEYOND
+                beyond |= loss >= top
                 axes.plot(rate, min(loss, top), **mark | kind)
             if arm.mark[1] < top:
-                axes.plot(*arm.mark, **mark | {"zorder": 5} | GROKKED_MARK)
+                size = {"ms": GROKKED_MARK["ms"] + 1.5 * (len(own) - 1 - place)}
+                axes.plot(*arm.mark, **mark | {"zorder": 5} | GROKKED_MARK | size)
         if reference < top:
             axes.axhline(reference, **REFERENCE)
         axes.set_title(title, loc="left")
         axes.margins(x=0.13)
         plain_log_axis(axes, "x")
-        axes.set_ylim(top=top)
+        low = min(axes.get_ylim()[0], top)
+        axes.set_ylim(low, top + 0.06 * (top - low))  # below the title
     name_axes(grid, "learning rate", f"final loss ({unit})" if not alone else "final loss")
     names = dict.fromkeys(arm.optimizer for arm in every) if not alone else {}
     handles = [legend_line(label(name), lw=2, **style(name)) for name in names]
+    seeds = min((arm.choosing for arm in every), default=1)
+    one = seeds == 1 or (alone and every[0].points)
     handles += [
-        legend_line("one seed" if alone and every[0].points else "mean over seeds", **POINT_MARK),
+        legend_line("one seed" if one else f"mean over {seeds} seeds", **POINT_MARK),
         legend_line("best rate", **GROKKED_MARK),
-        legend_line("diverged, or beyond the axis", **BEYOND),
     ]
+    if beyond:
+        handles.append(legend_line("diverged, or beyond the axis", **BEYOND))
     if math.isfinite(reference):
         handles.append(legend_line("AdamW at its best rate", lw=1, ls=":"))
     legend(figure, (), *handles, columns=4)
@@ -311,20 +327,32 @@ def rates_figure(
 
 
 class Final(NamedTuple):
-    """A line of a figure of final values, with a value of each seed."""
+    """A line of a figure of final values, with a value of each seed.
+
+    Attributes:
+        middle: the mean or median, that a bar marks.
+        interval: of it; without one the line spans the values.
+        lost: values to mark by a cross.
+    """
 
     label: str
     color: str
     values: Sequence[float]
-    mean: float
+    middle: float
     interval: tuple[float, float] | None = None
+    lost: Sequence[float] = ()
 
 
 def finals_figure(
     panels: Mapping[str, Sequence[Final]],
     name: str,
     reference: tuple[str, float] | None = None,
+    *,
     width: float = 6.4,
+    middle: str = "mean",
+    limit: float = math.inf,
+    beyond: str = "beyond the axis",
+    log: bool = False,
 ) -> Figure:
     """Every seed's value, a line for each arm, the first on top; an interval, or else the range.
 
@@ -333,30 +361,59 @@ def finals_figure(
         name: of the horizontal axis.
         reference: a line's name, "" to leave it out of the legend, and where it is.
         width: of the figure.
+        middle: what a bar marks.
+        limit: where larger values are drawn, as triangles that can be counted.
+        beyond: what these are.
+        log: whether the horizontal axis is logarithmic.
     """
     sizes = [len(own) + 0.6 for own in panels.values()]
     figure = new_figure(width, 0.27 * sum(sizes) + 0.5 * len(sizes) + 0.6)
-    grid = figure.subplots(len(sizes), 1, squeeze=False, height_ratios=sizes)[:, 0]
+    grid = figure.subplots(
+        len(sizes), 1, squeeze=False, height_ratios=sizes, sharex=log or math.isfinite(limit)
+    )[:, 0]
+    every = [final for own in panels.values() for final in own]
     for (title, own), axes in zip(panels.items(), grid, strict=True):
         if reference:
             axes.axvline(reference[1], **REFERENCE)
         for place, final in enumerate(own):
-            color, values = final.color, list(final.values)
-            ends = final.interval or ([min(values), max(values)] if values else [])
-            axes.plot(ends, [place] * len(ends), color=color, lw=1.6, alpha=0.6)
-            axes.plot(values, [place] * len(values), color=color, **POINT_MARK)
-            axes.plot(final.mean, place, color=color, **MEAN_MARK)
+            _draw_final(axes, place, final, limit)
         axes.set_yticks(range(len(own)), [final.label for final in own])
         axes.set_ylim(len(own) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
         axes.set_title(title, loc="left")
+        if log:
+            plain_log_axis(axes, "x")
     grid[-1].set_xlabel(name)
-    spans = any(final.interval for own in panels.values() for final in own)
-    handles = [legend_line("one seed", **POINT_MARK), legend_line("mean", **MEAN_MARK)]
-    handles += [legend_line("95 % interval", lw=1.6, alpha=0.6)] if spans else []
+    handles = [legend_line("one seed", **POINT_MARK), legend_line(middle, **MEAN_MARK)]
+    if any(final.interval for final in every):
+        handles.append(legend_line("95 % interval", **INTERVAL_MARK))
+    if far := sum(x > limit for final in every for x in final.values):
+        handles.append(legend_line(f"{far} {beyond}", **BEYOND))
+    if lost := sum(len(final.lost) for final in every):
+        handles.append(legend_line(f"{lost} lost again", **LOST_MARK))
     handles += [legend_line(reference[0], lw=1, ls=":")] if reference and reference[0] else []
-    legend(figure, (), *handles)
+    legend(figure, (), *handles, columns=5)
     return figure
+
+
+def _draw_final(axes: Axes, place: float, final: Final, limit: float) -> None:
+    color: dict[str, Any] = {"color": final.color, "zorder": 4}
+    inside = [x for x in final.values if x <= limit]
+    if final.interval:  # below the points, which would hide a short one
+        axes.plot(final.interval, [place + 0.3] * 2, **INTERVAL_MARK | {"color": final.color})
+    elif final.values:
+        ends = [min([*inside, limit]), min(max(final.values), limit)]
+        axes.plot(ends, [place] * 2, lw=1.6, alpha=0.6, **color | {"zorder": 2})
+    if final.middle <= limit:
+        axes.plot(final.middle, place, **color | MEAN_MARK | {"zorder": 3})
+    for value in inside:
+        axes.plot(value, place, clip_on=False, **color | POINT_MARK)
+    far = len(final.values) - len(inside)
+    asides = np.linspace(-0.2, 0.2, far) if far > 1 else [0.0] * far
+    for aside in asides:
+        axes.plot(limit, place + aside, clip_on=False, **color | BEYOND)
+    for value in final.lost:
+        axes.plot(value, place, **color | LOST_MARK)
 
 
 def draw_series(

@@ -38,6 +38,17 @@ from experiments.report.page import Column, Picture, Report, Section, Table
 from experiments.report.text import all_told, form, number, p_text, plural, told
 from experiments.sweep import Files
 
+# The quirks of the released code in a few words.
+QUIRK_NAMES = {
+    "decay_apart": "unequal decay",
+    "frozen_in_norm": "frozen gradients in the norm",
+    "muon_of_tables": "Muon of embedding and head",
+    "no_clip": "a clip that never runs",
+    "scale_in_root": "the scale under the root",
+    "sgd_of_gains": "SGD of the gains",
+    "spectral_scale": "the spectral scale",
+    "warmup_of_muonclip_alone": "warm-up for MuonClip alone",
+}
 TITLES: dict[SuiteName, str] = {
     "as_published": "Fine-tuning as in the released code",
     "controlled": "Fine-tuning with all optimizers on equal terms",
@@ -94,7 +105,7 @@ def _share(name: str) -> Callable[[Group], str]:
 
 
 COLUMNS: tuple[Column, ...] = (
-    ("variant", "variant", lambda of: of.variant),
+    ("variant", "variant", lambda of: plain(of.variant)),
     ("arm", "arm", lambda of: of.label),
     arms.RATE,
     ("final loss (nats per token)", "loss", lambda of: of.loss_text()),
@@ -174,6 +185,13 @@ _SWEPT = (
 )
 
 
+def plain(name: str) -> str:
+    """A variant's or a difference's name for readers, a quirk in words."""
+    for quirk, words in QUIRK_NAMES.items():
+        name = name.replace(f"without {quirk}", f"without {words}")
+    return name
+
+
 def contrast_text(of: Contrast) -> str:
     """A difference with its interval and p, e.g. "−0.0123 nats [−0.0200, −0.0046], p 0.012"."""
     text = difference_text(MEASURES["validation_loss"], of.mean, of.interval)
@@ -231,7 +249,7 @@ def _removals(found: Sequence[Contrast]) -> list[str]:
         return []
     told = sorted((of for of in tested if of.sign), key=lambda of: -abs(of.mean))
     first, rest = told[:TOLD], told[TOLD:]
-    names = [f"{of.name} ({contrast_text(of)})" for of in first]
+    names = [f"{plain(of.name)} ({contrast_text(of)})" for of in first]
     if rest:
         at_most = MEASURES["validation_loss"].text(abs(rest[0].mean))
         names.append(f"the other {len(rest)} by at most {at_most}")
@@ -292,10 +310,9 @@ def drawn_differences(told: Sequence[Contrast]) -> Figure:
     panels: dict[str, list[Final]] = {}
     for of in told:
         span = of.interval and (of.interval.low, of.interval.high)
-        line = Final(of.name, style_of(of.arm)["color"], [*of.gaps.values()], of.mean, span)
+        line = Final(plain(of.name), style_of(of.arm)["color"], [*of.gaps.values()], of.mean, span)
         panels.setdefault(of.family, []).append(line)
-    name = "difference of the final held-out loss (nats per token); lower is better"
-    return finals_figure(panels, name, ("", 0), width=7.4)
+    return finals_figure(panels, "final held-out loss, difference (nats)", ("", 0), width=7.4)
 
 
 def figures(results: Results) -> list[Picture]:
@@ -305,7 +322,8 @@ def figures(results: Results) -> list[Picture]:
     differences = Picture(
         "differences",
         lambda: drawn_differences(pairs),
-        "Differences of the final held-out loss, paired by seed, with their 95 % intervals.",
+        "Differences of the final held-out loss per token, paired by seed, with their 95 % "
+        "intervals; below 0 is better.",
         "Differences of the final held-out loss, with every seed.",
     )
     rates = Picture(
@@ -337,7 +355,13 @@ def report(folder: Path) -> Report:
     table = Table(COLUMNS, found, told(CAPTION, facts), TITLES[which], names=2).known()
     headings = ["difference of the final loss", "of", "mean [95 % interval]", "p, Holm", "n"]
     differences = [
-        [of.family, of.name, contrast_text(of._replace(p=None)), p_text(of.p), str(len(of.gaps))]
+        [
+            of.family,
+            plain(of.name),
+            contrast_text(of._replace(p=None)),
+            p_text(of.p),
+            str(len(of.gaps)),
+        ]
         for of in results.contrasts
     ]
     heading, whose = ASKED.get(which, ("The post's claims and this run", POST))

@@ -198,7 +198,7 @@ def curves_figure(found: Sequence[Arm]) -> Figure:
     high = float(np.interp(base.tokens / 6, *np.array(base.curve).T))
     grid[0].set_ylim(low - 0.04 * (high - low), high)
     grid[0].set_ylabel("validation loss (nats per token)")
-    legend(figure, [arm.optimizer for arm in drawn], columns=5)
+    legend(figure, [a.optimizer for a in drawn if min(x for _, x in a.curve) < high], columns=5)
     return figure
 
 

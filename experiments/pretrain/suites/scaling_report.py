@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.differences import difference
 from experiments.pretrain.suites.config import BASELINE
 from experiments.pretrain.suites.fit import (
     PAPER_RATIO,
@@ -38,6 +39,7 @@ from experiments.report.figures import (
 from experiments.report.page import Column, Picture, Report, Section, Table
 from experiments.report.text import all_told, flop, number, told
 
+SEEDS: dict[str, Any] = {"lw": 2, "marker": "_", "ms": 8, "clip_on": False}
 PFLOPS_DAY = 8.64e19  # FLOPs
 # Of the paper's ladder: 6 FLOPs per parameter and token, 1.5 B params, 38.91 B tokens.
 PAPER_LARGEST = 6 * 1.5e9 * 38.91e9
@@ -50,8 +52,9 @@ class Ratio(NamedTuple):
         optimizer: whose.
         loss: that both reach, the lowest that all have seen.
         value: by the fitted curves.
-        interval: of 95 %, None with fewer than three sizes.
+        interval: of 95 % by the fit's residuals, None with fewer than three sizes.
         others: smallest and largest with one size left out; None with fewer than four.
+        by_seed: of 95 % over the seeds, each fitted by itself; None with one seed.
     """
 
     optimizer: str
@@ -59,6 +62,7 @@ class Ratio(NamedTuple):
     value: float
     interval: tuple[float, float] | None
     others: tuple[float, float] | None
+    by_seed: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         text = f"{self.value:.2f}"
@@ -99,26 +103,43 @@ def scaling(found: Sequence[Arm], with_update: bool) -> Scaling | None:
     shared = set.intersection(*widths) if widths else set()
     if len(shared) < 2:
         return None
-    points = {}
-    for name, own in of.items():
-        kept = [arm for arm in own if arm.width in shared]
-        compute = [arm.compute(with_update) for arm in kept]
-        points[name] = Points(np.array(compute), np.array([arm.loss for arm in kept]))
+    kept = {name: [arm for arm in own if arm.width in shared] for name, own in of.items()}
+
+    def points_of(loss: Callable[[Arm], float]) -> dict[str, Points]:
+        return {
+            name: Points(
+                np.array([arm.compute(with_update) for arm in own]), np.array([*map(loss, own)])
+            )
+            for name, own in kept.items()
+        }
+
+    points = points_of(lambda arm: arm.loss)
+    seeds = set.intersection(*(set(arm.best.losses) for own in kept.values() for arm in own))
+    each = [points_of(lambda arm, seed=seed: arm.best.losses[seed]) for seed in sorted(seeds)]
     curves = fit(points)
     draws = bootstrap(points, curves)
     others = [name for name in of if name != BASELINE] if BASELINE in of else []
-    ratios = [_ratio(points, curves, draws, name) for name in others]
+    ratios = [
+        _ratio(points, curves, draws, name, [fit(own).laws for own in each]) for name in others
+    ]
     return Scaling(points, curves, draws, ratios)
 
 
 def _ratio(
-    points: Mapping[str, Points], curves: Fit, draws: dict[str, PowerLaw] | None, name: str
+    points: Mapping[str, Points],
+    curves: Fit,
+    draws: dict[str, PowerLaw] | None,
+    name: str,
+    seeds: Sequence[Mapping[str, PowerLaw]],
 ) -> Ratio:
     loss = overlap(points)[0]
     statistic = functools.partial(ratio, loss=loss, ours=name, theirs=BASELINE)
     value, sizes = statistic(curves.laws), len(points[name].loss)
     drawn = draws and interval(value, statistic(draws), sizes)
-    return Ratio(name, loss, value, drawn, without_each(points, statistic))
+    logs = {i: math.log(statistic(laws)) for i, laws in enumerate(seeds)}
+    by_seed = difference(logs, dict.fromkeys(logs, 0.0))
+    over_seeds = by_seed and (math.exp(by_seed.low), math.exp(by_seed.high))
+    return Ratio(name, loss, value, drawn, without_each(points, statistic), over_seeds)
 
 
 def law_text(law: PowerLaw) -> str:
@@ -145,8 +166,9 @@ CAPTION = (
 FITS = (
     "L = a·C^−b by least squares in log L over log C; an irreducible loss, one for all, is "
     "added only where AICc gains more than 2 by it. The ratio is at the lowest loss that all "
-    "optimizers reached. Its interval of 95 % is a bootstrap over residuals of whole sizes, "
-    "drawn for all optimizers together, times Student's t for so few sizes. Liu et al. "
+    "optimizers reached. One interval of 95 % is a bootstrap over residuals of whole sizes, "
+    "drawn for all optimizers together, times Student's t for so few sizes; the other is Student's "
+    "over the seeds, each fitted by itself. Liu et al. "
     "(2502.16982) have 2.506·C^−0.052 for Muon and 2.608·C^−0.054 for AdamW, and quote 0.519; "
     "their two curves give it near C = 10 PFLOP/s-days, 0.46 at 1 and 0.55 at 100."
 )
@@ -250,6 +272,11 @@ def _draw_ratios(axes: Axes, curves: Scaling) -> None:
             bands = [interval(of(curves.fit.laws), of(curves.draws), sizes) for of in statistics]
             axes.fill_between(losses, *np.array(bands).T, color=color, alpha=0.18, lw=0)
         handles.append(legend_line(optimizer_label(name), color, lw=1.6))
+        if found.by_seed:
+            axes.plot([found.loss] * 2, found.by_seed, color=color, **SEEDS)
+    if curves.draws:
+        handles.append(legend_line("95 % by residuals of the fit", lw=6, alpha=0.3))
+    handles += [legend_line("95 % by seeds", **SEEDS)] * any(x.by_seed for x in curves.ratios)
     axes.axhline(PAPER_RATIO, **REFERENCE)
     axes.axhline(1.0, color="#444444", lw=0.8)
     axes.invert_xaxis()  # more compute to the right
@@ -266,9 +293,12 @@ def _fit_rows(kinds: Mapping[str, Scaling | None]) -> list[list[str]]:
         ratios = {found.optimizer: found for found in of.ratios} if of else {}
         for name, law in (of.fit.laws if of else {}).items():
             found = ratios.get(name)
-            others = "{:.2f} to {:.2f}".format(*found.others) if found and found.others else "–"
-            label = optimizer_label(name)
-            rows.append([kind.replace("_", " "), label, law_text(law), str(found or "–"), others])
+            others, seeds = (
+                "{:.2f} to {:.2f}".format(*ends) if ends else "–"
+                for ends in (found and found.others, found and found.by_seed)
+            )
+            row = [kind.replace("_", " "), optimizer_label(name), law_text(law), str(found or "–")]
+            rows.append([*row, seeds, others])
     return rows
 
 
@@ -286,7 +316,8 @@ def report(folder: Path) -> Report:
             "compute of",
             "optimizer",
             "loss, C in PFLOP/s-days",
-            "compute ÷ AdamW's [95 % interval]",
+            "compute ÷ AdamW's [95 % by residuals]",
+            "95 % by seeds",
             "with a size left out",
         ],
         _fit_rows(kinds),
@@ -297,8 +328,9 @@ def report(folder: Path) -> Report:
     if model:
         caption = (
             "Left: means over seeds (large) and seeds (small), with the fitted curves. Right: by "
-            "these curves, compute over AdamW's at equal loss with its 95 % band; the dotted line "
-            "is the paper's for Muon."
+            "these curves, compute over AdamW's at equal loss with its 95 % band by residuals of "
+            "the fit, and the 95 % interval over seeds at the lowest loss; the dotted line is the "
+            "paper's for Muon."
         )
         alt = "Loss against compute, and the compute ratio against the loss."
         figures.append(Picture("fit", lambda: fit_figure(found, model), caption, alt))
