@@ -201,7 +201,7 @@ MANY = [
 def test_many_optimizers_are_ranked_and_have_rows_and_panels_of_their_own(tmp_path):
     rows = MANY + three_seeds("adamw_tuned", [80, None, None])
     rows[0] |= {"collapse_epoch": 150}
-    rows[:3] = [row | {"seconds_to_grok": 1000.0} for row in rows[:3]]
+    rows[:3] = [row | {"steps_per_second": 1.0} for row in rows[:3]]
     folder = make_run(tmp_path / "run", rows)
     text = " ".join(abstract(load_run(folder)))
     assert text.startswith(
@@ -290,8 +290,8 @@ def test_aggregate():
     assert (adamw.n, adamw.censored, muon.censored) == (3, 2, 0)
     assert adamw.median() == (200, True) and adamw.median("delay") == (190, True)
     assert muon.median() == (17, False) and muon.median("delay") == (7, False)
-    assert muon.median("seconds_to_grok").value == pytest.approx(170 / 130)
-    assert adamw.median("seconds_to_grok") == (pytest.approx(2000 / 210), True)
+    assert muon.median("seconds").value == pytest.approx(170 / 130)
+    assert adamw.median("seconds") == (pytest.approx(2000 / 210), True)
     assert adamw.median("memorized_epoch") == (10, False)
 
 

@@ -20,9 +20,9 @@ from experiments.grok.report_data import (
     Row,
     Run,
     aggregate,
-    delay,
     known,
     load_run,
+    value,
 )
 from experiments.report.figures import optimizer_label
 from experiments.report.page import Column, Report, Section, Table
@@ -35,7 +35,7 @@ def _epochs(heading: str, short: str, field: str) -> Column:
 
 def compute(arm: Arm) -> str:
     """FLOPs to grok, "–" where XLA does not count all that the optimizer does."""
-    return arm.median("flops_to_grok").text(flop) if known(arm.optimizer, "FLOP") else "–"
+    return arm.median("FLOP").text(flop) if known(arm.optimizer, "FLOP") else "–"
 
 
 ARM_COLUMNS: tuple[Column, ...] = (
@@ -50,7 +50,7 @@ ARM_COLUMNS: tuple[Column, ...] = (
     _epochs("grok, near best (epoch)", "", "grok_epoch_near_best"),
     ("strict", "strict", lambda arm: f"{arm.strict} of {arm.n}"),
     ("censored", "cens.", lambda arm: f"{arm.censored} of {arm.n}"),
-    _epochs("time to grok (s)", "time\n(s)", "seconds_to_grok"),
+    _epochs("time to grok (s)", "time\n(s)", "seconds"),
     ("compute to grok", "compute", compute),
     ("steps/s", "steps\n/s", lambda arm: arm.steps_per_second.text()),
 )
@@ -72,7 +72,7 @@ ARMS = (
 
 
 def _number(heading: str, field: str) -> Column:
-    return heading, heading, lambda row: number(row[field])
+    return heading, heading, lambda row: number(value(row, field))
 
 
 CELL_COLUMNS: tuple[Column, ...] = (
@@ -87,17 +87,17 @@ CELL_COLUMNS: tuple[Column, ...] = (
     _number("grok, sustained (epoch)", "grok_epoch_sustained"),
     _number("grok, near best (epoch)", "grok_epoch_near_best"),
     _number("lost again (epoch)", "collapse_epoch"),
-    ("delay (epochs)", "", lambda row: number(delay(row))),
+    _number("delay (epochs)", "delay"),
     (
         "outcome",
         "",
         lambda row: "diverged" if row["diverged"] else "censored" if row["censored"] else "grokked",
     ),
     _number("epochs run", "epochs_run"),
-    _number("training time (s)", "seconds"),
+    ("training time (s)", "", lambda row: number(row["seconds"])),
     _number("steps/s", "steps_per_second"),
-    _number("time to grok (s)", "seconds_to_grok"),
-    ("compute to grok", "", lambda row: flop(row["flops_to_grok"])),
+    _number("time to grok (s)", "seconds"),
+    ("compute to grok", "", lambda row: flop(value(row, "FLOP"))),
     ("compute per step", "", lambda row: flop(row["step_flops"])),
     _number("parameters", "parameters"),
 )
@@ -107,28 +107,23 @@ DEFINITIONS = {
     "dropout on a fixed sample of up to 1024 examples.",
     "First crossing": "The first epoch with a validation accuracy of at least 95 %, memorised or "
     "not.",
-    "Grok, first": "The first epoch with a validation accuracy of at least 95 % at or after the "
-    "memorised epoch.",
+    "Grok, first": "The same, at or after the memorised epoch.",
     "Grok, sustained": "The start of the first five evaluations in a row with a validation "
-    "accuracy of at least 95 %, at or after the memorised epoch. The abstract and the figures use "
-    "this definition, since a single crossing may be a spike.",
+    "accuracy of at least 95 %, at or after the memorised epoch: the grokking epoch of the "
+    "abstract and the figures, since a single crossing may be a spike.",
     "Grok, near best": "The first epoch, at or after the memorised one, with a validation "
-    "accuracy of at least 95 % and within 1 % of the training's highest (Essential AI). A "
-    "training that ends once it has grokked reaches its highest within five evaluations.",
-    "Lost again": "After sustained grokking, five evaluations in a row below 95 %: {collapsed} of "
-    "{finished} finished trainings here{short}. Shorter dips do not count; they do in the "
-    "share of evaluations below 95 % after that epoch, which is over the trainings that "
-    "grokked, where these run to the end of the budget.",
+    "accuracy of at least 95 % and within 1 % of the training's highest (Essential AI).",
     "Delay": "Sustained grokking epoch minus memorised epoch. Its ratios are of delay + 1, since "
     "a delay may be 0, over pairs in which both grokked.",
-    "Strict": "Of the n trainings, those whose sustained grokking epoch is at least twice the "
-    "memorised one.",
+    "Strict": "Trainings whose sustained grokking epoch is at least twice the memorised one.",
+    "Lost again": "After sustained grokking, five evaluations in a row below 95 %: {collapsed} of "
+    "{finished} finished trainings here{short}. Shorter dips count in the share of evaluations "
+    "below 95 % after that epoch, where trainings run to the end of the budget.",
     "Censored": "No sustained grokking epoch within the budget of {budget} epochs. Such a training "
-    "ranks last in a median. If the median is then unknown, the table shows the lower bound "
-    "that follows from the budget.",
-    "Time and compute to grok": "Training seconds, compilation excluded, and floating-point "
-    "operations (of a step, by XLA's cost model, times the steps) until the first grokking "
-    "epoch. Seconds can only be compared on one machine.",
+    "ranks last in a median, which may leave only a lower bound of it.",
+    "Time and compute to grok": "Seconds per epoch, compilation excluded, and floating-point "
+    "operations by XLA's cost model, times the sustained grokking epoch. Seconds can only be "
+    "compared on one machine.",
 }
 
 
@@ -195,7 +190,7 @@ def abstract(run: Run) -> list[str]:
         clauses.append(f"{optimizer_label(name)} {verb}{clause}")
     sentences.append("; ".join(clauses) + ".")
     sentences += [*report_tests.strictly(run), *report_tests.sentences(run)]
-    seconds = {name: pooled[name].median("seconds_to_grok").text() for name in names}
+    seconds = {name: pooled[name].median("seconds").text() for name in names}
     times = (f"{optimizer_label(name)} {text} s" for name, text in seconds.items())
     sentences.append(f"Median training time to grok: {'; '.join(times)}.")
     return sentences + losses(run)
@@ -216,9 +211,9 @@ def ranking(run: Run, arms: Sequence[Arm]) -> list[str]:
     if beyond:
         names = "; ".join(arm.label for arm in beyond)
         result.append(f"Not within the budget of {run.budget} epochs, by the median: {names}.")
-    timed = sorted(known, key=lambda arm: arm.median("seconds_to_grok").value)
+    timed = sorted(known, key=lambda arm: arm.median("seconds").value)
     first = [arm for arm in timed if arm in timed[:3] or arm.optimizer == BASELINE]
-    seconds = "; ".join(told(arm, arm.median("seconds_to_grok")) for arm in first)
+    seconds = "; ".join(told(arm, arm.median("seconds")) for arm in first)
     return [*result, f"Fastest in seconds of training: {seconds}."] if first else result
 
 

@@ -12,7 +12,7 @@ from experiments import sealed
 from experiments.commands import print_warning
 from experiments.grok import grid
 from experiments.grok.config import Cell, Panel
-from experiments.json_files import loads
+from experiments.json_files import loads, read_json
 from experiments.report.figures import optimizer_label
 from experiments.report.text import number, plural
 
@@ -25,8 +25,8 @@ EPOCH_KEYS = (*Cell._fields, "epoch", "train_accuracy", "validation_accuracy")
 ROW_KEYS = (
     *Cell._fields, "memorized_epoch", "first_crossing_epoch", "grok_epoch",
     "grok_epoch_sustained", "grok_epoch_near_best", "collapse_epoch", "delay", "censored",
-    "diverged", "epochs_run", "seconds", "steps_per_second", "seconds_to_grok", "flops_to_grok",
-    "steps_per_epoch", "tokens_per_epoch", "step_flops", "parameters",
+    "diverged", "epochs_run", "seconds", "steps_per_second", "steps_per_epoch", "tokens_per_epoch",
+    "step_flops", "parameters",
 )  # fmt: skip
 
 Row = dict[str, Any]
@@ -43,12 +43,15 @@ class Median(NamedTuple):
         return f"> {form(self.value)}" if self.at_least else form(self.value)
 
 
-def _seconds(row: Row, budget: int) -> float:
-    return row["seconds"] or 0.0
-
-
-def _flops(row: Row, budget: int) -> float:
-    return _seconds(row, 0) * (row["steps_per_second"] or 0.0) * (row["step_flops"] or 0.0)
+# What an epoch of a cell takes, in the units of each axis; a cell takes that many times its
+# sustained grokking epoch, and a censored one its budget.
+UNITS: dict[str, Callable[[Row], float]] = {
+    "epochs": lambda row: 1.0,
+    "tokens": lambda row: row["tokens_per_epoch"],
+    "steps": lambda row: row["steps_per_epoch"],
+    "FLOP": lambda row: row["steps_per_epoch"] * row["step_flops"],
+    "seconds": lambda row: row["steps_per_epoch"] / row["steps_per_second"],
+}
 
 
 def delay(row: Row) -> float | None:
@@ -56,12 +59,18 @@ def delay(row: Row) -> float | None:
     return None if row["censored"] else row["grok_epoch_sustained"] - row["memorized_epoch"]
 
 
-# What a value of a cell exceeds where it is missing; an epoch exceeds the budget.
-_BOUNDS: dict[str, Callable[[Row, int], float]] = {
-    "delay": lambda row, budget: budget - (row["memorized_epoch"] or budget),
-    "seconds_to_grok": _seconds,
-    "flops_to_grok": _flops,
-}
+def value(row: Row, what: str) -> float | None:
+    """A cell's delay, what it took to grok in one of `UNITS`, or a field of it; None if missing."""
+    if what in UNITS:
+        return None if row["censored"] else row["grok_epoch_sustained"] * UNITS[what](row)
+    return delay(row) if what == "delay" else row[what]
+
+
+def bound(row: Row, what: str, budget: int) -> float:
+    """What a cell's value exceeds where it is missing; an epoch exceeds the budget."""
+    if what in UNITS:
+        return budget * UNITS[what](row)
+    return budget - (row["memorized_epoch"] or budget) if what == "delay" else budget
 
 
 class Arm(NamedTuple):
@@ -69,8 +78,13 @@ class Arm(NamedTuple):
 
     panel: Panel
     optimizer: str
-    cells: list[Row]
+    cells: Sequence[Row]
     budget: int
+
+    @classmethod
+    def of(cls, run: "Run", cells: Sequence[Row]) -> "Arm":
+        """Of any cells of one optimizer, whatever their panels; of some there is no panel."""
+        return cls(Panel("", ""), cells[0]["optimizer"], cells, run.budget)
 
     @property
     def label(self) -> str:
@@ -108,12 +122,12 @@ class Arm(NamedTuple):
         )
         return below / later if later else None
 
-    def median(self, field: str = "grok_epoch_sustained") -> Median:
+    def median(self, what: str = "grok_epoch_sustained") -> Median:
         """Over the cells; a missing value exceeds its bound."""
-        bound = _BOUNDS.get(field, lambda row, budget: budget)
-        bounds = [bound(row, self.budget) for row in self.cells]
-        values = (delay(row) if field == "delay" else row[field] for row in self.cells)
-        return censored_median(values, bounds)
+        return censored_median(
+            [value(row, what) for row in self.cells],
+            [bound(row, what, self.budget) for row in self.cells],
+        )
 
     @property
     def steps_per_second(self) -> Median:
@@ -180,20 +194,13 @@ def _rank(config: dict[str, Any]) -> Callable[[Cell], tuple]:
     return rank
 
 
-def _parse(text: bytes, path: Path, keys: Sequence[str], line: int | None = None) -> dict[str, Any]:
-    """One JSON object; a fault names the file and the line."""
-    where = f"{path}, line {line}" if line else f"{path}"
-    try:
-        value = loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: invalid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
-    # A line with "cell" is the runner's bookkeeping and has keys of its own.
-    missing = [] if line and "cell" in value else [key for key in keys if key not in value]
-    if missing:
+def _whole(found: Any, where: str, keys: Sequence[str]) -> Row:
+    """One JSON object with its keys; a fault says where."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(found).__name__}")
+    if missing := [key for key in keys if key not in found]:
         raise ValueError(f"{where}: lacks {', '.join(missing)}")
-    return value
+    return found
 
 
 def _epochs(path: Path) -> Iterator[Row]:
@@ -206,8 +213,13 @@ def _epochs(path: Path) -> Iterator[Row]:
         loads(log.torn)
         lines.append(log.torn)
     for place, line in enumerate(lines, start=1):
-        if line.strip() and "cell" not in (row := _parse(line, path, EPOCH_KEYS, place)):
-            yield row
+        where = f"{path}, line {place}"
+        try:
+            found = loads(line) if line.strip() else {"cell": ""}
+        except ValueError as error:
+            raise ValueError(f"{where}: invalid JSON: {error}") from None
+        if "cell" not in found:  # a line with it is the runner's bookkeeping
+            yield _whole(found, where, EPOCH_KEYS)
 
 
 def load_run(folder: Path) -> Run:
@@ -226,13 +238,11 @@ def load_run(folder: Path) -> Run:
     for name in ("config.json", "summary.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: is it a run of experiments.grok?")
-    path = folder / "config.json"
-    config = _parse(path.read_bytes(), path, CONFIG_KEYS)
     path = folder / "summary.json"
-    summary = _parse(path.read_bytes(), path, ("cells_total", "cells"))
+    config = _whole(read_json(folder / "config.json"), f"{folder / 'config.json'}", CONFIG_KEYS)
+    summary = _whole(read_json(path), f"{path}", ("cells_total", "cells"))
     for place, row in enumerate(summary["cells"], start=1):
-        if missing := [key for key in ROW_KEYS if key not in row]:
-            raise ValueError(f"{path}: cell {place} lacks {', '.join(missing)}")
+        _whole(row, f"{path}, cell {place}", ROW_KEYS)
     traces: dict[Cell, list[Row]] = {}
     for row in _epochs(folder / "metrics.jsonl"):
         trace = traces.setdefault(Cell.of(row), [])
@@ -270,11 +280,6 @@ def censored_median(values: Iterable[float | None], bounds: Iterable[float]) -> 
     return Median(statistics.median(b if v is None else v for v, b in pairs), at_least=True)
 
 
-def sustained_median(rows: Sequence[Row], budget: int) -> Median:
-    """The median sustained grokking epoch of some cells, censored ones at the budget."""
-    return censored_median((row["grok_epoch_sustained"] for row in rows), [budget] * len(rows))
-
-
 def aggregate(rows: Sequence[Row], budget: int | None = None) -> list[Arm]:
     """The finished cells per panel and optimizer, in the order they first appear.
 
@@ -291,16 +296,6 @@ def aggregate(rows: Sequence[Row], budget: int | None = None) -> list[Arm]:
 
 
 # --- What cells took to grok -------------------------------------------------------------------
-
-# What an epoch of a cell takes, in the units of each axis; a cell takes that many times its
-# sustained grokking epoch, and a censored one its budget.
-UNITS: dict[str, Callable[[Row], float]] = {
-    "epochs": lambda row: 1.0,
-    "tokens": lambda row: row["tokens_per_epoch"],
-    "steps": lambda row: row["steps_per_epoch"],
-    "FLOP": lambda row: row["steps_per_epoch"] * row["step_flops"],
-    "seconds": lambda row: row["steps_per_epoch"] / row["steps_per_second"],
-}
 
 # XLA counts nothing of a decomposition and one pass of a loop, so that their FLOPs are not known.
 UNCOUNTED = frozenset(
@@ -350,14 +345,7 @@ def ordered(values: Iterable[float | str]) -> list[float | str]:
 
 def cost(run: Run, row: Row, unit: str) -> float:
     """What a cell took to its sustained grokking epoch, or to its budget."""
-    return (row["grok_epoch_sustained"] or run.budget) * UNITS[unit](row)
-
-
-def median_cost(run: Run, rows: Sequence[Row], unit: str) -> Median:
-    """The median of what each of some cells took; a bound where censored cells leave no more."""
-    costs = [cost(run, row, unit) for row in rows]
-    found = (None if row["censored"] else x for row, x in zip(rows, costs, strict=True))
-    return censored_median(found, costs)
+    return value(row, unit) or bound(row, unit, run.budget)
 
 
 def counts(run: Run) -> str:

@@ -42,16 +42,13 @@ FEW_VALUES = 5
 
 
 CURVES = (
-    "Accuracy after each epoch. Solid: training. Dashed: validation. Thin: one seed. Thick: the "
-    "median over seeds, at the epochs that all of them reached. Dotted: 95 %. Open circles mark "
-    "the median memorised epoch (at 100 %) and diamonds the median sustained grokking epoch (at "
-    "95 %), over finished trainings; a median beyond the budget has no mark. {begun} trainings "
-    "started, {finished} finished."
+    "Accuracy after each epoch: training solid, validation dashed; one seed thin, the median at "
+    "the epochs that all seeds reached thick. Marks are at the median epochs over finished "
+    "trainings, unless beyond the budget. {begun} trainings started, {finished} finished."
 )
 EPOCHS = (
-    "Sustained grokking epoch of every finished training, one point each. The {censored} "
-    "censored ones are open triangles at the budget of {budget} epochs, spread out so that they "
-    "can be counted. {shape}"
+    "Sustained grokking epoch of every finished training. The {censored} censored ones are open "
+    "triangles at the budget of {budget} epochs. {shape}"
 )
 ROWS = (
     "A line spans an optimizer's range, a bar marks its median where that is known, and a cross "
@@ -60,7 +57,7 @@ ROWS = (
 QUARTILES = (
     "Five and more trainings have a box of their quartiles, with the censored ones at the budget, "
     "and whiskers to the ends of those that grokked; fewer have a line over their range and a bar "
-    "at the median, if that is known. Points are spread horizontally for legibility only."
+    "at the median, if it is known. Points are spread horizontally for legibility only."
 )
 SURVIVAL = (
     "Kaplan–Meier estimate of the share of trainings that have not reached sustained grokking "
@@ -242,6 +239,24 @@ def draw_boxes(
         axes.set_ylim(bottom=0)
 
 
+def draw_quartiles(axes: Axes, place: float, color: str, box: dict[str, float]) -> None:
+    """A box with its median; whiskers where they have ends other than its edges."""
+    line = {"color": color, "linewidth": 1}
+    axes.bxp(
+        [{"whislo": box["q1"], "whishi": box["q3"]} | box],
+        positions=[place],
+        widths=0.6,
+        showfliers=False,
+        showcaps="whislo" in box,
+        manage_ticks=False,
+        patch_artist=True,
+        boxprops={"facecolor": color + "22", "edgecolor": color, "linewidth": 1},
+        medianprops={"color": color, "linewidth": 2},
+        whiskerprops=line,
+        capprops=line,
+    )
+
+
 def _draw_box(axes: Axes, place: float, sample: Sample, budget: int) -> None:
     """The quartiles of five and more, of fewer the range; whiskers end where trainings grokked."""
     color = optimizer_color(sample.optimizer)
@@ -251,19 +266,7 @@ def _draw_box(axes: Axes, place: float, sample: Sample, budget: int) -> None:
     if len(counted) >= FEW_VALUES:
         q1, middle, q3 = np.percentile(counted, (25, 50, 75))
         ends = {"whislo": min([*known, q1]), "whishi": max([*known, q3])}
-        line = {"color": color, "linewidth": 1}
-        axes.bxp(
-            [ends | {"q1": q1, "med": middle, "q3": q3}],
-            positions=[place],
-            widths=0.6,
-            showfliers=False,
-            manage_ticks=False,
-            patch_artist=True,
-            boxprops={"facecolor": color + "22", "edgecolor": color, "linewidth": 1},
-            medianprops={"color": color, "linewidth": 2},
-            whiskerprops=line,
-            capprops=line,
-        )
+        draw_quartiles(axes, place, color, ends | {"q1": q1, "med": middle, "q3": q3})
     elif len(counted) > 1:
         axes.plot([place] * 2, [min(counted), max(counted)], color=color, lw=1, alpha=0.6)
         middle = censored_median(sample.values, [budget] * len(counted))

@@ -84,29 +84,23 @@ MEASURES = (
 TOLD = {"logit_gini": "Gini of the logits", "weight_stable_rank": "stable rank of the weights"}
 
 MEASURES_CAPTION = (
-    "Diagnostics over training. Thin: one seed; thick: the median at the epochs that all seeds "
-    "reached; diamond: median sustained grokking epoch. Gini: inequality of the norms of the "
-    "Fourier components, 0 if all frequencies are equal and near 1 if only one remains. "
+    "One seed thin; the median at the epochs that all seeds reached thick; diamond: median "
+    "sustained grokking epoch. Gini: inequality of the Fourier components, near 1 if one remains. "
     "Restricted loss: with only the constant and the five strongest frequencies of the logits; "
-    "excluded loss: on training examples without these frequencies (Nanda et al., 2301.05217; "
-    "we extend both from addition to other operations and choose the five frequencies at each "
-    "diagnostic). Stable rank ‖W‖_F² / ‖W‖₂²; effective rank: exponential of the entropy of the "
-    "singular values. Updates are the change of the weights in one step, decay included. "
-    "Softmax collapse: training examples where float32 absorbs all but the largest logit "
-    "(2501.04697)."
+    "excluded: on training examples without these (Nanda et al., 2301.05217, here chosen at each "
+    "diagnostic and for other operations too). Stable rank ‖W‖_F² / ‖W‖₂²; effective rank: "
+    "exponential of the entropy of the singular values. Updates include decay. Softmax collapse: "
+    "training examples where float32 absorbs all but the largest logit (2501.04697)."
 )
 POWER_CAPTION = (
-    "Share of power at each frequency over training, first seed of each optimizer: of the "
-    "number tokens' embeddings along the residues (for mul, div and exp by discrete logarithm "
-    "to base 5), and of the logits along the answer. A solution with few frequencies shows as a "
-    "few dark lines; equal frequencies show as uniform grey, 2 % each. Dashed line: sustained "
-    "grokking epoch."
+    "Share of power at each frequency, first seed of each optimizer: of the number tokens' "
+    "embeddings along the residues (for mul, div and exp by discrete logarithm to base 5), and of "
+    "the logits along the answer; equal frequencies have 2 % each. Dashed: grokking epoch."
 )
 SPECTRA_CAPTION = (
-    "Singular values of the first of the largest matrices, in descending order and divided by "
-    "the largest: of its weights and of their change in one step, for the first seed of each "
-    "optimizer, from the first diagnostic (pale) to the last. A line that falls early is a "
-    "matrix of low rank; values below a thousandth of the largest are not accurate."
+    "Singular values of the first of the largest matrices and of its change in one step, divided "
+    "by the largest, for the first seed of each optimizer, from the first diagnostic (pale) to the "
+    "last. Values below a thousandth of the largest are not accurate."
 )
 
 

@@ -22,7 +22,6 @@ from experiments.grok.report_data import (
     cost,
     counts,
     known,
-    median_cost,
     numeric,
     plain,
     swept,
@@ -35,27 +34,23 @@ from experiments.report.text import number, p_text
 
 BEST = (
     "The setting at which each optimizer has its lowest median cost of sustained grokking, for "
-    "each unit of cost that ranks trainings differently. The best of many settings favours "
-    "optimizers that were tried at more of them; the interval covers seeds only, not the choice "
-    "of the setting. “–”: XLA does not count the optimizer's FLOPs."
+    "each unit of cost that ranks trainings differently. It favours optimizers that were tried at "
+    "more settings; the interval covers seeds only. “–”: XLA does not count the optimizer's FLOPs."
 )
 TRENDS = (
-    "Spearman's rank correlation between the setting and the cost of sustained grokking, in "
-    "five units: +1 if a larger value always costs more. If all trainings have the same budget, "
-    "censored ones rank last; if not, as in steps when the batch varies, values with a censored "
-    "training are excluded. Settings that are words have no order and no correlation."
+    "Spearman's rank correlation between the setting and the cost of sustained grokking. If all "
+    "trainings have the same budget, censored ones rank last; if not, as in steps when the batch "
+    "varies, values with a censored training are excluded. Words have no order and no correlation."
 )
 SWEEP = (
-    "Cost of sustained grokking against the setting. A point is a training that grokked, a line "
-    "the median over seeds where it is known. An open triangle marks the n trainings (×n) of an "
-    "optimizer at a setting that had not grokked within {budget} epochs, at the median cost of "
-    "their budgets. FLOPs are counted by XLA, which omits decompositions and the repetitions of "
-    "loops; optimizers with either have none (–). Seconds are this machine's."
+    "Cost of sustained grokking against the setting: a point is a training that grokked, a line "
+    "the median where it is known, an open triangle the n trainings (×n) of an optimizer that had "
+    "not grokked within {budget} epochs, at the median cost of these. FLOPs are counted by XLA, "
+    "which omits decompositions and repetitions of loops (–). Seconds are this machine's."
 )
 HEAT = (
     "Median cost of sustained grokking over seeds and, of several, the range, or the number of "
-    "trainings censored at {budget} epochs. Grey: only a lower bound of the median is known (>), "
-    "or nothing (–), such as FLOPs with decompositions. All optimizers share a unit's colours."
+    "trainings censored at {budget} epochs. Grey: only a lower bound is known (>), or nothing (–)."
 )
 BEST_COLUMNS = (
     "unit", "optimizer", "settings tried", "best setting", "n", "memorised (epoch)",
@@ -97,7 +92,7 @@ def best(run: Run, unit: str = "epochs") -> list[Best]:
 
     def order(arm: Arm) -> tuple[float, float]:
         """A bound behind every median, and means break ties."""
-        median = median_cost(run, arm.cells, unit)
+        median = arm.median(unit)
         mean = statistics.fmean(cost(run, row, unit) for row in arm.cells)
         return math.inf if median.at_least else median.value, mean
 
@@ -107,7 +102,7 @@ def best(run: Run, unit: str = "epochs") -> list[Best]:
         Best(
             arm,
             len(arms[name]),
-            median_cost(run, arm.cells, unit),
+            arm.median(unit),
             _ratio(run, base.cells, arm.cells, unit) if base and name != BASELINE else None,
         )
         for name, arm in chosen.items()

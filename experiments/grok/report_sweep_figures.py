@@ -17,6 +17,7 @@ from matplotlib.transforms import offset_copy
 from experiments.grok import grid
 from experiments.grok.report_data import (
     UNITS,
+    Arm,
     Median,
     Row,
     Run,
@@ -24,7 +25,6 @@ from experiments.grok.report_data import (
     cost,
     counts,
     known,
-    median_cost,
     numeric,
     ordered,
     plain,
@@ -108,7 +108,7 @@ def _draw_lines(axes: Axes, run: Run, places: Mapping[Value, float], unit: str) 
             continue
         color = optimizer_color(name)
         if not own:
-            level = median_cost(run, rows, unit)
+            level = Arm.of(run, rows).median(unit)
             # Lines that coincide take turns: each begins its dashes where another one's end.
             turn = (5 * unswept.index(name), (5, 5 * len(unswept) - 5 or 3))
             ends = [min(places.values()), max(places.values())]
@@ -120,7 +120,7 @@ def _draw_lines(axes: Axes, run: Run, places: Mapping[Value, float], unit: str) 
             if row["point"]:
                 by_value.setdefault(grid.values(row["point"])[own[0]], []).append(row)
         # A line through bounds would show the budget's course, which falls in steps over batches.
-        medians = {x: median_cost(run, by_value[x], unit) for x in places if x in by_value}
+        medians = {x: Arm.of(run, by_value[x]).median(unit) for x in places if x in by_value}
         line = {places[x]: median.value for x, median in medians.items() if not median.at_least}
         axes.plot([*line], [*line.values()], color=color, lw=2)
         for x, cells in by_value.items():
@@ -205,7 +205,7 @@ def _table(run: Run, name: str, unit: str) -> tuple[list[list[Value]], dict[tupl
     spots = {
         (values[0].index(x), values[1].index(y)): Spot(
             sorted(cost(run, row, unit) for row in rows if not row["censored"]),
-            median_cost(run, rows, unit),
+            Arm.of(run, rows).median(unit),
             sum(row["censored"] for row in rows),
         )
         for (x, y), rows in cells.items()

@@ -1,25 +1,25 @@
 """The report's comparisons with AdamW: memorising, delay and grokking apart, and their tests."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from experiments.differences import holm
 from experiments.grok import statistics
 from experiments.grok.config import Panel
-from experiments.grok.report_data import BASELINE, SOON, Arm, Row, Run, censored_median, delay
+from experiments.grok.report_data import BASELINE, SOON, Arm, Run, censored_median, value
 from experiments.report.figures import optimizer_label
 from experiments.report.page import Table
 from experiments.report.text import number, p_text, plural
 
 SUSTAINED = "grok, sustained"
 DELAY = "delay + 1"
-# What of a training is compared, by its name; None where it is not reached within the budget.
-CRITERIA: dict[str, Callable[[Row], float | None]] = {
-    "memorised": lambda row: row["memorized_epoch"],
-    DELAY: lambda row: 1 + delay(row),
-    "first crossing": lambda row: row["first_crossing_epoch"],
-    "grok, first": lambda row: row["grok_epoch"],
-    SUSTAINED: lambda row: row["grok_epoch_sustained"],
-    "grok, near best": lambda row: row["grok_epoch_near_best"],
+# What of a training is compared, by its name.
+CRITERIA = {
+    "memorised": "memorized_epoch",
+    DELAY: "delay",
+    "first crossing": "first_crossing_epoch",
+    "grok, first": "grok_epoch",
+    SUSTAINED: "grok_epoch_sustained",
+    "grok, near best": "grok_epoch_near_best",
 }
 DELAYS = (
     "optimizer", "trainings", "grokked", f"of these, ≤ {SOON} epochs after memorising",
@@ -61,13 +61,17 @@ def pairs(run: Run, optimizer: str, criterion: str = SUSTAINED) -> dict[Panel, P
     Where a setting is swept that does not concern AdamW, its cells are those without it. Of delays,
     only trainings that grokked have one.
     """
-    value, found = CRITERIA[criterion], {}
+    what, found = CRITERIA[criterion], {}
     for panel in run.panels():
         base = run.of(panel, BASELINE) or run.of(panel._replace(point=""), BASELINE)
         slow, fast = (
-            {r["seed"]: value(r) for r in rows if criterion != DELAY or not r["censored"]}
+            {row["seed"]: value(row, what) for row in rows}
             for rows in (base, run.of(panel, optimizer))
         )
+        if criterion == DELAY:  # which may be 0
+            slow, fast = (
+                {seed: 1 + x for seed, x in of.items() if x is not None} for of in (slow, fast)
+            )
         if slow and fast:
             found[panel] = slow, fast
     return found
@@ -96,12 +100,11 @@ def _others(run: Run) -> list[str]:
 
 def delays(run: Run) -> list[list[str]]:
     """Rows in the order of `DELAYS`: how many trainings of each optimizer grok, and how late."""
-    arms = (Arm(Panel("", ""), name, run.of(None, name), run.budget) for name in run.optimizers())
+    arms = [Arm.of(run, cells) for name in run.optimizers() if (cells := run.of(None, name))]
     return [
         [arm.label, str(arm.n), str(arm.n - arm.censored), str(arm.soon), str(arm.strict)]
         + [arm.median(of).text() for of in ("memorized_epoch", "delay", "grok_epoch_sustained")]
         for arm in arms
-        if arm.n
     ]
 
 
