@@ -376,7 +376,7 @@ def test_the_largest_effects_of_quirks_are_told_and_the_others_bounded(tmp_path)
 
 def test_each_base_has_an_axis_of_its_losses(tmp_path):
     losses = {("AdamW base", "adamw"): (4.0, 4.1, 4.2), ("Muon base", "adamw"): (3.0, 3.1, 3.2)}
-    figure = report.drawn_rates(planted(tmp_path, "mismatch", losses).groups)
+    figure = report.rates(planted(tmp_path, "mismatch", losses).groups).draw()
     for axes, loss in zip(figure.axes, (4.0, 3.0), strict=True):
         low, high = axes.get_ylim()
         assert {low < y < high for line in axes.lines for y in line.get_ydata()} == {True}

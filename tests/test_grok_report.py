@@ -242,17 +242,42 @@ def test_settings_too_many_for_boxes_have_rows_by_optimizer(tmp_path):
     assert "Comparison with the paper" not in write_report(folder).read_text()
 
 
-def test_every_box_has_its_n_and_an_optimizer_that_is_not_swept_a_place_of_its_own(tmp_path):
-    ranks = [(1, [180, 190]), (8, [60, 70, 80])]
+def test_every_row_has_its_n_and_an_optimizer_that_is_not_swept_a_panel_of_its_own(tmp_path):
+    ranks = [(1, [180, None]), (8, [60, 70, 80])]
     rows = ADAMW + MUON + three_seeds("polar", [16, 18, 20])
     for rank, grok in ranks:
         rows += three_seeds("low_rank", grok, point=f"variants.rank={rank}")
     folder = make_run(tmp_path / "run", rows, grid=("variants.rank=1,8",))
-    (axes,) = epochs_figure(load_run(folder)).axes
-    sizes = [label.get_text().split("\n")[-1] for label in axes.get_xticklabels(minor=True)]
-    assert sizes == ["n=3", "n=3", "n=3", "n=2", "n=3"]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["not swept", "1", "8"]
-    assert axes.get_xlabel() == "rank"
+    found = {axes.get_title("left"): axes for axes in epochs_figure(load_run(folder)).axes}
+    assert [*found] == ["AdamW", "Muon", "Exact polar", "Rank k, SVD"]
+
+    def marked(axes, marker):
+        lines = [line for line in axes.lines if line.get_marker() == marker]
+        return sorted((round(y), x) for line in lines for x, y in line.get_xydata().tolist())
+
+    assert marked(found["Muon"], "o") == [(0, 15), (0, 17), (0, 21)]
+    ranked = found["Rank k, SVD"]
+    assert marked(ranked, "o") == [(0, 180), (1, 60), (1, 70), (1, 80)]
+    assert marked(ranked, "^") == [(0, 200)]
+    assert [label.get_text() for label in ranked.get_yticklabels()] == ["1", "8"]
+    assert ranked.get_ylabel() == "rank" and found["Muon"].get_ylabel() == ""
+
+
+def test_output_functions_lie_side_by_side(tmp_path):
+    kinds = ("softmax", "stablemax", "sparsemax")
+    rows = [
+        cell(task, kind, name, s, 5, 30 + s)
+        for task in ("add", "mul")
+        for kind in kinds
+        for name in ("adamw", "muon")
+        for s in range(3)
+    ]
+    axes = epochs_figure(load_run(make_run(tmp_path / "run", rows))).axes
+    titles = [of.get_title("left") for of in axes]
+    assert titles == [f"{task} · {kind}" for task in ("add", "mul") for kind in kinds]
+    assert [len({round(of.get_position().x0, 3) for of in axes})] == [3]
+    labels = [[label.get_text() for label in of.get_yticklabels()] for of in axes[:2]]
+    assert labels == [["AdamW", "Muon"], ["", ""]]
 
 
 def test_what_is_lost_after_grokking_is_told_where_cells_train_on(tmp_path):

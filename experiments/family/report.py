@@ -21,7 +21,7 @@ from experiments.report.figures import (
     optimizer_color,
     optimizer_label,
 )
-from experiments.report.page import Column, Picture, Report, Section, Table
+from experiments.report.page import Column, Picture, Report, Table
 from experiments.report.series import middle, series
 from experiments.report.text import all_told, form, interval_text, number
 from experiments.sweep import Files
@@ -171,7 +171,6 @@ def report(folder: Path) -> Report:
     )
     unit = "nats per byte"
     figures = [arms.finals(found, unit), arms.rates(found, unit), curves if files.rows else None]
-    measured = all_told(MEASURED, facts) | arms.about(found, ARMS)
     return arms.report(
         "Variants of Muon on a small language model",
         folder,
@@ -179,10 +178,7 @@ def report(folder: Path) -> Report:
         "an optimizer, a learning rate and a seed",
         abstract(found, files),
         table,
-        [
-            Section("arms", "Every optimizer at its best rate", [table]),
-            Section("figures", "Figures", figures if found else []),
-            Section("criteria", "How it was measured", [measured]),
-        ],
+        figures if found else [],
+        measured=all_told(MEASURED, facts) | arms.about(found, ARMS),
         arms=[arm.as_json() for arm in found],
     )

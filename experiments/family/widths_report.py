@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from experiments.report import arms
 from experiments.report.figures import rates_figure
-from experiments.report.page import Column, Picture, Report, Section, Table
+from experiments.report.page import Column, Picture, Report, Table
 from experiments.report.text import form, signed, told
 from experiments.sweep import Files, optimum
 
@@ -158,6 +158,6 @@ def report(folder: Path) -> Report:
         "a shape scale, a width, a learning rate and a seed",
         sentences(transfers),
         table,
-        [Section("widths", "Best rate by width", [table, figure if files.rows else None])],
+        [figure] if files.rows else [],
         scales=[of.as_json() for of in transfers],
     )

@@ -1,8 +1,7 @@
 """The report's figures of cells: accuracy against epoch, and the epochs to grok."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,15 +9,12 @@ from matplotlib.figure import Figure
 
 from experiments.grok import grid, statistics
 from experiments.grok.config import Panel
-from experiments.grok.report_data import BASELINE, Arm, Run, aggregate, censored_median, plain
+from experiments.grok.report_data import BASELINE, Arm, Run, aggregate, plain
 from experiments.grok.train import GROKKED_ACCURACY
 from experiments.report.figures import (
-    BEYOND,
     DASHES,
     GROKKED_MARK,
-    MEAN_MARK,
     MEMORISED_MARK,
-    POINT_MARK,
     REFERENCE,
     Final,
     draw_series,
@@ -35,10 +31,7 @@ from experiments.report.figures import (
 from experiments.report.page import Picture
 from experiments.report.series import series
 
-# More than these make a panel of curves, or a line of boxes, illegible.
-FEW_OPTIMIZERS, FEW_SETTINGS = 6, 8
-# Fewer than these have no quartiles worth a box.
-FEW_VALUES = 5
+FEW_OPTIMIZERS = 6  # more make a panel of curves illegible
 
 
 CURVES = (
@@ -47,29 +40,15 @@ CURVES = (
     "trainings, unless beyond the budget. {begun} trainings started, {finished} finished."
 )
 EPOCHS = (
-    "Sustained grokking epoch of every finished training. The {censored} censored ones are open "
-    "triangles at the budget of {budget} epochs. {shape}"
-)
-ROWS = (
-    "A line spans an optimizer's range, a bar marks its median where that is known, and a cross "
-    "the epoch at which a training had lost its accuracy again."
-)
-QUARTILES = (
-    "Five and more trainings have a box of their quartiles, with the censored ones at the budget, "
-    "and whiskers to the ends of those that grokked; fewer have a line over their range and a bar "
-    "at the median, if it is known. Points are spread horizontally for legibility only."
+    "Sustained grokking epoch of every finished training. A line spans an optimizer's range, a bar "
+    "marks its median where that is known, and a cross the epoch at which a training had lost its "
+    "accuracy again. The {censored} censored ones are open triangles at the budget of {budget} "
+    "epochs."
 )
 SURVIVAL = (
     "Kaplan–Meier estimate of the share of trainings that have not reached sustained grokking "
     "by each epoch, over all tasks and output functions."
 )
-
-
-class Sample(NamedTuple):
-    """One box: an optimizer's values, None for a censored one."""
-
-    optimizer: str
-    values: list[float | None]
 
 
 def many_arms(run: Run) -> bool:
@@ -144,166 +123,30 @@ def _title(panel: Panel) -> str:
     return str(panel) if not panel.point else panel.point.replace(" ", "\n")
 
 
-def in_rows(run: Run) -> bool:
-    """Whether the arms are too many for boxes side by side, and have a row each."""
-    return many_arms(run) or len({cell.point for cell in run.cells}) > FEW_SETTINGS
-
-
 def epochs_figure(run: Run) -> Figure:
-    """The sustained grokking epoch of every cell, as boxes or, where arms are many, as rows."""
-    return _rows_figure(run) if in_rows(run) else _boxes_figure(run)
+    """A row per arm, a panel per task and output function; of a sweep a row per setting, by arm.
 
-
-def _boxes_figure(run: Run) -> Figure:
-    """A line of boxes per softmax, a group per task."""
-    kinds = list(dict.fromkeys(row["softmax"] for row in run.rows)) or ["no cell finished"]
-    names = run.optimizers()
-    panels = [panel for panel in run.panels() if any(run.of(panel, name) for name in names)]
-    swept = [panel.point for panel in panels if panel.point]
-    epochs = [row["grok_epoch_sustained"] or run.budget for row in run.rows] or [1]
-    boxes = len({(row["task"], row["point"], row["optimizer"]) for row in run.rows})
-    width = max(4.2, 0.5 * (boxes / len(kinds) + 0.8 * len(panels)) + 1.2)
-    figure, grid_ = grid_of(len(kinds), 1, width, 2.4, sharey=True)
-    for softmax, axes in zip(kinds, grid_, strict=True):
-        groups = []
-        for panel in (panel for panel in panels if panel.softmax == softmax):
-            cells = {name: run.of(panel, name) for name in names}
-            samples = [
-                Sample(name, [row["grok_epoch_sustained"] for row in rows])
-                for name, rows in cells.items()
-                if rows or not swept
-            ]
-            values = [pair.rpartition("=")[2] for pair in panel.point.split()]
-            other = "not swept" if swept else panel.task
-            groups.append(("\n".join(values) or other, samples))
-        draw_boxes(axes, groups, run.budget, log=max(epochs) > 10 * min(epochs))
-        if swept:
-            axes.set_xlabel(", ".join(map(plain, grid.values(swept[0]))))
-        axes.set_ylabel("grokking epoch")
-        if len(kinds) > 1:
-            axes.set_title(softmax, loc="left")
-    sizes = {len(samples) for panel in panels for n in names if (samples := run.of(panel, n))}
-    each = f", n = {min(sizes)} each" if len(sizes) == 1 else ""
-    others = [legend_line(f"one training{each}", **POINT_MARK), *_ends(run)]
-    legend(figure, names, *others, columns=3 if width < 6 else 6)
-    return figure
-
-
-def _ends(run: Run) -> list[Any]:
-    """Of the legend: how many cells are censored, and where."""
-    censored = sum(row["censored"] for row in run.rows)
-    return [
-        legend_line(f"{censored} censored", **BEYOND),
-        legend_line(f"budget, {run.budget} epochs", "#444444", lw=1, ls=":"),
-    ]
-
-
-def draw_boxes(
-    axes: Axes, groups: Sequence[tuple[str, Sequence[Sample]]], budget: int, log: bool
-) -> None:
-    """Draw a box per optimizer, in groups, with all points; censored ones open, at the budget.
-
-    Args:
-        axes: The panel.
-        groups: Per group its label and its samples.
-        budget: The epoch at which a training is censored.
-        log: Whether the vertical axis is logarithmic.
+    Of many optimizers the fastest is above.
     """
-    axes.axhline(budget, **REFERENCE)
-    places, names, centers = [], [], []
-    start = 0.0
-    # Where there is room each box says whose it is; else the legend's colours do.
-    every = [sample for _, samples in groups for sample in samples]
-    roomy, equal = len(every) <= 8, len({len(sample.values) for sample in every}) == 1
-    for _, samples in groups:
-        for place, sample in enumerate(samples, start=1):
-            _draw_box(axes, start + place, sample, budget)
-            places.append(start + place)
-            size = f"n={len(sample.values)}"
-            name = f"{optimizer_label(sample.optimizer)}\n{size}" if roomy else size
-            names.append("" if equal and not roomy else name)
-        centers.append(start + (1 + len(samples)) / 2)
-        start += len(samples) + 0.8
-    axes.set_xlim(0.3, start - 0.8 + 0.7)
-    axes.grid(visible=False, axis="x")
-    axes.xaxis.remove_overlapping_locs = False  # a group's middle box keeps its n
-    axes.set_xticks(places, names, minor=True)
-    axes.set_xticks(centers, [label for label, _ in groups])
-    # Two rows of labels: the sizes below the boxes, the group's name below those.
-    axes.tick_params(axis="x", which="minor", length=0, labelsize=8 if roomy else 7, pad=4)
-    low = 30 if roomy else 5 if equal else 17
-    axes.tick_params(axis="x", which="major", length=0, labelsize=9, pad=low)
-    if log:
-        plain_log_axis(axes, "y")
-    else:
-        axes.set_ylim(bottom=0)
-
-
-def draw_quartiles(axes: Axes, place: float, color: str, box: dict[str, float]) -> None:
-    """A box with its median; whiskers where they have ends other than its edges."""
-    line = {"color": color, "linewidth": 1}
-    axes.bxp(
-        [{"whislo": box["q1"], "whishi": box["q3"]} | box],
-        positions=[place],
-        widths=0.6,
-        showfliers=False,
-        showcaps="whislo" in box,
-        manage_ticks=False,
-        patch_artist=True,
-        boxprops={"facecolor": color + "22", "edgecolor": color, "linewidth": 1},
-        medianprops={"color": color, "linewidth": 2},
-        whiskerprops=line,
-        capprops=line,
-    )
-
-
-def _draw_box(axes: Axes, place: float, sample: Sample, budget: int) -> None:
-    """The quartiles of five and more, of fewer the range; whiskers end where trainings grokked."""
-    color = optimizer_color(sample.optimizer)
-    known = [value for value in sample.values if value is not None]
-    censored = len(sample.values) - len(known)
-    counted = known + [budget] * censored
-    if len(counted) >= FEW_VALUES:
-        q1, middle, q3 = np.percentile(counted, (25, 50, 75))
-        ends = {"whislo": min([*known, q1]), "whishi": max([*known, q3])}
-        draw_quartiles(axes, place, color, ends | {"q1": q1, "med": middle, "q3": q3})
-    elif len(counted) > 1:
-        axes.plot([place] * 2, [min(counted), max(counted)], color=color, lw=1, alpha=0.6)
-        middle = censored_median(sample.values, [budget] * len(counted))
-        if not middle.at_least:
-            axes.plot(place, middle.value, color=color, **MEAN_MARK | {"marker": "_"})
-    # Points stand apart so that they can be counted; so many triangles could not.
-    many = censored > 3
-    asides = np.linspace(-0.2, 0.2, len(counted)) if len(counted) > 1 else [0.0] * len(counted)
-    for aside, value in zip(asides, sample.values, strict=True):
-        if value is not None:
-            axes.plot(place + aside, value, color=color, zorder=4, clip_on=False, **POINT_MARK)
-        elif not many:
-            axes.plot(place + aside, budget, color=color, zorder=4, clip_on=False, **BEYOND)
-    if many:
-        axes.plot(place, budget, color=color, zorder=4, clip_on=False, **BEYOND)
-        style = {"xytext": (7, 4), "textcoords": "offset points", "fontsize": 8}
-        axes.annotate(f"×{censored}", (place, budget), color=color, **style)
-
-
-def _rows_figure(run: Run) -> Figure:
-    """A row per arm: the fastest above, a panel per task and output function; of a sweep by arm."""
     panels: dict[str, list[Arm]] = {}
     for arm in aggregate(run.rows, run.budget):
         panels.setdefault(arm.label if run.is_sweep else str(arm.panel), []).append(arm)
-    if not run.is_sweep:
+    if many_arms(run):
         panels = {t: sorted(own, key=lambda arm: arm.median()[::-1]) for t, own in panels.items()}
+    kinds = len({panel.softmax for panel in run.panels()})
     figure = finals_figure(
         {title: [_row(run, arm) for arm in own] for title, own in panels.items()},
         "grokking epoch (log scale)",
         (f"budget, {run.budget} epochs", run.budget),
+        columns=kinds if len(panels) > kinds > 1 and not run.is_sweep else 1,
         middle="median",
         limit=run.budget,
         beyond="censored",
         log=True,
     )
-    for axes, own in zip(figure.axes, panels.values(), strict=True):
-        axes.set_ylabel(", ".join(map(plain, grid.values(own[0].panel.point))))
+    for axes, own in zip(figure.axes, panels.values(), strict=False):
+        if settings := grid.values(own[-1].panel.point):
+            axes.set_ylabel(", ".join(map(plain, settings)))
     return figure
 
 
@@ -338,8 +181,7 @@ def pictures(run: Run) -> list[Picture]:
     """Of a run's cells: curves where there is a log, epochs, and survival of few optimizers."""
     censored, finished = sum(row["censored"] for row in run.rows), len(run.rows)
     curves = CURVES.format(begun=len(run.cells), finished=finished)
-    shape = ROWS if in_rows(run) else QUARTILES
-    epochs = EPOCHS.format(censored=censored, budget=run.budget, shape=shape)
+    epochs = EPOCHS.format(censored=censored, budget=run.budget)
     found = [
         Picture(
             "curves",

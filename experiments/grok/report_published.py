@@ -4,13 +4,17 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.grok import statistics as tests
 from experiments.grok.report_data import BASELINE, Arm, Run
-from experiments.grok.report_figures import Sample, draw_boxes, draw_quartiles, many_arms
+from experiments.grok.report_figures import many_arms
 from experiments.report.figures import (
     BEYOND,
+    POINT_MARK,
+    REFERENCE,
     legend,
     legend_line,
     new_figure,
@@ -89,20 +93,24 @@ def table(run: Run) -> list[list[str]]:
 
 def figure(run: Run) -> Figure:
     """The paper's boxes beside this run's, of all tasks and output functions together."""
-    samples = [Sample(name, pooled(run, name)) for name in run.optimizers()]
-    figure = new_figure(max(6.0, 1.5 * len(samples) + 3.2), 3.6)
-    ratio = [2, max(2, 1.4 * len(samples))]
+    names = run.optimizers()
+    figure = new_figure(max(6.0, 1.5 * len(names) + 3.2), 3.6)
+    ratio = [2, max(2, 1.4 * len(names))]
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=ratio)
     for place, (name, box) in enumerate(BOXES.items()):
         color = optimizer_color(name)
-        draw_quartiles(left, place, color, box)
+        _draw_quartiles(left, place, color, box)
         left.plot([place] * len(box["fliers"]), box["fliers"], "x", color=color)
         left.plot(place, MEANS[name], color=color, **PAPER_MEAN)
+    for place, name in enumerate(names):
+        _draw_trainings(right, place, optimizer_color(name), pooled(run, name), run.budget)
     left.set_xticks(range(len(BOXES)), [optimizer_label(name) for name in BOXES])
+    sizes = [f"{optimizer_label(name)}\nn = {len(pooled(run, name))}" for name in names]
+    right.set_xticks(range(len(names)), sizes)
     left.set_title("paper, read off its figure", loc="left")
-    left.set_ylabel("grokking epoch")
-    draw_boxes(right, [("all tasks", samples)], run.budget, log=True)
-    right.set_title("this run", loc="left")
+    right.set_title("this run, all tasks", loc="left")
+    left.set_ylabel("grokking epoch (log scale)")
+    right.axhline(run.budget, **REFERENCE)
     plain_log_axis(left, "y")
     legend(
         figure,
@@ -112,6 +120,43 @@ def figure(run: Run) -> Figure:
         legend_line("censored, ×n trainings", "#444444", **BEYOND),
     )
     return figure
+
+
+def _draw_trainings(
+    axes: Axes, place: int, color: str, epochs: Sequence[int | None], budget: int
+) -> None:
+    """Every epoch, their quartiles with censored ones at the budget, and how many these are."""
+    known = [epoch for epoch in epochs if epoch is not None]
+    counted = [*known, *[budget] * (len(epochs) - len(known))]
+    if not counted:
+        return
+    q1, middle, q3 = np.percentile(counted, (25, 50, 75))
+    ends = {"whislo": min([*known, q1]), "whishi": max([*known, q3])}  # of those that grokked
+    _draw_quartiles(axes, place, color, ends | {"q1": q1, "med": middle, "q3": q3})
+    asides = np.linspace(-0.2, 0.2, len(known)) if len(known) > 1 else [0.0] * len(known)
+    axes.plot(place + np.array(asides), known, color=color, zorder=4, **POINT_MARK)
+    if len(known) < len(epochs):
+        axes.plot(place, budget, color=color, zorder=4, **BEYOND)
+        at = {"xytext": (7, 4), "textcoords": "offset points"}
+        axes.annotate(f"×{len(epochs) - len(known)}", (place, budget), color=color, **at)
+
+
+def _draw_quartiles(axes: Axes, place: float, color: str, box: dict[str, Any]) -> None:
+    """A box with its median; whiskers where they have ends other than its edges."""
+    line = {"color": color, "linewidth": 1}
+    axes.bxp(
+        [{"whislo": box["q1"], "whishi": box["q3"]} | box],
+        positions=[place],
+        widths=0.6,
+        showfliers=False,
+        showcaps="whislo" in box,
+        manage_ticks=False,
+        patch_artist=True,
+        boxprops={"facecolor": color + "22", "edgecolor": color, "linewidth": 1},
+        medianprops={"color": color, "linewidth": 2},
+        whiskerprops=line,
+        capprops=line,
+    )
 
 
 def items(run: Run) -> list[object]:

@@ -276,17 +276,23 @@ def caveats(found: Sequence[Arm], name: Any = lambda arm: arm.label) -> list[str
     return sentences
 
 
-def rates(found: Sequence[Arm], unit: str) -> Picture:
-    """Final loss against learning rate, a panel for each optimizer."""
-    base = baseline_of(found)
+def rates(
+    found: Sequence[Arm],
+    unit: str = "nats per token",
+    panels: Mapping[str, Sequence[Arm]] | None = None,
+    **how: Any,
+) -> Picture:
+    """Final loss against learning rate, a panel for each optimizer, or those given."""
+    base = None if panels else baseline_of(found)
     reference = base.mark[1] if base else math.inf
-    panels = {arm.label: [arm] for arm in found}
+    shown = panels or {arm.label: [arm] for arm in found}
     return Picture(
         "rates",
-        lambda: rates_figure(panels, reference=reference, unit=unit),
-        "Final validation loss against learning rate. A diverged training counts as infinite; "
+        lambda: rates_figure(shown, reference=reference, unit=unit, **how),
+        "Final held-out loss against learning rate. A diverged training counts as infinite; "
         "triangles lie beyond the axis.",
-        "Final validation loss against learning rate, a panel for each optimizer.",
+        "Final held-out loss against learning rate, a panel for each of "
+        f"{', '.join(map(str.lower, shown)) if panels else 'the optimizers'}.",
     )
 
 
@@ -331,7 +337,12 @@ def report(
     cell: str,
     abstract: Sequence[str],
     table: Table,
-    sections: Sequence[Section],
+    figures: Sequence[Any] = (),
+    *,
+    before: Sequence[Section] = (),
+    beside: Sequence[Section] = (),
+    limits: Sequence[str] = (),
+    measured: Mapping[str, str] | None = None,
     **summary: Any,
 ) -> Report:
     """The report of a sweep, which ends with all of its cells.
@@ -341,16 +352,28 @@ def report(
         folder: of the sweep.
         files: in it.
         cell: what a cell is a training of.
-        abstract, table, sections: of the page.
+        abstract, table, figures: of the page.
+        before, beside: sections before the table, and after it.
+        limits: sentences.
+        measured: definitions.
         **summary: what summary.json is to have beside what it has; stored results stay as they are.
     """
     left_out = ("text", "suite", "clips")
+    sections = [
+        *before,
+        Section("arms", "Every optimizer at its best rate", [table]),
+        *beside,
+        Section("figures", "Figures", figures),
+        Section("limits", "Limits of so small a study", [[*limits]]),
+        Section("criteria", "How it was measured", [measured]),
+        Section("cells", "Every finished cell", [cells_table(files.rows)]),
+    ]
     return Report(
         study,
         f"{folder.resolve().name} · {finished(files)} · each is {cell}",
         abstract,
         table,
-        [*sections, Section("cells", "Every finished cell", [cells_table(files.rows)])],
+        sections,
         flat({key: value for key, value in files.config.items() if key not in left_out}),
         files.summary["machine"],
         files.summary["version"],

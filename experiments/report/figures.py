@@ -349,6 +349,7 @@ def finals_figure(
     reference: tuple[str, float] | None = None,
     *,
     width: float = 6.4,
+    columns: int = 1,
     middle: str = "mean",
     limit: float = math.inf,
     beyond: str = "beyond the axis",
@@ -357,33 +358,39 @@ def finals_figure(
     """Every seed's value, a line for each arm, the first on top; an interval, or else the range.
 
     Args:
-        panels: one below the other, by their titles.
+        panels: one below the other, or in several columns, by their titles.
         name: of the horizontal axis.
         reference: a line's name, "" to leave it out of the legend, and where it is.
-        width: of the figure.
+        width: of the figure, if it has one column.
+        columns: of panels with the same lines.
         middle: what a bar marks.
         limit: where larger values are drawn, as triangles that can be counted.
         beyond: what these are.
         log: whether the horizontal axis is logarithmic.
     """
-    sizes = [len(own) + 0.6 for own in panels.values()]
-    figure = new_figure(width, 0.27 * sum(sizes) + 0.5 * len(sizes) + 0.6)
-    grid = figure.subplots(
-        len(sizes), 1, squeeze=False, height_ratios=sizes, sharex=log or math.isfinite(limit)
-    )[:, 0]
+    sizes = [len(own) + 0.6 for own in panels.values()][::columns] or [1.6]
+    figure = new_figure(
+        width if columns == 1 else 3 * columns + 1.4, 0.27 * sum(sizes) + 0.5 * len(sizes) + 0.6
+    )
+    shared = {"sharex": log or math.isfinite(limit), "squeeze": False, "height_ratios": sizes}
+    grid = [*figure.subplots(len(sizes), columns, **shared).flat]
+    for spare in grid[len(panels) :]:
+        spare.remove()
     every = [final for own in panels.values() for final in own]
-    for (title, own), axes in zip(panels.items(), grid, strict=True):
+    for axes, (title, own) in zip(grid, panels.items(), strict=False):
         if reference:
             axes.axvline(reference[1], **REFERENCE)
         for place, final in enumerate(own):
             _draw_final(axes, place, final, limit)
-        axes.set_yticks(range(len(own)), [final.label for final in own])
+        named = axes.get_subplotspec().is_first_col()
+        axes.set_yticks(range(len(own)), [final.label if named else "" for final in own])
         axes.set_ylim(len(own) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
         axes.set_title(title, loc="left")
         if log:
             plain_log_axis(axes, "x")
-    grid[-1].set_xlabel(name)
+    for axes in grid[: len(panels)][-columns:]:
+        axes.set_xlabel(name)
     handles = [legend_line("one seed", **POINT_MARK), legend_line(middle, **MEAN_MARK)]
     if any(final.interval for final in every):
         handles.append(legend_line("95 % interval", **INTERVAL_MARK))

@@ -33,7 +33,7 @@ from experiments.finetune.suites.results import (
     values,
 )
 from experiments.report import arms
-from experiments.report.figures import Final, finals_figure, optimizer_label, rates_figure
+from experiments.report.figures import Final, finals_figure, optimizer_label
 from experiments.report.page import Column, Picture, Report, Section, Table
 from experiments.report.text import all_told, form, number, p_text, plural, told
 from experiments.sweep import Files
@@ -294,17 +294,6 @@ def curves(which: SuiteName, found: Sequence[Group]) -> dict[str, dict[str, Sequ
     }
 
 
-def drawn_rates(found: Sequence[Group]) -> Figure:
-    """Final loss against learning rate, a line for each arm and a panel for each variant.
-
-    No shared axis: a variant may have a base of its own, whose losses lie elsewhere.
-    """
-    panels: dict[str, list[Group]] = {}
-    for of in found:
-        panels.setdefault(of.variant[:1].upper() + of.variant[1:], []).append(of)
-    return rates_figure(panels, style=style_of, shared=False, width=4.6)
-
-
 def drawn_differences(told: Sequence[Contrast]) -> Figure:
     """Mean difference with its interval and every seed, a line each and a panel for each family."""
     panels: dict[str, list[Final]] = {}
@@ -313,6 +302,17 @@ def drawn_differences(told: Sequence[Contrast]) -> Figure:
         line = Final(plain(of.name), style_of(of.arm)["color"], [*of.gaps.values()], of.mean, span)
         panels.setdefault(of.family, []).append(line)
     return finals_figure(panels, "final held-out loss, difference (nats)", ("", 0), width=7.4)
+
+
+def rates(found: Sequence[Group]) -> Picture:
+    """Final loss against learning rate, a line for each arm and a panel for each variant.
+
+    No shared axis: a variant may have a base of its own, whose losses lie elsewhere.
+    """
+    panels: dict[str, list[Group]] = {}
+    for of in found:
+        panels.setdefault(plain(of.variant[:1].upper() + of.variant[1:]), []).append(of)
+    return arms.rates(found, panels=panels, style=style_of, shared=False, width=4.6)
 
 
 def figures(results: Results) -> list[Picture]:
@@ -326,15 +326,9 @@ def figures(results: Results) -> list[Picture]:
         "intervals; below 0 is better.",
         "Differences of the final held-out loss, with every seed.",
     )
-    rates = Picture(
-        "rates",
-        lambda: drawn_rates(found),
-        "The sweep: final held-out loss against learning rate, of the seeds that choose it.",
-        "Final held-out loss against learning rate, a panel for each variant.",
-    )
     return [
         *[differences] * bool(pairs),
-        *[rates] * (several and any(math.isfinite(of.loss) for of in found)),
+        *[rates(found)] * (several and any(math.isfinite(of.loss) for of in found)),
         *(
             picture
             for title, trainings in curves(results.which, found).items()
@@ -349,8 +343,8 @@ def report(folder: Path) -> Report:
     files, found, which = results.files, results.groups, results.which
     config, verdicts = files.config, results.verdicts
     swept = config["sweep"]["reach"] or config["sweep"]["limit"]
-    rates = told(_SWEPT if swept else "{optimizer[learning_rate]} for all.", config)
-    facts = {"config": config, "corpus": files.summary["corpus"], "rates": rates}
+    tried = told(_SWEPT if swept else "{optimizer[learning_rate]} for all.", config)
+    facts = {"config": config, "corpus": files.summary["corpus"], "rates": tried}
     facts["models"] = ", ".join(config["models"])
     table = Table(COLUMNS, found, told(CAPTION, facts), TITLES[which], names=2).known()
     headings = ["difference of the final loss", "of", "mean [95 % interval]", "p, Holm", "n"]
@@ -377,20 +371,21 @@ def report(folder: Path) -> Report:
         "a variant, an optimizer, a learning rate and a seed",
         abstract(results),
         table,
-        [
+        figures(results),
+        before=[
             Section("matrix", "Base and arm", [crossed]),
             Section("clips", "One clip, before any training", [results.clips and clips]),
             Section("claims", heading, [whose, verdicts] if verdicts else []),
-            Section("arms", "Every optimizer at its best rate", [table]),
+        ],
+        beside=[
             Section(
                 "differences",
                 "Differences",
                 [differences and of_texts(headings, differences, DIFFERENCES)],
-            ),
-            Section("figures", "Figures", figures(results)),
-            Section("limits", "Limits of so small a study", [limits]),
-            Section("criteria", "How it was measured", [of_arms | all_told(MEASURED, facts)]),
+            )
         ],
+        limits=limits,
+        measured=of_arms | all_told(MEASURED, facts),
         groups=[of.as_json() for of in found],
         contrasts=[of.as_json() for of in results.contrasts],
         claims=[of._asdict() for of in verdicts],

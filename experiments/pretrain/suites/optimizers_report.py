@@ -12,7 +12,7 @@ from experiments.optimizers import ARMS
 from experiments.pretrain.suites.results import Arm, gather
 from experiments.report import arms
 from experiments.report.figures import legend, new_figure, optimizer_color
-from experiments.report.page import Column, Picture, Report, Section, Table
+from experiments.report.page import Column, Picture, Report, Table
 from experiments.report.text import all_told, flop, interval_text, number, p_text, told
 from experiments.sweep import Files
 
@@ -217,8 +217,6 @@ def report(folder: Path) -> Report:
             alt = "Held-out loss against tokens, FLOPs and time."
             curves = Picture("curves", lambda: curves_figure(found), CURVES, alt)
             figures.insert(1, curves)
-    limits = [text for limit in LIMITS if (text := told(limit, facts))]
-    measured = all_told(MEASURED, facts) | arms.about(found, ARMS)
     return arms.report(
         "Optimizers at equal effort",
         folder,
@@ -226,11 +224,8 @@ def report(folder: Path) -> Report:
         "an optimizer, a learning rate and a seed",
         abstract(found, files),
         table,
-        [
-            Section("arms", "Every optimizer at its best rate", [table]),
-            Section("figures", "Figures", figures),
-            Section("limits", "Limits of so small a study", [limits]),
-            Section("criteria", "How it was measured", [measured]),
-        ],
+        figures,
+        limits=[text for limit in LIMITS if (text := told(limit, facts))],
+        measured=all_told(MEASURED, facts) | arms.about(found, ARMS),
         arms=[arm.as_json() for arm in found],
     )

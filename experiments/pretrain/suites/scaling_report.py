@@ -34,7 +34,6 @@ from experiments.report.figures import (
     optimizer_color,
     optimizer_label,
     plain_log_axis,
-    rates_figure,
 )
 from experiments.report.page import Column, Picture, Report, Section, Table
 from experiments.report.text import all_told, flop, number, told
@@ -338,11 +337,7 @@ def report(folder: Path) -> Report:
         panels: dict[str, list[Arm]] = {}
         for arm in found:
             panels.setdefault(f"width {arm.width}", []).append(arm)
-        alt = "Final held-out loss against learning rate, a panel for each size."
-        caption = "The sweeps: final held-out loss against the optimizer's own learning rate."
-        draw = functools.partial(rates_figure, panels, shared=False)
-        figures.append(Picture("rates", draw, caption, alt))
-    limits = [text for limit in LIMITS if (text := told(limit, facts))]
+        figures.append(arms.rates(found, panels=panels, shared=False))
     return arms.report(
         "Loss against compute",
         folder,
@@ -350,13 +345,10 @@ def report(folder: Path) -> Report:
         "an optimizer, a width, a learning rate and a seed",
         abstract(found, model, whole),
         table,
-        [
-            Section("fits", "Curves and compute ratios", [fits if model else None]),
-            Section("arms", "Every size at its best rates", [table]),
-            Section("figures", "Figures", figures),
-            Section("limits", "What so small models can show", [limits]),
-            Section("criteria", "How it was measured", [all_told(MEASURED, facts)]),
-        ],
+        figures,
+        before=[Section("fits", "Curves and compute ratios", [fits if model else None])],
+        limits=[text for limit in LIMITS if (text := told(limit, facts))],
+        measured=all_told(MEASURED, facts),
         arms=[arm.as_json() for arm in found],
         fits={name: of and of.as_json() for name, of in kinds.items()},
     )
