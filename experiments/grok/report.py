@@ -12,7 +12,6 @@ from experiments.grok import (
     report_sweep,
     report_tests,
 )
-from experiments.grok.config import Panel
 from experiments.grok.report_data import (
     BASELINE,
     Arm,
@@ -166,10 +165,7 @@ def abstract(run: Run) -> list[str]:
     sentences = [f"{finished} of {run.total} trainings finished so far."] if partial else []
     if run.is_sweep:
         return sentences + report_sweep.sentences(run)
-    pooled = {
-        arm.optimizer: arm
-        for arm in aggregate([r | Panel("", "")._asdict() for r in run.rows], run.budget)
-    }
+    pooled = {arm.optimizer: arm for arm in report_tests.pooled(run)}
     if report_figures.many_arms(run):
         ranked = ranking(run, list(pooled.values()))
         return [*sentences, *report_tests.strictly(run), *ranked, *losses(run)]
@@ -178,7 +174,7 @@ def abstract(run: Run) -> list[str]:
     clauses: list[str] = []
     for name in names:
         arm = pooled[name]
-        clause = f"in {arm.n - arm.censored} of {arm.n} trainings"
+        clause = f"in {arm.grokked} of {arm.n} trainings"
         epochs = number(arm.median().value)
         if arm.censored == arm.n:
             clause += f" within the budget of {run.budget} epochs"
@@ -200,7 +196,7 @@ def ranking(run: Run, arms: Sequence[Arm]) -> list[str]:
     """Many optimizers in two sentences: by the epoch, and the fastest by the second."""
 
     def told(arm: Arm, median: Median) -> str:
-        part = f" ({arm.n - arm.censored} of {arm.n} trainings)" if arm.censored else ""
+        part = f" ({arm.grokked} of {arm.n} trainings)" if arm.censored else ""
         return f"{arm.label} {number(median.value)}{part}"
 
     known = [arm for arm in arms if not arm.median().at_least]
@@ -240,6 +236,7 @@ def report(folder: Path) -> Report:
     }
     columns = arm_columns(run.rows) + [STABILITY_COLUMN] * bool(whole)
     arms = Table(columns, aggregate(run.rows, run.budget), ARMS, names=3)
+    delays = [report_tests.DELAY_TEXT, Table(report_tests.DELAYS, report_tests.pooled(run))]
     cells = Table(CELL_COLUMNS, run.rows, CELLS, names=3)
     definitions = {term: text.format_map(facts) for term, text in DEFINITIONS.items()}
     return Report(
@@ -249,7 +246,7 @@ def report(folder: Path) -> Report:
         abstract(run),
         terminal_table(run.rows, run.budget) if run.rows else "",
         [
-            Section("delay", "Is it grokking?", report_tests.delay_items(run)),
+            Section("delay", "Is it grokking?", delays if run.rows else []),
             Section("sweep", "Each optimizer at its best", report_sweep.items(run)),
             Section("published", "Comparison with the paper", report_published.items(run)),
             Section("figures", "Figures", report_figures.pictures(run)),

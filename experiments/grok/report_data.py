@@ -19,6 +19,7 @@ from experiments.report.text import number, plural
 BASELINE = "adamw"
 # A training groks strictly if it generalises at this many times the epoch at which it memorised.
 STRICT = 2
+FEW_OPTIMIZERS = 6  # more make a panel of curves, and a sentence, illegible
 SOON = 5  # epochs: one that generalises so soon after memorising shows no grokking
 CONFIG_KEYS = ("tasks", "softmax", "optimizers", "epochs", "grid")
 EPOCH_KEYS = (*Cell._fields, "epoch", "train_accuracy", "validation_accuracy")
@@ -97,6 +98,10 @@ class Arm(NamedTuple):
     @property
     def censored(self) -> int:
         return sum(row["censored"] for row in self.cells)
+
+    @property
+    def grokked(self) -> int:
+        return self.n - self.censored
 
     @property
     def strict(self) -> int:

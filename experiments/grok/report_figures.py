@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from experiments.grok import grid, statistics
 from experiments.grok.config import Panel
-from experiments.grok.report_data import BASELINE, Arm, Run, aggregate, plain
+from experiments.grok.report_data import BASELINE, FEW_OPTIMIZERS, Arm, Run, aggregate, plain
 from experiments.grok.train import GROKKED_ACCURACY
 from experiments.report.figures import (
     DASHES,
@@ -30,9 +30,6 @@ from experiments.report.figures import (
 )
 from experiments.report.page import Picture
 from experiments.report.series import series
-
-FEW_OPTIMIZERS = 6  # more make a panel of curves illegible
-
 
 CURVES = (
     "Accuracy after each epoch: training solid, validation dashed; one seed thin, the median at "

@@ -1,10 +1,8 @@
 """The figures of a sweep: lines over one setting, heat maps over two."""
 
-import math
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,9 +16,8 @@ from experiments.grok import grid
 from experiments.grok.report_data import (
     UNITS,
     Arm,
-    Median,
-    Row,
     Run,
+    aggregate,
     apart,
     cost,
     counts,
@@ -30,6 +27,7 @@ from experiments.grok.report_data import (
     plain,
     swept,
     uncounted,
+    value,
 )
 from experiments.report.figures import (
     BEYOND,
@@ -45,14 +43,6 @@ from experiments.report.text import number
 Value = float | str
 """Of a setting."""
 HEAT_COLORS = "viridis_r"
-
-
-class Spot(NamedTuple):
-    """What is known at one pair of values: the costs that are, their median, those censored."""
-
-    known: list[float]
-    median: Median
-    censored: int
 
 
 def lines_figure(run: Run) -> Figure:
@@ -95,8 +85,14 @@ def lines_figure(run: Run) -> Figure:
     return figure
 
 
-def _label(value: Value) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
+def settings(run: Run, name: str) -> list[Arm]:
+    """An optimizer's cells by the settings that are swept, where they have any."""
+    arms = aggregate(run.of(None, name), run.budget)
+    return [arm for arm in arms if arm.panel.point]
+
+
+def _label(x: Value) -> str:
+    return x if isinstance(x, str) else f"{x:g}"
 
 
 def _draw_lines(axes: Axes, run: Run, places: Mapping[Value, float], unit: str) -> None:
@@ -115,16 +111,13 @@ def _draw_lines(axes: Axes, run: Run, places: Mapping[Value, float], unit: str) 
             style = ":" if level.at_least else turn
             axes.plot(ends, [level.value] * 2, color=color, lw=1.6, ls=style)
             continue
-        by_value: dict[Value, list[Row]] = {}
-        for row in rows:
-            if row["point"]:
-                by_value.setdefault(grid.values(row["point"])[own[0]], []).append(row)
+        arms = {grid.values(of.panel.point)[own[0]]: of for of in settings(run, name)}
         # A line through bounds would show the budget's course, which falls in steps over batches.
-        medians = {x: Arm.of(run, by_value[x]).median(unit) for x in places if x in by_value}
-        line = {places[x]: median.value for x, median in medians.items() if not median.at_least}
+        medians = {places[x]: arms[x].median(unit) for x in places if x in arms}
+        line = {at: median.value for at, median in medians.items() if not median.at_least}
         axes.plot([*line], [*line.values()], color=color, lw=2)
-        for x, cells in by_value.items():
-            for row in cells:
+        for x, arm in arms.items():
+            for row in arm.cells:
                 at = cost(run, row, unit)
                 if row["censored"]:
                     censored.setdefault(x, {}).setdefault(name, []).append(at)
@@ -159,24 +152,30 @@ def heat_figure(run: Run) -> Figure:
     """The median cost to grok over two settings, a heat map for each optimizer and unit."""
     names = [name for name, settings in swept(run).items() if len(settings) == 2]
     units = _units(run, names)
-    tables = {(unit, name): _table(run, name, unit) for unit in units for name in names}
-    lines, columns = (max(len(values[i]) for values, _ in tables.values()) for i in (0, 1))
+    arms = {name: [a for a in settings(run, name) if " " in a.panel.point] for name in names}
+    at = {name: [_values(run, arm) for arm in own] for name, own in arms.items()}
+    values = {name: [ordered(pair[i] for pair in own) for i in (0, 1)] for name, own in at.items()}
+    lines, columns = (max(len(of[i]) for of in values.values()) for i in (0, 1))
     width, height = max(4.2, 0.75 * columns), max(3.4, 0.5 * lines + 0.6)
     figure = new_figure(width * len(names), height * len(units))
     all_axes = figure.subplots(len(units), len(names), squeeze=False)
     for line, unit in zip(all_axes, units, strict=True):
-        spots = [spot for name in names for spot in tables[unit, name][1].values()]
-        medians = [math.log(spot.median.value) for spot in spots if not spot.median.at_least]
-        low, high = min(medians, default=0.0), max(medians, default=1.0)
-        scale = LogNorm(math.exp(low), math.exp(max(high, low + 1e-6)))
+        counted = {name: arms[name] if known(name, unit) else [] for name in names}
+        medians = [arm.median(unit) for own in counted.values() for arm in own]
+        costs = [median.value for median in medians if not median.at_least] or [1.0, 2.0]
+        scale = LogNorm(min(costs), max(*costs, min(costs) * (1 + 1e-6)))
         for axes, name in zip(line, names, strict=True):
-            _draw_heat(axes, *tables[unit, name], scale)
+            spots = {
+                tuple(own.index(x) for own, x in zip(values[name], pair, strict=True)): arm
+                for pair, arm in zip(at[name], counted[name], strict=False)
+            }
+            _draw_heat(axes, values[name], spots, unit, scale)
             axes.set_title(f"{optimizer_label(name)}: {unit}", loc="left")
             axes.set_ylabel(plain(swept(run)[name][0]))
             axes.set_xlabel(plain(swept(run)[name][1]))
         bar = figure.colorbar(ScalarMappable(scale, HEAT_COLORS), ax=line, aspect=30)
-        seeds = {len(spot.known) + spot.censored for spot in spots}
-        bar.set_label(f"{unit} to grok, " + ("one seed" if seeds == {1} else "median of the seeds"))
+        seeds = max((arm.n for own in arms.values() for arm in own), default=1)
+        bar.set_label(f"{unit} to grok, " + ("median of the seeds" if seeds > 1 else "one seed"))
         bar.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         bar.ax.yaxis.set_major_formatter(lambda value, _: _amount(value))
         bar.ax.yaxis.set_minor_formatter(NullFormatter())
@@ -193,41 +192,29 @@ def _units(run: Run, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _table(run: Run, name: str, unit: str) -> tuple[list[list[Value]], dict[tuple[int, int], Spot]]:
-    """The values of two settings, and what is known at their places in these lists."""
-    first, second = swept(run)[name]
-    cells: dict[tuple[Value, Value], list[Row]] = {}
-    for row in run.rows:
-        at = grid.values(row["point"])
-        if row["optimizer"] == name and len(at) == 2:
-            cells.setdefault((at[first], at[second]), []).append(row)
-    values = [ordered(key[place] for key in cells) for place in (0, 1)]
-    spots = {
-        (values[0].index(x), values[1].index(y)): Spot(
-            sorted(cost(run, row, unit) for row in rows if not row["censored"]),
-            Arm.of(run, rows).median(unit),
-            sum(row["censored"] for row in rows),
-        )
-        for (x, y), rows in cells.items()
-        if known(name, unit)
-    }
-    return values, spots
+def _values(run: Run, arm: Arm) -> list[Value]:
+    """Of the two settings."""
+    return [grid.values(arm.panel.point)[setting] for setting in swept(run)[arm.optimizer]]
 
 
 def _draw_heat(
     axes: Axes,
     values: list[list[Value]],
-    spots: Mapping[tuple[int, int], Spot],
+    spots: Mapping[tuple[int, ...], Arm],
+    unit: str,
     scale: LogNorm,
 ) -> None:
     colors = np.full([len(v) for v in values], np.nan)
     for i, j in np.ndindex(*colors.shape):
         text, color = "–", "k"
-        if (i, j) in spots:
-            own, median, censored = spots[i, j]
-            text = median.text(_amount) + (f"\n{censored} censored" if censored else "")
-            if len(own) > 1 and not censored:
-                text += f"\n{_amount(own[0])} to {_amount(own[-1])}"
+        if arm := spots.get((i, j)):
+            median = arm.median(unit)
+            text = median.text(_amount)
+            if arm.censored:
+                text += f"\n{arm.censored} censored"
+            elif arm.n > 1:
+                costs = [value(row, unit) for row in arm.cells]
+                text += f"\n{_amount(min(costs))} to {_amount(max(costs))}"
             # A bound has no colour: in steps a large batch's budget is small, and no cost.
             if not median.at_least:
                 colors[i, j] = median.value
@@ -240,6 +227,6 @@ def _draw_heat(
     axes.set_xticks(range(len(values[1])), [*map(_label, values[1])])
 
 
-def _amount(value: float) -> str:
-    rounded = float(f"{value:.3g}")
-    return number(rounded) if value < 10_000 else EngFormatter(sep="")(rounded)
+def _amount(cost: float) -> str:
+    rounded = float(f"{cost:.3g}")
+    return number(rounded) if cost < 10_000 else EngFormatter(sep="")(rounded)

@@ -5,9 +5,17 @@ from collections.abc import Mapping, Sequence
 from experiments.differences import holm
 from experiments.grok import statistics
 from experiments.grok.config import Panel
-from experiments.grok.report_data import BASELINE, SOON, Arm, Run, censored_median, value
+from experiments.grok.report_data import (
+    BASELINE,
+    FEW_OPTIMIZERS,
+    SOON,
+    Arm,
+    Run,
+    censored_median,
+    value,
+)
 from experiments.report.figures import optimizer_label
-from experiments.report.page import Table
+from experiments.report.page import Column, Table
 from experiments.report.text import number, p_text, plural
 
 SUSTAINED = "grok, sustained"
@@ -21,11 +29,19 @@ CRITERIA = {
     SUSTAINED: "grok_epoch_sustained",
     "grok, near best": "grok_epoch_near_best",
 }
-DELAYS = (
-    "optimizer", "trainings", "grokked", f"of these, ≤ {SOON} epochs after memorising",
-    "strictly: ≥ 2 × the memorised epoch", "median memorised epoch", "median delay",
-    "median grokking epoch",
-)  # fmt: skip
+DELAYS: tuple[Column, ...] = tuple(
+    (heading, heading, form)
+    for heading, form in (
+        ("optimizer", lambda arm: arm.label),
+        ("trainings", lambda arm: str(arm.n)),
+        ("grokked", lambda arm: str(arm.grokked)),
+        (f"of these, ≤ {SOON} epochs after memorising", lambda arm: str(arm.soon)),
+        ("strictly: ≥ 2 × the memorised epoch", lambda arm: str(arm.strict)),
+        ("median memorised epoch", lambda arm: arm.median("memorized_epoch").text()),
+        ("median delay", lambda arm: arm.median("delay").text()),
+        ("median grokking epoch", lambda arm: arm.median().text()),
+    )
+)
 COLUMNS = (
     "optimizer", "on", "median epoch, AdamW", "its median epoch", "observations",
     "ratio to memorise", "ratio of delay + 1", "ratio of epochs", "detectable ratio",
@@ -98,28 +114,23 @@ def _others(run: Run) -> list[str]:
     return [name for name in names if name != BASELINE] if BASELINE in names else []
 
 
-def delays(run: Run) -> list[list[str]]:
-    """Rows in the order of `DELAYS`: how many trainings of each optimizer grok, and how late."""
-    arms = [Arm.of(run, cells) for name in run.optimizers() if (cells := run.of(None, name))]
-    return [
-        [arm.label, str(arm.n), str(arm.n - arm.censored), str(arm.soon), str(arm.strict)]
-        + [arm.median(of).text() for of in ("memorized_epoch", "delay", "grok_epoch_sustained")]
-        for arm in arms
-    ]
+def pooled(run: Run) -> list[Arm]:
+    """All cells of each optimizer together."""
+    return [Arm.of(run, cells) for name in run.optimizers() if (cells := run.of(None, name))]
 
 
 def strictly(run: Run) -> list[str]:
     """How many of the trainings that grokked did so in the strict sense; a sentence, or none."""
-    counts = {row[0]: row[2:5] for row in delays(run) if row[2] != "0"}
-    if len(counts) > 6:
-        counts = {"all": [str(sum(int(of[i]) for of in counts.values())) for i in range(3)]}
-    strict = "; ".join(f"{name} {of[2]} of {of[0]}" for name, of in counts.items())
-    soon = "; ".join(f"{name} {of[1]} of {of[0]}" for name, of in counts.items())
+    arms = {arm.label: arm for arm in pooled(run) if arm.grokked}
+    if len(arms) > FEW_OPTIMIZERS:
+        arms = {"all": Arm.of(run, run.rows)}
+    strict = "; ".join(f"{name} {arm.strict} of {arm.grokked}" for name, arm in arms.items())
+    soon = "; ".join(f"{name} {arm.soon} of {arm.grokked}" for name, arm in arms.items())
     told = (
         f"Trainings that grokked strictly, not before twice the memorised epoch: {strict}; within "
         f"{SOON} epochs of memorising: {soon}."
     )
-    return [told] if counts else []
+    return [told] if arms else []
 
 
 def sentences(run: Run) -> list[str]:
@@ -135,7 +146,7 @@ def _compared(run: Run, optimizer: str) -> str:
     if found is None:
         return f"No ratio {names}: neither grokked within the budget." if both else ""
     several = len({panel.task for panel in both}) > 1
-    noun = "task" if several else "panel" if len(both) > 1 else "seed"
+    noun = "task" if several else "output function" if len(both) > 1 else "seed"
     text = (
         f"Ratio of grokking epochs, {names}, paired by training: {found.text} "
         f"(n = {plural(found.observations, noun)}"
@@ -240,12 +251,6 @@ def _medians(run: Run, found: Sequence[Pair]) -> list[str]:
 def _log_rank(run: Run, fast: str) -> float | None:
     both = ([r["grok_epoch_sustained"] for r in run.of(None, name)] for name in (BASELINE, fast))
     return statistics.log_rank(*both, run.budget)
-
-
-def delay_items(run: Run) -> list[object]:
-    """How many trainings grok in the strict sense, and when."""
-    rows = delays(run)
-    return [DELAY_TEXT, Table.of_texts(DELAYS, rows)] if rows else []
 
 
 def items(run: Run) -> list[object]:
