@@ -127,9 +127,9 @@ CAPTION = (
 )
 MATRIX = (
     "Final held-out loss, mean ± standard deviation over seeds, of each pretrained model, "
-    "fine-tuned by each optimizer at its best rate; and the difference to AdamW from the same "
-    "base, paired by seed, with its 95 % interval and p after Holm's correction. Last: how much "
-    "worse an optimizer is relative to AdamW from the AdamW base than from the Muon base."
+    "fine-tuned by each optimizer at its best rate; the difference to AdamW from the same base, "
+    "with its 95 % interval and p after Holm's correction; and how much worse an optimizer is "
+    "relative to AdamW from the AdamW base than from the Muon base."
 )
 CLIPS = (
     "QK-clip of the models before fine-tuning, at {config[clip_share]} of their largest "
@@ -154,14 +154,11 @@ ASKED = {
 }
 LIMITS = (
     "The post's model has 4 B parameters and was pretrained on trillions of tokens; without "
-    "--model, the model here has thousands of times fewer of both, and optimizers may rank "
-    "differently at the two sizes.",
-    "Only the learning rate is swept, which hybrids use for both of their optimizers; all other "
-    "settings keep their defaults.",
+    "--model, the model here has thousands of times fewer, and optimizers may rank differently.",
+    "Only the learning rate is swept, which hybrids use for both of their optimizers.",
     "{config[sweep_seeds]} of {config[seeds]} seeds choose the rate, and are among those that "
-    "judge it, for all optimizers. A seed is an order of the examples; all trainings begin with "
-    "the same model, so intervals do not cover other models or examples. {config[seeds]} seeds "
-    "are too few to distinguish small differences from zero.",
+    "judge it; so few cannot distinguish small differences from zero. A seed is an order of the "
+    "examples; all trainings begin with the same model, so intervals cover no other models.",
 )
 LIMITS_OF = {
     "mismatch": "Each optimizer pretrained one model, at one rate and with one seed; the two "

@@ -102,27 +102,21 @@ NOTE = (
     "tokens, FLOPs, time: to AdamW's final loss, of AdamW's whole training"
 )
 CAPTION = (
-    "Lowest loss first. Held-out loss at the end, mean and standard deviation over the seeds. "
-    "The difference is paired by seed; its interval is Student's t, and p is of the paired t "
-    "test with Holm's correction for all rows; neither accounts for the choice of the rate. “To "
-    "AdamW's loss”: where the mean curve first reaches the loss that AdamW ends with, as a "
-    "fraction of AdamW's whole training; its learning rate has not yet decayed there, which "
-    "favours AdamW. “(edge)”: the best rate is the highest or lowest tried."
+    "Lowest loss first: held-out loss at the end, mean and standard deviation over the seeds. The "
+    "difference is paired by seed, with Student's interval; p is of the paired t test after Holm's "
+    "correction for all rows. “To AdamW's loss”: where the mean curve first reaches the loss that "
+    "AdamW ends with, as a fraction of AdamW's whole training; its rate has not yet decayed there, "
+    "which favours AdamW. “(edge)”: the best rate is the highest or lowest tried."
 )
 LIMITS = (
-    "The model has {config[model][layers]} layers of width {config[model][width]} and trains "
-    "for {config[steps]} steps of {tokens_per_step} tokens. This ranks how fast optimizers "
-    "reduce the loss early in training; long runs, in which weight decay and the end of the "
-    "schedule matter more, may rank them differently.",
-    "Tuning effort is equal, but not complete: only the optimizer's own learning rate is swept. "
-    "All other settings keep their defaults, which favours optimizers whose defaults suit this "
-    "model.",
+    "{config[model][layers]} layers of width {config[model][width]}, {config[steps]} steps of "
+    "{tokens_per_step} tokens: this ranks how fast optimizers reduce the loss early in training. "
+    "Long runs, in which decay and the end of the schedule matter more, may rank them differently.",
+    "Only the optimizer's own learning rate is swept; other settings keep their defaults.",
     "{config[sweep_seeds]} of {config[seeds]} seeds choose the rate and are among those that "
-    "judge it, for all optimizers. {config[seeds]} seeds are too few to distinguish small "
-    "differences from zero.",
-    "The cost of an update relative to the model depends on the batch: with so few tokens per "
-    "step, Newton–Schulz takes a far larger share than in large trainings, and small matrices "
-    "run at a lower rate than large ones.",
+    "judge it; so few cannot distinguish small differences from zero.",
+    "With so few tokens per step, Newton–Schulz takes a far larger share than in large trainings, "
+    "and small matrices run at a lower rate than large ones.",
 )
 MEASURED = {
     "Text": "{corpus[name]}: {corpus[train_tokens]:,} tokens of a byte-level BPE of "
@@ -141,9 +135,8 @@ MEASURED = {
 }
 CURVES = (
     "Held-out loss during training at the best rates, mean over seeds; the vertical axis begins "
-    "at AdamW's loss after a sixth of its training, and optimizers above it are not shown. "
-    "FLOPs are of the model's forward and backward pass and of the optimizer's matrix products; "
-    "the time of a step is measured in alternating rounds."
+    "at AdamW's loss after a sixth of its training, and optimizers above it are left out. FLOPs "
+    "are of model and optimizer; a step's time is measured in alternating rounds."
 )
 
 

@@ -172,16 +172,14 @@ FITS = (
     "their two curves give it near C = 10 PFLOP/s-days, 0.46 at 1 and 0.55 at 100."
 )
 LIMITS = (
-    "These trainings show whether, and by how much, Muon needs less compute than AdamW at these "
-    "sizes, with equally swept learning rates.",
-    "They do not show the ratio at the paper's scale. The paper's largest model had {far[0]} "
-    "times the compute; extrapolated that far, the ratio changes by a factor of {far[1]} when "
-    "one exponent is off by 0.01. No curve here is extrapolated.",
+    "Nothing is shown of the ratio at the paper's scale: its largest model had {far[0]} times the "
+    "compute; extrapolated that far, the ratio changes by a factor of {far[1]} when one exponent "
+    "is off by 0.01. No curve here is extrapolated.",
     "Embedding and head, which AdamW trains in both cases, are a large part of such narrow "
     "models, which understates Muon's advantage; Newton–Schulz is a large part of a step with "
     "so few tokens, which overstates its cost.",
-    "The text is source code with a vocabulary of {corpus[vocabulary]}: only the ratio of "
-    "compute can be compared with the paper's, not the loss.",
+    "The text is source code with a vocabulary of {corpus[vocabulary]}: the ratio of compute can "
+    "be compared with the paper's, not the loss.",
 )
 MEASURED = {
     "Sizes": "Heads keep their size and their number grows with the width, and so do the hidden "
