@@ -4,6 +4,7 @@ What no stored row has (diagnostics of the default run, loops beside PyTorch, th
 `family.widths`) is not checked, and the READMEs say of it that its rows are not stored.
 """
 
+import functools
 import json
 import math
 import re
@@ -456,7 +457,7 @@ def of_grok():
             for kind in ("stablemax", "softmax")
         )
         helped.append(np.mean(logs("paper", stable, soft)))
-    yield f"{interval(helped)} times its softmax epochs"
+    yield f"≥ {interval(helped)} times its softmax epochs"
     held = [np.array([r[HELD] for r in rows if r[HELD]]) for rows in paper.values()]
     for known, form in ((held, ".1f"), ([np.log(x) for x in held], ".2f")):
         spans = [f"{np.subtract(*np.percentile(x, [75, 25])):{form}}" for x in known]
@@ -470,6 +471,12 @@ def of_grok():
     alone, muon, spectral, adamw, step, polar = (f"{x:.0f}" for x in medians_of.values())
     yield f"epoch {alone} alone, Muon's {muon}; its spectral norm alone {spectral}, AdamW's {adamw}"
     yield f"takes {step}, the exact polar factor {polar}"
+    rest = [np.median([r[HELD] for r in cells("critics", optimizer=f"muon_{o}")]) for o in OTHERS]
+    yield "with SGD there {:.0f}, with Lion {:.0f}, with nothing there learning {:.0f}".format(
+        *rest
+    )
+    yield f"groks at {alone} (Muon {muon}), the spectral norm"
+    yield f"without orthogonalising at {spectral}, later than AdamW ({adamw})"
     widths, batches = (32, 64, 128, 256, 512), (64, 128, 256, 512, 1024, 2048, 4656)
     epochs = p_values("width", "width", widths, lambda row: 1)
     flops = p_values("width", "width", widths, cost)
@@ -493,6 +500,8 @@ def of_grok():
             yield "Spearman {} AdamW, {} Muon; FLOPs {}, {}".format(
                 *found["epochs"], *found["FLOPs"]
             )
+            yield "(Spearman {} for AdamW, {} for Muon, which turns".format(*found["epochs"])
+            yield "the reverse in FLOPs ({}, {})".format(*found["FLOPs"])
             assert found["epochs"] == found["steps"]
         else:
             tokens = (spearman(name, name, o, lambda r: r["tokens_per_epoch"]) for o in ARMS)
@@ -582,6 +591,13 @@ def of_grok():
     by = dict(zip(TASKS[:-1], by_task("paper", "muon_equal_decay"), strict=True))
     assert max(by, key=by.get) == "mul"
     yield f"makes most of it ({math.exp(by['mul']):.2f})"
+    both = [cells("paper_dropout", optimizer=o) for o in ARMS]
+    first = [[r["grok_epoch"] for r in rows if r["grok_epoch"]] for rows in both]
+    pooled = stats.ttest_ind(*first, equal_var=False)
+    early = interval(by_task("paper_dropout", value=lambda row: row[MEMORISED]))
+    p = stats.wilcoxon(by_task("paper_dropout")).pvalue
+    yield f"p = {p:.2f}; pooled as in the paper t = {pooled.statistic:.2f}, p = {pooled.pvalue:.3f}"
+    yield f"≥ {early} times to memorise"
     yield "2412, 2196 and 2475 at width 64"
     steps = [
         r[HELD] * r["steps_per_epoch"]
@@ -592,6 +608,7 @@ def of_grok():
 
 
 ARMS = ("adamw", "muon")
+OTHERS = ("sgd", "lion", "only")
 
 
 def of_others():
@@ -644,6 +661,18 @@ def of_others():
     worse = gap(qk["QK-norm, W_q and W_k clipped"], qk["QK-norm, no clip"])
     yield "finetune", f"{once['before']:.2f} before and after; trained with it {worse}"
 
+    removed = {of["name"]: of["mean"] for of in stored("finetune", "as_published")["contrasts"]}
+    clip, frozen, hybrid = (
+        f"{name} without" for name in ("MuonClip", "Muon, gains frozen", "Muon + AdamW")
+    )
+    yield "finetune", f"MuonClip is {removed[f'{clip} scale_in_root']:.3f} worse, without"
+    yield "finetune", f"helps MuonClip by {removed[f'{clip} muon_of_tables']:.3f} and harms"
+    better = [removed[f"{name} spectral_scale"] for name in (frozen, hybrid)]
+    better += [removed[f"{name} muon_of_tables"] for name in (frozen, hybrid)]
+    assert {round(-x, 2) for x in better} == {0.06}
+    for claim in stored("finetune", "controlled")["claims"]:
+        yield from (("finetune", text) for text in POINTS.findall(claim["measured"]))
+
     every = arms("pretrain", "optimizers")
     losses = {name: arm["losses_by_seed"] for name, arm in every.items()}
     others = [name for name in losses if name != "adamw"]
@@ -658,15 +687,18 @@ def of_others():
         + (f"{100 * shares['flops']:.0f} % of its FLOPs"),
     )
     yield "pretrain", f"find a difference of {found(losses['muon'], losses['adamw']):.2f} in 80 %"
-    for key, text in (
-        ("model", "needs {:.2f} of its model"),
-        ("model_and_update", "or {:.2f} (fit"),
-    ):
+    forms = {"model": "needs {:.2f} of its model FLOPs (fit", "model_and_update": "or {:.2f} (fit"}
+    for key, text in forms.items():
         (fit,) = stored("pretrain", "scaling")["fits"][key]["ratios"]
-        low, high = fit["interval"]
-        seeds = by_seed(key == "model_and_update")
-        yield "pretrain", text.format(fit["value"])
-        yield "pretrain", f"fit [{low:.2f}, {high:.2f}], seeds [{seeds[0]:.2f}, {seeds[1]:.2f}]"
+        ends = (*fit["interval"], *by_seed(key == "model_and_update"))
+        told = "[{:.2f}, {:.2f}], seeds [{:.2f}, {:.2f}]".format(*ends)
+        yield "pretrain", f"{text.format(fit['value'])} {told}"
+    shares = [
+        100 * arm["cost"]["optimizer_flops"] / arm["cost"]["model_flops"]
+        for arm in stored("pretrain", "scaling")["arms"]
+        if arm["optimizer"] == "muon"
+    ]
+    yield "pretrain", f"{min(shares):.0f} to {max(shares):.0f} % of the model's"
     speeds = stored("bench", "")["speed"]
     for ours, theirs in (
         ("float32", "optax.contrib"),
@@ -724,28 +756,49 @@ def detectable(deviation, n):
     return math.exp(high)
 
 
-def missing(told):
-    texts = {}
-    for study, sentence in told:
-        path = STUDIES / study / "README.md" if study else ROOT / "README.md"
-        text = texts.setdefault(study, " ".join(path.read_text(encoding="utf-8").split()))
-        if " ".join(sentence.split()) not in text:
-            yield f"{study or 'root'}: {sentence}"
+NUMBER = r"[+−]?\d+\.\d+"
+POINTS = re.compile(rf"{NUMBER} points \[{NUMBER}, {NUMBER}\]")
+INTERVAL = re.compile(rf"({NUMBER}) ?(?:nats |points |\(fit )?\[({NUMBER}), ({NUMBER})\]")
 
 
-def test_sentences_of_grokking_have_the_numbers_of_the_rows():
-    assert not [*missing(("grok", sentence) for sentence in of_grok())]
-
-
-def test_sentences_of_the_other_studies_have_the_numbers_of_the_rows():
-    assert not [*missing(of_others())]
-
-
-def test_the_first_table_has_the_numbers_of_grokking():
-    ratios = ("paper", by_task("paper")), ("paper", by_task("paper", value=lambda r: r[MEMORISED]))
-    told = [f"≥ {interval(logs_)}" for _, logs_ in ratios] + [interval(delays_by_task("paper"))]
+def of_root():
+    """Of the first table, about grokking."""
+    told = [f"≥ {interval(by_task('paper'))}"]
+    told.append(f"≥ {interval(by_task('paper', value=lambda r: r[MEMORISED]))}")
+    told.append(interval(delays_by_task("paper")))
     (*_, strict), (*_, muon) = (counts("paper", optimizer=o) for o in ARMS)
     told.append(f"{strict} of 51, Muon {muon} of 55")
     epochs, flops = ([row[i] for row in tuned() if row[1] == "ratio, 95 %"] for i in (5, 6))
-    told += [" and ".join(epochs), " and ".join(flops)]
-    assert not [*missing(("", sentence) for sentence in told)]
+    return ("", told + [" and ".join(epochs), " and ".join(flops)])
+
+
+@functools.cache
+def sentences():
+    root, told = of_root()
+    return [*(("grok", x) for x in of_grok()), *of_others(), *((root, x) for x in told)]
+
+
+@functools.cache
+def intervals():
+    """Every one that the tables or the sentences have."""
+    texts = [cell for rows in TABLES.values() for row in rows() for cell in row if cell]
+    texts += [text for _, text in sentences()]
+    return {found for text in texts for found in INTERVAL.findall(text)}
+
+
+def text_of(study):
+    path = STUDIES / study / "README.md" if study else ROOT / "README.md"
+    return " ".join(path.read_text(encoding="utf-8").split())
+
+
+@pytest.mark.parametrize("study", ["", "grok", "family", "pretrain", "finetune"])
+def test_sentences_have_the_numbers_of_the_rows(study):
+    told = [" ".join(sentence.split()) for name, sentence in sentences() if name == study]
+    assert told and not [sentence for sentence in told if sentence not in text_of(study)]
+
+
+@pytest.mark.parametrize("study", ["", "grok", "family", "pretrain", "finetune"])
+def test_every_interval_is_one_of_the_rows(study):
+    """Wherever a ratio or a difference is told with its interval, all three numbers are right."""
+    shown = set(INTERVAL.findall(text_of(study)))
+    assert shown and shown <= intervals()
