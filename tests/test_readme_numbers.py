@@ -1,7 +1,7 @@
 """The READMEs' numbers, recomputed from the stored rows by other code than that of the reports.
 
-What no stored row has (diagnostics of the default run, loops beside PyTorch, the losses of
-`family.widths`) is not checked, and the READMEs say of it that its rows are not stored.
+What no stored row has (loops beside PyTorch, accuracies of fine-tuning, losses of `family.widths`) is
+not checked, and the READMEs say of it that its rows are not stored.
 """
 
 import functools
@@ -237,6 +237,29 @@ def ranks():
     return found
 
 
+def diagnostics():
+    rows = stored("grok", "default", "diagnostics")["rows"]
+    found = []
+    for key, first in (
+        ("logit_gini", ".1f"),
+        ("validation_loss", ""),
+        ("restricted_loss", ""),
+        ("train_loss", ""),
+        ("excluded_loss", ""),
+        ("weight_stable_rank", ".0f"),
+        ("update_stable_rank", ""),
+        ("norm_hidden", ".0f"),
+        ("norm_embedding", ".0f"),
+    ):
+        row = []
+        for name in ARMS:
+            own = [r[key] for r in rows if r["optimizer"] == name and r["epoch"] > 1]
+            row.append(f"{min(own):.2g} to {max(own):.2g}")
+        begin = np.mean([r[key] for r in rows if r["epoch"] == 1])
+        found.append([f"{begin:{first}} at first" if first else None, *row])
+    return found
+
+
 # --- The tables of the other studies -------------------------------------------------------------
 
 
@@ -367,6 +390,7 @@ TABLES = {
     ("grok", "Is it grokking?", 0): grokking,
     ("grok", "The published study", 0): published,
     ("grok", "With dropout", 0): dropout,
+    ("grok", "Diagnostics", 0): diagnostics,
     ("grok", "After tuning", 0): tuned,
     ("grok", "Width", 0): lambda: swept("width", "width", (32, 64, 128, 256, 512)),
     ("grok", "Batch", 0): lambda: swept("batch", "batch", (64, 128, 256, 512, 1024, 2048, 4656)),
@@ -401,6 +425,8 @@ def test_a_table_is_what_the_rows_tell(study, section, place):
     assert len(shown) == len(expected)
     for line, row in zip(shown, expected, strict=True):
         told = line[len(line) - len(row) :]
+        if section == "Diagnostics":  # whose first cell ends with what it was at first
+            told = [row[0] and told[0][-len(row[0]) :], *told[1:]]
         assert [t if r is not None else None for t, r in zip(told, row, strict=True)] == row
 
 
@@ -488,7 +514,7 @@ def of_grok():
     epochs = p_values("batch", "batch", batches, lambda row: 1)
     flops = p_values("batch", "batch", batches, cost)
     told = ", ".join(f"{epochs[b]:.2f}" for b in (256, 512))
-    yield f"(p = {told} and {epochs[1024]:.3f} after Holm over the six batches with a ratio)"
+    yield f"(p = {told} and {epochs[1024]:.3f} after Holm over the six batches with a ratio,"
     yield f"(p = {flops[1024]:.3f}; {flops[512]:.2f} at 512)"
     units = {"epochs": lambda row: 1, "steps": lambda row: row["steps_per_epoch"], "FLOPs": cost}
     for name in ("width", "batch"):
@@ -562,7 +588,7 @@ def of_grok():
     yield f"Muon's grokking epoch is {relative['muon']:.2f} times its memorised one"
     yield f"AdamW's {relative['adamw']:.2f} times"
     both = delays_by_task("paper", value=lambda row: row[HELD] / row[MEMORISED])
-    yield f"both grok, {interval(both)}"
+    yield f"where both grok, {interval(both)}"
     means = [np.mean([r["grok_epoch"] for r in rows if r["grok_epoch"]]) for rows in paper.values()]
     capped = [np.mean([r["grok_epoch"] or 500 for r in rows]) for rows in paper.values()]
     yield f"1.49, is {means[0] / means[1]:.2f} here over the trainings that grokked"
