@@ -1,7 +1,7 @@
 """The READMEs' numbers, recomputed from the stored rows by other code than that of the reports.
 
-What no stored row has (loops beside PyTorch, accuracies of fine-tuning, losses of `family.widths`) is
-not checked, and the READMEs say of it that its rows are not stored.
+What no stored row has (loops beside PyTorch, accuracies of fine-tuning, losses of `family.widths`)
+is not checked, and the READMEs say of it that its rows are not stored.
 """
 
 import functools
