@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from experiments.report import arms
 from experiments.report.__main__ import main
 from experiments.report.page import Code, Picture, Table, together
 from experiments.report.studies import report_of, study_of
 from experiments.report.text import told
 from experiments.runs import RunError
+from experiments.sweep import Best
 
 ROOT = Path(__file__).parent.parent / "experiments"
 STORED = sorted(path.parent for path in ROOT.glob("*/results/**/summary.json"))
@@ -69,6 +71,38 @@ def test_what_is_no_result_is_refused(tmp_path):
     (tmp_path / "summary.json").write_text("[]")
     with pytest.raises(SystemExit, match=r"error: .*summary.json is damaged"):
         main(str(tmp_path))
+
+
+def arm(name, losses, by_rate=None):
+    best = Best(0.1, dict(enumerate(losses)), at_edge=False)
+    return arms.Arm(optimizer=name, losses=by_rate or {}, best=best, cells=3, diverged=0)
+
+
+def points(axes, marker):
+    return [line.get_xdata()[0] for line in axes.lines if line.get_marker() == marker]
+
+
+def test_one_bad_arm_does_not_squeeze_the_others_and_is_counted():
+    found = [arm("muon", (1.0, 1.1, 1.2)), arm("scion", (1.1, 1.1, 1.2)), arm("adamw", (1.5, 1.6))]
+    figure = arms.finals([*found, arm("splus", (9.0, 9.5, 10.0))], "nats").draw()
+    (axes,) = figure.axes
+    assert max(points(axes, "o")) == 1.6 and len(points(axes, "^")) == 3
+    assert [label.get_text() for label in axes.get_yticklabels()][-1] == "SPlus (9.50)"
+    assert "3 beyond the axis" in [text.get_text() for text in figure.legends[0].texts]
+    # Where AdamW is the lowest, what lies above it is not beyond the axis.
+    (axes,) = (
+        arms.finals([found[2], arm("muon", (1.6, 1.7)), arm("dion", (1.7, 1.8))], "").draw().axes
+    )
+    assert len(points(axes, "o")) == 6 and not points(axes, "^")
+
+
+def test_a_figure_of_rates_says_over_how_many_seeds_its_points_are():
+    one = arm("muon", (1.0, 1.2, 1.4), {0.05: 1.3, 0.1: 1.0, 0.2: 1.4})
+    all_three = arm("muon", (1.0, 1.2, 1.4), {0.05: 1.3, 0.1: 1.2, 0.2: 1.4})
+    assert (one.choosing, all_three.choosing) == (1, 3)
+    for of, words in ((one, "one seed"), (all_three, "mean over 3 seeds")):
+        legend = [text.get_text() for text in arms.rates([of], "").draw().legends[0].texts]
+        assert legend == [words, "best rate"]  # and no mark that is not drawn
 
 
 def test_a_text_without_its_facts_is_left_out():

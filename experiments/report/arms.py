@@ -11,6 +11,7 @@ from experiments.differences import Interval, difference, holm, p_value
 from experiments.report.figures import (
     Final,
     finals_figure,
+    legible,
     optimizer_color,
     optimizer_label,
     rates_figure,
@@ -297,13 +298,11 @@ def rates(
 
 
 def finals(found: Sequence[Arm], unit: str) -> Picture:
-    """Final loss of every seed at the best rates; those far above AdamW's at the axis's end."""
+    """Final loss of every seed at the best rates; those far above most at the axis's end."""
     base = baseline_of(found)
     known = [arm for arm in found if math.isfinite(arm.loss)]
     reference = ("AdamW, mean", base.loss) if base and math.isfinite(base.loss) else None
-    lowest = min((arm.loss for arm in known), default=0)
-    limit = reference[1] + 1.2 * (reference[1] - lowest) if reference else math.inf
-    limit = limit if reference and limit > reference[1] else math.inf
+    limit = legible([arm.loss for arm in known], base.loss, 2.2) if reference else math.inf
 
     def line(arm: Arm) -> Final:
         far = f" ({arm.loss:.2f})" if arm.loss > limit else ""

@@ -249,17 +249,26 @@ def name_axes(grid: Sequence[Axes], x: str, y: str) -> None:
             axes.set_xlabel(x)
 
 
-def ceiling(arms: Sequence[Any], reference: float = math.inf) -> float:
-    """Where the axis of the losses ends: the best rates and what is near them stay legible.
+def legible(losses: Sequence[float], reference: float, times: float) -> float:
+    """Where an axis of losses may end: some times as far as most of them, or a reference, reach.
 
-    Three quarters as far above the reference as the lowest loss lies below it, if it does.
+    Infinite without a spread.
+
+    >>> legible([1.0, 1.2, 1.4, 9.0], reference=2.0, times=2)
+    3.0
     """
+    low = min(losses)
+    far = max(float(np.percentile(losses, 75)), reference if math.isfinite(reference) else low)
+    return low + times * (far - low) if far > low else math.inf
+
+
+def ceiling(arms: Sequence[Any], reference: float = math.inf) -> float:
+    """Where the axis of the losses ends: the best rates and what is near them stay legible."""
     best = [arm.loss for arm in arms if math.isfinite(arm.loss)] or [1.0]
     every = [x for arm in arms for x in arm.losses.values() if math.isfinite(x)] or [1.0]
     span = max(best) - min(best)
     top = min(max(every) + 0.02, max(best) + max(span, 0.3))
-    below = reference - min(best)
-    return min(top, reference + 0.75 * below) if 0 < below < math.inf else top
+    return min(top, legible(best, reference, 1.75)) if math.isfinite(reference) else top
 
 
 def rates_figure(
@@ -312,7 +321,7 @@ def rates_figure(
     name_axes(grid, "learning rate", f"final loss ({unit})" if not alone else "final loss")
     names = dict.fromkeys(arm.optimizer for arm in every) if not alone else {}
     handles = [legend_line(label(name), lw=2, **style(name)) for name in names]
-    seeds = min((arm.choosing for arm in every), default=1)
+    seeds = min((arm.choosing for arm in every if math.isfinite(arm.loss)), default=1)
     one = seeds == 1 or (alone and every[0].points)
     handles += [
         legend_line("one seed" if one else f"mean over {seeds} seeds", **POINT_MARK),
