@@ -254,7 +254,7 @@ def legible(losses: Sequence[float], reference: float, times: float) -> float:
 
     Infinite without a spread.
 
-    >>> legible([1.0, 1.2, 1.4, 9.0], reference=2.0, times=2)
+    >>> legible([1.0, 1.1, 1.2, 1.4, 9.0], reference=2.0, times=2)
     3.0
     """
     low = min(losses)
