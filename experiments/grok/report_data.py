@@ -304,7 +304,17 @@ def aggregate(rows: Sequence[Row], budget: int | None = None) -> list[Arm]:
 
 # XLA counts nothing of a decomposition and one pass of a loop, so that their FLOPs are not known.
 UNCOUNTED = frozenset(
-    ("polar", "low_rank", "low_rank_subspace", "dion", "splus", "splus_adamw", "optax_muon")
+    (
+        "polar",
+        "low_rank",
+        "low_rank_subspace",
+        "dion",
+        "splus",
+        "splus_adamw",
+        "optax_muon",
+        "soap",
+        "soap_muon",
+    )
 )
 
 

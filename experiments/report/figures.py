@@ -26,7 +26,7 @@ COLORS = {
     "muon": "#D55E00",
     "muon_equal_shrink": "#00CC00",
     "muon_equal_decay": "#FF00AA",
-    "polar": "#111111",
+    "polar": "#EE1177",
     "orthogonal": "#224400",
     "spectral": "#662233",
     "normuon": "#11CC99",
