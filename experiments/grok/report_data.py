@@ -303,19 +303,10 @@ def aggregate(rows: Sequence[Row], budget: int | None = None) -> list[Arm]:
 # --- What cells took to grok -------------------------------------------------------------------
 
 # XLA counts nothing of a decomposition and one pass of a loop, so that their FLOPs are not known.
-UNCOUNTED = frozenset(
-    (
-        "polar",
-        "low_rank",
-        "low_rank_subspace",
-        "dion",
-        "splus",
-        "splus_adamw",
-        "optax_muon",
-        "soap",
-        "soap_muon",
-    )
-)
+UNCOUNTED = frozenset((
+    "polar", "low_rank", "low_rank_subspace", "dion", "splus", "splus_adamw", "soap", "soap_muon",
+    "optax_muon",
+))  # fmt: skip
 
 
 def known(optimizer: str, unit: str) -> bool:
