@@ -40,6 +40,11 @@ def above(bound: float, why: str = "") -> Rule:
     return Rule(f"greater than {bound:g}{why}", lambda value: value > bound)
 
 
+def even(why: str) -> Rule:
+    """An even number, which is not 0; `why` goes on with "since"."""
+    return Rule(f"even and at least 2, since {why}", lambda value: value >= 2 and value % 2 == 0)
+
+
 def _is_positive(value: float) -> bool:
     return value >= _SMALLEST
 
@@ -66,7 +71,7 @@ Dropout = Annotated[
 Clip = Annotated[float, above(0, "; a large number clips nothing")]
 
 
-def check(settings: Any, *path: str) -> None:
+def check(settings: Any, *path: str, named: Callable[..., str] = option) -> None:
     """Holds every rule of a dataclass, and of those in it.
 
     A float that no rule concerns must still be a finite number of float32.
@@ -74,6 +79,7 @@ def check(settings: Any, *path: str) -> None:
     Args:
         settings: the dataclass.
         *path: fields that lead to it from the command's own.
+        named: what messages call a field; by default the option of its path.
 
     Raises:
         ValueError: a value breaks a rule; the message names option, rule and value.
@@ -82,9 +88,9 @@ def check(settings: Any, *path: str) -> None:
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
-            check(value, *path, field.name)
+            check(value, *path, field.name, named=named)
         else:
-            _check(option(*path, field.name), value, types[field.name])
+            _check(named(*path, field.name), value, types[field.name])
 
 
 @functools.cache
@@ -104,7 +110,7 @@ def _check(name: str, value: Any, kind: Any) -> None:
     elif get_origin(kind) in (Union, UnionType):
         for one in arguments:
             _check(name, value, one)
-    elif get_origin(kind) is tuple:
+    elif get_origin(kind) is tuple and isinstance(value, tuple):
         of_each = arguments[:1] * len(value) if Ellipsis in arguments else arguments
         for one, its in zip(value, of_each, strict=True):
             _check(name, one, its)

@@ -406,8 +406,10 @@ def test_sizes_that_make_no_model_or_no_mesh_are_refused():
         dataclasses.replace(TIED, head_dim=31)
     with pytest.raises(ValueError, match="layers must be at least 1; got 0"):
         dataclasses.replace(TIED, layers=0)
-    with pytest.raises(ValueError, match="rope_theta must be greater than 0; got nan"):
+    with pytest.raises(ValueError, match=r"rope_theta must be a finite number.*; got nan"):
         dataclasses.replace(TIED, rope_theta=float("nan"))
+    with pytest.raises(ValueError, match=r"epsilon must be greater than 0.*; got 0"):
+        dataclasses.replace(TIED, epsilon=0.0)
     with pytest.raises(ValueError, match=r"2 key heads.*tensor 4 does not divide"):
         model.shardings(TIED, mesh_of(1, 1, 1, 4))
     with pytest.raises(ValueError, match=r"embedding: axis 1 \(width\) has 66 entries"):

@@ -13,9 +13,10 @@ from pretraining import mesh_of
 from safetensors.numpy import load_file, save_file
 
 from experiments.finetune import architecture as config_json
-from experiments.finetune import chat, model, weights
+from experiments.finetune import chat, model
 from experiments.finetune.architecture import PRESETS, Qwen3
 from experiments.finetune.weights import check, read, write
+from experiments.language import tensors
 
 TIED = Qwen3(
     layers=2,
@@ -146,6 +147,28 @@ def test_few_tensors_at_a_time_are_in_memory(tmp_path):
     tracemalloc.stop()
     tensor = 512 * 1024 * 2
     assert tensor <= peak < 3.5 * tensor < a.parameters * 2 / 4
+
+
+def test_the_table_has_the_biases_of_qwen2(transformers):
+    made = transformers.Qwen2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    theirs = transformers.Qwen2ForCausalLM(made).state_dict()
+    shapes = model.shapes(dataclasses.replace(UNTIED, hidden=32, qk_norm=False))
+    for name, heads in (("query", 4), ("key", 2), ("value", 2)):
+        bias = jax.ShapeDtypeStruct((2, heads * 8), np.float32)
+        shapes["layers"]["attention"][name]["bias"] = bias
+    ours = {tensor.name: tensor.shape for tensor in tensors.tensors(shapes)}
+    assert ours == {name: tuple(x.shape) for name, x in theirs.items()}
+    shapes["norm"]["bias"] = bias
+    with pytest.raises(ValueError, match="NAMES has no tensor of the leaf norm/bias"):
+        tensors.tensors(shapes)
 
 
 # --- config.json -----------------------------------------------------------------------------
@@ -358,8 +381,8 @@ def test_no_tensor_is_read_to_check(written, monkeypatch):
     def fails(*arguments):
         pytest.fail("a tensor was read")
 
-    monkeypatch.setattr(weights.hugging_face, "read_tensor", fails)
-    monkeypatch.setattr(weights, "_check_tied", fails)
+    monkeypatch.setattr(tensors, "_insertion", fails)
+    monkeypatch.setattr(tensors, "_check_tied", fails)
     check(written, TIED)
     with pytest.raises(ValueError, match=r"lacks 1 tensor\(s\), the first being lm_head"):
         check(written, UNTIED)
@@ -396,7 +419,7 @@ def test_a_folder_is_whole_or_not_there(written, tmp_path, monkeypatch):
             read(path.parent)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(weights, "write_json", killed)
+    monkeypatch.setattr(tensors, "write_json", killed)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "new", TIED, start(TIED))
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from experiments.language import sharding, tokenizer
 from experiments.language.mesh import make_mesh, one_device
 from experiments.pretrain.config import Model
-from experiments.pretrain.export import read, to_hugging_face, write
+from experiments.pretrain.export import read, write
 from experiments.pretrain.model import LanguageModel
 
 VOCABULARY = 61
@@ -256,10 +256,29 @@ def test_params_on_a_mesh_are_written_as_well(tmp_path):
     params["head"]["kernel"] = np.ones((32, VOCABULARY + 1), np.float32)
     specs = sharding.param_specs(jax.eval_shape(model.init, jax.random.key(0)), mesh)
     placed = jax.tree.map(jax.device_put, params, sharding.shardings(specs, mesh))
-    for (name, x), (_, y) in zip(
-        to_hugging_face(config, placed, bias), to_hugging_face(config, params, bias), strict=True
-    ):
-        np.testing.assert_array_equal(x, y, err_msg=name)
+    for name, tree in (("mesh", placed), ("host", params)):
+        write(tmp_path / name, config, tree, bias, context=64)
+    ours, theirs = (tmp_path / name / "model.safetensors" for name in ("mesh", "host"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_model_is_read_onto_a_mesh(tmp_path):
+    config = change(LATENT, experts=8, heads=4, tied=True)
+    model = LanguageModel(config, 64)
+    params = jax.tree.map(np.asarray, model.init(jax.random.key(0)))
+    bias = np.random.default_rng(0).normal(0, 0.2, (2, 8)).astype(np.float32)
+    write(tmp_path / "hf", config, params, bias, context=64)
+    path = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, path)
+    mesh = make_mesh((1, 2, 2, 2), jax.devices()[:8])
+    _, _, *tree = read(tmp_path / "hf", mesh)
+    assert_equal(tree, [params, bias])
+    places = sharding.shardings(sharding.param_specs(params, mesh), mesh)
+    assert jax.tree.map(lambda x: x.sharding, tree[0]) == places
+    save_file(tensors | {"lm_head.weight": 1 + tensors["model.embed_tokens.weight"]}, path)
+    with pytest.raises(ValueError, match=r"true, and lm_head\.weight differs"):
+        read(tmp_path / "hf")
 
 
 BROKEN_CONFIGS = {
@@ -341,14 +360,19 @@ def test_damaged_files_are_refused(written):
         read(written)
 
 
-def test_params_of_another_model_are_refused():
+def test_params_of_another_model_are_refused(tmp_path):
     params, bias = start(LATENT)
-    with pytest.raises(ValueError, match="dense_layers/attention/key_value/kernel"):
-        list(to_hugging_face(change(LATENT, value=12), params, bias))
-    with pytest.raises(ValueError, match=r"head/kernel is \(32, 61\)"):
-        list(to_hugging_face(change(LATENT, tied=True), params, bias))
-    with pytest.raises(ValueError, match="no Hugging Face format"):
-        list(to_hugging_face(change(DENSE, dense_layers=1), params, bias))
+    for config, message in (
+        (change(LATENT, value=12), "dense_layers/attention/key_value/kernel"),
+        (change(LATENT, tied=True), r"head/kernel is \(32, 61\)"),
+        (change(DENSE, dense_layers=1), "no Hugging Face format"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write(tmp_path / "hf", config, params, bias, context=64)
+    params["norm"]["scale"][3] = np.nan
+    with pytest.raises(ValueError, match=r"model\.norm\.weight contains NaN or Inf"):
+        write(tmp_path / "hf", LATENT, params, bias, context=64)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_is_whole_or_not_there(written, tmp_path):

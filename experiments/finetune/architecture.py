@@ -2,11 +2,11 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from experiments.runs import read_json
-
-Ids = int | tuple[int, ...] | None
+from experiments.language import config_json
+from experiments.language.config_json import FAMILIES, Ids
+from experiments.settings import Count, Positive, check, even
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,40 +34,30 @@ class Qwen3:
         ValueError: sizes that make no model.
     """
 
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    rope_theta: float = 1e6
-    epsilon: float = 1e-6
+    layers: Count
+    hidden: Count
+    ffn: Count
+    heads: Count
+    kv_heads: Count
+    head_dim: Annotated[int, even("RoPE rotates pairs")]
+    vocabulary: Count
+    rope_theta: Positive = 1e6
+    epsilon: Positive = 1e-6
     tied: bool = True
-    initializer_range: float = 0.02
-    context: int = 40_960
+    initializer_range: Positive = 0.02
+    context: Count = 40_960
     qk_norm: bool = True
     begin_token: Ids = None
     end_token: Ids = None
     pad_token: Ids = None
 
-    def __post_init__(self):
-        sizes = dataclasses.asdict(self)
-        for name in ("layers", "hidden", "ffn", "heads", "kv_heads", "vocabulary", "context"):
-            if sizes[name] < 1:
-                raise ValueError(f"{name} must be at least 1; got {sizes[name]}.")
+    def __post_init__(self) -> None:
+        check(self, named=str)
         if self.heads % self.kv_heads:
             raise ValueError(
                 "kv_heads must divide heads, since all key heads serve equally many query "
                 f"heads; got heads {self.heads}, kv_heads {self.kv_heads}."
             )
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(
-                f"head_dim must be even, since RoPE rotates pairs; got {self.head_dim}."
-            )
-        for name in ("rope_theta", "epsilon", "initializer_range"):
-            if not sizes[name] > 0:
-                raise ValueError(f"{name} must be greater than 0; got {sizes[name]}.")
 
     @property
     def parameters(self) -> int:
@@ -101,7 +91,7 @@ PRESETS = {
 }
 
 # Fields of Qwen3, and of config.json.
-_SIZES = {
+_FIELDS = {
     "layers": "num_hidden_layers",
     "hidden": "hidden_size",
     "ffn": "intermediate_size",
@@ -110,50 +100,23 @@ _SIZES = {
     "head_dim": "head_dim",
     "vocabulary": "vocab_size",
     "context": "max_position_embeddings",
-}
-_CONSTANTS = {"epsilon": "rms_norm_eps", "initializer_range": "initializer_range"}
-_TOKENS = {
+    "epsilon": "rms_norm_eps",
+    "initializer_range": "initializer_range",
     "begin_token": "bos_token_id",
     "end_token": "eos_token_id",
     "pad_token": "pad_token_id",
+    "tied": "tie_word_embeddings",
+    "rope_theta": "rope_theta",
 }
-
-# By model_type: whether queries and keys are normalised, the class, and what else tells the kind.
-_KINDS: dict[str, tuple[bool, str, dict[str, Any]]] = {
-    "qwen3": (True, "Qwen3ForCausalLM", {"use_sliding_window": False, "sliding_window": None}),
-    "llama": (False, "LlamaForCausalLM", {"mlp_bias": False}),
-}
-# What other models of these kinds may have; a config.json that leaves one out means the same.
-_ONLY = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0.0,
-    "use_sliding_window": False,
-    "pretraining_tp": 1,
-    "quantization_config": None,
-}
-_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
 
 
 def to_json(architecture: Qwen3) -> dict[str, Any]:
     """What `config.json` says of the model, for transformers 4 and 5."""
     a = architecture
-    kind = next(kind for kind, (qk_norm, *_) in _KINDS.items() if qk_norm == a.qk_norm)
-    _, name, told = _KINDS[kind]
-    fields = _SIZES | _CONSTANTS | _TOKENS
-    return {
-        "architectures": [name],
-        "model_type": kind,
-        **{theirs: getattr(a, ours) for ours, theirs in fields.items()},
-        "tie_word_embeddings": a.tied,
-        "rope_theta": a.rope_theta,  # for transformers 4
-        "rope_parameters": {"rope_type": "default", "rope_theta": a.rope_theta},  # and 5
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        **told,
-    }
+    kind = "qwen3" if a.qk_norm else "llama"
+    fields = {theirs: getattr(a, ours) for ours, theirs in _FIELDS.items()}
+    said = config_json.to_json(kind, fields) | {"attention_dropout": 0.0}
+    return said | FAMILIES[kind].fixed | ({"sliding_window": None} if a.qk_norm else {})
 
 
 def read(path: Path) -> Qwen3:
@@ -163,72 +126,8 @@ def read(path: Path) -> Qwen3:
         ValueError: it is damaged, lacks a size, or tells of a model that is none of these.
         OSError: it cannot be read.
     """
+    given, sizes = config_json.read(path, Qwen3, {"qwen3": _FIELDS, "llama": _FIELDS})
     try:
-        given = read_json(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} does not exist. A model must be a local folder with {path.name}, tokenizer "
-            "and safetensors; `hf download NAME --local-dir FOLDER` downloads one."
-        ) from None
-    kind = given.get("model_type")
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise _unknown(path, "model_type", kind, " or ".join(map(repr, _KINDS)))
-    for name, only in _ONLY.items():
-        if given.get(name, only) != only:
-            raise _unknown(path, name, given[name], repr(only))
-    types = given.get("layer_types") or []
-    if not isinstance(types, list):
-        raise ValueError(f"{path}: layer_types is {types!r} but must be a list.")
-    others = sorted(set(map(str, types)) - {"full_attention"})
-    if others:
-        raise _unknown(path, "layer_types", others[0], "'full_attention'")
-    values: dict[str, Any] = {"rope_theta": _rope_theta(path, given)}
-    for ours, theirs in _SIZES.items():
-        values[ours] = _checked(path, theirs, given.get(theirs), int)
-    for ours, theirs in _CONSTANTS.items():
-        values[ours] = _checked(path, theirs, given.get(theirs), float)
-    for ours, theirs in _TOKENS.items():
-        values[ours] = _ids(path, theirs, given.get(theirs))
-    tied = _checked(path, "tie_word_embeddings", given.get("tie_word_embeddings", False), bool)
-    try:
-        return Qwen3(**values, tied=tied, qk_norm=_KINDS[kind][0])
+        return Qwen3(qk_norm=given["model_type"] == "qwen3", **sizes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def _rope_theta(path: Path, given: dict[str, Any]) -> float:
-    """Transformers 4 has it beside `rope_scaling`, 5 in `rope_parameters`."""
-    bases = set()
-    if given.get("rope_theta") is not None:
-        bases.add(_checked(path, "rope_theta", given["rope_theta"], float))
-    for field in ("rope_parameters", "rope_scaling"):
-        rope = given.get(field) or {}
-        if not isinstance(rope, dict):
-            raise ValueError(f"{path}: {field} is {rope!r} but must be an object.")
-        for name, value in rope.items():
-            if name == "rope_theta":
-                bases.add(_checked(path, f"{field}.{name}", value, float))
-            elif _ROPE.get(name) != value:
-                only = repr(_ROPE[name]) if name in _ROPE else "no such setting"
-                raise _unknown(path, f"{field}.{name}", value, only)
-    if len(bases) != 1:
-        found = " and ".join(map(str, sorted(bases, key=str))) or "missing"
-        raise ValueError(f"{path}: rope_theta is {found} but must be one number.")
-    return bases.pop()
-
-
-def _ids(path: Path, name: str, value: Any) -> Ids:
-    if isinstance(value, list):
-        return tuple(_checked(path, name, index, int) for index in value)
-    return value if value is None else _checked(path, name, value, int)
-
-
-def _checked(path: Path, name: str, value: Any, kind: type) -> Any:
-    accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
-        raise ValueError(f"{path}: {name} is {value!r} but must be of type {kind.__name__}.")
-    return value
-
-
-def _unknown(path: Path, name: str, value: Any, only: str) -> ValueError:
-    return ValueError(f"{path}: {name} is {value!r}; only models with {only} are supported.")

@@ -20,6 +20,7 @@ from experiments.settings import (
     Whole,
     at_least,
     check,
+    even,
     tenth_at_most,
 )
 
@@ -38,10 +39,6 @@ QuirkName = Literal[
 # Steps of warm-up where nobody chooses, of the small model and of a --model; less of a short run.
 WARMUP, REAL_WARMUP = 10, 20
 _SMALLEST_VOCABULARY = 259
-
-
-def _even(why: str) -> Rule:
-    return Rule(f"even and at least 2, since {why}", lambda value: value >= 2 and value % 2 == 0)
 
 
 _ALL_BYTES = Rule(
@@ -205,9 +202,9 @@ class Base:
     """Width of the residual stream."""
     ffn: Count = 384
     """Hidden size of SwiGLU."""
-    heads: Annotated[int, _even("two share keys and values")] = 4
+    heads: Annotated[int, even("two share keys and values")] = 4
     """Attention heads of queries. Keys and values have half as many."""
-    head_dim: Annotated[int, _even("RoPE turns pairs")] = 32
+    head_dim: Annotated[int, even("RoPE turns pairs")] = 32
     """Width of an attention head."""
     vocabulary: Annotated[int, _ALL_BYTES] = 2048
     """Vocabulary size of its byte-level BPE."""

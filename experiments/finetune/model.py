@@ -8,7 +8,7 @@ Shapes: B rows, T positions, D hidden, N query heads, K key heads, H head_dim.
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,12 @@ from experiments.language.attention import (
     split_heads,
 )
 from experiments.language.sharding import constrain
+from experiments.language.tensors import Dtype
 from experiments.layers import Linear, RMSNorm, SwiGLU
 from muon_jax import GroupedQuery
 
 Params = dict[str, Any]
-Dtype = Literal["float32", "bfloat16"]
+
 
 # Up to so many layers are unrolled: a loop copies each one's kernels out of their stack.
 _UNROLLED = 8

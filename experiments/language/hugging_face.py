@@ -4,12 +4,11 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -111,22 +110,33 @@ def write_tensors(
         written.chmod(0o644)  # the library's are for their maker alone
 
 
-def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, File]:
-    """The open file of each tensor, by its name; `stack` closes them.
+@contextlib.contextmanager
+def open_tensors(folder: Path, layers: int) -> Iterator[dict[str, File]]:
+    """The open file of each tensor, by its name.
+
+    Args:
+        folder: of the model.
+        layers: that its config has; each has a tensor, at least.
 
     Raises:
-        ValueError: a file is damaged, or there are two sets of weights.
+        ValueError: a file is damaged, there are two sets of weights, or fewer tensors than layers.
         OSError: one is missing.
     """
-    found: dict[str, File] = {}
-    for name in _files(folder):
-        path = folder / name
-        try:
-            file = stack.enter_context(safe_open(path, "np"))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); download it again.") from None
-        found |= dict.fromkeys(file.keys(), File(path, file))
-    return found
+    with contextlib.ExitStack() as stack:
+        found: dict[str, File] = {}
+        for name in _files(folder):
+            path = folder / name
+            try:
+                file = stack.enter_context(safe_open(path, "np"))
+            except SafetensorError as error:
+                raise ValueError(f"{path} is damaged ({error}); download it again.") from None
+            found |= dict.fromkeys(file.keys(), File(path, file))
+        if layers > len(found):
+            raise ValueError(
+                f"{folder / CONFIG} has {layers} layers, but there are {len(found)} tensors: the "
+                "files are not of that model. Download them again."
+            )
+        yield found
 
 
 def _files(folder: Path) -> list[str]:
@@ -178,57 +188,3 @@ def read_files(folder: Path) -> list[Path]:
     others = [path for path in folder.iterdir() if path.suffix in (".json", ".jinja", ".txt")]
     tensors = (folder / name for name in _files(folder))
     return sorted({*filter(Path.is_file, others), *tensors})
-
-
-def check_layers(folder: Path, layers: int, files: Mapping[str, File]) -> None:
-    """Raises a ValueError where a config has more layers than there are tensors."""
-    if layers > len(files):
-        raise ValueError(
-            f"{folder / CONFIG} has {layers} layers, but there are {len(files)} tensors: the "
-            "files are not of that model. Download them again."
-        )
-
-
-def check_params(found: Any, wanted: Any) -> None:
-    """Raises a ValueError where params have not the shapes of their model's, trees both."""
-
-    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        named = {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
-        return {name: tuple(leaf.shape) for name, leaf in named.items()}
-
-    ours, theirs = shapes(found), shapes(wanted)
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise ValueError(
-                f"The parameters are not of this model: {name} is {ours.get(name, 'missing')}, "
-                f"but its config requires {theirs.get(name, 'none')}."
-            )
-
-
-def check_names(folder: Path, wanted: Set[str], found: Set[str]) -> None:
-    """Raises a ValueError where a folder's tensors are not those of its model."""
-    for what, names in (("lacks", wanted - found), ("has, beyond its config,", found - wanted)):
-        if names:
-            first = ", ".join(sorted(names)[:3])
-            raise ValueError(
-                f"{folder} {what} {len(names)} tensor(s), the first being {first}: its files are "
-                f"not of the model in its {CONFIG}."
-            )
-
-
-def check_tensor(file: File, name: str, shape: tuple[int, ...]) -> None:
-    """Raises a ValueError where a tensor has another shape or dtype; reads the header alone."""
-    header = file.opened.get_slice(name)
-    found, dtype = tuple(header.get_shape()), header.get_dtype()
-    if found != shape or dtype not in ("F32", "BF16", "F16"):
-        raise ValueError(
-            f"{file.path}: {name} is {dtype} {found}; the model in {CONFIG} has F32, BF16 or F16 "
-            f"{shape}. Download both files again, of one model and in one of these dtypes."
-        )
-
-
-def read_tensor(file: File, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor in the file's dtype; a ValueError as of `check_tensor`."""
-    check_tensor(file, name, shape)
-    return file.opened.get_tensor(name)

@@ -33,7 +33,8 @@ LEAVES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(gate|up)/kernel$", ("width", "hidden")),
     (r"down/kernel$", ("hidden", "width")),
     (r"router/kernel$", ("width", None)),
-    (r"scale$", (None,)),
+    (r"(query|key|value)/bias$", ("heads",)),
+    (r"(scale|bias)$", (None,)),
 )
 
 

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from experiments.language import config_json
 from experiments.pretrain.config import Model
-from experiments.runs import read_json
 
-# Fields of Model, and of config.json.
-_FIELDS = {
+# Our names, which but for the vocabulary are of Model, and those of config.json.
+_COMMON = {
+    "vocabulary": "vocab_size",
     "layers": "num_hidden_layers",
     "width": "hidden_size",
     "heads": "num_attention_heads",
@@ -16,7 +17,7 @@ _FIELDS = {
     "init_std": "initializer_range",
     "epsilon": "rms_norm_eps",
 }
-_LATENT_FIELDS = {
+_LATENT = {
     "dense_layers": "first_k_dense_replace",
     "latent": "kv_lora_rank",
     "nope": "qk_nope_head_dim",
@@ -28,83 +29,36 @@ _LATENT_FIELDS = {
     "expert_hidden": "moe_intermediate_size",
     "routed_scale": "routed_scaling_factor",
 }
-
-# What is the same in every model of ours: a config.json that leaves out an unsaid one means just
-# that, one that leaves out another means something else.
-_UNSAID = {"hidden_act": "silu", "attention_bias": False}
-_UNSAID_LATENT = {
-    "rope_interleave": True,
-    "norm_topk_prob": True,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "moe_layer_freq": 1,
-}
-_SAID_LATENT = {"q_lora_rank": None, "n_group": 1, "topk_group": 1}
+_ROPE = {"rope_base": "rope_theta"}
+_FIELDS = {"deepseek_v3": _COMMON | _LATENT | _ROPE, "llama": _COMMON | _ROPE}
 
 
 def to_json(config: Model, vocabulary: int) -> dict[str, Any]:
     """What config.json says of the model itself."""
     latent = config.attention == "latent"
-    names = _FIELDS | (_LATENT_FIELDS if latent else {})
-    kind = ("DeepseekV3ForCausalLM", "deepseek_v3") if latent else ("LlamaForCausalLM", "llama")
-    common = {
-        "architectures": [kind[0]],
-        "model_type": kind[1],
-        "vocab_size": vocabulary,
-        **{theirs: getattr(config, ours) for ours, theirs in names.items()},
-        "num_key_value_heads": config.heads,
-        "rope_theta": config.rope_base,  # for transformers 4
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},  # and 5
-        **_UNSAID,
-    }
-    if latent:
-        return common | _UNSAID_LATENT | _SAID_LATENT | {"num_nextn_predict_layers": 0}
-    return common | {"mlp_bias": False, "head_dim": config.width // config.heads}
+    kind = "deepseek_v3" if latent else "llama"
+    own, family = vars(config) | {"vocabulary": vocabulary}, config_json.FAMILIES[kind]
+    fields = {theirs: own[ours] for ours, theirs in _FIELDS[kind].items()}
+    rope = {"num_key_value_heads": config.heads, "rope_theta": fields.pop("rope_theta")}
+    said = config_json.to_json(kind, fields | rope) | family.fixed | family.stated
+    return said | ({"num_nextn_predict_layers": 0} if latent else {"head_dim": config.key_columns})
 
 
 def read(path: Path) -> tuple[Model, int]:
-    given = read_json(path)
-    kinds = {"deepseek_v3": "latent", "llama": "multi-head"}
-    attention = kinds.get(given.get("model_type"))
-    if attention is None:
-        raise ValueError(
-            f"{path}: the model_type is {given.get('model_type')!r}, but only "
-            f"{' and '.join(kinds)} are supported."
-        )
-    rope = given.get("rope_parameters") or {}
-    names = _FIELDS | (_LATENT_FIELDS if attention == "latent" else {})
-    values = {"tie_word_embeddings": False, **given, **rope}
-    numbers = {}
-    for name in [*names.values(), "rope_theta", "vocab_size"]:
-        numbers[name] = values.get(name)
-        if not isinstance(numbers[name], int | float):
-            raise ValueError(f"{path}: {name} is {numbers[name]!r} but must be a number.")
-    fields = {ours: numbers[theirs] for ours, theirs in names.items()}
-    if attention == "multi-head":
-        fields["dense_layers"] = fields["layers"]
-    float32 = given.get("dtype", given.get("torch_dtype")) == "float32"
-    config = Model(
-        attention=attention,
-        rope_base=numbers["rope_theta"],
-        dtype="float32" if float32 else "bfloat16",
-        **fields,
-    )
-    _check_config(path, given, config)
-    return config, numbers["vocab_size"]
+    """The model that a config.json tells, with the arithmetic in its dtype, and its vocabulary.
 
-
-def _check_config(path: Path, given: dict[str, Any], config: Model) -> None:
-    """Compares with what the model that was read would be written as."""
-    wanted = to_json(config, given["vocab_size"])
-    wanted |= {"quantization_config": None, "rope_scaling": None}
-    for name in wanted.keys() - {"architectures", "rope_parameters", "num_nextn_predict_layers"}:
-        found = given.get(name, "missing" if name in _SAID_LATENT else wanted[name])
-        if found != wanted[name]:
-            raise ValueError(
-                f"{path}: {name} is {found!r}, but only models with {wanted[name]!r} are supported."
-            )
-    kind = (given.get("rope_parameters") or {}).get("rope_type", "default")
-    if kind != "default":
-        raise ValueError(
-            f"{path}: RoPE of type {kind!r}; only models without scaling are supported."
-        )
+    Raises:
+        ValueError, OSError: as `config_json.read`.
+    """
+    given, values = config_json.read(path, Model, _FIELDS)
+    if given["model_type"] == "llama":
+        values |= {"attention": "multi-head", "dense_layers": values["layers"]}
+    dtype, vocabulary = given.get("dtype", given.get("torch_dtype")), values.pop("vocabulary")
+    try:
+        config = Model(dtype="float32" if dtype == "float32" else "bfloat16", **values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    written = to_json(config, vocabulary)
+    heads = {name: written[name] for name in ("num_key_value_heads", "head_dim") if name in written}
+    config_json.require(path, given, heads)
+    return config, vocabulary
