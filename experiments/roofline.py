@@ -129,34 +129,6 @@ def exchange_text(collective: Collective | None) -> str:
     return f"{readable(collective.output_bytes)} in {collective.count:,}{more}"
 
 
-def print_programs(programs: Mapping[str, Program], device_kind: str, console: Console) -> None:
-    """A column a program, what is assumed, and the dearest kernels of each.
-
-    Args:
-        programs: by name, all for devices of one kind.
-        device_kind: one of `CHIPS`.
-        console: to print on.
-    """
-    estimates = {name: estimate(program, device_kind) for name, program in programs.items()}
-    table = Table("of a device", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    columns = []
-    for name, program in programs.items():
-        table.add_column(name, justify="right")
-        columns.append(
-            {"FLOPs": flop(program.flops), **estimates[name].figures()}
-            | {kind: exchange_text(found) for kind, found in program.collectives.items()}
-            | {"temporaries": readable(program.temp_bytes)}
-        )
-    names = dict.fromkeys(name for column in columns for name in column if name != "temporaries")
-    for name in (*names, "temporaries"):
-        table.add_row(name, *(column.get(name, "–") for column in columns))
-    console.print(table)
-    for name, program in programs.items():
-        if program.unread:
-            console.print(f"{name}: {unread_text(program.unread)}", highlight=False)
-    print_estimates(estimates, device_kind, console)
-
-
 def print_estimates(estimates: Mapping[str, Estimate], device_kind: str, console: Console) -> None:
     """What is assumed, and the dearest kernels of each program by name."""
     console.print(CHIPS[device_kind].assumptions(), highlight=False, soft_wrap=True)

@@ -20,6 +20,7 @@ from experiments.bench.arms import matrix_dimensions
 from experiments.bench.cases import make_mesh, on_mesh, separate
 from experiments.bench.sharding import compile_step
 from experiments.compiled import Collective, Kernel, Program, measure, read
+from experiments.language.compile_only import Report, print_reports
 from experiments.roofline import (
     CHIPS,
     Chip,
@@ -27,7 +28,6 @@ from experiments.roofline import (
     dearest_table,
     estimate,
     exchange_text,
-    print_programs,
 )
 from experiments.topology import MEMORY, TopologyError, topology_devices
 
@@ -243,7 +243,8 @@ def test_a_program_is_printed_with_all_that_it_takes(monkeypatch):
     program = Program(3 * 10**9, collectives, 7_000_000, unread={"other": 2}, kernels=kernels)
     monkeypatch.setitem(CHIPS, "made up", CHIP)
     console = Console(record=True, width=160)
-    print_programs({"Muon": program}, "made up", console)
+    report = Report(program, 0, 2**20, 10**9, None, 2.0, estimate(program, "made up"))
+    print_reports({"muon": report}, 2**33, "made up", console)
     said = " ".join(console.export_text().split())
     for text in (
         "FLOPs 3 GFLOP",
@@ -252,7 +253,10 @@ def test_a_program_is_printed_with_all_that_it_takes(monkeypatch):
         "roofline 0.06 ms",  # 3 × (2 + 10) + 2 × (2 + 10) µs
         "estimated cycles 1.50 M",
         "all-gather 24.00 MB in 6 (4 in loops, 5 overlapped with computation)",
-        "temporaries 7.00 MB",
+        "temporaries 6.68 MiB",
+        "program 1.00 MiB memory 7.68 MiB available 8.00 GiB",
+        "FLOPs ÷ the model's 3.00",
+        "÷ ideal share –",
         "exclude 2 × other",
         "Roofline of made up",
         "a.py:7 f",

@@ -24,16 +24,17 @@ from waiting import wait_for
 
 import muon_jax
 from experiments.finetune import __main__ as command
-from experiments.finetune import loop, memory, model, weights
+from experiments.finetune import loop, model, plan, weights
 from experiments.finetune.architecture import PRESETS
 from experiments.finetune.config import Running
 from experiments.finetune.model import LanguageModel
 from experiments.finetune.step import Trainer
-from experiments.language import log
+from experiments.language import compile_only, log, planning
 from experiments.language.checkpoints import Checkpoints
 from experiments.language.training_loop import TrainingError
 from experiments.parallel import run_in_parallel
 from experiments.roofline import CHIPS, Chip
+from experiments.topology import MEMORY
 
 ROOT = Path(__file__).parent.parent
 OFTEN = Running(save_every=4, evaluate_every=6, evaluation_tokens=100, max_checkpoints=9)
@@ -289,53 +290,53 @@ def test_a_cell_that_diverges_says_so():
 # --- Memory ----------------------------------------------------------------------------------
 
 
-def plan_of(size, arm, mesh=None, **changes):
+def case_of(size, arm, mesh=None, **changes):
     settings = {"dtype": "bfloat16", "remat": True, "context": 2048, "batch": 1} | changes
-    return Trainer(training(**settings), arm, PRESETS[size], mesh or mesh_of(1, 1, 1, 1))
+    return plan.case_of(training(**settings), arm, mesh or mesh_of(1, 1, 1, 1), PRESETS[size])
 
 
 def test_a_plan_of_4b_is_what_is_known():
-    muon, adamw = (memory.plan(plan_of("4b", arm)) for arm in ("muon_adamw", "adamw"))
+    muon, adamw = (case_of("4b", arm).memory for arm in ("muon_adamw", "adamw"))
     # The tied embedding has both moments of AdamW: 0.39 B params.
     assert sum(muon.held.values()) == pytest.approx(48e9 + 4 * 0.39e9, rel=0.02)
     assert sum(adamw.held.values()) == pytest.approx(64e9, rel=0.01)
     assert muon.held["params, float32"] == 4 * PRESETS["4b"].parameters
-    quarter = memory.plan(plan_of("4b", "adamw", mesh_of(1, 4, 1, 1), batch=4))
+    quarter = case_of("4b", "adamw", mesh_of(1, 4, 1, 1), batch=4).memory
     assert sum(quarter.held.values()) == pytest.approx(sum(adamw.held.values()) / 4, rel=0.001)
 
 
 def test_what_fits_is_trained_and_what_does_not_is_refused():
     for size in ("0.6b", "1.7b"):
-        memory.check(plan_of(size, "adamw"), 80 * 10**9)
-    memory.check(plan_of("4b", "muonclip"), 80 * 10**9)
-    with pytest.raises(memory.TooLarge, match=r"alone take 64.36 GB.*--mesh.fsdp"):
-        memory.check(plan_of("4b", "adamw"), 24 * 10**9)
-    with pytest.raises(memory.TooLarge, match="use --accumulate 4; shorten --context"):
-        memory.check(plan_of("1.7b", "adamw", batch=256), 80 * 10**9)
+        planning.check(case_of(size, "adamw"), 80 * 10**9)
+    planning.check(case_of("4b", "muonclip"), 80 * 10**9)
+    with pytest.raises(planning.TooLarge, match=r"alone take 64.36 GB.*--mesh.fsdp"):
+        planning.check(case_of("4b", "adamw"), 24 * 10**9)
+    with pytest.raises(planning.TooLarge, match="use --accumulate 4; shorten --context"):
+        planning.check(case_of("1.7b", "adamw", batch=256), 80 * 10**9)
     small = trainer_of(training(), "muon_adamw")
-    with pytest.raises(memory.TooLarge, match="The compiled step of muon_adamw requires"):
-        memory.check(small, 10**5, memory.compiled(small))
+    with pytest.raises(planning.TooLarge, match="The compiled step of muon_adamw requires"):
+        planning.check(plan.case(small), 10**5, planning.compiled_bytes(small.program))
 
 
 @pytest.mark.parametrize(("gigabytes", "fsdp"), [(24, 8), (32, 4), (0.1, None)])
 def test_a_mesh_that_is_advised_fits(gigabytes, fsdp):
     """Of 2, 4 and 8 devices, which divide the batch."""
-    with pytest.raises(memory.TooLarge) as refused:
-        memory.check(plan_of("4b", "adamw", batch=8), round(gigabytes * 1e9))
+    with pytest.raises(planning.TooLarge) as refused:
+        planning.check(case_of("4b", "adamw", batch=8), round(gigabytes * 1e9))
     if fsdp is None:
         assert "no --mesh.fsdp that divides" in str(refused.value)
         return
     assert f"shard it over {fsdp} devices with --mesh.fsdp {fsdp};" in str(refused.value)
-    memory.check(plan_of("4b", "adamw", mesh_of(1, fsdp, 1, 1), batch=8), gigabytes * 10**9)
+    planning.check(case_of("4b", "adamw", mesh_of(1, fsdp, 1, 1), batch=8), gigabytes * 10**9)
 
 
 def test_arms_that_fit_are_advised_in_place_of_one_that_does_not():
     with pytest.raises(
-        memory.TooLarge, match="use --optimizers muon_frozen1d muon_adamw muonclip, wh"
+        planning.TooLarge, match="use --optimizers muon_frozen1d muon_adamw muonclip, wh"
     ):
-        memory.check(plan_of("4b", "adamw", batch=8), 80 * 10**9)
-    with pytest.raises(memory.TooLarge) as refused:
-        memory.check(plan_of("4b", "adamw", batch=8), 60 * 10**9)
+        planning.check(case_of("4b", "adamw", batch=8), 80 * 10**9)
+    with pytest.raises(planning.TooLarge) as refused:
+        planning.check(case_of("4b", "adamw", batch=8), 60 * 10**9)
     assert "--optimizers" not in str(refused.value)
 
 
@@ -347,7 +348,7 @@ def test_arms_that_fit_are_advised_in_place_of_one_that_does_not():
     [
         ("--accumulate 3", "--accumulate must divide --batch"),
         ("--optimizers adamw adamw", "requires one or more different values; got adamw adamw"),
-        ("--preset 4b", "--preset requires --dry-run"),
+        ("--preset 4b", "--preset requires --dry-run or --compile-only"),
         ("--warmup 500", "less than --steps 100; got 500"),
         ("--context 1", "--context must be at least 2; got 1"),
         ("--optimizer.b1 1", "--optimizer.b1 must be at least 0 and less than 1"),
@@ -372,7 +373,9 @@ def test_arms_that_fit_are_advised_in_place_of_one_that_does_not():
         ),
         ("--model x --out gs://a/b", "Give --export False"),
         ("--suite qk --preset 4b --dry-run", "remove --preset 4b"),
-        ("--topology h100:8", "--topology requires --dry-run and excludes --suite"),
+        ("--topology h100:8", "--compile-only and --topology require each other"),
+        ("--dry-run --topology h100:8", "require each other and exclude --dry-run"),
+        ("--compile-only --topology h100:8 --suite qk", "--compile-only excludes --suite qk"),
         ("--suite bogus", "For full helptext, run python -m experiments.finetune"),
         ("--suite", "Missing value for argument '--suite'"),
         ("--model", "Missing value for argument '--model'"),
@@ -500,18 +503,20 @@ def test_a_dry_run_shows_the_plan_and_refuses(monkeypatch, capsys):
     assert "requires" in capsys.readouterr().err
 
 
-def test_a_dry_run_compiles_for_a_topology(monkeypatch, capsys):
+def test_a_step_is_compiled_for_a_topology(monkeypatch, capsys):
     chip = Chip("made up", bandwidth=1e9, flops=1e10, launch=1e-6)
     monkeypatch.setitem(CHIPS, "cpu", chip)
-    monkeypatch.setitem(command.dry_run.MEMORY, "cpu", 1.0)
-    monkeypatch.setattr(command.dry_run, "topology_devices", lambda name: jax.devices()[:2])
+    monkeypatch.setitem(MEMORY, "cpu", 1.0)
+    monkeypatch.setattr(compile_only, "topology_devices", lambda name: jax.devices()[:2])
     monkeypatch.setenv("COLUMNS", "200")
     small = "--base.layers 1 --base.hidden 16 --base.ffn 16 --base.heads 2 --base.head-dim 8"
-    words = f"finetune --dry-run --optimizers muon_adamw --context 16 {small} --topology made:2"
+    words = (
+        f"finetune --compile-only --topology made:2 --optimizers muon_adamw --context 16 {small}"
+    )
     monkeypatch.setattr(sys, "argv", words.split())
     assert command.main() == 0
     said = capsys.readouterr().out
-    assert "on made:2 (cpu), data 1 × fsdp 2" in said
+    assert "on 2 devices of made:2 (cpu), data 1 × fsdp 2" in said
     for text in ("kernels", "HBM traffic", "roofline", "all-reduce", "temporaries"):
         assert re.search(rf"^{text} .*\d", said, re.MULTILINE), text
     assert "Roofline of made up" in said and "Most expensive kernels of" in said
@@ -615,7 +620,7 @@ def test_an_out_with_other_files_is_refused_before_rows_are_read(tmp_path, monke
     (tmp_path / "thesis.tex").write_text("x")
     for more in ([], ["--suite", "controlled"]):
         monkeypatch.setattr(sys, "argv", ["finetune", "--out", str(tmp_path), *more])
-        monkeypatch.setattr(command.dry_run, "plan_suite", lambda *given: None)
+        monkeypatch.setattr(plan, "plan_suite", lambda *given: None)
         assert command.main() == 2
         assert "holds thesis.tex but no run of this study" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
@@ -626,7 +631,7 @@ def test_a_start_that_failed_leaves_the_folder_free(tmp_path, monkeypatch, capsy
         raise ValueError("the weights are broken")
 
     monkeypatch.setattr(command.loop, "train", fail)
-    monkeypatch.setattr(command.memory, "compiled", lambda trainer: 0)
+    monkeypatch.setattr(planning, "compiled_bytes", lambda program: 0)
     for seed in "01":
         one_arm(tmp_path / seed, monkeypatch, "--seed", seed, "--out", str(tmp_path / "runs"))
         assert command.main() == 2

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import importlib.util
-import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,18 @@ from pretraining import DENSE, SMALL, VOCABULARY, mesh_of, one_device, training
 from rich.console import Console
 
 from experiments.compiled import Kernel, Program, measure
+from experiments.language import compile_only
 from experiments.language.attention import BLOCK, KEEP_KERNELS, causal_attention, splash
 from experiments.language.kernels import Shape, with_attention
 from experiments.language.mesh import Mesh, make_mesh
-from experiments.pretrain import pod
+from experiments.language.planning import Planning, TooLarge, compiled_bytes
+from experiments.pretrain import plan
 from experiments.pretrain.costs import step_costs
 from experiments.pretrain.model import LanguageModel
 from experiments.pretrain.presets import PRESETS
 from experiments.pretrain.step import Trainer
 from experiments.roofline import estimate
-from experiments.topology import TopologyError, topology_devices
+from experiments.topology import MEMORY, TopologyError, topology_devices
 
 change = dataclasses.replace
 DEEP = change(SMALL, layers=5, hidden=64, expert_hidden=32)
@@ -87,52 +89,66 @@ def report():
     """Of eight simulated devices."""
     mesh = Mesh(fsdp=4, tensor=2)
     config = training(DENSE, mesh=mesh, accumulate=2)
-    return config, pod.compile_for(config, "adamw", jax.devices()[:8], "simulated")
+    case = plan.case(config, "adamw", make_mesh(mesh.sizes, jax.devices()[:8]))
+    return case, compile_only.compile_case(case)
 
 
 def test_a_report_tells_what_one_device_has(report):
-    config, report = report
-    state = jax.tree.leaves(Trainer(config, "adamw", mesh_of(1, 4, 1, 2), VOCABULARY).abstract)
+    case, report = report
+    state, program = jax.tree.leaves(case.trainer.abstract), report.program
     shards = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in state)
-    windows = 2 * 1 * (config.context + 1) * 4
-    assert report.argument_bytes == shards + windows + 4  # the learning rate
-    assert 0 <= report.output_bytes < 1000 < report.temp_bytes
-    assert report.mesh == {"data": 1, "fsdp": 4, "expert": 1, "tensor": 2}
-    assert 1 < report.flops / report.model_flops < 3
-    assert {"all-gather", "all-reduce", "reduce-scatter"} <= set(report.collectives)
-    assert (report.fits, report.unread, report.newton_schulz) == (None, {}, None)
+    windows = 2 * 1 * (case.config.context + 1) * 4
+    assert program.argument_bytes == shards + windows + 4  # the learning rate
+    assert 0 <= report.kept_bytes < 1000 < program.temp_bytes
+    assert 1 < program.flops / report.model_flops < 3
+    assert {"all-gather", "all-reduce", "reduce-scatter"} <= set(program.collectives)
+    assert (program.unread, report.newton_schulz) == ({}, None)
     assert report.estimate is None  # a CPU has no roofline
-    assert json.loads(json.dumps(dataclasses.asdict(report)))["optimizer"] == "adamw"
+    assert report.total_bytes == compiled_bytes(case.trainer.program)
 
 
 def test_experts_are_orthogonalised_where_they_lie():
     config = training(DEEP, mesh=Mesh(fsdp=2, expert=2))
-    trainer = Trainer(config, "muon", mesh_of(1, 2, 2, 1), VOCABULARY)
-    share = pod.newton_schulz_share(trainer)
+    share = compile_only.newton_schulz_share(plan.case(config, "muon", mesh_of(1, 2, 2, 1)))
     assert share.expert_collectives == {}
     assert share.collectives
     assert 0.9 < share.ratio <= 1.1
 
 
-def test_what_does_not_fit_is_said_and_exits_with_1(report, monkeypatch):
-    config, made = report
-    monkeypatch.setattr(pod, "topology_devices", lambda name: jax.devices()[:8])
-    for total, code, text in ((1e12, 0, "the step fits"), (1e3, 1, "the step does not fit")):
-        sized = change(made, memory_bytes=int(total))
-        monkeypatch.setattr(pod, "compile_for", lambda *_, sized=sized: sized)
-        console = Console(record=True, width=120)
-        assert pod.compile_only(config, ["adamw"], "simulated", console) == code
-        assert text in console.export_text()
+def run(case, limit, monkeypatch):
+    """The command's text and error, with a simulated topology."""
+    planning = Planning(compile_only=True, topology="simulated", device_memory=limit)
+    devices = case.mesh.devices.ravel().tolist()
+    monkeypatch.setattr(compile_only, "topology_devices", lambda name: devices)
+    console = Console(record=True, width=160)
+    try:
+        compile_only.compile_only(planning, case.config.mesh, lambda mesh: [case], console)
+    except TooLarge as error:
+        return console.export_text(), str(error)
+    return console.export_text(), None
+
+
+def test_what_does_not_fit_is_refused_with_what_would(report, monkeypatch):
+    case, made = report
+    monkeypatch.setattr(compile_only, "compile_case", lambda case: made)
+    said, error = run(case, 1000.0, monkeypatch)
+    assert error is None and re.search(r"available +931.32 GiB", said)
+    assert "on 8 devices of simulated (cpu), data 1 × fsdp 4" in said
+    said, error = run(case, 1e-9 * case.memory.total, monkeypatch)
+    assert "temporaries" in said
+    assert error.startswith("The compiled step of adamw requires") and "--accumulate" in error
+    said, error = run(case, 1e-6, monkeypatch)
+    assert "temporaries" not in said and error.startswith("By the plan a step of adamw requires")
 
 
 def test_a_report_tells_the_roofline_and_the_dearest_kernels(report):
     _, made = report
     kernel = Kernel("works", runs=4, flops=10**9, hbm_bytes=10**6, source="model.py:3 f")
-    program = Program(0, {}, kernels=(kernel,))
+    program = Program(0, {}, kernels=(kernel,), unread={"other": 3})
     kind = "NVIDIA H100 80GB HBM3"
-    known = change(made, device_kind=kind, estimate=estimate(program, kind), unread={"other": 3})
+    known = made._replace(program=program, estimate=estimate(program, kind))
     console = Console(record=True, width=160)
-    pod.print_reports([known], console)
+    compile_only.print_reports({"adamw": known}, None, kind, console)
     said = " ".join(console.export_text().split())
     for text in ("kernels 4", "HBM traffic 4.00 MB", "roofline 0.0137 ms", "model.py:3 f"):
         assert text in said, text
@@ -150,27 +166,29 @@ def test_kernels_of_attention_count_in_the_roofline():
 
 
 def test_the_compilers_refusal_is_passed_on(report, monkeypatch):
-    config, _ = report
+    config = report[0].config
+    case = plan.case(config, "adamw", report[0].mesh)
 
     def refuse(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 5T exceed 95.74G.\nmore")
 
-    monkeypatch.setattr(pod, "topology_devices", lambda name: jax.devices()[:8])
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    console = Console(record=True, width=120)
-    assert pod.compile_only(config, ["adamw"], "simulated", console) == 1
-    assert "AdamW does not fit: 5T exceed 95.74G.\n" in console.export_text()
+    _, error = run(case, None, monkeypatch)
+    assert error.startswith("The step of adamw does not fit: 5T exceed 95.74G. ")
+    assert "use a smaller model" in error
 
 
 def test_kernels_of_attention_are_counted_and_others_named():
     config = change(PRESETS["moonlight-16b"], batch=512, accumulate=4)
     mesh = mesh_of(1, 8, 1, 2)  # 16 sequences and 8 heads on each device
     runs = {"splash_mha_fwd_residuals": 3, "splash_mha_dkv_no_residuals": 1, "other": 7}
-    flops, others = pod.kernel_flops(runs, config, mesh)
+    program = with_attention(
+        Program(0, {}, unread=runs), plan.case(config, "adamw", mesh).attention
+    )
     pairs = 16 * 17 // 2 * BLOCK**2
     columns = 3 * (192 + 128) + 2 * (192 + 128)
-    assert flops == 16 * 8 * pairs * 2 * columns
-    assert others == {"other": 7}
+    assert program.flops == 16 * 8 * pairs * 2 * columns
+    assert program.unread == {"other": 7}
 
 
 # --- Kernels of TPUs, interpreted ------------------------------------------------------------
@@ -230,11 +248,13 @@ def test_a_small_step_compiles_for_a_tpu(exchange):
     tiny = PRESETS["tiny"]
     model = change(tiny.model, dtype="bfloat16", exchange=exchange)
     config = change(tiny, model=model, mesh=Mesh(fsdp=2, expert=2))
-    report = pod.compile_for(config, "adamw", topology_devices("v5e:2x2"), "v5e:2x2")
-    assert report.fits and report.unread == {}
+    mesh = make_mesh(config.mesh.sizes, topology_devices("v5e:2x2"))
+    report = compile_only.compile_case(plan.case(config, "adamw", mesh))
+    program = report.program
+    assert report.total_bytes <= MEMORY["TPU v5 lite"] * 2**30 and program.unread == {}
     exchanged = {"ragged-all-to-all"} if exchange == "ragged" else set()
-    assert {kind for kind in report.collectives if "ragged" in kind} == exchanged
-    assert 1 < report.flops / report.model_flops < 4
+    assert {kind for kind in program.collectives if "ragged" in kind} == exchanged
+    assert 1 < program.flops / report.model_flops < 4
 
 
 @needs_libtpu
@@ -257,7 +277,7 @@ def test_a_layer_that_is_computed_again_runs_attention_once():
 def test_muon_of_the_16b_model_shares_its_work_out():
     config = PRESETS["moonlight-16b"]
     mesh = make_mesh(config.mesh.sizes, topology_devices("v5p:4x4x4"))
-    share = pod.newton_schulz_share(Trainer(config, "muon", mesh, config.data.vocabulary))
+    share = compile_only.newton_schulz_share(plan.case(config, "muon", mesh))
     assert share.ratio == pytest.approx(1.02, abs=0.01)
     assert share.expert_collectives == {}
     counts = {kind: c.count for kind, c in share.collectives.items()}
@@ -270,12 +290,14 @@ def test_the_16b_step_fits():
     whole = PRESETS["moonlight-16b"]
     model = change(whole.model, layers=2, dense_layers=0)
     config = change(whole, model=model, batch=256, accumulate=1)
-    report = pod.compile_for(config, "adamw", topology_devices("v5p:4x4x4"), "v5p:4x4x4")
-    assert report.fits and report.unread == {}
-    assert report.argument_bytes == pytest.approx(0.32 * 2**30, rel=0.02)
+    mesh = make_mesh(config.mesh.sizes, topology_devices("v5p:4x4x4"))
+    report = compile_only.compile_case(plan.case(config, "adamw", mesh))
+    program = report.program
+    assert report.total_bytes <= MEMORY["TPU v5"] * 2**30 and program.unread == {}
+    assert program.argument_bytes == pytest.approx(0.32 * 2**30, rel=0.02)
     assert report.total_bytes == pytest.approx(10.6 * 2**30, rel=0.1)
-    assert report.flops / report.model_flops == pytest.approx(1.14, abs=0.05)
-    assert all(c.in_loops == 0 for c in report.collectives.values())
+    assert program.flops / report.model_flops == pytest.approx(1.14, abs=0.05)
+    assert all(c.in_loops == 0 for c in program.collectives.values())
     # The experts' kernels, which nearly all params are, are gathered twice; their gradients and the
     # head's leave by reduce-scatters.
     kernels, head = 2 * 64 * 3 * 2048 * 1408 * 2, 2048 * 163_840 * 2

@@ -11,9 +11,11 @@ from etils import epath
 from pretraining import DENSE, SMALL, mesh_of, training
 from rich.console import Console
 
+from experiments.language.dry_run import dry_run
 from experiments.language.mesh import Mesh, mesh_of_config
+from experiments.language.planning import TooLarge
+from experiments.pretrain import plan
 from experiments.pretrain.config import as_json
-from experiments.pretrain.dry_run import dry_run, memory
 from experiments.pretrain.presets import PRESETS
 from experiments.pretrain.report import abstract, report, table
 from experiments.pretrain.report_data import (
@@ -360,8 +362,11 @@ def test_the_report_is_made_again_from_the_files_alone(tmp_path, capsys):
 
 
 def dry(config, *optimizers):
-    out = io.StringIO()
-    assert dry_run(config, optimizers or ("adamw", "muon"), Console(width=80, file=out)) == 0
+    out, mesh = io.StringIO(), mesh_of_config(config.mesh)
+    names = optimizers or ("adamw", "muon")
+    cases = [plan.case(config, name, mesh) for name in names]
+    schedule = plan.schedule_text(config, names)
+    dry_run(cases, None, Console(width=80, file=out), schedule=schedule)
     return out.getvalue()
 
 
@@ -372,7 +377,7 @@ def test_dry_run_on_one_device():
     assert re.search(r"experts/gate, experts/up +experts, –, –, hidden +whole", text)
     assert "51,344 in total, 47,248 without embedding and head" in text
     # Two float32s of all; one of the 46,976 entries of hidden matrices, and counters.
-    assert re.search(r"optimizer state +410.76 kB +222.86 kB", text)
+    assert re.search(r"optimizer state, float32 +410.76 kB +222.86 kB", text)
     assert re.search(r"model +25 MFLOP +25 MFLOP", text)
     assert re.search(r"Newton-Schulz +– +21.9 MFLOP", text)
     assert "Muon's overhead: 87.85 % of the model's 25 MFLOP a step" in text
@@ -397,7 +402,7 @@ def test_dry_run_of_moonlight_on_devices_that_need_not_be_there(fsdp, devices):
     )
     # AdamW keeps two float32s of each param; experts lie on all devices, the rest along fsdp.
     experts, all_params = 64 * 26 * 3 * 2048 * 1408, 15_960_108_544
-    state = float(re.search(r"optimizer state +([\d.]+) GB", text)[1])
+    state = float(re.search(r"optimizer state, float32 +([\d.]+) GB", text)[1])
     assert math.isclose(
         state, 8e-9 * (experts + 8 * (all_params - experts)) / devices, rel_tol=0.002
     )
@@ -417,16 +422,25 @@ def test_memory_is_that_of_the_arrays():
         first = jax.devices()[0]
         return sum(s.data.nbytes for own in shards for s in own if s.device == first)
 
-    found = memory(trainer)
-    assert found["params, float32"] == found["gradient, float32"] == held(state.params)
-    assert found["optimizer state"] == held(state.opt_state)
-    assert found["batch"] == 2 * 1 * 17 * 4
-    assert set(found) == {"params, float32", "gradient, float32", "optimizer state", "batch"}
+    memory = plan.case(config, "muon", trainer.mesh).memory
+    params, gradient, optimizer = memory.held.values()
+    assert params == gradient == held(state.params) and optimizer == held(state.opt_state)
+    assert list(memory.backward.values()) == [2 * 1 * 17 * 4]  # the batch
+    assert memory.total == sum(memory.held.values()) + sum(memory.update.values())
     half = dataclasses.replace(config, model=dataclasses.replace(SMALL, dtype="bfloat16"))
-    small = memory(Trainer(half, "muon", trainer.mesh, half.data.vocabulary))["params, bfloat16"]
+    small = plan.case(half, "muon", trainer.mesh).memory.backward["params, bfloat16"]
     whole = held(state.params["moe_layers"]["feed_forward"]["router"])
     whole += held(state.params["embedding"])
     assert small == (held(state.params) + whole) // 2
+
+
+def test_what_does_not_fit_is_refused_with_what_would():
+    cases = [plan.case(PRESETS["moonlight-16b"], "adamw", mesh_of(1, 4, 1, 1))]
+    said = (
+        r"step of adamw requires 72.\d* GB.* has 20.00 GB\. .*over 16 devices with --mesh.fsdp 16"
+    )
+    with pytest.raises(TooLarge, match=said):
+        dry_run(cases, 20 * 10**9, Console(file=io.StringIO()))
 
 
 def test_a_mesh_that_cannot_be_is_refused():

@@ -22,7 +22,7 @@ from rich.progress import TaskID
 
 from experiments.commands import guard, progress_bar, stop_on_signals
 from experiments.finetune import architecture as config_json
-from experiments.finetune import base, data, dry_run, loop, memory, step, weights
+from experiments.finetune import base, data, loop, plan, step, weights
 from experiments.finetune.architecture import Qwen3
 from experiments.finetune.arms import ARMS
 from experiments.finetune.chat import Chat
@@ -36,7 +36,7 @@ from experiments.finetune.config import (
 from experiments.finetune.model import Params
 from experiments.finetune.step import Trainer
 from experiments.finetune.suites.study import suite
-from experiments.language import hugging_face
+from experiments.language import hugging_face, planning
 from experiments.language.hugging_face import CONFIG
 from experiments.language.mesh import make_mesh, one_device
 from experiments.language.training_loop import Progress
@@ -74,13 +74,13 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
     if command.data is not None:
         data.located(command.data)
     if command.suite:
-        dry_run.plan_suite(command, command.suite, console)
+        plan.plan_suite(command, command.suite, console)
         if command.dry_run:
             return 0
         check_free(epath.Path(command.out), command.as_json(), other="another --out")
         return suite(command, command.suite, console, stop)
-    if command.dry_run:
-        return dry_run.dry_run(command, console)
+    if command.dry_run or command.compile_only:
+        return plan.plan(command, console)
     check_group(epath.Path(command.out), ARMS, command.as_json(), other="another --out")
     if command.model is None:  # before minutes of pretraining
         _check(command, base.architecture_of(command.base, command.base.vocabulary))
@@ -89,7 +89,7 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
     config = command.training().with_steps(
         windows, WARMUP if command.model is None else REAL_WARMUP
     )
-    alone = dry_run.apart(command)
+    alone = plan.apart(command)
     places = devices_for(len(command.optimizers)) if alone else [None]
     meshes = (
         {device: one_device(device) for device in places}
@@ -99,9 +99,10 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
     made = functools.cache(
         lambda arm, device: Trainer(config, arm, start.architecture, meshes[device])
     )
-    limit = dry_run.limit_of(command, len(places))
     first = next(iter(meshes))
-    dry_run.plan(command, {arm: made(arm, first) for arm in command.optimizers}, limit, console)
+    limit = command.limit(meshes[first], len(places))
+    trainers = [made(arm, first) for arm in command.optimizers]
+    plan.refuse_too_large(command, trainers, limit, console)
     try:
         with progress_bar(console) as bar:
             messages = functools.partial(bar.console.print, highlight=False)
@@ -183,7 +184,7 @@ def _prepare(
 
 def _check(command: Command, architecture: Qwen3) -> None:
     """Raises a ValueError where the mesh does not divide the batch or the model."""
-    if not dry_run.apart(command):
+    if not plan.apart(command):
         step.check(command.training(), architecture, make_mesh(command.mesh.sizes))
 
 
@@ -214,7 +215,7 @@ def _train(
     command: Command,
     config: Training,
     trainer: Trainer,
-    limit: int,
+    limit: int | None,
     start: loop.Start,
     rows: data.Prepared,
     source: Path,
@@ -235,7 +236,7 @@ def _train(
             on_message(f"{LABELS.get(arm, arm)}: already finished, in {folder}")
             return
         task = bar.add_task(f"{arm}: compiling", total=config.steps)
-        memory.check(trainer, limit, memory.compiled(trainer))
+        planning.check(plan.case(trainer), limit, planning.compiled_bytes(trainer.program))
 
         def finish(params: Params) -> None:
             if command.exports and not (folder / "model").exists():

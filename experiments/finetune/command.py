@@ -9,8 +9,9 @@ from etils import epath
 from experiments import command_line
 from experiments.finetune.config import ArmName, Base, Optimizer, Running, Training
 from experiments.finetune.suites.config import Suite, SuiteName, defaults
+from experiments.language.planning import Planning
 from experiments.language.processes import Processes
-from experiments.settings import Positive, check_different
+from experiments.settings import check_different
 
 # What fine-tuning a real model begins with: less to hold, longer windows, a rate for one.
 _REAL = Training(
@@ -25,7 +26,7 @@ _SHORT = {"steps": 100, "evaluation_tokens": 16_384}
 
 
 @dataclasses.dataclass(frozen=True)
-class Command(Suite, Running, Training):
+class Command(Suite, Planning, Running, Training):
     """Fine-tunes a Qwen3 with AdamW and three forms of Muon, from one start on the same examples.
 
     Without options it pretrains a small Qwen3 (once; it is cached), fine-tunes it with the four
@@ -51,35 +52,25 @@ class Command(Suite, Running, Training):
     export: bool | None = None
     """Write the fine-tuned model and its tokenizer to `model` in the optimizer's folder. By default
     only with --model."""
-    dry_run: bool = False
-    """Train nothing, and print what a step would cost. What does not fit the device is an
-    error."""
     preset: Literal["0.6b", "1.7b", "4b"] | None = None
     """Named model to begin with; explicit options override its settings. Requires
-    --dry-run; a Qwen3 of that size, which need not be present."""
-    topology: str | None = None
-    """Accelerators to compile for, which need not be present. TPUs: v5e:16x16 or v5p:8x8x8. GPUs:
-    h100:8, h200:8, b200:8, or h100:8x8 for hosts × devices. Requires --dry-run, and the extra `tpu`
-    or `gpu-compile`."""
-    device_memory: Positive | None = None
-    """Memory of a device, in gigabytes. By default what the device reports."""
+    --dry-run or --compile-only; a Qwen3 of that size, which need not be present."""
     processes: Processes = dataclasses.field(default_factory=Processes)
     """A run on several hosts."""
 
     def __post_init__(self) -> None:
         Suite.__post_init__(self)
+        Planning.__post_init__(self)
         Running.__post_init__(self)
         Training.__post_init__(self)
         check_different(self, "optimizers")
-        if self.preset and not self.dry_run:
+        if self.preset and not (self.dry_run or self.compile_only):
             raise ValueError(
-                "--preset requires --dry-run. To train such a model, give its folder as --model."
+                "--preset requires --dry-run or --compile-only. To train such a model, give its "
+                "folder as --model."
             )
-        if self.topology and (self.suite or not self.dry_run):
-            raise ValueError(
-                "--topology requires --dry-run and excludes --suite, as in --dry-run --topology "
-                "h100:8. To train on the devices of this machine, leave it out."
-            )
+        if self.compile_only and self.suite:
+            raise ValueError(f"--compile-only excludes --suite {self.suite}; remove one of them.")
         if self.preset and self.model:
             raise ValueError("Give --preset or --model, not both.")
         if self.preset and self.suite in ("mismatch", "qk"):

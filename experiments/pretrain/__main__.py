@@ -23,11 +23,14 @@ from rich.progress import TaskID
 from experiments import command_line
 from experiments.commands import INTERRUPTED, guard, progress_bar, stop_on_signals
 from experiments.language import data
-from experiments.language.mesh import make_mesh
+from experiments.language.compile_only import compile_only
+from experiments.language.dry_run import dry_run
+from experiments.language.mesh import make_mesh, mesh_of_config
+from experiments.language.planning import Case, Planning
 from experiments.language.processes import Processes
 from experiments.language.training_loop import Progress
 from experiments.optimizers import ARMS, OptimizerName
-from experiments.pretrain import step
+from experiments.pretrain import plan, step
 from experiments.pretrain.config import PresetName, Running, Training
 from experiments.pretrain.loop import train
 from experiments.pretrain.presets import PRESETS, fitted
@@ -48,7 +51,7 @@ from experiments.topology import leave_accelerators_alone
 
 
 @dataclasses.dataclass(frozen=True)
-class Command(Suite, Running, Training):
+class Command(Suite, Planning, Running, Training):
     """Pretrains a mixture-of-experts language model, with Muon and with AdamW.
 
     Without options it trains a small model on the source of Python's standard library with both
@@ -65,20 +68,12 @@ class Command(Suite, Running, Training):
     """Optimizers to compare. Each of several has a folder of its own in --out."""
     out: str | None = None
     """Folder of the run. By default runs/pretrain/PRESET; it may be in gs:// or s3://."""
-    dry_run: bool = False
-    """Train nothing, and print what a step would cost. Printed is also which optimizer takes which
-    parameter."""
-    compile_only: bool = False
-    """Train nothing, compile the step for --topology, and print what it would cost there."""
-    topology: str | None = None
-    """Accelerators to compile for, which need not be present. TPUs: v5e:16x16 or v5p:8x8x8. GPUs:
-    h100:8, h200:8, b200:8, or h100:8x8 for hosts × devices. Requires --compile-only, and the extra
-    `tpu` or `gpu-compile`."""
     processes: Processes = dataclasses.field(default_factory=Processes)
     """A run on several hosts."""
 
     def __post_init__(self) -> None:
         Suite.__post_init__(self)
+        Planning.__post_init__(self)
         Running.__post_init__(self)
         Training.__post_init__(self)
         check_different(self, "optimizers")
@@ -86,11 +81,6 @@ class Command(Suite, Running, Training):
             raise ValueError(
                 f"--evaluation-tokens must be at least --context {self.context}; got "
                 f"{self.evaluation_tokens}."
-            )
-        if self.compile_only != (self.topology is not None):
-            raise ValueError(
-                "--compile-only and --topology require each other, as in --compile-only "
-                "--topology v5p:4x4x4."
             )
 
     def folder(self, optimizer: OptimizerName | None = None) -> epath.Path:
@@ -141,14 +131,8 @@ def parse(arguments: list[str]) -> Command:
 
 def run(command: Command, stop: threading.Event, console: Console) -> int:
     """Does what the command asks for."""
-    if command.dry_run:
-        from experiments.pretrain.dry_run import dry_run
-
-        return dry_run(command, command.optimizers, console)
-    if command.topology:
-        from experiments.pretrain.pod import compile_only
-
-        return compile_only(command.training(), command.optimizers, command.topology, console)
+    if command.dry_run or command.compile_only:
+        return _plan(command, console)
     if command.suite:
         study.check(command, command.suite)
     _check_folder(command)
@@ -169,6 +153,21 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
         from experiments.report.studies import show
 
         show(command.folder(), console, optimizers=command.optimizers)
+    return 0
+
+
+def _plan(command: Command, console: Console) -> int:
+    config, names = command.training(), command.optimizers
+
+    def cases(mesh: jax.sharding.Mesh) -> list[Case]:
+        return [plan.case(config, name, mesh) for name in names]
+
+    if command.compile_only:
+        compile_only(command, config.mesh, cases, console)
+    else:
+        mesh = mesh_of_config(config.mesh)
+        schedule = plan.schedule_text(config, names)
+        dry_run(cases(mesh), command.limit(mesh), console, schedule=schedule)
     return 0
 
 

@@ -33,7 +33,7 @@ PEAKS = {
     "NVIDIA B200": 2250e12,
 }
 
-_WITHOUT_NEWTON_SCHULZ = (
+WITHOUT_NEWTON_SCHULZ = (
     "adamw",
     "polar",
     "low_rank",
@@ -86,18 +86,22 @@ def unknown_peak() -> str | None:
 def step_costs(config: Training, optimizer: OptimizerName, params: Any) -> Costs:
     """Of a config; `params` are arrays or shapes."""
     plan = None
-    if optimizer not in _WITHOUT_NEWTON_SCHULZ:
+    if optimizer not in WITHOUT_NEWTON_SCHULZ:
         muon = config.muon
         plan = muon_jax.plan(params, ns_coeffs=muon.ns_coeffs, ns_dtype=muon.ns_dtype)
     peak = PEAKS.get(jax.devices()[0].device_kind)
-    tokens = config.tokens_per_step
-    forward = active_entries(config.model, params) * 2 + attention_flops(config)
     return Costs(
-        model_flops=3 * forward * tokens,
+        model_flops=model_flops(config, params),
         newton_schulz_flops=plan.total("flops") if plan else 0,
-        tokens=tokens,
+        tokens=config.tokens_per_step,
         peak_flops_per_second=None if peak is None else peak * jax.device_count(),
     )
+
+
+def model_flops(config: Training, params: Any) -> int:
+    """As `Costs` has them."""
+    forward = active_entries(config.model, params) * 2 + attention_flops(config)
+    return 3 * forward * config.tokens_per_step
 
 
 def active_entries(model: Model, params: Any) -> int:

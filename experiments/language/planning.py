@@ -1,0 +1,273 @@
+"""What a training takes, from shapes alone and before anything is allocated; and whether it fits.
+
+Params, gradient and optimizer state are exact. What a step has beside them is an estimate of the
+study's; once a step is compiled, here or ahead of time, the compiler knows it.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+import muon_jax
+from experiments import topology
+from experiments.language import sharding
+from experiments.language.kernels import Shape
+from experiments.language.mesh import Mesh, mesh_of_config
+from experiments.language.sharding import on_device
+from experiments.report.text import readable
+from experiments.settings import Positive
+
+
+@dataclasses.dataclass(frozen=True)
+class Planning:
+    """What a command plans in place of training."""
+
+    dry_run: bool = False
+    """Train nothing, and print what a step would cost. What does not fit the device is an error."""
+    compile_only: bool = False
+    """Train nothing, compile the step for --topology, and print what it would cost there."""
+    topology: str | None = None
+    """Accelerators to compile for, which need not be present. TPUs: v5e:16x16 or v5p:8x8x8. GPUs:
+    h100:8, h200:8, b200:8, or h100:8x8 for hosts × devices. Requires --compile-only, and the extra
+    `tpu` or `gpu-compile`."""
+    device_memory: Positive | None = None
+    """Memory of a device, in gigabytes. By default what the device reports."""
+
+    def __post_init__(self) -> None:
+        if self.compile_only != (self.topology is not None) or (self.dry_run and self.topology):
+            raise ValueError(
+                "--compile-only and --topology require each other and exclude --dry-run, as in "
+                "--compile-only --topology v5p:4x4x4."
+            )
+
+    def limit(self, mesh: jax.sharding.Mesh, sharing: int = 1) -> int | None:
+        """Bytes that a device of the mesh lets JAX have; None where nobody knows.
+
+        That of a CPU is the machine's, shared by so many trainings.
+        """
+        device = mesh.devices.flat[0]
+        if self.device_memory is not None:
+            return round(self.device_memory * 1e9)
+        if self.topology:
+            known = topology.MEMORY.get(device.device_kind)
+            return None if known is None else round(known * 2**30)
+        if device.platform != "cpu":
+            stats = device.memory_stats() or {}
+            return stats.get("bytes_limit")
+        if mesh.size > jax.device_count():  # stand-ins for devices of another machine
+            return None
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // sharing
+
+
+class Memory(NamedTuple):
+    """Bytes of one device, by part.
+
+    Attributes:
+        held: from step to step, and the gradient.
+        backward: what the forward and backward passes have beside that.
+        update: what the update has beside it.
+    """
+
+    held: dict[str, int]
+    backward: dict[str, int]
+    update: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """At most at a time: the passes' own are gone when the update begins."""
+        own = max(sum(self.backward.values()), sum(self.update.values()))
+        return sum(self.held.values()) + own
+
+
+class TooLarge(ValueError):
+    """A training that the device has no memory for; the message says what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A training with one optimizer, as shapes; its devices may be those of another machine.
+
+    Attributes:
+        config: of the training.
+        name: of the optimizer.
+        trainer: of the study: the state as shapes, the specs of its params, the compiled step.
+        again: the case of another config, optimizer or mesh; a ValueError of an axis that the mesh
+            does not divide.
+        muon: the settings `ns_coeffs` and `ns_dtype`; None for what has no Newton-Schulz.
+        routing: which params Muon takes, as `muon_jax.muon` is told.
+        labels: of each param that Muon takes "muon".
+        heads: of queries: how many, and columns of their keys and values.
+        flops: of the model in a step, over all devices, without what is computed twice.
+        arithmetic: its precision and rematerialisation, in words.
+        idle: entries of params that a token does not pass through.
+        passes: bytes of one device that the passes have beside the state, by part.
+        savings: settings that would take less memory, in words.
+        optimizers: that may be advised in the place of this one.
+        updates: its update, and that of routed experts alone where there are any: for each the
+            optimizer, params and specs of these.
+    """
+
+    config: Any
+    name: Any
+    trainer: Any
+    again: Callable[[Any, Any, jax.sharding.Mesh], "Case"]
+    muon: Any
+    routing: Any
+    labels: Any
+    heads: tuple[int, int, int]
+    flops: int
+    arithmetic: str
+    passes: dict[str, int]
+    savings: Sequence[str]
+    optimizers: Sequence[str]
+    updates: Callable[[], Sequence[tuple[Any, Any, Any]]]
+    idle: int = 0
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        return self.trainer.mesh
+
+    @property
+    def params(self) -> Any:
+        return self.trainer.abstract.params
+
+    @property
+    def microbatch(self) -> int:
+        return self.config.batch // self.config.accumulate
+
+    @property
+    def attention(self) -> Shape:
+        """What a kernel of attention has to do on one device."""
+        heads, key, value = self.heads
+        ways = math.prod(self.mesh.shape[axis] for axis in sharding.RULES["batch"])
+        own = heads // self.mesh.shape["tensor"]
+        return Shape(self.microbatch // ways, own, self.config.context, key, value)
+
+    def newton_schulz(self, **where: Any) -> muon_jax.Plan:
+        """Of an optimizer that has it; on one device where nothing else is said."""
+        coeffs, dtype = self.muon.ns_coeffs, self.muon.ns_dtype
+        return muon_jax.plan(
+            self.params, routing=self.routing, ns_coeffs=coeffs, ns_dtype=dtype, **where
+        )
+
+    @functools.cached_property
+    def memory(self) -> Memory:
+        """Of one device."""
+        state = self.trainer.abstract
+        held = {
+            "params, float32": on_device(state.params),
+            "gradient, float32": on_device(state.params),
+            "optimizer state, float32": on_device(state.opt_state),
+        }
+        if self.muon is None:
+            return Memory(held, self.passes, {})
+        leaves = map(jax.tree.leaves, (state.params, self.labels))
+        matrices = [leaf for leaf, label in zip(*leaves, strict=True) if label == "muon"]
+        plan = self.newton_schulz(mesh=self.mesh, shardings=self.trainer.specs)
+        update = {
+            "Newton-Schulz": plan.peak(),
+            "updates of the matrices, float32": on_device(matrices),
+        }
+        return Memory(held, self.passes, update)
+
+
+def compiled_bytes(program: jax.stages.Compiled) -> int:
+    """Bytes of one device that a compiled step takes, arguments, outputs and code too."""
+    found: Any = program.memory_analysis()
+    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return kept + found.temp_size_in_bytes + found.generated_code_size_in_bytes
+
+
+def check(
+    case: Case,
+    limit: int | None,
+    needed: int | None = None,
+    choice: Sequence[str] | None = None,
+    shared: bool = True,
+) -> None:
+    """Refuses what does not fit.
+
+    Args:
+        case: of the training.
+        limit: bytes that a device has; None where nobody knows.
+        needed: bytes, if the compiler told them; else those of the plan.
+        choice: optimizers that may be advised in its place; by default the study's.
+        shared: whether it may be advised to share the training among devices.
+
+    Raises:
+        TooLarge: it does not fit.
+    """
+    planned = case.memory.total
+    total = planned if needed is None else needed
+    if limit is None or total <= limit:
+        return
+    what = "The compiled step" if needed is not None else "By the plan a step"
+    raise TooLarge(
+        f"{what} of {case.name} requires {readable(total)} of memory, and the device has "
+        f"{readable(limit)}. " + remedies(case, limit - max(total - planned, 0), choice, shared)
+        # What the compiler takes beyond the plan it takes after a change, too.
+    )
+
+
+def remedies(
+    case: Case, limit: int, choice: Sequence[str] | None = None, shared: bool = True
+) -> str:
+    """What to change for a plan to fit; a size is named only if its plan does."""
+    config, mesh = case.config, case.mesh
+
+    def fits(name: Any = case.name, mesh: Any = mesh, **changes: int) -> bool:
+        changed = dataclasses.replace(config, **changes)
+        try:
+            return case.again(changed, name, mesh).memory.total <= limit
+        except ValueError:  # the mesh does not divide an axis
+            return False
+
+    found = []
+    held = sum(case.memory.held.values())
+    if held > limit:
+        found.append(
+            f"Parameters, gradient and optimizer state alone take {readable(held)}, so a shorter "
+            "context does not help"
+        )
+    else:
+        sizes = _divisors(config.batch)
+        accumulate = next((n for n in sizes if n > config.accumulate and fits(accumulate=n)), None)
+        batch = next((n for n in sizes[-2::-1] if fits(batch=n, accumulate=1)), None)
+        if config.accumulate > 1 and fits(accumulate=1):
+            found.append("use --accumulate 1, which stores no sum of gradients")
+        elif accumulate:
+            found.append(f"use --accumulate {accumulate}")
+        elif batch:
+            found.append(f"use --batch {batch}")
+        found += [f"shorten --context {config.context}", *case.savings]
+    others = [name for name in choice or case.optimizers if name != case.name]
+    if fitting := [name for name in others if fits(name=name)]:
+        found.append(f"use --optimizers {' '.join(fitting)}, which would fit")
+    if shared:
+        found.append(_sharing(case, fits))
+    found.append("use a smaller model")
+    if mesh.abstract_mesh.abstract_device.platform == "gpu":
+        found.append("raise XLA_PYTHON_CLIENT_MEM_FRACTION, by default 0.75 of a GPU's memory")
+    return f"{'; '.join(found)}."
+
+
+def _sharing(case: Case, fits: Callable[..., bool]) -> str:
+    """The least --mesh.fsdp that fits, if one does."""
+    sizes = dict(case.mesh.shape)
+    others = case.mesh.size // sizes["fsdp"]
+    for fsdp in _divisors(case.microbatch):
+        if fsdp > sizes["fsdp"] and fits(mesh=mesh_of_config(Mesh(**sizes | {"fsdp": fsdp}))):
+            return f"shard it over {fsdp * others} devices with --mesh.fsdp {fsdp}"
+    return (
+        f"no --mesh.fsdp that divides a microbatch (--batch / --accumulate = {case.microbatch} "
+        "sequences) and the model's axes suffices"
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
