@@ -14,19 +14,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import muon_jax
 from experiments.finetune.architecture import Qwen3
 from experiments.language import sharding, vocabulary
-from experiments.language.attention import (
-    KEEP_KERNELS,
-    causal_attention,
-    join_heads,
-    rotate_heads,
-    split_heads,
-)
-from experiments.language.sharding import constrain
+from experiments.language.attention import KEEP_KERNELS, GroupedQuery
+from experiments.language.decoder import Layer, graph
 from experiments.language.tensors import Dtype
-from experiments.layers import Linear, RMSNorm, SwiGLU
-from muon_jax import GroupedQuery
+from experiments.layers import RMSNorm, SwiGLU
 
 Params = dict[str, Any]
 
@@ -50,63 +44,6 @@ class Losses(NamedTuple):
     max_logits: dict[str, jax.Array]
 
 
-class Attention(nnx.Module):
-    """Grouped-query attention; queries and keys are normalised by head, then rotated."""
-
-    def __init__(self, a: Qwen3, *, rngs: nnx.Rngs):
-        self.a = a
-        self.query = Linear(a.hidden, a.heads * a.head_dim, rngs=rngs)
-        self.key = Linear(a.hidden, a.kv_heads * a.head_dim, rngs=rngs)
-        self.value = Linear(a.hidden, a.kv_heads * a.head_dim, rngs=rngs)
-        self.out = Linear(a.heads * a.head_dim, a.hidden, rngs=rngs)
-        if a.qk_norm:
-            self.query_norm = RMSNorm(a.head_dim, epsilon=a.epsilon, rngs=rngs)
-            self.key_norm = RMSNorm(a.head_dim, epsilon=a.epsilon, rngs=rngs)
-
-    def __call__(
-        self,
-        x_BxTxD: jax.Array,
-        segments_BxT: jax.Array | None,
-        positions: jax.Array,
-        threshold: float | None,
-    ) -> tuple[jax.Array, jax.Array]:
-        a = self.a
-        q_BxTxNxH = split_heads(self.query(x_BxTxD), a.heads)
-        k_BxTxKxH = split_heads(self.key(x_BxTxD), a.kv_heads)
-        v_BxTxKxH = split_heads(self.value(x_BxTxD), a.kv_heads)
-        if a.qk_norm:
-            q_BxTxNxH, k_BxTxKxH = self.query_norm(q_BxTxNxH), self.key_norm(k_BxTxKxH)
-        q_BxTxNxH, k_BxTxKxH = (
-            rotate_heads(x, positions, a.rope_theta) for x in (q_BxTxNxH, k_BxTxKxH)
-        )
-        mixed, largest = causal_attention(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, segments_BxT, threshold)
-        return self.out(join_heads(mixed)), largest
-
-
-class Layer(nnx.Module):
-    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
-
-    def __init__(self, a: Qwen3, *, rngs: nnx.Rngs):
-        norm = functools.partial(RMSNorm, a.hidden, epsilon=a.epsilon, rngs=rngs)
-        self.attention_norm, self.feed_forward_norm = norm(), norm()
-        self.attention = Attention(a, rngs=rngs)
-        self.feed_forward = SwiGLU(a.hidden, a.ffn, rngs=rngs)
-
-    def __call__(
-        self,
-        x_BxTxD: jax.Array,
-        segments_BxT: jax.Array | None,
-        positions: jax.Array,
-        threshold: float | None,
-    ) -> tuple[jax.Array, jax.Array]:
-        x_BxTxD = constrain(x_BxTxD, "batch", None, None)
-        normed = self.attention_norm(x_BxTxD)
-        mixed, largest = self.attention(normed, segments_BxT, positions, threshold)
-        x_BxTxD = x_BxTxD + mixed
-        x_BxTxD = x_BxTxD + self.feed_forward(self.feed_forward_norm(x_BxTxD))
-        return constrain(x_BxTxD, "batch", None, None), largest
-
-
 class LanguageModel:
     """The forward pass; params are float32 masters, cast before the layers.
 
@@ -119,7 +56,9 @@ class LanguageModel:
 
     def __init__(self, architecture: Qwen3, dtype: Dtype = "bfloat16", remat: bool = True):
         self.architecture, self.dtype, self.remat = architecture, dtype, remat
-        self._layer, self._norm = _graphs(architecture)
+        self._layer = graph(functools.partial(_layer, architecture))
+        norm = functools.partial(RMSNorm, architecture.hidden, epsilon=architecture.epsilon)
+        self._norm = graph(lambda rngs: norm(rngs=rngs))
 
     def hidden(
         self,
@@ -153,8 +92,8 @@ class LanguageModel:
             segments_BxT, positions = _texts(segments_BxT)
 
         def layer(x_BxTxD, kernels):
-            x_BxTxD, largest = nnx.merge(self._layer, kernels)(
-                x_BxTxD, segments_BxT, positions, threshold if max_logits else math.inf
+            x_BxTxD, (largest, _) = nnx.merge(self._layer, kernels)(
+                x_BxTxD, threshold if max_logits else math.inf, segments_BxT, positions
             )
             return x_BxTxD, largest if max_logits else None
 
@@ -235,7 +174,7 @@ class LanguageModel:
 def shapes(architecture: Qwen3) -> Params:
     """The params as shapes, float32."""
     a = architecture
-    layer = nnx.eval_shape(lambda: Layer(a, rngs=nnx.Rngs(0)))
+    layer = nnx.eval_shape(lambda: _layer(a, nnx.Rngs(0)))
     of_layer = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
 
     def stack(*shape: int) -> jax.ShapeDtypeStruct:
@@ -277,9 +216,9 @@ def init(architecture: Qwen3, key: jax.Array) -> Params:
     return jax.tree.unflatten(tree, params)
 
 
-def attention_spec(architecture: Qwen3) -> GroupedQuery:
+def attention_spec(architecture: Qwen3) -> muon_jax.GroupedQuery:
     """For `muon_jax.qk_clip`: the projections, or the gains where queries and keys are normed."""
-    return GroupedQuery(
+    return muon_jax.GroupedQuery(
         heads=architecture.heads,
         kv_heads=architecture.kv_heads,
         qk_norm=("query_norm", "key_norm") if architecture.qk_norm else "refuse",
@@ -302,9 +241,9 @@ def _texts(segments_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(segments_BxT > 0, first + 1, 0), places - first
 
 
-def _graphs(a: Qwen3) -> tuple[Any, Any]:
-    def graph(make):
-        return nnx.split(nnx.eval_shape(make), nnx.Param, ...)[0]
-
-    norm = functools.partial(RMSNorm, a.hidden, epsilon=a.epsilon)
-    return graph(lambda: Layer(a, rngs=nnx.Rngs(0))), graph(lambda: norm(rngs=nnx.Rngs(0)))
+def _layer(a: Qwen3, rngs: nnx.Rngs) -> Layer:
+    norm = a.epsilon if a.qk_norm else None
+    heads = a.heads, a.kv_heads, a.head_dim, a.rope_theta, norm
+    attention = functools.partial(GroupedQuery, a.hidden, *heads)
+    feed_forward = functools.partial(SwiGLU, a.hidden, a.ffn)
+    return Layer(a.hidden, a.epsilon, attention, feed_forward, rngs=rngs)

@@ -1,4 +1,4 @@
-"""Causal attention, latent (DeepSeek-V2, 2405.04434) or multi-head, and the product of both.
+"""Causal attention, latent (DeepSeek-V2, 2405.04434) or grouped-query, and the product of both.
 
 Shapes: B sequences, T positions, D width, N heads, K of keys and values, H columns of a query or
 key head, V of a value.
@@ -16,7 +16,7 @@ from flax import nnx
 from experiments.experimental import splash_attention, triton
 from experiments.language import packed_attention
 from experiments.language.sharding import constrain, spec
-from experiments.layers import Linear, RMSNorm, rotate
+from experiments.layers import Linear, RMSNorm, fan_in_uniform, rotate
 from muon_jax import max_attention_logits
 
 # Query positions at a time, at most; also the side of the splash kernel's blocks.
@@ -239,26 +239,56 @@ def splash(
     return jnp.swapaxes(mixed, 1, 2), jnp.swapaxes(logsumexp, 1, 2)
 
 
-class MultiHead(nnx.Module):
-    """Every head with queries, keys and values of its own, all rotated."""
+class GroupedQuery(nnx.Module):
+    """Keys and values of which each head serves as many of queries, all rotated.
 
-    def __init__(self, width: int, heads: int, rope_base: float, *, init, rngs: nnx.Rngs):
-        self.heads, self.rope_base = heads, rope_base
-        self.query = Linear(width, width, init=init, rngs=rngs)
-        self.key = Linear(width, width, init=init, rngs=rngs)
-        self.value = Linear(width, width, init=init, rngs=rngs)
-        self.out = Linear(width, width, init=init, rngs=rngs)
+    Args:
+        width: of the residual stream.
+        heads: of queries.
+        kv_heads: of keys and values, which divide these.
+        columns: of a head.
+        rope_base: of RoPE's wavelengths.
+        norm_epsilon: of an RMSNorm of each query and key head before it is rotated; None is none.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        columns: int,
+        rope_base: float,
+        norm_epsilon: float | None = None,
+        *,
+        init=fan_in_uniform,
+        rngs: nnx.Rngs,
+    ):
+        self.heads, self.kv_heads, self.rope_base = heads, kv_heads, rope_base
+        self.query = Linear(width, heads * columns, init=init, rngs=rngs)
+        self.key = Linear(width, kv_heads * columns, init=init, rngs=rngs)
+        self.value = Linear(width, kv_heads * columns, init=init, rngs=rngs)
+        self.out = Linear(heads * columns, width, init=init, rngs=rngs)
+        self.normed = norm_epsilon is not None
+        if self.normed:
+            self.query_norm = RMSNorm(columns, epsilon=norm_epsilon, rngs=rngs)
+            self.key_norm = RMSNorm(columns, epsilon=norm_epsilon, rngs=rngs)
 
     def __call__(
-        self, x_BxTxD: jax.Array, threshold: float | None = None
+        self,
+        x_BxTxD: jax.Array,
+        threshold: float | None = None,
+        segments_BxT: jax.Array | None = None,
+        positions: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        positions = jnp.arange(x_BxTxD.shape[1])
-        q, k, v = (
-            split_heads(project(x_BxTxD), self.heads)
-            for project in (self.query, self.key, self.value)
-        )
+        if positions is None:
+            positions = jnp.arange(x_BxTxD.shape[1])
+        q = split_heads(self.query(x_BxTxD), self.heads)
+        k = split_heads(self.key(x_BxTxD), self.kv_heads)
+        v = split_heads(self.value(x_BxTxD), self.kv_heads)
+        if self.normed:
+            q, k = self.query_norm(q), self.key_norm(k)
         q, k = (rotate_heads(x, positions, self.rope_base) for x in (q, k))
-        mixed, largest = causal_attention(q, k, v, threshold=threshold)
+        mixed, largest = causal_attention(q, k, v, segments_BxT, threshold)
         return self.out(join_heads(mixed)), largest
 
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.language.attention import KEEP_KERNELS, Latent, MultiHead
-from experiments.language.sharding import constrain
+from experiments.language.attention import KEEP_KERNELS, GroupedQuery, Latent
+from experiments.language.decoder import Layer, graph
 from experiments.language.vocabulary import cross_entropy, logits, look_up, weighted_loss
 from experiments.layers import Linear, RMSNorm, SwiGLU
 from experiments.pretrain.config import Model as ModelConfig
@@ -65,48 +65,6 @@ class MixtureOfExperts(nnx.Module):
         return y, (gated.load, gated.entropy, gated.balance)
 
 
-class Layer(nnx.Module):
-    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
-
-    def __init__(self, config: ModelConfig, sparse: bool, *, rngs: nnx.Rngs):
-        self.sparse = sparse
-        init = nnx.initializers.normal(config.init_std)
-        norm = functools.partial(RMSNorm, epsilon=config.epsilon, rngs=rngs)
-        width, heads = config.width, config.heads
-        self.attention_norm, self.feed_forward_norm = norm(width), norm(width)
-        if config.attention == "latent":
-            self.attention: nnx.Module = Latent(
-                width,
-                heads,
-                latent=config.latent,
-                nope=config.nope,
-                rope=config.rope,
-                value=config.value,
-                rope_base=config.rope_base,
-                init=init,
-                rngs=rngs,
-            )
-        else:
-            self.attention = MultiHead(width, heads, config.rope_base, init=init, rngs=rngs)
-        if sparse:
-            self.feed_forward: nnx.Module = MixtureOfExperts(config, init=init, rngs=rngs)
-        else:
-            self.feed_forward = SwiGLU(width, config.hidden, init=init, rngs=rngs)
-
-    def __call__(
-        self, x_BxTxD: jax.Array, bias_E: jax.Array | None, threshold: float | None
-    ) -> tuple[jax.Array, Any]:
-        x_BxTxD = constrain(x_BxTxD, "batch", None, None)
-        mixed, max_logits = self.attention(self.attention_norm(x_BxTxD), threshold)
-        x_BxTxD = x_BxTxD + mixed
-        normed = self.feed_forward_norm(x_BxTxD)
-        if self.sparse:
-            y, routed = self.feed_forward(normed, bias_E)
-        else:
-            y, routed = self.feed_forward(normed), None
-        return constrain(x_BxTxD + y, "batch", None, None), (max_logits, routed)
-
-
 class LanguageModel:
     """The configured model as functions of plain params; call them under `jax.set_mesh`."""
 
@@ -116,9 +74,9 @@ class LanguageModel:
         depth, dense = config.layers, config.dense_layers
         stacks = {"dense_layers": (dense, False), "moe_layers": (depth - dense, True)}
         self.stacks = {name: stack for name, stack in stacks.items() if stack[0]}
-        self._norm = _graph(lambda rngs: RMSNorm(config.width, epsilon=config.epsilon, rngs=rngs))
+        self._norm = graph(lambda rngs: RMSNorm(config.width, epsilon=config.epsilon, rngs=rngs))
         self._layers = {
-            name: _graph(functools.partial(_layer, config, sparse))
+            name: graph(functools.partial(_layer, config, sparse))
             for name, (_, sparse) in self.stacks.items()
         }
 
@@ -165,12 +123,12 @@ class LanguageModel:
         largest, routed = {}, (jnp.zeros((0, 0), jnp.int32), jnp.zeros(0), jnp.zeros(0))
         stacks = self.unstacked(params)
         for name, (layers, sparse) in self.stacks.items():
-            graph = self._layers[name]
+            made = self._layers[name]
 
-            def layer(x, inputs, graph=graph):
+            def layer(x, inputs, made=made):
                 params, bias = inputs
-                x, (of_heads, routed) = nnx.merge(graph, params)(
-                    x, bias, threshold if max_logits else math.inf
+                x, (of_heads, routed) = nnx.merge(made, params)(
+                    x, threshold if max_logits else math.inf, bias_E=bias
                 )
                 return x, (of_heads if max_logits else None, routed)
 
@@ -259,11 +217,20 @@ _REMAT: dict[str, Callable[[Callable], Callable]] = {
 
 
 def _layer(config: ModelConfig, sparse: bool, rngs: nnx.Rngs) -> Layer:
-    return Layer(config, sparse, rngs=rngs)
-
-
-def _graph(make: Callable[[nnx.Rngs], nnx.Module]) -> Any:
-    return nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, ...)[0]
+    init, width, heads = nnx.initializers.normal(config.init_std), config.width, config.heads
+    if config.attention == "latent":
+        sizes = {name: getattr(config, name) for name in ("latent", "nope", "rope", "value")}
+        attention = functools.partial(
+            Latent, width, heads, rope_base=config.rope_base, init=init, **sizes
+        )
+    else:
+        own = heads, heads, config.key_columns, config.rope_base
+        attention = functools.partial(GroupedQuery, width, *own, init=init)
+    if sparse:
+        feed_forward = functools.partial(MixtureOfExperts, config, init=init)
+    else:
+        feed_forward = functools.partial(SwiGLU, width, config.hidden, init=init)
+    return Layer(width, config.epsilon, attention, feed_forward, rngs=rngs)
 
 
 def _start(make: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Params:
