@@ -16,7 +16,6 @@ from pretraining import DENSE, VOCABULARY
 from pyarrow import parquet
 from safetensors.numpy import save_file
 
-from experiments.finetune import __main__ as command
 from experiments.finetune import weights
 from experiments.finetune.architecture import read as read_architecture
 from experiments.finetune.chat import Chat
@@ -195,12 +194,12 @@ def test_links_of_a_hub_s_cache_are_read(copy, tmp_path):
 
 
 def test_a_model_s_fingerprint_is_of_all_its_files(copy):
-    seen = {command._fingerprint(copy)}
+    seen = {hugging_face.fingerprint(copy)}
     files = sorted(path for path in copy.iterdir() if path.is_file())
     assert {"tokenizer.json", "chat_template.jinja"} <= {path.name for path in files}
     for path in files:
         path.write_bytes(path.read_bytes() + b" ")
-        seen.add(command._fingerprint(copy))
+        seen.add(hugging_face.fingerprint(copy))
     assert len(seen) == 1 + len(files)
 
 

@@ -7,7 +7,6 @@ if __name__ == "__main__":
 
 import contextlib
 import functools
-import hashlib
 import re
 import sys
 import threading
@@ -179,7 +178,7 @@ def _prepare(
     def load(mesh: jax.sharding.Mesh) -> Params:
         return weights.read(folder, mesh)[1]
 
-    return loop.Start(_fingerprint(folder), architecture, load), rows, folder
+    return loop.Start(hugging_face.fingerprint(folder), architecture, load), rows, folder
 
 
 def _check(command: Command, architecture: Qwen3) -> None:
@@ -200,15 +199,6 @@ def _check_folder(model: str) -> None:
         f"{model} {f'has no {CONFIG}' if folder.is_dir() else 'is not a folder here'}. `hf "
         f"download {name} --local-dir {name.split('/')[1]}` downloads one."
     )
-
-
-def _fingerprint(folder: Path) -> str:
-    """The model's name, and a digest of all its files that are read: arms begin with equal ones."""
-    digest = hashlib.sha256()
-    for path in hugging_face.read_files(folder):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return f"{folder.name} {digest.hexdigest()[:12]}"
 
 
 def _train(

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -188,3 +189,12 @@ def read_files(folder: Path) -> list[Path]:
     others = [path for path in folder.iterdir() if path.suffix in (".json", ".jinja", ".txt")]
     tensors = (folder / name for name in _files(folder))
     return sorted({*filter(Path.is_file, others), *tensors})
+
+
+def fingerprint(folder: Path) -> str:
+    """The model's name, and a digest of all its files that are read."""
+    digest = hashlib.sha256()
+    for path in read_files(folder):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return f"{folder.name} {digest.hexdigest()[:12]}"

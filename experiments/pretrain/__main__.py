@@ -11,10 +11,12 @@ import dataclasses
 import functools
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, get_args
 
 import jax
+import tyro
 from etils import epath
 from rich.console import Console
 from rich.progress import Progress as Bar
@@ -22,7 +24,7 @@ from rich.progress import TaskID
 
 from experiments import command_line
 from experiments.commands import INTERRUPTED, guard, progress_bar, stop_on_signals
-from experiments.language import data
+from experiments.language import data, hugging_face, planning
 from experiments.language.compile_only import compile_only
 from experiments.language.dry_run import dry_run
 from experiments.language.mesh import make_mesh, mesh_of_config
@@ -30,7 +32,7 @@ from experiments.language.planning import Case, Planning
 from experiments.language.processes import Processes
 from experiments.language.training_loop import Progress
 from experiments.optimizers import ARMS, OptimizerName
-from experiments.pretrain import plan, step
+from experiments.pretrain import plan, start, step
 from experiments.pretrain.config import PresetName, Running, Training
 from experiments.pretrain.loop import train
 from experiments.pretrain.presets import PRESETS, fitted
@@ -64,6 +66,9 @@ class Command(Suite, Planning, Running, Training):
     preset: PresetName = "tiny"
     """Named model to begin with; explicit options override its settings. It has a schedule and
     learning rates, too."""
+    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Folder with config.json and safetensors of a DeepSeek-V3 or Llama to go on from. The
+    optimizer starts afresh, and the schedule is that of the options."""
     optimizers: tuple[OptimizerName, ...] = ("adamw", "muon")
     """Optimizers to compare. Each of several has a folder of its own in --out."""
     out: str | None = None
@@ -77,6 +82,8 @@ class Command(Suite, Planning, Running, Training):
         Running.__post_init__(self)
         Training.__post_init__(self)
         check_different(self, "optimizers")
+        if self.from_ and self.suite:
+            raise ValueError(f"--from excludes --suite {self.suite}; remove one of them.")
         if self.evaluation_tokens < self.context:
             raise ValueError(
                 f"--evaluation-tokens must be at least --context {self.context}; got "
@@ -112,10 +119,13 @@ def parse(arguments: list[str]) -> Command:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", choices=PRESETS)
     early.add_argument("--suite", choices=get_args(SuiteName))
+    early.add_argument("--from", nargs="?", dest="origin")  # a missing one is for tyro to tell
     named, _ = early.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
     preset = PRESETS.get(named.preset)
     settings = defaults(named.suite, preset) if named.suite else vars(preset or PRESETS["tiny"])
     training = Training(**{f.name: settings[f.name] for f in dataclasses.fields(Training)})
+    if named.origin:
+        training = start.fitted(training, Path(named.origin).expanduser())
     context = given(arguments, "--context", training.context)
     settings = (
         settings
@@ -133,6 +143,12 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
     """Does what the command asks for."""
     if command.dry_run or command.compile_only:
         return _plan(command, console)
+    begin = None
+    if command.from_:
+        folder = Path(command.from_).expanduser()
+        _check_start(command, folder, console)
+        command = dataclasses.replace(command, origin=hugging_face.fingerprint(folder))
+        begin = functools.partial(start.begin, folder=folder)
     if command.suite:
         study.check(command, command.suite)
     _check_folder(command)
@@ -146,7 +162,7 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
                 _claim(command, optimizer, stack)
         tokens = _prepare(command, stop, console)
         for optimizer in command.optimizers:
-            if not _train(command, optimizer, tokens, stop, console):
+            if not _train(command, optimizer, tokens, stop, console, begin):
                 console.print("Stopped and saved; the same command continues from there.")
                 return INTERRUPTED
     if jax.process_index() == 0:
@@ -169,6 +185,15 @@ def _plan(command: Command, console: Console) -> int:
         schedule = plan.schedule_text(config, names)
         dry_run(cases(mesh), command.limit(mesh), console, schedule=schedule)
     return 0
+
+
+def _check_start(command: Command, folder: Path, console: Console) -> None:
+    """Refuses, before any work, a training that cannot go on from a folder, or does not fit."""
+    config, mesh = command.training(), make_mesh(command.mesh.sizes)
+    if warning := start.check(config, folder):
+        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+    for name in command.optimizers:
+        planning.check(plan.case(config, name, mesh), command.limit(mesh))
 
 
 def _check_folder(command: Command) -> None:
@@ -224,6 +249,7 @@ def _train(
     tokens: data.Tokens,
     stop: threading.Event,
     console: Console,
+    begin: Callable[[step.Trainer], step.State] | None,
 ) -> bool:
     config = command.training()
     with progress_bar(console) as bar:
@@ -237,6 +263,7 @@ def _train(
             stop,
             functools.partial(_show, optimizer, bar, task),
             functools.partial(console.print, highlight=False),
+            begin,
         )
 
 

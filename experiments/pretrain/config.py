@@ -4,6 +4,8 @@ import dataclasses
 import json
 from typing import Annotated, Any, Literal
 
+import tyro
+
 from experiments.language.data import Data
 from experiments.language.mesh import Mesh
 from experiments.language.training_loop import Keeping
@@ -148,6 +150,8 @@ class Training(Settings):
     """Consecutive steps with NaN or Inf in loss or gradient after which the run stops."""
     seed: Whole = 0
     """Random seed. It sets the initial parameters and the order of the text."""
+    origin: tyro.conf.Suppress[str | None] = None
+    """Name and digest of the model that --from starts with."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -195,6 +199,8 @@ def as_json(config: Training) -> dict[str, Any]:
     }
     settings["rates"] = config.known_rates()
     del settings["data"]["cache"]
+    if config.origin is None:  # as earlier versions had it
+        del settings["origin"]
     return json.loads(json.dumps(settings))
 
 

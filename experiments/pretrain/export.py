@@ -6,8 +6,10 @@ attention as Llama: `config.json`, safetensors, and the tokenizer if there is on
 `python -m experiments.pretrain.export RUN_DIR OUT_DIR` writes the newest checkpoint of a run.
 """
 
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +101,7 @@ def read(
         ValueError, OSError: as `tensors.read`; or the config is none of ours, or the mesh does not
             divide an axis.
     """
-    config, vocabulary = export_config.read(folder / CONFIG)
-    # An expert has tensors of its own, as a layer has.
-    with hugging_face.open_tensors(folder, max(config.layers, config.experts)) as files:
+    with _opened(folder) as (config, vocabulary, files):
         wanted, mesh = _shapes(config, vocabulary), mesh or one_device()
         places = sharding.shardings(sharding.param_specs(wanted, mesh), mesh)
         params = tensors.read(folder, files, wanted, places, _columns(config))
@@ -110,6 +110,20 @@ def read(
     else:
         bias = LanguageModel(config, vocabulary).initial_bias()
     return config, vocabulary, params, bias
+
+
+def check(folder: Path) -> None:
+    """Raises a ValueError or OSError where a folder's tensors are not its model's, by headers."""
+    with _opened(folder) as (config, vocabulary, files):
+        tensors.check(folder, files, _shapes(config, vocabulary))
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[tuple[Model, int, dict[str, hugging_face.File]]]:
+    config, vocabulary = export_config.read(folder / CONFIG)
+    # An expert has tensors of its own, as a layer has.
+    with hugging_face.open_tensors(folder, max(config.layers, config.experts)) as files:
+        yield config, vocabulary, files
 
 
 def _with_bias(params: Params, bias: Any) -> Params:

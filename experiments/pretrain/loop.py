@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ def train(
     stop: threading.Event,
     on_step: OnStep = lambda progress: None,
     on_message: OnMessage = lambda text: None,
+    begin: Callable[[Trainer], State] | None = None,
 ) -> bool:
     """Trains to the end, or until `stop` is set; then the state of the last step is saved.
 
@@ -44,6 +45,7 @@ def train(
         folder: the run's, which this process has claimed.
         stop: asks for an early end; with several processes, that of any of them.
         on_step, on_message: called as it goes.
+        begin: gives the state before the first step; by default that of the seed.
 
     Returns:
         Whether the run is finished.
@@ -65,6 +67,7 @@ def train(
     ) as checkpoints:
         run = _Run(trainer, running, folder, checkpoints, stop, on_step, on_message)
         run.read(tokens)
+        run.begin = begin
         return run.to_the_end()
 
 
@@ -72,6 +75,7 @@ class _Run(TrainingLoop):
     trainer: Trainer
     config: Training
     keeping: Running
+    begin: Callable[[Trainer], State] | None
 
     def read(self, tokens: data.Tokens) -> None:
         """Takes the text."""
@@ -93,7 +97,7 @@ class _Run(TrainingLoop):
             write_text(self.folder / TOKENIZER, self.tokenizer)
 
     def start(self) -> State:
-        return self.trainer.start(self.config.seed)
+        return self.begin(self.trainer) if self.begin else self.trainer.start(self.config.seed)
 
     def batches(self, step: int) -> Iterator[jax.Array]:
         return map(self.trainer.share.place, windows.from_step(self.windows, step))
