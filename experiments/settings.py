@@ -121,6 +121,8 @@ def _check(name: str, value: Any, kind: Any) -> None:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(_text, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

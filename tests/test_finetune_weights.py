@@ -17,6 +17,7 @@ from experiments.finetune import chat, model
 from experiments.finetune.architecture import PRESETS, Qwen3
 from experiments.finetune.weights import check, read, write
 from experiments.language import tensors
+from experiments.pretrain import export
 
 TIED = Qwen3(
     layers=2,
@@ -118,6 +119,22 @@ def test_reading_is_the_inverse_of_writing(a, tmp_path):
     assert found == a
     assert_equal(params, start(a))
     assert jax.tree.structure(params) == jax.tree.structure(model.shapes(a))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_both_studies_read_what_the_other_has_written(tied, tmp_path):
+    """A Llama with as many key as query heads: what pretraining exports is fine-tuned, and back."""
+    a = dataclasses.replace(PLAIN, kv_heads=4, hidden=32, tied=tied)
+    write(tmp_path / "ours", a, start(a), dtype="float32")
+    config, vocabulary, params, bias = export.read(tmp_path / "ours")
+    assert_equal(params.pop("dense_layers"), start(a)["layers"])
+    assert_equal(params, {name: leaf for name, leaf in start(a).items() if name != "layers"})
+    params["dense_layers"] = start(a)["layers"]
+    export.write(tmp_path / "theirs", config, params, bias, context=64)
+    found, tree = read(tmp_path / "theirs")
+    assert_equal(tree, start(a))
+    sizes = {"context": 64, "end_token": None, "pad_token": None}  # which pretraining has not
+    assert found == dataclasses.replace(a, **sizes) and vocabulary == a.vocabulary
 
 
 def test_params_are_read_onto_a_mesh_and_written_from_it(tmp_path):

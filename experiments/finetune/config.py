@@ -41,6 +41,7 @@ WARMUP, REAL_WARMUP = 10, 20
 _SMALLEST_VOCABULARY = 259
 
 
+_DIFFERENT = Rule("different values", lambda values: len(set(values)) == len(values))
 _ALL_BYTES = Rule(
     f"at least {_SMALLEST_VOCABULARY}, for all bytes, an end-of-text token and ChatML's two "
     "markers",
@@ -75,13 +76,11 @@ class Optimizer:
     """muonclip: largest attention logit allowed."""
     clip_projections: bool = False
     """muonclip: clip W_q and W_k, which QK-norm undoes, in place of the gains of the norms."""
-    quirks: tuple[QuirkName, ...] = ()
+    quirks: Annotated[tuple[QuirkName, ...], _DIFFERENT] = ()
     """Deviations of the published study's code to reproduce; see QUIRKS in finetune/arms.py."""
 
     def __post_init__(self) -> None:
-        if len(set(self.quirks)) != len(self.quirks):
-            found = " ".join(self.quirks)
-            raise ValueError(f"--optimizer.quirks must be different values; got {found}.")
+        check(self, "optimizer")
 
 
 @dataclasses.dataclass(frozen=True)

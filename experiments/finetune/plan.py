@@ -20,7 +20,7 @@ from experiments.language.compile_only import compile_only
 from experiments.language.dry_run import dry_run, show_memory
 from experiments.language.hugging_face import CONFIG
 from experiments.language.mesh import Mesh, mesh_of_config, one_device
-from experiments.language.planning import Case, Memory, check
+from experiments.language.planning import Case, Memory, check, warn_of_context
 from experiments.language.sharding import on_device
 from experiments.parallel import devices_for
 
@@ -38,7 +38,7 @@ def plan(command: Command, console: Console) -> int:
     if command.compile_only:
         compile_only(command, command.mesh, cases, console)
         return 0
-    _warn_of_context(command, architecture, console)
+    warn_of_context(command.context, architecture.context, console)
     mesh = one_device() if apart(command) else mesh_of_config(command.mesh)
     at_once = len(devices_for(len(command.optimizers)))
     dry_run(cases(mesh), command.limit(mesh, at_once), console, _where(command, at_once))
@@ -50,7 +50,7 @@ def refuse_too_large(
 ) -> None:
     """Prints what trainings take of a device's memory, and refuses those that do not fit."""
     cases = [case(trainer) for trainer in trainers]
-    _warn_of_context(command, cases[0].trainer.architecture, console)
+    warn_of_context(command.context, cases[0].trainer.architecture.context, console)
     show_memory(cases, limit, console, _where(command, len(devices_for(len(cases)))))
     for one in cases:
         check(one, limit)
@@ -71,7 +71,7 @@ def plan_suite(command: Command, which: SuiteName, console: Console) -> None:
         for name, of in variants(command, which).items()
     }
     every = [one for of in cases.values() for one in of]
-    _warn_of_context(command, every[0].trainer.architecture, console)
+    warn_of_context(command.context, every[0].trainer.architecture.context, console)
     at_once = len(devices_for(command.seeds * len(every)))
     limit = command.limit(one_device(), at_once)
     shown: list[tuple[ArmName, Memory]] = []
@@ -99,16 +99,6 @@ def apart(command: Command) -> bool:
 
 def _where(command: Command, at_once: int) -> str | None:
     return f"one device for each optimizer, {at_once} at a time" if apart(command) else None
-
-
-def _warn_of_context(command: Command, architecture: Qwen3, console: Console) -> None:
-    if command.context > architecture.context:
-        console.print(
-            f"[yellow]warning:[/yellow] --context {command.context:,} exceeds the model's "
-            f"max_position_embeddings {architecture.context:,}, so it will see RoPE positions "
-            "that it was not trained on.",
-            highlight=False,
-        )
 
 
 def _architecture(command: Command, small: Base) -> Qwen3:

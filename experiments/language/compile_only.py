@@ -4,7 +4,6 @@ Every figure is read from the compiled program, but for the FLOPs of attention's
 which do not tell theirs, and those of the model.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,8 +26,7 @@ from experiments.topology import topology_devices
 _GIB = 2**30
 
 
-@dataclasses.dataclass(frozen=True)
-class NewtonSchulzShare:
+class NewtonSchulzShare(NamedTuple):
     """The optimizer's update, compiled alone.
 
     Attributes:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from rich.console import Console
 
 import muon_jax
 from experiments import topology
@@ -62,6 +63,17 @@ class Planning:
         if mesh.size > jax.device_count():  # stand-ins for devices of another machine
             return None
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // sharing
+
+
+def warn_of_context(context: int, known: int, console: Console) -> None:
+    """Says that sequences are longer than those that a model was made for."""
+    if context > known:
+        console.print(
+            f"[yellow]warning:[/yellow] --context {context:,} exceeds the model's "
+            f"max_position_embeddings {known:,}, so it will see RoPE positions that it was not "
+            "trained on.",
+            highlight=False,
+        )
 
 
 class Memory(NamedTuple):

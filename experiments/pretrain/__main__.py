@@ -190,8 +190,7 @@ def _plan(command: Command, console: Console) -> int:
 def _check_start(command: Command, folder: Path, console: Console) -> None:
     """Refuses, before any work, a training that cannot go on from a folder, or does not fit."""
     config, mesh = command.training(), make_mesh(command.mesh.sizes)
-    if warning := start.check(config, folder):
-        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+    start.check(config, folder, console)
     for name in command.optimizers:
         planning.check(plan.case(config, name, mesh), command.limit(mesh))
 

@@ -9,6 +9,13 @@ from experiments.pretrain.config import Model, PresetName, Training
 from experiments.settings import fitting_divisor, given, replaced, tenth_at_most
 
 
+def _rated(rate: float) -> dict[str, AdamW | Muon]:
+    """Both optimizers at one learning rate, which Muon's scale allows."""
+    shared = {"learning_rate": rate, "weight_decay": 0.1}
+    muon = Muon(**shared, scale="match_rms_adamw", ns_dtype="bfloat16")
+    return {"adamw": AdamW(**shared, b2=0.95), "muon": muon}
+
+
 def _dense(
     layers: int, width: int, hidden: int, tokens: float, rate: float, batch: int
 ) -> Training:
@@ -33,10 +40,7 @@ def _dense(
         batch=batch,
         steps=round(tokens / (batch * context)),
         warmup=500,
-        adamw=AdamW(learning_rate=rate, weight_decay=0.1, b2=0.95),
-        muon=Muon(
-            learning_rate=rate, weight_decay=0.1, scale="match_rms_adamw", ns_dtype="bfloat16"
-        ),
+        **_rated(rate),
     )
 
 
@@ -64,8 +68,7 @@ _MOONLIGHT = Training(
     steps=310_000,
     warmup=2000,
     cooldown=31_000,
-    adamw=AdamW(learning_rate=4.2e-4, weight_decay=0.1, b2=0.95),
-    muon=Muon(learning_rate=4.2e-4, weight_decay=0.1, scale="match_rms_adamw", ns_dtype="bfloat16"),
+    **_rated(4.2e-4),
 )
 
 PRESETS: dict[str, Training] = {
@@ -92,10 +95,7 @@ PRESETS: dict[str, Training] = {
         batch=32,
         steps=4000,
         warmup=200,
-        adamw=AdamW(learning_rate=2e-3, weight_decay=0.1, b2=0.95),
-        muon=Muon(
-            learning_rate=2e-3, weight_decay=0.1, scale="match_rms_adamw", ns_dtype="bfloat16"
-        ),
+        **_rated(2e-3),
     ),
     "nanogpt-124m": Training(
         model=Model(
@@ -116,10 +116,7 @@ PRESETS: dict[str, Training] = {
         warmup=250,
         decay="linear",
         final_lr_fraction=0.0,
-        adamw=AdamW(learning_rate=1.8e-3, weight_decay=0.1, b2=0.95),
-        muon=Muon(
-            learning_rate=1.8e-3, weight_decay=0.1, scale="match_rms_adamw", ns_dtype="bfloat16"
-        ),
+        **_rated(1.8e-3),
     ),
     "dense-399m": _dense(12, 1536, 5120, 8.92e9, 9.503e-4, 96),
     "dense-545m": _dense(14, 1792, 4864, 14.04e9, 9.143e-4, 128),

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from tokenizers import Tokenizer
+from rich.console import Console
 
 from experiments.json_files import read_json
 from experiments.language import guard, shards
 from experiments.language.hugging_face import CONFIG
+from experiments.language.planning import warn_of_context
 from experiments.language.tokenizer import read as read_tokenizer
 from experiments.pretrain import export, export_config
 from experiments.pretrain.config import Training
@@ -30,7 +31,7 @@ def fitted(default: Training, folder: Path) -> Training:
     model = dataclasses.replace(model, **{name: getattr(default.model, name) for name in kept})
     data = dataclasses.replace(default.data, vocabulary=vocabulary)
     if (path := folder / TOKENIZER).exists():
-        tokenizer: Tokenizer = read_tokenizer(path.read_bytes(), str(path))
+        tokenizer = read_tokenizer(path.read_bytes(), str(path))
         end = read_json(folder / CONFIG).get("eos_token_id")
         end = end[0] if isinstance(end, list) and end else end
         text = tokenizer.id_to_token(end) if isinstance(end, int) else None
@@ -38,11 +39,8 @@ def fitted(default: Training, folder: Path) -> Training:
     return dataclasses.replace(default, model=model, data=data)
 
 
-def check(config: Training, folder: Path) -> str | None:
+def check(config: Training, folder: Path, console: Console) -> None:
     """Refuses a training that cannot go on from a folder; reads its config and headers alone.
-
-    Returns:
-        A warning, or None.
 
     Raises:
         ValueError: the training is of another model, tensors are not those of the model, or the
@@ -66,12 +64,8 @@ def check(config: Training, folder: Path) -> str | None:
         )
     export.check(folder)
     known = read_json(folder / CONFIG).get("max_position_embeddings")
-    if not isinstance(known, int) or config.context <= known:
-        return None
-    return (
-        f"--context {config.context:,} exceeds the model's max_position_embeddings {known:,}, so "
-        "it will see RoPE positions that it was not trained on."
-    )
+    if isinstance(known, int):
+        warn_of_context(config.context, known, console)
 
 
 def begin(trainer: Trainer, folder: Path) -> State:
