@@ -121,10 +121,9 @@ def test_reading_is_the_inverse_of_writing(a, tmp_path):
     assert jax.tree.structure(params) == jax.tree.structure(model.shapes(a))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_both_studies_read_what_the_other_has_written(tied, tmp_path):
-    """A Llama with as many key as query heads: what pretraining exports is fine-tuned, and back."""
-    a = dataclasses.replace(PLAIN, kv_heads=4, hidden=32, tied=tied)
+@every_model
+def test_both_studies_read_what_the_other_has_written(a, tmp_path):
+    """What pretraining exports is fine-tuned, and what is fine-tuned pretraining goes on from."""
     write(tmp_path / "ours", a, start(a), dtype="float32")
     config, vocabulary, params, bias = export.read(tmp_path / "ours")
     assert_equal(params.pop("dense_layers"), start(a)["layers"])
@@ -133,7 +132,7 @@ def test_both_studies_read_what_the_other_has_written(tied, tmp_path):
     export.write(tmp_path / "theirs", config, params, bias, context=64)
     found, tree = read(tmp_path / "theirs")
     assert_equal(tree, start(a))
-    sizes = {"context": 64, "end_token": None, "pad_token": None}  # which pretraining has not
+    sizes = {"context": 64, "end_token": None, "pad_token": None}  # which pretraining asks for
     assert found == dataclasses.replace(a, **sizes) and vocabulary == a.vocabulary
 
 

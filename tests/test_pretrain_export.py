@@ -59,6 +59,8 @@ MODELS = {
     "latent, dense": change(LATENT, dense_layers=3),
     "multi-head": DENSE,
     "multi-head, tied": change(DENSE, tied=True),
+    "grouped-query": change(DENSE, heads=4, kv_heads=2, head_dim=12),
+    "grouped-query, QK-norm": change(DENSE, heads=4, kv_heads=2, qk_norm=True, epsilon=1e-6),
 }
 every_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 

@@ -1,5 +1,6 @@
 """`--from FOLDER`: training goes on from a Hugging Face model, and comes back as one."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -18,6 +19,7 @@ from experiments.pretrain.model import LanguageModel
 from experiments.pretrain.suites import study
 
 END = "<|end|>"
+QWEN = dataclasses.replace(DENSE, kv_heads=2, head_dim=6, qk_norm=True)
 SLOWEST = "--muon.learning-rate 1e-30 --adamw.learning-rate 1e-30 --model.bias-rate 0"
 
 
@@ -37,7 +39,7 @@ def text(tmp_path_factory):
     return text_file(folder), folder / "cache"
 
 
-@pytest.fixture(scope="module", params=[SMALL, DENSE], ids=["experts", "dense, tied"])
+@pytest.fixture(scope="module", params=[SMALL, QWEN], ids=["experts", "grouped-query"])
 def base(request, text, tmp_path_factory):
     """A model's folder with a tokenizer, which has fewer tokens than the model."""
     folder = tmp_path_factory.mktemp("base") / "model"
@@ -172,9 +174,12 @@ def test_what_cannot_go_on_is_refused_before_text_is_read(copy, run, tmp_path, m
     change(copy, num_hidden_layers=9)
     assert run(copy) == 2
     assert "lacks" in capsys.readouterr().err
-    change(copy, model_type="qwen3")
+    change(copy, model_type="gemma3")
     assert run(copy) == 2
-    assert "only models with 'deepseek_v3' or 'llama' are supported" in capsys.readouterr().err
+    assert (
+        "only models with 'deepseek_v3' or 'llama' or 'qwen3' are supported"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -95,7 +95,7 @@ def read(
     types = get_type_hints(model)
     said = {"tie_word_embeddings": False, **given, "rope_theta": _rope_base(path, given)}
     return given, {
-        ours: _checked(path, theirs, said.get(theirs), types.get(ours, int))
+        ours: checked(path, theirs, said.get(theirs), types.get(ours, int))
         for ours, theirs in fields[kind].items()
     }
 
@@ -114,14 +114,14 @@ def _rope_base(path: Path, given: dict[str, Any]) -> float:
     """Transformers 4 has it beside `rope_scaling`, 5 in `rope_parameters`."""
     bases = set()
     if given.get("rope_theta") is not None:
-        bases.add(_checked(path, "rope_theta", given["rope_theta"], float))
+        bases.add(checked(path, "rope_theta", given["rope_theta"], float))
     for field in ("rope_parameters", "rope_scaling"):
         rope = given.get(field) or {}
         if not isinstance(rope, dict):
             raise ValueError(f"{path}: {field} is {rope!r} but must be an object.")
         for name, value in rope.items():
             if name == "rope_theta":
-                bases.add(_checked(path, f"{field}.{name}", value, float))
+                bases.add(checked(path, f"{field}.{name}", value, float))
             elif _ROPE.get(name) != value:
                 only = repr(_ROPE[name]) if name in _ROPE else "no such setting"
                 raise _unknown(path, f"{field}.{name}", value, only)
@@ -131,11 +131,12 @@ def _rope_base(path: Path, given: dict[str, Any]) -> float:
     return bases.pop()
 
 
-def _checked(path: Path, name: str, value: Any, kind: Any) -> Any:
+def checked(path: Path, name: str, value: Any, kind: Any) -> Any:
+    """A field's value; a ValueError where it has another type."""
     if kind == Ids:
         if isinstance(value, list):
-            return tuple(_checked(path, name, one, int) for one in value)
-        return value if value is None else _checked(path, name, value, int)
+            return tuple(checked(path, name, one, int) for one in value)
+        return value if value is None else checked(path, name, value, int)
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
         raise ValueError(f"{path}: {name} is {value!r} but must be of type {kind.__name__}.")

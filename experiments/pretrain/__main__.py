@@ -67,8 +67,8 @@ class Command(Suite, Planning, Running, Training):
     """Named model to begin with; explicit options override its settings. It has a schedule and
     learning rates, too."""
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """Folder with config.json and safetensors of a DeepSeek-V3 or Llama to go on from. The
-    optimizer starts afresh, and the schedule is that of the options."""
+    """Folder with config.json and safetensors of a DeepSeek-V3, Llama or Qwen3 to go on from.
+    The optimizer starts afresh, and the schedule is that of the options."""
     optimizers: tuple[OptimizerName, ...] = ("adamw", "muon")
     """Optimizers to compare. Each of several has a folder of its own in --out."""
     out: str | None = None

@@ -48,6 +48,13 @@ class Model:
     """Latent attention: columns of a query or key head with RoPE."""
     value: Count = 32
     """Latent attention: columns of a value head."""
+    kv_heads: Whole = 0
+    """Multi-head attention: heads of keys and values, of which each serves as many of queries. 0
+    takes as many as --model.heads."""
+    head_dim: Whole = 0
+    """Multi-head attention: columns of a head. 0 takes --model.width / --model.heads."""
+    qk_norm: bool = False
+    """Multi-head attention: normalise queries and keys, as Qwen3 does."""
     rope_base: Annotated[float, above(1)] = 50_000.0
     """Base of RoPE's wavelengths."""
     hidden: Count = 384
@@ -92,18 +99,34 @@ class Model:
             raise ValueError(
                 f"--model.active must be at most --model.experts {self.experts}; got {self.active}."
             )
-        rotated = self.rope if self.attention == "latent" else self.width / self.heads
+        latent = self.attention == "latent"
+        rotated = self.rope if latent else self.head_dim or self.width / self.heads
         if rotated % 2:
             raise ValueError(
-                "--model.rope, or --model.width / --model.heads with multi-head attention, must "
-                f"be even, since RoPE rotates pairs; got {rotated:g}."
+                "--model.rope, or with multi-head attention --model.head-dim or --model.width / "
+                f"--model.heads, must be even, since RoPE rotates pairs; got {rotated:g}."
+            )
+        if self.heads % self.key_heads:
+            raise ValueError(
+                f"--model.kv-heads must divide --model.heads {self.heads}; got {self.kv_heads}."
+            )
+        if latent and (self.kv_heads or self.head_dim or self.qk_norm):
+            raise ValueError(
+                "--model.kv-heads, --model.head-dim and --model.qk-norm require --model.attention "
+                "multi-head."
             )
 
     @property
     def key_columns(self) -> int:
         """Of a query or key head."""
-        latent = self.attention == "latent"
-        return self.nope + self.rope if latent else self.width // self.heads
+        if self.attention == "latent":
+            return self.nope + self.rope
+        return self.head_dim or self.width // self.heads
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_heads or self.heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +192,8 @@ class Training(Settings):
     def attention_spec(self) -> GroupedQuery | MultiHeadLatent:
         model = self.model
         if model.attention == "multi-head":
-            return GroupedQuery(heads=model.heads)
+            norm = ("query_norm", "key_norm") if model.qk_norm else "refuse"
+            return GroupedQuery(heads=model.heads, kv_heads=model.kv_heads or None, qk_norm=norm)
         heads = {"nope": model.nope, "rope": model.rope, "value": model.value}
         return MultiHeadLatent(heads=model.heads, query="query", key="key_value", **heads)
 
@@ -199,8 +223,12 @@ def as_json(config: Training) -> dict[str, Any]:
     }
     settings["rates"] = config.known_rates()
     del settings["data"]["cache"]
-    if config.origin is None:  # as earlier versions had it
+    # As earlier versions had it, which did not have these.
+    if config.origin is None:
         del settings["origin"]
+    for name in ("kv_heads", "head_dim", "qk_norm"):
+        if not settings["model"][name]:
+            del settings["model"][name]
     return json.loads(json.dumps(settings))
 
 

@@ -122,5 +122,5 @@ def attention_flops(config: Training) -> int:
     model = config.model
     latent = model.attention == "latent"
     logits = model.key_columns
-    value = model.value if latent else model.width // model.heads
+    value = model.value if latent else logits
     return model.layers * model.heads * (logits + value) * config.context

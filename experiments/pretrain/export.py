@@ -140,7 +140,7 @@ def _shapes(config: Model, vocabulary: int) -> Params:
     if config.attention == "multi-head" and config.dense_layers < config.layers:
         raise ValueError(
             "A model with experts and --model.attention multi-head has no Hugging Face format: "
-            "DeepSeek-V3 has experts and latent attention, Llama has neither."
+            "DeepSeek-V3 has experts and latent attention, Llama and Qwen3 have neither."
         )
     model = LanguageModel(config, vocabulary)
     params = jax.eval_shape(model.init, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""`config.json` of a Hugging Face model of ours, DeepSeek-V3 or Llama, and the model it tells."""
+"""`config.json` of a Hugging Face model that pretraining has, and the model that one tells."""
 
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,20 @@ _LATENT = {
     "routed_scale": "routed_scaling_factor",
 }
 _ROPE = {"rope_base": "rope_theta"}
-_FIELDS = {"deepseek_v3": _COMMON | _LATENT | _ROPE, "llama": _COMMON | _ROPE}
+_FIELDS = {
+    "deepseek_v3": _COMMON | _LATENT | _ROPE,
+    "llama": _COMMON | _ROPE,
+    "qwen3": _COMMON | _ROPE,
+}
 
 
 def to_json(config: Model, vocabulary: int) -> dict[str, Any]:
     """What config.json says of the model itself."""
     latent = config.attention == "latent"
-    kind = "deepseek_v3" if latent else "llama"
+    kind = "deepseek_v3" if latent else "qwen3" if config.qk_norm else "llama"
     own, family = vars(config) | {"vocabulary": vocabulary}, config_json.FAMILIES[kind]
     fields = {theirs: own[ours] for ours, theirs in _FIELDS[kind].items()}
-    rope = {"num_key_value_heads": config.heads, "rope_theta": fields.pop("rope_theta")}
+    rope = {"num_key_value_heads": config.key_heads, "rope_theta": fields.pop("rope_theta")}
     said = config_json.to_json(kind, fields | rope) | family.fixed | family.stated
     return said | ({"num_nextn_predict_layers": 0} if latent else {"head_dim": config.key_columns})
 
@@ -51,14 +55,18 @@ def read(path: Path) -> tuple[Model, int]:
         ValueError, OSError: as `config_json.read`.
     """
     given, values = config_json.read(path, Model, _FIELDS)
-    if given["model_type"] == "llama":
+    kind, vocabulary = given["model_type"], values.pop("vocabulary")
+    if kind != "deepseek_v3":
         values |= {"attention": "multi-head", "dense_layers": values["layers"]}
-    dtype, vocabulary = given.get("dtype", given.get("torch_dtype")), values.pop("vocabulary")
+        values["qk_norm"] = kind == "qwen3"
+        usual = {"kv_heads": values["heads"], "head_dim": values["width"] // values["heads"]}
+        for ours, theirs in (("kv_heads", "num_key_value_heads"), ("head_dim", "head_dim")):
+            found = config_json.checked(path, theirs, given.get(theirs) or usual[ours], int)
+            values[ours] = 0 if found == usual[ours] else found
+    dtype = given.get("dtype", given.get("torch_dtype"))
     try:
         config = Model(dtype="float32" if dtype == "float32" else "bfloat16", **values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    written = to_json(config, vocabulary)
-    heads = {name: written[name] for name in ("num_key_value_heads", "head_dim") if name in written}
-    config_json.require(path, given, heads)
+    config_json.require(path, given, {"num_key_value_heads": config.key_heads})
     return config, vocabulary

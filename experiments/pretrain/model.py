@@ -224,7 +224,8 @@ def _layer(config: ModelConfig, sparse: bool, rngs: nnx.Rngs) -> Layer:
             Latent, width, heads, rope_base=config.rope_base, init=init, **sizes
         )
     else:
-        own = heads, heads, config.key_columns, config.rope_base
+        norm = config.epsilon if config.qk_norm else None
+        own = heads, config.key_heads, config.key_columns, config.rope_base, norm
         attention = functools.partial(GroupedQuery, width, *own, init=init)
     if sparse:
         feed_forward = functools.partial(MixtureOfExperts, config, init=init)

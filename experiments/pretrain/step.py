@@ -325,7 +325,7 @@ class Trainer:
 def check(config: Training, mesh: jax.sharding.Mesh, params: Params | None = None) -> Any:
     """The specs of the params, or a ValueError of what the mesh does not divide."""
     _check_batch(config, mesh)
-    sharding.check_heads(mesh, heads=config.model.heads)
+    sharding.check_heads(mesh, heads=config.model.heads, kv_heads=config.model.key_heads)
     if params is None:
         model = LanguageModel(config.model, config.data.vocabulary)
         params = jax.eval_shape(model.init, jax.random.key(0))
