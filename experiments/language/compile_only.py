@@ -102,15 +102,19 @@ def compile_only(
     kind = devices[0].device_kind
     where = f"{placed.size} devices of {planning.topology} ({kind}), {sizes}"
     show_memory(cases, limit, console, where)
-    for case in cases:
-        check(case, limit)
-    reports = {}
+    reports, refused = {}, []
     for case in cases:
         with console.status(f"{case.name}: compiling for {planning.topology} (takes minutes)"):
-            reports[case.name] = compile_case(case)
-    print_reports(reports, limit, kind, console)
-    for case in cases:
-        check(case, limit, reports[case.name].total_bytes)
+            try:
+                check(case, limit)
+                reports[case.name] = compile_case(case)
+                check(case, limit, reports[case.name].total_bytes)
+            except TooLarge as error:
+                refused.append(error)
+    if reports:
+        print_reports(reports, limit, kind, console)
+    if refused:
+        raise TooLarge(" ".join(map(str, refused)))
 
 
 def compile_case(case: Case) -> Report:
