@@ -269,11 +269,11 @@ def test_cells_are_pure_functions_on_any_device():
     jobs = [(1e-2, "a"), (1e-2, "b"), (3e-2, "c")]
     run_in_parallel(jobs, lambda job: job[1], work, threading.Event())
     (a, outcome), (b, _), (c, _) = (found[name] for name in "abc")
-    assert [e.validation_loss for e in a] == [e.validation_loss for e in b]
-    assert a[-1].losses == b[-1].losses and a[-1].losses != c[-1].losses
-    assert [e.step for e in a] == [0, 6, 12] and a[0].train_loss is None
-    assert len(a[1].gradient_norms) == len(a[1].group_norms["gains"]) == 6
-    assert outcome["validation_loss"] == a[-1].validation_loss < a[0].validation_loss
+    assert [e["validation_loss"] for e in a] == [e["validation_loss"] for e in b]
+    assert a[-1]["losses"] == b[-1]["losses"] and a[-1]["losses"] != c[-1]["losses"]
+    assert [e["step"] for e in a] == [0, 6, 12] and a[0]["train_loss"] is None
+    assert len(a[1]["gradient_norms"]) == len(a[1]["group_norms"]["gains"]) == 6
+    assert outcome["validation_loss"] == a[-1]["validation_loss"] < a[0]["validation_loss"]
     assert not outcome["diverged"] and outcome["steps_run"] == 12
     json.dumps([a, outcome], allow_nan=False)
 

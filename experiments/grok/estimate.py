@@ -3,7 +3,6 @@
 import datetime
 import statistics
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from experiments.grok.tasks import table
 from experiments.grok.train import compile_arm, split
 from experiments.parallel import devices_for, run_in_parallel
 from experiments.runs import changed_settings, read_json
+from experiments.timing import repeated, seconds_of
 
 RESULTS = Path(__file__).parent / "results"
 _COMPILING = 4.0  # seconds an arm, on two cores
@@ -113,12 +113,8 @@ def _seconds_per_step(config: Config, cell: Cell, device: jax.Device) -> float:
     program = compile_arm(settings, cell._replace(seed=0, point=""), 1, device)
     rows = program.place(split(settings, cell).train[None])
     one = program.place(np.array([cell.seed], np.int32))
-    state, seconds = program.start(one), []
-    for _ in range(3):
-        began = time.perf_counter()
-        state, _ = jax.block_until_ready(program.epoch(state, rows, one, one))
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds) / program.steps
+    epoch = repeated(lambda state: program.epoch(state, rows, one, one)[0], program.start(one), 1)
+    return statistics.median(seconds_of(epoch) for _ in range(3)) / program.steps
 
 
 def _steps(config: Config, cell: Cell) -> int:

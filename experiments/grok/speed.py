@@ -31,6 +31,7 @@ from experiments.grok.model import FEED_FORWARD_RATIO, RMS_EPSILON, ROPE_BASE
 from experiments.grok.train import GROKKED_ACCURACY, compile_arm, evaluation_rows, split
 from experiments.optimizers import AdamW, OptimizerName
 from experiments.settings import Count, at_least, check, fitting_divisor
+from experiments.timing import seconds_of
 
 TASK: tasks.TaskName = "mul"
 
@@ -265,9 +266,7 @@ def _compare(command: Command) -> int:
         for name, loop in loops.items():
             if name in reached and number > rounds:
                 continue
-            began = time.perf_counter()
-            loop.epoch()
-            times[name].append(time.perf_counter() - began)
+            times[name].append(seconds_of(loop.epoch))
             # PyTorch's threads spin for a while after their work, and would slow the next loop.
             time.sleep(0.2 if number <= rounds else 0)
             if name not in reached and loop.accuracy() >= GROKKED_ACCURACY:
