@@ -23,6 +23,7 @@ from trajectories import apart
 from waiting import wait_for
 
 import muon_jax
+from experiments import commands
 from experiments.finetune import __main__ as command
 from experiments.finetune import loop, memory, model, weights
 from experiments.finetune.architecture import PRESETS
@@ -253,7 +254,7 @@ def test_stopping_and_going_on_gives_the_same_bits(tmp_path):
     checkpoints = Checkpoints(tmp_path / "parts" / "checkpoints")
     assert_same_bits(checkpoints.restore(trainer.abstract).state.params, exported[0])
     checkpoints.close()
-    with pytest.raises(ValueError, match="trained on other examples"):
+    with pytest.raises(ValueError, match="trained on other data"):
         run(trainer, tmp_path / "whole", rows=prepared(seed=5))
 
 
@@ -587,7 +588,7 @@ def one_arm(tmp_path, monkeypatch, *more):
     words = f"finetune --model {folder} --data {rows} --context 32 --batch 4 --steps 6"
     words += f" --dtype float32 --optimizers adamw --out {tmp_path / 'runs'}"
     monkeypatch.setattr(sys, "argv", [*words.split(), *more])
-    monkeypatch.setattr(command, "stop_on_signals", threading.Event)
+    monkeypatch.setattr(commands, "stop_on_signals", threading.Event)
     return folder
 
 
@@ -638,7 +639,7 @@ def test_side_by_side_and_again(tmp_path, monkeypatch):
     words = f"finetune --model {folder} --data {rows} --context 32 --batch 4 --accumulate 1"
     words += " --steps 6 --warmup 1 --dtype float32 --optimizers adamw muon_adamw --out"
     monkeypatch.setattr(sys, "argv", [*words.split(), str(tmp_path / "runs")])
-    monkeypatch.setattr(command, "stop_on_signals", threading.Event)
+    monkeypatch.setattr(commands, "stop_on_signals", threading.Event)
     assert command.main() == 0
     summaries = [tmp_path / "runs" / arm / "summary.json" for arm in ("adamw", "muon_adamw")]
     first = [path.read_text() for path in summaries]
@@ -659,12 +660,13 @@ def test_an_interrupted_command_reports_on_what_there_is(tmp_path, monkeypatch, 
     words += f" --steps 6 --warmup 1 --dtype float32 --optimizers adamw --out {tmp_path / 'runs'}"
     stop = threading.Event()
     monkeypatch.setattr(sys, "argv", words.split())
-    monkeypatch.setattr(command, "stop_on_signals", lambda: stop)
-    monkeypatch.setattr(command, "_show", lambda *seen: seen[-1].step < 3 or stop.set())
+    monkeypatch.setattr(commands, "stop_on_signals", lambda: stop)
+    stop_at_3 = lambda progress: progress.step < 3 or stop.set()  # noqa: E731
+    monkeypatch.setattr(command, "showing", lambda *line: stop_at_3)
     assert command.main() == 130
     assert "of 6" in capsys.readouterr().out
     assert "of 6 steps" in (tmp_path / "runs" / "report.html").read_text()
     stop.clear()
-    monkeypatch.setattr(command, "_show", lambda *seen: None)
+    monkeypatch.setattr(command, "showing", lambda *line: lambda progress: None)
     assert command.main() == 0
     assert "of 6 steps" not in (tmp_path / "runs" / "report.html").read_text()

@@ -180,7 +180,7 @@ def test_a_log_that_is_lost_is_told_and_a_finished_run_stays(whole, tokens, tmp_
 def test_another_text_is_refused(whole, text, tmp_path):
     config, folder = whole
     other = dataclasses.replace(text, files=(text_file(tmp_path, seed=1),))
-    with pytest.raises(ValueError, match="trained on another text"):
+    with pytest.raises(ValueError, match="trained on other data"):
         run(dataclasses.replace(config, data=other), data.prepare(other), folder)
 
 

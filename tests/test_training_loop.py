@@ -96,9 +96,6 @@ class Loop(TrainingLoop):
     def meta(self, step):
         return {}
 
-    def check(self, meta):
-        pass
-
     def remedy(self):
         return "lower the rate"
 

@@ -20,16 +20,9 @@ from experiments.finetune.model import Params
 from experiments.finetune.packing import Batch, Batches, Rows, in_order
 from experiments.finetune.step import State, Trainer
 from experiments.language import cell
-from experiments.language.checkpoints import Checkpoints, params_sha256
+from experiments.language.checkpoints import Checkpoints
 from experiments.language.mesh import one_device
-from experiments.language.training_loop import (
-    Metrics,
-    OnMessage,
-    OnStep,
-    TrainingLoop,
-    speed,
-)
-from experiments.runs import machine, write_json
+from experiments.language.training_loop import Metrics, OnMessage, OnStep, TrainingLoop
 
 
 class Start(NamedTuple):
@@ -130,47 +123,27 @@ class _Run(TrainingLoop):
             "data_sha256": self.rows.report.sha256,
         }
 
-    def check(self, meta: dict[str, Any]) -> None:
-        if meta["data_sha256"] != self.rows.report.sha256:
-            raise ValueError(
-                f"The checkpoints in {self.folder} were trained on other examples: the digest "
-                f"was {meta['data_sha256'][:12]}…, now it is {self.rows.report.sha256[:12]}…. "
-                "Give the same --data and --context, or another --out."
-            )
-
     def finish(self, state: State) -> None:
         self.on_finish(state.params)
-        digest = params_sha256(state.params)
-        if not self.log:
-            return
-        trained = [r for r in self.log.records if "loss" in r]
-        last = next(r for r in reversed(self.log.records) if "validation_loss" in r)
-        norms = [r["gradient_norm"] for r in trained if r["step"] > self.config.warmup]
+        super().finish(state)
+
+    def summary(self, trained: Metrics, evaluated: Metrics) -> Metrics:
+        steps = [record for record in self.log.records if "loss" in record] if self.log else []
+        norms = [r["gradient_norm"] for r in steps if r["step"] > self.config.warmup]
         median, spread = steadiness(norms)
-        summary = {
+        logits = [r["max_logit"] for r in steps if r["max_logit"] is not None]
+        return {
             "arm": self.trainer.name,
-            "steps": self.config.steps,
-            "tokens": self.config.steps * self.config.tokens_per_step,
             "windows_per_epoch": self.packed.windows,
-            "train_loss": trained[-1]["loss"],
-            "mean_token_accuracy": trained[-1]["mean_token_accuracy"],
-            "validation_loss": last["validation_loss"],
-            "validation_accuracy": last["validation_accuracy"],
+            "mean_token_accuracy": trained["mean_token_accuracy"],
+            "validation_accuracy": evaluated["validation_accuracy"],
             "gradient_norm_median": median,
             "gradient_norm_spread": spread,
-            "max_logit": max(
-                (r["max_logit"] for r in trained if r["max_logit"] is not None), default=None
-            ),
-            "skipped_steps": trained[-1]["skipped"],
-            "seconds": self.seconds,
-            "tokens_per_second": speed(self.log, self.config.tokens_per_step),
-            "params_sha256": digest,
+            "max_logit": max(logits, default=None),
             "model": self.model.name,
             "architecture": dataclasses.asdict(self.trainer.architecture),
             "data": self.rows.report.as_json(),
-            "machine": machine(),
         }
-        write_json(self.folder / "summary.json", summary)
 
 
 def batches(

@@ -13,10 +13,10 @@ import numpy as np
 from etils import epath
 
 from experiments.commands import flat
-from experiments.language.checkpoints import Checkpoints
+from experiments.language.checkpoints import Checkpoints, params_sha256
 from experiments.language.log import Log
 from experiments.language.processes import Agreement, check_same
-from experiments.runs import RunError
+from experiments.runs import RunError, machine, write_json
 from experiments.settings import Count, check
 
 Metrics = dict[str, Any]
@@ -115,19 +115,41 @@ class TrainingLoop(abc.ABC):
 
     @abc.abstractmethod
     def meta(self, step: int) -> dict[str, Any]:
-        """What is saved beside the state of that step; the seals of the log have its `config`."""
+        """What is saved beside the state of that step; the seals of the log have its `config`.
 
-    @abc.abstractmethod
-    def check(self, meta: dict[str, Any]) -> None:
-        """Raises ValueError where a checkpoint is of another training."""
+        A checkpoint with another `data_sha256` is of another training.
+        """
 
     @abc.abstractmethod
     def remedy(self) -> str:
         """What to change where an update is not finite: options, and their values now."""
 
-    @abc.abstractmethod
+    def summary(self, trained: Metrics, evaluated: Metrics) -> Metrics:
+        """What `summary.json` has, by the last records of training and of held-out text."""
+        return {}
+
     def finish(self, state: Any) -> None:
-        """Called once after the last step is saved."""
+        """Called once after the last step is saved; writes `summary.json`."""
+        digest = params_sha256(state.params)
+        if self.log is None:
+            return
+        trained, evaluated = (
+            next(record for record in reversed(self.log.records) if key in record)
+            for key in ("loss", "validation_loss")
+        )
+        config = self.config
+        summary = {
+            "steps": config.steps,
+            "tokens": config.steps * config.tokens_per_step,
+            "train_loss": trained["loss"],
+            "validation_loss": evaluated["validation_loss"],
+            "skipped_steps": trained["skipped"],
+            "seconds": self.seconds,
+            "tokens_per_second": speed(self.log, config.tokens_per_step),
+            "params_sha256": digest,
+            "machine": machine(),
+        }
+        write_json(self.folder / "summary.json", summary | self.summary(trained, evaluated))
 
     def told(self, window: list[Metrics]) -> Metrics:
         """What is logged of the steps since the last record; by default of the last one."""
@@ -246,7 +268,13 @@ class TrainingLoop(abc.ABC):
             return self.start()
         for damage in restored.damaged:
             self.on_message(f"[yellow]skipped a damaged checkpoint:[/yellow] {damage}")
-        self.check(restored.meta)
+        there, here = (meta.get("data_sha256") for meta in (restored.meta, self.meta(0)))
+        if there != here:
+            raise ValueError(
+                f"The checkpoints in {self.folder} were trained on other data: the digest was "
+                f"{there[:12]}…, now it is {here[:12]}…. Give the same --data and --context, or "
+                "another --out."
+            )
         self.on_message(f"continuing from step {restored.step}")
         return restored.state
 

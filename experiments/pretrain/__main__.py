@@ -17,15 +17,13 @@ from typing import get_args
 import jax
 from etils import epath
 from rich.console import Console
-from rich.progress import Progress as Bar
-from rich.progress import TaskID
 
 from experiments import command_line
-from experiments.commands import INTERRUPTED, guard, progress_bar, stop_on_signals
+from experiments.commands import progress_bar
 from experiments.language import data
+from experiments.language.launch import claimed, launch, preparing, showing
 from experiments.language.mesh import make_mesh
 from experiments.language.processes import Processes
-from experiments.language.training_loop import Progress
 from experiments.optimizers import ARMS, OptimizerName
 from experiments.pretrain import step
 from experiments.pretrain.config import PresetName, Running, Training
@@ -34,17 +32,8 @@ from experiments.pretrain.presets import PRESETS, fitted
 from experiments.pretrain.suites import study
 from experiments.pretrain.suites.config import Suite, SuiteName, defaults
 from experiments.pretrain.trained import settings_of
-from experiments.programs import keep_compiled_programs
-from experiments.runs import (
-    RunError,
-    check_free,
-    check_group,
-    claim,
-    holds_run,
-    leave_nothing_of_no_run,
-)
+from experiments.runs import RunError, check_free, check_group, holds_run
 from experiments.settings import check_different, given
-from experiments.topology import leave_accelerators_alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,20 +90,7 @@ class Command(Suite, Running, Training):
 
 def main() -> int:
     """Runs the command; returns its exit code."""
-    keep_compiled_programs()
-    console = Console()
-    stop = stop_on_signals()
-
-    def work() -> int:
-        command = parse(sys.argv[1:])
-        if command.topology:
-            leave_accelerators_alone()
-        command.processes.join()
-        if jax.process_index() > 0:
-            console.quiet = True
-        return run(command, stop, console)
-
-    return guard(work)
+    return launch(parse, run)
 
 
 def parse(arguments: list[str]) -> Command:
@@ -156,15 +132,19 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
         tokens = _prepare(command, stop, console)
         return study.suite(command, command.suite, tokens, console, stop)
     step.check(command.training(), make_mesh(command.mesh.sizes))
+    config = command.training()
     with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            for optimizer in command.optimizers:
-                _claim(command, optimizer, stack)
+        for optimizer in command.optimizers:  # before what takes long
+            folder = command.folder(optimizer)
+            stack.enter_context(claimed(folder, settings_of(optimizer, config)))
         tokens = _prepare(command, stop, console)
+        messages = functools.partial(console.print, highlight=False)
         for optimizer in command.optimizers:
-            if not _train(command, optimizer, tokens, stop, console):
-                console.print("Stopped and saved; the same command continues from there.")
-                return INTERRUPTED
+            folder = command.folder(optimizer)
+            with progress_bar(console) as bar:
+                on_step = showing(optimizer, bar, config.steps)
+                if not train(config, optimizer, command, tokens, folder, stop, on_step, messages):
+                    raise KeyboardInterrupt
     if jax.process_index() == 0:
         from experiments.report.studies import show
 
@@ -189,26 +169,8 @@ def _check_folder(command: Command) -> None:
         check_group(folder, ARMS, settings, other="another --out")
 
 
-def _claim(command: Command, optimizer: OptimizerName, stack: contextlib.ExitStack) -> None:
-    """Makes the folder of a run this process's, before what takes long."""
-    folder = command.folder(optimizer)
-    is_new = not holds_run(folder)
-    settings = settings_of(optimizer, command.training())
-    lock = claim(folder, settings, ("mesh",), other="another --out")
-    stack.enter_context(contextlib.closing(lock))
-    if is_new:
-        stack.callback(leave_nothing_of_no_run, folder)
-
-
 def _prepare(command: Command, stop: threading.Event, console: Console) -> data.Tokens:
-    with progress_bar(console) as bar:
-        task = bar.add_task("reading the text", total=None)
-
-        def show(what: str, done: int, total: int) -> None:
-            if stop.is_set():
-                raise KeyboardInterrupt
-            bar.update(task, description=what, completed=done, total=total)
-
+    with preparing("reading the text", stop, console) as show:
         tokens = data.prepare(command.data, show)
     facts = tokens.as_json()
     console.print(
@@ -217,37 +179,6 @@ def _prepare(command: Command, stop: threading.Event, console: Console) -> data.
         highlight=False,
     )
     return tokens
-
-
-def _train(
-    command: Command,
-    optimizer: OptimizerName,
-    tokens: data.Tokens,
-    stop: threading.Event,
-    console: Console,
-) -> bool:
-    config = command.training()
-    with progress_bar(console) as bar:
-        task = bar.add_task(f"{optimizer}: compiling", total=config.steps)
-        return train(
-            config,
-            optimizer,
-            command,
-            tokens,
-            command.folder(optimizer),
-            stop,
-            functools.partial(_show, optimizer, bar, task),
-            functools.partial(console.print, highlight=False),
-        )
-
-
-def _show(optimizer: str, bar: Bar, task: TaskID, progress: Progress) -> None:
-    parts = [f"{optimizer}: step {progress.step}", f"loss {progress.loss:.3f}"]
-    if progress.held_out is not None:
-        parts.append(f"held out {progress.held_out:.3f}")
-    if progress.tokens_per_second is not None:
-        parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
-    bar.update(task, completed=progress.step, description=" · ".join(parts))
 
 
 if __name__ == "__main__":

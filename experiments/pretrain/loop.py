@@ -11,17 +11,17 @@ from etils import epath
 
 from experiments.commands import option
 from experiments.language import data, windows
-from experiments.language.checkpoints import Checkpoints, params_sha256
+from experiments.language.checkpoints import Checkpoints
 from experiments.language.mesh import make_mesh
 from experiments.language.processes import place_whole
-from experiments.language.training_loop import OnMessage, OnStep, TrainingLoop, speed
+from experiments.language.training_loop import Metrics, OnMessage, OnStep, TrainingLoop
 from experiments.optimizers import OptimizerName
 from experiments.pretrain import costs
 from experiments.pretrain.config import Running, Training
 from experiments.pretrain.sample import DIVIDER, write_texts
 from experiments.pretrain.step import State, Trainer
 from experiments.pretrain.trained import TOKENIZER, digest_of, settings_of
-from experiments.runs import machine, write_json, write_text
+from experiments.runs import write_text
 
 
 def train(
@@ -110,14 +110,6 @@ class _Run(TrainingLoop):
             "tokenizer_sha256": self.tokenizer and digest_of(self.tokenizer),
         }
 
-    def check(self, meta: dict[str, Any]) -> None:
-        if meta["data_sha256"] != self.tokens.sha256:
-            raise ValueError(
-                f"The checkpoints in {self.folder} were trained on another text: the digest was "
-                f"{meta['data_sha256'][:12]}…, now it is {self.tokens.sha256[:12]}…. Give the "
-                "same --data, or another --out."
-            )
-
     def remedy(self) -> str:
         name, config = self.trainer.optimizer, self.config
         own = option(*(("rates", name) if hasattr(config.rates, name) else (name, "learning_rate")))
@@ -131,7 +123,7 @@ class _Run(TrainingLoop):
 
     def finish(self, state: State) -> None:
         self._write_samples(state)
-        self._summarize(state)
+        super().finish(state)
 
     def _write_samples(self, state: State) -> None:
         if not self.keeping.samples or self.tokens.tokenizer is None:
@@ -141,32 +133,13 @@ class _Run(TrainingLoop):
         if self.first:
             (self.folder / "samples.txt").write_text(DIVIDER.join(texts) + "\n")
 
-    def _summarize(self, state: State) -> None:
-        digest = params_sha256(state.params)
-        if not self.log:
-            return
-        records = self.log.records
-        trained = [r for r in records if "loss" in r]
-        evaluated = [r for r in records if "validation_loss" in r]
-        config = self.config
-        write_json(
-            self.folder / "summary.json",
-            {
-                "optimizer": self.trainer.optimizer,
-                "steps": config.steps,
-                "tokens": config.steps * config.tokens_per_step,
-                "train_loss": trained[-1]["loss"],
-                "validation_loss": evaluated[-1]["validation_loss"],
-                "bits_per_byte": evaluated[-1].get("bits_per_byte"),
-                "skipped_steps": trained[-1]["skipped"],
-                "seconds": self.seconds,
-                "tokens_per_second": speed(self.log, config.tokens_per_step),
-                "costs": self.costs.as_json(),
-                "params_sha256": digest,
-                "data": self.tokens.as_json(),
-                "machine": machine(),
-            },
-        )
+    def summary(self, trained: Metrics, evaluated: Metrics) -> Metrics:
+        return {
+            "optimizer": self.trainer.optimizer,
+            "bits_per_byte": evaluated.get("bits_per_byte"),
+            "costs": self.costs.as_json(),
+            "data": self.tokens.as_json(),
+        }
 
 
 def evaluate(trainer: Trainer, state: State, held_out: windows.HeldOut) -> dict[str, float]:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import jax
 from rich.console import Console
 
-from experiments.commands import INTERRUPTED, progress_bar
+from experiments.commands import INTERRUPTED
 from experiments.finetune import base, data, loop, weights
 from experiments.finetune.architecture import Qwen3
-from experiments.finetune.chat import TOKENIZER, Chat
+from experiments.finetune.chat import TOKENIZER
 from experiments.finetune.config import REAL_WARMUP, WARMUP, ArmName, Base, Training
 from experiments.finetune.model import Params
 from experiments.finetune.suites import clip
@@ -31,6 +31,7 @@ from experiments.finetune.suites.config import (
     with_threshold,
 )
 from experiments.language.checkpoints import params_sha256
+from experiments.language.launch import preparing
 from experiments.parallel import devices_for, run_in_parallel
 from experiments.runs import Run
 from experiments.study import Device, Trained, sweep_rates
@@ -154,31 +155,13 @@ def _models(
     """Every model once, pretrained if need be; rows are read once for each tokenizer."""
     models: dict[Base | None, Model] = {}
     read: dict[bytes, data.Prepared] = {}
-    with progress_bar(console) as bar:
-        task = bar.add_task("reading the models", total=None)
-
-        def show(what: str, done: int, total: int | None) -> None:
-            if stop.is_set():
-                raise KeyboardInterrupt
-            bar.update(task, description=what, completed=done, total=total)
-
+    with preparing("reading the models", stop, console) as show:
         for wanted in dict.fromkeys(of.base for of in planned.values()):
             folder = base.prepare(wanted, show) if wanted else Path(command.model).expanduser()
             architecture, params = weights.read(folder)
             tokenizer = (folder / TOKENIZER).read_bytes()
             if tokenizer not in read:
-                chat = Chat(folder)
-                if chat.vocabulary > architecture.vocabulary:
-                    raise ValueError(
-                        f"{folder}: the tokenizer has {chat.vocabulary} tokens, and the model "
-                        f"{architecture.vocabulary}. The files are of different models."
-                    )
-                read[tokenizer] = data.prepare(
-                    command.data,
-                    chat,
-                    command.context,
-                    on_progress=lambda done: show(f"reading rows, {done:,}", done, None),
-                )
+                read[tokenizer] = data.read(command, folder, architecture, show)
             name = f"{folder.name} {params_sha256(params)[:12]}"
             models[wanted] = Model(name, architecture, jax.device_get(params), read[tokenizer])
     return models
