@@ -118,13 +118,9 @@ class Study(Generic[Cell]):
         done: dict[Cell, float] = {}  # how much of each cell that was begun
         lock = threading.Lock()
 
-        def update(description: str) -> None:
-            progress.update(
-                bar,
-                description=description,
-                completed=sum(share * self.work(cell) for cell, share in done.items()),
-                total=sum(map(self.work, {*done, *self.missing()})),
-            )
+        def update(description: str, **changes: Any) -> None:
+            completed = sum(share * self.work(cell) for cell, share in done.items())
+            progress.update(bar, description=description, completed=completed, **changes)
 
         def show(cell: Cell, share: float, text: str) -> None:
             self._check_stop()
@@ -135,7 +131,8 @@ class Study(Generic[Cell]):
         def train(cells: list[Cell], device: Device = None) -> None:
             with lock:
                 done.update(dict.fromkeys(cells, 0.0))
-                update(f"{cells[0]} starting")
+                total = sum(map(self.work, {*done, *self.missing()}))
+                update(f"{cells[0]} starting", total=total)
             trained = list(zip(cells, self.train(cells, show, device), strict=True))
             with lock:
                 self.run.extend(

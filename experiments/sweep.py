@@ -17,7 +17,7 @@ import numpy as np
 from experiments import sealed
 from experiments.commands import print_warning
 from experiments.runs import finished_pieces, read_json, read_settings
-from experiments.settings import Whole, above
+from experiments.settings import Count, Whole, above, check
 
 Row = dict[str, Any]
 Cell = TypeVar("Cell", bound=tuple)
@@ -35,10 +35,24 @@ class Sweep:
     """Further learning rates at most, on a side whose outermost one is the best so far."""
 
 
-def check_sweep_seeds(seeds: int, sweep_seeds: int) -> None:
-    """Raises ValueError where more seeds choose a rate than there are."""
-    if sweep_seeds > seeds:
-        raise ValueError(f"--sweep-seeds must be at most --seeds {seeds}; got {sweep_seeds}.")
+@dataclasses.dataclass(frozen=True)
+class Seeded:
+    """How many trainings each arm of a suite has."""
+
+    seeds: Count = 3
+    """Number of random seeds. In a suite they train at the best learning rate. A seed sets the
+    order of the training data and, in pretraining, the initial parameters."""
+    sweep_seeds: Count = 1
+    """Number of seeds that choose the best learning rate of a suite."""
+    sweep: Sweep = dataclasses.field(default_factory=Sweep)
+    """Learning rates to try."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.sweep_seeds > self.seeds:
+            raise ValueError(
+                f"--sweep-seeds must be at most --seeds {self.seeds}; got {self.sweep_seeds}."
+            )
 
 
 class Best(NamedTuple):

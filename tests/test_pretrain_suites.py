@@ -153,10 +153,11 @@ def test_the_report_is_made_again_without_training(whole, monkeypatch, capsys):
 def test_a_cell_is_a_function_of_rate_and_seed_and_may_diverge(text, tokens, monkeypatch):
     config = configured(text).training()
     held_out = windows.held_out(tokens, config.context, 64)
-    arm = config, cells.Text(tokens, held_out), "muon"
+    given = config, tokens, held_out, 4
+    width = config.model.width
 
-    def losses(*arguments):
-        history, outcome = cells.train_cell(*arm, *arguments, evaluate_every=4)
+    def losses(rate, seed):
+        history, outcome = cells.train_cell(*given, Cell("muon", width, rate, seed))
         assert [evaluation["step"] for evaluation in history] == [4, 6]
         assert history[-1]["tokens"] == 6 * 4 * 16
         assert history[-1]["validation_loss"] == outcome["validation_loss"]
@@ -170,18 +171,23 @@ def test_a_cell_is_a_function_of_rate_and_seed_and_may_diverge(text, tokens, mon
     assert losses(0.01, 0) == losses(0.01, 0)
     assert len({losses(0.01, 0)[1], losses(0.02, 0)[1], losses(0.01, 1)[1]}) == 3
     assert cells.trainer.cache_info().misses <= before + 1 and set(orders) == {0, 1}
-    history, outcome = cells.train_cell(*arm, 1e30, 0, evaluate_every=4)
+    history, outcome = cells.train_cell(*given, Cell("muon", width, 1e30, 0))
     assert history == [] and outcome["diverged"] and outcome["validation_loss"] is None
 
 
 def losses_by(law, rate=8e-3):
     """A `train_cell` whose losses lie on a law of compute, and have a best rate."""
 
-    def train_cell(config, text, optimizer, tried, seed, evaluate_every, show):
+    def train_cell(config, tokens, held_out, evaluate_every, cell, show):
         compute = config.steps * model_flops(config)
-        loss = law[optimizer].loss(compute) * (1 + 0.02 * math.log2(tried / rate) ** 2)
-        tokens = config.steps * config.tokens_per_step
-        last = {"step": config.steps, "tokens": tokens, "seconds": 1.0, "train_loss": loss}
+        loss = law[cell.optimizer].loss(compute)
+        loss *= 1 + 0.02 * math.log2(cell.rate / rate) ** 2
+        last = {
+            "step": config.steps,
+            "tokens": config.steps * config.tokens_per_step,
+            "seconds": 1.0,
+            "train_loss": loss,
+        }
         last |= {"validation_loss": loss, "bits_per_byte": loss / 2}
         show(last)
         outcome = last | {"diverged": False, "skipped": 0, "milliseconds_per_step": 1.0}

@@ -16,8 +16,7 @@ from experiments import optimizers
 from experiments.family import data
 from experiments.family.config import Training
 from experiments.family.model import LanguageModel
-from experiments.language import cell
-from experiments.language.cell import Metrics
+from experiments.language.cell import Metrics, train_in_memory
 from experiments.optimizers import OptimizerName
 
 _EVALUATION_BATCH = 32
@@ -142,7 +141,7 @@ def train_cell(
     seed: int,
     on_evaluation: Callable[[Metrics], None] = lambda evaluation: None,
 ) -> tuple[list[Metrics], Metrics]:
-    """Trains to the end, as `language.cell.train_cell` does: every evaluation, and the outcome.
+    """Trains to the end, as `train_in_memory` does: every evaluation, and the outcome.
 
     Losses are in nats per byte.
     """
@@ -160,5 +159,5 @@ def train_cell(
         return {"validation_loss": float(found.mean())}
 
     every, begin = config.steps // config.evaluations, start(config, optimizer, seed)
-    trained = cell.train_cell(begin, config.steps, every, advance, evaluate, on_evaluation)
+    trained = train_in_memory(begin, config.steps, every, advance, evaluate, on_evaluation)
     return trained.history, trained.outcome

@@ -33,6 +33,7 @@ from experiments.finetune.config import (
 from experiments.finetune.model import Params
 from experiments.finetune.step import Trainer
 from experiments.finetune.suites.study import suite
+from experiments.json_files import file_digest
 from experiments.language import hugging_face
 from experiments.language.hugging_face import CONFIG
 from experiments.language.launch import claimed, launch, preparing, showing
@@ -169,8 +170,7 @@ def _fingerprint(folder: Path) -> str:
     """The model's name, and a digest of all its files that are read: arms begin with equal ones."""
     digest = hashlib.sha256()
     for path in hugging_face.read_files(folder):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        digest.update(path.name.encode() + bytes.fromhex(file_digest(path)))
     return f"{folder.name} {digest.hexdigest()[:12]}"
 
 

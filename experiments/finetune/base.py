@@ -22,7 +22,8 @@ from experiments.finetune.config import ArmName, Base, Optimizer, Training
 from experiments.finetune.model import Params
 from experiments.finetune.packing import Batch
 from experiments.finetune.step import State, Trainer
-from experiments.language import cache, cell, data, documents, windows
+from experiments.language import cache, data, documents, windows
+from experiments.language.cell import Metrics, train_in_memory
 from experiments.language.mesh import make_mesh
 from experiments.language.training_loop import TrainingError
 
@@ -134,7 +135,7 @@ def _pretrain(
     shuffled = windows.batches(tokens, batch=base.batch, context=base.context, seed=base.seed)
     rows = windows.from_step(shuffled, 0)
 
-    def advance(state: State, first: int, until: int) -> tuple[State, cell.Metrics]:
+    def advance(state: State, first: int, until: int) -> tuple[State, Metrics]:
         for step in range(first, until):
             state, metrics = trainer.advance(state, trainer.place(_every_token(next(rows))))
             if jax.default_backend() == "cpu":
@@ -148,7 +149,7 @@ def _pretrain(
     held_out = windows.held_out(tokens, base.context, _HELD_OUT).windows
     whole = held_out[: len(held_out) // base.batch * base.batch]
     batches = [_every_token(rows) for rows in np.split(whole, len(whole) // base.batch)]
-    state, _, outcome = cell.train_cell(
+    state, _, outcome = train_in_memory(
         trainer.start(jax.device_put(params, trainer.places)),
         base.steps,
         base.steps,

@@ -19,7 +19,7 @@ from experiments.finetune.data import Prepared
 from experiments.finetune.model import Params
 from experiments.finetune.packing import Batch, Batches, Rows, in_order
 from experiments.finetune.step import State, Trainer
-from experiments.language import cell
+from experiments.language.cell import train_in_memory
 from experiments.language.checkpoints import Checkpoints
 from experiments.language.mesh import one_device
 from experiments.language.training_loop import Metrics, OnMessage, OnStep, TrainingLoop
@@ -210,7 +210,7 @@ def train_cell(
     device: jax.Device,
     on_evaluation: Callable[[Metrics], None] = lambda evaluation: None,
 ) -> tuple[list[Metrics], Metrics]:
-    """Trains to the end, as `language.cell.train_cell` does: every evaluation, and the outcome.
+    """Trains to the end, as `train_in_memory` does: every evaluation, and the outcome.
 
     Args:
         config: what to train; its `steps` are known, and its learning rate and seed do not count.
@@ -237,7 +237,7 @@ def train_cell(
             seen.append(metrics)
         return state, _since_last(jax.device_get(seen))
 
-    state, history, outcome = cell.train_cell(
+    state, history, outcome = train_in_memory(
         trainer.start(jax.device_put(params, trainer.places, may_alias=False)),
         config.steps,
         running.evaluate_every,

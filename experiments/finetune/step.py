@@ -69,25 +69,25 @@ class Trainer(trainer.Trainer):
         placed = {"mesh": mesh, "shardings": specs} if arm != "adamw" else {}
         self.arm = arms.make(arm, config, architecture, **placed)
         self.clips_at = self.arm.clips_at
+        shape = config.accumulate, config.microbatch, config.context
+        windows: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
         columns = architecture.head_dim
-        shows_logits = attention.shows_logits(mesh, config.context, columns, packed=True)
-        super().__init__(config, mesh, wanted, specs, wanted, shows_logits)
+        super().__init__(
+            config,
+            mesh,
+            rate=config.optimizer.learning_rate,
+            params=wanted,
+            specs=specs,
+            begin=wanted,
+            windows=Windows(windows, windows, windows),
+            shows_logits=attention.shows_logits(mesh, config.context, columns, packed=True),
+        )
         self._compiled_start = jax.jit(
             self._start, in_shardings=(self.places,), out_shardings=self.shardings, donate_argnums=0
         )
         self._compiled_evaluate = jax.jit(
             self._evaluate, in_shardings=(self.places, self.windows), out_shardings=self._whole
         )
-
-    @property
-    def rate(self) -> float:
-        return self.config.optimizer.learning_rate
-
-    @property
-    def abstract_windows(self) -> Windows:
-        shape = self.config.accumulate, self.config.microbatch, self.config.context
-        windows: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.windows)
-        return Windows(windows, windows, windows)
 
     def place(self, batch: Batch) -> Windows:
         """The windows of `share` as this process's part of a step's."""
@@ -108,7 +108,7 @@ class Trainer(trainer.Trainer):
             return self._compiled_evaluate(params, windows)
 
     def _start(self, params: Params) -> State:
-        tx = self.arm.build(self.rate)
+        tx = self.arm.build(self.config.optimizer.learning_rate)
         return State(jnp.zeros([], jnp.int32), params, tx.init(params), guard.begin())
 
     def _step(

@@ -25,7 +25,7 @@ class Trained(NamedTuple):
     outcome: Metrics
 
 
-def train_cell(
+def train_in_memory(
     state: Any,
     steps: int,
     every: int,

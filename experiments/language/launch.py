@@ -43,6 +43,15 @@ def launch(
     return run_command(work)
 
 
+def check_alone(which: str, out: str | None) -> None:
+    """Raises ValueError where a suite cannot keep its cells: several processes, or a far folder."""
+    if jax.process_count() > 1 or "://" in str(out):
+        raise ValueError(
+            f"--suite {which} requires one process and a local folder; got {jax.process_count()} "
+            f"processes and --out {out}."
+        )
+
+
 @contextlib.contextmanager
 def preparing(what: str, stop: threading.Event, console: Console) -> Iterator[OnProgress]:
     """Shows what is prepared; what it yields raises KeyboardInterrupt once `stop` is set."""

@@ -22,17 +22,20 @@ class Trainer(abc.ABC):
     Params, optimizer state and accumulated gradients are float32 and lie as `sharding` says.
 
     Args:
-        config: what to train; it has `batch` and `accumulate`.
+        config: what to train; it has `batch`, `accumulate` and `microbatch`.
         mesh: of `mesh.make_mesh`.
+        rate: the config's learning rate after warm-up.
         params: shapes.
         specs: of the params.
         begin: what the state before the first step is made of, as shapes.
+        windows: what a step reads, `(microbatches, B, ...)`, as shapes.
         shows_logits: whether attention has its logits at hand.
 
     Attributes:
         abstract: the state as shapes with shardings.
         shardings: of the state.
-        windows: the sharding of what a step reads, `(microbatches, B, ...)`.
+        windows: the sharding of what a step reads.
+        abstract_windows: what a step reads, as shapes with shardings.
         step: a step as a jitted function, which is told no more of attention than the optimizer
             needs.
         clips_at: up to where upper bounds of the largest attention logits will do for the
@@ -48,12 +51,15 @@ class Trainer(abc.ABC):
         self,
         config: Any,
         mesh: jax.sharding.Mesh,
+        *,
+        rate: float,
         params: Any,
         specs: Any,
         begin: Any,
+        windows: Any,
         shows_logits: bool,
     ):
-        self.config, self.mesh, self.specs = config, mesh, specs
+        self.config, self.mesh, self.rate, self.specs = config, mesh, rate, specs
         self._shows_logits = shows_logits
         with jax.set_mesh(mesh):
             shapes = jax.eval_shape(self._start, begin)
@@ -61,22 +67,16 @@ class Trainer(abc.ABC):
             params=specs, opt_state=sharding.state_specs(shapes.opt_state, params, specs)
         )
         self.shardings = sharding.shardings(of_state, mesh)
-        self.abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
-        )
         self.windows = jax.NamedSharding(mesh, sharding.spec(None, "batch", None))
+        self.abstract, self.abstract_windows = (
+            jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), *pair)
+            for pair in (
+                (shapes, self.shardings),
+                (windows, jax.tree.map(lambda x: self.windows, windows)),
+            )
+        )
         self._whole = jax.NamedSharding(mesh, jax.P())
         self.step = self._jitted(look=shows_logits)
-
-    @property
-    @abc.abstractmethod
-    def rate(self) -> float:
-        """The config's learning rate after warm-up."""
-
-    @property
-    @abc.abstractmethod
-    def abstract_windows(self) -> Any:
-        """What a step reads, as shapes with shardings."""
 
     @abc.abstractmethod
     def _start(self, begin: Any) -> Any:
@@ -91,7 +91,7 @@ class Trainer(abc.ABC):
     @functools.cached_property
     def share(self) -> Share:
         """What this process makes of a step's windows."""
-        return Share(self.windows, self.config.accumulate, _microbatch(self.config))
+        return Share(self.windows, self.config.accumulate, self.config.microbatch)
 
     @functools.cached_property
     def program(self) -> jax.stages.Compiled:
@@ -165,13 +165,9 @@ def sum_microbatches(
 def check_batch(config: Any, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError where the mesh does not divide a microbatch."""
     ways = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
-    if _microbatch(config) % ways:
+    if config.microbatch % ways:
         raise ValueError(
             f"A microbatch has --batch {config.batch} / --accumulate {config.accumulate} = "
-            f"{_microbatch(config)} sequences, which must be a multiple of the mesh axes data × "
+            f"{config.microbatch} sequences, which must be a multiple of the mesh axes data × "
             f"fsdp × expert = {ways}."
         )
-
-
-def _microbatch(config: Any) -> int:
-    return config.batch // config.accumulate

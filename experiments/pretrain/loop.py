@@ -145,7 +145,7 @@ class _Run(TrainingLoop):
 def evaluate(trainer: Trainer, state: State, held_out: windows.HeldOut) -> dict[str, float]:
     """`validation_loss` in nats per token and, where bytes are known, `bits_per_byte`."""
     rows = held_out.windows
-    size = trainer.config.batch // trainer.config.accumulate
+    size = trainer.config.microbatch
     # The last chunk is filled up with windows that do not count.
     index = np.arange(-(-len(rows) // size) * size) % len(rows)
     chunks = rows[index].reshape(-1, size, rows.shape[1])

@@ -59,23 +59,23 @@ class Trainer(trainer.Trainer):
         self.specs = check(config, mesh, params)
         self.routing = self._routing(params)
         self.labels = muon_jax.label_params(params, self.routing)
-        self.tx = self.transformation(self.rate)
-        shows_logits = attention.shows_logits(mesh, config.context, config.model.key_columns)
-        super().__init__(config, mesh, params, self.specs, 0, shows_logits)
+        rate = config.rate(optimizer)
+        self.tx = self.transformation(rate)
+        shape = config.accumulate, config.microbatch, config.context + 1
+        super().__init__(
+            config,
+            mesh,
+            rate=rate,
+            params=params,
+            specs=self.specs,
+            begin=0,
+            windows=jax.ShapeDtypeStruct(shape, jnp.int32),
+            shows_logits=attention.shows_logits(mesh, config.context, config.model.key_columns),
+        )
         self._compiled_start = jax.jit(self._start, out_shardings=self.shardings)
         self.evaluate = jax.jit(
             self._evaluate, in_shardings=(self.shardings, self.windows), out_shardings=self._whole
         )
-
-    @property
-    def rate(self) -> float:
-        return self.config.rate(self.optimizer)
-
-    @property
-    def abstract_windows(self) -> jax.ShapeDtypeStruct:
-        config = self.config
-        shape = config.accumulate, config.batch // config.accumulate, config.context + 1
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.windows)
 
     def transformation(self, rate: float | jax.Array) -> optax.GradientTransformationExtraArgs:
         """The optimizer; `rate` is the arm's own learning rate after warm-up, and may be traced."""

@@ -31,7 +31,7 @@ from experiments.finetune.suites.config import (
     with_threshold,
 )
 from experiments.language.checkpoints import params_sha256
-from experiments.language.launch import preparing
+from experiments.language.launch import check_alone, preparing
 from experiments.parallel import devices_for, run_in_parallel
 from experiments.runs import Run
 from experiments.study import Device, Trained, sweep_rates
@@ -78,11 +78,7 @@ def suite(command: Any, which: SuiteName, console: Console, stop: threading.Even
         ValueError: settings that the suite cannot have, several processes, or a folder that is not
             of this machine.
     """
-    if jax.process_count() > 1 or "://" in command.out:
-        raise ValueError(
-            f"--suite {which} requires one process and a local folder; got {jax.process_count()} "
-            f"processes and --out {command.out}."
-        )
+    check_alone(which, command.out)
     planned = variants(command, which)
     try:
         models = _models(command, planned, console, stop)

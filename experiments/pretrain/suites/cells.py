@@ -3,35 +3,23 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from experiments import compiled, timing
-from experiments.language import cell, windows
-from experiments.language.cell import Metrics
+from experiments.language import windows
+from experiments.language.cell import Metrics, train_in_memory
 from experiments.language.data import Tokens
 from experiments.language.mesh import one_device
 from experiments.optimizers import OptimizerName
 from experiments.pretrain import loop
 from experiments.pretrain.config import Training
 from experiments.pretrain.step import State, Trainer
-from experiments.pretrain.suites.config import BASELINE, model_flops
+from experiments.pretrain.suites.config import BASELINE, Cell, model_flops
 
 STEPS = 10  # of a turn, where steps are timed
-
-
-class Text(NamedTuple):
-    """What all cells read.
-
-    Attributes:
-        tokens: to train on.
-        held_out: windows that they are evaluated on.
-    """
-
-    tokens: Tokens
-    held_out: windows.HeldOut
 
 
 @functools.cache
@@ -46,42 +34,41 @@ def trainer(config: Training, optimizer: OptimizerName) -> Trainer:
 
 def train_cell(
     config: Training,
-    text: Text,
-    optimizer: OptimizerName,
-    rate: float,
-    seed: int,
+    tokens: Tokens,
+    held_out: windows.HeldOut,
     evaluate_every: int,
+    cell: Cell,
     on_evaluation: Callable[[Metrics], None] = lambda evaluation: None,
 ) -> tuple[list[Metrics], Metrics]:
-    """Trains to the end, as `language.cell.train_cell` does: every evaluation, and the outcome.
+    """Trains to the end, as `train_in_memory` does: every evaluation, and the outcome.
 
     Losses are in nats per token. It has diverged, too, after `max_nonfinite_steps` in a row.
     """
-    arm = trainer(config, optimizer)
-    batches = windows.batches(text.tokens, batch=config.batch, context=config.context, seed=seed)
+    arm = trainer(config, cell.optimizer)
+    batches = windows.batches(tokens, batch=config.batch, context=config.context, seed=cell.seed)
 
     def advance(state: State, first: int, until: int) -> tuple[State, Metrics]:
         for step in range(first, until):
-            state, metrics = arm.advance(state, arm.share.place(batches[step]), rate, look=False)
+            state, metrics = arm.advance(
+                state, arm.share.place(batches[step]), cell.rate, look=False
+            )
         lost = int(metrics["nonfinite_in_a_row"]) >= config.max_nonfinite_steps
         loss = math.nan if lost else float(metrics["loss"])
         return state, {"tokens": until * config.tokens_per_step, "train_loss": loss}
 
-    state, history, outcome = cell.train_cell(
-        arm.start(seed),
+    state, history, outcome = train_in_memory(
+        arm.start(cell.seed),
         config.steps,
         evaluate_every,
         advance,
-        lambda state: {"bits_per_byte": None} | loop.evaluate(arm, state, text.held_out),
+        lambda state: {"bits_per_byte": None} | loop.evaluate(arm, state, held_out),
         on_evaluation,
     )
     return history, outcome | {"skipped": int(state.guard.skipped)}
 
 
 def _no_windows(arm: Trainer) -> jax.Array:
-    config = arm.config
-    shape = config.accumulate, config.batch // config.accumulate, config.context + 1
-    return jax.device_put(np.zeros(shape, np.int32), arm.windows)
+    return jax.device_put(np.zeros(arm.abstract_windows.shape, np.int32), arm.windows)
 
 
 def measure(

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from experiments.language import data, windows
+from experiments.language.launch import check_alone
 from experiments.pretrain.config import Training, as_json
 from experiments.pretrain.suites import cells
 from experiments.pretrain.suites.config import Cell, SuiteName, model_flops, sized
@@ -28,11 +28,7 @@ def check(config: Any, which: SuiteName) -> dict[int, Training]:
         ValueError: a size that has no whole number of heads, a folder that is not of this machine,
             or several processes.
     """
-    if jax.process_count() > 1 or "://" in str(config.out):
-        raise ValueError(
-            f"--suite {which} requires one process and a local folder; got {jax.process_count()} "
-            f"processes and --out {config.out}."
-        )
+    check_alone(which, config.out)
     return _trainings(config, which)
 
 
@@ -59,7 +55,6 @@ def suite(
     trainings = check(config, which)
     held_out = windows.held_out(tokens, config.context, config.evaluation_tokens)
     folder = Path(config.out or f"runs/pretrain/suite-{which}")
-    text = cells.Text(tokens, held_out)
     names = config.optimizers
     costs = [
         Timed(names, partial(cells.measure, [(n, training) for n in names]), str(width))
@@ -75,7 +70,7 @@ def suite(
             {(name, width): config.rate(name) for width in trainings for name in names},
             lambda cell: trainings[cell.width],
             lambda cell, training, show, device: cells.train_cell(
-                training, text, cell.optimizer, cell.rate, cell.seed, config.evaluate_every, show
+                training, tokens, held_out, config.evaluate_every, cell, show
             ),
             corpus=tokens.as_json(),
             swept=config.sweep_seeds,
