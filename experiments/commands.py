@@ -15,7 +15,6 @@ from rich.text import Text
 
 from experiments.programs import keep_compiled_programs
 from experiments.runs import RunError
-from experiments.runs import flat as flat  # by this name, too
 
 INTERRUPTED = 130
 # What code that reads a file raises where it has not what it should have.

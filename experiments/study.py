@@ -58,7 +58,7 @@ class Study(Generic[Cell]):
         groups: which of the missing cells train together; by default each by itself.
         program: what groups have in common that share a compiled program. Given, groups train on
             all devices at once; else one after another.
-        estimate: called with the missing cells, to tell how long these will take.
+        estimate: says how long the missing cells will take.
         costs: to be measured when no cell is missing.
     """
 
@@ -73,7 +73,7 @@ class Study(Generic[Cell]):
     work: Callable[[Cell], float]
     groups: Callable[[list[Cell]], list[list[Cell]]] = lambda cells: [[cell] for cell in cells]
     program: Callable[[list[Cell]], Hashable] | None = None
-    estimate: Callable[[list[Cell]], None] = lambda cells: None
+    estimate: Callable[[list[Cell]], str] | None = None
     costs: Sequence[Timed] = ()
 
     def to_the_end(self) -> int:
@@ -99,8 +99,8 @@ class Study(Generic[Cell]):
             console.print(note, highlight=False, soft_wrap=True)
         console.print(f"[bold]{run.folder}[/bold]: {self.plan}", highlight=False)
         try:
-            if cells := self.missing():
-                self.estimate(cells)
+            if self.missing():
+                self._tell_time()
                 self._train_missing()
             self._measure_costs()
         except KeyboardInterrupt:
@@ -113,6 +113,12 @@ class Study(Generic[Cell]):
                 f"Interrupted; trainings left: {left}. The same command continues from there."
             )
         return INTERRUPTED if self.stop.is_set() else 0
+
+    def _tell_time(self) -> None:
+        if self.estimate is not None:
+            with self.console.status("estimating the time"):
+                expected = self.estimate(self.missing())
+            self.console.print(f"Expected time: {expected}", highlight=False)
 
     def _train_missing(self) -> None:
         done: dict[Cell, float] = {}  # how much of each cell that was begun
@@ -195,11 +201,11 @@ def sweep_rates(
     stop: threading.Event,
     console: Console,
     config: Any,
+    *,
     cell: Callable[..., Cell],
     arms: Mapping[tuple[Hashable, ...], float],
     training: Callable[[Cell], Any],
     train: Callable[[Cell, Any, Callable[[Row], None], Device], Trained],
-    *,
     corpus: dict[str, Any],
     swept: int | None = None,
     step_work: Callable[[Any], float] = lambda training: 1.0,

@@ -171,7 +171,7 @@ def test_where_everything_diverged_there_is_a_report_too(whole, tmp_path):
     log = Run(tmp_path, json.loads((tmp_path / "config.json").read_text()))
     for row in rows(whole):
         clocked = {"milliseconds_per_step": 1.0, "seconds": 1.0}
-        log.append([], row | clocked | {"diverged": True, "validation_loss": None})
+        log.extend([([], row | clocked | {"diverged": True, "validation_loss": None})])
     log.close()
     main(str(tmp_path))
     page = (tmp_path / "report.html").read_text()

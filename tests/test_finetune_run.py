@@ -224,7 +224,8 @@ def run(trainer, folder, stop_after=None, rows=None, **calls):
     folder.mkdir(exist_ok=True)
     begin = loop.Start("counting", NORMED, load)
     rows = rows or prepared()
-    return loop.train(trainer, OFTEN, rows, begin, epath.Path(folder), stop, on_step, **calls)
+    given = trainer, OFTEN, rows, begin, epath.Path(folder), stop
+    return loop.FineTuning(*given, on_step=on_step, **calls).to_the_end()
 
 
 def records(folder):
@@ -623,10 +624,10 @@ def test_an_out_with_other_files_is_refused_before_rows_are_read(tmp_path, monke
 
 
 def test_a_start_that_failed_leaves_the_folder_free(tmp_path, monkeypatch, capsys):
-    def fail(*given):
+    def fail(*given, **callbacks):
         raise ValueError("the weights are broken")
 
-    monkeypatch.setattr(command.loop, "train", fail)
+    monkeypatch.setattr(command.loop, "FineTuning", fail)
     monkeypatch.setattr(command.memory, "compiled", lambda trainer: 0)
     for seed in "01":
         one_arm(tmp_path / seed, monkeypatch, "--seed", seed, "--out", str(tmp_path / "runs"))

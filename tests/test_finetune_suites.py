@@ -277,7 +277,7 @@ def planted(folder, which, losses, clips=None, seeds=3):
             ]
             outcome = {"diverged": diverged, "validation_loss": loss, "train_loss": 2.0}
             outcome |= {"skipped": 0, "steps_run": 6, "seconds": 1.0, "milliseconds_per_step": 9.0}
-            sealed.append([cell | e for e in evaluations], cell | outcome)
+            sealed.extend([([cell | e for e in evaluations], cell | outcome)])
     corpus = {"name": "rows", "rows": 9, "held_out_rows": 1, "sha256": "0" * 64}
     summary = {"version": "0", "machine": {"cores": "2"}, "corpus": corpus}
     summary |= {"cells_total": len(sealed.finished)}

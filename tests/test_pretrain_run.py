@@ -69,7 +69,8 @@ def run(config, tokens, folder, stop_after=None, optimizer="muon", running=OFTEN
 
     folder.mkdir(exist_ok=True)
     folder = epath.Path(folder)
-    return loop.train(config, optimizer, running, tokens, folder, stop, on_step, **calls)
+    given = config, optimizer, running, tokens, folder, stop
+    return loop.Pretraining(*given, on_step=on_step, **calls).to_the_end()
 
 
 def state_in(config, folder, optimizer="muon", step=None, sizes=(1, 1, 1, 1)):

@@ -140,6 +140,17 @@ def test_other_settings_are_refused(whole, text):
         run(dataclasses.replace(config, out="gs://bucket/suite"))
 
 
+def test_more_optimizers_and_seeds_are_added_to_a_folder(text, tmp_path, monkeypatch):
+    law = PowerLaw(20.0, 0.08)
+    monkeypatch.setattr(cells, "train_cell", losses_by({"adamw": law, "muon": law}))
+    monkeypatch.setattr(Study, "_measure_costs", lambda self: None)
+    monkeypatch.setattr("experiments.study.show", lambda *given: None)
+    assert run(configured(text, out=str(tmp_path), seeds=1, optimizers=("adamw",))) == 0
+    assert {row["optimizer"] for row in rows(tmp_path)} == {"adamw"}
+    assert run(configured(text, out=str(tmp_path))) == 0
+    assert {(row["optimizer"], row["seed"]) for row in rows(tmp_path)} >= {("muon", 1)}
+
+
 def test_the_report_is_made_again_without_training(whole, monkeypatch, capsys):
     before = (whole / "summary.json").read_text()
     (whole / "report.html").unlink()

@@ -113,10 +113,12 @@ def compare(stop: threading.Event, console: Console) -> int:
             stop,
             console,
             config,
-            Cell,
-            {(scale, width): RATES[scale] for scale in config.scales for width in config.widths},
-            lambda cell: config.of(cell.scale, cell.width),
-            lambda cell, training, show, device: train_cell(
+            cell=Cell,
+            arms={
+                (scale, width): RATES[scale] for scale in config.scales for width in config.widths
+            },
+            training=lambda cell: config.of(cell.scale, cell.width),
+            train=lambda cell, training, show, device: train_cell(
                 training, text, "muon", cell.rate, cell.seed, show
             ),
             corpus=text.origin,

@@ -10,7 +10,6 @@ import hashlib
 import re
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -28,7 +27,6 @@ from experiments.finetune.config import (
     REAL_WARMUP,
     WARMUP,
     ArmName,
-    Training,
 )
 from experiments.finetune.model import Params
 from experiments.finetune.step import Trainer
@@ -87,11 +85,9 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
     dry_run.plan(command, {arm: made(arm, first) for arm in command.optimizers}, limit, console)
     try:
         with progress_bar(console) as bar:
-            messages = functools.partial(bar.console.print, highlight=False)
 
             def work(arm: ArmName, device: jax.Device | None) -> None:
-                trainer = made(arm, device)
-                _train(command, config, trainer, limit, start, rows, folder, stop, bar, messages)
+                _train(command, made(arm, device), limit, start, rows, folder, stop, bar)
 
             if alone:
                 run_in_parallel(command.optimizers, lambda arm: arm, work, stop)
@@ -176,7 +172,6 @@ def _fingerprint(folder: Path) -> str:
 
 def _train(
     command: Command,
-    config: Training,
     trainer: Trainer,
     limit: int,
     start: loop.Start,
@@ -184,35 +179,25 @@ def _train(
     source: Path,
     stop: threading.Event,
     bar: Bar,
-    on_message: Callable[[str], None],
 ) -> None:
     arm, folder = trainer.name, command.folder(trainer.name)
-    settings = loop.settings_of(trainer, start, rows)
-    with claimed(folder, settings):
+    on_message = functools.partial(bar.console.print, highlight=False)
+    with claimed(folder, loop.settings_of(trainer, start, rows)):
         if (folder / "summary.json").exists():
             on_message(f"{LABELS.get(arm, arm)}: already finished, in {folder}")
             return
-        on_step = showing(arm, bar, config.steps)
+        on_step = showing(arm, bar, trainer.config.steps)
         memory.check(trainer, limit, memory.compiled(trainer))
 
         def finish(params: Params) -> None:
-            if command.exports and not (folder / "model").exists():
-                weights.write(
-                    Path(folder) / "model", trainer.architecture, params, source, config.dtype
-                )
+            model = Path(folder) / "model"
+            if command.exports and not model.exists():
+                dtype = trainer.config.dtype
+                weights.write(model, trainer.architecture, params, source, dtype)
 
-        finished = loop.train(
-            trainer,
-            command,
-            rows,
-            start,
-            folder,
-            stop,
-            on_step,
-            on_message,
-            finish,
-        )
-        if not finished:
+        callbacks = {"on_step": on_step, "on_message": on_message, "on_finish": finish}
+        run = loop.FineTuning(trainer, command, rows, start, folder, stop, **callbacks)
+        if not run.to_the_end():
             raise KeyboardInterrupt
 
 

@@ -1,6 +1,5 @@
 """One fine-tuning to its last step: a run with checkpoints, or a cell of a suite, in memory."""
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -20,9 +19,8 @@ from experiments.finetune.model import Params
 from experiments.finetune.packing import Batch, Batches, Rows, in_order
 from experiments.finetune.step import State, Trainer
 from experiments.language.cell import train_in_memory
-from experiments.language.checkpoints import Checkpoints
 from experiments.language.mesh import one_device
-from experiments.language.training_loop import Metrics, OnMessage, OnStep, TrainingLoop
+from experiments.language.training_loop import Metrics, TrainingLoop
 
 
 class Start(NamedTuple):
@@ -45,56 +43,37 @@ def settings_of(trainer: Trainer, start: Start, rows: Prepared) -> dict[str, Any
     return named | trainer.config.as_json()
 
 
-def train(
-    trainer: Trainer,
-    running: Running,
-    rows: Prepared,
-    start: Start,
-    folder: epath.Path,
-    stop: threading.Event,
-    on_step: OnStep = lambda progress: None,
-    on_message: OnMessage = lambda text: None,
-    on_finish: Callable[[Params], None] = lambda params: None,
-) -> bool:
-    """Trains to the end, or until `stop` is set; then the state of the last step is saved.
+class FineTuning(TrainingLoop):
+    """One run.
 
     Args:
         trainer: of the run's config, arm and mesh.
         running: what is saved, evaluated and logged when.
         rows: of `data.prepare`.
-        start: the model.
-        folder: the run's, which this process has claimed.
-        stop: asks for an early end; with several processes, that of any of them.
-        on_step, on_message: called as it goes.
+        model: to begin with.
+        folder, stop, callbacks: as of `TrainingLoop`.
         on_finish: gets the final params, before `summary.json` says that the run is finished.
-
-    Returns:
-        Whether the run is finished.
-
-    Raises:
-        TrainingError: too many steps in a row without a finite loss, or one whose update is not.
-        ValueError: the checkpoints are of other rows.
-        OSError: a checkpoint could not be written; those before are whole.
     """
-    with contextlib.closing(
-        Checkpoints(folder / "checkpoints", keep=running.max_checkpoints)
-    ) as checkpoints:
-        run = _Run(trainer, running, folder, checkpoints, stop, on_step, on_message)
-        run.read(rows, start, on_finish)
-        return run.to_the_end()
 
-
-class _Run(TrainingLoop):
     trainer: Trainer
     config: Training
     keeping: Running
 
-    def read(self, rows: Prepared, start: Start, on_finish: Callable[[Params], None]) -> None:
-        """Takes rows and model."""
-        self.rows, self.model, self.on_finish = rows, start, on_finish
-        places = self.trainer.share.rows
-        self.packed = batches(rows.train, self.config, self.config.seed, places)
-        self.held_out = held_out(rows.held_out, self.config, self.keeping.evaluation_tokens)
+    def __init__(
+        self,
+        trainer: Trainer,
+        running: Running,
+        rows: Prepared,
+        model: Start,
+        folder: epath.Path,
+        stop: threading.Event,
+        on_finish: Callable[[Params], None] = lambda params: None,
+        **callbacks: Any,
+    ):
+        super().__init__(trainer, running, folder, stop, **callbacks)
+        self.rows, self.model, self.on_finish = rows, model, on_finish
+        self.packed = batches(rows.train, self.config, self.config.seed, trainer.share.rows)
+        self.held_out = held_out(rows.held_out, self.config, running.evaluation_tokens)
 
     def start(self) -> State:
         return self.trainer.start(self.model.load(self.trainer.mesh))

@@ -18,7 +18,7 @@ from experiments.command_line import parse
 from experiments.commands import run_command
 from experiments.grok import suites
 from experiments.grok.config import GRID, Cell, Config
-from experiments.grok.estimate import Estimate, estimate
+from experiments.grok.estimate import estimate
 from experiments.grok.train import Epoch, train_cells
 from experiments.runs import Run
 from experiments.study import Device, Show, Study, Trained
@@ -40,11 +40,10 @@ def compare(stop: threading.Event, console: Console) -> int:
         finished = {Cell.of(row) for row in run.finished}
         return [cell for cell in cells if cell not in finished]
 
-    def tell_time(cells: list[Cell]) -> None:
-        with console.status("estimating the time"):
-            found: Estimate = estimate(config, cells, stop)
+    def expect(cells: list[Cell]) -> str:
+        found = estimate(config, cells, stop)
         expected.update(found.seconds)
-        console.print(str(found), highlight=False)
+        return str(found)
 
     def train(group: list[Cell], show: Show, device: Device) -> Sequence[Trained]:
         def on_epoch(cell: Cell, epoch: Epoch) -> None:
@@ -77,7 +76,7 @@ def compare(stop: threading.Event, console: Console) -> int:
             lambda cell: expected.get(cell, 0.0),
             groups=lambda cells: groups(config, cells),
             program=lambda cells: cells[0]._replace(seed=0),
-            estimate=tell_time,
+            estimate=expect,
         ).to_the_end()
 
 

@@ -37,15 +37,12 @@ class Estimate(NamedTuple):
     def __str__(self) -> str:
         total = datetime.timedelta(seconds=round(sum(self.seconds.values())))
         if self.known == len(self.seconds):
-            return f"Expected time: {total}, from an earlier run and the speed of this machine."
+            return f"{total}, from an earlier run and the speed of this machine."
         if self.full_length:
-            return f"Expected time: {total}; every training runs to its last epoch."
+            return f"{total}; every training runs to its last epoch."
         if self.known:
-            return (
-                f"Expected time: at most {total}; {self.known} trainings are known from an "
-                "earlier run."
-            )
-        return f"Expected time: at most {total}; a training ends once it has grokked."
+            return f"at most {total}; {self.known} trainings are known from an earlier run."
+        return f"at most {total}; a training ends once it has grokked."
 
 
 def estimate(config: Config, cells: Sequence[Cell], stop: threading.Event) -> Estimate:

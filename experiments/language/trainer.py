@@ -68,13 +68,8 @@ class Trainer(abc.ABC):
         )
         self.shardings = sharding.shardings(of_state, mesh)
         self.windows = jax.NamedSharding(mesh, sharding.spec(None, "batch", None))
-        self.abstract, self.abstract_windows = (
-            jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), *pair)
-            for pair in (
-                (shapes, self.shardings),
-                (windows, jax.tree.map(lambda x: self.windows, windows)),
-            )
-        )
+        self.abstract = jax.tree.map(_placed, shapes, self.shardings)
+        self.abstract_windows = jax.tree.map(lambda x: _placed(x, self.windows), windows)
         self._whole = jax.NamedSharding(mesh, jax.P())
         self.step = self._jitted(look=shows_logits)
 
@@ -142,6 +137,10 @@ class Trainer(abc.ABC):
     def _threshold(self, look: bool) -> float | None:
         """Up to where upper bounds of largest logits will do."""
         return None if look else self.clips_at
+
+
+def _placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def sum_microbatches(

@@ -1,6 +1,7 @@
 """One run: from its folder's newest checkpoint, or from the start, to its last step."""
 
 import abc
+import contextlib
 import dataclasses
 import math
 import threading
@@ -12,11 +13,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from experiments.commands import flat
 from experiments.language.checkpoints import Checkpoints, params_sha256
 from experiments.language.log import Log
 from experiments.language.processes import Agreement, check_same
-from experiments.runs import RunError, machine, write_json
+from experiments.runs import RunError, flat, machine, write_json
 from experiments.settings import Count, check
 
 Metrics = dict[str, Any]
@@ -77,7 +77,6 @@ class TrainingLoop(abc.ABC):
             `advance(state, batch, look=...) -> (state, metrics)`.
         keeping: what is saved, evaluated and logged when.
         folder: the run's, which this process has claimed.
-        checkpoints: of the folder.
         stop: asks for an early end; with several processes, that of any of them.
         on_step, on_message: called as it goes.
 
@@ -91,13 +90,12 @@ class TrainingLoop(abc.ABC):
         trainer: Any,
         keeping: Keeping,
         folder: epath.Path,
-        checkpoints: Checkpoints,
         stop: threading.Event,
-        on_step: OnStep,
-        on_message: OnMessage,
+        on_step: OnStep = lambda progress: None,
+        on_message: OnMessage = lambda text: None,
     ):
         self.trainer, self.config, self.keeping = trainer, trainer.config, keeping
-        self.folder, self.checkpoints, self.stop = folder, checkpoints, stop
+        self.folder, self.stop = folder, stop
         self.on_step, self.on_message = on_step, on_message
         self.first = jax.process_index() == 0
 
@@ -178,6 +176,12 @@ class TrainingLoop(abc.ABC):
             ValueError: the checkpoints are of another training.
             OSError: a checkpoint could not be written; those before are whole.
         """
+        keep = self.keeping.max_checkpoints
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=keep)
+        with contextlib.closing(self.checkpoints):
+            return self._to_the_end()
+
+    def _to_the_end(self) -> bool:
         keeping, steps = self.keeping, self.config.steps
         if keeping.profile and keeping.profile[0] >= steps:
             raise ValueError(

@@ -27,7 +27,7 @@ from experiments.language.processes import Processes
 from experiments.optimizers import ARMS, OptimizerName
 from experiments.pretrain import step
 from experiments.pretrain.config import PresetName, Running, Training
-from experiments.pretrain.loop import train
+from experiments.pretrain.loop import Pretraining
 from experiments.pretrain.presets import PRESETS, fitted
 from experiments.pretrain.suites import study
 from experiments.pretrain.suites.config import Suite, SuiteName, defaults
@@ -138,12 +138,20 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
             folder = command.folder(optimizer)
             stack.enter_context(claimed(folder, settings_of(optimizer, config)))
         tokens = _prepare(command, stop, console)
-        messages = functools.partial(console.print, highlight=False)
         for optimizer in command.optimizers:
             folder = command.folder(optimizer)
             with progress_bar(console) as bar:
-                on_step = showing(optimizer, bar, config.steps)
-                if not train(config, optimizer, command, tokens, folder, stop, on_step, messages):
+                run = Pretraining(
+                    config,
+                    optimizer,
+                    command,
+                    tokens,
+                    folder,
+                    stop,
+                    on_step=showing(optimizer, bar, config.steps),
+                    on_message=functools.partial(console.print, highlight=False),
+                )
+                if not run.to_the_end():
                     raise KeyboardInterrupt
     if jax.process_index() == 0:
         from experiments.report.studies import show

@@ -1,6 +1,5 @@
 """One run: from its folder's newest checkpoint, or from the start, to its last step."""
 
-import contextlib
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -11,10 +10,9 @@ from etils import epath
 
 from experiments.commands import option
 from experiments.language import data, windows
-from experiments.language.checkpoints import Checkpoints
 from experiments.language.mesh import make_mesh
 from experiments.language.processes import place_whole
-from experiments.language.training_loop import Metrics, OnMessage, OnStep, TrainingLoop
+from experiments.language.training_loop import Metrics, TrainingLoop
 from experiments.optimizers import OptimizerName
 from experiments.pretrain import costs
 from experiments.pretrain.config import Running, Training
@@ -24,73 +22,58 @@ from experiments.pretrain.trained import TOKENIZER, digest_of, settings_of
 from experiments.runs import write_text
 
 
-def train(
-    config: Training,
-    optimizer: OptimizerName,
-    running: Running,
-    tokens: data.Tokens,
-    folder: epath.Path,
-    stop: threading.Event,
-    on_step: OnStep = lambda progress: None,
-    on_message: OnMessage = lambda text: None,
-) -> bool:
-    """Trains to the end, or until `stop` is set; then the state of the last step is saved.
+class Pretraining(TrainingLoop):
+    """One run.
 
     Args:
         config: what to train.
         optimizer: with which arm.
         running: what is saved, evaluated and logged when.
         tokens: of `data.prepare`.
-        folder: the run's, which this process has claimed.
-        stop: asks for an early end; with several processes, that of any of them.
-        on_step, on_message: called as it goes.
-
-    Returns:
-        Whether the run is finished.
+        folder, stop, callbacks: as of `TrainingLoop`.
 
     Raises:
-        TrainingError: too many steps in a row without a finite loss.
-        ValueError: the checkpoints are of another text, or a size that the mesh does not divide.
-        OSError: a checkpoint could not be written; those before are whole.
+        ValueError: the model has fewer tokens than the text, or a size that the mesh does not
+            divide.
     """
-    if tokens.vocabulary > config.data.vocabulary:
-        raise ValueError(
-            f"The text has a vocabulary of {tokens.vocabulary} tokens, the model of "
-            f"{config.data.vocabulary}. Give --data.vocabulary {tokens.vocabulary} or more."
-        )
-    mesh = make_mesh(config.mesh.sizes)
-    trainer = Trainer(config, optimizer, mesh, config.data.vocabulary)
-    with contextlib.closing(
-        Checkpoints(folder / "checkpoints", keep=running.max_checkpoints)
-    ) as checkpoints:
-        run = _Run(trainer, running, folder, checkpoints, stop, on_step, on_message)
-        run.read(tokens)
-        return run.to_the_end()
 
-
-class _Run(TrainingLoop):
     trainer: Trainer
     config: Training
     keeping: Running
 
-    def read(self, tokens: data.Tokens) -> None:
-        """Takes the text."""
-        config = self.config
+    def __init__(
+        self,
+        config: Training,
+        optimizer: OptimizerName,
+        running: Running,
+        tokens: data.Tokens,
+        folder: epath.Path,
+        stop: threading.Event,
+        **callbacks: Any,
+    ):
+        if tokens.vocabulary > config.data.vocabulary:
+            raise ValueError(
+                f"The text has a vocabulary of {tokens.vocabulary} tokens, the model of "
+                f"{config.data.vocabulary}. Give --data.vocabulary {tokens.vocabulary} or more."
+            )
+        mesh = make_mesh(config.mesh.sizes)
+        trainer = Trainer(config, optimizer, mesh, config.data.vocabulary)
+        super().__init__(trainer, running, folder, stop, **callbacks)
         self.tokens = tokens
         self.windows = windows.batches(
             tokens,
             batch=config.batch,
             context=config.context,
             seed=config.seed,
-            rows=self.trainer.share.rows,
+            rows=trainer.share.rows,
         )
-        self.held_out = windows.held_out(tokens, config.context, self.keeping.evaluation_tokens)
-        self.costs = costs.step_costs(config, self.trainer.optimizer, self.trainer.abstract.params)
+        self.held_out = windows.held_out(tokens, config.context, running.evaluation_tokens)
+        self.costs = costs.step_costs(config, optimizer, trainer.abstract.params)
         if unknown := costs.unknown_peak():
             self.on_message(unknown)
         self.tokenizer = tokens.tokenizer and tokens.tokenizer.to_str()
         if self.first and self.tokenizer is not None:
-            write_text(self.folder / TOKENIZER, self.tokenizer)
+            write_text(folder / TOKENIZER, self.tokenizer)
 
     def start(self) -> State:
         return self.trainer.start(self.config.seed)

@@ -123,16 +123,14 @@ def suite(command: Any, which: SuiteName, console: Console, stop: threading.Even
             stop,
             console,
             command,
-            Cell,
-            arms,
-            lambda cell: trainings[cell.variant],
-            train,
+            cell=Cell,
+            arms=arms,
+            training=lambda cell: trainings[cell.variant],
+            train=train,
             corpus=next(iter(models.values())).rows.report.as_json(),
             swept=swept,
             program=_program,
-            estimate=lambda cells: _estimate(
-                command, cells, trainings, train, swept or 0, stop, console
-            ),
+            estimate=lambda cells: _estimate(command, cells, trainings, train, swept or 0, stop),
         )
 
 
@@ -206,9 +204,8 @@ def _estimate(
     train: Callable[..., Any],
     swept: int,
     stop: threading.Event,
-    console: Console,
-) -> None:
-    """Prints how long the cells to go will take: a few steps of some, on all devices at once.
+) -> str:
+    """How long the cells to go will take, by a few steps of some, on all devices at once.
 
     What is compiled for it is not compiled again.
     """
@@ -238,19 +235,17 @@ def _estimate(
             train(cell, training, watch, device, evaluate_every=_TIMED)
 
     devices = len(devices_for(count))
-    with console.status("estimating the time"):
-        timed = programs[: len(devices_for(len(programs)))]
-        run_in_parallel(timed, lambda cell: cell, time_some, stop)
-    if not whole:  # each diverged at once
-        return
+    timed = programs[: len(devices_for(len(programs)))]
+    run_in_parallel(timed, lambda cell: cell, time_some, stop)
+    if not whole:
+        return "unknown, since each training that was timed diverged at once."
     once, each = statistics.fmean(compiling), statistics.fmean(whole)
     total = (count * each + (len(programs) - len(whole)) * once) / devices
-    console.print(
-        f"Expected time: {_duration(total)} for {count} trainings; {_duration(each)} each on "
+    return (
+        f"{_duration(total)} for {count} trainings; {_duration(each)} each on "
         f"{devices} {'device' if devices == 1 else 'devices at once'}, and {_duration(once)} to "
         f"compile each of {len(programs)} programs. More are added if a best learning rate is "
-        "the highest or lowest one tried.",
-        highlight=False,
+        "the highest or lowest one tried."
     )
 
 

@@ -18,7 +18,7 @@ from experiments.runs import Run
 from experiments.study import Timed, sweep_rates
 
 # What only chooses cells, or where they run; the rest decides what a cell is.
-_FREE = ("optimizer", "seeds", "sweep_seeds", "sweep", "widths", "rates", "mesh", "seed")
+_FREE = ("optimizers", "seeds", "sweep_seeds", "sweep", "widths", "rates", "mesh", "seed")
 
 
 def check(config: Any, which: SuiteName) -> dict[int, Training]:
@@ -38,7 +38,7 @@ def suite(
     """Trains what is missing of a suite, and reports on what there is.
 
     Args:
-        config: a `Training`, `Running` and `Suite` in one, with `optimizer` and `out`.
+        config: a `Training`, `Running` and `Suite` in one, with `optimizers` and `out`.
         which: suite.
         tokens: of `data.prepare(config.data)`.
         console: for progress.
@@ -66,10 +66,10 @@ def suite(
             stop,
             console,
             config,
-            Cell,
-            {(name, width): config.rate(name) for width in trainings for name in names},
-            lambda cell: trainings[cell.width],
-            lambda cell, training, show, device: cells.train_cell(
+            cell=Cell,
+            arms={(name, width): config.rate(name) for width in trainings for name in names},
+            training=lambda cell: trainings[cell.width],
+            train=lambda cell, training, show, device: cells.train_cell(
                 training, tokens, held_out, config.evaluate_every, cell, show
             ),
             corpus=tokens.as_json(),
