@@ -252,8 +252,16 @@ def sweep_rates(
         f"trainings left: {len(missing())}, and more if a best learning rate is the highest or "
         f"lowest one tried; {len(run.finished)} finished."
     )
-    summary = {"corpus": corpus}
     study = Study(
-        run, stop, console, missing, train_one, plan, lambda: summary, outcome, work, **options
+        run,
+        stop,
+        console,
+        missing=missing,
+        train=train_one,
+        plan=plan,
+        summary=lambda: {"corpus": corpus},
+        outcome=outcome,
+        work=work,
+        **options,
     )
     return study.to_the_end()

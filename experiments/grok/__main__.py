@@ -56,8 +56,8 @@ def compare(stop: threading.Event, console: Console) -> int:
     def summary() -> dict[str, Any]:
         """One row for each finished cell, in the settings' order."""
         places = {cell: i for i, cell in enumerate(cells)}
-        key = lambda row: places.get(Cell.of(row), len(places))  # noqa: E731
-        return {"cells": sorted(run.finished, key=key)}
+        last = len(places)
+        return {"cells": sorted(run.finished, key=lambda row: places.get(Cell.of(row), last))}
 
     with contextlib.closing(Run(config.folder(), config.as_json(), GRID)) as run:
         plan = (
@@ -68,12 +68,12 @@ def compare(stop: threading.Event, console: Console) -> int:
             run,
             stop,
             console,
-            missing,
-            train,
-            plan,
-            summary,
-            _outcome,
-            lambda cell: expected.get(cell, 0.0),
+            missing=missing,
+            train=train,
+            plan=plan,
+            summary=summary,
+            outcome=_outcome,
+            work=lambda cell: expected.get(cell, 0.0),
             groups=lambda cells: groups(config, cells),
             program=lambda cells: cells[0]._replace(seed=0),
             estimate=expect,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-Metrics = dict[str, Any]
+from experiments.language.trainer import Metrics
 
 
 class Trained(NamedTuple):

@@ -16,10 +16,9 @@ from etils import epath
 from experiments.language.checkpoints import Checkpoints, params_sha256
 from experiments.language.log import Log
 from experiments.language.processes import Agreement, check_same
+from experiments.language.trainer import Metrics, Trainer
 from experiments.runs import RunError, flat, machine, write_json
 from experiments.settings import Count, check
-
-Metrics = dict[str, Any]
 
 
 class TrainingError(RunError):
@@ -71,10 +70,7 @@ class TrainingLoop(abc.ABC):
     """Trains, evaluates, logs and saves; what a study has of its own are its methods.
 
     Args:
-        trainer: has `config` (`steps`, `max_nonfinite_steps`, `tokens_per_step`), the `mesh`, the
-            state as shapes with shardings, `abstract`, the compiled step, `program`, the one that
-            tells the exact `max_logit`, `looking`, and
-            `advance(state, batch, look=...) -> (state, metrics)`.
+        trainer: its `config` has `steps`, `max_nonfinite_steps` and `tokens_per_step`, too.
         keeping: what is saved, evaluated and logged when.
         folder: the run's, which this process has claimed.
         stop: asks for an early end; with several processes, that of any of them.
@@ -87,7 +83,7 @@ class TrainingLoop(abc.ABC):
 
     def __init__(
         self,
-        trainer: Any,
+        trainer: Trainer,
         keeping: Keeping,
         folder: epath.Path,
         stop: threading.Event,

@@ -5,7 +5,6 @@ from experiments.huge_pages import restart_with_huge_pages
 if __name__ == "__main__":
     restart_with_huge_pages()  # before the imports, which take seconds
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -33,7 +32,7 @@ from experiments.pretrain.suites import study
 from experiments.pretrain.suites.config import Suite, SuiteName, defaults
 from experiments.pretrain.trained import settings_of
 from experiments.runs import RunError, check_free, check_group, holds_run
-from experiments.settings import check_different, given
+from experiments.settings import check_different, given, given_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +94,10 @@ def main() -> int:
 
 def parse(arguments: list[str]) -> Command:
     """The command line; what it does not say is the preset's."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--preset", choices=PRESETS)
-    early.add_argument("--suite", choices=get_args(SuiteName))
-    named, _ = early.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
-    preset = PRESETS.get(named.preset)
-    settings = defaults(named.suite, preset) if named.suite else vars(preset or PRESETS["tiny"])
+    name = given_text(arguments, "--preset", PRESETS)
+    suite = given_text(arguments, "--suite", get_args(SuiteName))
+    preset = PRESETS.get(name)
+    settings = defaults(suite, preset) if suite else vars(preset or PRESETS["tiny"])
     training = Training(**{f.name: settings[f.name] for f in dataclasses.fields(Training)})
     context = given(arguments, "--context", training.context)
     settings = (
@@ -111,7 +108,7 @@ def parse(arguments: list[str]) -> Command:
             "evaluation_tokens": max(Running.evaluation_tokens, context)
         }
     )
-    default = Command(preset=named.preset or "tiny", **settings)
+    default = Command(preset=name or "tiny", **settings)
     return command_line.parse(Command, "python -m experiments.pretrain", arguments, default=default)
 
 
