@@ -43,7 +43,8 @@ class Seeded:
     """Number of random seeds. In a suite they train at the best learning rate. A seed sets the
     order of the training data and, in pretraining, the initial parameters."""
     sweep_seeds: Count = 1
-    """Number of seeds that choose the best learning rate of a suite."""
+    """Number of seeds that choose the best learning rate. Of a suite; at most --seeds, and the
+    others train at that rate alone."""
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
     """Learning rates to try."""
 

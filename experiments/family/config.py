@@ -120,7 +120,8 @@ class Config(Training):
     """Number of random seeds. A seed sets the initial parameters and the batches; all optimizers
     have the same seeds."""
     sweep_seeds: Count = 3
-    """Seeds that choose an optimizer's rate, at most --seeds; the others train at the best one."""
+    """Number of seeds that choose the best learning rate. The others train at that rate alone; with
+    fewer --seeds, all choose."""
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
     """Learning rates to try."""
     out: str | None = dataclasses.field(default=None, compare=False)
