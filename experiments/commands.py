@@ -8,15 +8,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from experiments.programs import keep_compiled_programs
-from experiments.runs import Run, RunError
-from experiments.runs import flat as flat  # by this name, too
+from experiments.runs import RunError
 
 INTERRUPTED = 130
 # What code that reads a file raises where it has not what it should have.
@@ -31,18 +29,12 @@ _REMEDIES = {
     errno.EEXIST: "Give another path.",
 }
 
-Config = TypeVar("Config")
 
-
-def run_command(
-    begin: Callable[[], tuple[Config, Run]],
-    study: Callable[[Config, Run, threading.Event, Console], int],
-) -> int:
-    """Opens a run and works on it.
+def run_command(work: Callable[[threading.Event, Console], int]) -> int:
+    """Does the work of a command that may take long.
 
     Args:
-        begin: reads the command line and opens the run's folder.
-        study: `(config, run, stop, console) -> exit code`; when `stop` is set it should end soon.
+        work: `(stop, console) -> exit code`; when `stop` is set it should end soon.
 
     Returns:
         The command's exit code.
@@ -50,20 +42,7 @@ def run_command(
     keep_compiled_programs()
     stop = stop_on_signals()
     console = Console()
-
-    def work() -> int:
-        config, run = begin()
-        try:
-            return study(config, run, stop, console)
-        except OSError as error:
-            raise OSError(
-                f"{explain(error)} {len(run.finished)} finished trainings are saved in "
-                f"{run.folder}."
-            ) from error
-        finally:
-            run.close()
-
-    return guard(work)
+    return guard(lambda: work(stop, console))
 
 
 def guard(work: Callable[[], int]) -> int:

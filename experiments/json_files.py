@@ -1,5 +1,6 @@
-"""JSON in files: read within bounds, whoever wrote it, and written whole."""
+"""JSON in files: read within bounds, whoever wrote it, and written whole; and digests of both."""
 
+import hashlib
 import json
 import math
 import os
@@ -90,3 +91,14 @@ def _not_finite(value: Any, name: str = "") -> Any:
             yield from _not_finite(item, inner)
         elif isinstance(item, float) and not math.isfinite(item):
             yield inner, item
+
+
+def digest(value: Any) -> str:
+    """The sha256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Any) -> str:
+    """The sha256 of a file's bytes; it may lie in gs:// or s3://."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -78,12 +78,8 @@ class Run:
             self.close()
             raise
 
-    def append(self, records: list[dict[str, Any]], cell: dict[str, Any]) -> None:
-        """Adds a finished piece of work, durably: after this returns no kill loses it."""
-        self.extend([(records, cell)])
-
     def extend(self, pieces: Sequence[tuple[list[dict[str, Any]], dict[str, Any]]]) -> None:
-        """Adds pieces that were made together, in one write."""
+        """Adds finished pieces of work, durably: after this returns no kill loses them."""
         text, count = self._lines(pieces, self._sealed)
         with open(self.folder / LOG, "a", encoding="utf-8") as file:
             file.write(text)

@@ -1,11 +1,11 @@
 """What a setting may be: a rule beside each field, which `check` holds before work begins.
 
-Also `given`, by which a command's defaults follow the options that are given.
+Also `given_text`, by which a command's defaults follow the options that are given.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -135,20 +135,34 @@ def check_different(settings: Any, *fields: str) -> None:
             raise ValueError(f"{option(field)} requires one or more different values; got {found}.")
 
 
-def given(arguments: Sequence[str], name: str, otherwise: Number) -> Number:
-    """The number that a command line gives to an option, before the whole of it is read.
+def given_text(arguments: Sequence[str], name: str, known: Collection[str] | None = None) -> Any:
+    """What a command line gives to an option, before the whole of it is read.
 
-    By it defaults follow what is given. What is no number, is for the whole reading to refuse.
+    By it defaults follow what is given. What is wrong is for the whole reading to refuse.
+
+    Args:
+        arguments: of the command line.
+        name: of the option.
+        known: what may be given.
+
+    Returns:
+        The text; None if nothing is given, or nothing known.
     """
     for i in reversed(range(len(arguments))):
-        words = arguments[i].replace("_", "-").split("=", 1)
-        if words[0] == name:
-            text = words[1] if len(words) == 2 else next(iter(arguments[i + 1 :]), "")
-            try:
-                return type(otherwise)(text)
-            except ValueError:
-                return otherwise
-    return otherwise
+        word, equals, text = arguments[i].partition("=")
+        if word.replace("_", "-") == name:
+            text = text if equals else next(iter(arguments[i + 1 :]), "")
+            return text if known is None or text in known else None
+    return None
+
+
+def given(arguments: Sequence[str], name: str, otherwise: Number) -> Number:
+    """`given_text` as a number, or another one where that is none."""
+    text = given_text(arguments, name)
+    try:
+        return otherwise if text is None else type(otherwise)(text)
+    except ValueError:
+        return otherwise
 
 
 def replaced(default: Defaults, **changes: Any) -> Defaults:

@@ -1,28 +1,23 @@
-"""Which cells a sweep of learning rates wants next, the loop that trains them, and what it found.
+"""Which cells a sweep of learning rates wants next, and what it found.
 
 An arm is anything whose rate is swept: an optimizer, or a width with a shape scale. Its losses are
 those of finished cells, infinite where one diverged.
 """
 
 import dataclasses
-import functools
-import importlib.metadata
 import math
 import statistics
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
-from rich.console import Console
 
 from experiments import sealed
-from experiments.commands import print_warning, progress_bar
-from experiments.parallel import run_in_parallel
-from experiments.runs import Run, finished_pieces, machine, read_json, read_settings, write_json
-from experiments.settings import Whole, above
+from experiments.commands import print_warning
+from experiments.runs import finished_pieces, read_json, read_settings
+from experiments.settings import Count, Whole, above, check
 
 Row = dict[str, Any]
 Cell = TypeVar("Cell", bound=tuple)
@@ -40,10 +35,25 @@ class Sweep:
     """Further learning rates at most, on a side whose outermost one is the best so far."""
 
 
-def check_sweep_seeds(seeds: int, sweep_seeds: int) -> None:
-    """Raises ValueError where more seeds choose a rate than there are."""
-    if sweep_seeds > seeds:
-        raise ValueError(f"--sweep-seeds must be at most --seeds {seeds}; got {sweep_seeds}.")
+@dataclasses.dataclass(frozen=True)
+class Seeded:
+    """How many trainings each arm of a suite has."""
+
+    seeds: Count = 3
+    """Number of random seeds. In a suite they train at the best learning rate. A seed sets the
+    order of the training data and, in pretraining, the initial parameters."""
+    sweep_seeds: Count = 1
+    """Number of seeds that choose the best learning rate. Of a suite; at most --seeds, and the
+    others train at that rate alone."""
+    sweep: Sweep = dataclasses.field(default_factory=Sweep)
+    """Learning rates to try."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.sweep_seeds > self.seeds:
+            raise ValueError(
+                f"--sweep-seeds must be at most --seeds {self.seeds}; got {self.sweep_seeds}."
+            )
 
 
 class Best(NamedTuple):
@@ -192,118 +202,6 @@ def missing_cells(
 def cell_of(make: Callable[..., Cell], row: Row) -> Cell:
     """The cell that a row of the log is of."""
     return make(*(row[field] for field in make._fields))
-
-
-def run_sweep(
-    make: Callable[..., Cell],
-    arms: Mapping[tuple[Hashable, ...], float],
-    config: Any,
-    train: Callable[[Cell, Callable[[Any], None]], tuple[list[Any], Row]],
-    run: Run,
-    stop: threading.Event,
-    console: Console,
-    *,
-    corpus: dict[str, Any],
-    steps: Callable[[Cell], int],
-    step_work: Callable[[Cell], float] = lambda cell: 1.0,
-    swept: int | None = None,
-    program: Callable[[Cell], Hashable] | None = None,
-) -> int:
-    """Trains until nothing is missing, or until `stop` is set; each cell goes into the run's log.
-
-    Args:
-        make, arms, swept: as in `missing_cells`.
-        config: has `seeds` and `sweep`.
-        train: `(cell, on_evaluation) -> (history, outcome)`. Evaluations are NamedTuples that have
-            `step` and `validation_loss`; the outcome has `diverged` and `milliseconds_per_step`.
-        run: the open run.
-        stop: read at every evaluation.
-        console: for progress.
-        corpus: what the run records of its text.
-        steps: of a cell.
-        step_work: of a cell's step, in any unit that time is proportional to.
-        program: what cells share that share a compiled program. Given, cells train on all devices
-            at once, each with `jax.config.jax_default_device` as its own; else one after another.
-
-    Returns:
-        How many cells are left.
-    """
-    worked: dict[Cell, float] = {}
-    lock = threading.Lock()
-
-    def missing() -> list[Cell]:
-        return missing_cells(run.finished, make, arms, config.seeds, config.sweep, swept)
-
-    def work(cell: Cell) -> float:
-        return step_work(cell) * steps(cell)
-
-    def update(description: str) -> None:
-        progress.update(bar, completed=sum(worked.values()), description=description)
-
-    def show(cell: Cell, evaluation: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        with lock:
-            worked[cell] = step_work(cell) * evaluation.step
-            update(f"{cell} loss {evaluation.validation_loss:.3f}")
-
-    def to_the_end(cell: Cell, device: Any = None) -> None:
-        with lock:
-            worked[cell] = 0.0
-            progress.update(bar, total=sum(map(work, {*worked, *missing()})))
-            update(f"{cell} starting")
-        history, outcome = train(cell, functools.partial(show, cell))
-        records = [cell._asdict() | evaluation._asdict() for evaluation in history]
-        with lock:
-            run.append(records, cell._asdict() | outcome)
-            worked[cell] = work(cell)
-            update(f"{cell} finished")
-            console.print(f"{cell}: {_outcome(outcome)}", highlight=False)
-            _summarize(run, corpus, len(run.finished) + len(missing()))
-
-    for note in run.notes:
-        console.print(note, highlight=False, soft_wrap=True)
-    console.print(
-        f"[bold]{run.folder}[/bold]: trainings left: {len(missing())}, and more if a best "
-        f"learning rate is the highest or lowest one tried; {len(run.finished)} finished.",
-        highlight=False,
-    )
-    try:
-        with progress_bar(console) as progress:
-            bar = progress.add_task("starting")
-            while cells := missing():
-                if program is None:
-                    to_the_end(cells[0])
-                else:
-                    run_in_parallel(cells, program, to_the_end, stop)
-    except KeyboardInterrupt:
-        stop.set()
-    left = len(missing())
-    if run.finished:
-        _summarize(run, corpus, len(run.finished) + left)
-    if left:
-        console.print(
-            f"Interrupted; trainings left: {left}. The same command continues from there."
-        )
-    return left
-
-
-def _outcome(row: Row) -> str:
-    loss = "diverged" if row["diverged"] else f"loss {row['validation_loss']:.4f}"
-    return f"{loss}, {row['milliseconds_per_step']:.0f} ms per step"
-
-
-def _summarize(run: Run, corpus: dict[str, Any], total: int) -> None:
-    """Writes what the report needs beside the log."""
-    write_json(
-        run.folder / "summary.json",
-        {
-            "version": importlib.metadata.version("muon-jax"),
-            "machine": machine(),
-            "corpus": corpus,
-            "cells_total": total,
-        },
-    )
 
 
 class Files(NamedTuple):

@@ -239,14 +239,14 @@ def test_an_added_file_and_a_moved_checkpoint_are_noticed(checkpoints):
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
 def test_a_bad_sector_is_damage_and_missing_rights_are_not(checkpoints, monkeypatch, number):
     saved(checkpoints, 1, 2)
-    sha256 = manifests._sha256
+    sha256 = manifests.file_digest
 
     def failing(path):
         if path.name == "_METADATA" and "step_2" in path.parts:
             raise OSError(number, os.strerror(number))
         return sha256(path)
 
-    monkeypatch.setattr(manifests, "_sha256", failing)
+    monkeypatch.setattr(manifests, "file_digest", failing)
     if number == errno.EIO:
         damaged = checkpoints.restore(small_state()).damaged
         assert damaged == ("step 2: state/_METADATA has other contents than were written",)

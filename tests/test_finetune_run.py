@@ -23,6 +23,7 @@ from trajectories import apart
 from waiting import wait_for
 
 import muon_jax
+from experiments import commands
 from experiments.finetune import __main__ as command
 from experiments.finetune import loop, model, plan, weights
 from experiments.finetune.architecture import PRESETS
@@ -224,7 +225,8 @@ def run(trainer, folder, stop_after=None, rows=None, **calls):
     folder.mkdir(exist_ok=True)
     begin = loop.Start("counting", NORMED, load)
     rows = rows or prepared()
-    return loop.train(trainer, OFTEN, rows, begin, epath.Path(folder), stop, on_step, **calls)
+    given = trainer, OFTEN, rows, begin, epath.Path(folder), stop
+    return loop.FineTuning(*given, on_step=on_step, **calls).to_the_end()
 
 
 def records(folder):
@@ -254,7 +256,7 @@ def test_stopping_and_going_on_gives_the_same_bits(tmp_path):
     checkpoints = Checkpoints(tmp_path / "parts" / "checkpoints")
     assert_same_bits(checkpoints.restore(trainer.abstract).state.params, exported[0])
     checkpoints.close()
-    with pytest.raises(ValueError, match="trained on other examples"):
+    with pytest.raises(ValueError, match="trained on other data"):
         run(trainer, tmp_path / "whole", rows=prepared(seed=5))
 
 
@@ -270,11 +272,11 @@ def test_cells_are_pure_functions_on_any_device():
     jobs = [(1e-2, "a"), (1e-2, "b"), (3e-2, "c")]
     run_in_parallel(jobs, lambda job: job[1], work, threading.Event())
     (a, outcome), (b, _), (c, _) = (found[name] for name in "abc")
-    assert [e.validation_loss for e in a] == [e.validation_loss for e in b]
-    assert a[-1].losses == b[-1].losses and a[-1].losses != c[-1].losses
-    assert [e.step for e in a] == [0, 6, 12] and a[0].train_loss is None
-    assert len(a[1].gradient_norms) == len(a[1].group_norms["gains"]) == 6
-    assert outcome["validation_loss"] == a[-1].validation_loss < a[0].validation_loss
+    assert [e["validation_loss"] for e in a] == [e["validation_loss"] for e in b]
+    assert a[-1]["losses"] == b[-1]["losses"] and a[-1]["losses"] != c[-1]["losses"]
+    assert [e["step"] for e in a] == [0, 6, 12] and a[0]["train_loss"] is None
+    assert len(a[1]["gradient_norms"]) == len(a[1]["group_norms"]["gains"]) == 6
+    assert outcome["validation_loss"] == a[-1]["validation_loss"] < a[0]["validation_loss"]
     assert not outcome["diverged"] and outcome["steps_run"] == 12
     json.dumps([a, outcome], allow_nan=False)
 
@@ -592,7 +594,7 @@ def one_arm(tmp_path, monkeypatch, *more):
     words = f"finetune --model {folder} --data {rows} --context 32 --batch 4 --steps 6"
     words += f" --dtype float32 --optimizers adamw --out {tmp_path / 'runs'}"
     monkeypatch.setattr(sys, "argv", [*words.split(), *more])
-    monkeypatch.setattr(command, "stop_on_signals", threading.Event)
+    monkeypatch.setattr(commands, "stop_on_signals", threading.Event)
     return folder
 
 
@@ -627,10 +629,10 @@ def test_an_out_with_other_files_is_refused_before_rows_are_read(tmp_path, monke
 
 
 def test_a_start_that_failed_leaves_the_folder_free(tmp_path, monkeypatch, capsys):
-    def fail(*given):
+    def fail(*given, **callbacks):
         raise ValueError("the weights are broken")
 
-    monkeypatch.setattr(command.loop, "train", fail)
+    monkeypatch.setattr(command.loop, "FineTuning", fail)
     monkeypatch.setattr(planning, "compiled_bytes", lambda program: 0)
     for seed in "01":
         one_arm(tmp_path / seed, monkeypatch, "--seed", seed, "--out", str(tmp_path / "runs"))
@@ -643,7 +645,7 @@ def test_side_by_side_and_again(tmp_path, monkeypatch):
     words = f"finetune --model {folder} --data {rows} --context 32 --batch 4 --accumulate 1"
     words += " --steps 6 --warmup 1 --dtype float32 --optimizers adamw muon_adamw --out"
     monkeypatch.setattr(sys, "argv", [*words.split(), str(tmp_path / "runs")])
-    monkeypatch.setattr(command, "stop_on_signals", threading.Event)
+    monkeypatch.setattr(commands, "stop_on_signals", threading.Event)
     assert command.main() == 0
     summaries = [tmp_path / "runs" / arm / "summary.json" for arm in ("adamw", "muon_adamw")]
     first = [path.read_text() for path in summaries]
@@ -664,12 +666,13 @@ def test_an_interrupted_command_reports_on_what_there_is(tmp_path, monkeypatch, 
     words += f" --steps 6 --warmup 1 --dtype float32 --optimizers adamw --out {tmp_path / 'runs'}"
     stop = threading.Event()
     monkeypatch.setattr(sys, "argv", words.split())
-    monkeypatch.setattr(command, "stop_on_signals", lambda: stop)
-    monkeypatch.setattr(command, "_show", lambda *seen: seen[-1].step < 3 or stop.set())
+    monkeypatch.setattr(commands, "stop_on_signals", lambda: stop)
+    stop_at_3 = lambda progress: progress.step < 3 or stop.set()  # noqa: E731
+    monkeypatch.setattr(command, "showing", lambda *line: stop_at_3)
     assert command.main() == 130
     assert "of 6" in capsys.readouterr().out
     assert "of 6 steps" in (tmp_path / "runs" / "report.html").read_text()
     stop.clear()
-    monkeypatch.setattr(command, "_show", lambda *seen: None)
+    monkeypatch.setattr(command, "showing", lambda *line: lambda progress: None)
     assert command.main() == 0
     assert "of 6 steps" not in (tmp_path / "runs" / "report.html").read_text()

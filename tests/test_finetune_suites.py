@@ -14,11 +14,10 @@ from finetuning import NORMED, batch, initial, prepared, training
 from rich.console import Console
 
 from experiments.commands import INTERRUPTED
-from experiments.finetune import arms
+from experiments.finetune import arms, loop
 from experiments.finetune.arms import ARMS, AS_PUBLISHED, QUIRKS
 from experiments.finetune.claims import MEASURES
 from experiments.finetune.config import Base, Running, Training
-from experiments.finetune.loop import Evaluation
 from experiments.finetune.suites import clip, report, study
 from experiments.finetune.suites.config import Cell, Suite, defaults, variants
 from experiments.finetune.suites.results import contrasts, groups
@@ -113,16 +112,16 @@ def test_every_arm_is_swept_past_the_edge_and_confirmed(whole):
 def test_a_suite_that_was_stopped_and_killed_goes_on_as_if_nothing_was(
     whole, tmp_path, monkeypatch
 ):
-    stop, append = threading.Event(), Run.append
+    stop, extend = threading.Event(), Run.extend
 
-    def then_stop(self, records, cell):
-        append(self, records, cell)
+    def then_stop(self, pieces):
+        extend(self, pieces)
         if len(self.finished) == 3:
             stop.set()
 
     config = command("controlled", optimizers=("adamw", MUON), out=str(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "append", then_stop)
+        patch.setattr(Run, "extend", then_stop)
         assert run(config, stop) == INTERRUPTED
     done = rows(tmp_path)
     assert 3 <= len(done) < len(rows(whole))
@@ -131,14 +130,15 @@ def test_a_suite_that_was_stopped_and_killed_goes_on_as_if_nothing_was(
     lines = log.read_text().splitlines(keepends=True)
     log.write_text("".join(lines[:-1]) + lines[-1][:20])
     trained = []
-    train = study._Work.train
+    train_cell = loop.train_cell
 
-    def count(self, cell, *args, **running):
-        if not running:  # those that only tell the time are
-            trained.append(cell)
-        return train(self, cell, *args, **running)
+    def count(config_, rows_, arm, architecture, params, rate, seed, running, *args):
+        if running.evaluate_every == config.evaluate_every:  # those that only tell the time have 2
+            trained.append(Cell("controlled", arm, rate, seed))
+        return train_cell(config_, rows_, arm, architecture, params, rate, seed, running, *args)
 
-    monkeypatch.setattr(study._Work, "train", count)
+    monkeypatch.setattr(study, "_TIMED", 2)
+    monkeypatch.setattr(loop, "train_cell", count)
     assert run(config) == 0
     assert rows(tmp_path) == rows(whole)
     assert sorted(map(str, trained)) == sorted(map(str, rows(whole).keys() - [*done][:-1]))
@@ -260,24 +260,24 @@ def planted(folder, which, losses, clips=None, seeds=3):
             cell = Cell(variant, arm, 1e-3, seed)._asdict()
             diverged = loss is None
             evaluations = [
-                Evaluation(
-                    step=step,
-                    seconds=1.0,
-                    train_loss=2.0,
-                    mean_token_accuracy=0.5,
-                    validation_loss=loss if step else 3.125,
-                    validation_accuracy=0.5,
-                    losses=[2.0] * step,
-                    gradient_norms=[1.0 + 0.1 * i for i in range(step)],
-                    group_norms={"matrices": [1.0] * step},
-                    update_rms={"matrices": 1e-3},
-                    max_logit=2.0,
-                )
+                {
+                    "step": step,
+                    "seconds": 1.0,
+                    "train_loss": 2.0,
+                    "mean_token_accuracy": 0.5,
+                    "validation_loss": loss if step else 3.125,
+                    "validation_accuracy": 0.5,
+                    "losses": [2.0] * step,
+                    "gradient_norms": [1.0 + 0.1 * i for i in range(step)],
+                    "group_norms": {"matrices": [1.0] * step},
+                    "update_rms": {"matrices": 1e-3},
+                    "max_logit": 2.0,
+                }
                 for step in ((0,) if diverged else (0, 6))
             ]
             outcome = {"diverged": diverged, "validation_loss": loss, "train_loss": 2.0}
             outcome |= {"skipped": 0, "steps_run": 6, "seconds": 1.0, "milliseconds_per_step": 9.0}
-            sealed.append([cell | e._asdict() for e in evaluations], cell | outcome)
+            sealed.extend([([cell | e for e in evaluations], cell | outcome)])
     corpus = {"name": "rows", "rows": 9, "held_out_rows": 1, "sha256": "0" * 64}
     summary = {"version": "0", "machine": {"cores": "2"}, "corpus": corpus}
     summary |= {"cells_total": len(sealed.finished)}

@@ -225,6 +225,27 @@ def test_losses_stay_finite_on_extreme_logits(name):
     assert jnp.isfinite(value) and jnp.isfinite(gradient).all()
 
 
+def load_weights(model, params):
+    """Copies the Flax model's parameters into the PyTorch one."""
+    import torch
+
+    named = {
+        "/".join(str(key) for key in path): np.asarray(leaf)
+        for path, leaf in nnx.to_flat_state(params)
+    }
+    for name, parameter in model.named_parameters():
+        path = name.replace(".", "/")
+        for layer in ("query", "key", "value", "out"):
+            path = path.replace(f"/{layer}/", f"/attention/{layer}/")
+        for layer in ("gate", "up", "down"):
+            path = path.replace(f"/{layer}/", f"/feed_forward/{layer}/")
+        path = path.removesuffix("/weight")
+        kind = {"embedding": "embedding"}.get(path, "scale" if "norm" in path else "kernel")
+        value = named[f"{path}/{kind}"]
+        with torch.no_grad():
+            parameter.copy_(torch.tensor(value.T if kind == "kernel" else value))
+
+
 def test_model_and_adamw_equal_pytorch():
     """The same weights, rows and settings: logits, and weights after three AdamW steps."""
     torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch==2.13.0")
@@ -234,7 +255,7 @@ def test_model_and_adamw_equal_pytorch():
     table = tasks.table("mul")
     graph, params = make("mul", config.layers, config.heads, config.width)
     model = speed.torch_model(table.vocabulary, config)
-    speed.load_weights(model, params)
+    load_weights(model, params)
     rows = np.random.default_rng(0).permutation(len(table.tokens))[:64]
     tokens, answers = jnp.asarray(table.tokens[rows]), jnp.asarray(table.answers[rows])
     torch_tokens = torch.from_numpy(table.tokens[rows]).long()
@@ -258,7 +279,7 @@ def test_model_and_adamw_equal_pytorch():
         torch.nn.functional.cross_entropy(model(torch_tokens), torch_answers).backward()
         optimizer.step()
     expected = speed.torch_model(table.vocabulary, config)
-    speed.load_weights(expected, params)
+    load_weights(expected, params)
     for ours, theirs in zip(expected.parameters(), model.parameters(), strict=True):
         # Where a gradient is all rounding, Adam's first steps have size lr and either sign.
         close = np.isclose(ours.detach(), theirs.detach(), atol=1e-5)

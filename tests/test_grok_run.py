@@ -15,6 +15,7 @@ import optax
 import pytest
 from waiting import wait_for
 
+from experiments.commands import INTERRUPTED
 from experiments.grok import __main__ as command
 from experiments.grok import train
 from experiments.grok.config import Cell, Config
@@ -105,7 +106,7 @@ def test_ctrl_c_keeps_finished_cells_and_the_rest_follows_bit_for_bit(whole, tmp
         return train_cells(config, cells, show, device)
 
     monkeypatch.setattr(command, "train_cells", interrupted)
-    assert run(*TINY, out=tmp_path) == command.INTERRUPTED
+    assert run(*TINY, out=tmp_path) == INTERRUPTED
     done = [(row["optimizer"], row["seed"]) for row in results(tmp_path)[0]]
     assert 1 <= len(done) <= 2 and (tmp_path / "run" / "report.html").exists()
     monkeypatch.setattr(command, "train_cells", train_cells)
@@ -169,7 +170,7 @@ def test_sigterm_ends_like_ctrl_c(tmp_path):
     time.sleep(2)
     process.terminate()
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == command.INTERRUPTED, output
+    assert process.returncode == INTERRUPTED, output
     # It may still be compiling, which ends in the commands' own sentence.
     assert "the same command continues" in re.sub(r"\s+", " ", output).lower()
 

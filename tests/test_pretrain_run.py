@@ -69,7 +69,8 @@ def run(config, tokens, folder, stop_after=None, optimizer="muon", running=OFTEN
 
     folder.mkdir(exist_ok=True)
     folder = epath.Path(folder)
-    return loop.train(config, optimizer, running, tokens, folder, stop, on_step, **calls)
+    given = config, optimizer, running, tokens, folder, stop
+    return loop.Pretraining(*given, on_step=on_step, **calls).to_the_end()
 
 
 def state_in(config, folder, optimizer="muon", step=None, sizes=(1, 1, 1, 1)):
@@ -180,7 +181,7 @@ def test_a_log_that_is_lost_is_told_and_a_finished_run_stays(whole, tokens, tmp_
 def test_another_text_is_refused(whole, text, tmp_path):
     config, folder = whole
     other = dataclasses.replace(text, files=(text_file(tmp_path, seed=1),))
-    with pytest.raises(ValueError, match="trained on another text"):
+    with pytest.raises(ValueError, match="trained on other data"):
         run(dataclasses.replace(config, data=other), data.prepare(other), folder)
 
 

@@ -66,5 +66,5 @@ def test_neither_the_first_turn_counts_nor_the_first_step_of_any(monkeypatch):
 
     monkeypatch.setattr(speed.time, "perf_counter", lambda: now)
     monkeypatch.setattr(speed.time, "sleep", lambda _: None)
-    assert speed.take_turns({"ours": loop}, steps=2, rounds=3) == {"ours": 3.0}
+    assert speed.median_seconds({"ours": loop}, steps=2, rounds=3) == {"ours": 3.0}
     assert calls == [1, 2] * 4

@@ -11,6 +11,7 @@ import scipy.stats
 from pretraining import DENSE, SMALL, VOCABULARY, text_file, training
 from rich.console import Console
 
+from experiments import timing
 from experiments.commands import INTERRUPTED
 from experiments.differences import holm, p_value
 from experiments.language import data, windows
@@ -18,7 +19,7 @@ from experiments.pretrain import __main__
 from experiments.pretrain.__main__ import Command
 from experiments.pretrain.config import Training
 from experiments.pretrain.presets import PRESETS
-from experiments.pretrain.suites import cells, fit, optimizers_report, study
+from experiments.pretrain.suites import cells, fit, optimizers_report
 from experiments.pretrain.suites.config import (
     Cell,
     Suite,
@@ -30,6 +31,7 @@ from experiments.pretrain.suites.config import (
 from experiments.pretrain.suites.fit import Points, PowerLaw
 from experiments.report.__main__ import main
 from experiments.runs import RunError
+from experiments.study import Study
 from experiments.sweep import Sweep, missing_cells
 
 MODEL = dataclasses.replace(DENSE, layers=1, dense_layers=1, width=16, heads=2, hidden=32)
@@ -72,7 +74,7 @@ def whole(text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
-        context.setattr(cells, "ROUNDS", 1)
+        context.setattr(timing, "ROUNDS", 1)
         context.setattr(cells, "STEPS", 2)
         assert run(configured(text, out=str(folder))) == 0
     return folder
@@ -122,7 +124,7 @@ def test_a_stopped_suite_goes_on_bit_for_bit(whole, text, tmp_path, monkeypatch)
         return train_cell(*arguments)
 
     monkeypatch.setattr(cells, "train_cell", stopped)
-    monkeypatch.setattr(study, "_measure_costs", lambda *arguments: None)
+    monkeypatch.setattr(Study, "_measure_costs", lambda self: None)
     config = configured(text, out=str(tmp_path))
     assert run(config, stop=stop) == INTERRUPTED
     assert len(rows(tmp_path)) == 3 and (tmp_path / "report.html").exists()
@@ -138,6 +140,17 @@ def test_other_settings_are_refused(whole, text):
         run(dataclasses.replace(config, out="gs://bucket/suite"))
 
 
+def test_more_optimizers_and_seeds_are_added_to_a_folder(text, tmp_path, monkeypatch):
+    law = PowerLaw(20.0, 0.08)
+    monkeypatch.setattr(cells, "train_cell", losses_by({"adamw": law, "muon": law}))
+    monkeypatch.setattr(Study, "_measure_costs", lambda self: None)
+    monkeypatch.setattr("experiments.study.show", lambda *given: None)
+    assert run(configured(text, out=str(tmp_path), seeds=1, optimizers=("adamw",))) == 0
+    assert {row["optimizer"] for row in rows(tmp_path)} == {"adamw"}
+    assert run(configured(text, out=str(tmp_path))) == 0
+    assert {(row["optimizer"], row["seed"]) for row in rows(tmp_path)} >= {("muon", 1)}
+
+
 def test_the_report_is_made_again_without_training(whole, monkeypatch, capsys):
     before = (whole / "summary.json").read_text()
     (whole / "report.html").unlink()
@@ -151,14 +164,15 @@ def test_the_report_is_made_again_without_training(whole, monkeypatch, capsys):
 def test_a_cell_is_a_function_of_rate_and_seed_and_may_diverge(text, tokens, monkeypatch):
     config = configured(text).training()
     held_out = windows.held_out(tokens, config.context, 64)
-    arm = config, cells.Text(tokens, held_out), "muon"
+    given = config, tokens, held_out, 4
+    width = config.model.width
 
-    def losses(*arguments):
-        history, outcome = cells.train_cell(*arm, *arguments, evaluate_every=4)
-        assert [evaluation.step for evaluation in history] == [4, 6]
-        assert history[-1].tokens == 6 * 4 * 16
-        assert history[-1].validation_loss == outcome["validation_loss"]
-        return [evaluation.validation_loss for evaluation in history]
+    def losses(rate, seed):
+        history, outcome = cells.train_cell(*given, Cell("muon", width, rate, seed))
+        assert [evaluation["step"] for evaluation in history] == [4, 6]
+        assert history[-1]["tokens"] == 6 * 4 * 16
+        assert history[-1]["validation_loss"] == outcome["validation_loss"]
+        return [evaluation["validation_loss"] for evaluation in history]
 
     batches, orders = windows.batches, []
     monkeypatch.setattr(
@@ -168,20 +182,26 @@ def test_a_cell_is_a_function_of_rate_and_seed_and_may_diverge(text, tokens, mon
     assert losses(0.01, 0) == losses(0.01, 0)
     assert len({losses(0.01, 0)[1], losses(0.02, 0)[1], losses(0.01, 1)[1]}) == 3
     assert cells.trainer.cache_info().misses <= before + 1 and set(orders) == {0, 1}
-    history, outcome = cells.train_cell(*arm, 1e30, 0, evaluate_every=4)
+    history, outcome = cells.train_cell(*given, Cell("muon", width, 1e30, 0))
     assert history == [] and outcome["diverged"] and outcome["validation_loss"] is None
 
 
 def losses_by(law, rate=8e-3):
     """A `train_cell` whose losses lie on a law of compute, and have a best rate."""
 
-    def train_cell(config, text, optimizer, tried, seed, evaluate_every, show):
+    def train_cell(config, tokens, held_out, evaluate_every, cell, show):
         compute = config.steps * model_flops(config)
-        loss = law[optimizer].loss(compute) * (1 + 0.02 * math.log2(tried / rate) ** 2)
-        tokens = config.steps * config.tokens_per_step
-        last = cells.Evaluation(config.steps, tokens, 1.0, loss, loss, loss / 2)
+        loss = law[cell.optimizer].loss(compute)
+        loss *= 1 + 0.02 * math.log2(cell.rate / rate) ** 2
+        last = {
+            "step": config.steps,
+            "tokens": config.steps * config.tokens_per_step,
+            "seconds": 1.0,
+            "train_loss": loss,
+        }
+        last |= {"validation_loss": loss, "bits_per_byte": loss / 2}
         show(last)
-        outcome = last._asdict() | {"diverged": False, "skipped": 0, "milliseconds_per_step": 1.0}
+        outcome = last | {"diverged": False, "skipped": 0, "milliseconds_per_step": 1.0}
         return [last], outcome
 
     return train_cell
@@ -189,15 +209,14 @@ def losses_by(law, rate=8e-3):
 
 def test_the_suite_of_sizes_finds_the_curves_that_are_there(text, tmp_path, monkeypatch):
     laws = {"adamw": PowerLaw(20.0, 0.08), "muon": PowerLaw(19.0, 0.081)}
-    costs = [
-        cells.Cost(1.0, float(name == "muon"), milliseconds=1.0, times_baseline=1.0)
-        for name in laws
-    ]
 
     def measure(arms, on_turn):
-        flops = [model_flops(config) for _, config in arms]
-        return [c._replace(model_flops=f, optimizer_flops=c.optimizer_flops * f / 4)
-                for c, f in zip(costs, flops, strict=True)]  # fmt: skip
+        flops = {name: float(model_flops(config)) for name, config in arms}
+        return {
+            name: {"model_flops": own, "optimizer_flops": own / 4 if name == "muon" else 0.0,
+                   "milliseconds": 1.0, "times_baseline": 1.0}
+            for name, own in flops.items()
+        }  # fmt: skip
 
     monkeypatch.setattr(cells, "train_cell", losses_by(laws))
     monkeypatch.setattr(cells, "measure", measure)
@@ -226,7 +245,7 @@ def test_the_suite_of_sizes_finds_the_curves_that_are_there(text, tmp_path, monk
 def test_one_size_has_no_curve_but_a_report(text, tmp_path, monkeypatch):
     law = PowerLaw(20.0, 0.08)
     monkeypatch.setattr(cells, "train_cell", losses_by({"adamw": law, "muon": law}))
-    monkeypatch.setattr(study, "_measure_costs", lambda *arguments: None)
+    monkeypatch.setattr(Study, "_measure_costs", lambda self: None)
     config = configured(text, out=str(tmp_path), widths=(16,))
     assert run(config, "scaling") == 0
     assert "no curve yet" in (tmp_path / "report.html").read_text()

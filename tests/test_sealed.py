@@ -19,7 +19,8 @@ SETTINGS = {"rate": 0.1, "width": 8, "seed": 0, "seeds": 3}
 def three_cells(folder, **changes):
     run = Run(folder, SETTINGS | changes, ("seeds",))
     for name in "abc":
-        run.append([{"of": name, "step": step, "loss": 0.5} for step in (1, 2)], {"name": name})
+        records = [{"of": name, "step": step, "loss": 0.5} for step in (1, 2)]
+        run.extend([(records, {"name": name})])
     run.close()
     return folder / "metrics.jsonl"
 

@@ -40,6 +40,8 @@ class Saved:
     def wait(self):
         pass
 
+    close = wait
+
 
 class Trainer:
     """What `TrainingLoop` asks of one."""
@@ -67,9 +69,9 @@ class Loop(TrainingLoop):
     def __init__(self, clock, saved, folder, steps, bad=(), held_out=lambda step: 1.0, **keeping):
         self.clock, self.bad, self.losses, self.said = clock, bad, held_out, []
         stop, said = threading.Event(), self.said.append
-        super().__init__(
-            Trainer(self, steps), Keeping(**keeping), folder, saved, stop, lambda _: None, said
-        )
+        trainer = Trainer(self, steps)
+        super().__init__(trainer, Keeping(**keeping), folder, stop, on_message=said)
+        self.saved = saved
         self.until, self.looked = None, []
 
     def advance(self, state, batch, look):
@@ -80,6 +82,11 @@ class Loop(TrainingLoop):
         rms = jnp.inf if state.step in self.bad else 1.0
         metrics = {"loss": 2.0, "nonfinite_in_a_row": 0, "update_rms": {"all": rms}}
         return types.SimpleNamespace(step=state.step + 1), jax.tree.map(np.float32, metrics)
+
+    def to_the_end(self):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training_loop, "Checkpoints", lambda folder, keep: self.saved)
+            return super().to_the_end()
 
     def start(self):
         return types.SimpleNamespace(step=0)
@@ -95,9 +102,6 @@ class Loop(TrainingLoop):
 
     def meta(self, step):
         return {}
-
-    def check(self, meta):
-        pass
 
     def remedy(self):
         return "lower the rate"

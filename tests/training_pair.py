@@ -47,7 +47,8 @@ def pretrained(over, folder):
     config = training(MODEL, mesh=over, steps=3, warmup=1, accumulate=2)
     running = Running(**_WATCHED, samples=0)
     folder.mkdir(parents=True, exist_ok=True)
-    loop.train(config, "adamw", running, tokens, epath.Path(folder), threading.Event())
+    given = running, tokens, epath.Path(folder), threading.Event()
+    loop.Pretraining(config, "adamw", *given).to_the_end()
     return losses(folder)
 
 
@@ -63,7 +64,8 @@ def finetuned(over, folder):
     running = FinetuneRunning(**_WATCHED)
     folder.mkdir(parents=True, exist_ok=True)
     stop = threading.Event()
-    finetune_loop.train(trainer, running, prepared(), start, epath.Path(folder), stop)
+    given = running, prepared(), start, epath.Path(folder), stop
+    finetune_loop.FineTuning(trainer, *given).to_the_end()
     return losses(folder)
 
 
@@ -84,7 +86,8 @@ def differing(folder, index):
     tokens = Tokens("", (np.arange(64),) * 9, (np.arange(64),), 64, None, None, None, "")
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        loop.train(config, "adamw", Running(), tokens, epath.Path(folder), threading.Event())
+        given = Running(), tokens, epath.Path(folder), threading.Event()
+        loop.Pretraining(config, "adamw", *given).to_the_end()
     except ValueError as error:
         return str(error)
 

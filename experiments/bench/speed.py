@@ -1,7 +1,5 @@
 """Our update beside its rivals' on one device, taking turns, so that only ratios count."""
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +22,7 @@ from experiments.bench.cases import (
 )
 from experiments.report.figures import figure_style, new_figure, optimizer_color
 from experiments.report.page import Column, Table
+from experiments.timing import repeated, spread, take_turns
 
 Row = dict[str, Any]
 
@@ -71,13 +70,12 @@ def jax_update(params: Any, tx: optax.GradientTransformation) -> Callable[[], No
     grads = random_like(params, seed=1)
     step = jax.jit(update_step(tx), donate_argnums=(1, 2))
     params = random_like(params, seed=0)
-    state = tx.init(params)
 
-    def update() -> None:
-        nonlocal params, state
-        params, state = jax.block_until_ready(step(grads, state, params))
+    def update(held: Any) -> Any:
+        params, state = held
+        return step(grads, state, params)
 
-    return update
+    return repeated(update, (params, tx.init(params)), 1)
 
 
 def torch_update(params: Any, backend: str, compiled: bool) -> Callable[[], None]:
@@ -157,14 +155,7 @@ def compare(tree: Tree, rounds: int, backend: str) -> list[Row]:
             updates.pop(arm, None)
             rows[arm] |= {"raises": type(error).__name__, "message": str(error).split("\n")[0]}
     calls = {name: one.update for name, one in updates.items()} | gemms
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - began)
-    times = {name: seconds[1:] for name, seconds in times.items()}
-
+    times = take_turns(calls, rounds)
     flops = standard_flops(tree.shapes)
     for arm, one in updates.items():
         standard = [seconds * flops / (2 * size**3) for seconds in times[one.dtype]]
@@ -175,12 +166,6 @@ def compare(tree: Tree, rounds: int, backend: str) -> list[Row]:
             if rival.startswith((OPTAX, TORCH)) and rival != arm:
                 rows[arm].setdefault("speedup", {})[rival] = spread(times[rival], times[arm])
     return list(rows.values())
-
-
-def spread(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-    """The ratio round by round: its median, and the least and greatest."""
-    ratios = [a / b for a, b in zip(above, below, strict=True)]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 def device_kind() -> str:

@@ -1,12 +1,12 @@
 """What a family run trains: its model and schedule, its grid of cells, its optimizers."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments import json_files
 from experiments.optimizers import ARMS, AdamW, DecayName, Muon, OptimizerName, Settings
 from experiments.settings import (
     Count,
@@ -120,7 +120,8 @@ class Config(Training):
     """Number of random seeds. A seed sets the initial parameters and the batches; all optimizers
     have the same seeds."""
     sweep_seeds: Count = 3
-    """Seeds that choose an optimizer's rate, at most --seeds; the others train at the best one."""
+    """Number of seeds that choose the best learning rate. The others train at that rate alone; with
+    fewer --seeds, all choose."""
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
     """Learning rates to try."""
     out: str | None = dataclasses.field(default=None, compare=False)
@@ -148,7 +149,7 @@ def digest(config: Training, grid: tuple[str, ...]) -> str:
     """Six characters that tell one run's cells from another's."""
     settings = {key: value for key, value in as_json(config).items() if key not in grid}
     settings["text"] = None if config.text is None else config.text.name
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+    return json_files.digest(settings)[:6]
 
 
 def fitted(default: "Config", arguments: Sequence[str]) -> "Config":

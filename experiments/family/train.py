@@ -2,7 +2,6 @@
 
 import functools
 import math
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from experiments import optimizers
 from experiments.family import data
 from experiments.family.config import Training
 from experiments.family.model import LanguageModel
+from experiments.language.cell import Metrics, train_in_memory
 from experiments.optimizers import OptimizerName
 
 _EVALUATION_BATCH = 32
@@ -27,15 +27,6 @@ class State(NamedTuple):
 
     params: Any
     opt_state: Any
-
-
-class Evaluation(NamedTuple):
-    """Losses in nats per byte; `seconds` are of training alone, since the cell's start."""
-
-    step: int
-    seconds: float
-    train_loss: float
-    validation_loss: float
 
 
 class Model(NamedTuple):
@@ -148,39 +139,25 @@ def train_cell(
     optimizer: OptimizerName,
     rate: float,
     seed: int,
-    on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None,
-) -> tuple[list[Evaluation], dict[str, Any]]:
-    """Trains to the end: every evaluation, and the outcome.
+    on_evaluation: Callable[[Metrics], None] = lambda evaluation: None,
+) -> tuple[list[Metrics], Metrics]:
+    """Trains to the end, as `train_in_memory` does: every evaluation, and the outcome.
 
-    It ends early when its loss is no longer finite; the outcome then says so and has no loss. It
-    is a pure function of its arguments, but for the clock.
+    Losses are in nats per byte.
     """
-    advance = compile_steps(config, optimizer, len(text.train))
-    evaluate, eval_params = language_model(config).evaluate, optimizers.ARMS[optimizer].eval_params
-    state = jax.block_until_ready(start(config, optimizer, seed))
-    every = config.steps // config.evaluations
+    compiled = compile_steps(config, optimizer, len(text.train))
+    losses, eval_params = language_model(config).evaluate, optimizers.ARMS[optimizer].eval_params
+    arguments = text.train, jnp.float32(rate), jnp.int32(seed)
 
-    history: list[Evaluation] = []
-    seconds, diverged = 0.0, False
-    for first in range(0, config.steps, every):
-        arguments = text.train, jnp.float32(rate), jnp.int32(seed), jnp.int32(first)
-        began = time.perf_counter()
-        state, loss = jax.block_until_ready(advance(state, *arguments))
-        seconds += time.perf_counter() - began
+    def advance(state: State, first: int, until: int) -> tuple[State, Metrics]:
+        state, loss = jax.block_until_ready(compiled(state, *arguments, jnp.int32(first)))
+        return state, {"train_loss": float(loss)}
+
+    def evaluate(state: State) -> Metrics:
         params = eval_params(state.opt_state, state.params)
-        losses = np.asarray(evaluate(params, text.validation), np.float64)
-        evaluation = Evaluation(first + every, seconds, float(loss), float(losses.mean()))
-        diverged = not (math.isfinite(loss) and math.isfinite(evaluation.validation_loss))
-        if diverged:
-            break
-        history.append(evaluation)
-        on_evaluation(evaluation)
-    steps_run = (len(history) + diverged) * every
-    return history, {
-        "diverged": diverged,
-        "train_loss": None if diverged else history[-1].train_loss,
-        "validation_loss": None if diverged else history[-1].validation_loss,
-        "steps_run": steps_run,
-        "seconds": seconds,
-        "milliseconds_per_step": 1e3 * seconds / steps_run,
-    }
+        found = np.asarray(losses(params, text.validation), np.float64)
+        return {"validation_loss": float(found.mean())}
+
+    every, begin = config.steps // config.evaluations, start(config, optimizer, seed)
+    trained = train_in_memory(begin, config.steps, every, advance, evaluate, on_evaluation)
+    return trained.history, trained.outcome

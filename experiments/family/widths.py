@@ -13,6 +13,7 @@ from experiments.huge_pages import restart_with_huge_pages
 if __name__ == "__main__":
     restart_with_huge_pages()  # before the imports, which take seconds
 
+import contextlib
 import dataclasses
 import sys
 import threading
@@ -23,15 +24,15 @@ import tyro
 from rich.console import Console
 
 from experiments.command_line import parse
-from experiments.commands import INTERRUPTED, run_command
+from experiments.commands import run_command
 from experiments.family import data
 from experiments.family.config import Training, as_json, digest
 from experiments.family.train import train_cell
 from experiments.optimizers import Muon, ScaleName
-from experiments.report.studies import show
 from experiments.runs import Run
 from experiments.settings import Count, check, check_different
-from experiments.sweep import Sweep, run_sweep
+from experiments.study import sweep_rates
+from experiments.sweep import Sweep
 
 # What only chooses cells; the rest decides what a cell is.
 GRID = ("scales", "widths", "seeds", "sweep")
@@ -98,36 +99,30 @@ class Config(Training):
 
 def main() -> int:
     """Runs the command; returns its exit code."""
-    return run_command(begin, study)
+    return run_command(compare)
 
 
-def begin() -> tuple[tuple[Config, data.Data], Run]:
-    """The command line's config and its corpus, and the run."""
+def compare(stop: threading.Event, console: Console) -> int:
+    """Trains the sweep of the command line, or what is missing of it."""
     config = parse(Config, "python -m experiments.family.widths")
     text = data.load(config)
-    return (config, text), Run(config.folder(), as_json(config) | {"corpus": text.origin}, GRID)
-
-
-def study(task: tuple[Config, data.Data], run: Run, stop: threading.Event, console: Console) -> int:
-    """Trains what is missing of the sweep, and reports on what there is."""
-    config, text = task
-
-    left = run_sweep(
-        Cell,
-        {(scale, width): RATES[scale] for scale in config.scales for width in config.widths},
-        config,
-        lambda cell, show: train_cell(
-            config.of(cell.scale, cell.width), text, "muon", cell.rate, cell.seed, show
-        ),
-        run,
-        stop,
-        console,
-        corpus=text.origin,
-        steps=lambda cell: config.steps,
-    )
-    if run.finished:
-        show(run.folder, console)
-    return INTERRUPTED if left else 0
+    settings = as_json(config) | {"corpus": text.origin}
+    with contextlib.closing(Run(config.folder(), settings, GRID)) as run:
+        return sweep_rates(
+            run,
+            stop,
+            console,
+            config,
+            cell=Cell,
+            arms={
+                (scale, width): RATES[scale] for scale in config.scales for width in config.widths
+            },
+            training=lambda cell: config.of(cell.scale, cell.width),
+            train=lambda cell, training, show, device: train_cell(
+                training, text, "muon", cell.rate, cell.seed, show
+            ),
+            corpus=text.origin,
+        )
 
 
 if __name__ == "__main__":

@@ -5,65 +5,45 @@ from experiments.huge_pages import restart_with_huge_pages
 if __name__ == "__main__":
     restart_with_huge_pages()  # before the imports, which take seconds
 
-import contextlib
 import functools
 import re
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from etils import epath
 from rich.console import Console
 from rich.progress import Progress as Bar
-from rich.progress import TaskID
 
-from experiments.commands import guard, progress_bar, stop_on_signals
+from experiments.commands import progress_bar
 from experiments.finetune import architecture as config_json
 from experiments.finetune import base, data, loop, plan, step, weights
 from experiments.finetune.architecture import Qwen3
 from experiments.finetune.arms import ARMS
-from experiments.finetune.chat import Chat
 from experiments.finetune.command import Command, parse
 from experiments.finetune.config import (
     REAL_WARMUP,
     WARMUP,
     ArmName,
-    Training,
 )
 from experiments.finetune.model import Params
 from experiments.finetune.step import Trainer
 from experiments.finetune.suites.study import suite
 from experiments.language import hugging_face, planning
 from experiments.language.hugging_face import CONFIG
+from experiments.language.launch import claimed, launch, preparing, showing
 from experiments.language.mesh import make_mesh, one_device
-from experiments.language.training_loop import Progress
 from experiments.parallel import devices_for, one_cpu_device_per_core, run_in_parallel
-from experiments.programs import keep_compiled_programs
 from experiments.report.figures import LABELS
 from experiments.report.studies import show
-from experiments.runs import check_free, check_group, claim, leave_nothing_of_no_run
-from experiments.topology import leave_accelerators_alone
+from experiments.runs import check_free, check_group
 
 
 def main() -> int:
     """Runs the command; returns its exit code."""
     one_cpu_device_per_core()
-    keep_compiled_programs()
-    console = Console()
-    stop = stop_on_signals()
-
-    def work() -> int:
-        command = parse(sys.argv[1:])
-        if command.topology:
-            leave_accelerators_alone()
-        command.processes.join()
-        if jax.process_index() > 0:
-            console.quiet = True
-        return run(command, stop, console)
-
-    return guard(work)
+    return launch(parse, run)
 
 
 def run(command: Command, stop: threading.Event, console: Console) -> int:
@@ -104,11 +84,9 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
     plan.refuse_too_large(command, trainers, limit, console)
     try:
         with progress_bar(console) as bar:
-            messages = functools.partial(bar.console.print, highlight=False)
 
             def work(arm: ArmName, device: jax.Device | None) -> None:
-                trainer = made(arm, device)
-                _train(command, config, trainer, limit, start, rows, folder, stop, bar, messages)
+                _train(command, made(arm, device), limit, start, rows, folder, stop, bar)
 
             if alone:
                 run_in_parallel(command.optimizers, lambda arm: arm, work, stop)
@@ -133,14 +111,7 @@ def _prepare(
     command: Command, stop: threading.Event, console: Console
 ) -> tuple[loop.Start, data.Prepared, Path]:
     """The model, the rows, and the model's folder."""
-    with progress_bar(console) as bar:
-        task = bar.add_task("reading the model", total=None)
-
-        def show(what: str, done: int, total: int | None) -> None:
-            if stop.is_set():
-                raise KeyboardInterrupt
-            bar.update(task, description=what, completed=done, total=total)
-
+    with preparing("reading the model", stop, console) as show:
         if command.model is None:
             if jax.process_count() > 1:
                 raise ValueError("A run of several processes requires --model.")
@@ -150,18 +121,7 @@ def _prepare(
         architecture = config_json.read(folder / CONFIG)
         _check(command, architecture)
         weights.check(folder, architecture)  # before what takes long, and before --out is claimed
-        chat = Chat(folder)
-        if chat.vocabulary > architecture.vocabulary:
-            raise ValueError(
-                f"{folder}: the tokenizer has {chat.vocabulary} tokens, and the model "
-                f"{architecture.vocabulary}. The files are of different models."
-            )
-        rows = data.prepare(
-            command.data,
-            chat,
-            command.context,
-            on_progress=lambda done: show(f"reading rows, {done:,}", done, None),
-        )
+        rows = data.read(command, folder, architecture, show)
     report = rows.report
     dropped = (
         f", {report.dropped:,} reasoning texts or remarks beside a tool call dropped by the chat "
@@ -203,7 +163,6 @@ def _check_folder(model: str) -> None:
 
 def _train(
     command: Command,
-    config: Training,
     trainer: Trainer,
     limit: int | None,
     start: loop.Start,
@@ -211,50 +170,26 @@ def _train(
     source: Path,
     stop: threading.Event,
     bar: Bar,
-    on_message: Callable[[str], None],
 ) -> None:
     arm, folder = trainer.name, command.folder(trainer.name)
-    settings = loop.settings_of(trainer, start, rows)
-    with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            new = not (folder / "config.json").exists()
-            lock = claim(folder, settings, ("mesh",), other="another --out")
-            stack.enter_context(contextlib.closing(lock))
-            if new:
-                stack.callback(leave_nothing_of_no_run, folder)
+    on_message = functools.partial(bar.console.print, highlight=False)
+    with claimed(folder, loop.settings_of(trainer, start, rows)):
         if (folder / "summary.json").exists():
             on_message(f"{LABELS.get(arm, arm)}: already finished, in {folder}")
             return
-        task = bar.add_task(f"{arm}: compiling", total=config.steps)
+        on_step = showing(arm, bar, trainer.config.steps)
         planning.check(plan.case(trainer), limit, planning.compiled_bytes(trainer.program))
 
         def finish(params: Params) -> None:
-            if command.exports and not (folder / "model").exists():
-                weights.write(
-                    Path(folder) / "model", trainer.architecture, params, source, config.dtype
-                )
+            model = Path(folder) / "model"
+            if command.exports and not model.exists():
+                dtype = trainer.config.dtype
+                weights.write(model, trainer.architecture, params, source, dtype)
 
-        finished = loop.train(
-            trainer,
-            command,
-            rows,
-            start,
-            folder,
-            stop,
-            functools.partial(_show, arm, bar, task),
-            on_message,
-            finish,
-        )
-        bar.remove_task(task)
-        if not finished:
+        callbacks = {"on_step": on_step, "on_message": on_message, "on_finish": finish}
+        run = loop.FineTuning(trainer, command, rows, start, folder, stop, **callbacks)
+        if not run.to_the_end():
             raise KeyboardInterrupt
-
-
-def _show(arm: str, bar: Bar, task: TaskID, progress: Progress) -> None:
-    parts = [f"{arm}: step {progress.step}", f"loss {progress.loss:.3f}"]
-    if progress.held_out is not None:
-        parts.append(f"held out {progress.held_out:.3f}")
-    bar.update(task, completed=progress.step, description=" · ".join(parts))
 
 
 if __name__ == "__main__":

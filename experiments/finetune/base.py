@@ -21,8 +21,9 @@ from experiments.finetune.chat import END_OF_TEXT, TOKENIZER, write_tokenizer
 from experiments.finetune.config import ArmName, Base, Optimizer, Training
 from experiments.finetune.model import Params
 from experiments.finetune.packing import Batch
-from experiments.finetune.step import Trainer
+from experiments.finetune.step import State, Trainer
 from experiments.language import cache, data, documents, windows
+from experiments.language.cell import Metrics, train_in_memory
 from experiments.language.mesh import make_mesh
 from experiments.language.training_loop import TrainingError
 
@@ -131,25 +132,38 @@ def _pretrain(
     mesh = make_mesh((-1, 1, 1, 1), devices)
     trainer = Trainer(config, _ARMS[base.optimizer], architecture, mesh)
     params = model.init(architecture, jax.random.key(base.seed))
-    state = trainer.start(jax.device_put(params, trainer.places))
     shuffled = windows.batches(tokens, batch=base.batch, context=base.context, seed=base.seed)
-    loss = 0.0
-    for step, rows in zip(range(base.steps), windows.from_step(shuffled, 0), strict=False):
-        state, metrics = trainer.advance(state, trainer.place(_every_token(rows)))
-        if jax.default_backend() == "cpu":
-            jax.block_until_ready(state)  # collectives of two steps at once deadlock there
-        if step % 10 == 9 or step + 1 == base.steps:
-            loss = float(metrics["loss"])
-            on_progress(f"pretraining with {base.optimizer}, loss {loss:.3f}", step + 1, base.steps)
+    rows = windows.from_step(shuffled, 0)
+
+    def advance(state: State, first: int, until: int) -> tuple[State, Metrics]:
+        for step in range(first, until):
+            state, metrics = trainer.advance(state, trainer.place(_every_token(next(rows))))
+            if jax.default_backend() == "cpu":
+                jax.block_until_ready(state)  # collectives of two steps at once deadlock there
+            if step % 10 == 9 or step + 1 == until:
+                loss = float(metrics["loss"])
+                text = f"pretraining with {base.optimizer}, loss {loss:.3f}"
+                on_progress(text, step + 1, base.steps)
+        return state, {"train_loss": loss}
+
     held_out = windows.held_out(tokens, base.context, _HELD_OUT).windows
-    whole = held_out[: len(held_out) // base.batch * base.batch].reshape(-1, *rows.shape)
-    found = loop.evaluate(trainer, state.params, [_every_token(rows) for rows in whole])
-    if not np.isfinite(found["validation_loss"]):
+    whole = held_out[: len(held_out) // base.batch * base.batch]
+    batches = [_every_token(rows) for rows in np.split(whole, len(whole) // base.batch)]
+    state, _, outcome = train_in_memory(
+        trainer.start(jax.device_put(params, trainer.places)),
+        base.steps,
+        base.steps,
+        advance,
+        lambda state: loop.evaluate(trainer, state.params, batches),
+    )
+    if outcome["diverged"]:
         raise TrainingError(
             "The loss of the small model is NaN or Inf. Lower --base.learning-rate "
             f"{base.learning_rate:g}."
         )
-    return state.params, {"train_loss": loss, "skipped": int(state.guard.skipped)} | found
+    outcome["skipped"] = int(state.guard.skipped)
+    told = ("train_loss", "skipped", "validation_loss", "validation_accuracy")
+    return state.params, {name: outcome[name] for name in told}
 
 
 def _every_token(rows: np.ndarray) -> Batch:

@@ -1,6 +1,5 @@
 """The command line of `python -m experiments.finetune`."""
 
-import argparse
 import dataclasses
 from typing import Literal, get_args
 
@@ -11,7 +10,7 @@ from experiments.finetune.config import ArmName, Base, Optimizer, Running, Train
 from experiments.finetune.suites.config import Suite, SuiteName, defaults
 from experiments.language.planning import Planning
 from experiments.language.processes import Processes
-from experiments.settings import check_different
+from experiments.settings import check_different, given_text
 
 # What fine-tuning a real model begins with: less to hold, longer windows, a rate for one.
 _REAL = Training(
@@ -96,18 +95,15 @@ class Command(Suite, Planning, Running, Training):
 
 def parse(arguments: list[str]) -> Command:
     """The command line; what it does not say is that of a real model or of the small one."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--model", "--preset", "--suite", "--epochs"):
-        early.add_argument(name, nargs="?")  # what is wrong or missing is for tyro to tell
-    named, _ = early.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
-    real = bool(named.model or named.preset)
+    real = any(given_text(arguments, name) for name in ("--model", "--preset"))
+    suite = given_text(arguments, "--suite", get_args(SuiteName))
     preset = _REAL if real else _SMALL
     settings = {f.name: getattr(preset, f.name) for f in dataclasses.fields(Training)}
-    if named.suite in get_args(SuiteName):
-        settings |= defaults(named.suite)
+    if suite:
+        settings |= defaults(suite)
     elif not real:
         settings |= _SHORT
-    if named.epochs:
+    if given_text(arguments, "--epochs"):
         settings["steps"] = 0  # as many as these are, unless --steps is given too
     default = Command(**settings)
     return command_line.parse(Command, "python -m experiments.finetune", arguments, default=default)

@@ -12,6 +12,7 @@ from etils import epath
 
 from experiments import corpus
 from experiments.finetune import instructions
+from experiments.finetune.architecture import Qwen3
 from experiments.finetune.chat import Chat, Encoded, Text
 from experiments.finetune.packing import Rows
 from experiments.json_files import loads
@@ -79,6 +80,30 @@ class _Row(NamedTuple):
     text: Text
     group: str
     place: str  # for errors
+
+
+def read(
+    command: Any,
+    folder: Path,
+    architecture: Qwen3,
+    on_progress: Callable[[str, int, int | None], None],
+) -> "Prepared":
+    """The rows of a command's `data` and `context`, as tokens of the model in a folder.
+
+    Raises:
+        ValueError: the tokenizer has tokens that the model lacks, or as `prepare`.
+    """
+    chat = Chat(folder)
+    if chat.vocabulary > architecture.vocabulary:
+        raise ValueError(
+            f"{folder}: the tokenizer has {chat.vocabulary} tokens, and the model "
+            f"{architecture.vocabulary}. The files are of different models."
+        )
+
+    def show(rows: int) -> None:
+        on_progress(f"reading rows, {rows:,}", rows, None)
+
+    return prepare(command.data, chat, command.context, on_progress=show)
 
 
 def prepare(

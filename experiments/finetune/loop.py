@@ -1,12 +1,10 @@
 """One fine-tuning to its last step: a run with checkpoints, or a cell of a suite, in memory."""
 
-import contextlib
 import dataclasses
 import functools
 import math
 import statistics
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,16 +18,9 @@ from experiments.finetune.data import Prepared
 from experiments.finetune.model import Params
 from experiments.finetune.packing import Batch, Batches, Rows, in_order
 from experiments.finetune.step import State, Trainer
-from experiments.language.checkpoints import Checkpoints, params_sha256
+from experiments.language.cell import train_in_memory
 from experiments.language.mesh import one_device
-from experiments.language.training_loop import (
-    Metrics,
-    OnMessage,
-    OnStep,
-    TrainingLoop,
-    speed,
-)
-from experiments.runs import machine, write_json
+from experiments.language.training_loop import Metrics, TrainingLoop
 
 
 class Start(NamedTuple):
@@ -52,56 +43,37 @@ def settings_of(trainer: Trainer, start: Start, rows: Prepared) -> dict[str, Any
     return named | trainer.config.as_json()
 
 
-def train(
-    trainer: Trainer,
-    running: Running,
-    rows: Prepared,
-    start: Start,
-    folder: epath.Path,
-    stop: threading.Event,
-    on_step: OnStep = lambda progress: None,
-    on_message: OnMessage = lambda text: None,
-    on_finish: Callable[[Params], None] = lambda params: None,
-) -> bool:
-    """Trains to the end, or until `stop` is set; then the state of the last step is saved.
+class FineTuning(TrainingLoop):
+    """One run.
 
     Args:
         trainer: of the run's config, arm and mesh.
         running: what is saved, evaluated and logged when.
         rows: of `data.prepare`.
-        start: the model.
-        folder: the run's, which this process has claimed.
-        stop: asks for an early end; with several processes, that of any of them.
-        on_step, on_message: called as it goes.
+        model: to begin with.
+        folder, stop, callbacks: as of `TrainingLoop`.
         on_finish: gets the final params, before `summary.json` says that the run is finished.
-
-    Returns:
-        Whether the run is finished.
-
-    Raises:
-        TrainingError: too many steps in a row without a finite loss, or one whose update is not.
-        ValueError: the checkpoints are of other rows.
-        OSError: a checkpoint could not be written; those before are whole.
     """
-    with contextlib.closing(
-        Checkpoints(folder / "checkpoints", keep=running.max_checkpoints)
-    ) as checkpoints:
-        run = _Run(trainer, running, folder, checkpoints, stop, on_step, on_message)
-        run.read(rows, start, on_finish)
-        return run.to_the_end()
 
-
-class _Run(TrainingLoop):
     trainer: Trainer
     config: Training
     keeping: Running
 
-    def read(self, rows: Prepared, start: Start, on_finish: Callable[[Params], None]) -> None:
-        """Takes rows and model."""
-        self.rows, self.model, self.on_finish = rows, start, on_finish
-        places = self.trainer.share.rows
-        self.packed = batches(rows.train, self.config, self.config.seed, places)
-        self.held_out = held_out(rows.held_out, self.config, self.keeping.evaluation_tokens)
+    def __init__(
+        self,
+        trainer: Trainer,
+        running: Running,
+        rows: Prepared,
+        model: Start,
+        folder: epath.Path,
+        stop: threading.Event,
+        on_finish: Callable[[Params], None] = lambda params: None,
+        **callbacks: Any,
+    ):
+        super().__init__(trainer, running, folder, stop, **callbacks)
+        self.rows, self.model, self.on_finish = rows, model, on_finish
+        self.packed = batches(rows.train, self.config, self.config.seed, trainer.share.rows)
+        self.held_out = held_out(rows.held_out, self.config, running.evaluation_tokens)
 
     def start(self) -> State:
         return self.trainer.start(self.model.load(self.trainer.mesh))
@@ -130,47 +102,27 @@ class _Run(TrainingLoop):
             "data_sha256": self.rows.report.sha256,
         }
 
-    def check(self, meta: dict[str, Any]) -> None:
-        if meta["data_sha256"] != self.rows.report.sha256:
-            raise ValueError(
-                f"The checkpoints in {self.folder} were trained on other examples: the digest "
-                f"was {meta['data_sha256'][:12]}…, now it is {self.rows.report.sha256[:12]}…. "
-                "Give the same --data and --context, or another --out."
-            )
-
     def finish(self, state: State) -> None:
         self.on_finish(state.params)
-        digest = params_sha256(state.params)
-        if not self.log:
-            return
-        trained = [r for r in self.log.records if "loss" in r]
-        last = next(r for r in reversed(self.log.records) if "validation_loss" in r)
-        norms = [r["gradient_norm"] for r in trained if r["step"] > self.config.warmup]
+        super().finish(state)
+
+    def summary(self, trained: Metrics, evaluated: Metrics) -> Metrics:
+        steps = [record for record in self.log.records if "loss" in record] if self.log else []
+        norms = [r["gradient_norm"] for r in steps if r["step"] > self.config.warmup]
         median, spread = steadiness(norms)
-        summary = {
+        logits = [r["max_logit"] for r in steps if r["max_logit"] is not None]
+        return {
             "arm": self.trainer.name,
-            "steps": self.config.steps,
-            "tokens": self.config.steps * self.config.tokens_per_step,
             "windows_per_epoch": self.packed.windows,
-            "train_loss": trained[-1]["loss"],
-            "mean_token_accuracy": trained[-1]["mean_token_accuracy"],
-            "validation_loss": last["validation_loss"],
-            "validation_accuracy": last["validation_accuracy"],
+            "mean_token_accuracy": trained["mean_token_accuracy"],
+            "validation_accuracy": evaluated["validation_accuracy"],
             "gradient_norm_median": median,
             "gradient_norm_spread": spread,
-            "max_logit": max(
-                (r["max_logit"] for r in trained if r["max_logit"] is not None), default=None
-            ),
-            "skipped_steps": trained[-1]["skipped"],
-            "seconds": self.seconds,
-            "tokens_per_second": speed(self.log, self.config.tokens_per_step),
-            "params_sha256": digest,
+            "max_logit": max(logits, default=None),
             "model": self.model.name,
             "architecture": dataclasses.asdict(self.trainer.architecture),
             "data": self.rows.report.as_json(),
-            "machine": machine(),
         }
-        write_json(self.folder / "summary.json", summary)
 
 
 def batches(
@@ -215,34 +167,6 @@ def steadiness(norms: Sequence[float | None]) -> tuple[float | None, float | Non
     return median, (high - low) / median if median else None
 
 
-class Evaluation(NamedTuple):
-    """Of a cell, every so many steps; lists are of the steps since the one before.
-
-    Attributes:
-        step: steps so far; at 0 the model is what it was, and what is of training is empty.
-        seconds: of training alone, since the cell's start.
-        train_loss: mean over the steps, in nats a learnt token.
-        mean_token_accuracy: trl's, a mean over microbatches and steps.
-        validation_loss, validation_accuracy: of held-out rows, of all tokens alike.
-        losses, gradient_norms: of each step.
-        group_norms: of each step, by group of params.
-        update_rms: of the last step, by group.
-        max_logit: largest attention logit.
-    """
-
-    step: int
-    seconds: float
-    train_loss: float | None
-    mean_token_accuracy: float | None
-    validation_loss: float
-    validation_accuracy: float
-    losses: list[float]
-    gradient_norms: list[float]
-    group_norms: dict[str, list[float]]
-    update_rms: dict[str, float]
-    max_logit: float | None
-
-
 @functools.cache
 def cell_trainer(
     config: Training, arm: ArmName, architecture: Qwen3, device: jax.Device
@@ -263,12 +187,9 @@ def train_cell(
     seed: int,
     running: Running,
     device: jax.Device,
-    on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None,
-) -> tuple[list[Evaluation], dict[str, Any]]:
-    """Trains to the end, without a folder: every evaluation, and the outcome.
-
-    It ends early when its loss is no longer finite; the outcome then says so and has no loss. It
-    is a pure function of its arguments, but for the clock.
+    on_evaluation: Callable[[Metrics], None] = lambda evaluation: None,
+) -> tuple[list[Metrics], Metrics]:
+    """Trains to the end, as `train_in_memory` does: every evaluation, and the outcome.
 
     Args:
         config: what to train; its `steps` are known, and its learning rate and seed do not count.
@@ -287,63 +208,53 @@ def train_cell(
     trainer = cell_trainer(config, arm, architecture, device)
     windows = held_out(rows.held_out, config, running.evaluation_tokens)
     packed = batches(rows.train, config, seed)
-    state = trainer.start(jax.device_put(params, trainer.places, may_alias=False))
-    history: list[Evaluation] = []
-    seconds, step, diverged = 0.0, 0, False
-    while True:
-        until = min(step + running.evaluate_every, config.steps) if history else 0
-        began, seen = time.perf_counter(), []
-        while step < until:
+
+    def advance(state: State, first: int, until: int) -> tuple[State, Metrics]:
+        seen = []
+        for step in range(first, until):
             state, metrics = trainer.advance(state, trainer.place(packed[step]), rate)
             seen.append(metrics)
-            step += 1
-        window = jax.device_get(seen)
-        seconds += time.perf_counter() - began
-        values = evaluate(trainer, state.params, windows)
-        finite = all(map(math.isfinite, [values["validation_loss"], *_column(window, "loss")]))
-        if not finite:
-            diverged = True
-            break
-        history.append(_evaluation(step, seconds, window, values))
-        on_evaluation(history[-1])
-        if step == config.steps:
-            break
-    last = None if diverged else history[-1]._asdict()
-    after_warmup = [norm for e in history for norm in e.gradient_norms][config.warmup :]
-    median, spread = steadiness(after_warmup)
-    kept = ("train_loss", "mean_token_accuracy", "validation_loss", "validation_accuracy")
-    return history, {
-        "diverged": diverged,
-        **{name: last and last[name] for name in kept},
+        return state, _since_last(jax.device_get(seen))
+
+    state, history, outcome = train_in_memory(
+        trainer.start(jax.device_put(params, trainer.places, may_alias=False)),
+        config.steps,
+        running.evaluate_every,
+        advance,
+        lambda state: evaluate(trainer, state.params, windows),
+        on_evaluation,
+        first=True,
+    )
+    norms = [norm for evaluation in history for norm in evaluation["gradient_norms"]]
+    median, spread = steadiness(norms[config.warmup :])
+    logits = [e["max_logit"] for e in history if e["max_logit"] is not None]
+    return history, outcome | {
         "gradient_norm_median": median,
         "gradient_norm_spread": spread,
-        "max_logit": max((e.max_logit for e in history if e.max_logit is not None), default=None),
+        "max_logit": max(logits, default=None),
         "skipped": int(state.guard.skipped),
-        "steps_run": step,
-        "seconds": seconds,
-        "milliseconds_per_step": 1e3 * seconds / max(step, 1),
     }
 
 
-def _evaluation(
-    step: int, seconds: float, window: list[Metrics], values: dict[str, float]
-) -> Evaluation:
-    norms = [m["gradient_norms"] for m in window]
-    logits = [x for x in _column(window, "max_logit") if math.isfinite(x)]
-    return Evaluation(
-        step=step,
-        seconds=seconds,
-        train_loss=float(np.mean(_column(window, "loss"))) if window else None,
-        mean_token_accuracy=(
-            float(np.mean(_column(window, "mean_token_accuracy"))) if window else None
-        ),
-        losses=_column(window, "loss"),
-        gradient_norms=_column(window, "gradient_norm"),
-        group_norms={group: _column(norms, group) for group in (norms[0] if norms else ())},
-        update_rms=jax.tree.map(float, window[-1]["update_rms"]) if window else {},
-        max_logit=max(logits, default=None),
-        **values,
-    )
+def _since_last(window: Sequence[Metrics]) -> Metrics:
+    """What an evaluation tells of the steps since the one before, if there are any.
+
+    Means of the loss, in nats a learnt token, and of trl's accuracy; the losses and gradient norms
+    of all steps; sizes of the last update; and the largest attention logit.
+    """
+    losses = _column(window, "loss")
+    norms = [metrics["gradient_norms"] for metrics in window]
+    logits = [logit for logit in _column(window, "max_logit") if math.isfinite(logit)]
+    accuracies = _column(window, "mean_token_accuracy")
+    return {
+        "train_loss": float(np.mean(losses)) if window else None,
+        "mean_token_accuracy": float(np.mean(accuracies)) if window else None,
+        "losses": losses,
+        "gradient_norms": _column(window, "gradient_norm"),
+        "group_norms": {group: _column(norms, group) for group in (norms[0] if norms else ())},
+        "update_rms": jax.tree.map(float, window[-1]["update_rms"]) if window else {},
+        "max_logit": max(logits, default=None),
+    }
 
 
 def _column(window: Sequence[Metrics], name: str) -> list[float]:

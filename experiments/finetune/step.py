@@ -1,11 +1,10 @@
 """One fine-tuning step: microbatches → gradient → guard → optimizer.
 
-Params, optimizer state and accumulated gradients are float32 and lie as `sharding` says. The loss
-is the sum over all learnt tokens of a step, of all microbatches and devices, over their number.
+The loss is the sum over all learnt tokens of a step, of all microbatches and devices, over their
+number.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +17,9 @@ from experiments.finetune.architecture import Qwen3
 from experiments.finetune.config import ArmName, Training
 from experiments.finetune.model import LanguageModel, Params
 from experiments.finetune.packing import Batch
-from experiments.language import attention, guard, sharding
+from experiments.language import attention, guard, sharding, trainer
 from experiments.language.guard import Guard
-from experiments.language.processes import Share, place_whole
+from experiments.language.processes import place_whole
 
 _NONE = -1  # the target of a position that is not learnt
 
@@ -42,7 +41,7 @@ class Windows(NamedTuple):
     segments: jax.Array
 
 
-class Trainer:
+class Trainer(trainer.Trainer):
     """The compiled functions of one fine-tuning, and where their arrays lie.
 
     Args:
@@ -52,11 +51,7 @@ class Trainer:
         mesh: of `mesh.make_mesh`.
 
     Attributes:
-        abstract: the state as shapes with shardings.
-        program: the compiled step; to be had before there are params.
-        looking: the compiled step that tells the exact largest attention logit, too. It is
-            `program` itself where attention has its logits at hand; else it is compiled when first
-            needed, and updates as `program` does.
+        places: the shardings of the params.
 
     Raises:
         ValueError: an axis that the mesh does not divide.
@@ -67,66 +62,32 @@ class Trainer:
     ):
         if not config.steps or config.warmup is None:
             raise ValueError("A training has steps and a warm-up; `config.with_steps` gives them.")
-        self.config, self.name, self.architecture, self.mesh = config, arm, architecture, mesh
+        self.config, self.name, self.architecture = config, arm, architecture
         self.model = LanguageModel(architecture, config.dtype, config.remat)
-        self.specs = check(config, architecture, mesh)
+        specs = check(config, architecture, mesh)
         wanted, self.places = model.shapes(architecture), model.shardings(architecture, mesh)
-        placed = {"mesh": mesh, "shardings": self.specs} if arm != "adamw" else {}
+        placed = {"mesh": mesh, "shardings": specs} if arm != "adamw" else {}
         self.arm = arms.make(arm, config, architecture, **placed)
-        with jax.set_mesh(mesh):
-            shapes = jax.eval_shape(self._start, wanted)
-        specs = jax.tree.map(lambda x: jax.P(), shapes)._replace(
-            params=self.specs, opt_state=sharding.state_specs(shapes.opt_state, wanted, self.specs)
+        self.clips_at = self.arm.clips_at
+        shape = config.accumulate, config.microbatch, config.context
+        windows: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
+        columns = architecture.head_dim
+        super().__init__(
+            config,
+            mesh,
+            rate=config.optimizer.learning_rate,
+            params=wanted,
+            specs=specs,
+            begin=wanted,
+            windows=Windows(windows, windows, windows),
+            shows_logits=attention.shows_logits(mesh, config.context, columns, packed=True),
         )
-        self.shardings = sharding.shardings(specs, mesh)
-        self.abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
-        )
-        self.windows = jax.NamedSharding(mesh, sharding.spec(None, "batch", None))
-        self._whole = jax.NamedSharding(mesh, jax.P())
         self._compiled_start = jax.jit(
             self._start, in_shardings=(self.places,), out_shardings=self.shardings, donate_argnums=0
         )
         self._compiled_evaluate = jax.jit(
             self._evaluate, in_shardings=(self.places, self.windows), out_shardings=self._whole
         )
-
-    @functools.cached_property
-    def program(self) -> jax.stages.Compiled:
-        return self._compile(look=self._shows_logits)
-
-    @functools.cached_property
-    def looking(self) -> jax.stages.Compiled:
-        return self.program if self._shows_logits else self._compile(look=True)
-
-    @property
-    def _shows_logits(self) -> bool:
-        columns = self.architecture.head_dim
-        return attention.shows_logits(self.mesh, self.config.context, columns, packed=True)
-
-    def _compile(self, look: bool) -> jax.stages.Compiled:
-        with jax.set_mesh(self.mesh):
-            step = jax.jit(
-                functools.partial(self._step, look=look),
-                in_shardings=(self.shardings, self.windows, self._whole),
-                out_shardings=(self.shardings, self._whole),
-                donate_argnums=0,
-            )
-            rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._whole)
-            return step.lower(self.abstract, self.abstract_windows, rate).compile()
-
-    @property
-    def abstract_windows(self) -> Windows:
-        """A step's as shapes with shardings."""
-        config = self.config
-        shape = config.accumulate, config.microbatch, config.context
-        windows: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.windows)
-        return Windows(windows, windows, windows)
-
-    @functools.cached_property
-    def share(self) -> Share:
-        """What this process makes of a step's windows."""
-        return Share(self.windows, self.config.accumulate, self.config.microbatch)
 
     def place(self, batch: Batch) -> Windows:
         """The windows of `share` as this process's part of a step's."""
@@ -140,25 +101,6 @@ class Trainer:
         """The state before the first step; `params`, which lie as `places` says, are donated."""
         with jax.set_mesh(self.mesh):
             return self._compiled_start(params)
-
-    def advance(
-        self, state: State, windows: Windows, rate: float | None = None, look: bool = True
-    ) -> tuple[State, dict[str, Any]]:
-        """One step, `state` is donated.
-
-        Args:
-            state: of the step before.
-            windows: of `place`.
-            rate: takes the place of the config's learning rate; all share one program.
-            look: whether to tell the exact `max_logit`, which changes nothing else; without it
-                that may be NaN.
-
-        Returns:
-            The new state, and metrics: scalars, and dicts of these by group.
-        """
-        given = self.config.optimizer.learning_rate if rate is None else rate
-        program = self.looking if look else self.program
-        return program(state, windows, place_whole(np.float32(given), self._whole))
 
     def evaluate(self, params: Params, windows: Windows) -> dict[str, jax.Array]:
         """Sums over the learnt tokens: `loss` in nats, how many are `correct`, `learnt`."""
@@ -216,15 +158,11 @@ class Trainer:
         }
         return State(state.step + 1, params, opt_state, guarded), metrics
 
-    def _threshold(self, look: bool) -> float | None:
-        """Up to where upper bounds of largest logits will do: a clip's own threshold."""
-        return None if look else self.arm.clips_at
-
     def _gradient(
         self, params: Params, windows: Windows, look: bool = False
     ) -> tuple[jax.Array, Params, dict[str, Any]]:
         """Of the mean over all learnt tokens; and what was seen, by microbatch but the logits."""
-        told = look or self.arm.clips_at is not None
+        told = look or self.clips_at is not None
         loss_of = functools.partial(
             self.model.loss, max_logits=told, threshold=self._threshold(look)
         )
@@ -248,12 +186,8 @@ class Trainer:
             loss, gradient, seen = microbatch(jax.tree.map(lambda x: x[0], windows))
             return loss, gradient, seen | {k: seen[k][None] for k in ("learnt", "correct")}
 
-        def add(sums: Any, windows: Windows) -> tuple[Any, dict[str, Any]]:
-            loss, gradient, seen = microbatch(windows)
-            return jax.tree.map(jnp.add, sums, (loss, gradient)), seen
-
         zeros = jnp.zeros([]), jax.tree.map(jnp.zeros_like, params)
-        (loss, gradient), seen = jax.lax.scan(add, zeros, windows)
+        (loss, gradient), seen = trainer.sum_microbatches(microbatch, windows, zeros)
         largest = jax.tree.map(lambda x: jnp.max(x, axis=0), seen["max_logits"])
         return loss, gradient, seen | {"max_logits": largest}
 
@@ -278,16 +212,6 @@ def _parts(batch: Batch) -> list[np.ndarray]:
 
 def check(config: Training, architecture: Qwen3, mesh: jax.sharding.Mesh) -> Any:
     """The specs of the params, or a ValueError of what the mesh does not divide."""
-    _check_batch(config, mesh)
+    trainer.check_batch(config, mesh)
     sharding.check_heads(mesh, heads=architecture.heads, kv_heads=architecture.kv_heads)
     return sharding.param_specs(model.shapes(architecture), mesh)
-
-
-def _check_batch(config: Training, mesh: jax.sharding.Mesh) -> None:
-    ways = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
-    if config.microbatch % ways:
-        raise ValueError(
-            f"A microbatch has --batch {config.batch} / --accumulate {config.accumulate} = "
-            f"{config.microbatch} sequences, which must be a multiple of the mesh axes data × "
-            f"fsdp × expert = {ways}."
-        )

@@ -1,7 +1,6 @@
 """What a grokking run trains: its grid of cells, its model, its optimizers."""
 
 import dataclasses
-import hashlib
 import itertools
 import json
 from collections import Counter
@@ -12,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from experiments.grok import grid
 from experiments.grok.losses import SoftmaxName
 from experiments.grok.tasks import TRAIN_FRACTION, TaskName, split, table
+from experiments.json_files import digest
 from experiments.optimizers import OptimizerName, Settings
 from experiments.settings import Count, Dropout, Whole, check, check_different
 from muon_jax import GroupedQuery
@@ -183,8 +183,8 @@ class Config(Settings):
             for key, value in self.as_json().items()
             if key not in GRID and value != usual[key]
         }
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
         words = [*self.tasks] if len(self.tasks) <= 3 else [f"{len(self.tasks)}tasks"]
         words += [s for s in self.softmax if self.softmax != ("softmax",)]
         words = words if self.suite is None else [self.suite]
-        return Path("runs/grok") / "-".join([*words, f"{self.layers}x{self.width}", digest])
+        words = [*words, f"{self.layers}x{self.width}", digest(settings)[:6]]
+        return Path("runs/grok") / "-".join(words)

@@ -3,7 +3,6 @@
 import datetime
 import statistics
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from experiments.grok.tasks import table
 from experiments.grok.train import compile_arm, split
 from experiments.parallel import devices_for, run_in_parallel
 from experiments.runs import changed_settings, read_json
+from experiments.timing import repeated, seconds_of
 
 RESULTS = Path(__file__).parent / "results"
 _COMPILING = 4.0  # seconds an arm, on two cores
@@ -37,15 +37,12 @@ class Estimate(NamedTuple):
     def __str__(self) -> str:
         total = datetime.timedelta(seconds=round(sum(self.seconds.values())))
         if self.known == len(self.seconds):
-            return f"Expected time: {total}, from an earlier run and the speed of this machine."
+            return f"{total}, from an earlier run and the speed of this machine."
         if self.full_length:
-            return f"Expected time: {total}; every training runs to its last epoch."
+            return f"{total}; every training runs to its last epoch."
         if self.known:
-            return (
-                f"Expected time: at most {total}; {self.known} trainings are known from an "
-                "earlier run."
-            )
-        return f"Expected time: at most {total}; a training ends once it has grokked."
+            return f"at most {total}; {self.known} trainings are known from an earlier run."
+        return f"at most {total}; a training ends once it has grokked."
 
 
 def estimate(config: Config, cells: Sequence[Cell], stop: threading.Event) -> Estimate:
@@ -113,12 +110,8 @@ def _seconds_per_step(config: Config, cell: Cell, device: jax.Device) -> float:
     program = compile_arm(settings, cell._replace(seed=0, point=""), 1, device)
     rows = program.place(split(settings, cell).train[None])
     one = program.place(np.array([cell.seed], np.int32))
-    state, seconds = program.start(one), []
-    for _ in range(3):
-        began = time.perf_counter()
-        state, _ = jax.block_until_ready(program.epoch(state, rows, one, one))
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds) / program.steps
+    epoch = repeated(lambda state: program.epoch(state, rows, one, one)[0], program.start(one), 1)
+    return statistics.median(seconds_of(epoch) for _ in range(3)) / program.steps
 
 
 def _steps(config: Config, cell: Cell) -> int:

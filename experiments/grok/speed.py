@@ -18,7 +18,6 @@ from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -31,6 +30,7 @@ from experiments.grok.model import FEED_FORWARD_RATIO, RMS_EPSILON, ROPE_BASE
 from experiments.grok.train import GROKKED_ACCURACY, compile_arm, evaluation_rows, split
 from experiments.optimizers import AdamW, OptimizerName
 from experiments.settings import Count, at_least, check, fitting_divisor
+from experiments.timing import seconds_of
 
 TASK: tasks.TaskName = "mul"
 
@@ -97,27 +97,6 @@ def torch_model(vocabulary: int, config: Config) -> Any:
             return self.head(self.norm(x[:, -1]))
 
     return Model()
-
-
-def load_weights(model: Any, params: Any) -> None:
-    """Copies the Flax model's parameters into the PyTorch one."""
-    import torch
-
-    named = {
-        "/".join(str(key) for key in path): np.asarray(leaf)
-        for path, leaf in nnx.to_flat_state(params)
-    }
-    for name, parameter in model.named_parameters():
-        path = name.replace(".", "/")
-        for layer in ("query", "key", "value", "out"):
-            path = path.replace(f"/{layer}/", f"/attention/{layer}/")
-        for layer in ("gate", "up", "down"):
-            path = path.replace(f"/{layer}/", f"/feed_forward/{layer}/")
-        path = path.removesuffix("/weight")
-        kind = {"embedding": "embedding"}.get(path, "scale" if "norm" in path else "kernel")
-        value = named[f"{path}/{kind}"]
-        with torch.no_grad():
-            parameter.copy_(torch.tensor(value.T if kind == "kernel" else value))
 
 
 def torch_optimizer(model: Any, adamw: AdamW) -> Any:
@@ -265,9 +244,7 @@ def _compare(command: Command) -> int:
         for name, loop in loops.items():
             if name in reached and number > rounds:
                 continue
-            began = time.perf_counter()
-            loop.epoch()
-            times[name].append(time.perf_counter() - began)
+            times[name].append(seconds_of(loop.epoch))
             # PyTorch's threads spin for a while after their work, and would slow the next loop.
             time.sleep(0.2 if number <= rounds else 0)
             if name not in reached and loop.accuracy() >= GROKKED_ACCURACY:

@@ -1,12 +1,10 @@
 """Named studies; `--suite NAME`; explicit options override it."""
 
-import argparse
 from collections.abc import Sequence
-from typing import get_args
 
 from experiments.grok.config import Config, SuiteName
 from experiments.optimizers import ARMS
-from experiments.settings import fitting_divisor, given, replaced
+from experiments.settings import fitting_divisor, given, given_text, replaced
 
 # Muon with its own decay, and with AdamW's by either reading of "equal".
 _DECAYS = ("adamw", "muon", "muon_equal_decay", "muon_equal_shrink")
@@ -68,10 +66,8 @@ SUITES |= {
 
 def defaults(arguments: Sequence[str]) -> Config:
     """What the options that a command line does not give are."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--suite", choices=get_args(SuiteName))
-    named, _ = early.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
-    config = SUITES[named.suite] if named.suite else Config()
+    suite = given_text(arguments, "--suite", SUITES)
+    config = SUITES[suite] if suite else Config()
     # Heads divide the width in even parts, unless the command line names them.
     width = given(arguments, "--width", config.width)
     heads = fitting_divisor(config.heads, width // 2)

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.json_files import read_json
+from experiments.json_files import digest, file_digest, read_json
 
 _META = "meta.json"
 _POLL = 0.1  # seconds
@@ -53,7 +52,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         meta = read_json(folder / _META)
         seal = meta.pop("seal")
         whole = seal == digest(meta) and meta["files"] == {
-            name: _file_digest(folder / name) for name in meta["files"]
+            name: file_digest(folder / name) for name in meta["files"]
         }
     except (OSError, ValueError, KeyError, AttributeError):
         return None
@@ -76,7 +75,7 @@ def make(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any
     partial.mkdir()
     try:
         meta = write(partial)
-        meta["files"] = {path.name: _file_digest(path) for path in sorted(partial.iterdir())}
+        meta["files"] = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
         (partial / _META).write_text(json.dumps(meta | {"seal": digest(meta)}, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -92,13 +91,3 @@ def _sweep(folder: Path) -> None:
         with contextlib.suppress(OSError), open(f"{partial.with_suffix('')}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-
-
-def digest(value: Any) -> str:
-    """Of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import errno
-import hashlib
 import json
 import os
 import re
@@ -12,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from experiments.json_files import read_json, write_json
+from experiments.json_files import digest, file_digest, read_json, write_json
 
 NAME = "manifest.json"
 STEP = r"step_(\d+)"  # names of checkpoints
@@ -29,8 +28,8 @@ def seal(path: epath.Path, manifest: dict[str, Any]) -> None:
         for folder in {(path / name).parent for name in sizes}:
             _sync(folder)
     manifest["files"] = {
-        name: [sizes[name], digest]
-        for name, digest in _in_threads(lambda name: _sha256(path / name), sizes)
+        name: [sizes[name], sha256]
+        for name, sha256 in _in_threads(lambda name: file_digest(path / name), sizes)
     }
     manifest["sha256"] = _digest(manifest)
     if local:
@@ -97,23 +96,17 @@ def _in_threads(work: Callable[[str], Any], names: Iterable[str]) -> list[tuple[
         return list(zip(names, readers.map(work, names), strict=True))
 
 
-def _has(path: epath.Path, digest: str) -> bool:
+def _has(path: epath.Path, sha256: str) -> bool:
     try:
-        return _sha256(path) == digest
+        return file_digest(path) == sha256
     except OSError as error:
         if error.errno == errno.EIO:  # a bad sector
             return False
         raise
 
 
-def _sha256(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _digest(manifest: dict[str, Any]) -> str:
-    body = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return digest({key: value for key, value in manifest.items() if key != "sha256"})
 
 
 def _sync(path: epath.Path) -> None:

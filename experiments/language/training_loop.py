@@ -1,6 +1,7 @@
 """One run: from its folder's newest checkpoint, or from the start, to its last step."""
 
 import abc
+import contextlib
 import dataclasses
 import math
 import threading
@@ -12,14 +13,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from experiments.commands import flat
-from experiments.language.checkpoints import Checkpoints
+from experiments.language.checkpoints import Checkpoints, params_sha256
 from experiments.language.log import Log
 from experiments.language.processes import Agreement, check_same
-from experiments.runs import RunError
+from experiments.language.trainer import Metrics, Trainer
+from experiments.runs import RunError, flat, machine, write_json
 from experiments.settings import Count, check
-
-Metrics = dict[str, Any]
 
 
 class TrainingError(RunError):
@@ -71,13 +70,9 @@ class TrainingLoop(abc.ABC):
     """Trains, evaluates, logs and saves; what a study has of its own are its methods.
 
     Args:
-        trainer: has `config` (`steps`, `max_nonfinite_steps`, `tokens_per_step`), the `mesh`, the
-            state as shapes with shardings, `abstract`, the compiled step, `program`, the one that
-            tells the exact `max_logit`, `looking`, and
-            `advance(state, batch, look=...) -> (state, metrics)`.
+        trainer: its `config` has `steps`, `max_nonfinite_steps` and `tokens_per_step`, too.
         keeping: what is saved, evaluated and logged when.
         folder: the run's, which this process has claimed.
-        checkpoints: of the folder.
         stop: asks for an early end; with several processes, that of any of them.
         on_step, on_message: called as it goes.
 
@@ -88,16 +83,15 @@ class TrainingLoop(abc.ABC):
 
     def __init__(
         self,
-        trainer: Any,
+        trainer: Trainer,
         keeping: Keeping,
         folder: epath.Path,
-        checkpoints: Checkpoints,
         stop: threading.Event,
-        on_step: OnStep,
-        on_message: OnMessage,
+        on_step: OnStep = lambda progress: None,
+        on_message: OnMessage = lambda text: None,
     ):
         self.trainer, self.config, self.keeping = trainer, trainer.config, keeping
-        self.folder, self.checkpoints, self.stop = folder, checkpoints, stop
+        self.folder, self.stop = folder, stop
         self.on_step, self.on_message = on_step, on_message
         self.first = jax.process_index() == 0
 
@@ -115,19 +109,41 @@ class TrainingLoop(abc.ABC):
 
     @abc.abstractmethod
     def meta(self, step: int) -> dict[str, Any]:
-        """What is saved beside the state of that step; the seals of the log have its `config`."""
+        """What is saved beside the state of that step; the seals of the log have its `config`.
 
-    @abc.abstractmethod
-    def check(self, meta: dict[str, Any]) -> None:
-        """Raises ValueError where a checkpoint is of another training."""
+        A checkpoint with another `data_sha256` is of another training.
+        """
 
     @abc.abstractmethod
     def remedy(self) -> str:
         """What to change where an update is not finite: options, and their values now."""
 
-    @abc.abstractmethod
+    def summary(self, trained: Metrics, evaluated: Metrics) -> Metrics:
+        """What `summary.json` has, by the last records of training and of held-out text."""
+        return {}
+
     def finish(self, state: Any) -> None:
-        """Called once after the last step is saved."""
+        """Called once after the last step is saved; writes `summary.json`."""
+        digest = params_sha256(state.params)
+        if self.log is None:
+            return
+        trained, evaluated = (
+            next(record for record in reversed(self.log.records) if key in record)
+            for key in ("loss", "validation_loss")
+        )
+        config = self.config
+        summary = {
+            "steps": config.steps,
+            "tokens": config.steps * config.tokens_per_step,
+            "train_loss": trained["loss"],
+            "validation_loss": evaluated["validation_loss"],
+            "skipped_steps": trained["skipped"],
+            "seconds": self.seconds,
+            "tokens_per_second": speed(self.log, config.tokens_per_step),
+            "params_sha256": digest,
+            "machine": machine(),
+        }
+        write_json(self.folder / "summary.json", summary | self.summary(trained, evaluated))
 
     def told(self, window: list[Metrics]) -> Metrics:
         """What is logged of the steps since the last record; by default of the last one."""
@@ -156,6 +172,12 @@ class TrainingLoop(abc.ABC):
             ValueError: the checkpoints are of another training.
             OSError: a checkpoint could not be written; those before are whole.
         """
+        keep = self.keeping.max_checkpoints
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=keep)
+        with contextlib.closing(self.checkpoints):
+            return self._to_the_end()
+
+    def _to_the_end(self) -> bool:
         keeping, steps = self.keeping, self.config.steps
         if keeping.profile and keeping.profile[0] >= steps:
             raise ValueError(
@@ -246,7 +268,13 @@ class TrainingLoop(abc.ABC):
             return self.start()
         for damage in restored.damaged:
             self.on_message(f"[yellow]skipped a damaged checkpoint:[/yellow] {damage}")
-        self.check(restored.meta)
+        there, here = (meta.get("data_sha256") for meta in (restored.meta, self.meta(0)))
+        if there != here:
+            raise ValueError(
+                f"The checkpoints in {self.folder} were trained on other data: the digest was "
+                f"{there[:12]}…, now it is {here[:12]}…. Give the same --data and --context, or "
+                "another --out."
+            )
         self.on_message(f"continuing from step {restored.step}")
         return restored.state
 

@@ -5,13 +5,11 @@ from experiments.huge_pages import restart_with_huge_pages
 if __name__ == "__main__":
     restart_with_huge_pages()  # before the imports, which take seconds
 
-import argparse
 import contextlib
 import dataclasses
 import functools
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -19,37 +17,26 @@ import jax
 import tyro
 from etils import epath
 from rich.console import Console
-from rich.progress import Progress as Bar
-from rich.progress import TaskID
 
 from experiments import command_line
-from experiments.commands import INTERRUPTED, guard, progress_bar, stop_on_signals
+from experiments.commands import progress_bar
 from experiments.language import data, hugging_face, planning
 from experiments.language.compile_only import compile_only
 from experiments.language.dry_run import dry_run
+from experiments.language.launch import claimed, launch, preparing, showing
 from experiments.language.mesh import make_mesh, mesh_of_config
 from experiments.language.planning import Case, Planning
 from experiments.language.processes import Processes
-from experiments.language.training_loop import Progress
 from experiments.optimizers import ARMS, OptimizerName
 from experiments.pretrain import plan, start, step
 from experiments.pretrain.config import PresetName, Running, Training
-from experiments.pretrain.loop import train
+from experiments.pretrain.loop import Pretraining
 from experiments.pretrain.presets import PRESETS, fitted
 from experiments.pretrain.suites import study
 from experiments.pretrain.suites.config import Suite, SuiteName, defaults
 from experiments.pretrain.trained import settings_of
-from experiments.programs import keep_compiled_programs
-from experiments.runs import (
-    RunError,
-    check_free,
-    check_group,
-    claim,
-    holds_run,
-    leave_nothing_of_no_run,
-)
-from experiments.settings import check_different, given
-from experiments.topology import leave_accelerators_alone
+from experiments.runs import RunError, check_free, check_group, holds_run
+from experiments.settings import check_different, given, given_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,34 +85,19 @@ class Command(Suite, Planning, Running, Training):
 
 def main() -> int:
     """Runs the command; returns its exit code."""
-    keep_compiled_programs()
-    console = Console()
-    stop = stop_on_signals()
-
-    def work() -> int:
-        command = parse(sys.argv[1:])
-        if command.topology:
-            leave_accelerators_alone()
-        command.processes.join()
-        if jax.process_index() > 0:
-            console.quiet = True
-        return run(command, stop, console)
-
-    return guard(work)
+    return launch(parse, run)
 
 
 def parse(arguments: list[str]) -> Command:
     """The command line; what it does not say is the preset's."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--preset", choices=PRESETS)
-    early.add_argument("--suite", choices=get_args(SuiteName))
-    early.add_argument("--from", nargs="?", dest="origin")  # a missing one is for tyro to tell
-    named, _ = early.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
-    preset = PRESETS.get(named.preset)
-    settings = defaults(named.suite, preset) if named.suite else vars(preset or PRESETS["tiny"])
+    name = given_text(arguments, "--preset", PRESETS)
+    suite = given_text(arguments, "--suite", get_args(SuiteName))
+    origin = given_text(arguments, "--from")
+    preset = PRESETS.get(name)
+    settings = defaults(suite, preset) if suite else vars(preset or PRESETS["tiny"])
     training = Training(**{f.name: settings[f.name] for f in dataclasses.fields(Training)})
-    if named.origin:
-        training = start.fitted(training, Path(named.origin).expanduser())
+    if origin:
+        training = start.fitted(training, Path(origin).expanduser())
     context = given(arguments, "--context", training.context)
     settings = (
         settings
@@ -135,7 +107,7 @@ def parse(arguments: list[str]) -> Command:
             "evaluation_tokens": max(Running.evaluation_tokens, context)
         }
     )
-    default = Command(preset=named.preset or "tiny", **settings)
+    default = Command(preset=name or "tiny", **settings)
     return command_line.parse(Command, "python -m experiments.pretrain", arguments, default=default)
 
 
@@ -156,15 +128,28 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
         tokens = _prepare(command, stop, console)
         return study.suite(command, command.suite, tokens, console, stop)
     step.check(command.training(), make_mesh(command.mesh.sizes))
+    config = command.training()
     with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            for optimizer in command.optimizers:
-                _claim(command, optimizer, stack)
+        for optimizer in command.optimizers:  # before what takes long
+            folder = command.folder(optimizer)
+            stack.enter_context(claimed(folder, settings_of(optimizer, config)))
         tokens = _prepare(command, stop, console)
         for optimizer in command.optimizers:
-            if not _train(command, optimizer, tokens, stop, console, begin):
-                console.print("Stopped and saved; the same command continues from there.")
-                return INTERRUPTED
+            folder = command.folder(optimizer)
+            with progress_bar(console) as bar:
+                run = Pretraining(
+                    config,
+                    optimizer,
+                    command,
+                    tokens,
+                    folder,
+                    stop,
+                    begin=begin,
+                    on_step=showing(optimizer, bar, config.steps),
+                    on_message=functools.partial(console.print, highlight=False),
+                )
+                if not run.to_the_end():
+                    raise KeyboardInterrupt
     if jax.process_index() == 0:
         from experiments.report.studies import show
 
@@ -212,26 +197,8 @@ def _check_folder(command: Command) -> None:
         check_group(folder, ARMS, settings, other="another --out")
 
 
-def _claim(command: Command, optimizer: OptimizerName, stack: contextlib.ExitStack) -> None:
-    """Makes the folder of a run this process's, before what takes long."""
-    folder = command.folder(optimizer)
-    is_new = not holds_run(folder)
-    settings = settings_of(optimizer, command.training())
-    lock = claim(folder, settings, ("mesh",), other="another --out")
-    stack.enter_context(contextlib.closing(lock))
-    if is_new:
-        stack.callback(leave_nothing_of_no_run, folder)
-
-
 def _prepare(command: Command, stop: threading.Event, console: Console) -> data.Tokens:
-    with progress_bar(console) as bar:
-        task = bar.add_task("reading the text", total=None)
-
-        def show(what: str, done: int, total: int) -> None:
-            if stop.is_set():
-                raise KeyboardInterrupt
-            bar.update(task, description=what, completed=done, total=total)
-
+    with preparing("reading the text", stop, console) as show:
         tokens = data.prepare(command.data, show)
     facts = tokens.as_json()
     console.print(
@@ -240,39 +207,6 @@ def _prepare(command: Command, stop: threading.Event, console: Console) -> data.
         highlight=False,
     )
     return tokens
-
-
-def _train(
-    command: Command,
-    optimizer: OptimizerName,
-    tokens: data.Tokens,
-    stop: threading.Event,
-    console: Console,
-    begin: Callable[[step.Trainer], step.State] | None,
-) -> bool:
-    config = command.training()
-    with progress_bar(console) as bar:
-        task = bar.add_task(f"{optimizer}: compiling", total=config.steps)
-        return train(
-            config,
-            optimizer,
-            command,
-            tokens,
-            command.folder(optimizer),
-            stop,
-            functools.partial(_show, optimizer, bar, task),
-            functools.partial(console.print, highlight=False),
-            begin,
-        )
-
-
-def _show(optimizer: str, bar: Bar, task: TaskID, progress: Progress) -> None:
-    parts = [f"{optimizer}: step {progress.step}", f"loss {progress.loss:.3f}"]
-    if progress.held_out is not None:
-        parts.append(f"held out {progress.held_out:.3f}")
-    if progress.tokens_per_second is not None:
-        parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
-    bar.update(task, completed=progress.step, description=" · ".join(parts))
 
 
 if __name__ == "__main__":

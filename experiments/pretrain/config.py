@@ -198,6 +198,11 @@ class Training(Settings):
         return MultiHeadLatent(heads=model.heads, query="query", key="key_value", **heads)
 
     @property
+    def microbatch(self) -> int:
+        """Sequences of one."""
+        return self.batch // self.accumulate
+
+    @property
     def tokens_per_step(self) -> int:
         return self.batch * self.context
 

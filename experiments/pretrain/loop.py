@@ -1,6 +1,5 @@
 """One run: from its folder's newest checkpoint, or from the start, to its last step."""
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,90 +10,73 @@ from etils import epath
 
 from experiments.commands import option
 from experiments.language import data, windows
-from experiments.language.checkpoints import Checkpoints, params_sha256
 from experiments.language.mesh import make_mesh
 from experiments.language.processes import place_whole
-from experiments.language.training_loop import OnMessage, OnStep, TrainingLoop, speed
+from experiments.language.training_loop import Metrics, TrainingLoop
 from experiments.optimizers import OptimizerName
 from experiments.pretrain import costs
 from experiments.pretrain.config import Running, Training
 from experiments.pretrain.sample import DIVIDER, write_texts
 from experiments.pretrain.step import State, Trainer
 from experiments.pretrain.trained import TOKENIZER, digest_of, settings_of
-from experiments.runs import machine, write_json, write_text
+from experiments.runs import write_text
 
 
-def train(
-    config: Training,
-    optimizer: OptimizerName,
-    running: Running,
-    tokens: data.Tokens,
-    folder: epath.Path,
-    stop: threading.Event,
-    on_step: OnStep = lambda progress: None,
-    on_message: OnMessage = lambda text: None,
-    begin: Callable[[Trainer], State] | None = None,
-) -> bool:
-    """Trains to the end, or until `stop` is set; then the state of the last step is saved.
+class Pretraining(TrainingLoop):
+    """One run.
 
     Args:
         config: what to train.
         optimizer: with which arm.
         running: what is saved, evaluated and logged when.
         tokens: of `data.prepare`.
-        folder: the run's, which this process has claimed.
-        stop: asks for an early end; with several processes, that of any of them.
-        on_step, on_message: called as it goes.
-        begin: gives the state before the first step; by default that of the seed.
-
-    Returns:
-        Whether the run is finished.
+        folder, stop, callbacks: as of `TrainingLoop`.
+        begin: gives the state before the first step; None is that of the seed.
 
     Raises:
-        TrainingError: too many steps in a row without a finite loss.
-        ValueError: the checkpoints are of another text, or a size that the mesh does not divide.
-        OSError: a checkpoint could not be written; those before are whole.
+        ValueError: the model has fewer tokens than the text, or a size that the mesh does not
+            divide.
     """
-    if tokens.vocabulary > config.data.vocabulary:
-        raise ValueError(
-            f"The text has a vocabulary of {tokens.vocabulary} tokens, the model of "
-            f"{config.data.vocabulary}. Give --data.vocabulary {tokens.vocabulary} or more."
-        )
-    mesh = make_mesh(config.mesh.sizes)
-    trainer = Trainer(config, optimizer, mesh, config.data.vocabulary)
-    with contextlib.closing(
-        Checkpoints(folder / "checkpoints", keep=running.max_checkpoints)
-    ) as checkpoints:
-        run = _Run(trainer, running, folder, checkpoints, stop, on_step, on_message)
-        run.read(tokens)
-        run.begin = begin
-        return run.to_the_end()
 
-
-class _Run(TrainingLoop):
     trainer: Trainer
     config: Training
     keeping: Running
-    begin: Callable[[Trainer], State] | None
 
-    def read(self, tokens: data.Tokens) -> None:
-        """Takes the text."""
-        config = self.config
+    def __init__(
+        self,
+        config: Training,
+        optimizer: OptimizerName,
+        running: Running,
+        tokens: data.Tokens,
+        folder: epath.Path,
+        stop: threading.Event,
+        begin: Callable[[Trainer], State] | None = None,
+        **callbacks: Any,
+    ):
+        if tokens.vocabulary > config.data.vocabulary:
+            raise ValueError(
+                f"The text has a vocabulary of {tokens.vocabulary} tokens, the model of "
+                f"{config.data.vocabulary}. Give --data.vocabulary {tokens.vocabulary} or more."
+            )
+        mesh = make_mesh(config.mesh.sizes)
+        trainer = Trainer(config, optimizer, mesh, config.data.vocabulary)
+        super().__init__(trainer, running, folder, stop, **callbacks)
+        self.begin = begin
         self.tokens = tokens
         self.windows = windows.batches(
             tokens,
             batch=config.batch,
             context=config.context,
             seed=config.seed,
-            rows=self.trainer.share.rows,
+            rows=trainer.share.rows,
         )
-        self.held_out = windows.held_out(tokens, config.context, self.keeping.evaluation_tokens)
-        self.costs = costs.step_costs(config, self.trainer.optimizer, self.trainer.abstract.params)
+        self.held_out = windows.held_out(tokens, config.context, running.evaluation_tokens)
+        self.costs = costs.step_costs(config, optimizer, trainer.abstract.params)
         if unknown := costs.unknown_peak():
             self.on_message(unknown)
         self.tokenizer = tokens.tokenizer and tokens.tokenizer.to_str()
         if self.first and self.tokenizer is not None:
-            write_text(self.folder / TOKENIZER, self.tokenizer)
+            write_text(folder / TOKENIZER, self.tokenizer)
 
     def start(self) -> State:
         return self.begin(self.trainer) if self.begin else self.trainer.start(self.config.seed)
@@ -114,14 +96,6 @@ class _Run(TrainingLoop):
             "tokenizer_sha256": self.tokenizer and digest_of(self.tokenizer),
         }
 
-    def check(self, meta: dict[str, Any]) -> None:
-        if meta["data_sha256"] != self.tokens.sha256:
-            raise ValueError(
-                f"The checkpoints in {self.folder} were trained on another text: the digest was "
-                f"{meta['data_sha256'][:12]}…, now it is {self.tokens.sha256[:12]}…. Give the "
-                "same --data, or another --out."
-            )
-
     def remedy(self) -> str:
         name, config = self.trainer.optimizer, self.config
         own = option(*(("rates", name) if hasattr(config.rates, name) else (name, "learning_rate")))
@@ -135,7 +109,7 @@ class _Run(TrainingLoop):
 
     def finish(self, state: State) -> None:
         self._write_samples(state)
-        self._summarize(state)
+        super().finish(state)
 
     def _write_samples(self, state: State) -> None:
         if not self.keeping.samples or self.tokens.tokenizer is None:
@@ -145,38 +119,19 @@ class _Run(TrainingLoop):
         if self.first:
             (self.folder / "samples.txt").write_text(DIVIDER.join(texts) + "\n")
 
-    def _summarize(self, state: State) -> None:
-        digest = params_sha256(state.params)
-        if not self.log:
-            return
-        records = self.log.records
-        trained = [r for r in records if "loss" in r]
-        evaluated = [r for r in records if "validation_loss" in r]
-        config = self.config
-        write_json(
-            self.folder / "summary.json",
-            {
-                "optimizer": self.trainer.optimizer,
-                "steps": config.steps,
-                "tokens": config.steps * config.tokens_per_step,
-                "train_loss": trained[-1]["loss"],
-                "validation_loss": evaluated[-1]["validation_loss"],
-                "bits_per_byte": evaluated[-1].get("bits_per_byte"),
-                "skipped_steps": trained[-1]["skipped"],
-                "seconds": self.seconds,
-                "tokens_per_second": speed(self.log, config.tokens_per_step),
-                "costs": self.costs.as_json(),
-                "params_sha256": digest,
-                "data": self.tokens.as_json(),
-                "machine": machine(),
-            },
-        )
+    def summary(self, trained: Metrics, evaluated: Metrics) -> Metrics:
+        return {
+            "optimizer": self.trainer.optimizer,
+            "bits_per_byte": evaluated.get("bits_per_byte"),
+            "costs": self.costs.as_json(),
+            "data": self.tokens.as_json(),
+        }
 
 
 def evaluate(trainer: Trainer, state: State, held_out: windows.HeldOut) -> dict[str, float]:
     """`validation_loss` in nats per token and, where bytes are known, `bits_per_byte`."""
     rows = held_out.windows
-    size = trainer.config.batch // trainer.config.accumulate
+    size = trainer.config.microbatch
     # The last chunk is filled up with windows that do not count.
     index = np.arange(-(-len(rows) // size) * size) % len(rows)
     chunks = rows[index].reshape(-1, size, rows.shape[1])

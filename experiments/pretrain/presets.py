@@ -1,12 +1,11 @@
 """Named settings; `--preset NAME`; explicit options override it."""
 
-import argparse
 from collections.abc import Sequence
 
 from experiments.language.data import Data
 from experiments.optimizers import AdamW, Muon
 from experiments.pretrain.config import Model, PresetName, Training
-from experiments.settings import fitting_divisor, given, replaced, tenth_at_most
+from experiments.settings import fitting_divisor, given, given_text, replaced, tenth_at_most
 
 
 def _rated(rate: float) -> dict[str, AdamW | Muon]:
@@ -158,6 +157,4 @@ def fitted(default: Training, arguments: Sequence[str]) -> Training:
 
 def preset_of(arguments: Sequence[str]) -> PresetName:
     """The --preset of a command line, whose other options begin with that preset's."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--preset", choices=PRESETS, default="tiny")
-    return early.parse_known_args([a for a in arguments if a not in ("-h", "--help")])[0].preset
+    return given_text(arguments, "--preset", PRESETS) or "tiny"

@@ -38,6 +38,7 @@ from experiments.pretrain.presets import PRESETS, fitted, preset_of
 from experiments.pretrain.step import Trainer
 from experiments.report.figures import optimizer_label
 from experiments.settings import Count
+from experiments.timing import take_turns
 
 Loop = Callable[[int], None]
 """Trains some steps and waits until they are done."""
@@ -159,20 +160,16 @@ def tokens(config: Training) -> np.ndarray:
     return rng.integers(0, config.data.vocabulary, shape, dtype=np.int32)
 
 
-def take_turns(loops: dict[str, Loop], steps: int, rounds: int) -> dict[str, float]:
-    """Median seconds a step of each.
+def median_seconds(loops: dict[str, Loop], steps: int, rounds: int) -> dict[str, float]:
+    """Seconds a step of each, in turns; the first step of a turn does not count."""
 
-    The first turn of each compiles and does not count, nor does the first step of any.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in range(rounds + 1):
-        for name, loop in loops.items():
-            time.sleep(_PAUSE)
-            loop(1)
-            began = time.perf_counter()
-            loop(steps)
-            seconds[name].append((time.perf_counter() - began) / steps)
-    return {name: statistics.median(turns[1:]) for name, turns in seconds.items()}
+    def begin(name: str) -> None:
+        time.sleep(_PAUSE)
+        loops[name](1)
+
+    turns = {name: functools.partial(loop, steps) for name, loop in loops.items()}
+    seconds = take_turns(turns, rounds, before=begin)
+    return {name: statistics.median(of) / steps for name, of in seconds.items()}
 
 
 def main() -> int:
@@ -194,7 +191,7 @@ def _compare(command: Command) -> int:
         for optimizer in command.optimizers:
             name = f"ours, {optimizer_label(optimizer)}"
             loops[name], trainers[name] = our_loop(command, optimizer)
-        median = take_turns(loops, command.turn, command.rounds)
+        median = median_seconds(loops, command.turn, command.rounds)
     mfu = {}
     for name, trainer in trainers.items():
         costs = step_costs(command, trainer.optimizer, trainer.abstract.params)

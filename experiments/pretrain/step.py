@@ -1,7 +1,6 @@
 """One training step: microbatches → gradient → guard → optimizer → selection biases.
 
-Params, optimizer state and accumulated gradients are float32 and lie as `sharding` says; the
-forward and backward passes see a copy in the model's dtype.
+The forward and backward passes see a copy of the params in the model's dtype.
 """
 
 import functools
@@ -9,14 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import muon_jax
 from experiments import optimizers
-from experiments.language import attention, guard, sharding
+from experiments.language import attention, guard, sharding, trainer
 from experiments.language.guard import Guard
-from experiments.language.processes import Share, place_whole
 from experiments.optimizers import OptimizerName
 from experiments.pretrain.config import Training
 from experiments.pretrain.experts import updated_bias
@@ -33,7 +30,7 @@ class State(NamedTuple):
     guard: Guard
 
 
-class Trainer:
+class Trainer(trainer.Trainer):
     """The compiled functions of one training, and where their arrays lie.
 
     Args:
@@ -43,13 +40,6 @@ class Trainer:
         vocabulary: tokens that the model knows.
 
     Attributes:
-        abstract: the state as shapes with shardings.
-        step: a step as a jitted function, which is told no more of attention than the optimizer
-            needs.
-        program: the same compiled; to be had before there is a state.
-        looking: the compiled step that tells the exact largest attention logit, too. It is
-            `program` itself where attention has its logits at hand; else it is compiled when first
-            needed, and updates as `program` does.
         schedule: the factor of the learning rates, by update.
 
     Raises:
@@ -64,66 +54,28 @@ class Trainer:
         self.schedule = optimizers.warmup_then_decay(
             config.warmup, config.steps, config.decay, config.final_lr_fraction, config.cooldown
         )
+        self.clips_at = optimizers.clip_threshold(optimizer, config)
         params = jax.eval_shape(self.model.init, jax.random.key(0))
         self.specs = check(config, mesh, params)
         self.routing = self._routing(params)
         self.labels = muon_jax.label_params(params, self.routing)
-        self.tx = self.transformation(config.rate(optimizer))
-        with jax.set_mesh(mesh):
-            shapes = jax.eval_shape(self._start, 0)
-        specs = State(
-            step=jax.P(),
-            params=self.specs,
-            opt_state=sharding.state_specs(shapes.opt_state, params, self.specs),
-            bias=jax.P(),
-            guard=Guard(jax.P(), jax.P(), jax.P()),
+        rate = config.rate(optimizer)
+        self.tx = self.transformation(rate)
+        shape = config.accumulate, config.microbatch, config.context + 1
+        super().__init__(
+            config,
+            mesh,
+            rate=rate,
+            params=params,
+            specs=self.specs,
+            begin=0,
+            windows=jax.ShapeDtypeStruct(shape, jnp.int32),
+            shows_logits=attention.shows_logits(mesh, config.context, config.model.key_columns),
         )
-        self.shardings = sharding.shardings(specs, mesh)
-        self.abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
-        )
-        self.windows = jax.NamedSharding(mesh, sharding.spec(None, "batch", None))
-        whole = jax.NamedSharding(mesh, jax.P())
         self._compiled_start = jax.jit(self._start, out_shardings=self.shardings)
-        self._whole = whole
-        self.clips_at = optimizers.clip_threshold(optimizer, config)
-        self._shows_logits = attention.shows_logits(mesh, config.context, config.model.key_columns)
-        self.step = self._jitted(look=self._shows_logits)
         self.evaluate = jax.jit(
-            self._evaluate, in_shardings=(self.shardings, self.windows), out_shardings=whole
+            self._evaluate, in_shardings=(self.shardings, self.windows), out_shardings=self._whole
         )
-
-    @functools.cached_property
-    def share(self) -> Share:
-        """What this process loads of a step's windows."""
-        config = self.config
-        return Share(self.windows, config.accumulate, config.batch // config.accumulate)
-
-    @functools.cached_property
-    def program(self) -> jax.stages.Compiled:
-        """The compiled step."""
-        return self._compiled(self.step)
-
-    @functools.cached_property
-    def looking(self) -> jax.stages.Compiled:
-        """The compiled step that tells the largest attention logit."""
-        return self.program if self._shows_logits else self._compiled(self._jitted(look=True))
-
-    def _jitted(self, look: bool) -> Any:
-        return jax.jit(
-            functools.partial(self._step, look=look),
-            in_shardings=(self.shardings, self.windows, self._whole),
-            out_shardings=(self.shardings, self._whole),
-            donate_argnums=0,
-        )
-
-    def _compiled(self, step: Any) -> jax.stages.Compiled:
-        config = self.config
-        shape = config.accumulate, config.batch // config.accumulate, config.context + 1
-        windows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.windows)
-        rate = jax.ShapeDtypeStruct((), jnp.float32)
-        with jax.set_mesh(self.mesh):
-            return step.lower(self.abstract, windows, rate).compile()
 
     def transformation(self, rate: float | jax.Array) -> optax.GradientTransformationExtraArgs:
         """The optimizer; `rate` is the arm's own learning rate after warm-up, and may be traced."""
@@ -156,25 +108,6 @@ class Trainer:
         with jax.sharding.use_abstract_mesh(mesh):
             bias = jax.eval_shape(self.model.initial_bias)
             return muon_jax.trace_routing(losses, params, bias, windows)
-
-    def advance(
-        self, state: State, windows: jax.Array, rate: float | None = None, look: bool = True
-    ) -> tuple[State, dict[str, Any]]:
-        """One step, `state` is donated.
-
-        Args:
-            state: of the step before.
-            windows: `(microbatches, B, T + 1)` int32, placed as `self.windows`.
-            rate: takes the place of the config's learning rate of the arm; all share one program.
-            look: whether to tell the exact `max_logit`, which changes nothing else; without it
-                that may be NaN.
-
-        Returns:
-            The new state, and metrics: scalars, and `load` of `(layers with experts, experts)`.
-        """
-        rate = self.config.rate(self.optimizer) if rate is None else rate
-        program = self.looking if look else self.program
-        return program(state, windows, place_whole(np.float32(rate), self._whole))
 
     def start(self, seed: int) -> State:
         """The state before the first step; params depend on the seed alone."""
@@ -232,10 +165,6 @@ class Trainer:
             }
         return State(state.step + 1, params, opt_state, bias, guarded), metrics
 
-    def _threshold(self, look: bool) -> float | None:
-        """Up to where upper bounds of largest logits will do: a clip's own threshold."""
-        return None if look else self.clips_at
-
     def _gradient(
         self, state: State, windows: jax.Array, look: bool = False
     ) -> tuple[jax.Array, Params, Observed]:
@@ -264,15 +193,10 @@ class Trainer:
         if windows.shape[0] == 1:
             return microbatch(windows[0])
 
-        def add(total, windows):
-            loss, gradient, observed = microbatch(windows)
-            sums = jax.tree.map(jnp.add, total, (loss, gradient))
-            return sums, observed
-
         shapes = jax.eval_shape(microbatch, windows[0])
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
         zeros = zeros[0], self._pinned(zeros[1], jnp.float32)
-        (loss, gradient), seen = jax.lax.scan(add, zeros, windows)
+        (loss, gradient), seen = trainer.sum_microbatches(microbatch, windows, zeros)
         loss, gradient = jax.tree.map(lambda x: x / len(windows), (loss, gradient))
         observed = Observed(
             jax.tree.map(lambda x: jnp.max(x, axis=0), seen.max_logits),
@@ -324,21 +248,9 @@ class Trainer:
 
 def check(config: Training, mesh: jax.sharding.Mesh, params: Params | None = None) -> Any:
     """The specs of the params, or a ValueError of what the mesh does not divide."""
-    _check_batch(config, mesh)
+    trainer.check_batch(config, mesh)
     sharding.check_heads(mesh, heads=config.model.heads, kv_heads=config.model.key_heads)
     if params is None:
         model = LanguageModel(config.model, config.data.vocabulary)
         params = jax.eval_shape(model.init, jax.random.key(0))
     return sharding.param_specs(params, mesh)
-
-
-def _check_batch(config: Training, mesh: jax.sharding.Mesh) -> None:
-    ways = 1
-    for axis in sharding.RULES["batch"]:
-        ways *= mesh.shape[axis]
-    if config.batch // config.accumulate % ways:
-        raise ValueError(
-            f"A microbatch has --batch {config.batch} / --accumulate {config.accumulate} = "
-            f"{config.batch // config.accumulate} sequences, which must be a multiple of the "
-            f"mesh axes data × fsdp × expert = {ways}."
-        )

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from experiments.finetune.arms import AS_PUBLISHED
 from experiments.finetune.config import ArmName, Base, QuirkName, Training
-from experiments.settings import Count, Rule, check
-from experiments.sweep import Sweep, check_sweep_seeds
+from experiments.settings import Rule
+from experiments.sweep import Seeded, Sweep
 
 SuiteName = Literal["as_published", "controlled", "mismatch", "qk"]
 
@@ -33,7 +33,7 @@ _CLIPPED = Rule(
 
 
 @dataclasses.dataclass(frozen=True)
-class Suite:
+class Suite(Seeded):
     """A study of many small trainings; its folder keeps those that are finished."""
 
     suite: SuiteName | None = None
@@ -41,19 +41,8 @@ class Suite:
     as_published: the quirks of the released code. controlled: all optimizers on equal terms, each
     at its best learning rate. mismatch: models pretrained by AdamW and by Muon. qk: QK-clip with
     QK-norm and without."""
-    seeds: Count = 3
-    """Number of random seeds. In a suite they train at the best learning rate. A seed sets the
-    order of the examples."""
-    sweep_seeds: Count = 1
-    """Number of seeds that choose the best learning rate of a suite."""
-    sweep: Sweep = dataclasses.field(default_factory=Sweep)
-    """Learning rates to try."""
     clip_share: Annotated[float, _CLIPPED] = 0.5
     """--suite qk: clipping threshold, as a fraction of the model's largest attention logit."""
-
-    def __post_init__(self) -> None:
-        check(self)
-        check_sweep_seeds(self.seeds, self.sweep_seeds)
 
 
 class Cell(NamedTuple):

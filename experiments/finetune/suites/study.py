@@ -1,7 +1,7 @@
 """`python -m experiments.finetune --suite NAME`: trains a suite's cells and reports on them."""
 
+import contextlib
 import dataclasses
-import json
 import statistics
 import threading
 import time
@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import jax
 from rich.console import Console
 
-from experiments.commands import INTERRUPTED, progress_bar
+from experiments.commands import INTERRUPTED
 from experiments.finetune import base, data, loop, weights
 from experiments.finetune.architecture import Qwen3
-from experiments.finetune.chat import TOKENIZER, Chat
-from experiments.finetune.config import REAL_WARMUP, WARMUP, Base, Training
+from experiments.finetune.chat import TOKENIZER
+from experiments.finetune.config import REAL_WARMUP, WARMUP, ArmName, Base, Training
 from experiments.finetune.model import Params
 from experiments.finetune.suites import clip
 from experiments.finetune.suites.config import (
@@ -31,10 +31,11 @@ from experiments.finetune.suites.config import (
     with_threshold,
 )
 from experiments.language.checkpoints import params_sha256
+from experiments.language.launch import check_alone, preparing
 from experiments.parallel import devices_for, run_in_parallel
-from experiments.report.studies import show
 from experiments.runs import Run
-from experiments.sweep import missing_cells, run_sweep
+from experiments.study import Device, Trained, sweep_rates
+from experiments.sweep import Row
 
 # What only chooses cells, or where they run, or was measured; the rest decides what a cell is.
 _FREE = (
@@ -77,11 +78,7 @@ def suite(command: Any, which: SuiteName, console: Console, stop: threading.Even
         ValueError: settings that the suite cannot have, several processes, or a folder that is not
             of this machine.
     """
-    if jax.process_count() > 1 or "://" in command.out:
-        raise ValueError(
-            f"--suite {which} requires one process and a local folder; got {jax.process_count()} "
-            f"processes and --out {command.out}."
-        )
+    check_alone(which, command.out)
     planned = variants(command, which)
     try:
         models = _models(command, planned, console, stop)
@@ -95,87 +92,55 @@ def suite(command: Any, which: SuiteName, console: Console, stop: threading.Even
         "clips": {name: of._asdict() for name, of in clips.items()},
         "thresholds": {name: of.threshold for name, of in clips.items()},
     }
-    folder = Path(command.out)
-    run = Run(folder, settings, _FREE)
-    try:
-        arms = {
-            (name, arm): of.training.optimizer.learning_rate
-            for name, of in planned.items()
-            for arm in of.arms
-        }
-        # Where there is one rate no seed has to choose it.
-        swept = command.sweep_seeds if command.sweep.reach or command.sweep.limit else None
-        work = _Work(command, planned, trainings, models)
-        try:
-            _estimate(work, run, arms, swept, stop, console)
-            run_sweep(
-                Cell,
-                arms,
-                command,
-                work.train,
-                run,
-                stop,
-                console,
-                corpus=next(iter(models.values())).rows.report.as_json(),
-                steps=lambda cell: trainings[cell.variant].steps,
-                swept=swept,
-                program=lambda cell: (cell.variant, cell.arm),
-            )
-        except KeyboardInterrupt:
-            stop.set()
-        if run.finished:
-            show(folder, console)
-    finally:
-        run.close()
-    return INTERRUPTED if stop.is_set() else 0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Work:
-    """Trains cells, each on the device that its thread has."""
-
-    command: Any
-    planned: Mapping[str, Variant]
-    trainings: Mapping[str, Training]
-    models: Mapping[Base | None, Model]
-
-    def model(self, cell: Cell) -> Model:
-        return self.models[self.planned[cell.variant].base]
+    arms = {
+        (name, arm): of.training.optimizer.learning_rate
+        for name, of in planned.items()
+        for arm in of.arms
+    }
+    # Where there is one rate no seed has to choose it.
+    swept = command.sweep_seeds if command.sweep.reach or command.sweep.limit else None
 
     def train(
-        self, cell: Cell, on_evaluation: Callable[[loop.Evaluation], None], **running: Any
-    ) -> tuple[list[loop.Evaluation], dict[str, Any]]:
-        of = self.model(cell)
-        history, outcome = loop.train_cell(
-            self.trainings[cell.variant],
+        cell: Cell, training: Training, show: Callable[[Row], None], device: Device, **running: Any
+    ) -> Trained:
+        of = models[planned[cell.variant].base]
+        return loop.train_cell(
+            training,
             of.rows,
             cell.arm,
             of.architecture,
             of.params,
             cell.rate,
             cell.seed,
-            dataclasses.replace(self.command, **running),
-            jax.config.jax_default_device or jax.local_devices()[0],
-            on_evaluation,
+            dataclasses.replace(command, **running),
+            device,
+            show,
         )
-        return [_finite(evaluation) for evaluation in history], outcome
+
+    with contextlib.closing(Run(Path(command.out), settings, _FREE)) as run:
+        return sweep_rates(
+            run,
+            stop,
+            console,
+            command,
+            cell=Cell,
+            arms=arms,
+            training=lambda cell: trainings[cell.variant],
+            train=train,
+            corpus=next(iter(models.values())).rows.report.as_json(),
+            swept=swept,
+            program=_program,
+            estimate=lambda cells: _estimate(command, cells, trainings, train, swept or 0, stop),
+        )
 
 
-class _Timed(NamedTuple):
-    """Seconds until the first evaluation was done, and of a whole cell after that."""
-
-    compiling: float
-    cell: float
+def _program(cells: list[Cell]) -> tuple[str, ArmName]:
+    """What cells share that share a compiled program."""
+    return cells[0].variant, cells[0].arm
 
 
 class _EnoughError(Exception):
     """Ends a cell that is only timed."""
-
-
-def _finite(evaluation: loop.Evaluation) -> loop.Evaluation:
-    """With None for what is not, as the norm of a step that was skipped may be."""
-    text = json.dumps(evaluation._asdict())
-    return loop.Evaluation(**json.loads(text, parse_constant=lambda constant: None))
 
 
 def _models(
@@ -184,31 +149,13 @@ def _models(
     """Every model once, pretrained if need be; rows are read once for each tokenizer."""
     models: dict[Base | None, Model] = {}
     read: dict[bytes, data.Prepared] = {}
-    with progress_bar(console) as bar:
-        task = bar.add_task("reading the models", total=None)
-
-        def show(what: str, done: int, total: int | None) -> None:
-            if stop.is_set():
-                raise KeyboardInterrupt
-            bar.update(task, description=what, completed=done, total=total)
-
+    with preparing("reading the models", stop, console) as show:
         for wanted in dict.fromkeys(of.base for of in planned.values()):
             folder = base.prepare(wanted, show) if wanted else Path(command.model).expanduser()
             architecture, params = weights.read(folder)
             tokenizer = (folder / TOKENIZER).read_bytes()
             if tokenizer not in read:
-                chat = Chat(folder)
-                if chat.vocabulary > architecture.vocabulary:
-                    raise ValueError(
-                        f"{folder}: the tokenizer has {chat.vocabulary} tokens, and the model "
-                        f"{architecture.vocabulary}. The files are of different models."
-                    )
-                read[tokenizer] = data.prepare(
-                    command.data,
-                    chat,
-                    command.context,
-                    on_progress=lambda done: show(f"reading rows, {done:,}", done, None),
-                )
+                read[tokenizer] = data.read(command, folder, architecture, show)
             name = f"{folder.name} {params_sha256(params)[:12]}"
             models[wanted] = Model(name, architecture, jax.device_get(params), read[tokenizer])
     return models
@@ -251,61 +198,54 @@ def _settings(
 
 
 def _estimate(
-    work: _Work,
-    run: Run,
-    arms: Mapping[tuple[str, Any], float],
-    swept: int | None,
+    command: Any,
+    cells: list[Cell],
+    trainings: Mapping[str, Training],
+    train: Callable[..., Any],
+    swept: int,
     stop: threading.Event,
-    console: Console,
-) -> None:
-    """Prints how long the cells to go will take: a few steps of some, on all devices at once.
+) -> str:
+    """How long the cells to go will take, by a few steps of some, on all devices at once.
 
     What is compiled for it is not compiled again.
     """
-    command = work.command
-    cells = missing_cells(run.finished, Cell, arms, command.seeds, command.sweep, swept)
-    choosing = {(cell.variant, cell.arm) for cell in cells if cell.seed < (swept or 0)}
-    count = len(cells) + len(choosing) * (command.seeds - (swept or 0))
-    programs = list({(cell.variant, cell.arm): cell for cell in cells}.values())
-    if not programs:
-        return
-    found: list[_Timed] = []
+    choosing = {_program([cell]) for cell in cells if cell.seed < swept}
+    count = len(cells) + len(choosing) * (command.seeds - swept)
+    programs = list({_program([cell]): cell for cell in cells}.values())
+    compiling, whole = [], []  # seconds until the first evaluation is done, and of a cell after it
 
     def time_some(cell: Cell, device: jax.Device) -> None:
-        began, evaluations = time.perf_counter(), []
+        training, clock = trainings[cell.variant], [time.perf_counter()]
 
-        def watch(evaluation: loop.Evaluation) -> None:
+        def watch(evaluation: Row) -> None:
             if stop.is_set():
                 raise KeyboardInterrupt
-            evaluations.append((time.perf_counter(), evaluation))
-            if evaluation.step:
+            clock.append(time.perf_counter())
+            if step := evaluation["step"]:
+                began, first, second = clock
+                seconds = evaluation["seconds"]
+                evaluations = 1 + -(-training.steps // command.evaluate_every)
+                compiling.append(first - began)
+                whole.append(
+                    training.steps * seconds / step + evaluations * (second - first - seconds)
+                )
                 raise _EnoughError
 
-        steps = work.trainings[cell.variant].steps
-        try:
-            work.train(cell, watch, evaluate_every=_TIMED)
-        except _EnoughError:
-            (start, _), (end, last) = evaluations
-            times = 1 + -(-steps // command.evaluate_every)
-            each = steps * last.seconds / last.step + times * (end - start - last.seconds)
-            found.append(_Timed(start - began, each))
+        with contextlib.suppress(_EnoughError):
+            train(cell, training, watch, device, evaluate_every=_TIMED)
 
     devices = len(devices_for(count))
-    with console.status("estimating the time"):
-        run_in_parallel(
-            programs[: len(devices_for(len(programs)))], lambda cell: cell, time_some, stop
-        )
-    if not found:  # each diverged at once
-        return
-    once = statistics.fmean(of.compiling for of in found)
-    each = statistics.fmean(of.cell for of in found)
-    whole = (count * each + (len(programs) - len(found)) * once) / devices
-    console.print(
-        f"Expected time: {_duration(whole)} for {count} trainings; {_duration(each)} each on "
+    timed = programs[: len(devices_for(len(programs)))]
+    run_in_parallel(timed, lambda cell: cell, time_some, stop)
+    if not whole:
+        return "unknown, since each training that was timed diverged at once."
+    once, each = statistics.fmean(compiling), statistics.fmean(whole)
+    total = (count * each + (len(programs) - len(whole)) * once) / devices
+    return (
+        f"{_duration(total)} for {count} trainings; {_duration(each)} each on "
         f"{devices} {'device' if devices == 1 else 'devices at once'}, and {_duration(once)} to "
         f"compile each of {len(programs)} programs. More are added if a best learning rate is "
-        "the highest or lowest one tried.",
-        highlight=False,
+        "the highest or lowest one tried."
     )
 
 

@@ -2,49 +2,24 @@
 
 import functools
 import math
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from experiments import compiled
+from experiments import compiled, timing
 from experiments.language import windows
+from experiments.language.cell import Metrics, train_in_memory
 from experiments.language.data import Tokens
 from experiments.language.mesh import one_device
 from experiments.optimizers import OptimizerName
 from experiments.pretrain import loop
 from experiments.pretrain.config import Training
 from experiments.pretrain.step import State, Trainer
-from experiments.pretrain.suites.config import BASELINE, model_flops
+from experiments.pretrain.suites.config import BASELINE, Cell, model_flops
 
-# Of the timing: turns of an arm after one that does not count, and steps a turn.
-ROUNDS, STEPS = 5, 10
-
-
-class Evaluation(NamedTuple):
-    """Losses in nats per token; `seconds` are of training alone, since the cell's start."""
-
-    step: int
-    tokens: int
-    seconds: float
-    train_loss: float
-    validation_loss: float
-    bits_per_byte: float | None
-
-
-class Text(NamedTuple):
-    """What all cells read.
-
-    Attributes:
-        tokens: to train on.
-        held_out: windows that they are evaluated on.
-    """
-
-    tokens: Tokens
-    held_out: windows.HeldOut
+STEPS = 10  # of a turn, where steps are timed
 
 
 @functools.cache
@@ -59,116 +34,73 @@ def trainer(config: Training, optimizer: OptimizerName) -> Trainer:
 
 def train_cell(
     config: Training,
-    text: Text,
-    optimizer: OptimizerName,
-    rate: float,
-    seed: int,
+    tokens: Tokens,
+    held_out: windows.HeldOut,
     evaluate_every: int,
-    on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None,
-) -> tuple[list[Evaluation], dict[str, Any]]:
-    """Trains to the end: every evaluation, and the outcome.
+    cell: Cell,
+    on_evaluation: Callable[[Metrics], None] = lambda evaluation: None,
+) -> tuple[list[Metrics], Metrics]:
+    """Trains to the end, as `train_in_memory` does: every evaluation, and the outcome.
 
-    It ends early when its loss is no longer finite; the outcome then says so and has no loss. It
-    is a pure function of its arguments, but for the clock.
+    Losses are in nats per token. It has diverged, too, after `max_nonfinite_steps` in a row.
     """
-    arm = trainer(config, optimizer)
-    state, batches = arm.start(seed), _batches(config, text, seed)
-    history: list[Evaluation] = []
-    seconds, step = 0.0, 0
-    while step < config.steps:
-        until = min(step + evaluate_every, config.steps)
-        began = time.perf_counter()
-        while step < until:
-            state, metrics = arm.advance(state, arm.share.place(batches[step]), rate, look=False)
-            step += 1
-        loss, in_a_row = map(float, (metrics["loss"], metrics["nonfinite_in_a_row"]))
-        seconds += time.perf_counter() - began
-        found = loop.evaluate(arm, state, text.held_out)
-        held_out = found["validation_loss"]
-        if in_a_row >= config.max_nonfinite_steps or not (
-            math.isfinite(loss) and math.isfinite(held_out)
-        ):
-            break
-        tokens = step * config.tokens_per_step
-        history.append(
-            Evaluation(step, tokens, seconds, loss, held_out, found.get("bits_per_byte"))
-        )
-        on_evaluation(history[-1])
-    diverged = not history or history[-1].step < config.steps
-    last = None if diverged else history[-1]
-    return history, {
-        "diverged": diverged,
-        "train_loss": last and last.train_loss,
-        "validation_loss": last and last.validation_loss,
-        "bits_per_byte": last and last.bits_per_byte,
-        "skipped": int(metrics["skipped"]),
-        "steps_run": step,
-        "seconds": seconds,
-        "milliseconds_per_step": 1e3 * seconds / step,
-    }
+    arm = trainer(config, cell.optimizer)
+    batches = windows.batches(tokens, batch=config.batch, context=config.context, seed=cell.seed)
 
+    def advance(state: State, first: int, until: int) -> tuple[State, Metrics]:
+        for step in range(first, until):
+            state, metrics = arm.advance(
+                state, arm.share.place(batches[step]), cell.rate, look=False
+            )
+        lost = int(metrics["nonfinite_in_a_row"]) >= config.max_nonfinite_steps
+        loss = math.nan if lost else float(metrics["loss"])
+        return state, {"tokens": until * config.tokens_per_step, "train_loss": loss}
 
-def _batches(config: Training, text: Text, seed: int) -> Any:
-    return windows.batches(text.tokens, batch=config.batch, context=config.context, seed=seed)
+    state, history, outcome = train_in_memory(
+        arm.start(cell.seed),
+        config.steps,
+        evaluate_every,
+        advance,
+        lambda state: {"bits_per_byte": None} | loop.evaluate(arm, state, held_out),
+        on_evaluation,
+    )
+    return history, outcome | {"skipped": int(state.guard.skipped)}
 
 
 def _no_windows(arm: Trainer) -> jax.Array:
-    config = arm.config
-    shape = config.accumulate, config.batch // config.accumulate, config.context + 1
-    return jax.device_put(np.zeros(shape, np.int32), arm.windows)
-
-
-class Cost(NamedTuple):
-    """Of one step of an arm.
-
-    Attributes:
-        model_flops: of forward and backward pass.
-        optimizer_flops: of the update's matrix products; an eigendecomposition counts nothing.
-        milliseconds: median of the turns.
-        times_baseline: median of each turn's ratio to AdamW's at the same size; None without it.
-    """
-
-    model_flops: float
-    optimizer_flops: float
-    milliseconds: float
-    times_baseline: float | None
+    return jax.device_put(np.zeros(arm.abstract_windows.shape, np.int32), arm.windows)
 
 
 def measure(
     arms: Sequence[tuple[OptimizerName, Training]],
-    on_turn: Callable[[], None] = lambda: None,
-) -> list[Cost]:
-    """Costs of all arms of one size, which take turns, so that a noisy machine disturbs all.
+    on_turn: Callable[[str], None] = lambda name: None,
+) -> dict[OptimizerName, dict[str, float | None]]:
+    """Costs of a step of all arms of one size.
 
     Args:
         arms: optimizers, and what they train.
-        on_turn: called after every turn, of which there are `ROUNDS + 1` for each arm.
+        on_turn: as of `timing.step_costs`.
+
+    Returns:
+        What `timing.step_costs` tells; `model_flops`, of forward and backward pass; and
+        `optimizer_flops`, of the update's matrix products: an eigendecomposition counts nothing.
     """
-    held = {name: trainer(config, name).start(0) for name, config in arms}
-    seconds: dict[str, list[float]] = {name: [] for name in held}
-    for _ in range(ROUNDS + 1):
-        for name, config in arms:
-            arm = trainer(config, name)
-            blank = _no_windows(arm)
-            began = time.perf_counter()
-            for _ in range(STEPS):
-                held[name], _ = arm.advance(held[name], blank, look=False)
-            jax.block_until_ready(held[name])
-            seconds[name].append((time.perf_counter() - began) / STEPS)
-            on_turn()
-    base = seconds.get(BASELINE)
-    return [
-        Cost(
-            model_flops=float(model_flops(config)),
-            optimizer_flops=_optimizer_flops(trainer(config, name)),
-            milliseconds=1e3 * statistics.median(seconds[name][1:]),
-            times_baseline=base
-            and statistics.median(
-                ours / theirs for ours, theirs in zip(seconds[name][1:], base[1:], strict=True)
-            ),
-        )
+
+    def turn(arm: Trainer) -> Callable[[], None]:
+        blank = _no_windows(arm)
+        step = functools.partial(arm.advance, windows=blank, look=False)
+        return timing.repeated(lambda state: step(state)[0], arm.start(0), STEPS)
+
+    turns = {name: turn(trainer(config, name)) for name, config in arms}
+    costs = timing.step_costs(turns, STEPS, BASELINE, on_turn)
+    return {
+        name: {
+            "model_flops": float(model_flops(config)),
+            "optimizer_flops": _optimizer_flops(trainer(config, name)),
+            **costs[name],
+        }
         for name, config in arms
-    ]
+    }
 
 
 def _optimizer_flops(arm: Trainer) -> float:

@@ -12,8 +12,8 @@ from experiments.optimizers import AdamW, Muon, OptimizerName, Rates
 from experiments.pretrain import costs
 from experiments.pretrain.config import Model, Training
 from experiments.pretrain.model import LanguageModel, Params
-from experiments.settings import Count, Positive, check, check_different
-from experiments.sweep import Sweep, check_sweep_seeds
+from experiments.settings import Count, Positive, check_different
+from experiments.sweep import Seeded
 
 SuiteName = Literal["optimizers", "scaling"]
 
@@ -21,29 +21,21 @@ BASELINE: OptimizerName = "adamw"
 
 
 @dataclasses.dataclass(frozen=True)
-class Suite:
+class Suite(Seeded):
     """A study of many small trainings; its folder keeps those that are finished."""
 
     suite: SuiteName | None = None
     """Named study to run; explicit options override its settings.
     optimizers: all optimizers, each at its best learning rate. scaling: AdamW and Muon at several
     model sizes."""
-    seeds: Count = 3
-    """Number of random seeds. In a suite they train at the best learning rate. A seed sets the
-    initial parameters and the order of the text."""
-    sweep_seeds: Count = 1
-    """Number of seeds that choose the best learning rate of a suite."""
-    sweep: Sweep = dataclasses.field(default_factory=Sweep)
-    """Learning rates to try."""
     widths: tuple[Count, ...] = (32, 48, 64, 80)
     """Model widths to compare. Of --suite scaling; all other sizes grow with the width."""
     tokens_per_param: Positive = 10.0
     """--suite scaling: training tokens per active parameter."""
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         check_different(self, "widths")
-        check_sweep_seeds(self.seeds, self.sweep_seeds)
 
 
 class Cell(NamedTuple):

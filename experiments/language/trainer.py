@@ -1,0 +1,172 @@
+"""The compiled functions of a language model's training, and where their arrays lie."""
+
+import abc
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.language import sharding
+from experiments.language.processes import Share, place_whole
+
+Metrics = dict[str, Any]
+
+
+class Trainer(abc.ABC):
+    """What trainers share; a study's own has the model, and the step as a function.
+
+    Params, optimizer state and accumulated gradients are float32 and lie as `sharding` says.
+
+    Args:
+        config: what to train; it has `batch`, `accumulate` and `microbatch`.
+        mesh: of `mesh.make_mesh`.
+        rate: the config's learning rate after warm-up.
+        params: shapes.
+        specs: of the params.
+        begin: what the state before the first step is made of, as shapes.
+        windows: what a step reads, `(microbatches, B, ...)`, as shapes.
+        shows_logits: whether attention has its logits at hand.
+
+    Attributes:
+        abstract: the state as shapes with shardings.
+        shardings: of the state.
+        windows: the sharding of what a step reads.
+        abstract_windows: what a step reads, as shapes with shardings.
+        step: a step as a jitted function, which is told no more of attention than the optimizer
+            needs.
+        clips_at: up to where upper bounds of the largest attention logits will do for the
+            optimizer; None where it needs none.
+
+    Raises:
+        ValueError: an axis that the mesh does not divide.
+    """
+
+    clips_at: float | None
+
+    def __init__(
+        self,
+        config: Any,
+        mesh: jax.sharding.Mesh,
+        *,
+        rate: float,
+        params: Any,
+        specs: Any,
+        begin: Any,
+        windows: Any,
+        shows_logits: bool,
+    ):
+        self.config, self.mesh, self.rate, self.specs = config, mesh, rate, specs
+        self._shows_logits = shows_logits
+        with jax.set_mesh(mesh):
+            shapes = jax.eval_shape(self._start, begin)
+        of_state = jax.tree.map(lambda x: jax.P(), shapes)._replace(
+            params=specs, opt_state=sharding.state_specs(shapes.opt_state, params, specs)
+        )
+        self.shardings = sharding.shardings(of_state, mesh)
+        self.windows = jax.NamedSharding(mesh, sharding.spec(None, "batch", None))
+        self.abstract = jax.tree.map(_placed, shapes, self.shardings)
+        self.abstract_windows = jax.tree.map(lambda x: _placed(x, self.windows), windows)
+        self._whole = jax.NamedSharding(mesh, jax.P())
+        self.step = self._jitted(look=shows_logits)
+
+    @abc.abstractmethod
+    def _start(self, begin: Any) -> Any:
+        """The state before the first step."""
+
+    @abc.abstractmethod
+    def _step(
+        self, state: Any, windows: Any, rate: jax.Array, look: bool = False
+    ) -> tuple[Any, Metrics]:
+        """The state after a step, and metrics; `look` is that of `advance`."""
+
+    @functools.cached_property
+    def share(self) -> Share:
+        """What this process makes of a step's windows."""
+        return Share(self.windows, self.config.accumulate, self.config.microbatch)
+
+    @functools.cached_property
+    def program(self) -> jax.stages.Compiled:
+        """The compiled step; to be had before there is a state."""
+        return self._compiled(self.step)
+
+    @functools.cached_property
+    def looking(self) -> jax.stages.Compiled:
+        """The compiled step that tells the exact largest attention logit, too.
+
+        It is `program` itself where attention has its logits at hand; else it is compiled when
+        first needed, and updates as `program` does.
+        """
+        return self.program if self._shows_logits else self._compiled(self._jitted(look=True))
+
+    def _jitted(self, look: bool) -> Any:
+        return jax.jit(
+            functools.partial(self._step, look=look),
+            in_shardings=(self.shardings, self.windows, self._whole),
+            out_shardings=(self.shardings, self._whole),
+            donate_argnums=0,
+        )
+
+    def _compiled(self, step: Any) -> jax.stages.Compiled:
+        rate = jax.ShapeDtypeStruct((), jnp.float32)
+        with jax.set_mesh(self.mesh):
+            return step.lower(self.abstract, self.abstract_windows, rate).compile()
+
+    def advance(
+        self, state: Any, windows: Any, rate: float | None = None, look: bool = True
+    ) -> tuple[Any, Metrics]:
+        """One step, `state` is donated.
+
+        Args:
+            state: of the step before.
+            windows: of the step, placed as `self.windows`.
+            rate: takes the place of the config's learning rate; all share one program.
+            look: whether to tell the exact `max_logit`, which changes nothing else; without it
+                that may be NaN.
+
+        Returns:
+            The new state, and metrics: arrays, and dicts of these.
+        """
+        program = self.looking if look else self.program
+        given = np.float32(self.rate if rate is None else rate)
+        return program(state, windows, place_whole(given, self._whole))
+
+    def _threshold(self, look: bool) -> float | None:
+        """Up to where upper bounds of largest logits will do."""
+        return None if look else self.clips_at
+
+
+def _placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def sum_microbatches(
+    microbatch: Callable[[Any], tuple[jax.Array, Any, Any]], windows: Any, zeros: Any
+) -> tuple[Any, Any]:
+    """Sums of the microbatches' losses and gradients, and what was observed, stacked.
+
+    Args:
+        microbatch: `windows -> (loss, gradient, observed)` of one.
+        windows: of all.
+        zeros: of loss and gradient, to begin with.
+    """
+
+    def add(sums: Any, windows: Any) -> tuple[Any, Any]:
+        loss, gradient, observed = microbatch(windows)
+        return jax.tree.map(jnp.add, sums, (loss, gradient)), observed
+
+    return jax.lax.scan(add, zeros, windows)
+
+
+def check_batch(config: Any, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError where the mesh does not divide a microbatch."""
+    ways = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
+    if config.microbatch % ways:
+        raise ValueError(
+            f"A microbatch has --batch {config.batch} / --accumulate {config.accumulate} = "
+            f"{config.microbatch} sequences, which must be a multiple of the mesh axes data × "
+            f"fsdp × expert = {ways}."
+        )

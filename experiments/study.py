@@ -1,0 +1,267 @@
+"""A study of many trainings: its cells are trained into a run's folder until none is missing."""
+
+import dataclasses
+import importlib.metadata
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import jax
+from rich.console import Console
+
+from experiments import timing
+from experiments.commands import INTERRUPTED, explain, progress_bar
+from experiments.parallel import run_in_parallel
+from experiments.report.studies import show
+from experiments.runs import Run, machine, read_json, write_json
+from experiments.sweep import Row, missing_cells
+
+Cell = TypeVar("Cell", bound=tuple)
+
+Trained = tuple[Sequence[Row], Row]
+"""The records of a cell, and its outcome."""
+
+Show = Callable[[Any, float, str], None]
+"""Takes a cell, how much of it is done, and a few words; raises KeyboardInterrupt to stop it."""
+
+Device = jax.Device | None
+
+
+class Timed(NamedTuple):
+    """Optimizers whose costs are measured together, since ratios are of one process.
+
+    Attributes:
+        names: of the optimizers.
+        measure: `on_turn -> costs` by name, as `timing.step_costs` has them.
+        under: the key of `costs.json` that has these costs; by default it has no others.
+    """
+
+    names: Sequence[str]
+    measure: Callable[[Callable[[str], None]], Mapping[str, Any]]
+    under: str | None = None
+
+
+@dataclasses.dataclass
+class Study(Generic[Cell]):
+    """What the cells of a study are, and how they are trained.
+
+    Attributes:
+        run: the open run, whose log gets the records and the outcome of each finished cell.
+        stop: asks for an early end; finished cells are kept.
+        console: for progress.
+        missing: the cells to be trained, as far as the finished ones tell; the next one first.
+        train: `(cells of a group, show, device)` trains these to their ends.
+        plan: what is to be trained, in words.
+        summary: what `summary.json` has beside machine and number of cells.
+        outcome: of a cell, in words.
+        work: what the time of a cell is proportional to.
+        groups: which of the missing cells train together; by default each by itself.
+        program: what groups have in common that share a compiled program. Given, groups train on
+            all devices at once; else one after another.
+        estimate: says how long the missing cells will take.
+        costs: to be measured when no cell is missing.
+    """
+
+    run: Run
+    stop: threading.Event
+    console: Console
+    missing: Callable[[], list[Cell]]
+    train: Callable[[list[Cell], Show, Device], Sequence[Trained]]
+    plan: str
+    summary: Callable[[], dict[str, Any]]
+    outcome: Callable[[Row], str]
+    work: Callable[[Cell], float]
+    groups: Callable[[list[Cell]], list[list[Cell]]] = lambda cells: [[cell] for cell in cells]
+    program: Callable[[list[Cell]], Hashable] | None = None
+    estimate: Callable[[list[Cell]], str] | None = None
+    costs: Sequence[Timed] = ()
+
+    def to_the_end(self) -> int:
+        """Trains what is missing until `stop` is set, and reports on what there is.
+
+        Returns:
+            The command's exit code.
+
+        Raises:
+            OSError: a file cannot be written; finished cells are kept.
+        """
+        try:
+            return self._to_the_end()
+        except OSError as error:
+            raise OSError(
+                f"{explain(error)} {len(self.run.finished)} finished trainings are saved in "
+                f"{self.run.folder}."
+            ) from error
+
+    def _to_the_end(self) -> int:
+        run, console = self.run, self.console
+        for note in run.notes:
+            console.print(note, highlight=False, soft_wrap=True)
+        console.print(f"[bold]{run.folder}[/bold]: {self.plan}", highlight=False)
+        try:
+            if self.missing():
+                self._tell_time()
+                self._train_missing()
+            self._measure_costs()
+        except KeyboardInterrupt:
+            self.stop.set()
+        if run.finished:
+            self._summarize()
+            show(run.folder, console)
+        if left := len(self.missing()):
+            console.print(
+                f"Interrupted; trainings left: {left}. The same command continues from there."
+            )
+        return INTERRUPTED if self.stop.is_set() else 0
+
+    def _tell_time(self) -> None:
+        if self.estimate is not None:
+            with self.console.status("estimating the time"):
+                expected = self.estimate(self.missing())
+            self.console.print(f"Expected time: {expected}", highlight=False)
+
+    def _train_missing(self) -> None:
+        done: dict[Cell, float] = {}  # how much of each cell that was begun
+        lock = threading.Lock()
+
+        def update(description: str, **changes: Any) -> None:
+            completed = sum(share * self.work(cell) for cell, share in done.items())
+            progress.update(bar, description=description, completed=completed, **changes)
+
+        def show(cell: Cell, share: float, text: str) -> None:
+            self._check_stop()
+            with lock:
+                done[cell] = share
+                update(f"{cell} {text}")
+
+        def train(cells: list[Cell], device: Device = None) -> None:
+            with lock:
+                done.update(dict.fromkeys(cells, 0.0))
+                total = sum(map(self.work, {*done, *self.missing()}))
+                update(f"{cells[0]} starting", total=total)
+            trained = list(zip(cells, self.train(cells, show, device), strict=True))
+            with lock:
+                self.run.extend(
+                    [
+                        ([cell._asdict() | record for record in records], cell._asdict() | row)
+                        for cell, (records, row) in trained
+                    ]
+                )
+                for cell, (_, row) in trained:
+                    done[cell] = 1.0
+                    update(f"{cell} finished")
+                    self.console.print(f"{cell}: {self.outcome(row)}", highlight=False)
+                self._summarize()
+
+        with progress_bar(self.console) as progress:
+            bar = progress.add_task("starting")
+            while cells := self.missing():
+                if self.program is None:
+                    train(self.groups(cells)[0])
+                else:
+                    run_in_parallel(self.groups(cells), self.program, train, self.stop)
+
+    def _summarize(self) -> None:
+        write_json(
+            self.run.folder / "summary.json",
+            {
+                "version": importlib.metadata.version("muon-jax"),
+                "machine": machine(),
+                "cells_total": len(self.run.finished) + len(self.missing()),
+                **self.summary(),
+            },
+        )
+
+    def _measure_costs(self) -> None:
+        path = self.run.folder / "costs.json"
+        costs = read_json(path)["costs"] if path.exists() else {}
+        for names, measure, under in self.costs:
+            known = costs if under is None else costs.get(under, {})
+            if {*names} <= known.keys():
+                continue
+            with progress_bar(self.console) as progress:
+                turns = (timing.ROUNDS + 1) * len(names)
+                bar = progress.add_task("timing the optimizers", total=turns)
+
+                def on_turn(name: str, progress: Any = progress, bar: Any = bar) -> None:
+                    self._check_stop()
+                    progress.advance(bar)
+
+                found = measure(on_turn)
+            costs |= found if under is None else {under: found}
+            write_json(path, {"machine": machine(), "costs": costs})
+
+    def _check_stop(self) -> None:
+        if self.stop.is_set():
+            raise KeyboardInterrupt
+
+
+def sweep_rates(
+    run: Run,
+    stop: threading.Event,
+    console: Console,
+    config: Any,
+    *,
+    cell: Callable[..., Cell],
+    arms: Mapping[tuple[Hashable, ...], float],
+    training: Callable[[Cell], Any],
+    train: Callable[[Cell, Any, Callable[[Row], None], Device], Trained],
+    corpus: dict[str, Any],
+    swept: int | None = None,
+    step_work: Callable[[Any], float] = lambda training: 1.0,
+    **options: Any,
+) -> int:
+    """A study of arms at several learning rates, of which the best one has all seeds.
+
+    Args:
+        run, stop, console: as of `Study`.
+        config: has `seeds` and `sweep`.
+        cell, arms, swept: as of `sweep.missing_cells`, `make` and the others.
+        training: the settings of a cell, which have `steps`.
+        train: `(cell, its training, on_evaluation, device)`; the evaluations have `step` and
+            `validation_loss`, the outcome has `diverged` and `milliseconds_per_step`.
+        corpus: what the run records of its text.
+        step_work: of a training, what the time of its step is proportional to.
+        options: further settings of `Study`.
+
+    Returns:
+        The command's exit code.
+    """
+
+    def missing() -> list[Cell]:
+        return missing_cells(run.finished, cell, arms, config.seeds, config.sweep, swept)
+
+    def train_one(cells: list[Cell], show: Show, device: Device) -> list[Trained]:
+        (one,) = cells
+        its = training(one)
+
+        def on_evaluation(evaluation: Row) -> None:
+            loss = f"loss {evaluation['validation_loss']:.3f}"
+            show(one, evaluation["step"] / its.steps, loss)
+
+        return [train(one, its, on_evaluation, device)]
+
+    def outcome(row: Row) -> str:
+        loss = "diverged" if row["diverged"] else f"loss {row['validation_loss']:.4f}"
+        return f"{loss}, {row['milliseconds_per_step']:.0f} ms per step"
+
+    def work(cell: Cell) -> float:
+        return training(cell).steps * step_work(training(cell))
+
+    plan = (
+        f"trainings left: {len(missing())}, and more if a best learning rate is the highest or "
+        f"lowest one tried; {len(run.finished)} finished."
+    )
+    study = Study(
+        run,
+        stop,
+        console,
+        missing=missing,
+        train=train_one,
+        plan=plan,
+        summary=lambda: {"corpus": corpus},
+        outcome=outcome,
+        work=work,
+        **options,
+    )
+    return study.to_the_end()
