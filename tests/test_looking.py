@@ -84,5 +84,5 @@ def test_a_clip_takes_bounds_below_its_threshold(hidden_logits):
 
 def test_where_logits_are_at_hand_there_is_one_program():
     trainer = finetuning.trainer_of(finetuning.training())
-    assert attention.shows_logits(trainer.mesh, 16, 8)
+    assert attention.shows_logits(trainer.mesh, 16, 8, jnp.float32)
     assert trainer.looking is trainer.program

@@ -117,10 +117,21 @@ def test_heads_that_are_too_wide_for_cudnn_compile_for_a_gpu(gpu):
     assert program.flops == 2 * pairs * packed_attention.BLOCK**2 * columns
 
 
+def test_float32_attention_compiles_for_a_gpu(gpu):
+    """cuDNN's kernel refuses float32, which ours takes; its products count."""
+    assert attention.shows_logits(gpu, 128, 32, jnp.float32)
+    place = jax.NamedSharding(gpu, jax.P())
+    x = jax.ShapeDtypeStruct((1, 128, 2, 32), jnp.float32, sharding=place)
+    with jax.set_mesh(gpu):
+        layer = jax.jit(lambda q: attention.causal_attention(q, q, q)[0], out_shardings=place)
+        program = measure(layer.lower(x).compile())
+    assert program.flops == 2 * 3 * 2 * packed_attention.BLOCK**2 * (32 + 32)
+
+
 def test_the_program_for_a_gpu_has_no_mask_in_memory(gpu):
     mesh, place = gpu, jax.NamedSharding(gpu, jax.P())
-    assert attention.shows_logits(mesh, 1024, 64, packed=True)
-    assert not attention.shows_logits(mesh, 1024, 64)
+    assert attention.shows_logits(mesh, 1024, 64, jnp.bfloat16, packed=True)
+    assert not attention.shows_logits(mesh, 1024, 64, jnp.bfloat16)
 
     def gradient(q, k, v, segments):
         def summed(q, k, v):

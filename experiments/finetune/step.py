@@ -80,7 +80,9 @@ class Trainer(trainer.Trainer):
             specs=specs,
             begin=wanted,
             windows=Windows(windows, windows, windows),
-            shows_logits=attention.shows_logits(mesh, config.context, columns, packed=True),
+            shows_logits=attention.shows_logits(
+                mesh, config.context, columns, config.dtype, packed=True
+            ),
         )
         self._compiled_start = jax.jit(
             self._start, in_shardings=(self.places,), out_shardings=self.shardings, donate_argnums=0

@@ -41,9 +41,9 @@ def causal_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of each position to itself and those before it in its segment.
 
-    On a GPU cuDNN's kernel does it, and one of ours where there are segments or heads wider than
-    cuDNN's; on a TPU the splash kernel; elsewhere blocks of queries one after another, each against
-    the keys that it sees, so that logits of few are held at a time.
+    On a GPU cuDNN's kernel does it, and one of ours where there are segments, float32 or heads
+    wider than cuDNN's; on a TPU the splash kernel; elsewhere blocks of queries one after another,
+    each against the keys that it sees, so that logits of few are held at a time.
 
     Args:
         q_BxTxNxH, k_BxTxKxH, v_BxTxKxV: K divides N; each key head serves N / K query heads.
@@ -58,8 +58,8 @@ def causal_attention(
     """
     length = q_BxTxNxH.shape[1]
     packed = segments_BxT is not None
-    columns = q_BxTxNxH.shape[-1]
-    kernel = _kernel(jax.sharding.get_abstract_mesh(), length, columns, packed)
+    columns, dtype = q_BxTxNxH.shape[-1], q_BxTxNxH.dtype
+    kernel = _kernel(jax.sharding.get_abstract_mesh(), length, columns, dtype, packed)
     if kernel is not None:
         return kernel(q_BxTxNxH, k_BxTxKxH, v_BxTxKxV, segments_BxT, threshold)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BxTxNxH, k_BxTxKxH, v_BxTxKxV))
@@ -79,12 +79,18 @@ def causal_attention(
     return jnp.swapaxes(jnp.concatenate(mixed, 2), 1, 2), jnp.max(jnp.stack(largest), axis=0)
 
 
-def shows_logits(mesh: jax.sharding.Mesh, length: int, columns: int, packed: bool = False) -> bool:
+def shows_logits(
+    mesh: jax.sharding.Mesh,
+    length: int,
+    columns: int,
+    dtype: jax.typing.DTypeLike,
+    packed: bool = False,
+) -> bool:
     """Whether attention on this mesh has its logits at hand, so that the largest cost nothing.
 
     Other kernels than ours keep them: the exact largest take another product of queries and keys.
     """
-    return _kernel(mesh.abstract_mesh, length, columns, packed) in (None, _by_packed)
+    return _kernel(mesh.abstract_mesh, length, columns, dtype, packed) in (None, _by_packed)
 
 
 def largest_known(max_logits: dict[str, jax.Array], threshold: float | None) -> jax.Array:
@@ -96,12 +102,18 @@ def largest_known(max_logits: dict[str, jax.Array], threshold: float | None) -> 
 
 
 def _kernel(
-    mesh: jax.sharding.AbstractMesh, length: int, columns: int, packed: bool
+    mesh: jax.sharding.AbstractMesh,
+    length: int,
+    columns: int,
+    dtype: jax.typing.DTypeLike,
+    packed: bool,
 ) -> Callable[..., Any] | None:
     platform = mesh.abstract_device.platform
     if platform == "gpu":
-        own = packed or columns > _CUDNN_COLUMNS
-        return _by_packed if own and triton is not None else _by_cudnn
+        is_narrow = jnp.dtype(dtype).itemsize == 2  # what cuDNN's takes
+        if triton is not None and (packed or columns > _CUDNN_COLUMNS or not is_narrow):
+            return _by_packed
+        return _by_cudnn if is_narrow else None
     if platform == "tpu" and length % _LANES == 0 and splash_attention is not None:
         return _by_splash
     return None

@@ -70,7 +70,9 @@ class Trainer(trainer.Trainer):
             specs=self.specs,
             begin=0,
             windows=jax.ShapeDtypeStruct(shape, jnp.int32),
-            shows_logits=attention.shows_logits(mesh, config.context, config.model.key_columns),
+            shows_logits=attention.shows_logits(
+                mesh, config.context, config.model.key_columns, config.model.dtype
+            ),
         )
         self._compiled_start = jax.jit(self._start, out_shardings=self.shardings)
         self.evaluate = jax.jit(
