@@ -125,23 +125,16 @@ class Trainer(trainer.Trainer):
         taken, guarded = guard.judge(state.guard, updates_before, loss, norm)
         clipping = jnp.minimum(1.0, self.config.clip / jnp.maximum(norm, 1e-30))
 
-        def update(params: Params, opt_state: Any, gradient: Params) -> tuple[Params, Any, Any]:
-            updates, opt_state = self.arm.build(rate).update(
-                jax.tree.map(lambda g: clipping * g, gradient),
-                opt_state,
-                params,
-                max_logits=seen["max_logits"],
-            )
-            size = arms.by_group(updates, arms.rms)
-            return optax.apply_updates(params, updates), opt_state, size
-
-        def keep(params: Params, opt_state: Any, gradient: Params) -> tuple[Params, Any, Any]:
-            return params, opt_state, arms.by_group(params, lambda leaves: jnp.zeros([]))
-
-        # A choice between new and old would hold both; here the new take the old ones' place.
-        params, opt_state, size = jax.lax.cond(
-            taken, update, keep, state.params, state.opt_state, counted
+        updates, opt_state = self.arm.build(rate).update(
+            jax.tree.map(lambda g: clipping * g, counted),
+            state.opt_state,
+            state.params,
+            max_logits=seen["max_logits"],
         )
+        new = optax.apply_updates(state.params, updates), opt_state
+        params, opt_state = guard.choose(taken, new, (state.params, state.opt_state))
+        size = arms.by_group(updates, arms.rms)
+        size = jax.tree.map(lambda rms: jnp.where(taken, rms, 0.0), size)
         learnt, correct = seen["learnt"], seen["correct"]
         metrics = {
             "loss": loss,
