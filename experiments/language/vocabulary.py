@@ -197,7 +197,7 @@ def _own(logits: jax.Array, target: jax.Array) -> jax.Array:
 
 def _read(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A token's log-sum-exp, and which of its largest logits is first, as targets are counted."""
-    read = _in_one_pass if platform() == "gpu" else _in_passes
+    read = {"gpu": _in_one_pass, "tpu": _in_two_passes}.get(platform(), _in_passes)
     largest, total, place = read(logits)
     of_all = jax.lax.pmax(largest, "tensor")
     total = jax.lax.psum(total * jnp.exp(largest - of_all), "tensor")
@@ -211,6 +211,19 @@ def _in_passes(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     largest = jnp.max(logits)
     places = jnp.where(logits == largest, jnp.arange(logits.size), logits.size)
     return largest, jnp.sum(jnp.exp(logits - largest)), jnp.min(places)
+
+
+def _in_two_passes(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same; the compiler of TPUs would read once more for the place of the largest."""
+    largest = jnp.max(logits)
+    places = jnp.where(logits == largest, jnp.arange(logits.size), logits.size)
+
+    def join(a, b):
+        return a[0] + b[0], jnp.minimum(a[1], b[1])
+
+    nothing = jnp.zeros([], logits.dtype), jnp.int32(logits.size)
+    total, place = jax.lax.reduce((jnp.exp(logits - largest), places), nothing, join, (0,))
+    return largest, total, place
 
 
 def _in_one_pass(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
