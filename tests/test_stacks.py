@@ -55,6 +55,24 @@ def test_products_rounded_once_keep_singular_values_in_range(coeffs, method):
         assert values[:, 0].min() > 0.6 and values.max() < 1.21
 
 
+@pytest.mark.parametrize("coeffs", ["jordan", "aol"])
+def test_padding_changes_no_matrix(coeffs):
+    newton_schulz = NewtonSchulz(coeffs)
+    form = newton_schulz.padded_form(12, 40, jnp.float32)
+    xs = [
+        gaussian(*shape, seed=i) for i, shape in enumerate([(2, 12, 12), (1, 40, 12), (3, 12, 24)])
+    ]
+    xs[0][1] *= 1e30
+    xs[2][0] = 0
+    together = newton_schulz.together([jnp.asarray(x) for x in xs], form)
+    for x, y in zip(xs, together, strict=True):
+        assert y.shape == x.shape
+        for one, found in zip(x, y, strict=True):
+            alone = newton_schulz(one, form=form._replace(padded=0))
+            np.testing.assert_allclose(found, alone, atol=1e-5)
+    assert not np.any(together[2][0]) and np.all(np.isfinite(together[0]))
+
+
 def stack(count, m=256, n=256, dtype=jnp.bfloat16):
     return Stack(count, m, n, (), (), (), jnp.dtype(dtype))
 
@@ -75,9 +93,15 @@ def test_matrices_of_one_short_side_share_a_call_if_their_form_is_one(platform):
     stacks = (stack(1), stack(2, 256, 1024), stack(1, 1024, 256), stack(1, 512, 2048), *large)
     buckets = plan_buckets(stacks, (), NewtonSchulz(dtype=jnp.bfloat16), platform)
     calls = [bucket.call for bucket in buckets]
-    assert [bucket.form.method for bucket in buckets] == ["standard", *["gram"] * 5]
-    assert len(set(calls)) == (6 if platform == "cpu" else 5)
+    padded = 3 if platform == "gpu" else 0
+    assert [bucket.form.padded for bucket in buckets] == [1024] * padded + [0] * (6 - padded)
+    alone = padded or 1
+    assert [bucket.form.method for bucket in buckets] == ["standard"] * alone + ["gram"] * (
+        6 - alone
+    )
+    assert len(set(calls)) == {"cpu": 6, "tpu": 5, "gpu": 4}[platform]
     assert (calls[1] == calls[2]) == (platform != "cpu")
+    assert (calls[0] == calls[1]) == (platform == "gpu")
 
     def working(*shapes):
         leaves = {

@@ -23,6 +23,8 @@ class Form(NamedTuple):
             transposed first and last.
         apart: arrays that make one stack are scaled before they are put together, and multiplied
             last once they are taken apart, so that XLA fuses what comes before and after.
+        padded: to so many columns matrices of one short side are filled up with zeros, and make
+            one stack; 0 is as many as they have.
     """
 
     method: str
@@ -32,10 +34,12 @@ class Form(NamedTuple):
     rounded: bool = False
     upright: bool = False
     apart: bool = False
+    padded: int = 0
 
     def flops(self, short: int, long: int, rows: tuple[Row, ...]) -> int:
         """FLOPs of the matrix products for one matrix, or for a tile with `long` of its columns."""
-        return sum(kernel.flops for kernel in _iteration(self, short, ((1, long),), rows, True))
+        stacks = ((1, self.padded or long),)
+        return sum(kernel.flops for kernel in _iteration(self, short, stacks, rows, True))
 
     def kernels(
         self, short: int, stacks: Sequence[tuple[int, int]], rows: tuple[Row, ...], device: Device
@@ -49,6 +53,10 @@ class Form(NamedTuple):
             device: what they are for.
         """
         scaled = [Kernel(0, 0)] * 2  # the norms of all matrices
+        if self.padded:
+            together = sum(matrices for matrices, _ in stacks)
+            stacks = [(together, self.padded)]
+            scaled.append(Kernel(0, 2 * together * short * self.padded))  # the stack is written
         for matrices, long in stacks:
             entries = matrices * short * long
             scaled += [Kernel(0, entries), *[Kernel(0, 0)] * 3, Kernel(0, 2 * entries)]

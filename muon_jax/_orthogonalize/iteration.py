@@ -70,6 +70,22 @@ def orthogonalize_stacks(
             return y
 
         return tuple(jax.lax.map(one, x) for x in xs)
+    if form.padded:
+
+        def stacked(x: jax.Array) -> jax.Array:
+            [y] = orthogonalize_stacks(
+                [x],
+                rows=rows,
+                normalization=normalization,
+                safety=safety,
+                dtype=dtype,
+                form=form._replace(padded=0),
+                eps=eps,
+                absolute_eps=absolute_eps,
+            )
+            return y
+
+        return _in_one_shape(stacked, xs, form.padded)
     out_dtype = xs[0].dtype
     arrays = _Alike.of(xs)
     if not form.apart:
@@ -103,6 +119,17 @@ def orthogonalize_stacks(
     ]
     ys = [(y.mT if turn else y).astype(out_dtype) for y, turn in zip(ys, turned, strict=True)]
     return tuple(ys if form.apart else arrays.arrays(ys))
+
+
+def _in_one_shape(
+    orthogonalize: Callable[[jax.Array], jax.Array], xs: Sequence[jax.Array], length: int
+) -> tuple[jax.Array, ...]:
+    """Of stacks `(count, m, n)` of one short side, which zeros make equally long."""
+    wide = [x.mT if x.shape[-2] > x.shape[-1] else x for x in xs]
+    padded = [jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[-1]))) for x in wide]
+    ys = _split(orthogonalize(joined(padded)), [len(x) for x in xs])
+    cut = [y[..., : x.shape[-1]] for x, y in zip(wide, ys, strict=True)]
+    return tuple(y if y.shape == x.shape else y.mT for x, y in zip(xs, cut, strict=True))
 
 
 class _Alike(NamedTuple):
@@ -248,9 +275,9 @@ def _unit_norms(
     if not form.rounded and share is ALONE:
         norms: Iterable = map(_norm_in_two_passes, xs)
     else:
-        sums = joined([_sums_of_squares(x, share) for x in xs])
+        sums = map(joined, zip(*[_sums_of_squares(x, share) for x in xs], strict=True))
         counts = [len(x) for x in xs]
-        norms = zip(*(_split(each, counts) for each in _norm_of(sums)), strict=True)
+        norms = zip(*(_split(each, counts) for each in _norm_of(*sums)), strict=True)
     return [
         (x * root * root / (jnp.where(norm == 0, 1, norm) * (1 + eps)), norm / root / root)
         for x, (root, norm) in zip(xs, norms, strict=True)
@@ -266,8 +293,8 @@ def _norm_in_two_passes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return root, jnp.sqrt(jnp.sum(jnp.real(x * jnp.conj(x)), axis=(-2, -1), keepdims=True))
 
 
-def _sums_of_squares(x: jax.Array, share: Share) -> jax.Array:
-    """`(..., 3, 1)`: of huge, of usual and of tiny entries, in scales of their own.
+def _sums_of_squares(x: jax.Array, share: Share) -> Sequence[jax.Array]:
+    """Three `(..., 1, 1)`: of huge, of usual and of tiny entries, in scales of their own.
 
     References:
         Blue, 1978, A portable Fortran program to find the Euclidean norm of a vector.
@@ -282,14 +309,24 @@ def _sums_of_squares(x: jax.Array, share: Share) -> jax.Array:
             jnp.where(is_huge | is_tiny, 0, size),
             jnp.where(is_tiny, size * scale, 0),
         )
-        sums.append([jnp.sum(s * s, axis=(-2, -1), keepdims=True) for s in scaled])
-    return share(jnp.concatenate([sum(same) for same in zip(*sums, strict=True)], axis=-2))
+        # In one reduction: a GPU would end each of three in a kernel of its own.
+        squares = tuple(s * s for s in scaled)
+        zeros = (jnp.zeros((), size.dtype),) * 3
+        sums.append(jax.lax.reduce(squares, zeros, _added, (size.ndim - 2, size.ndim - 1)))
+    totals = [sum(same)[..., None, None] for same in zip(*sums, strict=True)]
+    if share is ALONE:
+        return totals
+    return jnp.split(share(jnp.concatenate(totals, axis=-2)), 3, axis=-2)
 
 
-def _norm_of(sums: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _added(xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    return tuple(x + y for x, y in zip(xs, ys, strict=True))
+
+
+def _norm_of(*sums: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A factor r, and the norm of r²X, whose square is a number."""
-    _, scale = _scales(sums.dtype)
-    huge, usual, tiny = jnp.split(jnp.sqrt(sums), 3, axis=-2)
+    _, scale = _scales(sums[0].dtype)
+    huge, usual, tiny = map(jnp.sqrt, sums)
     norm = jnp.where(usual == 0, tiny, jnp.hypot(usual, tiny / scale))
     norm = jnp.where(huge > 0, jnp.hypot(huge, usual / scale), norm)
     root = scale**0.5

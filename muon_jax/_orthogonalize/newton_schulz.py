@@ -155,6 +155,11 @@ class NewtonSchulz:
             panels = max(2, panels)
         return Form("gram", restarts, panels, rounded=platform != "cpu")
 
+    def padded_form(self, short: int, long: int, dtype: jax.typing.DTypeLike) -> Form:
+        """Of few matrices of one short side on a GPU, as one stack that is so long."""
+        panels = panel_count(short, self.compute_dtype(dtype), "gpu")
+        return Form("standard", panels=panels, rounded=True, upright=True, padded=long)
+
     def __call__(
         self, x: jax.Array, *, form: "Form | None" = None, share: Share = ALONE
     ) -> jax.Array:

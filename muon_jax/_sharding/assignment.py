@@ -4,12 +4,13 @@ import functools
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from muon_jax._orthogonalize.devices import device_of
+from muon_jax._orthogonalize.forms import Form
 from muon_jax._orthogonalize.newton_schulz import SMALL, NewtonSchulz
 from muon_jax._sharding.buckets import Axes, Bucket, Sizes, Span, Stack, by_call, call_seconds
 
@@ -61,28 +62,55 @@ def _local(
     device = device_of(platform)
     buckets = []
     for members in same_side.values():
-        found = _in_calls(stacks, members, newton_schulz, platform, calls)
-        if newton_schulz is not None:
-            # Few matrices take the time of their launches, of which a shared call has less.
-            fewest = _in_calls(stacks, members, newton_schulz, platform, calls, by_time=False)
-            times = [
-                sum(call_seconds(call, newton_schulz, device) for call in by_call(option))
-                for option in (found, fewest)
-            ]
-            found = fewest if times[1] < times[0] else found
-        buckets += found
+        if newton_schulz is None:
+            buckets += _in_calls(stacks, members, None, platform, calls)
+            continue
+        options = [
+            _in_calls(stacks, members, choose, platform, calls)
+            for choose in _choices([stacks[i] for i in members], newton_schulz, platform)
+        ]
+
+        def seconds(option: list[Bucket]) -> float:
+            return sum(call_seconds(call, newton_schulz, device) for call in by_call(option))
+
+        least: list[Bucket] = min(options, key=seconds)
+        buckets += least
     return buckets
+
+
+def _choices(
+    stacks: Sequence[Stack], newton_schulz: NewtonSchulz, platform: str
+) -> list[Callable[[Stack], Form]]:
+    """Ways to choose a form for each array's matrices, all of which have one short side.
+
+    Few matrices take the time of their launches, of which the calls that shapes share have less:
+    those of the Gram form, and of one padded shape.
+    """
+
+    def by_time(stack: Stack) -> Form:
+        return newton_schulz.form(stack.fan_in, stack.fan_out, stack.dtype, platform)
+
+    def by_flops(stack: Stack) -> Form:
+        sides = stack.fan_in, stack.fan_out
+        return newton_schulz.form(*sides, stack.dtype, platform, by_time=False)
+
+    def padded(stack: Stack) -> Form:
+        short = min(stack.fan_in, stack.fan_out)
+        return newton_schulz.padded_form(short, longest, stack.dtype)
+
+    longest = max(max(stack.fan_in, stack.fan_out) for stack in stacks)
+    may_pad = platform == "gpu" and newton_schulz.method != "gram"
+    return [by_time, by_flops, *[padded] * may_pad]
 
 
 def _in_calls(
     stacks: Sequence[Stack],
     members: Iterable[int],
-    newton_schulz: NewtonSchulz | None,
+    choose: Callable[[Stack], Form] | None,
     platform: str,
     calls: Iterator[int],
-    by_time: bool = True,
 ) -> list[Bucket]:
-    """A bucket for each shape in each call, which small matrices of one Gram form share.
+    """A bucket for each shape in each call, which small matrices of one Gram or padded form share.
 
     The standard form returns to every shape in each step, and has no products worth sharing.
     """
@@ -92,10 +120,9 @@ def _in_calls(
     for index in members:
         stack = stacks[index]
         m, n = shape = stack.fan_in, stack.fan_out
-        form = None
-        if newton_schulz is not None:
-            form = newton_schulz.form(m, n, stack.dtype, platform, by_time=by_time)
-        shared = form is not None and form.method == "gram" and min(shape) < SMALL
+        form = None if choose is None else choose(stack)
+        joins = form is not None and (form.method == "gram" or form.padded > 0)
+        shared = joins and min(shape) < SMALL
         alike = min(shape) if shared else shape, form, stack.dtype
         flops = 2 * m * n * min(m, n) * stack.matrices
         call, room = last.get(alike, (0, 0))

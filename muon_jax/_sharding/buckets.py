@@ -209,6 +209,9 @@ def call_seconds(buckets: Sequence[Bucket], newton_schulz: NewtonSchulz, device:
     stacks = [(bucket.slots, bucket.long) for bucket in buckets]
     kernels = form.kernels(first.short, stacks, newton_schulz.rows(first.dtype), device)
     for bucket in buckets:
+        if form.padded:  # arrays keep what the stack is made of, and tall ones are turned with it
+            array = Kernel(0, 2 * bucket.slots * bucket.short * bucket.long // len(bucket.spans))
+            kernels += [array] * len(bucket.spans) * (7 if bucket.lead > bucket.other else 1)
         if bucket.axes:  # shards are put together, and taken apart
             kernels += [Kernel(0, 2 * bucket.slots * bucket.lead * bucket.other)] * 2
         triangles = Kernel(0, bucket.slots * bucket.short**2)  # packed, summed and unpacked
