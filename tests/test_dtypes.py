@@ -72,7 +72,8 @@ def test_a_bfloat16_update_is_rounded_once(rest):
     params = draw(jnp.bfloat16)["mlp"]["bias"]
     exact_params = params.astype(jnp.float32)
     settings = {"learning_rate": 0.0199, "weight_decay": 0.37, "other_optimizer": rest}
-    settings |= {"mu_dtype": jnp.float32, "adam_b1": 0.999}
+    settings |= {"mu_dtype": jnp.float32}
+    settings |= {"adam_b1" if rest == "adamw" else "other_b1": 0.999}
     settings |= {"nu_dtype": jnp.float32} if rest == "adamw" else {}
     tx = make("muon", **settings)
     state, exact_state = tx.init({"bias": params}), tx.init({"bias": exact_params})

@@ -148,11 +148,15 @@ def test_the_schedule_rises_to_one_and_falls_towards_zero():
     assert optimizers.warmup_then_decay(0, 10, "linear")(0) == 1
 
 
+# On a sphere half of the rate is not half of the way, but nearly, of a small one. The first step of
+# others goes to their manifold, however small the rate.
+CURVED, MANIFOLD = ("muonh", "normuonh", "muown"), ("muon_sphere", "spel")
+
 # One rate for all leaves; in the other arms AdamW has the rest, at a rate of its own.
 WHOLE_TREE = ("adamw", "adamw_tuned", "orthogonal_gradient", "grokfast", "splus", "scion", "gluon")
 
 
-@pytest.mark.parametrize("name", optimizers.ARMS)
+@pytest.mark.parametrize("name", [name for name in optimizers.ARMS if name not in MANIFOLD])
 def test_a_traced_rate_takes_the_place_of_the_arm_s_own(name):
     config = Training(width=16, head_size=8, layers=1)
     if name == "muon_equal_shrink":  # its decay alone keeps to AdamW's rate; test_baselines has it
@@ -166,7 +170,7 @@ def test_a_traced_rate_takes_the_place_of_the_arm_s_own(name):
         tx = optimizers.build(name, config, optax.constant_schedule(1.0), rate)
         return tx.update(gradient, tx.init(params), params, **observed)[0]
 
-    own = config.rate(name)
+    own = config.rate(name) * (1e-2 if name in CURVED else 1)
     whole, half = update(own), update(own / 2)
     for path, fraction in (("head", 0.5 if name in WHOLE_TREE else 1.0), ("blocks", 0.5)):
         for ours, theirs in zip(*map(jax.tree.leaves, (whole[path], half[path])), strict=True):
@@ -174,4 +178,6 @@ def test_a_traced_rate_takes_the_place_of_the_arm_s_own(name):
                 continue  # gains
             scale = float(jnp.abs(ours).max())
             assert scale > 0 or name == "muon_only"
-            np.testing.assert_allclose(theirs, fraction * ours, atol=1e-4 * scale)
+            np.testing.assert_allclose(
+                theirs, fraction * ours, atol=(1e-2 if name in CURVED else 1e-4) * scale
+            )

@@ -99,9 +99,12 @@ def scale_by_dion2(
         nu = ()
         if beta2 is not None:
             matrices = stages.matrices(params)
-            whole = zip(matrices.parts, matrices.whole(matrices.split(params)), strict=True)
-            sums = [jnp.sum(rows_of(part).first(w), axis=-1) for part, w in whole]
-            nu = matrices.pack([jnp.zeros_like(x, jnp.float32) for x in sums])
+            kept = []
+            for part in matrices.parts:
+                batch, *fans = part.axes.matrix_shape(part.shape)
+                zeros = jnp.zeros((*batch, fans[rows_of(part).side]), jnp.float32)
+                kept.append(matrices.own_batch(part, zeros))
+            nu = matrices.pack(kept)
         return Dion2State(jnp.zeros([], jnp.int32), stages.init_momentum(params), nu)
 
     def step(updates, state):
@@ -199,8 +202,9 @@ class _Rows:
     def __init__(self, part: Part, *, side: str, fraction: float, ways: tuple[int, int] = (1, 1)):
         m, n = part.fans
         self.of_fan_in = m < n if side == "short" else side == "fan_in"
-        self.groups = ways[0] if self.of_fan_in else ways[1]
-        each = (m if self.of_fan_in else n) // self.groups
+        self.side = 0 if self.of_fan_in else 1
+        self.groups = ways[self.side]
+        each = (m, n)[self.side] // self.groups
         # Rounding of the product is no row: 0.07 * 100 is 7.000000000000001.
         self.count = max(1, math.ceil(round(fraction * each, 9)))
 

@@ -68,7 +68,11 @@ def eigenbasis(
     check_number("eps", eps, at_least=0)
 
     def init(matrices: Any, params: Arrays) -> list[EigenbasisState]:
-        roots = [jnp.zeros_like(w, jnp.float32) for w in matrices.whole(params)]
+        roots = [
+            matrices.own_batch(part, jnp.zeros((*batch, m, n), jnp.float32))
+            for part in matrices.parts
+            for batch, m, n in [part.axes.matrix_shape(part.shape)]
+        ]
         return list(map(EigenbasisState, *eigenbases.init(matrices), roots))
 
     def update(
