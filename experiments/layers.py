@@ -1,11 +1,14 @@
 """Transformer parts that the studies share: linear maps, norms, RoPE, SwiGLU, attention."""
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments.settings import Count, Positive, check
 from muon_jax.variants.max_logits import max_attention_logits
 
 
@@ -16,13 +19,16 @@ def fan_in_uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) ->
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear` without a bias."""
+    """`nnx.Linear`, by default without a bias."""
 
-    def __init__(self, fan_in: int, fan_out: int, *, init=fan_in_uniform, rngs: nnx.Rngs):
-        super().__init__(fan_in, fan_out, use_bias=False, kernel_init=init, rngs=rngs)
+    def __init__(
+        self, fan_in: int, fan_out: int, *, bias: bool = False, init=fan_in_uniform, rngs: nnx.Rngs
+    ):
+        super().__init__(fan_in, fan_out, use_bias=bias, kernel_init=init, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return project(x, self.kernel[...])
+        y = project(x, self.kernel[...])
+        return y if self.bias is None else y + jnp.expand_dims(self.bias[...], range(y.ndim - 1))
 
 
 @jax.custom_vjp
@@ -111,16 +117,57 @@ def _rms_backward(epsilon, saved, g):
 rms_normed.defvjp(_rms_forward, _rms_backward)
 
 
-def rotate(x: jax.Array, position: int | jax.Array, base: float) -> jax.Array:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """What Llama 3.1 (2407.21783) makes of RoPE's frequencies for a longer context.
+
+    Those that turn often in the original context stay, those that turn seldom are divided, and
+    between the two is a line. The names are those of `config.json`.
+
+    Attributes:
+        factor: that slow frequencies are divided by.
+        low_freq_factor: up to so many turns in the original context a frequency is slow.
+        high_freq_factor: from so many on it is fast.
+        original_max_position_embeddings: positions of the original context.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    factor: Positive
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_max_position_embeddings: Count
+
+    def __post_init__(self) -> None:
+        check(self, named=str)
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                "high_freq_factor must be greater than low_freq_factor; got "
+                f"{self.high_freq_factor} and {self.low_freq_factor}."
+            )
+
+    def __call__(self, frequency: jax.Array) -> jax.Array:
+        turns = frequency * (self.original_max_position_embeddings / (2 * math.pi))
+        width = self.high_freq_factor - self.low_freq_factor
+        kept = jnp.clip((turns - self.low_freq_factor) / width, 0, 1)
+        return frequency * (kept + (1 - kept) / self.factor)
+
+
+def rotate(
+    x: jax.Array, position: int | jax.Array, base: float, scaling: RopeScaling | None = None
+) -> jax.Array:
     """RoPE (Su et al., 2104.09864), pairing each half of the head with the other.
 
     Args:
         x: `(..., heads, head_dim)`, head_dim even.
         position: of each vector, broadcastable to `x.shape[:-2]`.
         base: of the geometric series of wavelengths.
+        scaling: of their frequencies.
     """
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half) / half)
+    frequency = frequency if scaling is None else scaling(frequency)
     angle = jnp.multiply.outer(jnp.asarray(position), frequency)[..., None, :]
     angle = jnp.expand_dims(angle, range(x.ndim - angle.ndim))
     sin, cos = jnp.sin(angle), jnp.cos(angle)

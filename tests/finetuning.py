@@ -1,4 +1,4 @@
-"""A Qwen3 that compiles fast, rows for it, and a model's folder."""
+"""A model that compiles fast, rows for it, and a model's folder."""
 
 import functools
 import json
@@ -8,14 +8,14 @@ import numpy as np
 from pretraining import one_device
 
 from experiments.finetune import model, weights
-from experiments.finetune.architecture import Qwen3
+from experiments.finetune.architecture import Architecture
 from experiments.finetune.chat import write_tokenizer
 from experiments.finetune.config import Optimizer, Training
 from experiments.finetune.data import Prepared, Report
 from experiments.finetune.packing import Rows, assemble
 from experiments.finetune.step import Trainer
 
-NORMED = Qwen3(
+NORMED = Architecture(
     layers=2,
     hidden=32,
     ffn=64,
@@ -40,11 +40,13 @@ def trainer_of(config, arm="adamw", architecture=NORMED, mesh=None):
 
 @functools.cache
 def initial(architecture=NORMED, seed=0):
-    """Params on the host, gains that differ."""
+    """Params on the host, gains and biases that differ."""
     rng = np.random.default_rng(seed)
 
     def vary(path, x):
         x = np.asarray(x)
+        if path[-1].key == "bias":
+            return rng.normal(0, 0.5, x.shape).astype(x.dtype)
         return x * rng.uniform(0.8, 1.2, x.shape).astype(x.dtype)
 
     return jax.tree_util.tree_map_with_path(vary, model.init(architecture, jax.random.key(seed)))

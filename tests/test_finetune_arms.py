@@ -14,7 +14,8 @@ from experiments.finetune.config import Optimizer
 RATE = 1e-2
 SHALLOW = dataclasses.replace(NORMED, layers=1)
 UNTIED = dataclasses.replace(SHALLOW, tied=False)
-PLAIN = dataclasses.replace(SHALLOW, qk_norm=False)
+BIASED = dataclasses.replace(SHALLOW, family="qwen2")
+PLAIN = dataclasses.replace(SHALLOW, family="llama")
 
 
 def labels(arm, *quirks, architecture=SHALLOW):
@@ -49,23 +50,30 @@ def sizes(updates):
 
 
 def test_every_arm_routes_what_it_says():
-    assert labels("adamw", architecture=UNTIED) == dict.fromkeys(arms.GROUPS, "adamw")
+    groups = {*arms.GROUPS} - {"biases"}
+    assert labels("adamw", architecture=UNTIED) == dict.fromkeys(groups, "adamw")
     rest = {"embedding": "adamw", "head": "adamw"}
     hybrid = rest | {"matrices": "muon", "gains": "adamw"}
     assert labels("muon_adamw", architecture=UNTIED) == hybrid
     assert labels("muonclip", architecture=UNTIED) == hybrid
     assert labels("muon_frozen1d", architecture=UNTIED) == hybrid | {"gains": "frozen"}
     assert labels("muon_frozen1d").keys() == {"embedding", "matrices", "gains"}
+    hybrid = {"embedding": "adamw", "matrices": "muon", "gains": "adamw", "biases": "adamw"}
+    assert labels("muon_adamw", architecture=BIASED) == hybrid
+    assert labels("muonclip", "sgd_of_gains", architecture=BIASED)["biases"] == "sgd"
+    frozen = {"gains": "frozen", "biases": "frozen"}
+    assert labels("muon_frozen1d", architecture=BIASED) == hybrid | frozen
     assert ARMS.keys() == set(arms.ArmName.__args__)
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_all_that_is_not_frozen_moves_by_the_rate(arm):
     """So that one rate means the same to all: the RMS is Muon's 0.2, or AdamW's first, 1."""
-    found = sizes(updated(arm))
+    found = sizes(updated(arm, architecture=BIASED))
     assert found["matrices"] == pytest.approx(RATE if arm == "adamw" else 0.2 * RATE, rel=0.15)
     assert found["embedding"] == pytest.approx(RATE, rel=0.01)
-    assert found["gains"] == pytest.approx(0 if arm == "muon_frozen1d" else RATE, rel=0.01)
+    for vectors in ("gains", "biases"):
+        assert found[vectors] == pytest.approx(0 if arm == "muon_frozen1d" else RATE, rel=0.01)
 
 
 # --- Quirks ----------------------------------------------------------------------------------
@@ -170,7 +178,9 @@ def test_tables_go_to_muon_as_published(architecture):
 THRESHOLD = 1.0
 
 
-@pytest.mark.parametrize("architecture", [SHALLOW, PLAIN], ids=["QK-norm", "without"])
+@pytest.mark.parametrize(
+    "architecture", [SHALLOW, PLAIN, BIASED], ids=["QK-norm", "without", "biases"]
+)
 def test_muonclip_bounds_the_logits(architecture):
     """A tiny rate, so that what moves the logits is the clip."""
     with_ = {"clip_threshold": THRESHOLD, "learning_rate": 1e-6, "weight_decay": 0.0}

@@ -1,4 +1,4 @@
-"""Qwen3 against transformers, against itself on meshes, and one text's independence of others."""
+"""Each family against transformers, itself on meshes, and one text's independence of others."""
 
 import dataclasses
 import functools
@@ -15,12 +15,13 @@ from pretraining import mesh_of, one_device
 import muon_jax
 from experiments.finetune import architecture as config_json
 from experiments.finetune import model, weights
-from experiments.finetune.architecture import PRESETS, Qwen3
+from experiments.finetune.architecture import PRESETS, Architecture
 from experiments.finetune.model import LanguageModel
 from experiments.language import attention, sharding, vocabulary
 from experiments.language.attention import causal_attention
+from experiments.layers import RopeScaling
 
-TIED = Qwen3(
+TIED = Architecture(
     layers=2,
     hidden=64,
     ffn=176,
@@ -32,14 +33,32 @@ TIED = Qwen3(
 )
 UNTIED = dataclasses.replace(TIED, tied=False, rope_theta=5e6)
 # More layers than are unrolled.
-PLAIN = dataclasses.replace(UNTIED, layers=9, qk_norm=False, initializer_range=0.1)
-MODELS = {"tied": TIED, "untied, theta 5e6": UNTIED, "untied, no QK-norm": PLAIN}
+PLAIN = dataclasses.replace(UNTIED, layers=9, family="llama", initializer_range=0.1)
+# Of 16 frequencies some are kept, some are divided, and some lie between.
+SCALED = dataclasses.replace(
+    TIED,
+    family="llama",
+    rope_theta=100.0,
+    epsilon=1e-5,
+    rope_scaling=RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+    ),
+)
+BIASED = dataclasses.replace(TIED, family="qwen2")
+MODELS = {
+    "qwen3, tied": TIED,
+    "qwen3, untied, theta 5e6": UNTIED,
+    "qwen2, tied": BIASED,
+    "qwen2, untied": dataclasses.replace(BIASED, tied=False),
+    "llama, untied": PLAIN,
+    "llama, tied, scaled": SCALED,
+}
 every_model = pytest.mark.parametrize("a", MODELS.values(), ids=MODELS)
 
 
 @functools.cache
 def start(a):
-    """Params with gains that differ."""
+    """Params with gains and biases that differ."""
     rng = np.random.default_rng(0)
 
     def draw(path, x):
@@ -98,6 +117,14 @@ def run(a, params, tokens, targets, segments, mesh=None, **how):
         return jax.device_get(compiled(a, **how)(params, *given))
 
 
+def assert_near(gradient, expected):
+    """Each leaf's error is small beside its own largest entry."""
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(expected), strict=True
+    ):
+        assert np.max(np.abs(x - y)) < 1e-4 * np.max(np.abs(y)), path
+
+
 def largest_difference(ours, theirs):
     return max(
         np.max(np.abs(a - b)) / max(1.0, np.max(np.abs(b)))
@@ -143,7 +170,7 @@ def test_logits_and_gradients_are_those_of_transformers(a, tmp_path, transformer
     assert np.max(np.abs(ours - wanted)) < 1e-4
     np.testing.assert_allclose(found.loss[:4].ravel(), losses.detach().numpy(), atol=1e-4)
     assert min(np.max(np.abs(x)) for x in jax.tree.leaves(expected)) > 1e-3
-    assert largest_difference(gradient, jax.device_get(expected)) < 1e-4
+    assert_near(gradient, jax.device_get(expected))
     predicted = out.logits.argmax(-1).numpy() == targets[:4]
     np.testing.assert_array_equal(found.correct[:4], predicted)
 

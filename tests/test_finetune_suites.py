@@ -51,13 +51,17 @@ def command(which, **changes):
     return Command(**settings | defaults(which) | changes)
 
 
+def small(qk_norm):
+    return dataclasses.replace(SMALL, family="qwen3" if qk_norm else "llama")
+
+
 def models(command, planned, console, stop):
     """In place of pretrained ones."""
     return {
         of.base: study.Model(
             f"base {of.base.optimizer}",
-            dataclasses.replace(SMALL, qk_norm=of.base.qk_norm),
-            initial(dataclasses.replace(SMALL, qk_norm=of.base.qk_norm)),
+            small(of.base.qk_norm),
+            initial(small(of.base.qk_norm)),
             prepared(),
         )
         for of in planned.values()
@@ -388,7 +392,7 @@ def test_each_base_has_an_axis_of_its_losses(tmp_path):
 
 @functools.cache
 def clipped(qk_norm, projections):
-    a = dataclasses.replace(NORMED, qk_norm=qk_norm)
+    a = dataclasses.replace(NORMED, family="qwen3" if qk_norm else "llama")
     return clip.measure(a, initial(a), batch(), 0.5, projections)
 
 

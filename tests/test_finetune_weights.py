@@ -1,4 +1,4 @@
-"""Qwen3 folders: transformers and this project read what the other has written."""
+"""Folders of each family: transformers and this project read what the other has written."""
 
 import dataclasses
 import json
@@ -14,12 +14,13 @@ from safetensors.numpy import load_file, save_file
 
 from experiments.finetune import architecture as config_json
 from experiments.finetune import chat, model
-from experiments.finetune.architecture import PRESETS, Qwen3
+from experiments.finetune.architecture import PRESETS, Architecture
 from experiments.finetune.weights import check, read, write
 from experiments.language import tensors
+from experiments.layers import RopeScaling
 from experiments.pretrain import export
 
-TIED = Qwen3(
+TIED = Architecture(
     layers=2,
     hidden=16,
     ffn=24,
@@ -31,8 +32,15 @@ TIED = Qwen3(
     pad_token=3,
 )
 UNTIED = dataclasses.replace(TIED, tied=False, rope_theta=5e6, end_token=5)
-PLAIN = dataclasses.replace(TIED, qk_norm=False)
-MODELS = {"tied": TIED, "untied": UNTIED, "no QK-norm": PLAIN}
+PLAIN = dataclasses.replace(TIED, family="llama")
+BOTH = {"qwen3, tied": TIED, "qwen3, untied": UNTIED, "llama, tied": PLAIN}
+SCALING = RopeScaling(
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+)
+MODELS = BOTH | {
+    "qwen2, tied": dataclasses.replace(TIED, family="qwen2"),
+    "llama, untied, scaled": dataclasses.replace(UNTIED, family="llama", rope_scaling=SCALING),
+}
 every_model = pytest.mark.parametrize("a", MODELS.values(), ids=MODELS)
 GATE = "model.layers.1.mlp.gate_proj.weight"
 
@@ -88,7 +96,7 @@ def test_transformers_loads_every_key_of_what_is_written(a, tmp_path, transforme
     write(tmp_path / "hf", a, start(a), shard=5000)
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
     theirs = load(transformers, tmp_path / "hf")
-    kind = "Qwen3ForCausalLM" if a.qk_norm else "LlamaForCausalLM"
+    kind = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[a.family] + "ForCausalLM"
     assert (type(theirs).__name__, str(theirs.dtype)) == (kind, "torch.bfloat16")
     tied = theirs.lm_head.weight is theirs.model.embed_tokens.weight
     assert tied == a.tied
@@ -121,7 +129,7 @@ def test_reading_is_the_inverse_of_writing(a, tmp_path):
     assert jax.tree.structure(params) == jax.tree.structure(model.shapes(a))
 
 
-@every_model
+@pytest.mark.parametrize("a", BOTH.values(), ids=BOTH)
 def test_both_studies_read_what_the_other_has_written(a, tmp_path):
     """What pretraining exports is fine-tuned, and what is fine-tuned pretraining goes on from."""
     write(tmp_path / "ours", a, start(a), dtype="float32")
@@ -176,13 +184,10 @@ def test_the_table_has_the_biases_of_qwen2(transformers):
         tie_word_embeddings=False,
     )
     theirs = transformers.Qwen2ForCausalLM(made).state_dict()
-    shapes = model.shapes(dataclasses.replace(UNTIED, hidden=32, qk_norm=False))
-    for name, heads in (("query", 4), ("key", 2), ("value", 2)):
-        bias = jax.ShapeDtypeStruct((2, heads * 8), np.float32)
-        shapes["layers"]["attention"][name]["bias"] = bias
+    shapes = model.shapes(dataclasses.replace(UNTIED, hidden=32, family="qwen2"))
     ours = {tensor.name: tensor.shape for tensor in tensors.tensors(shapes)}
     assert ours == {name: tuple(x.shape) for name, x in theirs.items()}
-    shapes["norm"]["bias"] = bias
+    shapes["norm"]["bias"] = shapes["norm"]["scale"]
     with pytest.raises(ValueError, match="NAMES has no tensor of the leaf norm/bias"):
         tensors.tensors(shapes)
 
@@ -236,7 +241,7 @@ def test_configs_of_both_transformers_are_read(given, tmp_path):
 
 
 OTHERS = {
-    "model_type": "qwen2",
+    "model_type": "mistral",
     "hidden_act": "gelu",
     "attention_bias": True,
     "attention_dropout": 0.1,

@@ -467,7 +467,7 @@ def pretrain_model(config):
 
 def finetune_model(**changes):
     sizes = {"layers": 2, "hidden": 64, "ffn": 176, "heads": 4, "kv_heads": 2, "head_dim": 32}
-    a = architecture.Qwen3(vocabulary=256, **sizes | changes)
+    a = architecture.Architecture(vocabulary=256, **sizes | changes)
     tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
     return finetune.LanguageModel(a).losses, finetune.shapes(a), tokens, tokens, tokens
 
@@ -481,7 +481,8 @@ STUDIES = {
         pretrain_model, dataclasses.replace(pretraining.SMALL, attention="multi-head")
     ),
     "finetune": finetune_model,
-    "finetune, untied": functools.partial(finetune_model, tied=False, layers=9, qk_norm=False),
+    "finetune, biases": functools.partial(finetune_model, family="qwen2"),
+    "finetune, untied": functools.partial(finetune_model, tied=False, layers=9, family="llama"),
 }
 
 
@@ -525,7 +526,7 @@ PROGRAMS = {
     "finetune": lambda: arms.routing.__wrapped__(
         "muon_adamw",
         finetune_config.Optimizer(),
-        architecture.Qwen3(
+        architecture.Architecture(
             vocabulary=256, layers=2, hidden=64, ffn=176, heads=4, kv_heads=2, head_dim=32
         ),
     ),

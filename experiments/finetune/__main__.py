@@ -1,4 +1,4 @@
-"""`python -m experiments.finetune`: fine-tunes a Qwen3 with each arm, and compares them."""
+"""`python -m experiments.finetune`: fine-tunes a model with each arm, and compares them."""
 
 from experiments.huge_pages import restart_with_huge_pages
 
@@ -19,7 +19,7 @@ from rich.progress import Progress as Bar
 from experiments.commands import progress_bar
 from experiments.finetune import architecture as config_json
 from experiments.finetune import base, data, loop, plan, step, weights
-from experiments.finetune.architecture import Qwen3
+from experiments.finetune.architecture import Architecture
 from experiments.finetune.arms import ARMS
 from experiments.finetune.command import Command, parse
 from experiments.finetune.config import (
@@ -141,7 +141,7 @@ def _prepare(
     return loop.Start(hugging_face.fingerprint(folder), architecture, load), rows, folder
 
 
-def _check(command: Command, architecture: Qwen3) -> None:
+def _check(command: Command, architecture: Architecture) -> None:
     """Raises a ValueError where the mesh does not divide the batch or the model."""
     if not plan.apart(command):
         step.check(command.training(), architecture, make_mesh(command.mesh.sizes))
@@ -155,7 +155,7 @@ def _check_folder(model: str) -> None:
     # What looks like a name on the Hub most likely is one.
     name = model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) else "Qwen/Qwen3-0.6B"
     raise ValueError(
-        f"--model must be a local folder with a Qwen3's {CONFIG}, safetensors and tokenizer; "
+        f"--model must be a local folder with a model's {CONFIG}, safetensors and tokenizer; "
         f"{model} {f'has no {CONFIG}' if folder.is_dir() else 'is not a folder here'}. `hf "
         f"download {name} --local-dir {name.split('/')[1]}` downloads one."
     )

@@ -1,19 +1,22 @@
-"""The sizes of a Qwen3 model, and the `config.json` that tells them."""
+"""A model to fine-tune: its family, its sizes, and the `config.json` that tells them."""
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from experiments.language import config_json
 from experiments.language.config_json import FAMILIES, Ids
+from experiments.layers import RopeScaling
 from experiments.settings import Count, Positive, check, even
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Qwen3:
-    """Sizes and constants; the defaults are those of the first releases below 8 B.
+class Architecture:
+    """Sizes and constants; the defaults are those of the first releases of Qwen3 below 8 B.
 
     Attributes:
+        family: as `config.json` has it, which says whether queries and keys are normed, and whether
+            their projections and the values' have biases.
         layers: decoder layers.
         hidden: width of the residual stream.
         ffn: width of SwiGLU.
@@ -26,12 +29,11 @@ class Qwen3:
         tied: the head is the embedding transposed.
         initializer_range: standard deviation of initial matrices.
         context: positions that the model was made for.
-        qk_norm: RMSNorm of each query and key head. Without it the model is a Llama, and that is
-            what its `config.json` says, so that transformers computes the same.
+        rope_scaling: of RoPE's frequencies, which a Llama may have.
         begin_token, end_token, pad_token: as the tokenizer numbers them.
 
     Raises:
-        ValueError: sizes that make no model.
+        ValueError: sizes that make no model, or a family that does not scale RoPE so.
     """
 
     layers: Count
@@ -46,31 +48,46 @@ class Qwen3:
     tied: bool = True
     initializer_range: Positive = 0.02
     context: Count = 40_960
-    qk_norm: bool = True
+    family: Literal["llama", "qwen2", "qwen3"] = "qwen3"
+    rope_scaling: RopeScaling | None = None
     begin_token: Ids = None
     end_token: Ids = None
     pad_token: Ids = None
 
     def __post_init__(self) -> None:
-        check(self, named=str)
+        check(self, named=lambda *names: ".".join(names))
         if self.heads % self.kv_heads:
             raise ValueError(
                 "kv_heads must divide heads, since all key heads serve equally many query "
                 f"heads; got heads {self.heads}, kv_heads {self.kv_heads}."
             )
+        if self.rope_scaling and "rope_scaling" not in _FIELDS[self.family]:
+            raise ValueError(f"A {self.family} has no rope_scaling; got {self.rope_scaling}.")
+
+    @property
+    def qk_norm(self) -> bool:
+        """RMSNorm of each query and key head."""
+        return FAMILIES[self.family].qk_norm
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Biases of queries, keys and values."""
+        return FAMILIES[self.family].qkv_bias
 
     @property
     def parameters(self) -> int:
         """Entries of all params; a tied embedding counts once."""
         attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        gains = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
-        layer = attention + 3 * self.hidden * self.ffn + gains
+        vectors = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+        if self.qkv_bias:
+            vectors += (self.heads + 2 * self.kv_heads) * self.head_dim
+        layer = attention + 3 * self.hidden * self.ffn + vectors
         tables = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return self.layers * layer + tables + self.hidden
 
 
-def _released(layers: int, hidden: int, ffn: int, heads: int) -> Qwen3:
-    return Qwen3(
+def _released(layers: int, hidden: int, ffn: int, heads: int) -> Architecture:
+    return Architecture(
         layers=layers,
         hidden=hidden,
         ffn=ffn,
@@ -90,8 +107,8 @@ PRESETS = {
     "4b": _released(36, 2560, 9728, 32),
 }
 
-# Fields of Qwen3, and of config.json.
-_FIELDS = {
+# Fields of Architecture, and of config.json.
+_COMMON = {
     "layers": "num_hidden_layers",
     "hidden": "hidden_size",
     "ffn": "intermediate_size",
@@ -108,26 +125,30 @@ _FIELDS = {
     "tied": "tie_word_embeddings",
     "rope_theta": "rope_theta",
 }
+_FIELDS = {
+    "llama": _COMMON | {"rope_scaling": "rope_scaling"},
+    "qwen2": _COMMON,
+    "qwen3": _COMMON,
+}
 
 
-def to_json(architecture: Qwen3) -> dict[str, Any]:
+def to_json(architecture: Architecture) -> dict[str, Any]:
     """What `config.json` says of the model, for transformers 4 and 5."""
     a = architecture
-    kind = "qwen3" if a.qk_norm else "llama"
-    fields = {theirs: getattr(a, ours) for ours, theirs in _FIELDS.items()}
-    said = config_json.to_json(kind, fields) | {"attention_dropout": 0.0}
-    return said | FAMILIES[kind].fixed | ({"sliding_window": None} if a.qk_norm else {})
+    fields = {theirs: getattr(a, ours) for ours, theirs in _FIELDS[a.family].items()}
+    said = config_json.to_json(a.family, fields) | {"attention_dropout": 0.0}
+    return said | ({} if a.family == "llama" else {"sliding_window": None})
 
 
-def read(path: Path) -> Qwen3:
+def read(path: Path) -> Architecture:
     """The model that a `config.json` tells.
 
     Raises:
         ValueError: it is damaged, lacks a size, or tells of a model that is none of these.
         OSError: it cannot be read.
     """
-    given, sizes = config_json.read(path, Qwen3, {"qwen3": _FIELDS, "llama": _FIELDS})
+    given, sizes = config_json.read(path, Architecture, _FIELDS)
     try:
-        return Qwen3(qk_norm=given["model_type"] == "qwen3", **sizes)
+        return Architecture(family=given["model_type"], **sizes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

@@ -17,15 +17,17 @@ import optax
 
 import muon_jax
 from experiments.finetune import model
-from experiments.finetune.architecture import Qwen3
+from experiments.finetune.architecture import Architecture
 from experiments.finetune.config import ArmName, Optimizer, QuirkName, Training
 from experiments.language.mesh import make_mesh
 from experiments.optimizers import warmup_then_decay
 
 ARMS: dict[ArmName, str] = {
     "adamw": "AdamW for all parameters",
-    "muon_frozen1d": "Muon for the hidden matrices, AdamW for embedding and head; gains are frozen",
-    "muon_adamw": "Muon for the hidden matrices, AdamW for embedding, head and gains",
+    "muon_frozen1d": (
+        "Muon for the hidden matrices, AdamW for embedding and head; gains and biases are frozen"
+    ),
+    "muon_adamw": "Muon for the hidden matrices, AdamW for embedding, head, gains and biases",
     "muonclip": "Muon and AdamW as before, with QK-clip of the gains of QK-norm, if there is one",
 }
 
@@ -55,7 +57,7 @@ AS_PUBLISHED = Optimizer(learning_rate=5e-5, quirks=tuple(QUIRKS))
 
 _MUON_DECAY, _ADAMW_DECAY = 0.1, 0.01
 
-GROUPS = ("embedding", "matrices", "head", "gains")
+GROUPS = ("embedding", "matrices", "head", "gains", "biases")
 
 
 class Arm(NamedTuple):
@@ -76,7 +78,7 @@ class Arm(NamedTuple):
     clips_at: float | None
 
 
-def make(name: ArmName, config: Training, architecture: Qwen3, **placed: Any) -> Arm:
+def make(name: ArmName, config: Training, architecture: Architecture, **placed: Any) -> Arm:
     """The arm of that name.
 
     Args:
@@ -110,7 +112,7 @@ def make(name: ArmName, config: Training, architecture: Qwen3, **placed: Any) ->
 def _transformation(
     name: ArmName,
     settings: Optimizer,
-    architecture: Qwen3,
+    architecture: Architecture,
     schedule: optax.Schedule,
     placed: dict[str, Any],
     rate: float | jax.Array,
@@ -158,14 +160,14 @@ def _rest(name: ArmName, settings: Optimizer) -> str:
 
 
 @functools.cache
-def routing(name: ArmName, settings: Optimizer, architecture: Qwen3) -> Any:
+def routing(name: ArmName, settings: Optimizer, architecture: Architecture) -> Any:
     """Which params a Muon arm takes: what the arm and the quirks say, else their use in the loss.
 
     It is kept, for it cannot be traced within a compiled step.
     """
     rules: list[tuple[str, Any]] = []
     if name == "muon_frozen1d":
-        rules.append((r"/scale$", "frozen"))
+        rules.append((r"/(scale|bias)$", "frozen"))
     if "muon_of_tables" in settings.quirks:
         # torch holds an embedding as (vocabulary, hidden) and reads that as (fan_out, fan_in).
         rules.append((r"^embedding/", muon_jax.MatrixAxes(fan_in=1, fan_out=0)))
@@ -189,8 +191,8 @@ def _scale(name: ArmName, quirks: tuple[QuirkName, ...]) -> Any:
 
 def group_of(path: Any) -> str:
     """Which of `GROUPS` a param is of."""
-    if path[-1].key == "scale":
-        return "gains"
+    if vectors := {"scale": "gains", "bias": "biases"}.get(path[-1].key):
+        return vectors
     return path[0].key if path[0].key in ("embedding", "head") else "matrices"
 
 

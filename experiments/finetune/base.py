@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments import corpus
 from experiments.finetune import loop, model, weights
-from experiments.finetune.architecture import Qwen3
+from experiments.finetune.architecture import Architecture
 from experiments.finetune.chat import END_OF_TEXT, TOKENIZER, write_tokenizer
 from experiments.finetune.config import ArmName, Base, Optimizer, Training
 from experiments.finetune.model import Params
@@ -95,9 +95,9 @@ def _scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def architecture_of(base: Base, vocabulary: int) -> Qwen3:
+def architecture_of(base: Base, vocabulary: int) -> Architecture:
     """The model of a base; ChatML's last token ends what it says."""
-    return Qwen3(
+    return Architecture(
         layers=base.layers,
         hidden=base.hidden,
         ffn=base.ffn,
@@ -107,14 +107,14 @@ def architecture_of(base: Base, vocabulary: int) -> Qwen3:
         vocabulary=vocabulary,
         rope_theta=1e4,
         context=4096,
-        qk_norm=base.qk_norm,
+        family="qwen3" if base.qk_norm else "llama",
         end_token=vocabulary - 1,
         pad_token=0,
     )
 
 
 def _pretrain(
-    base: Base, architecture: Qwen3, tokens: data.Tokens, on_progress: OnProgress
+    base: Base, architecture: Architecture, tokens: data.Tokens, on_progress: OnProgress
 ) -> tuple[Params, dict[str, Any]]:
     on_progress("compiling", 0, base.steps)
     config = Training(

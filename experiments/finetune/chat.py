@@ -6,6 +6,7 @@ process of its own, with the settings of transformers: the tokens are those of i
 """
 
 import functools
+import itertools
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -50,6 +51,8 @@ class Markers(NamedTuple):
 
 
 CHATML = Markers("<|im_start|>assistant\n", "<|im_end|>")
+_HEADER = "<|start_header_id|>"
+LLAMA3 = Markers(f"{_HEADER}assistant<|end_header_id|>\n\n", "<|eot_id|>")
 
 
 class Text(NamedTuple):
@@ -85,8 +88,8 @@ class Chat:
     Args:
         folder: has `tokenizer.json`, `tokenizer_config.json`, and the template in the latter or in
             `chat_template.jinja`.
-        markers: of an assistant's turn; by default the template's `{% generation %}` blocks, or
-            those of ChatML where it has none.
+        markers: of an assistant's turn; by default the template's `{% generation %}` blocks. Where
+            it has none they are Llama 3's, if it writes headers of turns, or else ChatML's.
 
     Attributes:
         vocabulary: all ids are less than it.
@@ -106,6 +109,10 @@ class Chat:
         self._folder = folder
         path = folder / TOKENIZER
         self._tokenizer = tokenizer.read(path.read_bytes(), str(path))
+        # What the model has seen before each text, as Llama's <|begin_of_text|>.
+        example = self._tokenizer.encode("a")
+        added = zip(example.tokens, example.special_tokens_mask, strict=True)
+        self._opening = "".join(token for token, _ in itertools.takewhile(_is_added, added))
         self._tokenizer.post_processor = None  # Llama's trims the offsets of tokens
         self.vocabulary = 1 + max(self._tokenizer.get_vocab().values())
         settings = read_json(folder / SETTINGS)
@@ -115,8 +122,10 @@ class Chat:
             if name.endswith("_token") and isinstance(value, str | dict)
         }
         self._check_tokens(settings.get("added_tokens_decoder") or {})
-        self._template, has_blocks = template.read(folder, settings)
-        self._markers = markers or (None if has_blocks else CHATML)
+        self._template, source = template.read(folder, settings)
+        if not markers and not template.BLOCK.search(source):
+            markers = LLAMA3 if _HEADER in source else CHATML
+        self._markers = markers
         begin, end = map(re.escape, self._markers or CHATML)
         self._turn = re.compile(f"({begin})(.*?{end})", re.DOTALL)
         added = self._tokenizer.get_added_tokens_decoder().values()
@@ -191,7 +200,8 @@ class Chat:
     def completion(self, prompt: str, completion: str) -> Text:
         """A prompt and the completion to learn, with the end of a turn, and without a template.
 
-        They are tokenised one by one, as when the model completes the prompt.
+        They are tokenised one by one, as when the model completes the prompt, and follow what the
+        tokenizer begins every text with.
 
         Raises:
             ValueError: one of them is no text, or the tokenizer names no `eos_token`.
@@ -204,7 +214,8 @@ class Chat:
             if not isinstance(part, str) or not part.strip():
                 raise ValueError(f'its "{name}" must be a non-blank text; got {short(part)}')
         prompt, completion = map(self._escape, parts.values())
-        text = _unmark(f"{prompt}{CUT}{BEGIN}{completion}{CUT}{end}{END}")
+        opening = f"{self._opening}{CUT}" if self._opening else ""
+        text = _unmark(f"{opening}{prompt}{CUT}{BEGIN}{completion}{CUT}{end}{END}")
         return text._replace(escaped=CUT in prompt + completion)
 
     def encode(self, texts: Iterable[Text]) -> list[Encoded]:
@@ -291,6 +302,10 @@ class Chat:
             case list() | tuple():
                 return [self._escape(item) for item in value]
         return value
+
+
+def _is_added(token: tuple[str, int]) -> bool:
+    return bool(token[1])
 
 
 def _content(folder: Path, name: str, token: Any) -> str:

@@ -26,7 +26,7 @@ _SHORT = {"steps": 100, "evaluation_tokens": 16_384}
 
 @dataclasses.dataclass(frozen=True)
 class Command(Suite, Planning, Running, Training):
-    """Fine-tunes a Qwen3 with AdamW and three forms of Muon, from one start on the same examples.
+    """Fine-tunes a model with AdamW and three forms of Muon, from one start on the same examples.
 
     Without options it pretrains a small Qwen3 (once; it is cached), fine-tunes it with the four
     optimizers to write the bodies of documented Python functions, and prints the results, in some
@@ -38,7 +38,8 @@ class Command(Suite, Planning, Running, Training):
     """
 
     model: str | None = None
-    """Folder with config.json, safetensors and tokenizer of a Qwen3. By default the small model."""
+    """Folder with config.json, safetensors and tokenizer of a Qwen3, Qwen2.5 or Llama 3. By default
+    the small model."""
     data: str | None = None
     """Examples with "messages", or "prompt" and "completion", as .jsonl, .jsonl.gz or .parquet.
     By default functions of the installed Python packages."""

@@ -12,7 +12,7 @@ from etils import epath
 
 from experiments import corpus
 from experiments.finetune import instructions
-from experiments.finetune.architecture import Qwen3
+from experiments.finetune.architecture import Architecture
 from experiments.finetune.chat import Chat, Encoded, Text
 from experiments.finetune.packing import Rows
 from experiments.json_files import loads
@@ -85,7 +85,7 @@ class _Row(NamedTuple):
 def read(
     command: Any,
     folder: Path,
-    architecture: Qwen3,
+    architecture: Architecture,
     on_progress: Callable[[str, int, int | None], None],
 ) -> "Prepared":
     """The rows of a command's `data` and `context`, as tokens of the model in a folder.

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from experiments.finetune.architecture import Qwen3
+from experiments.finetune.architecture import Architecture
 from experiments.finetune.config import ArmName, Running, Training
 from experiments.finetune.data import Prepared
 from experiments.finetune.model import Params
@@ -33,7 +33,7 @@ class Start(NamedTuple):
     """
 
     name: str
-    architecture: Qwen3
+    architecture: Architecture
     load: Callable[[jax.sharding.Mesh], Params]
 
 
@@ -169,7 +169,7 @@ def steadiness(norms: Sequence[float | None]) -> tuple[float | None, float | Non
 
 @functools.cache
 def cell_trainer(
-    config: Training, arm: ArmName, architecture: Qwen3, device: jax.Device
+    config: Training, arm: ArmName, architecture: Architecture, device: jax.Device
 ) -> Trainer:
     """The compiled step on one device, which serves all rates, seeds and params of an arm."""
     trainer = Trainer(config, arm, architecture, one_device(device))
@@ -181,7 +181,7 @@ def train_cell(
     config: Training,
     rows: Prepared,
     arm: ArmName,
-    architecture: Qwen3,
+    architecture: Architecture,
     params: Params,
     rate: float,
     seed: int,

@@ -1,4 +1,7 @@
-"""Qwen3 (2505.09388) as functions of plain params, for rows that hold one text or several.
+"""Llama and Qwen as functions of plain params, for rows that hold one text or several.
+
+That is Llama 3 (2407.21783), Qwen2.5 (2412.15115), whose queries, keys and values have biases, and
+Qwen3 (2505.09388), whose queries and keys are normed.
 
 Params are nested dicts of float32 arrays, and those of the layers are stacked, `(layers, ...)`. As
 in pretraining they lie on a mesh as `sharding` says, and the functions run under `jax.set_mesh`.
@@ -15,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import muon_jax
-from experiments.finetune.architecture import Qwen3
+from experiments.finetune.architecture import Architecture
 from experiments.language import sharding, vocabulary
 from experiments.language.attention import KEEP_KERNELS, GroupedQuery
 from experiments.language.decoder import Layer, graph
@@ -54,7 +57,7 @@ class LanguageModel:
             rest again in the backward pass.
     """
 
-    def __init__(self, architecture: Qwen3, dtype: Dtype = "bfloat16", remat: bool = True):
+    def __init__(self, architecture: Architecture, dtype: Dtype = "bfloat16", remat: bool = True):
         self.architecture, self.dtype, self.remat = architecture, dtype, remat
         self._layer = graph(functools.partial(_layer, architecture))
         norm = functools.partial(RMSNorm, architecture.hidden, epsilon=architecture.epsilon)
@@ -171,7 +174,7 @@ class LanguageModel:
         )
 
 
-def shapes(architecture: Qwen3) -> Params:
+def shapes(architecture: Architecture) -> Params:
     """The params as shapes, float32."""
     a = architecture
     layer = nnx.eval_shape(lambda: _layer(a, nnx.Rngs(0)))
@@ -190,7 +193,7 @@ def shapes(architecture: Qwen3) -> Params:
     return params
 
 
-def shardings(architecture: Qwen3, mesh: jax.sharding.Mesh) -> Params:
+def shardings(architecture: Architecture, mesh: jax.sharding.Mesh) -> Params:
     """Where the params lie on a mesh of `mesh.make_mesh`.
 
     Raises:
@@ -204,19 +207,20 @@ def shardings(architecture: Qwen3, mesh: jax.sharding.Mesh) -> Params:
     return sharding.shardings(sharding.param_specs(shapes(architecture), mesh), mesh)
 
 
-def init(architecture: Qwen3, key: jax.Array) -> Params:
-    """Params as transformers initialises them: normal matrices, gains of 1."""
+def init(architecture: Architecture, key: jax.Array) -> Params:
+    """Params as transformers initialises them: normal matrices, gains of 1, biases of 0."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes(architecture))
+    constant = {"scale": 1.0, "bias": 0.0}
     params = [
-        jnp.ones(leaf.shape, leaf.dtype)
-        if path[-1].key == "scale"
+        jnp.full(leaf.shape, constant[path[-1].key], leaf.dtype)
+        if path[-1].key in constant
         else architecture.initializer_range * jax.random.normal(key, leaf.shape, leaf.dtype)
         for (path, leaf), key in zip(leaves, jax.random.split(key, len(leaves)), strict=True)
     ]
     return jax.tree.unflatten(tree, params)
 
 
-def attention_spec(architecture: Qwen3) -> muon_jax.GroupedQuery:
+def attention_spec(architecture: Architecture) -> muon_jax.GroupedQuery:
     """For `muon_jax.qk_clip`: the projections, or the gains where queries and keys are normed."""
     return muon_jax.GroupedQuery(
         heads=architecture.heads,
@@ -241,9 +245,11 @@ def _texts(segments_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(segments_BxT > 0, first + 1, 0), places - first
 
 
-def _layer(a: Qwen3, rngs: nnx.Rngs) -> Layer:
+def _layer(a: Architecture, rngs: nnx.Rngs) -> Layer:
     norm = a.epsilon if a.qk_norm else None
     heads = a.heads, a.kv_heads, a.head_dim, a.rope_theta, norm
-    attention = functools.partial(GroupedQuery, a.hidden, *heads)
+    attention = functools.partial(
+        GroupedQuery, a.hidden, *heads, bias=a.qkv_bias, rope_scaling=a.rope_scaling
+    )
     feed_forward = functools.partial(SwiGLU, a.hidden, a.ffn)
     return Layer(a.hidden, a.epsilon, attention, feed_forward, rngs=rngs)

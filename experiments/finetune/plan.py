@@ -10,7 +10,7 @@ from rich.console import Console
 
 from experiments.finetune import architecture as config_json
 from experiments.finetune import arms, base
-from experiments.finetune.architecture import PRESETS, Qwen3
+from experiments.finetune.architecture import PRESETS, Architecture
 from experiments.finetune.command import Command
 from experiments.finetune.config import ArmName, Base, Training
 from experiments.finetune.step import Trainer
@@ -101,7 +101,7 @@ def _where(command: Command, at_once: int) -> str | None:
     return f"one device for each optimizer, {at_once} at a time" if apart(command) else None
 
 
-def _architecture(command: Command, small: Base) -> Qwen3:
+def _architecture(command: Command, small: Base) -> Architecture:
     """Of --preset or --model; without these of a small model."""
     if command.preset:
         return PRESETS[command.preset]
@@ -110,7 +110,9 @@ def _architecture(command: Command, small: Base) -> Qwen3:
     return base.architecture_of(small, small.vocabulary)
 
 
-def case_of(config: Training, arm: ArmName, mesh: jax.sharding.Mesh, architecture: Qwen3) -> Case:
+def case_of(
+    config: Training, arm: ArmName, mesh: jax.sharding.Mesh, architecture: Architecture
+) -> Case:
     """Of a training that need not be compiled, nor have its devices."""
     return case(Trainer(config, arm, architecture, mesh))
 

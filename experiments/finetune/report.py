@@ -150,7 +150,7 @@ def report(folder: epath.Path, arms: Sequence[ArmName] = ()) -> Report:
     facts = next(({"data": run.summary["data"]} for run in runs if "data" in run.summary), {})
     measured = about([run.arm for run in runs], quirks) | all_told(MEASURED, facts)
     return records.report(
-        "Fine-tuning a Qwen3",
+        "Fine-tuning a model",
         folder,
         runs,
         abstract(runs),

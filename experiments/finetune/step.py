@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from experiments.finetune import arms, model
-from experiments.finetune.architecture import Qwen3
+from experiments.finetune.architecture import Architecture
 from experiments.finetune.config import ArmName, Training
 from experiments.finetune.model import LanguageModel, Params
 from experiments.finetune.packing import Batch
@@ -58,7 +58,7 @@ class Trainer(trainer.Trainer):
     """
 
     def __init__(
-        self, config: Training, arm: ArmName, architecture: Qwen3, mesh: jax.sharding.Mesh
+        self, config: Training, arm: ArmName, architecture: Architecture, mesh: jax.sharding.Mesh
     ):
         if not config.steps or config.warmup is None:
             raise ValueError("A training has steps and a warm-up; `config.with_steps` gives them.")
@@ -205,7 +205,7 @@ def _parts(batch: Batch) -> list[np.ndarray]:
     return [np.asarray(x, np.int32) for x in parts]
 
 
-def check(config: Training, architecture: Qwen3, mesh: jax.sharding.Mesh) -> Any:
+def check(config: Training, architecture: Architecture, mesh: jax.sharding.Mesh) -> Any:
     """The specs of the params, or a ValueError of what the mesh does not divide."""
     trainer.check_batch(config, mesh)
     sharding.check_heads(mesh, heads=architecture.heads, kv_heads=architecture.kv_heads)

@@ -12,7 +12,7 @@ from typing import Any
 from experiments.finetune import renderer
 from experiments.finetune.renderer import BEGIN, END
 
-__all__ = ["BEGIN", "CHATML", "CUT", "END", "SETTINGS", "TEMPLATE", "Template", "read"]
+__all__ = ["BEGIN", "BLOCK", "CHATML", "CUT", "END", "SETTINGS", "TEMPLATE", "Template", "read"]
 
 SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 CUT = "\ufdd0"  # a noncharacter, which no text has: here a text is cut before it is tokenised
@@ -26,7 +26,7 @@ CHATML = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
 """
-_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class Template:
@@ -84,10 +84,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             pipe.close()  # type: ignore[union-attr]
 
 
-def read(folder: Path, settings: dict[str, Any]) -> tuple[Template, bool]:
-    """A folder's chat template, and whether it has `{% generation %}` blocks.
+def read(folder: Path, settings: dict[str, Any]) -> tuple[Template, str]:
+    """A folder's chat template, and its source.
 
-    Rendered, a block stands between `BEGIN` and `END`.
+    Rendered, a `{% generation %}` block stands between `BEGIN` and `END`.
 
     Args:
         folder: of the model.
@@ -106,6 +106,6 @@ def read(folder: Path, settings: dict[str, Any]) -> tuple[Template, bool]:
     if not isinstance(source, str):
         raise ValueError(f"{folder} has no chat template; add the one of this model as {TEMPLATE}.")
     try:
-        return Template(source), bool(_BLOCK.search(source))
+        return Template(source), source
     except ValueError as error:
         raise ValueError(f"The chat template of {folder} is damaged: {error}.") from None

@@ -1,4 +1,4 @@
-"""Qwen3 params from a Hugging Face folder, and into one, tensor by tensor."""
+"""Params from a Hugging Face folder, and into one, tensor by tensor."""
 
 import shutil
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from experiments.finetune import architecture as config_json
-from experiments.finetune.architecture import Qwen3
+from experiments.finetune.architecture import Architecture
 from experiments.finetune.chat import copy_tokenizer
 from experiments.finetune.model import Params, shapes, shardings
 from experiments.language import tensors
@@ -17,13 +17,13 @@ from experiments.language.tensors import Dtype
 _GENERATION = "generation_config.json"
 
 
-def check(folder: Path, architecture: Qwen3) -> None:
+def check(folder: Path, architecture: Architecture) -> None:
     """Raises a ValueError or OSError where a folder's tensors are not the model's, by headers."""
     with open_tensors(folder, architecture.layers) as files:
         tensors.check(folder, files, shapes(architecture))
 
 
-def read(folder: Path, mesh: Mesh | None = None) -> tuple[Qwen3, Params]:
+def read(folder: Path, mesh: Mesh | None = None) -> tuple[Architecture, Params]:
     """The model in a folder, its params float32 and where they are to lie.
 
     Args:
@@ -31,8 +31,8 @@ def read(folder: Path, mesh: Mesh | None = None) -> tuple[Qwen3, Params]:
         mesh: of `mesh.make_mesh`; None is the first device.
 
     Raises:
-        ValueError, OSError: as `tensors.read`; or the model is no Qwen3, or the mesh does not
-            divide an axis.
+        ValueError, OSError: as `tensors.read`; or the model is of another family, or the mesh does
+            not divide an axis.
     """
     architecture = config_json.read(folder / CONFIG)
     with open_tensors(folder, architecture.layers) as files:
@@ -42,7 +42,7 @@ def read(folder: Path, mesh: Mesh | None = None) -> tuple[Qwen3, Params]:
 
 def write(
     folder: Path,
-    architecture: Qwen3,
+    architecture: Architecture,
     params: Params,
     tokenizer: Path | None = None,
     dtype: Dtype = "bfloat16",

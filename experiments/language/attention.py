@@ -16,7 +16,7 @@ from flax import nnx
 from experiments.experimental import splash_attention, triton
 from experiments.language import packed_attention
 from experiments.language.sharding import constrain, spec
-from experiments.layers import Linear, RMSNorm, fan_in_uniform, rotate
+from experiments.layers import Linear, RMSNorm, RopeScaling, fan_in_uniform, rotate
 from muon_jax import max_attention_logits
 
 # Query positions at a time, at most; also the side of the splash kernel's blocks.
@@ -261,6 +261,8 @@ class GroupedQuery(nnx.Module):
         columns: of a head.
         rope_base: of RoPE's wavelengths.
         norm_epsilon: of an RMSNorm of each query and key head before it is rotated; None is none.
+        bias: of queries, keys and values.
+        rope_scaling: of RoPE's frequencies.
     """
 
     def __init__(
@@ -272,13 +274,16 @@ class GroupedQuery(nnx.Module):
         rope_base: float,
         norm_epsilon: float | None = None,
         *,
+        bias: bool = False,
+        rope_scaling: RopeScaling | None = None,
         init=fan_in_uniform,
         rngs: nnx.Rngs,
     ):
-        self.heads, self.kv_heads, self.rope_base = heads, kv_heads, rope_base
-        self.query = Linear(width, heads * columns, init=init, rngs=rngs)
-        self.key = Linear(width, kv_heads * columns, init=init, rngs=rngs)
-        self.value = Linear(width, kv_heads * columns, init=init, rngs=rngs)
+        self.heads, self.kv_heads = heads, kv_heads
+        self.rope_base, self.rope_scaling = rope_base, rope_scaling
+        self.query = Linear(width, heads * columns, bias=bias, init=init, rngs=rngs)
+        self.key = Linear(width, kv_heads * columns, bias=bias, init=init, rngs=rngs)
+        self.value = Linear(width, kv_heads * columns, bias=bias, init=init, rngs=rngs)
         self.out = Linear(heads * columns, width, init=init, rngs=rngs)
         self.normed = norm_epsilon is not None
         if self.normed:
@@ -299,7 +304,7 @@ class GroupedQuery(nnx.Module):
         v = split_heads(self.value(x_BxTxD), self.kv_heads)
         if self.normed:
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k = (rotate_heads(x, positions, self.rope_base) for x in (q, k))
+        q, k = (rotate_heads(x, positions, self.rope_base, self.rope_scaling) for x in (q, k))
         mixed, largest = causal_attention(q, k, v, segments_BxT, threshold)
         return self.out(join_heads(mixed)), largest
 
@@ -359,6 +364,8 @@ def join_heads(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-2], math.prod(x.shape[-2:]))
 
 
-def rotate_heads(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+def rotate_heads(
+    x: jax.Array, positions: jax.Array, base: float, scaling: RopeScaling | None = None
+) -> jax.Array:
     """RoPE with angles in float32, in the dtype of `x`."""
-    return rotate(x.astype(jnp.float32), positions, base).astype(x.dtype)
+    return rotate(x.astype(jnp.float32), positions, base, scaling).astype(x.dtype)

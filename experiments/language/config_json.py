@@ -1,10 +1,12 @@
 """`config.json` of a Hugging Face model: which families are supported, and what it may say."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 from experiments.json_files import read_json
+from experiments.layers import RopeScaling
 
 Ids = int | tuple[int, ...] | None
 
@@ -16,17 +18,25 @@ class Family(NamedTuple):
         name: of the class in transformers.
         fixed: beyond `_FIXED`; a config.json that leaves one out means the same.
         stated: what it may not leave out, since its default is another.
+        qk_norm: RMSNorm of each query and key head.
+        qkv_bias: of the projections to queries, keys and values.
+        inferred: sizes that may be left out: of the hidden size each head has an equal share, and
+            each query head has a key head.
     """
 
     name: str
     fixed: Mapping[str, Any]
     stated: Mapping[str, Any] = {}
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    inferred: Sequence[str] = ()
 
 
 FAMILIES = {
     "deepseek_v3": Family(
         "DeepseekV3ForCausalLM",
         fixed={
+            "attention_bias": False,
             "rope_interleave": True,
             "norm_topk_prob": True,
             "scoring_func": "sigmoid",
@@ -35,29 +45,49 @@ FAMILIES = {
         },
         stated={"q_lora_rank": None, "n_group": 1, "topk_group": 1},
     ),
-    "llama": Family("LlamaForCausalLM", fixed={"mlp_bias": False}),
-    "qwen3": Family("Qwen3ForCausalLM", fixed={"use_sliding_window": False}),
+    "llama": Family(
+        "LlamaForCausalLM",
+        fixed={"attention_bias": False, "mlp_bias": False},
+        inferred=("head_dim", "num_key_value_heads"),
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        fixed={"use_sliding_window": False},
+        qkv_bias=True,  # which no setting changes
+        inferred=("head_dim",),
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        fixed={"attention_bias": False, "use_sliding_window": False},
+        qk_norm=True,
+    ),
 }
 # Of all of them.
 _FIXED = {
     "hidden_act": "silu",
-    "attention_bias": False,
     "attention_dropout": 0.0,
     "pretraining_tp": 1,
     "quantization_config": None,
 }
-_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+_SCALING = "rope_scaling"
 
 
 def to_json(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What `config.json` says of a model, for transformers 4, which reads `rope_theta`, and 5."""
+    """What `config.json` says of a model, for transformers 4 and 5.
+
+    The former reads `rope_theta` and `rope_scaling`, the latter `rope_parameters`.
+    """
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if scaling := fields.get(_SCALING):
+        rope = {"rope_type": "llama3", **dataclasses.asdict(scaling)}
     return {
         "architectures": [FAMILIES[kind].name],
         "model_type": kind,
-        **fields,
-        "rope_parameters": {"rope_type": "default", "rope_theta": fields["rope_theta"]},
+        **{name: value for name, value in fields.items() if name != _SCALING},
+        **({_SCALING: rope} if scaling else {}),
+        "rope_parameters": {**rope, "rope_theta": fields["rope_theta"]},
         "hidden_act": _FIXED["hidden_act"],
-        "attention_bias": _FIXED["attention_bias"],
+        **FAMILIES[kind].fixed,
     }
 
 
@@ -69,7 +99,8 @@ def read(
     Args:
         path: of the file.
         model: dataclass, of whose fields' types the values are; others are whole numbers.
-        fields: our names of them and theirs, by the families that are supported.
+        fields: our names of them and theirs, by the families that are supported; those with
+            `rope_scaling` may have Llama 3's.
 
     Raises:
         ValueError: it is damaged, lacks a field, or tells of a model that is not supported.
@@ -84,16 +115,28 @@ def read(
         ) from None
     kind = given.get("model_type")
     if not isinstance(kind, str) or kind not in fields:
-        raise _unknown(path, "model_type", kind, " or ".join(map(repr, fields)))
-    require(path, given, _FIXED | FAMILIES[kind].fixed)
-    require(path, given, FAMILIES[kind].stated, otherwise="missing")
+        raise ValueError(
+            f"{_unknown(path, 'model_type', kind, ' or '.join(map(repr, sorted(fields))))} Give "
+            "the folder of one of these, such as Qwen/Qwen3-0.6B's."
+        )
+    family = FAMILIES[kind]
+    require(path, given, _FIXED | family.fixed)
+    require(path, given, family.stated, otherwise="missing")
     layers = given.get("layer_types") or []
     if not isinstance(layers, list):
         raise ValueError(f"{path}: layer_types is {layers!r} but must be a list.")
     for other in sorted(set(map(str, layers)) - {"full_attention"}):
         raise _unknown(path, "layer_types", other, "'full_attention'")
     types = get_type_hints(model)
-    said = {"tie_word_embeddings": False, **given, "rope_theta": _rope_base(path, given)}
+    rope_theta, scaling = _rope(path, given, _SCALING in fields[kind].values())
+    said = {"tie_word_embeddings": False, **given, "rope_theta": rope_theta, _SCALING: scaling}
+    if family.inferred:
+        heads, width = (
+            checked(path, name, given.get(name), int)
+            for name in ("num_attention_heads", "hidden_size")
+        )
+        sizes = {"num_key_value_heads": heads, "head_dim": width // max(heads, 1)}
+        said |= {name: sizes[name] for name in family.inferred if given.get(name) is None}
     return given, {
         ours: checked(path, theirs, said.get(theirs), types.get(ours, int))
         for ours, theirs in fields[kind].items()
@@ -110,25 +153,50 @@ def require(
             raise _unknown(path, name, found, repr(value))
 
 
-def _rope_base(path: Path, given: dict[str, Any]) -> float:
-    """Transformers 4 has it beside `rope_scaling`, 5 in `rope_parameters`."""
-    bases = set()
+def _rope(path: Path, given: dict[str, Any], scaled: bool) -> tuple[float, RopeScaling | None]:
+    """RoPE's base and Llama 3's scaling, which is refused unless the model may be `scaled`.
+
+    Transformers 4 has the base beside `rope_scaling`, 5 both in `rope_parameters`.
+    """
+    bases, scalings = set(), set()
     if given.get("rope_theta") is not None:
         bases.add(checked(path, "rope_theta", given["rope_theta"], float))
     for field in ("rope_parameters", "rope_scaling"):
         rope = given.get(field) or {}
         if not isinstance(rope, dict):
             raise ValueError(f"{path}: {field} is {rope!r} but must be an object.")
+        kind, kinds = rope.get("rope_type", rope.get("type", "default")), ["default"]
+        kinds += ["llama3"] if scaled else []
+        if kind not in kinds:
+            only = " or ".join(map(repr, kinds))
+            raise _unknown(path, f"{field}.rope_type", kind, only)
+        supported = {"rope_type": kind, "type": kind, "partial_rotary_factor": 1.0}
+        if kind == "llama3":
+            numbers = {
+                name: checked(path, f"{field}.{name}", rope.get(name), kind)
+                for name, kind in get_type_hints(RopeScaling).items()
+            }
+            try:
+                scalings.add(RopeScaling(**numbers))
+            except ValueError as error:
+                raise ValueError(f"{path}: {field}: {error}") from None
+            supported |= numbers
+        elif rope:
+            scalings.add(None)
         for name, value in rope.items():
             if name == "rope_theta":
                 bases.add(checked(path, f"{field}.{name}", value, float))
-            elif _ROPE.get(name) != value:
-                only = repr(_ROPE[name]) if name in _ROPE else "no such setting"
+            elif supported.get(name) != value:
+                only = repr(supported[name]) if name in supported else "no such setting"
                 raise _unknown(path, f"{field}.{name}", value, only)
     if len(bases) != 1:
         found = " and ".join(map(str, sorted(bases, key=str))) or "missing"
         raise ValueError(f"{path}: rope_theta is {found} but must be one number.")
-    return bases.pop()
+    if len(scalings) > 1:
+        raise ValueError(
+            f"{path}: rope_parameters and rope_scaling differ. Remove the one that is wrong."
+        )
+    return bases.pop(), scalings.pop() if scalings else None
 
 
 def checked(path: Path, name: str, value: Any, kind: Any) -> Any:

@@ -44,7 +44,7 @@ def to_json(config: Model, vocabulary: int) -> dict[str, Any]:
     own, family = vars(config) | {"vocabulary": vocabulary}, config_json.FAMILIES[kind]
     fields = {theirs: own[ours] for ours, theirs in _FIELDS[kind].items()}
     rope = {"num_key_value_heads": config.key_heads, "rope_theta": fields.pop("rope_theta")}
-    said = config_json.to_json(kind, fields | rope) | family.fixed | family.stated
+    said = config_json.to_json(kind, fields | rope) | family.stated
     return said | ({"num_nextn_predict_layers": 0} if latent else {"head_dim": config.key_columns})
 
 

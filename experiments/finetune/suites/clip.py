@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.finetune import model
-from experiments.finetune.architecture import Qwen3
+from experiments.finetune.architecture import Architecture
 from experiments.finetune.model import LanguageModel, Params
 from experiments.finetune.packing import Batch
 from experiments.language.mesh import one_device
@@ -33,7 +33,7 @@ class Clipped(NamedTuple):
 
 
 def measure(
-    architecture: Qwen3, params: Params, batch: Batch, share: float, projections: bool
+    architecture: Architecture, params: Params, batch: Batch, share: float, projections: bool
 ) -> Clipped:
     """Clips at a share of the largest attention logit of a batch, and looks at the batch again.
 

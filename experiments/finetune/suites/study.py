@@ -14,7 +14,7 @@ from rich.console import Console
 
 from experiments.commands import INTERRUPTED
 from experiments.finetune import base, data, loop, weights
-from experiments.finetune.architecture import Qwen3
+from experiments.finetune.architecture import Architecture
 from experiments.finetune.chat import TOKENIZER
 from experiments.finetune.config import REAL_WARMUP, WARMUP, ArmName, Base, Training
 from experiments.finetune.model import Params
@@ -55,7 +55,7 @@ class Model(NamedTuple):
     """What a variant fine-tunes, in the host's memory, and its rows."""
 
     name: str
-    architecture: Qwen3
+    architecture: Architecture
     params: Params
     rows: data.Prepared
 
