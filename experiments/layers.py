@@ -28,7 +28,11 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = project(x, self.kernel[...])
-        return y if self.bias is None else y + jnp.expand_dims(self.bias[...], range(y.ndim - 1))
+        if self.bias is None:
+            return y
+        # In float32, in which its gradient is then summed.
+        bias = jnp.expand_dims(self.bias[...].astype(jnp.float32), range(y.ndim - 1))
+        return (y + bias).astype(y.dtype)
 
 
 @jax.custom_vjp

@@ -260,7 +260,7 @@ def test_attention_of_grouped_heads_in_segments_is_one_softmax(monkeypatch):
 # --- One result, however it is computed ------------------------------------------------------
 
 
-@pytest.mark.parametrize("a", [TIED, PLAIN], ids=["tied", "untied, no QK-norm"])
+@pytest.mark.parametrize("a", [TIED, PLAIN, BIASED], ids=["qwen3", "llama", "qwen2"])
 def test_a_mesh_changes_nothing(a):
     tokens, segments, targets = batch()
     logits = run(a, start(a), tokens, targets, segments)[2]
@@ -284,18 +284,23 @@ def test_remat_changes_nothing():
     assert largest_difference(found[0].max_logits, expected[0].max_logits) < 1e-6
 
 
-def test_bfloat16_computes_near_float32_and_its_gradient_is_float32():
+@pytest.mark.parametrize("a", [TIED, BIASED], ids=["qwen3", "qwen2"])
+def test_bfloat16_computes_near_float32_and_its_gradient_is_float32(a):
     tokens, segments, targets = batch()
-    given = TIED, start(TIED), tokens, targets, segments
+    given = a, start(a), tokens, targets, segments
     (found, gradient, _), (expected, exact, _) = run(*given, dtype="bfloat16"), run(*given)
     there = targets >= 0
     assert np.sqrt(np.mean((found.loss - expected.loss)[there] ** 2)) < 0.05
     assert {x.dtype for x in jax.tree.leaves((gradient, found.loss))} == {np.dtype(np.float32)}
-    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(exact), strict=True):
-        assert 0 < np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b)
-    lm = LanguageModel(TIED)
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(exact), strict=True
+    ):
+        # What all keys have in common moves a softmax only as far as RoPE turns it.
+        cancels = [key.key for key in path[-2:]] == ["key", "bias"]
+        assert 0 < np.linalg.norm(x - y) < (0.1 if cancels else 0.05) * np.linalg.norm(y)
+    lm = LanguageModel(a)
     with jax.set_mesh(one_device()):
-        hidden, _ = jax.eval_shape(lm.hidden, start(TIED), tokens)
+        hidden, _ = jax.eval_shape(lm.hidden, start(a), tokens)
     assert hidden.dtype == jnp.bfloat16
 
 

@@ -40,6 +40,23 @@ def test_a_projection_is_a_product(tokens, fan_out):
     )
 
 
+def test_the_gradient_of_a_bias_is_summed_in_float32():
+    layer = layers.Linear(4, 64, bias=True, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(layer)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    x, weights = normal(0, 8, 512, 4).astype(jnp.bfloat16), normal(1, 8, 512, 64)
+    weights = weights.astype(jnp.bfloat16)
+
+    def loss(params):
+        y = nnx.merge(graph, params)(x)
+        assert y.dtype == jnp.bfloat16
+        return jnp.sum((y * weights).astype(jnp.float32))
+
+    found = jax.jit(jax.grad(loss))(params)["bias"][...].astype(jnp.float32)
+    wanted = jnp.sum(weights.astype(jnp.float32), axis=(0, 1))
+    assert np.linalg.norm(found - wanted) < 3e-3 * np.linalg.norm(wanted)  # of rounding it once
+
+
 def test_projections_of_blocks_are_products():
     ours = jax.vmap(layers.project)
     same_value_and_gradients(ours, jnp.matmul, normal(0, 4, 3, 5), normal(1, 4, 5, 5))
