@@ -165,30 +165,10 @@ def _rope(path: Path, given: dict[str, Any], scaled: bool) -> tuple[float, RopeS
         rope = given.get(field) or {}
         if not isinstance(rope, dict):
             raise ValueError(f"{path}: {field} is {rope!r} but must be an object.")
-        kind, kinds = rope.get("rope_type", rope.get("type", "default")), ["default"]
-        kinds += ["llama3"] if scaled else []
-        if kind not in kinds:
-            only = " or ".join(map(repr, kinds))
-            raise _unknown(path, f"{field}.rope_type", kind, only)
-        supported = {"rope_type": kind, "type": kind, "partial_rotary_factor": 1.0}
-        if kind == "llama3":
-            numbers = {
-                name: checked(path, f"{field}.{name}", rope.get(name), kind)
-                for name, kind in get_type_hints(RopeScaling).items()
-            }
-            try:
-                scalings.add(RopeScaling(**numbers))
-            except ValueError as error:
-                raise ValueError(f"{path}: {field}: {error}") from None
-            supported |= numbers
-        elif rope:
-            scalings.add(None)
-        for name, value in rope.items():
-            if name == "rope_theta":
-                bases.add(checked(path, f"{field}.{name}", value, float))
-            elif supported.get(name) != value:
-                only = repr(supported[name]) if name in supported else "no such setting"
-                raise _unknown(path, f"{field}.{name}", value, only)
+        if "rope_theta" in rope:
+            bases.add(checked(path, f"{field}.rope_theta", rope["rope_theta"], float))
+        if rope:
+            scalings.add(_scaling(path, field, rope, scaled))
     if len(bases) != 1:
         found = " and ".join(map(str, sorted(bases, key=str))) or "missing"
         raise ValueError(f"{path}: rope_theta is {found} but must be one number.")
@@ -197,6 +177,29 @@ def _rope(path: Path, given: dict[str, Any], scaled: bool) -> tuple[float, RopeS
             f"{path}: rope_parameters and rope_scaling differ. Remove the one that is wrong."
         )
     return bases.pop(), scalings.pop() if scalings else None
+
+
+def _scaling(path: Path, field: str, rope: dict[str, Any], scaled: bool) -> RopeScaling | None:
+    """That of one field, whose settings must all be supported."""
+    kinds = ["default", "llama3"] if scaled else ["default"]
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in kinds:
+        raise _unknown(path, f"{field}.rope_type", kind, " or ".join(map(repr, kinds)))
+    numbers = {}
+    if kind == "llama3":
+        numbers = {
+            name: checked(path, f"{field}.{name}", rope.get(name), number)
+            for name, number in get_type_hints(RopeScaling).items()
+        }
+    supported = {"rope_type": kind, "type": kind, "partial_rotary_factor": 1.0} | numbers
+    for name, value in rope.items():
+        if name != "rope_theta" and supported.get(name) != value:
+            only = repr(supported[name]) if name in supported else "no such setting"
+            raise _unknown(path, f"{field}.{name}", value, only)
+    try:
+        return RopeScaling(**numbers) if numbers else None
+    except ValueError as error:
+        raise ValueError(f"{path}: {field}: {error}") from None
 
 
 def checked(path: Path, name: str, value: Any, kind: Any) -> Any:
