@@ -208,6 +208,34 @@ def tuned():
     return found
 
 
+FRESH = {"division": "fresh_division", "multiplication": "fresh_multiplication"}
+
+
+def judged(slow, fast):
+    """Ratios over the seeds that did not choose the settings."""
+    own = [[row for row in rows if row["seed"] >= 3] for rows in (slow, fast)]
+    pairs = list(zip(*own, strict=True))
+    assert all(a["seed"] == b["seed"] for a, b in pairs) and len(pairs) == 10
+
+    def ratio(value):
+        return interval([math.log(value(a) / value(b)) for a, b in pairs])
+
+    return [
+        ratio(lambda row: row[MEMORISED]),
+        ratio(lambda row: 1 + delay(row)),
+        ratio(lambda row: row[HELD]),
+        ratio(lambda row: row[HELD] * cost(row)),
+    ]
+
+
+def fresh():
+    both = {
+        task: [cells(name, optimizer=o) for o in ("adamw", "muon")] for task, name in FRESH.items()
+    }
+    both["division, AdamW beside Muon at 0.004"] = [both["division"][0], cells("fresh_beside")]
+    return [[task, *judged(*pair)] for task, pair in both.items()]
+
+
 def swept(name, setting, values):
     found = []
     for value in values:
@@ -392,6 +420,7 @@ TABLES = {
     ("grok", "With dropout", 0): dropout,
     ("grok", "Diagnostics", 0): diagnostics,
     ("grok", "After tuning", 0): tuned,
+    ("grok", "After tuning", 1): fresh,
     ("grok", "Width", 0): lambda: swept("width", "width", (32, 64, 128, 256, 512)),
     ("grok", "Batch", 0): lambda: swept("batch", "batch", (64, 128, 256, 512, 1024, 2048, 4656)),
     ("grok", "Rank", 0): ranks,
@@ -794,7 +823,7 @@ def of_root():
     told.append(interval(delays_by_task("paper")))
     (*_, strict), (*_, muon) = (counts("paper", optimizer=o) for o in ARMS)
     told.append(f"{strict} of 51, Muon {muon} of 55")
-    epochs, flops = ([row[i] for row in tuned() if row[1] == "ratio, 95 %"] for i in (5, 6))
+    epochs, flops = ([row[i] for row in fresh()[:2]] for i in (3, 4))
     return ("", told + [" and ".join(epochs), " and ".join(flops)])
 
 
