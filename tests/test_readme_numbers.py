@@ -329,6 +329,26 @@ def family():
     return found
 
 
+def beside_muon(name):
+    """Of each optimizer but AdamW's baseline: its loss minus Muon's, and p after Holm."""
+    every = arms("family", name)
+    base = every["muon"]["losses_by_seed"]
+    others = [own for own in every if own != "muon"]
+    corrected = holm([p_of(every[o]["losses_by_seed"], base) for o in others])
+    p = dict(zip(others, corrected, strict=True))
+    found = []
+    for own, arm in every.items():
+        losses = arm["losses_by_seed"]
+        assert not arm["at_edge"]
+        told = ["", ""] if own == "muon" else [gap(losses, base), small(p[own])]
+        found.append([f"{arm['best_rate']:g}", spread(losses), *told])
+    return found
+
+
+def small(p):
+    return "< 0.001" if p < 0.0005 else f"{p:.3f}"
+
+
 def pretrain_default():
     runs = stored("pretrain", "default")["runs"]
     return [
@@ -425,6 +445,8 @@ TABLES = {
     ("grok", "Batch", 0): lambda: swept("batch", "batch", (64, 128, 256, 512, 1024, 2048, 4656)),
     ("grok", "Rank", 0): ranks,
     ("family", "The family study", 0): family,
+    ("family", "The variants of 2026", 0): functools.partial(beside_muon, "norms"),
+    # ("family", "The variants of 2026", 1)
     ("pretrain", "The default run", 0): pretrain_default,
     ("pretrain", "Optimizers at equal effort", 0): pretrain_optimizers,
     ("finetune", "On equal terms", 0): controlled,
@@ -675,8 +697,20 @@ def of_others():
     p = holm([p_of(losses[name], losses["muon"]) for name in near])[0]
     below = gap(losses["muon"], losses["normuon"]).replace("+", "")
     yield "family", f"NorMuon's loss is {below} below Muon's, with p = {p:.2f} after Holm"
-    yield "", f"NorMuon is {below} below Muon, p = {p:.2f} after Holm for seven"
-    yield "", f"Muon is {gap(losses['adamw'], losses['muon']).replace('+', '')} nats below AdamW"
+    new = {name: arm["losses_by_seed"] for name, arm in arms("family", "norms").items()}
+    *four, fifth = [name for name in new if name != "muon"][:5]
+    assert four == ["muon_squared", "soap_muon", "aurora", "muon_eq"] and fifth == "normuon"
+    mean = {name: np.mean([*own.values()]) for name, own in new.items()}
+    leads = [mean["muon"] - mean[name] for name in (four[-1], four[0])]
+    p = max(holm([p_of(new[name], new["muon"]) for name in new if name != "muon"])[:4])
+    yield "", "end {:.3f} to {:.3f} nats below Muon".format(*leads) + ", each at its best rate"
+    yield "", f"(p ≤ {p:.3f} after Holm for {len(new) - 1})"
+    yield "", f"Muon is at {gap(new['muon'], new['adamw'])} to AdamW"
+    yield "", f"({gap(new['muon_eq'], new['muon'])} to Muon's)"
+    cost = [mean[name] - mean["muon"] for name in ("muonh", "spel")]
+    yield "family", "cost {:.2f} (MuonH) to {:.2f} nats (SPEL)".format(*cost)
+    yield "family", "by {:.3f} to {:.3f} nats".format(*leads)
+    yield "family", f"(NorMuon {mean['muon'] - mean['normuon']:.3f})"
     seen = [found(losses[name], losses["muon"]) for name in near if name[:5] != "muon_"]
     assert all(0.002 < x < 0.055 for x in seen)
     rest = [means[name] - means["muon"] for name in ("muon_sgd", "muon_lion")]
