@@ -321,3 +321,24 @@ def test_an_update_is_a_few_kernels_on_stacks(name):
     )
     assert ours < min(most, optax)
     assert kernels is None or program.kernel_count <= kernels < rival.kernel_count
+
+
+def test_one_bucket_is_exchanged_beside_the_iteration_of_another():
+    """On a GPU: of two buckets' exchanges, there and back, only one has nothing to run beside."""
+    mesh = mesh_of("h100:8")
+    where, whole = NamedSharding(mesh, P("d")), NamedSharding(mesh, P())
+    shapes = {"square": (1024, 1024), "up": (1024, 4096)}
+    params = {
+        f"{name}{i}": jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where)
+        for i in range(8)
+        for name, shape in shapes.items()
+    }
+    tx = muon_jax.scale_by_muon(mesh=mesh, shardings=P("d"))
+    with jax.set_mesh(mesh):
+        state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where if x.ndim else whole),
+            jax.eval_shape(tx.init, params),
+        )
+        program = measure(jax.jit(tx.update).lower(params, state).compile())
+    exchange = program.collectives["all-to-all"]
+    assert exchange.count == 4 and exchange.beside >= 3
