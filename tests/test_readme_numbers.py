@@ -339,7 +339,7 @@ def beside_muon(name):
     found = []
     for own, arm in every.items():
         losses = arm["losses_by_seed"]
-        assert not arm["at_edge"]
+        assert arm["at_edge"] == (name == "long")  # which has one rate
         told = ["", ""] if own == "muon" else [gap(losses, base), small(p[own])]
         found.append([f"{arm['best_rate']:g}", spread(losses), *told])
     return found
@@ -446,7 +446,7 @@ TABLES = {
     ("grok", "Rank", 0): ranks,
     ("family", "The family study", 0): family,
     ("family", "The variants of 2026", 0): functools.partial(beside_muon, "norms"),
-    # ("family", "The variants of 2026", 1)
+    ("family", "The variants of 2026", 1): functools.partial(beside_muon, "long"),
     ("pretrain", "The default run", 0): pretrain_default,
     ("pretrain", "Optimizers at equal effort", 0): pretrain_optimizers,
     ("finetune", "On equal terms", 0): controlled,
@@ -706,7 +706,13 @@ def of_others():
     yield "", "end {:.3f} to {:.3f} nats below Muon".format(*leads) + ", each at its best rate"
     yield "", f"(p ≤ {p:.3f} after Holm for {len(new) - 1})"
     yield "", f"Muon is at {gap(new['muon'], new['adamw'])} to AdamW"
-    yield "", f"({gap(new['muon_eq'], new['muon'])} to Muon's)"
+    yield "", f"({gap(new['muon_eq'], new['muon'])} to Muon's; in longer ones none led)"
+    long = {
+        name: np.mean([*a["losses_by_seed"].values()]) for name, a in arms("family", "long").items()
+    }
+    half = (long["adamw"] - long["muon"]) / (mean["adamw"] - mean["muon"])
+    assert 0.45 < half < 0.55 and min(long, key=long.get) == "soap_muon"
+    yield "", "Muon's over AdamW is halved"
     cost = [mean[name] - mean["muon"] for name in ("muonh", "spel")]
     yield "family", "cost {:.2f} (MuonH) to {:.2f} nats (SPEL)".format(*cost)
     yield "family", "by {:.3f} to {:.3f} nats".format(*leads)
