@@ -221,3 +221,16 @@ def only_updated(params: Any, updates: Any) -> Any:
     return jax.tree.map(
         lambda u, p: None if u is None else p, updates, params, is_leaf=lambda x: x is None
     )
+
+
+def only_state(state: Any, kind: type, remedy: str) -> Any:
+    """The one state of a kind within that of a chain.
+
+    Raises:
+        ValueError: there is none, or several; the message ends with the remedy.
+    """
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
+    own = [node for node in nodes if isinstance(node, kind)]
+    if len(own) != 1:
+        raise ValueError(f"The state has {len(own)} {remedy}")
+    return own[0]

@@ -54,7 +54,9 @@ def orthogonalize_stacks(
     """
     if xs[0].size == 0:
         return tuple(xs)
-    if form.one_by_one and xs[0].ndim > 2:
+
+    def simpler(form: Form) -> Callable[[jax.Array], jax.Array]:
+        """The same of one stack, in another form."""
 
         def one(x: jax.Array) -> jax.Array:
             [y] = orthogonalize_stacks(
@@ -69,23 +71,12 @@ def orthogonalize_stacks(
             )
             return y
 
-        return tuple(jax.lax.map(one, x) for x in xs)
+        return one
+
+    if form.one_by_one and xs[0].ndim > 2:
+        return tuple(jax.lax.map(simpler(form), x) for x in xs)
     if form.padded:
-
-        def stacked(x: jax.Array) -> jax.Array:
-            [y] = orthogonalize_stacks(
-                [x],
-                rows=rows,
-                normalization=normalization,
-                safety=safety,
-                dtype=dtype,
-                form=form._replace(padded=0),
-                eps=eps,
-                absolute_eps=absolute_eps,
-            )
-            return y
-
-        return _in_one_shape(stacked, xs, form.padded)
+        return _in_one_shape(simpler(form._replace(padded=0)), xs, form.padded)
     out_dtype = xs[0].dtype
     arrays = _Alike.of(xs)
     if not form.apart:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from muon_jax._checks import check_number
-from muon_jax._trees import only_updated
+from muon_jax._trees import only_state, only_updated
 
 
 class EvaluationAverageState(NamedTuple):
@@ -84,17 +84,11 @@ def evaluation_params(
         ValueError: the state has no average, or several, or a share outside of 0 to 1.
     """
     check_number("share", share, at_least=0, at_most=1)
-    averages = [
-        node
-        for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, EvaluationAverageState))
-        if isinstance(node, EvaluationAverageState)
-    ]
-    if len(averages) != 1:
-        raise ValueError(
-            f"The state has {len(averages)} averages of the params, where one is needed: end the "
-            "chain with evaluation_average()."
-        )
-    weight, mean = averages[0]
+    weight, mean = only_state(
+        state,
+        EvaluationAverageState,
+        "averages of the params, where one is needed: end the chain with evaluation_average().",
+    )
 
     def corrected(average, param):
         if average is None:  # what is not trained, such as an activation of an Equinox module

@@ -9,6 +9,7 @@ import optax
 
 from muon_jax._checks import check_number
 from muon_jax._precision import widen
+from muon_jax._trees import only_state
 
 
 class LookaheadState(NamedTuple):
@@ -98,17 +99,11 @@ def lookahead_params(state: Any, params: optax.Params) -> optax.Params:
     Raises:
         ValueError: the state has no `LookaheadState`, or several.
     """
-    found = [
-        node
-        for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, LookaheadState))
-        if isinstance(node, LookaheadState)
-    ]
-    if len(found) != 1:
-        raise ValueError(
-            f"The state has {len(found)} looks ahead, where one is needed: end the chain with "
-            "lookahead()."
-        )
-    _, factor, mean = found[0]
+    _, factor, mean = only_state(
+        state,
+        LookaheadState,
+        "looks ahead, where one is needed: end the chain with lookahead().",
+    )
 
     def ahead(m: Any, w: Any) -> Any:
         return w if m is None else (w.astype(m.dtype) + factor * m).astype(w.dtype)
