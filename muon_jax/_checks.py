@@ -147,9 +147,9 @@ def check_mesh(value: Any) -> None:
         >>> check_mesh("data")
         Traceback (most recent call last):
             ...
-        TypeError: mesh must be a mesh, such as one made by jax.make_mesh, or None; got 'data'.
+        TypeError: mesh must be a jax.sharding.Mesh, as made by jax.make_mesh, or None; got 'data'.
     """
     if value is not None and not isinstance(value, (jax.sharding.Mesh, jax.sharding.AbstractMesh)):
         raise TypeError(
-            f"mesh must be a mesh, such as one made by jax.make_mesh, or None; got {value!r}."
+            f"mesh must be a jax.sharding.Mesh, as made by jax.make_mesh, or None; got {value!r}."
         )

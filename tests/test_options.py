@@ -522,11 +522,11 @@ KINDS = {
     "text": (lambda: muon(0.1, weight_decay="0.1"), ["weight_decay", "'0.1'"]),
     "a function for an optimizer": (
         lambda: muon(0.1, other_optimizer=optax.adamw),
-        ["other_optimizer must be one of adamw", "got adamw", "call it with its rate"],
+        ["other_optimizer must be one of adamw", "got adamw", "with its learning rate"],
     ),
     "an optimizer for a function": (
         lambda: hybrid(scale_by_muon(), 0.1),
-        ["scale_by must be a function", "muon_jax.scale_by_muon", "Give the function"],
+        ["scale_by must be a function", "muon_jax.scale_by_muon", "Pass the function"],
     ),
     "mesh": (lambda: muon(0.1, mesh="x"), ["mesh must be a jax.sharding.Mesh", "'x'"]),
     "mesh alone": (lambda: scale_by_muon(mesh="x"), ["mesh must be a jax.sharding.Mesh", "'x'"]),

@@ -235,7 +235,7 @@ def test_misleading_shapes(name):
         ("query/kernel", (5, 16, 16), "muon", "could be a stack of 2-D kernels"),
         ("mystery", (16, 24), "muon", "could be an embedding or a head"),
         ("mystery", (500, 16), "other", "could be a hidden matrix"),
-        ("up/kernel", (5, 16, 64), "muon", "leading axes are read as a stack"),
+        ("up/kernel", (5, 16, 64), "muon", "leading axes are assumed to be a stack"),
         ("patches/kernel", (2, 3, 6, 8), "muon", "could be a stack of matrices"),
     ],
 )
