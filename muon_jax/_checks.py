@@ -100,8 +100,8 @@ def check_static(name: str, value: Any) -> None:
     if isinstance(value, jax.Array):
         raise TypeError(
             f"{name} must be a static Python value, since it decides what is compiled; got "
-            f"{type(value).__name__}. It cannot be a hyperparameter: use "
-            "muon_jax.inject_hyperparams, or add it to static_args of optax.inject_hyperparams."
+            f"{type(value).__name__}. With optax.inject_hyperparams, add it to static_args, or use "
+            "muon_jax.inject_hyperparams."
         )
 
 
