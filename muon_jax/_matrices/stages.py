@@ -361,5 +361,5 @@ def _check_slices(path: str, shape: tuple[int, ...], layout: Layout, parts: Sequ
                 raise ValueError(
                     f"Inside shard_map each device must hold whole parts of {path!r}; it has "
                     f"{shape[axis]} entries of axis {axis}, in parts of {size}. Split the axis "
-                    "into equal parts whose number its mesh axes divide."
+                    "into equal parts, a multiple of the number of devices along it."
                 )

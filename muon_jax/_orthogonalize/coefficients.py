@@ -223,7 +223,7 @@ def as_schedule(coeffs: "str | Schedule | Row | Sequence[Row]") -> Schedule:
             raise ValueError(
                 f"A Newton-Schulz schedule must be one of {', '.join(SCHEDULES)}, or (a, b, c), or "
                 f"one (a, b, c) per step; got {coeffs!r}."
-                + (f" The schedule of this name in optax is {same!r} here." if same else "")
+                + (f" Its name here is {same!r}." if same else "")
             )
         return SCHEDULES[coeffs]
     single = _length(coeffs) == 3 and all(_length(value) is None for value in coeffs)

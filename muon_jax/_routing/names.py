@@ -180,7 +180,7 @@ _TABLE = r"wte|wpe|vocab|codebook|lookup|[a-z]*emb|(?!un)[a-z]*embed[a-z]*|hash_
 _BIASES = (
     Row(BIAS, name="bias|biases"),
     Row(BIAS, leaf="^(b|beta)$", unless=LORA),
-    # Such as TransformerLens's `b_Q`; and `fc_b`, but MLA's `kv_b` is a matrix.
+    # Examples are TransformerLens's `b_Q`, and `fc_b`. MLA's `kv_b` is a matrix.
     Row(BIAS, leaf=r"^b_(?!proj|re|im|norm)[a-z]+$|^(?!w?[qkv]+_b$).*_b$", unless=LORA),
 )
 _GAINS = (

@@ -291,7 +291,7 @@ def _words(use: Use, names: Sequence[str]) -> str:
     return _WORDS[use.how] + axes + product
 
 
-# --- Where in the source ---
+# --- Source lines ---
 
 
 def _line(sources: Sequence[tuple[Any, Any]]) -> str:

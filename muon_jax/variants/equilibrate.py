@@ -1,4 +1,4 @@
-"""Row equilibration before orthogonalisation: MuonEq."""
+"""MuonEq: row equilibration before orthogonalisation."""
 
 from typing import Any
 

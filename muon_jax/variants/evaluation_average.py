@@ -90,11 +90,11 @@ def evaluation_params(
     weight, mean = only_state(
         state,
         EvaluationAverageState,
-        "averages of the params, where one is needed: end the chain with evaluation_average().",
+        "averages of the params but needs exactly one: end the chain with evaluation_average().",
     )
 
     def corrected(average, param):
-        if average is None:  # what is not trained, such as an activation of an Equinox module
+        if average is None:  # leaves that are not trained, such as activations in Equinox
             return param
         average = average / jnp.where(weight == 0, 1, weight)
         mixed = share * average + (1 - share) * param.astype(average.dtype)

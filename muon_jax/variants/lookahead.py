@@ -102,7 +102,7 @@ def lookahead_params(state: Any, params: optax.Params) -> optax.Params:
     _, factor, mean = only_state(
         state,
         LookaheadState,
-        "looks ahead, where one is needed: end the chain with lookahead().",
+        "look-ahead states but needs exactly one: end the chain with lookahead().",
     )
 
     def ahead(m: Any, w: Any) -> Any:

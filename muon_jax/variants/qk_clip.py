@@ -30,7 +30,7 @@ _MISSING: Any = object()
 def qk_clip(
     specs: Specs, *, threshold: float | jax.Array = 100.0, alpha: float | jax.Array = 0.5
 ) -> optax.GradientTransformationExtraArgs:
-    """Changes the updates so that the new params are clipped. It must be the last link of a chain.
+    """Changes updates, as the last link of a chain, such that the new params are clipped.
 
     `update(updates, state, params, max_logits=...)` takes the largest attention logits of the
     forward pass that computed the gradients. They are a tree with the paths of the attention

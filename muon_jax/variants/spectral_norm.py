@@ -13,7 +13,7 @@ from muon_jax._muon import muon
 from muon_jax._options import takes_options_of
 from muon_jax._scale import SHAPE_SCALES
 
-_FIRST = 20  # power iterations on the weights that training begins with
+_FIRST = 20  # power iterations on the initial weights
 
 
 def spectral_sphere(radius: float | jax.Array = 1.0, *, iterations: int = 1) -> Constraint:
