@@ -60,7 +60,7 @@ def state_shardings(
         shardings, params, what="shardings", kind="a NamedSharding", is_value=_is_named
     )
     if not given:
-        raise ValueError("state_shardings takes the mesh from the params, but params has no leaf.")
+        raise ValueError("state_shardings takes the mesh from params, but params has no leaves.")
     replicated = NamedSharding(next(iter(given.values())).mesh, PartitionSpec())
 
     def sharding_of(path: KeyPath, x: jax.ShapeDtypeStruct) -> NamedSharding:

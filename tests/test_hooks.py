@@ -254,9 +254,12 @@ def test_stateless_hooks_leave_the_state_as_it_is():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"before": muon_jax.equilibrate}, "before must be a hook.*got equilibrate.*call it"),
+        (
+            {"before": muon_jax.equilibrate},
+            "before must be a hook.*got equilibrate.*Call this function",
+        ),
         ({"after": ["snap"]}, "after must be a hook.*'snap'"),
-        ({"constraint": muon_jax.hyperball}, "must be a constraint.*hyperball.*call it"),
+        ({"constraint": muon_jax.hyperball}, "must be a constraint.*hyperball.*Call this function"),
         ({"constraint": muon_jax.equilibrate()}, "must be a constraint"),
     ],
 )
