@@ -1,4 +1,4 @@
-"""The predicted cost of a step of Muon: FLOPs, bytes exchanged, memory and time."""
+"""What a step of Muon costs, before anything runs: FLOPs, bytes exchanged, memory, time."""
 
 import dataclasses
 import functools
@@ -38,24 +38,23 @@ PLATFORMS = ("cpu", "gpu", "tpu")
 
 @dataclasses.dataclass(frozen=True)
 class PlanRow:
-    """One row of a `Plan`: a bucket of Muon's matrices, or all leaves with another label.
+    """Leaves that are treated together: a bucket of Muon's, or all of another route.
 
     Attributes:
-        route: The label of the leaves, `"muon"`, `"other"` or `"frozen"`.
-        leaves: The paths of the leaves.
-        matrices: The number of matrices on all devices together.
-        shape: `(fan_in, fan_out)` of the first matrix; `()` for labels other than `"muon"`.
-        form: The form of Newton-Schulz, with its restarts.
-        placing: How the matrices are distributed over the devices.
-        standard_flops: The FLOPs of the standard form if each matrix is orthogonalised once.
-        flops: The FLOPs of all devices together, including padding.
-        device_flops: The FLOPs of one device.
-        exchanged_bytes: The bytes that one device receives from collectives.
-        momentum_bytes: The optimizer state on one device, in bytes.
-        working_bytes: The temporary memory of one device, in bytes: the tiles before and after
-            orthogonalisation, and the square matrices.
-        seconds: The predicted time of one device, including momentum, decay and the step, but not
-            the network.
+        route: `"muon"`, `"other"` or `"frozen"`.
+        leaves: their paths.
+        matrices: how many, over all devices.
+        shape: `(fan_in, fan_out)` of the first; `()` where the route knows no matrices.
+        form: of Newton-Schulz, with its restarts.
+        placing: how the matrices are spread over the devices.
+        standard_flops: what the standard form takes for the matrices, each of them once.
+        flops: of all devices together, padding included.
+        device_flops: of one device.
+        exchanged_bytes: that collectives bring to one device.
+        momentum_bytes: optimizer state of one device.
+        working_bytes: of one device: tiles before and after, and the square matrices beside them.
+        seconds: that one device is predicted to take, momentum, decay and the step included, the
+            network not.
     """
 
     route: str
@@ -75,14 +74,13 @@ class PlanRow:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The result of `plan`. `print` shows it as a table, and `to_dict` prepares it for JSON.
+    """What `plan` returns; `print` shows a table, `to_dict` is ready for JSON.
 
     Attributes:
-        rows: One row for each bucket and for each label other than `"muon"`.
-        devices: The number of devices of the mesh.
-        model_flops: The model's FLOPs for a training step, 6 × active parameters × tokens; `None`
-            if the number of tokens is not given.
-        assumptions: A sentence that says which hardware the predicted time refers to.
+        rows: of each bucket and each other route.
+        devices: of the mesh.
+        model_flops: of a training step, 6 × active parameters × tokens; `None` without tokens.
+        assumptions: what the time is predicted for, in a sentence.
     """
 
     rows: tuple[PlanRow, ...]
@@ -91,10 +89,10 @@ class Plan:
     assumptions: str = ""
 
     def total(self, field: str) -> Any:
-        """Returns the sum of a field over all rows."""
+        """The sum of a field over rows."""
         if field == "working_bytes":
             warnings.warn(
-                'total("working_bytes") is the maximum over rows, not their sum. Use peak().',
+                'total("working_bytes") is the largest of all rows, and no sum: use peak().',
                 DeprecationWarning,
                 stacklevel=2,
             )
@@ -102,7 +100,7 @@ class Plan:
         return sum(getattr(row, field) for row in self.rows)
 
     def peak(self) -> int:
-        """Returns the largest `working_bytes` of any row, since buckets run one after another."""
+        """The most working bytes of any row: buckets follow each other."""
         return max((row.working_bytes for row in self.rows), default=0)
 
     def _totals(self) -> dict[str, Any]:
@@ -112,11 +110,11 @@ class Plan:
 
     @property
     def overhead(self) -> float | None:
-        """Muon's FLOPs as a fraction of the model's."""
+        """Muon's FLOPs as a share of the model's."""
         return self.total("flops") / self.model_flops if self.model_flops else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns rows and totals as plain numbers and strings."""
+        """Rows and totals as plain numbers and strings."""
         return {
             "devices": self.devices,
             "rows": [dataclasses.asdict(row) for row in self.rows],
@@ -155,13 +153,13 @@ class Plan:
         if standard:
             share = self.total("flops") / standard
             text.append(
-                f"Newton-Schulz: {_count(self.total('flops'))}FLOP per step, {share:.2f} of the "
+                f"Newton-Schulz: {_count(self.total('flops'))}FLOP a step, {share:.2f} of the "
                 f"standard form's {_count(standard)}FLOP"
             )
         if self.overhead is not None:
             text.append(
                 f"Muon's overhead: {100 * self.overhead:.2f} % of the model's "
-                f"{_count(self.model_flops or 0)}FLOP per step"
+                f"{_count(self.model_flops or 0)}FLOP a step"
             )
         return "\n".join(text)
 
@@ -182,28 +180,27 @@ def plan(
     matrix_axes: Any = None,
     platform: str | None = None,
 ) -> Plan:
-    """Predicts the cost of a step of `muon` on a mesh from the shapes of the params.
+    """What a step of `muon` costs on a mesh, from shapes alone.
 
     Args:
-        params: Arrays or `jax.ShapeDtypeStruct`s. Their own shardings are used if `shardings` is
-            None.
-        mesh: As in `muon`.
-        shardings: The shardings of the params, as in `muon`. If `muon` runs under Auto axes without
-            shardings, XLA moves a leaf once for each mesh axis that splits it rather than once.
-        tokens_per_step: The number of tokens of the whole batch; needed for the overhead.
-        active_params: The number of parameters that are used for a token. `None` means all of them,
-            which is only allowed if no leaf is a stack of experts.
-        ns_coeffs, ns_steps, ns_dtype, mu_dtype, nu_dtype, routing, matrix_axes: As in `muon`.
-        platform: The platform of the devices, `"cpu"`, `"gpu"` or `"tpu"`, which an `AbstractMesh`
-            may not know. `None` means the platform of the mesh, or else of JAX's default devices.
-            Times are predicted for two CPU cores, an H100 or a TPU v5e.
+        params: arrays or `jax.ShapeDtypeStruct`s; their shardings count if `shardings` is None.
+        mesh: as in `muon`.
+        shardings: as in `muon`, of the params. Under Auto axes, where `muon` has no
+            shardings, XLA moves a leaf once for each mesh axis that splits it, in place of once.
+        tokens_per_step: of the whole batch; needed for the overhead.
+        active_params: parameters that a token passes through; `None` is all of them, where no leaf
+            is a stack of experts.
+        ns_coeffs, ns_steps, ns_dtype, mu_dtype, nu_dtype, routing, matrix_axes: as in `muon`.
+        platform: of the devices: `"cpu"`, `"gpu"` or `"tpu"`, which an `AbstractMesh` may not know;
+            `None` is the mesh's, or else that of JAX's default devices. Times are those of two
+            CPU cores, an H100 or a TPU v5e.
 
     Returns:
-        A `Plan`: FLOPs, bytes exchanged, memory and predicted time, per bucket and in total.
+        A `Plan`: per bucket and in total FLOPs, bytes exchanged, memory and predicted time.
 
     Raises:
-        ValueError: The platform is unknown, or the params have stacked experts and
-            `tokens_per_step` is given without `active_params`.
+        ValueError: another platform, or an overhead asked for without `active_params` where experts
+            are stacked, of which a token passes through a few.
 
     Example:
         >>> import jax, jax.numpy as jnp, muon_jax
@@ -233,11 +230,11 @@ def plan(
         rows = math.prod(x.shape[:-1]) // math.prod(outer)
         here = math.prod(x.shape) // (math.prod(outer) * last)
         if packed and moments == 1:
-            return here + 4 * rows  # one float32 scale per row, on each device with part of the row
+            return here + 4 * rows  # a float32 scale a row, on each device that has some of it
         return here * (first + second * (moments - 1))
 
     def elementwise(path: KeyPath) -> float:
-        """Returns the time of the other optimizer, which reads and writes 7 numbers per entry."""
+        """Seconds of the other optimizer: gradient, moments and parameters, read and written."""
         x = leaves[path]
         split = math.prod(size[name] for names in layouts[path] for name in names)
         return device.seconds([Kernel(0, 7 * math.prod(x.shape) // split)], x.dtype)
@@ -257,7 +254,7 @@ def plan(
     call_of = {bucket: call for call in by_call(buckets) for bucket in call}
 
     def seconds(bucket: Bucket) -> float:
-        """Returns its share of the call, by FLOPs, and the time of momentum, decay and step."""
+        """Its share of the call, by FLOPs, beside momentum, and the step with its decay."""
         call = call_of[bucket]
         share = bucket.flops(newton_schulz) / sum(each.flops(newton_schulz) for each in call)
         total = share * call_seconds(call, newton_schulz, device)
@@ -302,7 +299,7 @@ def plan(
         )
 
     alike: dict[Any, list[Bucket]] = defaultdict(list)
-    for bucket in buckets:  # without a mesh each leaf is a bucket, and equal buckets share a row
+    for bucket in buckets:  # without a mesh each leaf is a bucket: equal ones share a row
         alike[bucket._replace(spans=(), call=0) if not bucket.axes else bucket].append(bucket)
     rows = [muon_row(group) for group in alike.values()]
     for label, moments in ((OTHER, 2), (FROZEN, 0)):
@@ -317,8 +314,8 @@ def plan(
         stacked = (leaf.path for leaf in routes.values() if EXPERT_STACK in leaf.why)
         if active_params is None and (experts := next(stacked, None)) is not None:
             raise ValueError(
-                f"{experts!r} is a stack of experts, and a token uses only a few of them. Pass "
-                "active_params=, the number of parameters that are used for a token."
+                f"{experts!r} stacks experts, of which a token passes through a few: the model's "
+                "FLOPs need active_params=, how many parameters a token passes through."
             )
         active = active_params or sum(math.prod(x.shape) for x in leaves.values())
         tokens = 6 * active * tokens
@@ -357,15 +354,15 @@ def _placing(bucket: Bucket) -> str:
     if not bucket.axes:
         return "local, not moved"
     if not bucket.cut:
-        return f"whole, {bucket.slots} per device"
+        return f"whole, {bucket.slots} a device"
     if bucket.width == 1:
-        return f"whole, padded to {bucket.lead} × {bucket.other}, {bucket.slots} per device"
+        return f"whole, padded to {bucket.lead} × {bucket.other}, {bucket.slots} a device"
     tiles = " or ".join(map(str, sorted({span.tiles for span in bucket.spans})))
-    return f"split into {tiles} tiles, {bucket.slots} per device"
+    return f"cut in {tiles}, {bucket.slots} a device"
 
 
 def _working(bucket: Bucket, newton_schulz: NewtonSchulz) -> int:
-    """Returns the bytes of the tiles before and after, and of four square matrices, per device."""
+    """Tiles as they arrive and as they leave, and four square matrices as they accumulate."""
     dtype = newton_schulz.compute_dtype(bucket.dtype)
     tiles = 2 * bucket.lead * bucket.other * max(dtype.itemsize, bucket.dtype.itemsize)
     squares = 4 * min(bucket.lead, bucket.other) ** 2 * max(4, dtype.itemsize)
