@@ -353,7 +353,8 @@ def test_parts_that_take_turns(together, sizes, turned):
 
 def test_turns_that_do_not_fill_the_axis_are_refused():
     axes = MatrixAxes(split_fan_out=Interleaved((6, 3)))
-    with pytest.raises(ValueError, match=r"Axis 1 of a leaf .* rounds of \(6, 3\), which have 9"):
+    words = r"Axis 1 of a leaf .* rounds of the sizes \(6, 3\), which have 9"
+    with pytest.raises(ValueError, match=words):
         updates_of(scale_by_muon(matrix_axes=axes), [jnp.ones((4, 10))])
 
 

@@ -169,8 +169,8 @@ def _split_rounds(
     size = sum(turns.sizes)
     if not turns.sizes or size < 1 or shape[axis] % size:
         raise ValueError(
-            f"Axis {axis} of a leaf of shape {shape} must be a multiple of a round of the sizes "
-            f"{turns.sizes}, which has {size} entries."
+            f"Axis {axis} of a leaf of shape {shape} must consist of whole rounds of the sizes "
+            f"{turns.sizes}, which have {size} entries."
         )
     count = shape[axis] // size
     along = layout[axis] if layout is not None else ()
