@@ -14,8 +14,8 @@ def routing_table(params: Any, rules: Routing = None) -> str:
     orthogonalised, as `batch × (fan_in × fan_out)`; if a leaf is split into parts of several
     sizes, each size is shown.
 
-    Below the table are the number of parameters per label, and one line for each leaf whose label
-    is a guess.
+    Below the table are the number of parameters per label, and one line for each leaf that could be
+    interpreted differently.
 
     Args:
         params, rules: As in `label_params`.
