@@ -1,4 +1,4 @@
-"""Constraints on the norms of the weights, which work with every optimizer of this package."""
+"""Constraints on the norms of the weights, which work with every optimizer that `hybrid` makes."""
 
 import functools
 from collections.abc import Sequence

@@ -47,12 +47,12 @@ def optax_muon(
     muon_weight_dimension_numbers: Any = None,
     consistent_rms: float | jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Replaces `optax.contrib.muon`: same arguments and results, each matrix only once on a mesh.
+    """Returns `optax.contrib.muon`, but on a mesh each matrix is orthogonalised only once.
 
-    It differs from `optax.contrib.muon` as follows:
+    Arguments and results are the same, with these exceptions:
 
     - `ns_coeffs` are not in the state.
-    - Low-precision gradients and state are computed with in float32, with coefficients in float32,
+    - All arithmetic on low-precision gradients and state is in float32, with float32 coefficients,
       and an update keeps its gradient's dtype.
     - The preset `"muon"`, which Optax documents but rejects, is the same as `"standard"`.
       `ns_steps` is ignored if `ns_coeffs` has one row per step; Optax documents that too, but

@@ -191,7 +191,8 @@ def hybrid(
 ) -> optax.GradientTransformationExtraArgs:
     """Updates the hidden matrices with `scale_by`, decay and rate, and all other leaves with AdamW.
 
-    Every optimizer of this package is this function with its own `scale_by`, and takes its options.
+    Most optimizers of this package are this function with their own `scale_by`, and take its
+    options.
 
     Updates keep their gradients' dtypes. Decay and rate are applied in float32 and rounded once.
 

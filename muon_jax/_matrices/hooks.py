@@ -1,8 +1,8 @@
 """Hooks: functions of matrices that run at certain places of Muon's chain and can be combined.
 
 The arguments `before` and `after` of `scale_by_muon` are hooks around orthogonalisation. A
-`Constraint` has one hook for the update and one for the weights, and works with every optimizer of
-this package.
+`Constraint` has one hook for the update and one for the weights, and works with every optimizer
+that `hybrid` makes.
 """
 
 from collections.abc import Callable, Sequence
