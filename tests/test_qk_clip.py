@@ -559,15 +559,15 @@ ONES = jnp.ones(HEADS)
     ("changes", "max_logits", "message"),
     [
         ({"query": "q_proj"}, {"attention": ONES}, "none has all of 'key', 'q_proj'. The leaves"),
-        ({}, {"attn": ONES}, "has 'attn', where no spec .* are the modules': 'attention'"),
-        ({}, {}, "has no entry for 'attention', only for . Give it"),
+        ({}, {"attn": ONES}, "has 'attn', where no spec .* those of the modules: 'attention'"),
+        ({}, {}, "has no entry for 'attention', only for . Pass an entry"),
         ({"heads": 8}, {"attention": ONES}, r"\(8,\), or \(layers, 8\).* the shape \(4,\)"),
         (
             {"heads": 5, "kv_heads": 5},
             {"attention": jnp.ones(5)},
-            r"\(24,\) in each layer; head_axis=-1",
+            r"\(24,\) in each layer, but head_axis=-1",
         ),
-        ({"head_axis": 2}, {"attention": ONES}, r"head_axis=2 of at most 3 axes is to hold 4"),
+        ({"head_axis": 2}, {"attention": ONES}, r"head_axis=2 must have the size 4, .* 3 axes"),
         (
             {},
             {"attention": jnp.ones((2, 4))},
@@ -586,7 +586,7 @@ def test_what_does_not_fit_is_refused(changes, max_logits, message):
 def test_a_stack_without_stacked_max_logits_is_refused():
     for layout in LAYOUTS:
         params, spec = grouped(layout)
-        with pytest.raises(ValueError, match=r"give max_logits of shape \(layers, heads\)"):
+        with pytest.raises(ValueError, match=r"pass max_logits of shape \(layers, heads\)"):
             clip_qk(stacked([params] * 3), {"attention": ONES}, spec)
 
 

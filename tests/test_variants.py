@@ -460,7 +460,7 @@ def test_an_average_at_the_end_of_any_chain():
         (lambda: evaluation_params([evaluation_average().init(PARAMS)] * 2, PARAMS), "2 averages"),
         (
             lambda: evaluation_average().update(PARAMS, evaluation_average().init(PARAMS)),
-            "give them to update()",
+            "evaluation_average needs the params",
         ),
     ],
 )
