@@ -285,7 +285,7 @@ class _Reader:
             flops = convolution_flops(it, scope)
         elif it.opcode in _UNREAD:
             raise UnreadableProductError(
-                f"Cannot count the FLOPs of %{it.name}, since {it.opcode} is not supported. Add it "
+                f"%{it.name} is a {it.opcode}, an operation whose FLOPs cannot be counted. Add it "
                 "to experiments.products."
             )
         elif it.opcode == "custom-call":

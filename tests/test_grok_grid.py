@@ -164,7 +164,7 @@ def test_an_estimate_is_a_bound_where_nothing_is_known_and_says_so():
     whole = str(
         estimate(dataclasses.replace(TINY, full_length=True), TINY.cells(), threading.Event())
     )
-    assert not whole.startswith("at most") and "to its last epoch" in whole
+    assert not whole.startswith("at most") and "runs for all epochs" in whole
 
 
 def test_an_estimate_times_an_arm_of_each_optimizer(monkeypatch):

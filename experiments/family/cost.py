@@ -1,8 +1,8 @@
-"""What a step of each optimizer costs beside AdamW's: time, state and working memory.
+"""Measures the cost of each optimizer's update: time, state and working memory.
 
-Time is of `tx.update` and `optax.apply_updates` alone, on the study's model and one of its
-gradients. The optimizers take turns, so that a noisy machine disturbs all; what counts is the
-ratio. A turn has many steps, since some optimizers do their hard work only every so often.
+The time is that of `tx.update` and `optax.apply_updates`, on the study's model and one of its
+gradients. The optimizers take turns, so that a noisy machine affects all alike, and their ratios to
+AdamW are reported. A turn has many steps, since some optimizers do most work only in some steps.
 """
 
 import functools
@@ -19,7 +19,7 @@ from experiments.family.data import Data
 from experiments.family.train import language_model, start, transformation
 from experiments.optimizers import OptimizerName
 
-STEPS = 100  # of a turn
+STEPS = 100  # per turn
 
 
 def measure(
@@ -28,17 +28,18 @@ def measure(
     text: Data,
     on_turn: Callable[[str], None] = lambda name: None,
 ) -> dict[OptimizerName, dict[str, Any]]:
-    """Costs of an update of the named optimizers.
+    """Measures the costs of an update of the named optimizers.
 
     Args:
-        config: the model and the optimizers' settings.
-        names: which optimizers; ratios are to AdamW, where it is one of them.
-        text: for the gradient.
-        on_turn: as of `timing.step_costs`.
+        config: The settings of the model and the optimizers.
+        names: The optimizers. Ratios are to AdamW, if it is one of them.
+        text: The text from which the gradient is computed.
+        on_turn: As in `timing.step_costs`.
 
     Returns:
-        What `timing.step_costs` tells; `state_bytes_per_parameter`, exact; and `temp_bytes`, what
-        the compiled update allocates beside its arguments and results.
+        For each optimizer the result of `timing.step_costs`; `state_bytes_per_parameter`, which is
+        exact; and `temp_bytes`, the memory that the compiled update allocates besides arguments and
+        results.
     """
     model = language_model(config)
     params = model.start(0)
