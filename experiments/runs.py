@@ -37,7 +37,7 @@ _RENAMED = {
 }
 
 # The files of a folder that record settings, each with these settings.
-Told = list[tuple[str, dict[str, Any]]]
+Recorded = list[tuple[str, dict[str, Any]]]
 
 
 class RunError(Exception):
@@ -207,20 +207,20 @@ def check_free(folder: Path, keys: Iterable[str], *, other: str) -> None:
     Raises:
         RunError: The folder holds other files, or a run of another study.
     """
-    _refuse_strangers(folder, _names(folder), _told(folder), keys, other)
+    _refuse_strangers(folder, _names(folder), _recorded_settings(folder), keys, other)
 
 
 def _refuse_strangers(
-    folder: Path, names: Collection[str], told: Told, keys: Iterable[str], other: str
+    folder: Path, names: Collection[str], recorded: Recorded, keys: Iterable[str], other: str
 ) -> None:
     keys = {*keys}
-    if names and not told:
+    if names and not recorded:
         found = f"{CONFIG}, which is damaged," if CONFIG in names else min(names)
         raise RunError(
             f"{folder} holds {found} {'and other files ' * (len(names) > 1)}but no run of this "
             f"study; nothing was written. Give {other}, or an empty folder."
         )
-    for where, settings in told:
+    for where, settings in recorded:
         if 2 * len(settings.keys() & keys) < len(keys):
             raise RunError(
                 f"{folder} holds no run of this study according to {where}; nothing was "
@@ -255,12 +255,12 @@ def known_settings(folder: Path) -> dict[str, Any]:
         ValueError: The only record is a damaged `config.json`.
         OSError: A file cannot be read.
     """
-    told = _told(folder)
-    if not told:
+    recorded = _recorded_settings(folder)
+    if not recorded:
         if not (folder / CONFIG).exists():
             raise RunError(f"{folder} holds no run: it has no {CONFIG}. Give the folder of a run.")
-        told = [(CONFIG, read_settings(folder / CONFIG))]
-    (where, settings), *more = reversed(told)
+        recorded = [(CONFIG, read_settings(folder / CONFIG))]
+    (where, settings), *more = reversed(recorded)
     for other, there in more:
         if changed := [key for key in changed_settings(there, settings) if key in settings]:
             raise RunError(
@@ -294,28 +294,28 @@ def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def holds_run(folder: Path) -> bool:
     """Returns whether a folder has the settings of a run, complete or damaged."""
-    return (folder / CONFIG).exists() or bool(_told(folder))
+    return (folder / CONFIG).exists() or bool(_recorded_settings(folder))
 
 
-def _told(folder: Path) -> Told:
+def _recorded_settings(folder: Path) -> Recorded:
     """Returns the settings that each file of a folder records. Seals come after `config.json`."""
     if not _names(folder):
         return []
-    told: Told = []
+    recorded: Recorded = []
     with contextlib.suppress(FileNotFoundError, ValueError):
-        told.append((CONFIG, read_settings(folder / CONFIG)))
+        recorded.append((CONFIG, read_settings(folder / CONFIG)))
     if (config := sealed.read(folder / LOG).config) is not None:
-        told.append((f"{LOG}, by its seals,", current_names(config)))
+        recorded.append((f"{LOG}, by its seals,", current_names(config)))
     if (config := manifests.newest_meta(folder / "checkpoints").get("config")) is not None:
-        told.append(("its newest checkpoint", current_names(config)))
-    return told
+        recorded.append(("its newest checkpoint", current_names(config)))
+    return recorded
 
 
 def _check(folder: Path, config: dict[str, Any], free: tuple[str, ...], other: str) -> None:
     """Raises a RunError unless a folder is empty or holds a run with this config."""
-    here, told = identity(config, free), _told(folder)
-    _refuse_strangers(folder, _names(folder), told, here, other)
-    for where, there in told:
+    here, recorded = identity(config, free), _recorded_settings(folder)
+    _refuse_strangers(folder, _names(folder), recorded, here, other)
+    for where, there in recorded:
         changed = changed_settings(there, here, free)
         if where != CONFIG:  # a seal of an earlier version may have fewer settings
             changed = [key for key in changed if key in there]

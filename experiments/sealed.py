@@ -62,15 +62,15 @@ def record_line(record: dict[str, Any]) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
 
 
-def seal_line(records: Sequence[str], before: int, **said: Any) -> str:
+def seal_line(records: Sequence[str], before: int, **contents: Any) -> str:
     """Returns the line that seals records.
 
     Args:
         records: The lines of the records.
         before: The number of records that earlier seals cover.
-        said: The contents of the seal. `config` are the settings of the run.
+        contents: The contents of the seal. `config` are the settings of the run.
     """
-    seal = said | {"before": before}
+    seal = contents | {"before": before}
     digests = [_digest(line.encode().removesuffix(b"\n")) for line in records]
     return record_line(seal | {"sha256": [*digests, _own(seal, digests)]})
 

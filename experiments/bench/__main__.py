@@ -45,15 +45,15 @@ class Config:
     """Compares muon_jax with other implementations of Muon: the cost of an update on each device of
     a mesh, the time of an update on one device, and the accuracy of Newton-Schulz.
 
-    `sharding` compiles the update without running it. FLOPs, bytes exchanged, collectives and
-    memory are read from the compiled program, so they are exact and equal on every machine.
-    `speed` times the implementations on JAX's default device; they take turns, update by update.
-    Two CPU cores are enough; on a GPU the models are larger. `spectra` compares the singular values
-    that the standard and the Gram form of Newton-Schulz produce. These three parts take minutes.
+    The part `sharding` compiles the update without running it. FLOPs, bytes exchanged, collectives
+    and memory are read from the compiled program, so they are exact and equal on every machine. The
+    part `speed` times the implementations on JAX's default device, in turns. Two CPU cores are
+    enough; on a GPU the models are larger. The part `spectra` compares the singular values that the
+    standard and the Gram form of Newton-Schulz produce. These three parts take minutes.
 
-    `accelerators` runs only if --parts names it, and takes ten minutes. It compiles the update for
-    one and for eight H100 GPUs and v5e TPUs, which need not be present, and reports kernels, bytes,
-    roofline time and compile time.
+    The part `accelerators` runs only if --parts names it, and takes ten minutes. It compiles the
+    update for one and for eight H100 GPUs and v5e TPUs, which need not be present, and reports
+    kernels, bytes, roofline time and compile time.
 
     With --topology, only `sharding` runs (or `accelerators`, if --parts names it), compiled for
     that topology: `python -m experiments.bench --topology v5e:16x16`.

@@ -152,10 +152,10 @@ def tables(rows: Sequence[Row]) -> Group:
     parts: list[Any] = [table(rows)]
     timed = [row for row in rows if "kernels" in row]
     if timed:
-        told = "ms: all kernels in sequence. overlapped: collectives that run beside kernels."
-        told = f"{told}\n{CHIPS[timed[0]['device_kind']].assumptions()}"
+        note = "ms: all kernels in sequence. overlapped: collectives that run beside kernels."
+        note = f"{note}\n{CHIPS[timed[0]['device_kind']].assumptions()}"
         title = "The same step, on each device of the topology"
-        parts.append(Table(ON_CHIPS, timed, told, title, told, names=2))
+        parts.append(Table(ON_CHIPS, timed, note, title, note, names=2))
     for row in timed:
         dearest = [(Kernel(**kernel), seconds) for kernel, seconds in row["dearest"]]
         parts.append(dearest_table(dearest, f"Most expensive kernels, {row['case']}, {row['arm']}"))

@@ -39,7 +39,7 @@ class Training(Settings):
     layers: Count = 2
     """Number of layers."""
     head_size: Count = 32
-    """Width of an attention head. Must be even and divide --width; the default is adjusted so."""
+    """Width of an attention head, even and a divisor of --width. The default is lowered to fit."""
     context: Count = 64
     """Sequence length, in tokens. A token is one byte."""
     batch: Count = 16

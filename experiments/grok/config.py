@@ -60,13 +60,13 @@ GRID = ("tasks", "softmax", "optimizers", "seeds", "grid")
 
 @dataclasses.dataclass(frozen=True)
 class Config(Settings):
-    """Tests whether Muon groks earlier than AdamW: generalises sooner on modular arithmetic.
+    """Tests whether Muon groks earlier than AdamW on modular arithmetic.
 
     Trains a small transformer on part of the equations of an operation modulo 97 and validates it
-    on the others. The model first memorises, then suddenly generalises. Every combination of task,
-    output function, optimizer and seed is trained. Finished trainings are kept: after Ctrl-C the
-    same command continues. The defaults take less than a minute on two CPU cores. `--layers 2
-    --heads 1` is the best-known size of the published study, and `--suite` runs a whole study.
+    on the others. The model first memorises, then suddenly generalises: it groks. Every combination
+    of task, output function, optimizer and seed is trained. Finished trainings are kept: after
+    Ctrl-C the same command continues. The defaults take less than a minute on two CPU cores. The
+    published study is best known for `--layers 2 --heads 1`; `--suite` runs a whole study.
     """
 
     suite: SuiteName | None = None
@@ -94,7 +94,7 @@ class Config(Settings):
     layers: Count = 1
     """Number of layers."""
     heads: Count = 2
-    """Number of attention heads. --width / --heads must be even; the default is adjusted so."""
+    """Number of attention heads. --width / --heads must be even; the default is lowered to fit."""
     batch: Count = 512
     """Global batch size, in sequences."""
     dropout: Dropout = 0.0

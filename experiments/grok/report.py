@@ -61,8 +61,9 @@ STABILITY_COLUMN: Column = (
 )
 POINT_COLUMN: Column = ("setting", "setting", lambda arm: arm.panel.point)
 NOTE = (
-    "Epochs: mem. = memorised; held = 95 % for 5 evaluations; delay = held − mem.\n"
-    "strict: held ≥ 2 × mem. cens.: censored. time, compute: to grok. >: lower bound."
+    "mem.: memorised. held: 95 % for 5 evaluations in a row.\n"
+    "delay: held − mem. strict: held ≥ 2 × mem. cens.: censored.\n"
+    "time, compute: until held. >: lower bound."
 )
 ARMS = (
     "Medians over the n finished trainings of each optimizer. A censored training counts as later "
@@ -196,21 +197,21 @@ def abstract(run: Run) -> list[str]:
 def ranking(run: Run, arms: Sequence[Arm]) -> list[str]:
     """Ranks many optimizers in sentences: by epochs, and the fastest ones in seconds."""
 
-    def told(arm: Arm, median: Median) -> str:
+    def text(arm: Arm, median: Median) -> str:
         part = f" ({arm.grokked} of {arm.n} trainings)" if arm.censored else ""
         return f"{arm.label} {number(median.value)}{part}"
 
     known = [arm for arm in arms if not arm.median().at_least]
     known.sort(key=lambda arm: arm.median().value)
     beyond = [arm for arm in arms if arm.median().at_least]
-    epochs = "; ".join(told(arm, arm.median()) for arm in known)
+    epochs = "; ".join(text(arm, arm.median()) for arm in known)
     result = [f"{len(known)} of {len(arms)} optimizers grokked, at a median epoch of: {epochs}."]
     if beyond:
         names = "; ".join(arm.label for arm in beyond)
         result.append(f"Not within the budget of {run.budget} epochs, by the median: {names}.")
     timed = sorted(known, key=lambda arm: arm.median("seconds").value)
     first = [arm for arm in timed if arm in timed[:3] or arm.optimizer == BASELINE]
-    seconds = "; ".join(told(arm, arm.median("seconds")) for arm in first)
+    seconds = "; ".join(text(arm, arm.median("seconds")) for arm in first)
     return [*result, f"Fastest in seconds of training: {seconds}."] if first else result
 
 

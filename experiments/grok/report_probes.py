@@ -34,7 +34,7 @@ from experiments.report.text import number
 MOST_PANELS = 8
 
 Record = Mapping[str, Any]  # the value of `probes.record`, and its epoch
-Looks = Mapping[str, Mapping[Cell, Sequence[Record]]]  # by optimizer and cell, in epoch order
+Diagnostics = Mapping[str, Mapping[Cell, Sequence[Record]]]  # by optimizer and cell, in epoch order
 Grokked = Mapping[Cell, float | None]  # the sustained grokking epoch, or None
 
 
@@ -81,7 +81,7 @@ MEASURES = (
     ),
 )  # fmt: skip
 # The measures whose last values the caption states.
-TOLD = {"logit_gini": "Gini of the logits", "weight_stable_rank": "stable rank of the weights"}
+STATED = {"logit_gini": "Gini of the logits", "weight_stable_rank": "stable rank of the weights"}
 
 MEASURES_CAPTION = (
     "Thin lines are single seeds, thick lines the median over the epochs that all seeds reached. "
@@ -121,20 +121,20 @@ def figures(run: Run) -> list[Picture]:
             found.setdefault(cell.panel, {}).setdefault(cell.optimizer, {})[cell] = own
     grokked = {Cell.of(row): row["grok_epoch_sustained"] for row in run.rows}
     drawn = []
-    for place, (panel, looks) in enumerate([*found.items()][:MOST_PANELS], start=1):
+    for place, (panel, diagnostics) in enumerate([*found.items()][:MOST_PANELS], start=1):
         more = "" if len(found) <= MOST_PANELS else f" Panel {place} of {len(found)}."
-        measures = " ".join(filter(None, [last_values(looks), MEASURES_CAPTION]))
+        measures = " ".join(filter(None, [last_values(diagnostics), MEASURES_CAPTION]))
         kinds: dict[str, tuple[str, Callable[..., Figure]]] = {
             "measures": (measures, measures_figure),
             "spectra": (SPECTRA_CAPTION, spectra_figure),
         }
-        if _powers(looks):
+        if _powers(diagnostics):
             kinds["power"] = (POWER_CAPTION, power_figure)
         alt = f"Diagnostics of the models over training, on {panel}."
         drawn += [
             Picture(
                 f"inside_{place}_{kind}",
-                functools.partial(draw, looks, grokked),
+                functools.partial(draw, diagnostics, grokked),
                 f"{panel}: {caption}{more}",
                 alt,
             )
@@ -143,33 +143,40 @@ def figures(run: Run) -> list[Picture]:
     return drawn
 
 
-def last_values(looks: Looks) -> str:
-    """Returns a sentence on the measures in `TOLD`: medians over seeds at the last diagnostic."""
+def last_values(diagnostics: Diagnostics) -> str:
+    """Returns a sentence on the measures in `STATED`: medians over seeds at the last diagnostic."""
     clauses = []
-    for key, words in TOLD.items():
+    for key, words in STATED.items():
         medians = []
-        for name, of in looks.items():
+        for name, of in diagnostics.items():
             values = [v for cell in of for v in _series(of[cell][-1:], key).values()]
             if values:
                 medians.append(f"{optimizer_label(name)} {number(statistics.median(values))}")
         if medians:
             clauses.append(f"{words} {', '.join(medians)}")
-    told = [f"At the last diagnostic, median over seeds: {'; '.join(clauses)}."] if clauses else []
+    sentences = (
+        [f"At the last diagnostic, median over seeds: {'; '.join(clauses)}."] if clauses else []
+    )
     shares = [
-        x for of in looks.values() for c in of for x in _series(of[c], "collapse_share").values()
+        x
+        for of in diagnostics.values()
+        for c in of
+        for x in _series(of[c], "collapse_share").values()
     ]
-    told += ["No training example is in softmax collapse."] if shares and not any(shares) else []
-    return " ".join(told)
+    sentences += (
+        ["No training example is in softmax collapse."] if shares and not any(shares) else []
+    )
+    return " ".join(sentences)
 
 
-def measures_figure(looks: Looks, grokked: Grokked) -> Figure:
+def measures_figure(diagnostics: Diagnostics, grokked: Grokked) -> Figure:
     """Draws measures against the epoch, with one panel for each of `MEASURES` that has values.
 
     Args:
-        looks: The diagnostics of one panel, at least one.
+        diagnostics: The diagnostics of one panel, at least one.
         grokked: The epochs to mark.
     """
-    records = [own for of in looks.values() for own in of.values()]
+    records = [own for of in diagnostics.values() for own in of.values()]
     shown = [
         measure
         for measure in MEASURES
@@ -179,7 +186,7 @@ def measures_figure(looks: Looks, grokked: Grokked) -> Figure:
     figure, panels = grid_of(len(shown), 2, 3.3, 2.05, sharex=True)
     marked = False
     for axes, measure in zip(panels, shown, strict=True):
-        for name, of in looks.items():
+        for name, of in diagnostics.items():
             mark = _median_epoch([grokked.get(cell) for cell in of])
             marked |= _draw(axes, measure, list(of.values()), optimizer_color(name), mark)
         axes.set_title(measure.title, loc="left")
@@ -197,22 +204,22 @@ def measures_figure(looks: Looks, grokked: Grokked) -> Figure:
         axes.set_ylabel(measure.label)
     others = [legend_line("median", lw=1.8), legend_line("one seed", lw=0.7, alpha=0.7)]
     others += [legend_line("grokked (sustained)", **GROKKED_MARK)] if marked else []
-    legend(figure, looks, *others, columns=5)
+    legend(figure, diagnostics, *others, columns=5)
     return figure
 
 
-def spectra_figure(looks: Looks, grokked: Grokked) -> Figure:
+def spectra_figure(diagnostics: Diagnostics, grokked: Grokked) -> Figure:
     """Draws singular values of weights and updates, with one line for each of four diagnostics.
 
     Args:
-        looks: The diagnostics of one panel, of which the first cell of each optimizer is drawn.
+        diagnostics: Those of one panel, of which the first cell of each optimizer is drawn.
         grokked: The grokking epochs, which this figure does not show.
     """
     figure = new_figure(6.6, 2.9)
     both = figure.subplots(1, 2, sharey=True)
     for axes, kind in zip(both, ("weight", "update"), strict=True):
         key = f"{kind}_singular_values"
-        for name, of in looks.items():
+        for name, of in diagnostics.items():
             records = [r for r in next(iter(of.values())) if _known(r.get(key))]
             shown = sorted({*np.linspace(0, len(records) - 1, 4).round().astype(int).tolist()})
             for place in shown if records else []:
@@ -228,13 +235,13 @@ def spectra_figure(looks: Looks, grokked: Grokked) -> Figure:
         axes.set_ylim(1e-3, 1.5)
     both[0].set_ylabel("singular value / largest")
     others = [legend_line("first diagnostic", alpha=0.3), legend_line("last diagnostic")]
-    legend(figure, looks, *others, columns=5)
+    legend(figure, diagnostics, *others, columns=5)
     return figure
 
 
-def _powers(looks: Looks) -> list[tuple[str, str]]:
+def _powers(diagnostics: Diagnostics) -> list[tuple[str, str]]:
     """Returns labels and keys of the recorded kinds of power; none without frequencies."""
-    records = [record for of in looks.values() for record in next(iter(of.values()))]
+    records = [record for of in diagnostics.values() for record in next(iter(of.values()))]
     return [
         (label, key)
         for label, key in (("embedding", "embedding_power"), ("logits", "logit_power"))
@@ -242,15 +249,15 @@ def _powers(looks: Looks) -> list[tuple[str, str]]:
     ]
 
 
-def power_figure(looks: Looks, grokked: Grokked) -> Figure:
+def power_figure(diagnostics: Diagnostics, grokked: Grokked) -> Figure:
     """Draws the power of embedding and logits by frequency and epoch, in one row per optimizer.
 
     Args:
-        looks: The diagnostics of one panel, of which the first cell of each optimizer is drawn.
+        diagnostics: Those of one panel, of which the first cell of each optimizer is drawn.
         grokked: The epochs to mark.
     """
-    cells = {name: next(iter(of.items())) for name, of in looks.items()}
-    kinds = _powers(looks)
+    cells = {name: next(iter(of.items())) for name, of in diagnostics.items()}
+    kinds = _powers(diagnostics)
     high = 1.75 if len(cells) <= 4 else 1.2
     figure = new_figure(6.6 if len(kinds) > 1 else 4.2, high * len(cells) + 0.6)
     grid = figure.subplots(len(cells), len(kinds), squeeze=False, sharex=True, sharey=True)

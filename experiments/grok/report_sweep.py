@@ -116,13 +116,15 @@ def best(run: Run, unit: str = "epochs") -> list[Best]:
 def _ratio(run: Run, slow: Sequence[Row], fast: Sequence[Row], unit: str) -> tests.Ratio | None:
     """Returns the ratio of costs, paired by seed. A censored cell counts at its own budget."""
     pairs = [(a, b) for a in slow for b in fast if a["seed"] == b["seed"]]
-    told = [(a, b) for a, b in pairs if not (a["censored"] and b["censored"])]
-    over, under = ({pair[i]["seed"]: cost(run, pair[i], unit) for pair in told} for i in (0, 1))
+    informative = [(a, b) for a, b in pairs if not (a["censored"] and b["censored"])]
+    over, under = (
+        {pair[i]["seed"]: cost(run, pair[i], unit) for pair in informative} for i in (0, 1)
+    )
     found = tests.ratio([(over, under)], math.inf)
     return found and found._replace(
-        at_least=sum(a["censored"] for a, _ in told),
-        at_most=sum(b["censored"] for _, b in told),
-        untold=len(pairs) - len(told),
+        at_least=sum(a["censored"] for a, _ in informative),
+        at_most=sum(b["censored"] for _, b in informative),
+        untold=len(pairs) - len(informative),
     )
 
 
@@ -222,8 +224,8 @@ def sentences(run: Run) -> list[str]:
             if (ratio := found.ratio) is not None:
                 ratios.setdefault(found.arm.label, []).append(f"{ratio.text} in {unit}")
     for name, found_ratios in ratios.items():
-        of = f"AdamW over {name}"
-        result.append(f"Each at its best setting, {of}, 95 % interval: {'; '.join(found_ratios)}.")
+        of = f"AdamW over {name}, each at its best setting, with 95 % interval"
+        result.append(f"Ratio of costs, {of}: {'; '.join(found_ratios)}.")
     result += [text for text in (uncounted(run),) if text] + _edges(run)
     for setting in dict.fromkeys(s for settings in swept(run).values() for s in settings):
         directions: dict[str, list[str]] = {}
@@ -233,9 +235,9 @@ def sentences(run: Run) -> list[str]:
                     over = f" over the {at.values} values without a censored training"
                     words = f"{_direction(at)}{over if at.left_out else ''}"
                     directions.setdefault(f"{optimizer_label(name)}'s {words}", []).append(unit)
-        told = [f"{who} ({', '.join(units)})" for who, units in directions.items()]
-        if told:
-            result.append(f"Cost of grokking with larger {plain(setting)}: {'; '.join(told)}.")
+        clauses = [f"{who} ({', '.join(units)})" for who, units in directions.items()]
+        if clauses:
+            result.append(f"Cost of grokking with larger {plain(setting)}: {'; '.join(clauses)}.")
     return result
 
 

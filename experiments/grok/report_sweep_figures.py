@@ -72,8 +72,8 @@ def lines_figure(run: Run) -> Figure:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.yaxis.set_minor_formatter(NullFormatter())
     notes.set_axis_off()
-    told = [textwrap.fill(text, 40) for text in (counts(run), uncounted(run)) if text]
-    notes.text(0, 1, "\n\n".join(told), va="top", fontsize=8, transform=notes.transAxes)
+    texts = [textwrap.fill(text, 40) for text in (counts(run), uncounted(run)) if text]
+    notes.text(0, 1, "\n\n".join(texts), va="top", fontsize=8, transform=notes.transAxes)
     others = [
         legend_line("median, where known", lw=2),
         legend_line("one cell", **POINT_MARK),

@@ -52,7 +52,7 @@ DELAY_TEXT = (
     "Grokking means generalising long after memorising. A training groks strictly if its grokking "
     "epoch is at least twice its memorised epoch, so that the delay is at least as long as "
     "memorising took. A training that generalises within 5 epochs of memorising shows no grokking. "
-    "The counts include trainings that grokked by the definition below; medians include all."
+    "Counts include only trainings that grokked by the definition below; medians include all."
 )
 TESTS = (
     "Ratio: AdamW's epochs over the optimizer's, paired by training, as a geometric mean with its "
@@ -120,17 +120,17 @@ def pooled(run: Run) -> list[Arm]:
 
 
 def strictly(run: Run) -> list[str]:
-    """Returns a sentence on how many trainings grokked strictly; nothing if none grokked."""
+    """Returns sentences on how many trainings grokked strictly; nothing if none grokked."""
     arms = {arm.label: arm for arm in pooled(run) if arm.grokked}
     if len(arms) > FEW_OPTIMIZERS:
         arms = {"all": Arm.of(run, run.rows)}
     strict = "; ".join(f"{name} {arm.strict} of {arm.grokked}" for name, arm in arms.items())
     soon = "; ".join(f"{name} {arm.soon} of {arm.grokked}" for name, arm in arms.items())
-    told = (
-        f"Trainings that grokked strictly, not before twice the memorised epoch: {strict}; within "
-        f"{SOON} epochs of memorising: {soon}."
+    sentence = (
+        f"Trainings that grokked strictly, not before twice the memorised epoch: {strict}. "
+        f"Trainings that grokked within {SOON} epochs of memorising: {soon}."
     )
-    return [told] if arms else []
+    return [sentence] if arms else []
 
 
 def sentences(run: Run) -> list[str]:
@@ -148,13 +148,13 @@ def _compared(run: Run, optimizer: str) -> str:
     several = len({panel.task for panel in both}) > 1
     noun = "task" if several else "output function" if len(both) > 1 else "seed"
     text = (
-        f"Ratio of grokking epochs, {names}, paired by training: {found.text} "
+        f"Ratio of grokking epochs, {names}, paired by training, with 95 % interval: {found.text} "
         f"(n = {plural(found.observations, noun)}"
     )
     if found.bounded:
         text += f"; {plural(found.bounded, 'pair')} with a censored training at the budget"
     text += ")"
-    for words, key in (("to memorise", "memorised"), ("of the delay", DELAY)):
+    for words, key in (("of epochs to memorise", "memorised"), ("of delay + 1", DELAY)):
         own = ratio(run, pairs(run, optimizer, key))
         text += f"; {words} {own.text}" if own else ""
     return f"{text}."

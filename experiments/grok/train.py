@@ -273,7 +273,7 @@ def train_cells(
         state, means = jax.block_until_ready(program.epoch(state, train_rows, seeds, numbers))
         seconds += time.perf_counter() - began
         losses, correct = map(np.asarray, program.evaluate(state, eval_rows))
-        looks = _look(program, state, train_rows) if _due(settings, number) else None
+        diagnostics = _diagnostics(program, state, train_rows) if _due(settings, number) else None
         for i in range(len(cells)):
             if i in rows:
                 continue
@@ -292,10 +292,10 @@ def train_cells(
             spent = number == settings.epochs
             ends = spent or not finite or (grokked and not settings.full_length)
             if finite:
-                if looks is None and ends and program.probe is not None:
-                    looks = _look(program, state, train_rows)
-                if looks is not None:
-                    epoch = epoch._replace(probe=looks[i])
+                if diagnostics is None and ends and program.probe is not None:
+                    diagnostics = _diagnostics(program, state, train_rows)
+                if diagnostics is not None:
+                    epoch = epoch._replace(probe=diagnostics[i])
                 histories[i].append(epoch)
                 on_epoch(cells[i], epoch)
             if ends:
@@ -312,7 +312,7 @@ def _due(settings: Config, number: int) -> bool:
     return every > 0 and (number == 1 or number % every == 0)
 
 
-def _look(program: Program, state: State, train_rows: jax.Array) -> list[dict[str, Any]]:
+def _diagnostics(program: Program, state: State, train_rows: jax.Array) -> list[dict[str, Any]]:
     """Returns the diagnostics of each seed, as `probes.record` formats them."""
     assert program.probe is not None
     measured = jax.tree.map(np.asarray, program.probe(state, train_rows))

@@ -358,7 +358,7 @@ def report(
         study: The heading of the page.
         folder: The folder of the sweep.
         files: The contents of its files.
-        cell: A description of one training, which completes "each is ...".
+        cell: What a training has, which completes "each with ...".
         abstract, table, figures: As in `page.Report`.
         before, beside: Sections before the table, and after it.
         limits: Sentences about the limits of the study.
@@ -377,7 +377,7 @@ def report(
     ]
     return Report(
         study,
-        f"{folder.resolve().name} · {finished(files)} · each is {cell}",
+        f"{folder.resolve().name} · {finished(files)}, each with {cell}",
         abstract,
         table,
         sections,
