@@ -29,10 +29,7 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interv
 
 
 def p_value(ours: Mapping[int, float], theirs: Mapping[int, float]) -> float | None:
-    """Returns the two-sided p value of the paired t test over common seeds.
-
-    None with fewer than two common seeds.
-    """
+    """Returns the two-sided p value of the paired t test; None with fewer than two common seeds."""
     pairs = _pairs(ours, theirs)
     if pairs is None:
         return None

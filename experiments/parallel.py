@@ -33,10 +33,7 @@ def devices_for(jobs: int) -> list[jax.Device]:
 
 
 def once(keep: int) -> Callable[[Callable], Any]:
-    """Returns a decorator like `functools.lru_cache(keep)` that computes a value in one thread.
-
-    Other threads that ask for the same value meanwhile wait for it.
-    """
+    """Returns a `functools.lru_cache(keep)` in which threads wait for one that computes a value."""
 
     def decorate(f: Callable) -> Any:
         kept = functools.lru_cache(keep)(f)

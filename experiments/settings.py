@@ -166,10 +166,7 @@ def given(arguments: Sequence[str], name: str, otherwise: Number) -> Number:
 
 
 def replaced(default: Defaults, **changes: Any) -> Defaults:
-    """Returns the defaults with these changes, or unchanged if `check` fails for the result.
-
-    The parser reports the wrong option later.
-    """
+    """Returns the defaults with changes. If these are wrong, which the parser reports, without."""
     try:
         return dataclasses.replace(default, **changes)
     except ValueError:

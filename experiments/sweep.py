@@ -81,10 +81,7 @@ def loss_of(row: Row) -> float:
 
 
 def losses_by_rate(rows: Iterable[Row]) -> dict[float, dict[int, float]]:
-    """Returns an arm's losses by ascending rate and by seed.
-
-    Only rates with the largest number of finished seeds are included.
-    """
+    """Returns an arm's losses by ascending rate and by seed, for rates with most finished seeds."""
     losses: dict[float, dict[int, float]] = defaultdict(dict)
     for row in rows:
         losses[row["rate"]][row["seed"]] = loss_of(row)

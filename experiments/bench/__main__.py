@@ -178,10 +178,7 @@ def sharding_part(cases: Sequence[Case], dtype: Any) -> Part:
 
 
 def accelerators_part(config: Config, topologies: Sequence[str]) -> Part:
-    """Returns the part that compiles the update for each topology.
-
-    It compiles one program at a time, since it reports compile times too.
-    """
+    """Returns the part that compiles for each topology, one by one since compilation is timed."""
     sizes = config.layers, config.width, config.hidden
     made, refused = accelerators.pieces(topologies, *sizes)
     work = [*accelerators.work(made), ("", lambda: refused)]

@@ -216,10 +216,7 @@ def work(made: Sequence[Piece]) -> list[tuple[str, Callable[[], list[Row]]]]:
 
 
 def tables(rows: Sequence[Row]) -> Group:
-    """Returns the table of all rows, the roofline's assumptions, and muon_jax's costliest kernels.
-
-    The kernels are those of the first tree on each topology.
-    """
+    """Returns the table, and assumptions and most expensive kernels of muon_jax per topology."""
     parts: list[Any] = [table(rows)]
     shown: set[str] = set()
     for row in rows:

@@ -177,10 +177,7 @@ def simulated_cases(devices: Any, layers: int, width: int, hidden: int) -> list[
 
 
 def topology_cases(devices: Any, name: str, layers: int, width: int, hidden: int) -> list[Case]:
-    """Returns cases of stacked layers, with two square kernels, up and down, on a topology.
-
-    Their fan_in is sharded over all devices.
-    """
+    """Returns cases of stacked layers: two squares, up and down, with fan_in over all devices."""
     tree = stacked(layer(2, width, hidden), layers)
     kinds = {"Auto": (False, (OURS, PLAIN, OPTAX)), "Explicit": (True, (OURS, OPTAX))}
     return [

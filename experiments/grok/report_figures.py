@@ -176,10 +176,7 @@ def survival_figure(run: Run) -> Figure:
 
 
 def pictures(run: Run) -> list[Picture]:
-    """Returns the figures of a run: curves if there is a log, epochs, and survival.
-
-    The figure of survival is omitted if there are many optimizers.
-    """
+    """Returns the figures: curves if there is a log, epochs, and survival if few optimizers."""
     censored, finished = sum(row["censored"] for row in run.rows), len(run.rows)
     curves = CURVES.format(begun=len(run.cells), finished=finished)
     epochs = EPOCHS.format(censored=censored, budget=run.budget)

@@ -185,10 +185,7 @@ def our_loop(config: Config, optimizer: OptimizerName) -> Loop:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Times training with PyTorch, muon_jax and optax.contrib.muon, which take turns.
-
-    All loops train the same transformer on multiplication modulo 97, one epoch per turn.
-    """
+    """Times training with PyTorch, muon_jax and optax.contrib.muon, which alternate by epochs."""
 
     layers: Count = 2
     """Number of layers."""

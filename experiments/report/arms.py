@@ -285,10 +285,7 @@ def rates(
     panels: Mapping[str, Sequence[Arm]] | None = None,
     **how: Any,
 ) -> Picture:
-    """Returns a figure of final loss against learning rate, with one panel per optimizer.
-
-    `panels` replaces these panels by others.
-    """
+    """Returns a figure of final loss against rate, with one panel per optimizer or `panels`."""
     base = None if panels else baseline_of(found)
     reference = base.mark[1] if base else math.inf
     shown = panels or {arm.label: [arm] for arm in found}
@@ -303,10 +300,7 @@ def rates(
 
 
 def finals(found: Sequence[Arm], unit: str) -> Picture:
-    """Returns a figure of every seed's final loss at the best rates.
-
-    Losses far above most others are drawn at the end of the axis.
-    """
+    """Returns a figure of every seed's final loss at the best rates. The axis omits far losses."""
     base = baseline_of(found)
     known = [arm for arm in found if math.isfinite(arm.loss)]
     reference = ("AdamW, mean", base.loss) if base and math.isfinite(base.loss) else None

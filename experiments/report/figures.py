@@ -227,10 +227,7 @@ def legend(figure: Figure, names: Iterable[str], *others: Line2D, columns: int =
 def grid_of(
     count: int, columns: int, wide: float, high: float, *, least: float = 0.0, **shared: Any
 ) -> tuple[Figure, list[Axes]]:
-    """Returns a figure with `count` panels of equal size, and room for a legend below them.
-
-    `wide` and `high` are the size of a panel, and `least` the smallest width of the figure.
-    """
+    """Returns a figure of `count` panels of `wide` × `high` inches, with room for a legend."""
     columns = max(min(count, columns), 1)
     lines = max(math.ceil(count / columns), 1)
     figure = new_figure(max(least, wide * columns), high * lines + 0.7)
@@ -255,8 +252,8 @@ def name_axes(grid: Sequence[Axes], x: str, y: str) -> None:
 def legible(losses: Sequence[float], reference: float, times: float) -> float:
     """Returns an upper end for an axis of losses that keeps most of them legible.
 
-    The axis spans `times` the distance from the lowest loss to the third quartile or the reference,
-    whichever is higher. The end is infinite if that distance is 0.
+    The axis spans `times` the distance from the lowest loss to the third quartile, or to a higher
+    reference. Infinite if that distance is 0.
 
     >>> legible([1.0, 1.1, 1.2, 1.4, 9.0], reference=2.0, times=2)
     3.0

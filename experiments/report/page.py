@@ -133,10 +133,7 @@ class Report(NamedTuple):
 
 
 def write(report: Report, folder: Path) -> Path:
-    """Writes summary.json, the figures, and report.html, which contains all figures.
-
-    Returns the path of report.html.
-    """
+    """Writes summary.json, the figures, and report.html with all of them, and returns its path."""
     if report.summary is not None:
         write_json(folder / "summary.json", report.summary)
     with figure_style():

@@ -23,8 +23,7 @@ FINETUNE = "experiments.finetune.report"
 SUITES = "experiments.finetune.suites.report"
 BENCH = "experiments.bench.report"
 
-# Keys that identify the study in a run's config.json, or in the summary.json of stored results. The
-# first match counts.
+# Keys that identify a study, in a run's config.json or a stored summary.json. The first counts.
 _CONFIG = {"tasks": GROK, "scales": WIDTHS, "head_size": FAMILY, "arm": FINETUNE}
 _SUITES = {"optimizers": OPTIMIZERS, "scaling": SCALING}
 _SUMMARY = {
