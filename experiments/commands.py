@@ -17,7 +17,7 @@ from experiments.programs import keep_compiled_programs
 from experiments.runs import RunError
 
 INTERRUPTED = 130
-# Errors that code raises when a file that it reads lacks an expected value.
+# What code that reads a file raises where it has not what it should have.
 _MISREAD = (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError)
 _NO_PLATFORM, _FULL_DEVICE = "Unable to initialize backend", "RESOURCE_EXHAUSTED"
 _REMEDIES = {

@@ -19,7 +19,7 @@ def fan_in_uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) ->
 
 
 class Linear(nnx.Linear):
-    """An `nnx.Linear` layer, by default without a bias."""
+    """`nnx.Linear`, by default without a bias."""
 
     def __init__(
         self, fan_in: int, fan_out: int, *, bias: bool = False, init=fan_in_uniform, rngs: nnx.Rngs

@@ -449,13 +449,13 @@ def build(
     """Builds the optimizer of this name.
 
     Args:
-        name: A key of `ARMS`.
-        settings: The settings of all arms.
-        schedule: A function from the step to a factor of all learning rates.
-        rate: The learning rate of the arm, by default that of `settings`. AdamW's rate for leaves
-            that are not hidden matrices does not change. A traced rate lets one compiled program
-            serve all rates.
-        **placed: `routing`, `mesh` and `shardings` of the params, as in `muon_jax.muon`.
+        name: a key of `ARMS`.
+        settings: of all arms.
+        schedule: factor of the learning rates, from the step.
+        rate: takes the place of the arm's own learning rate; AdamW's for the other leaves stays.
+            It may be traced, so that one program serves all rates.
+        **placed: `routing`, and `mesh` and `shardings` of the params, as `muon_jax.muon` takes
+            them.
     """
 
     def scheduled(learning_rate: float | jax.Array) -> optax.Schedule:
@@ -468,16 +468,16 @@ def build(
 
 
 def warmup(steps: int) -> optax.Schedule:
-    """Returns a schedule that rises linearly to 1 over `steps` steps. Its first value is not 0."""
+    """A factor that rises linearly to 1 over `steps` steps; the first step is not lost to 0."""
     return optax.linear_schedule(1 / max(steps, 1), 1.0, max(steps - 1, 0))
 
 
 def warmup_then_decay(
     warmup_steps: int, steps: int, decay: DecayName, final: float = 0.0, cooldown: int = 0
 ) -> optax.Schedule:
-    """Returns a schedule of `warmup` followed by a decay, which would reach `final` after its end.
+    """`warmup`, then a fall that would reach `final` one step after its last.
 
-    In the last `cooldown` steps the factor falls linearly from `final`, to reach 0 at `steps`.
+    The last `cooldown` steps fall linearly from there, and would reach 0 at `steps`.
     """
     falling = steps - warmup_steps - cooldown
     falls = {

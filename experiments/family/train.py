@@ -84,7 +84,7 @@ def language_model(config: Training) -> Model:
 def transformation(
     config: Training, optimizer: OptimizerName, rate: float | jax.Array | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns the optimizer of a cell, with warm-up and then a decay to zero."""
+    """The optimizer as a cell runs it: warm-up, then decay to zero."""
     schedule = optimizers.warmup_then_decay(config.warmup, config.steps, config.decay)
     routing = language_model(config).routing
     return optimizers.build(optimizer, config, schedule, rate, routing=routing)

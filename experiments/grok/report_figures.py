@@ -37,10 +37,10 @@ CURVES = (
     "finished trainings, if within the budget. {begun} trainings started, {finished} finished."
 )
 EPOCHS = (
-    "Sustained grokking epoch of every finished training. A line spans the range of an optimizer, "
-    "a bar marks its median if it is known, and a cross the epoch at which a training lost its "
-    "accuracy again. Open triangles at the budget of {budget} epochs are the {censored} censored "
-    "trainings."
+    "Sustained grokking epoch of every finished training. A line spans an optimizer's range, a bar "
+    "marks its median where that is known, and a cross the epoch at which a training had lost its "
+    "accuracy again. The {censored} censored ones are open triangles at the budget of {budget} "
+    "epochs."
 )
 SURVIVAL = (
     "Kaplan–Meier estimate of the fraction of trainings that have not reached sustained grokking "

@@ -56,14 +56,14 @@ DELAY_TEXT = (
 )
 TESTS = (
     "Ratio: AdamW's epochs over the optimizer's, paired by training, as a geometric mean with its "
-    "95 % interval by Student's t on logarithms. The observations are seeds; with several output "
-    "functions or settings they are the means of each of these, and with several tasks the means "
-    "of each task. A censored training counts at the budget, which makes the ratio a lower (≥) or "
-    "upper (≤) bound. The detectable ratio is the true ratio that 80 % of studies with as many "
-    "observations, and the same variation, would find at p < 0.05. The Mann–Whitney test ranks "
-    "censored trainings last; with three seeds each its p is at least 0.1. Holm's correction "
-    "applies to it and to the signed-rank test over tasks. The log-rank test, as Welch's t in the "
-    "published study, treats tasks as repetitions of one experiment."
+    "95 % interval by Student's t on logarithms; an observation is a seed, of several output "
+    "functions or settings the mean of one, and of several tasks the mean of one task, and a "
+    "censored training counts at the budget, which makes the ratio a lower (≥) or upper (≤) bound. "
+    "The detectable ratio is what 80 % of studies with so many observations, which vary as these "
+    "do, would find at p < 0.05. Mann–Whitney ranks censored trainings last and cannot come below "
+    "p = 0.1 with three seeds against three; both it and the signed-rank test over tasks have "
+    "Holm's correction, and the log-rank test, as Welch's t in the published study, takes tasks "
+    "for repetitions of one experiment."
 )
 OTHERWISE = "The same ratio over all trainings, for each definition of the epoch:"
 
