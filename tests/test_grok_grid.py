@@ -59,7 +59,7 @@ def test_an_axis_of_one_optimizer_leaves_the_others_one_cell():
         ("width=33", "try --width 32"),
         ("width=wide", "width=wide is not valid"),
         ("width=32.5", "is not valid"),
-        ("muon.rate=1", "'muon.rate' is no setting"),
+        ("muon.rate=1", "'muon.rate' is not a setting"),
         ("adamw.b1.x=1", "is not valid"),
         ("muon.scale=spectral,foo", "muon.scale=foo is not a valid value. Choose from spec"),
         ("muon.ns-coeffs=jordon", "polar_express_1.02, cans"),
