@@ -49,7 +49,7 @@ def lines_figure(run: Run) -> Figure:
     """Draws the cost to grok against the swept setting, with one panel for each unit."""
     (setting,) = {plain(s) for settings in swept(run).values() for s in settings}
     ticks = ordered(x for cell in run.cells for x in grid.values(cell.point).values())
-    # Words, and numbers from 0 on, have no logarithm. They are placed side by side in order.
+    # Words and 0 have no logarithm. Settings with such values are placed side by side in order.
     log = numeric(ticks) and ticks[0] > 0
     places = {x: float(x) if log else float(i) for i, x in enumerate(ticks)}
     figure = new_figure(8.4, 5.0)

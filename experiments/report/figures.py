@@ -67,7 +67,7 @@ COLORS = {
     "muon_sphere": "#00EE88",
     "spel": "#667700",
 }
-# For any other name, after Tol's muted scheme.
+# The colours of other names, after Tol's muted scheme.
 OTHER_COLORS = ("#332288", "#117733", "#882255", "#999933", "#661100", "#777777")
 
 LABELS = {
