@@ -197,7 +197,7 @@ def test_the_report_is_made_again_without_training(whole, tmp_path, monkeypatch,
     main(str(folder))
     assert summary(whole) == before
     assert (folder / "report.html").stat().st_size > 50_000
-    assert "Optimizers, lowest loss first" in capsys.readouterr().out
+    assert "The family, lowest loss first" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="is not a folder"):
         main(str(tmp_path / "missing"))
     (tmp_path / "empty").mkdir()

@@ -1,8 +1,8 @@
-"""Measures the cost of each optimizer's update: time, state and working memory.
+"""What a step of each optimizer costs beside AdamW's: time, state and working memory.
 
-The time is that of `tx.update` and `optax.apply_updates`, on the study's model and one of its
-gradients. The optimizers take turns, so that a noisy machine affects all alike, and their ratios to
-AdamW are reported. A turn has many steps, since some optimizers do most work only in some steps.
+Time is of `tx.update` and `optax.apply_updates` alone, on the study's model and one of its
+gradients. The optimizers take turns, so that a noisy machine disturbs all; what counts is the
+ratio. A turn has many steps, since some optimizers do their hard work only every so often.
 """
 
 import functools
@@ -37,9 +37,8 @@ def measure(
         on_turn: As in `timing.step_costs`.
 
     Returns:
-        For each optimizer the result of `timing.step_costs`; `state_bytes_per_parameter`, which is
-        exact; and `temp_bytes`, the memory that the compiled update allocates besides arguments and
-        results.
+        What `timing.step_costs` tells; `state_bytes_per_parameter`, exact; and `temp_bytes`, what
+        the compiled update allocates beside its arguments and results.
     """
     model = language_model(config)
     params = model.start(0)

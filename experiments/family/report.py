@@ -95,9 +95,9 @@ COLUMNS: tuple[Column, ...] = (
     ("diverged", "", lambda arm: str(arm.diverged)),
 )
 NOTE = (
-    "loss: at the best rate, mean ± standard deviation over seeds\n"
-    "minus AdamW's: difference with 95 % interval, paired by seed\n"
-    "step, update: time ÷ AdamW's; bytes: state per parameter"
+    "loss: at the best rate, mean ± deviation over seeds\n"
+    "minus AdamW's: with 95 % interval, paired by seed\n"
+    "step, update: time ÷ AdamW's; bytes: of state per parameter"
 )
 CAPTION = (
     "Optimizers sorted by final validation loss, with its mean and standard deviation over seeds. "
@@ -117,10 +117,9 @@ MEASURED = {
     "trains embedding, head and gains at the rate {config[adamw][learning_rate]}.",
     "Training step": "Median time of a step over all trainings of the optimizer, divided by "
     "AdamW's. Trainings of different optimizers alternated.",
-    "Update alone, state, working memory": "Measured for tx.update and optax.apply_updates on this "
-    "model, in alternating rounds of many steps in one process: the median ratio of times, the "
-    "exact size of the state, and the memory that the compiled update allocates besides arguments "
-    "and results.",
+    "Update alone, state, working memory": "Of tx.update and optax.apply_updates on this model, "
+    "in alternating rounds of many steps in one process: median ratio, exact size of the state, "
+    "and memory that the compiled update allocates besides arguments and results.",
 }
 
 
@@ -163,7 +162,7 @@ def report(folder: Path) -> Report:
     """Returns the report of the variants at their best rates."""
     files = arms.load(folder)
     found, facts = aggregate(files), {"config": files.config, "corpus": files.summary["corpus"]}
-    table = Table(COLUMNS, found, CAPTION, "Optimizers, lowest loss first", NOTE)
+    table = Table(COLUMNS, found, CAPTION, "The family, lowest loss first", NOTE)
     curves = Picture(
         "curves",
         lambda: curves_figure(found),
