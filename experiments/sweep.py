@@ -43,8 +43,8 @@ class Seeded:
     """Number of random seeds. In a suite all of them train at the best learning rate. A seed sets
     the order of the training data and, in pretraining, the initial parameters."""
     sweep_seeds: Count = 1
-    """Number of seeds that a suite trains at every learning rate, to choose the best one. At most
-    --seeds; the other seeds are trained at the best rate only."""
+    """Number of seeds that choose the best learning rate. A suite trains them at every rate, and
+    the other seeds only at the best one. At most --seeds."""
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
     """Learning rates to sweep."""
 

@@ -62,7 +62,7 @@ class Config:
     parts: tuple[PartName, ...] = ("sharding", "speed", "spectra")
     """Parts to run."""
     topology: str | None = None
-    """Accelerators to compile for; they need not be present. TPUs: v5e:16x16 or v5p:8x8x8. GPUs:
+    """Accelerators to compile for, which need not be present. TPUs: v5e:16x16 or v5p:8x8x8. GPUs:
     h100:8, h200:8, b200:8, or h100:8x8 for 8 hosts of 8 devices. Requires the extra `tpu` or
     `gpu-compile`. By default, simulated CPU devices."""
     devices: Annotated[int, _EVEN] = 16
@@ -75,10 +75,11 @@ class Config:
     hidden: Count | None = None
     """Width of the MLP. The default is 4 × --width."""
     rounds: Count = 7
-    """Number of timed updates of each implementation in the speed part; the median is reported."""
+    """Timed rounds, whose median is reported. In a round of the speed part each implementation
+    makes one update."""
     out: str | None = None
-    """Folder for the results. Results already in it are replaced. By default a folder in
-    runs/bench, named after the topology, or `cpu` or `gpu`."""
+    """Folder of the run. Results already in it are replaced. By default a folder in runs/bench,
+    named after the topology, or `cpu` or `gpu`."""
 
     def __post_init__(self) -> None:
         check(self)

@@ -45,9 +45,9 @@ class Training(Settings):
     batch: Count = 16
     """Global batch size, in sequences."""
     steps: Count = 300
-    """Number of optimizer steps."""
+    """Optimizer steps."""
     warmup: Whole = 20
-    """Number of steps of linear warm-up. The default is at most a tenth of --steps."""
+    """Steps of linear warm-up. The default is at most a tenth of --steps."""
     decay: DecayName = "linear"
     """Shape of the learning rate's decay after warm-up."""
     evaluations: Count = 6
@@ -116,13 +116,13 @@ class Config(Training):
     """
 
     optimizers: tuple[OptimizerName, ...] = tuple(name for name, arm in ARMS.items() if arm.member)
-    """Optimizers to compare, by default all variants of Muon. Each is compared with AdamW."""
+    """Optimizers to compare. By default all variants of Muon; each is compared with AdamW."""
     seeds: Count = 3
     """Number of random seeds. A seed sets the initial parameters and the batches. All optimizers
     use the same seeds."""
     sweep_seeds: Count = 3
-    """Number of seeds that are trained at every learning rate, to choose the best one. The other
-    seeds are trained at the best rate only. If --seeds is smaller, all seeds choose."""
+    """Number of seeds that choose the best learning rate. They are trained at every rate, the other
+    seeds only at the best one. If --seeds is smaller, all seeds choose."""
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
     """Learning rates to sweep."""
     out: str | None = dataclasses.field(default=None, compare=False)

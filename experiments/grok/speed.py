@@ -194,8 +194,8 @@ class Command:
     batch: Count = 512
     """Global batch size, in sequences."""
     rounds: Annotated[int, at_least(2)] = 9
-    """Number of timed rounds, of one epoch each. The first is a warm-up; the median of the others
-    is reported."""
+    """Timed rounds, whose median is reported. A round is one epoch of each loop; the first is a
+    warm-up and not counted."""
     epochs: Count = 300
     """Largest number of passes over the training data; at least --rounds. A loop stops earlier at
     95 % validation accuracy."""
