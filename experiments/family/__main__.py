@@ -1,4 +1,4 @@
-"""`python -m experiments.family`: trains the sweep's cells, measures costs, writes the report."""
+"""`python -m experiments.family` trains a sweep of optimizers, times them, writes the report."""
 
 from experiments.huge_pages import restart_with_huge_pages
 
@@ -27,7 +27,7 @@ def main() -> int:
 
 
 def compare(stop: threading.Event, console: Console) -> int:
-    """Trains the sweep of the command line, or what is missing of it."""
+    """Trains those cells of the command line's sweep that are not finished yet."""
     default = fitted(Config(), sys.argv[1:])
     config = parse(Config, "python -m experiments.family", default=default)
     text = data.load(config)

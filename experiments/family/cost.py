@@ -19,7 +19,7 @@ from experiments.family.data import Data
 from experiments.family.train import language_model, start, transformation
 from experiments.optimizers import OptimizerName
 
-STEPS = 100  # of a turn
+STEPS = 100  # per turn
 
 
 def measure(
@@ -28,13 +28,13 @@ def measure(
     text: Data,
     on_turn: Callable[[str], None] = lambda name: None,
 ) -> dict[OptimizerName, dict[str, Any]]:
-    """Costs of an update of the named optimizers.
+    """Measures the costs of an update of the named optimizers.
 
     Args:
-        config: the model and the optimizers' settings.
-        names: which optimizers; ratios are to AdamW, where it is one of them.
-        text: for the gradient.
-        on_turn: as of `timing.step_costs`.
+        config: The settings of the model and the optimizers.
+        names: The optimizers. Ratios are to AdamW, if it is one of them.
+        text: The text from which the gradient is computed.
+        on_turn: As in `timing.step_costs`.
 
     Returns:
         What `timing.step_costs` tells; `state_bytes_per_parameter`, exact; and `temp_bytes`, what

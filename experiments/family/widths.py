@@ -60,7 +60,7 @@ class Cell(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Config(Training):
-    """Learning-rate transfer: Muon's best rate at several widths, under several shape scales.
+    """Finds Muon's best learning rate at several model sizes, under several shape scales.
 
     Trains the language model of `python -m experiments.family` with Muon, for every combination of
     shape scale, width, learning rate and seed. Widths share the learning rates of a scale; more are
@@ -69,18 +69,18 @@ class Config(Training):
     """
 
     muon: Muon = dataclasses.field(default_factory=lambda: Muon(weight_decay=0.0))
-    """Muon, for the hidden matrices. Its learning rate and scale are swept."""
+    """Muon, which optimizes the hidden matrices. Its learning rate and scale are swept."""
     width: tyro.conf.Suppress[int] = 128
     scales: tuple[ScaleName, ...] = ("spectral", "mup", "match_rms_adamw")
     """Shape scales to compare."""
     widths: tuple[Count, ...] = (64, 128, 256)
     """Model widths to compare. Must be multiples of --head-size."""
     seeds: Count = 1
-    """Number of random seeds."""
+    """Number of random seeds. A seed sets the initial parameters and the batches."""
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
-    """Learning rates to try."""
+    """Learning rates to sweep."""
     out: str | None = dataclasses.field(default=None, compare=False)
-    """Folder of the run. By default one in runs/widths, named after the settings."""
+    """Folder of the run. By default a folder in runs/widths, named after the settings."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -89,7 +89,7 @@ class Config(Training):
             self.training(width=width)
 
     def folder(self) -> Path:
-        """`out`, or one named after the settings, so that equal settings continue one run."""
+        """Returns `out`, or a folder named after the settings: equal settings share one run."""
         return Path(self.out or f"runs/widths/{self.layers}-{digest(self, GRID)}")
 
     def of(self, scale: ScaleName, width: int) -> Training:
@@ -103,7 +103,7 @@ def main() -> int:
 
 
 def compare(stop: threading.Event, console: Console) -> int:
-    """Trains the sweep of the command line, or what is missing of it."""
+    """Trains those cells of the command line's sweep that are not finished yet."""
     config = parse(Config, "python -m experiments.family.widths")
     text = data.load(config)
     settings = as_json(config) | {"corpus": text.origin}

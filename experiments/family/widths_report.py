@@ -21,7 +21,7 @@ class Line(arms.Arm):
     """One width, which is its `optimizer` too, under one shape scale.
 
     Attributes:
-        optimum: the rate at the bottom of a parabola through the best rate and its neighbours.
+        optimum: The rate at the minimum of a parabola through the best rate and its neighbours.
     """
 
     optimum: float
@@ -88,7 +88,7 @@ def aggregate(files: Files) -> list[Transfer]:
 
 
 def sentences(transfers: Sequence[Transfer]) -> list[str]:
-    """The result in plain sentences."""
+    """Returns the results in sentences whose numbers are computed from the run."""
     found = []
     for of in transfers:
         rates = ", ".join(f"{best:.3g} at width {width}" for width, best in of.optimum.items())
@@ -136,7 +136,7 @@ def widths_figure(transfers: Sequence[Transfer]) -> Figure:
 
 
 def report(folder: Path) -> Report:
-    """The best rate by width, from the files of a sweep."""
+    """Returns the report of a sweep over sizes: the best rate of each."""
     files = arms.load(folder)
     transfers = aggregate(files)
     rows: list[Row] = [

@@ -1,4 +1,4 @@
-"""The grokking transformer: pre-norm, RoPE, SwiGLU, no biases, read out at the last token."""
+"""The transformer of the grokking study: pre-norm, RoPE, SwiGLU, no biases, one answer token."""
 
 import jax
 from flax import nnx
@@ -13,12 +13,12 @@ MaxLogits = dict[str, jax.Array]  # path of the attention module -> (heads,)
 
 
 def attention_path(depth: int) -> str:
-    """Where the params of a block's attention are."""
+    """Returns the path of the parameters of a block's attention."""
     return f"blocks/{depth}/attention"
 
 
 class Block(nnx.Module):
-    """One layer: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
+    """One layer: `x += attention(norm(x))`, then `x += feed_forward(norm(x))`."""
 
     def __init__(self, width: int, heads: int, dropout: float, *, rngs: nnx.Rngs):
         self.attention_norm = nnx.RMSNorm(width, epsilon=RMS_EPSILON, rngs=rngs)
@@ -42,9 +42,9 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Tokens `(batch, positions)` -> logits `(batch, vocabulary)` of the answer.
+    """Maps tokens `(batch, positions)` to logits `(batch, vocabulary)` of the answer.
 
-    With the default sizes of the study (2 layers, width 128, vocabulary 99): 550 272 parameters.
+    With 2 layers, width 128 and a vocabulary of 99 it has 550 272 parameters.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Transformer(nnx.Module):
         dropout_rngs: nnx.Rngs | None = None,
         return_max_logits: bool = False,
     ) -> jax.Array | tuple[jax.Array, MaxLogits]:
-        """The logits, and where asked for the largest attention logits of every module."""
+        """Returns the logits, and if asked for, the largest attention logits of each module."""
         x, max_logits = self.embedding(tokens), {}
         for depth, block in enumerate(self.blocks):
             x = block(x, dropout_rngs, return_max_logits=return_max_logits)
