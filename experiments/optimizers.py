@@ -228,6 +228,21 @@ def _rest(name: Literal["sgd", "lion"]) -> Callable:
     return build
 
 
+def _muon_rest(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+    """`rate` is AdamW's; Muon keeps its own."""
+    factor = settings.muon.learning_rate / settings.adamw.learning_rate
+    theirs = rest["adam_learning_rate"]
+    swapped = rest | {"adam_learning_rate": rate}
+    return _like_muon(muon_jax.muon)(settings, lambda step: factor * theirs(step), swapped, placed)
+
+
+def _adamw_rest(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+    """`rate` is that of all but the hidden matrices."""
+    own, routing = rest["adam_learning_rate"], placed.get("routing")
+    both = {of: _adamw(settings, r, rest, placed) for of, r in (("muon", own), ("other", rate))}
+    return optax.partition(both, lambda params: muon_jax.label_params(params, routing))
+
+
 def _dion2(variant: Callable[..., optax.GradientTransformation]) -> Callable:
     def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
         own = {"fraction": settings.variants.fraction}
@@ -370,6 +385,15 @@ ARMS: dict[str, Arm] = {
     ),
     "adamw_tuned": Arm(
         "AdamW with a high learning rate and weight decay", _adamw_tuned, 0.01, member=False
+    ),
+    "adamw_rest": Arm(
+        "AdamW, with the learning rate of all but the hidden matrices swept",
+        _adamw_rest,
+        6e-3,
+        member=False,
+    ),
+    "muon_rest": Arm(
+        "Muon, with the learning rate of the AdamW beside it swept", _muon_rest, 6e-3, member=False
     ),
     "orthogonal_gradient": Arm(
         "⊥Grad, then AdamW without weight decay, as published",

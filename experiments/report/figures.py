@@ -66,6 +66,8 @@ COLORS = {
     "normuonh": "#AA6677",
     "muon_sphere": "#00EE88",
     "spel": "#667700",
+    "muon_rest": "#FFBB99",
+    "adamw_rest": "#5599AA",
 }
 # For any other name, after Tol's muted scheme.
 OTHER_COLORS = ("#332288", "#117733", "#882255", "#999933", "#661100", "#777777")
@@ -73,6 +75,7 @@ OTHER_COLORS = ("#332288", "#117733", "#882255", "#999933", "#661100", "#777777"
 LABELS = {
     "adamuon": "AdaMuon",
     "adamw": "AdamW",
+    "adamw_rest": "AdamW, rest swept",
     "adamw_tuned": "AdamW, 0.01 × 4",
     "low_rank": "Rank k, SVD",
     "low_rank_subspace": "Rank k, subspace",
@@ -88,6 +91,7 @@ LABELS = {
     "muon_one_step": "Muon, 1 step",
     "muon_only": "Muon alone",
     "muon_plus": "Muon+",
+    "muon_rest": "Muon, rest swept",
     "muon_sgd": "Muon + SGD",
     "muon_sphere": "MuonSphere",
     "muon_squared": "Muon²",
