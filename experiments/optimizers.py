@@ -236,11 +236,16 @@ def _muon_rest(settings: "Settings", rate: optax.Schedule, rest: Options, placed
     return _like_muon(muon_jax.muon)(settings, lambda step: factor * theirs(step), swapped, placed)
 
 
-def _adamw_rest(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    """`rate` is that of all but the hidden matrices."""
-    own, routing = rest["adam_learning_rate"], placed.get("routing")
-    both = {of: _adamw(settings, r, rest, placed) for of, r in (("muon", own), ("other", rate))}
-    return optax.partition(both, lambda params: muon_jax.label_params(params, routing))
+def _adamw_of(swept: Literal["muon", "other"]) -> Callable:
+    """`rate` is that of the hidden matrices (`"muon"`) or of all others."""
+
+    def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+        rates = dict.fromkeys(("muon", "other"), rest["adam_learning_rate"]) | {swept: rate}
+        parts = {label: _adamw(settings, of, rest, placed) for label, of in rates.items()}
+        routing = placed.get("routing")
+        return optax.partition(parts, lambda params: muon_jax.label_params(params, routing))
+
+    return build
 
 
 def _dion2(variant: Callable[..., optax.GradientTransformation]) -> Callable:
@@ -386,9 +391,15 @@ ARMS: dict[str, Arm] = {
     "adamw_tuned": Arm(
         "AdamW with a high learning rate and weight decay", _adamw_tuned, 0.01, member=False
     ),
+    "adamw_hidden": Arm(
+        "AdamW, with the learning rate of the hidden matrices swept",
+        _adamw_of("muon"),
+        6e-3,
+        member=False,
+    ),
     "adamw_rest": Arm(
         "AdamW, with the learning rate of all but the hidden matrices swept",
-        _adamw_rest,
+        _adamw_of("other"),
         6e-3,
         member=False,
     ),

@@ -68,6 +68,7 @@ COLORS = {
     "spel": "#667700",
     "muon_rest": "#FFBB99",
     "adamw_rest": "#5599AA",
+    "adamw_hidden": "#BB8899",
 }
 # For any other name, after Tol's muted scheme.
 OTHER_COLORS = ("#332288", "#117733", "#882255", "#999933", "#661100", "#777777")
@@ -75,6 +76,7 @@ OTHER_COLORS = ("#332288", "#117733", "#882255", "#999933", "#661100", "#777777"
 LABELS = {
     "adamuon": "AdaMuon",
     "adamw": "AdamW",
+    "adamw_hidden": "AdamW, hidden swept",
     "adamw_rest": "AdamW, rest swept",
     "adamw_tuned": "AdamW, 0.01 × 4",
     "low_rank": "Rank k, SVD",
