@@ -318,6 +318,9 @@ ARMS: dict[str, Arm] = {
         "Muon with momentum in bfloat16", _like_muon(muon_jax.muon, mu_dtype=jnp.bfloat16)
     ),
     "muon_int8": Arm("Muon with momentum in int8", _like_muon(muon_jax.muon, mu_dtype=jnp.int8)),
+    "muon_int4": Arm(
+        "Muon with momentum in int4", _like_muon(muon_jax.muon, mu_dtype=jnp.int4), member=False
+    ),
     "muon_cautious": Arm(
         "Muon with cautious decay", _like_muon(muon_jax.muon, cautious_weight_decay=True)
     ),

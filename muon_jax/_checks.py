@@ -103,13 +103,13 @@ def check_static(name: str, value: Any) -> None:
         )
 
 
-def check_dtype(name: str, value: Any, *, or_int8: bool = False) -> None:
+def check_dtype(name: str, value: Any, *, or_packed: bool = False) -> None:
     """Refuses what is no real floating-point dtype (nor `None`).
 
     Args:
         name: of the argument, for the message.
         value: a dtype, or what JAX takes for one.
-        or_int8: int8 passes.
+        or_packed: int8 and int4 pass.
 
     Raises:
         TypeError: `value` is no dtype.
@@ -124,14 +124,14 @@ def check_dtype(name: str, value: Any, *, or_int8: bool = False) -> None:
     """
     if value is None:
         return
-    wanted = f"{name} must be real floating point{', int8' * or_int8} or None"
+    wanted = f"{name} must be real floating point{', int8, int4' * or_packed} or None"
     if isinstance(value, (jax.Array, np.ndarray)):
         raise TypeError(f"{wanted}; got an array.")
     try:
         dtype = jnp.dtype(value)
     except TypeError:
         raise TypeError(f"{wanted}; got {value!r}.") from None
-    if not (jnp.issubdtype(dtype, jnp.floating) or (or_int8 and dtype == jnp.int8)):
+    if not (jnp.issubdtype(dtype, jnp.floating) or (or_packed and dtype in (jnp.int8, jnp.int4))):
         raise ValueError(f"{wanted}; got {dtype}.")
 
 

@@ -28,7 +28,7 @@ class MuonState(NamedTuple):
 
     Attributes:
         count: steps taken, int32 scalar.
-        mu: momentum, shaped like the params; under `mu_dtype=int8` `values` and `scales` of it.
+        mu: momentum, shaped like the params; in int8 or int4 `values` and `scales` of it.
     """
 
     count: chex.Array
@@ -74,7 +74,7 @@ def scale_by_muon(
             `newton_schulz`.
         scale: `"spectral"`, `"match_rms_adamw"`, `"mup"`, `"none"` or `(fan_in, fan_out) -> float`.
         mu_dtype: dtype of the stored momentum; `None` is each parameter's own, `int8` one byte an
-            entry and a scale a row.
+            entry and a scale a row, `int4` half a byte.
         matrix_axes: `MatrixAxes` or optax's `MuonDimensionNumbers` for all leaves, a tree of them
             (or a prefix of one), or a callable from the updates to such a tree; `None` takes the
             last two axes as `(fan_in, fan_out)` and the rest as batch.

@@ -11,6 +11,7 @@ import optax
 
 from muon_jax._matrices.parts import split_into_parts
 from muon_jax._matrix_axes import MatrixAxes
+from muon_jax._momentum import is_packed
 from muon_jax._orthogonalize.devices import Device, Kernel, device_of
 from muon_jax._orthogonalize.forms import Form
 from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
@@ -118,7 +119,7 @@ def plan(
         x = leaves[path]
         *outer, last = (math.prod(size[name] for name in names) for names in layouts[path] or [()])
         width = jnp.dtype(x.dtype).itemsize
-        packed = mu_dtype is not None and jnp.dtype(mu_dtype) == jnp.int8
+        packed = is_packed(mu_dtype)
         complex_ = jnp.issubdtype(x.dtype, jnp.complexfloating)
         own = mu_dtype is None or packed or complex_
         first = width if own else jnp.dtype(mu_dtype).itemsize
@@ -126,7 +127,8 @@ def plan(
         rows = math.prod(x.shape[:-1]) // math.prod(outer)
         here = math.prod(x.shape) // (math.prod(outer) * last)
         if packed and moments == 1:
-            return here + 4 * rows  # a float32 scale a row, on each device that has some of it
+            values = (here * jnp.iinfo(mu_dtype).bits + 7) // 8
+            return values + 4 * rows  # a float32 scale a row, on each device that has some of it
         return here * (first + second * (moments - 1))
 
     def elementwise(path: KeyPath) -> float:
@@ -231,8 +233,8 @@ def _traced_row(
         return sum(x.times * amount(x) / (1 if x.everywhere else devices) for x in done)
 
     def held(x: Any) -> int:
-        shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
-        return math.prod(shape) * x.dtype.itemsize
+        size = math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape)
+        return (size + 1) // 2 if x.dtype == jnp.int4 else size * x.dtype.itemsize
 
     def seconds(x: Done) -> float:
         if x.decomposes:

@@ -67,6 +67,7 @@ COLORS = {
     "muon_sphere": "#00EE88",
     "spel": "#667700",
     "muon_rest": "#FFBB99",
+    "muon_int4": "#7799EE",
     "adamw_rest": "#5599AA",
     "adamw_hidden": "#BB8899",
 }
@@ -88,6 +89,7 @@ LABELS = {
     "muon_equal_decay": "Muon, equal decay",
     "muon_equal_shrink": "Muon, equal lr × decay",
     "muon_frozen1d": "Muon, gains frozen",
+    "muon_int4": "Muon, int4 state",
     "muon_int8": "Muon, int8 state",
     "muon_lion": "Muon + Lion",
     "muon_one_step": "Muon, 1 step",
