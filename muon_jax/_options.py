@@ -3,7 +3,7 @@
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable)
@@ -26,7 +26,9 @@ _HERE = {
 }
 
 
-def takes_options_of(base: Callable, *, without: tuple[str, ...] = ()) -> Callable[[F], F]:
+def takes_options_of(
+    base: Callable, *, without: tuple[str, ...] = (), refused: Mapping[str, str] | None = None
+) -> Callable[[F], F]:
     """Writes the options of `base` in place of `**options` into a function's signature.
 
     What `help` and editors show, and what `optax.inject_hyperparams` reads, are then arguments like
@@ -36,6 +38,7 @@ def takes_options_of(base: Callable, *, without: tuple[str, ...] = ()) -> Callab
         base: the function whose keyword arguments are passed on; those that the decorated function
             names itself are its own.
         without: options of `base` that it sets by itself.
+        refused: options of its relatives that it has none of, with the reasons.
 
     Example:
         >>> import inspect
@@ -62,7 +65,9 @@ def takes_options_of(base: Callable, *, without: tuple[str, ...] = ()) -> Callab
             try:
                 merged.bind(*args, **kwargs)
             except TypeError as error:
-                reason = _explain(merged, args, kwargs) or f"{error}."
+                given = (name for name in refused or () if name in kwargs)
+                reason = next((f"no {name}: {(refused or {})[name]}" for name in given), None)
+                reason = reason or _explain(merged, args, kwargs) or f"{error}."
                 raise TypeError(f"{function.__name__}: {reason}") from None
             return function(*args, **kwargs)
 
