@@ -90,8 +90,9 @@ def plan(
         >>> params = {"mlp": {"kernel": jax.ShapeDtypeStruct((64, 256, 256), jnp.float32)}}
         >>> muon_jax.plan(params).total("standard_flops") == 64 * 5 * (4 + 2) * 256**3
         True
-        >>> soap = muon_jax.plan(params, muon_jax.soap_muon(0.02))
-        >>> soap.total("flops") > muon_jax.plan(params).total("flops")
+        >>> layer = {"mlp": {"kernel": jax.ShapeDtypeStruct((256, 1024), jnp.float32)}}
+        >>> soap = muon_jax.plan(layer, muon_jax.soap_muon(0.02))
+        >>> soap.total("flops") > muon_jax.plan(layer).total("flops")
         True
     """
     if platform not in (None, *PLATFORMS):

@@ -78,7 +78,20 @@ def scale_by_adamuon(
 
 
 def entry_norm(beta2: float | jax.Array = 0.95, eps: float | jax.Array = 1e-8) -> Hook:
-    """AdaMuon's second moment, a hook after orthogonalisation; see `scale_by_adamuon`."""
+    """AdaMuon's second moment, a hook after orthogonalisation; see `scale_by_adamuon`.
+
+    Args:
+        beta2, eps: as in `scale_by_adamuon`.
+
+    Returns:
+        A hook, for `after=` of `muon`, `scale_by_muon` and their relatives.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.scale_by_muon(after=muon_jax.entry_norm())
+        >>> params = {"kernel": jnp.ones((4, 8))}
+        >>> updates, state = tx.update(params, tx.init(params))
+    """
     check_number("beta2", beta2, at_least=0, at_most=1)
     check_number("eps", eps, at_least=0)
 
@@ -100,12 +113,20 @@ def adamuon(
     scale: str | ShapeScale | None = "match_rms_adamw",
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_adamuon` for the hidden matrices, AdamW for the other leaves.
+    """AdaMuon: Muon with Adam's second moment after it, AdamW for the other leaves.
+
+    `scale_by_adamuon` has the formulas. State: twice Muon's.
 
     Args:
         learning_rate: of the hidden matrices; a number or a schedule. AdamW's size, not Muon's.
         beta2, eps, scale: as in `scale_by_adamuon`.
         options: those of `muon`.
+
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Si et al., 2025, AdaMuon, arXiv 2507.11005.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

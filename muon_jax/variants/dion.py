@@ -151,12 +151,20 @@ def dion(
     eps: float | jax.Array = 1e-8,
     **options: Unpack[HybridOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_dion` for the hidden matrices, AdamW for the other leaves.
+    """Dion: updates of low rank with error feedback, AdamW for the other leaves.
+
+    Its authors call it legacy: see `dion2`. The formulas are in `scale_by_dion`.
 
     Args:
         learning_rate: of the hidden matrices; a number or a schedule.
         rank, beta, scale, seed, eps: as in `scale_by_dion`.
         options: those of `hybrid`.
+
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Ahn et al., 2025, Dion, arXiv 2504.05295.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

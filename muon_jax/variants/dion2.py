@@ -147,12 +147,20 @@ def dion2(
     side: str = "short",
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_dion2` for the hidden matrices, AdamW for the other leaves.
+    """Dion2: Muon of a share of each matrix's rows in a step, AdamW for the other leaves.
+
+    `scale_by_dion2` tells which rows, and what becomes of the others.
 
     Args:
         learning_rate: of the hidden matrices; a number or a schedule.
         fraction, beta, side: as in `scale_by_dion2`.
         options: those of `muon`.
+
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Ahn et al., 2025, Dion2, arXiv 2512.16928.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax
@@ -174,12 +182,18 @@ def dion3(
     side: str = "short",
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Dion2 with NorMuon's second moment of the chosen rows.
+    """Dion3: Dion2 with NorMuon's second moment of the chosen rows.
 
     Args:
         learning_rate: of the hidden matrices; a number or a schedule.
         fraction, beta, beta2, side: as in `scale_by_dion2`.
         options: those of `muon`.
+
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        microsoft/dion; Ahn et al., 2025, Dion2, arXiv 2512.16928.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

@@ -42,11 +42,19 @@ def equilibrate() -> Hook:
 def muon_eq(
     learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """MuonEq: `muon(learning_rate, before=equilibrate())`.
+    """MuonEq: Muon of a momentum whose rows have one norm. No state beside Muon's.
+
+    `muon(learning_rate, before=equilibrate())`.
 
     Args:
         learning_rate: of the hidden matrices; a number or a schedule.
         options: those of `muon`.
+
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        MuonEq, 2026, arXiv 2603.28254.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

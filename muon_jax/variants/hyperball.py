@@ -62,12 +62,20 @@ def hyperball() -> Constraint:
 def muonh(
     learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """MuonH: `muon` on the hyperball, `muon(learning_rate, constraint=hyperball())`.
+    """MuonH: Muon whose weights keep the norm that they began with.
+
+    `muon(learning_rate, constraint=hyperball())`. No weight decay: the constraint would undo it.
 
     Args:
         learning_rate: the share of its norm that a matrix moves by; 0.02 or so. A number or a
             schedule.
         options: those of `muon`.
+
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Wen et al., 2026, arXiv 2606.16899.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

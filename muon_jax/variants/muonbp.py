@@ -99,12 +99,20 @@ def muonbp(
     blocks: tuple[int, int] | None = None,
     **options: Unpack[StageOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_muonbp` for the hidden matrices, AdamW for the other leaves.
+    """MuonBP: Muon of blocks at most steps, of whole matrices at some; AdamW for the other leaves.
+
+    On a mesh the blocks are what devices hold, so that most steps move no matrix.
 
     Args:
         learning_rate: of the hidden matrices; a number or a schedule.
         period, block_ratio, blocks: as in `scale_by_muonbp`.
         options: those of `muon`.
+
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Khaled et al., 2025, MuonBP, arXiv 2510.16981.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

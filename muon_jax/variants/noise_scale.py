@@ -64,12 +64,20 @@ def namo(
     eps: float | jax.Array = 1e-8,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """NAMO: `muon(learning_rate, after=noise_scale(beta2, eps))`.
+    """NAMO: Muon with one adaptive step size for each matrix, shorter where gradients are noise.
+
+    `muon(learning_rate, after=noise_scale(beta2, eps))`.
 
     Args:
         learning_rate: of the hidden matrices; a number or a schedule.
         beta2, eps: as in `noise_scale`.
         options: those of `muon`.
+
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        NAMO, 2026, arXiv 2602.17080.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

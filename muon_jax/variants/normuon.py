@@ -66,7 +66,20 @@ def scale_by_normuon(
 
 
 def neuron_norm(beta2: float | jax.Array = 0.95, eps: float | jax.Array = 1e-10) -> Hook:
-    """NorMuon's second moment, a hook after orthogonalisation; see `scale_by_normuon`."""
+    """NorMuon's second moment, a hook after orthogonalisation; see `scale_by_normuon`.
+
+    Args:
+        beta2, eps: as in `scale_by_normuon`.
+
+    Returns:
+        A hook, for `after=` of `muon`, `scale_by_muon` and their relatives.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.scale_by_muon(after=muon_jax.neuron_norm())
+        >>> params = {"kernel": jnp.ones((4, 8))}
+        >>> updates, state = tx.update(params, tx.init(params))
+    """
     check_number("beta2", beta2, at_least=0, at_most=1)
     check_number("eps", eps, at_least=0)
 
@@ -95,12 +108,20 @@ def normuon(
     eps: float | jax.Array = 1e-10,
     **options: Unpack[MuonOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_normuon` for the hidden matrices, AdamW for the other leaves.
+    """NorMuon: Muon whose output neurons get steps of equal size, AdamW for the other leaves.
+
+    `scale_by_normuon` has the formulas. State: beside Muon's one number for each output neuron.
 
     Args:
         learning_rate: of the hidden matrices; a number or a schedule.
         beta2, eps: as in `scale_by_normuon`.
         options: those of `muon`.
+
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Li et al., 2025, NorMuon, arXiv 2510.05491.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

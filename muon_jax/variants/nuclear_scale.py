@@ -45,12 +45,20 @@ def nuclear_scale() -> Hook:
 def polargrad(
     learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """PolarGrad: `muon(learning_rate, after=nuclear_scale())`.
+    """PolarGrad: Muon whose step is as long as the momentum is large.
+
+    `muon(learning_rate, after=nuclear_scale())`.
 
     Args:
         learning_rate: of the hidden matrices; a number or a schedule. Its size is that of SGD's,
             not of Muon's: the update grows with the gradient.
         options: those of `muon`.
+
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Lau et al., 2025, PolarGrad, arXiv 2505.21799.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

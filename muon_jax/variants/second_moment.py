@@ -55,12 +55,20 @@ def muon_squared(
     eps: float | jax.Array = 1e-10,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon²: `muon(learning_rate, before=second_moment(beta2, eps))`.
+    """Muon²: Muon of a momentum divided by the root of its second moment, as in Adam.
+
+    `muon(learning_rate, before=second_moment(beta2, eps))`. State: another float32 number an entry.
 
     Args:
         learning_rate: of the hidden matrices; a number or a schedule.
         beta2, eps: as in `second_moment`.
         options: those of `muon`; `ns_steps=3` is the paper's saving.
+
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Muon², 2026, arXiv 2604.09967.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

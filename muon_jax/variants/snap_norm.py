@@ -41,11 +41,19 @@ def snap_norm() -> Hook:
 def muon_plus(
     learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon+: `muon(learning_rate, after=snap_norm())`.
+    """Muon+: Muon whose orthogonal factors are brought to one Frobenius norm.
+
+    `muon(learning_rate, after=snap_norm())`.
 
     Args:
         learning_rate: of the hidden matrices; a number or a schedule.
         options: those of `muon`.
+
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Muon+, 2026, arXiv 2602.21545.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

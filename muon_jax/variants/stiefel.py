@@ -58,11 +58,20 @@ def stiefel(
 def spel(
     learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """SPEL: `muon(learning_rate, scale="none", constraint=stiefel())`.
+    """SPEL: Muon whose weights have orthonormal rows or columns at all times.
+
+    `muon(learning_rate, scale="none", constraint=stiefel())`. No weight decay: the constraint would
+    undo it.
 
     Args:
         learning_rate: of the hidden matrices; a number or a schedule.
         options: those of `muon`.
+
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Manifold constrained steepest descent, 2026, arXiv 2601.21487.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

@@ -82,13 +82,21 @@ def aurora(
     ns_dtype: jax.typing.DTypeLike | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Aurora: `muon(learning_rate, orthogonalizer=UniformPolar(iterations, power))`.
+    """Aurora: Muon whose factors of rectangles have rows of one norm.
+
+    `muon(learning_rate, orthogonalizer=UniformPolar(iterations, power))`.
 
     Args:
         learning_rate: of the hidden matrices; a number or a schedule.
         iterations, power: as in `UniformPolar`; each iteration costs what Muon does.
         ns_coeffs, ns_steps, ns_dtype: as in `muon`.
         options: those of `muon`.
+
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        KellerJordan/modded-nanogpt, track 3, 2026-05-05.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax
