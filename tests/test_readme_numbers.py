@@ -359,6 +359,20 @@ def beside():
     return [*found, [spread(arm["losses_by_seed"]) for arm in both]]
 
 
+def updates():
+    """The quickest first."""
+    costs = sorted(
+        stored("family", "costs", "costs")["costs"].values(), key=lambda cost: cost["milliseconds"]
+    )
+    base = next(cost["milliseconds"] for cost in costs if cost["times_baseline"] == 1)
+    return [
+        [f"{cost['milliseconds'] / base:.1f}"]
+        + [f"{cost[name] / 1e6:.0f}" for name in ("flops", "decomposition_flops")]
+        + [f"{cost['state_bytes_per_parameter']:.2f}"]
+        for cost in costs
+    ]
+
+
 def small(p):
     return "< 0.001" if p < 0.0005 else f"{p:.3f}"
 
@@ -463,6 +477,7 @@ TABLES = {
     ("family", "The variants of 2026", 1): functools.partial(beside_muon, "long"),
     ("family", "AdamW's rate for the rest", 0): beside,
     ("family", "AdamW's rate for the rest", 1): functools.partial(beside_muon, "rest_leaders"),
+    ("family", "What an update costs", 0): updates,
     ("pretrain", "The default run", 0): pretrain_default,
     ("pretrain", "Optimizers at equal effort", 0): pretrain_optimizers,
     ("finetune", "On equal terms", 0): controlled,
