@@ -373,6 +373,22 @@ def updates():
     ]
 
 
+def transfer():
+    """By the shape scale, of `mup` and of the hyperball; best rates are bold in the README."""
+    return {of["scale"]: of for of in stored("family", "transfer")["scales"]}
+
+
+def widths():
+    arms_of = [transfer()[scale]["arms"] for scale in ("mup", "hyperball")]
+    return [
+        [
+            ", ".join(f"{loss:.3f}" for loss in arms[width]["losses_by_rate"].values())
+            for arms in arms_of
+        ]
+        for width in ("32", "64", "128")
+    ]
+
+
 def small(p):
     return "< 0.001" if p < 0.0005 else f"{p:.3f}"
 
@@ -478,6 +494,7 @@ TABLES = {
     ("family", "AdamW's rate for the rest", 0): beside,
     ("family", "AdamW's rate for the rest", 1): functools.partial(beside_muon, "rest_leaders"),
     ("family", "What an update costs", 0): updates,
+    ("family", "Rates and width", 1): widths,
     ("pretrain", "The default run", 0): pretrain_default,
     ("pretrain", "Optimizers at equal effort", 0): pretrain_optimizers,
     ("finetune", "On equal terms", 0): controlled,
@@ -768,6 +785,20 @@ def of_others():
     assert all(0.002 < x < 0.055 for x in seen)
     rest = [means[name] - means["muon"] for name in ("muon_sgd", "muon_lion")]
     yield "family", "Muon ends {:.3f} above Muon with AdamW, with Lion {:.3f}".format(*rest)
+    mup, ball = (transfer()[scale] for scale in ("mup", "hyperball"))
+    moves = [of["drift_by_seed"] for of in (mup, ball)]
+    zero = dict.fromkeys(moves[0], 0.0)
+    own, other, apart = (
+        gap(*pair, 2) for pair in ((moves[0], zero), (moves[1], zero), moves[::-1])
+    )
+    yield "family", f"moves by {own} powers of two for a doubling of the width under `mup`"
+    yield "family", f"by {other} on the hyperball, a difference of {apart}"
+    at = [of["arms"]["128"]["losses_by_rate"] for of in (ball, mup)]
+    flat, steep = at[0]["0.16"] - at[0]["0.08"], at[1]["0.08"] - at[1]["0.04"]
+    yield "family", f"costs {flat:.3f} nats at width 128, and {steep:.3f} under `mup`"
+    lower = [min(a["losses_by_rate"].values()) for of in (ball, mup) for a in of["arms"].values()]
+    lower = [a - b for a, b in zip(lower[:3], lower[3:], strict=True)]
+    yield "family", f"best losses are {min(lower):.2f} to {max(lower):.2f} lower"
     drifts = {of["scale"]: signed(of["drift"]) for of in stored("family", "widths")["scales"]}
     mup, spectral, rms = (drifts[name] for name in ("mup", "spectral", "match_rms_adamw"))
     yield "family", f"by {mup} powers of two for each doubling of the width under `mup`, {spectral}"
