@@ -229,6 +229,26 @@ def _rest(name: Literal["sgd", "lion"]) -> Callable:
     return build
 
 
+def _muon_rest(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+    """`rate` is AdamW's; Muon keeps its own."""
+    factor = settings.muon.learning_rate / settings.adamw.learning_rate
+    theirs = rest["adam_learning_rate"]
+    swapped = rest | {"adam_learning_rate": rate}
+    return _like_muon(muon_jax.muon)(settings, lambda step: factor * theirs(step), swapped, placed)
+
+
+def _adamw_of(swept: Literal["muon", "other"]) -> Callable:
+    """`rate` is that of the hidden matrices (`"muon"`) or of all others."""
+
+    def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+        rates = dict.fromkeys(("muon", "other"), rest["adam_learning_rate"]) | {swept: rate}
+        parts = {label: _adamw(settings, of, rest, placed) for label, of in rates.items()}
+        routing = placed.get("routing")
+        return optax.partition(parts, lambda params: muon_jax.label_params(params, routing))
+
+    return build
+
+
 def _dion2(variant: Callable[..., optax.GradientTransformation]) -> Callable:
     def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
         own = {"fraction": settings.variants.fraction}
@@ -299,6 +319,9 @@ ARMS: dict[str, Arm] = {
         "Muon with momentum in bfloat16", _like_muon(muon_jax.muon, mu_dtype=jnp.bfloat16)
     ),
     "muon_int8": Arm("Muon with momentum in int8", _like_muon(muon_jax.muon, mu_dtype=jnp.int8)),
+    "muon_int4": Arm(
+        "Muon with momentum in int4", _like_muon(muon_jax.muon, mu_dtype=jnp.int4), member=False
+    ),
     "muon_cautious": Arm(
         "Muon with cautious decay", _like_muon(muon_jax.muon, cautious_weight_decay=True)
     ),
@@ -376,6 +399,21 @@ ARMS: dict[str, Arm] = {
     ),
     "adamw_tuned": Arm(
         "AdamW with a high learning rate and weight decay", _adamw_tuned, 0.01, member=False
+    ),
+    "adamw_hidden": Arm(
+        "AdamW, with the learning rate of the hidden matrices swept",
+        _adamw_of("muon"),
+        6e-3,
+        member=False,
+    ),
+    "adamw_rest": Arm(
+        "AdamW, with the learning rate of all but the hidden matrices swept",
+        _adamw_of("other"),
+        6e-3,
+        member=False,
+    ),
+    "muon_rest": Arm(
+        "Muon, with the learning rate of the AdamW beside it swept", _muon_rest, 6e-3, member=False
     ),
     "orthogonal_gradient": Arm(
         "⊥Grad, then AdamW without weight decay, as published",

@@ -105,13 +105,13 @@ def check_static(name: str, value: Any) -> None:
         )
 
 
-def check_dtype(name: str, value: Any, *, or_int8: bool = False) -> None:
+def check_dtype(name: str, value: Any, *, or_packed: bool = False) -> None:
     """Checks that `value` is a real floating-point dtype or `None`.
 
     Args:
         name: The name of the argument, for the message.
         value: A dtype, or a value that JAX converts to one.
-        or_int8: Whether int8 is accepted.
+        or_packed: Whether int8 and int4 are accepted.
 
     Raises:
         TypeError: `value` is not a dtype.
@@ -126,14 +126,14 @@ def check_dtype(name: str, value: Any, *, or_int8: bool = False) -> None:
     """
     if value is None:
         return
-    wanted = f"{name} must be real floating point{', int8' * or_int8} or None"
+    wanted = f"{name} must be real floating point{', int8, int4' * or_packed} or None"
     if isinstance(value, (jax.Array, np.ndarray)):
         raise TypeError(f"{wanted}; got an array.")
     try:
         dtype = jnp.dtype(value)
     except TypeError:
         raise TypeError(f"{wanted}; got {value!r}.") from None
-    if not (jnp.issubdtype(dtype, jnp.floating) or (or_int8 and dtype == jnp.int8)):
+    if not (jnp.issubdtype(dtype, jnp.floating) or (or_packed and dtype in (jnp.int8, jnp.int4))):
         raise ValueError(f"{wanted}; got {dtype}.")
 
 

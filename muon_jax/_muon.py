@@ -28,8 +28,8 @@ class MuonState(NamedTuple):
 
     Attributes:
         count: The number of steps taken, an int32 scalar.
-        mu: The momentum, shaped like the params. With `mu_dtype=int8` it has the fields `values`
-            and `scales`.
+        mu: The momentum, shaped like the params. With `mu_dtype` int8 or int4 it has the fields
+            `values` and `scales`.
     """
 
     count: chex.Array
@@ -78,7 +78,7 @@ def scale_by_muon(
         scale: The shape scale: `"spectral"`, `"match_rms_adamw"`, `"mup"`, `"none"` or a function
             `(fan_in, fan_out) -> float`.
         mu_dtype: The dtype of the stored momentum. `None` means the dtype of each parameter;
-            `int8` stores one byte per entry and one scale per row.
+            `int8` stores one byte per entry and one scale per row, `int4` half a byte per entry.
         matrix_axes: `MatrixAxes` or optax's `MuonDimensionNumbers` for all leaves, a tree of them
             (or a prefix of one), or a callable from the updates to such a tree. `None` means that
             the last two axes are `(fan_in, fan_out)` and all others are batch axes.

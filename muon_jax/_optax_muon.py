@@ -15,10 +15,11 @@ from muon_jax._decay import add_decayed_weights, scale_by_learning_rate
 from muon_jax._elementwise import scale_by_adam
 from muon_jax._matrices.stages import Stages
 from muon_jax._matrix_axes import MatrixAxes, as_matrix_axes, is_matrix_axes
+from muon_jax._momentum import is_packed
 from muon_jax._muon import MuonState
 from muon_jax._orthogonalize.coefficients import NORMALIZATIONS, SCHEDULES, Row, Schedule
 from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
-from muon_jax._partition import fitted, hybrid, is_int8
+from muon_jax._partition import fitted, hybrid
 from muon_jax._routing.rules import OTHER
 from muon_jax._trees import broadcast_prefix, map_paths
 
@@ -127,7 +128,7 @@ def optax_muon(
         adam_b2,
         eps,
         adam_eps_root,
-        mu_dtype=None if is_int8(mu_dtype) else mu_dtype,
+        mu_dtype=None if is_packed(mu_dtype) else mu_dtype,
         nesterov=nesterov,
     )
     rate = learning_rate if adam_learning_rate is None else adam_learning_rate

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable)
@@ -26,7 +26,9 @@ _HERE = {
 }
 
 
-def takes_options_of(base: Callable, *, without: tuple[str, ...] = ()) -> Callable[[F], F]:
+def takes_options_of(
+    base: Callable, *, without: tuple[str, ...] = (), refused: Mapping[str, str] | None = None
+) -> Callable[[F], F]:
     """Replaces `**options` in a function's signature with the options of `base`.
 
     Then `help`, editors and `optax.inject_hyperparams` see each option as an ordinary argument.
@@ -35,6 +37,7 @@ def takes_options_of(base: Callable, *, without: tuple[str, ...] = ()) -> Callab
         base: The function whose keyword arguments are added. An argument that the decorated
             function defines itself is kept.
         without: The options of `base` that the decorated function does not accept.
+        refused: Options of related functions that it cannot have, and why; errors give the reason.
 
     Example:
         >>> import inspect
@@ -61,7 +64,9 @@ def takes_options_of(base: Callable, *, without: tuple[str, ...] = ()) -> Callab
             try:
                 merged.bind(*args, **kwargs)
             except TypeError as error:
-                reason = _explain(merged, args, kwargs) or f"{error}."
+                given = (name for name in refused or () if name in kwargs)
+                reason = next((f"no {name}: {(refused or {})[name]}" for name in given), None)
+                reason = reason or _explain(merged, args, kwargs) or f"{error}."
                 raise TypeError(f"{function.__name__}: {reason}") from None
             return function(*args, **kwargs)
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any, TypedDict, Unpack
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from muon_jax._checks import check_dtype, check_mesh, check_number, check_static
 from muon_jax._constraint import Constraints, as_constraints, constrained
 from muon_jax._decay import add_decayed_weights, as_decay_mask, scale_by_learning_rate
 from muon_jax._elementwise import scale_by_adam, scale_by_lion, sign_of_momentum, trace
+from muon_jax._momentum import is_packed
 from muon_jax._options import takes_options_of
 from muon_jax._precision import cast_like
 from muon_jax._routing.rules import FROZEN, MUON, OTHER, Routing, route, warn_of_guesses
@@ -96,7 +96,7 @@ def partition(
     """
     check_number("learning_rate", learning_rate, at_least=0, schedule=True)
     check_number("weight_decay", weight_decay, at_least=0, schedule=True)
-    check_dtype("mu_dtype", mu_dtype, or_int8=True)
+    check_dtype("mu_dtype", mu_dtype, or_packed=True)
     check_dtype("nu_dtype", nu_dtype)
     check_mesh(mesh)
     check_static("cautious_weight_decay", cautious_weight_decay)
@@ -133,7 +133,7 @@ def partition(
             return other_optimizer
         if other_optimizer == "frozen":
             return optax.set_to_zero()
-        dtype = None if is_int8(mu_dtype) else mu_dtype
+        dtype = None if is_packed(mu_dtype) else mu_dtype
         b1 = of_other("b1", 0.9)
         first = {
             "adamw": lambda: scale_by_adam(
@@ -216,7 +216,9 @@ def hybrid(
             of constraints, applied in order.
         mu_dtype: The dtype of the stored momentum and of AdamW's first moment. `None` means the
             dtype of each parameter. `jnp.int8` stores Muon's momentum as one byte per entry and
-            one scale per row, and leaves AdamW's first moment in the dtype of each parameter.
+            one scale per row, `jnp.int4` as half a byte per entry; AdamW's first moment then has
+            the dtype of each parameter. The rounding noise is at most 1.3 % of a row's largest
+            entry in int8 at a beta of 0.95, and 23 % in int4.
         nu_dtype: The dtype of AdamW's stored second moment. `None` means the dtype of each
             parameter. In bfloat16 an average of squares with `adam_b2=0.999` stops changing:
             choose float32 for it.
@@ -282,10 +284,6 @@ def fitted(
         return jax.tree.map(cast_like, new, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def is_int8(dtype: jax.typing.DTypeLike | None) -> bool:
-    return dtype is not None and jnp.dtype(dtype) == jnp.int8
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -152,6 +152,19 @@ def test_a_constraint_goes_with_every_optimizer(make):
         assert 0.015 < moved < 0.025  # the rate
 
 
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (muon_jax.scion, r"scion: no constraint: the balls .* scion\(constrained=True\)"),
+        (functools.partial(muon_jax.gluon, smoothness=(0.0, 1.0)), "gluon: no constraint"),
+        (muon_jax.muown, "muown: no constraint: the norms of neurons are parameters"),
+    ],
+)
+def test_where_norms_are_held_already_a_constraint_is_refused(make, reason):
+    with pytest.raises(TypeError, match=reason):
+        make(0.1, constraint=muon_jax.hyperball())
+
+
 # --- Norms on a mesh -------------------------------------------------------------------------
 
 # Two layers of four experts, split by expert and by fan_in, and one matrix split both ways.

@@ -1,4 +1,4 @@
-"""What a step of each optimizer costs beside AdamW's: time, state and working memory.
+"""What a step of each optimizer costs beside AdamW's: time, FLOPs, state and working memory.
 
 Time is of `tx.update` and `optax.apply_updates` alone, on the study's model and one of its
 gradients. The optimizers take turns, so that a noisy machine disturbs all; what counts is the
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import muon_jax
 from experiments import timing
 from experiments.family.config import BASELINE, Training
 from experiments.family.data import Data
@@ -37,8 +38,9 @@ def measure(
         on_turn: As in `timing.step_costs`.
 
     Returns:
-        What `timing.step_costs` tells; `state_bytes_per_parameter`, exact; and `temp_bytes`, what
-        the compiled update allocates beside its arguments and results.
+        What `timing.step_costs` tells; by `muon_jax.plan` `state_bytes_per_parameter`, exact,
+        `flops` of products and `decomposition_flops`, means of a step; and `temp_bytes`, what the
+        compiled update allocates beside its arguments and results.
     """
     model = language_model(config)
     params = model.start(0)
@@ -47,10 +49,14 @@ def measure(
     turns, memory = {}, {}
     for name in names:
         state = start(config, name, 0).opt_state
-        update = _update(transformation(config, name), params, state, gradient, observed)
+        tx = transformation(config, name)
+        update = _update(tx, params, state, gradient, observed)
+        planned = optax.GradientTransformation(tx.init, functools.partial(tx.update, **observed))
+        (row,) = muon_jax.plan(params, planned).rows
         memory[name] = {
-            "state_bytes_per_parameter": sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-            / model.parameters,
+            "flops": row.flops,
+            "decomposition_flops": row.decomposition_flops,
+            "state_bytes_per_parameter": row.momentum_bytes / model.parameters,
             "temp_bytes": update.memory_analysis().temp_size_in_bytes,
         }
         held = jax.tree.map(jnp.copy, params), state

@@ -74,9 +74,10 @@ def aggregate(files: Files) -> list[Arm]:
     return sorted(found, key=lambda arm: arm.loss)
 
 
-def _cost(field: str, spec: str = "") -> Callable[[Arm], str]:
+def _cost(field: str, spec: str = "", unit: float = 1) -> Callable[[Arm], str]:
     def text(arm: Arm) -> str:
-        value = arm.cost and arm.cost[field]
+        value = arm.cost and arm.cost.get(field)
+        value = value if value is None else value / unit
         return form(value, spec) if spec else number(value)
 
     return text
@@ -89,6 +90,8 @@ COLUMNS: tuple[Column, ...] = (
     ("minus AdamW's [95 % interval]", "minus AdamW's", lambda arm: interval_text(arm.difference)),
     ("training step ÷ AdamW's", "step", lambda arm: number(arm.step_ratio)),
     ("update alone ÷ AdamW's", "update", _cost("times_baseline")),
+    ("products of the update (MFLOP)", "MFLOP", _cost("flops", ".1f", 1e6)),
+    ("decompositions (MFLOP)", "", _cost("decomposition_flops", ".1f", 1e6)),
     ("state (bytes per parameter)", "bytes", _cost("state_bytes_per_parameter", ".2f")),
     ("working memory of the update (bytes)", "", _cost("temp_bytes", ",")),
     ("cells", "", lambda arm: str(arm.cells)),
@@ -97,7 +100,7 @@ COLUMNS: tuple[Column, ...] = (
 NOTE = (
     "loss: at the best rate, mean ± deviation over seeds\n"
     "minus AdamW's: with 95 % interval, paired by seed\n"
-    "step, update: time ÷ AdamW's; bytes: of state per parameter"
+    "step, update: time ÷ AdamW's; MFLOP: of the update; bytes: of state per parameter"
 )
 CAPTION = (
     "Optimizers sorted by final validation loss, with its mean and standard deviation over seeds. "
@@ -119,7 +122,8 @@ MEASURED = {
     "AdamW's. Trainings of different optimizers alternated.",
     "Update alone, state, working memory": "Of tx.update and optax.apply_updates on this model, "
     "in alternating rounds of many steps in one process: median ratio, exact size of the state, "
-    "and memory that the compiled update allocates besides arguments and results.",
+    "and memory that the compiled update allocates besides arguments and results. Products and "
+    "decompositions are a step's mean FLOPs by muon_jax.plan, the latter by textbook counts.",
 }
 
 
@@ -162,7 +166,7 @@ def report(folder: Path) -> Report:
     """Returns the report of the variants at their best rates."""
     files = arms.load(folder)
     found, facts = aggregate(files), {"config": files.config, "corpus": files.summary["corpus"]}
-    table = Table(COLUMNS, found, CAPTION, "The family, lowest loss first", NOTE)
+    table = Table(COLUMNS, found, CAPTION, "The family, lowest loss first", NOTE).known()
     curves = Picture(
         "curves",
         lambda: curves_figure(found),

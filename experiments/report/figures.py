@@ -66,6 +66,10 @@ COLORS = {
     "normuonh": "#AA6677",
     "muon_sphere": "#00EE88",
     "spel": "#667700",
+    "muon_rest": "#FFBB99",
+    "muon_int4": "#7799EE",
+    "adamw_rest": "#5599AA",
+    "adamw_hidden": "#BB8899",
 }
 # The colours of other names, after Tol's muted scheme.
 OTHER_COLORS = ("#332288", "#117733", "#882255", "#999933", "#661100", "#777777")
@@ -73,6 +77,8 @@ OTHER_COLORS = ("#332288", "#117733", "#882255", "#999933", "#661100", "#777777"
 LABELS = {
     "adamuon": "AdaMuon",
     "adamw": "AdamW",
+    "adamw_hidden": "AdamW, hidden swept",
+    "adamw_rest": "AdamW, rest swept",
     "adamw_tuned": "AdamW, 0.01 × 4",
     "low_rank": "Rank k, SVD",
     "low_rank_subspace": "Rank k, subspace",
@@ -83,11 +89,13 @@ LABELS = {
     "muon_equal_decay": "Muon, equal decay",
     "muon_equal_shrink": "Muon, equal lr × decay",
     "muon_frozen1d": "Muon, gains frozen",
+    "muon_int4": "Muon, int4 state",
     "muon_int8": "Muon, int8 state",
     "muon_lion": "Muon + Lion",
     "muon_one_step": "Muon, 1 step",
     "muon_only": "Muon alone",
     "muon_plus": "Muon+",
+    "muon_rest": "Muon, rest swept",
     "muon_sgd": "Muon + SGD",
     "muon_sphere": "MuonSphere",
     "muon_squared": "Muon²",

@@ -32,6 +32,8 @@ class Device(NamedTuple):
         narrowest: bytes of the narrowest number that it computes with beside products.
         on_chip: whether products find their operands in the chip's own memory, and take along the
             arithmetic between them, so that it is no kernel of its own.
+        decomposing: FLOPs a second of eigendecompositions, SVDs and QRs; infinite where it is not
+            known.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Device(NamedTuple):
     wide_flops: float
     narrowest: int = 1
     on_chip: bool = False
+    decomposing: float = math.inf
 
     def seconds(
         self, kernels: Iterable[Kernel], dtype: jax.typing.DTypeLike, *, launches: bool = True
@@ -69,14 +72,15 @@ class Device(NamedTuple):
         else:
             launch, bandwidth = 1e6 * self.launch, self.bandwidth / 1e12
             work = f"{launch:g} µs per kernel, {bandwidth:.3g} TB/s, {rates}; kernels in sequence"
-        return f"Time predicted for {self.name}: {work}, network not counted."
+        left = "network" if self.decomposing < math.inf else "network and decompositions"
+        return f"Time predicted for {self.name}: {work}, {left} not counted."
 
 
 # By platform; neither the H100's nor the v5e's times are measured.
 DEVICES = {
-    # Large products on two cores, as measured. Nothing is measured of launches and traffic: without
-    # them forms are chosen by their FLOPs.
-    "cpu": Device("2 CPU cores", 0, math.inf, 750e9, 360e9),
+    # Large products on two cores, as measured, and decompositions on one thread. Nothing is
+    # measured of launches and traffic: without them forms are chosen by their FLOPs.
+    "cpu": Device("2 CPU cores", 0, math.inf, 750e9, 360e9, decomposing=20e9),
     # An H100 SXM by NVIDIA's data sheet: products at 70 % of the peak of 989 TFLOP/s, and of 67 in
     # float32, which is exact without tensor cores.
     "gpu": Device("NVIDIA H100 80GB HBM3", 2e-6, 3.35e12, 700e12, 47e12),

@@ -108,6 +108,12 @@ def adamuon(
         beta2, eps, scale: As in `scale_by_adamuon`.
         options: The options of `muon`.
 
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Si et al., 2025, AdaMuon, arXiv 2507.11005.
+
     Example:
         >>> import jax.numpy as jnp, muon_jax
         >>> tx = muon_jax.adamuon(1e-3, weight_decay=0.1)

@@ -159,6 +159,12 @@ def dion(
         rank, beta, scale, seed, eps: As in `scale_by_dion`.
         options: The options of `hybrid`.
 
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Ahn et al., 2025, Dion, arXiv 2504.05295.
+
     Example:
         >>> import jax.numpy as jnp, muon_jax
         >>> tx = muon_jax.dion(0.01, rank=0.5, adam_learning_rate=3e-4)

@@ -155,6 +155,12 @@ def dion2(
         fraction, beta, side: As in `scale_by_dion2`.
         options: The options of `muon`.
 
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Ahn et al., 2025, Dion2, arXiv 2512.16928.
+
     Example:
         >>> import jax.numpy as jnp, muon_jax
         >>> tx = muon_jax.dion2(0.01, fraction=0.5, adam_learning_rate=3e-4)
@@ -181,6 +187,12 @@ def dion3(
         learning_rate: The learning rate of the hidden matrices, a number or a schedule.
         fraction, beta, beta2, side: As in `scale_by_dion2`.
         options: The options of `muon`.
+
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        microsoft/dion; Ahn et al., 2025, Dion2, arXiv 2512.16928.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

@@ -48,6 +48,12 @@ def muon_eq(
         learning_rate: The learning rate of the hidden matrices, a number or a schedule.
         options: The options of `muon`.
 
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        MuonEq, 2026, arXiv 2603.28254.
+
     Example:
         >>> import jax.numpy as jnp, muon_jax
         >>> tx = muon_jax.muon_eq(0.02, adam_learning_rate=3e-4)

@@ -10,6 +10,7 @@ from muon_jax._options import takes_options_of
 from muon_jax._routing.rules import match_rules
 from muon_jax.variants.lmo import (
     DEFAULT_BALLS,
+    REFUSED,
     Layer,
     balls_of,
     by_layer,
@@ -19,7 +20,7 @@ from muon_jax.variants.lmo import (
 from muon_jax.variants.oracles import Ball, Oracle, checked_ball
 
 
-@takes_options_of(by_layer)
+@takes_options_of(by_layer, refused=REFUSED)
 def gluon(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,

@@ -69,6 +69,12 @@ def muonh(
             or a schedule.
         options: The options of `muon`.
 
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Wen et al., 2026, arXiv 2606.16899.
+
     Example:
         >>> import jax.numpy as jnp, muon_jax
         >>> tx = muon_jax.muonh(0.02, adam_learning_rate=3e-4)

@@ -60,6 +60,16 @@ class LmoState(NamedTuple):
     mu: optax.Updates
 
 
+# Options of the relatives, with the reason why Scion and Gluon have none of them.
+REFUSED = {
+    "constraint": (
+        "the balls are this optimizer's own. scion(constrained=True) keeps every weight in its "
+        "ball, whose radius balls= gives; a norm held at another length would contradict it. muon "
+        "takes constraints."
+    )
+}
+
+
 @takes_options_of(
     scale_by_muon, without=("beta", "nesterov", "momentum", "scale", "before", "after")
 )

@@ -106,6 +106,12 @@ def muonbp(
         period, block_ratio, blocks: As in `scale_by_muonbp`.
         options: The options of `muon`.
 
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Khaled et al., 2025, MuonBP, arXiv 2510.16981.
+
     Example:
         >>> import jax.numpy as jnp, muon_jax
         >>> tx = muon_jax.muonbp(0.02, period=4, blocks=(1, 2), adam_learning_rate=3e-4)

@@ -40,7 +40,14 @@ class MuownState(NamedTuple):
     rate: optax.OptState
 
 
-@takes_options_of(muon, without=("constraint", "cautious_weight_decay"))
+@takes_options_of(
+    muon,
+    without=("constraint", "cautious_weight_decay"),
+    refused={
+        "constraint": "the norms of neurons are parameters of their own here, and Adam moves them. "
+        "muon takes constraints."
+    },
+)
 def muown(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -72,6 +72,12 @@ def namo(
         beta2, eps: As in `noise_scale`.
         options: The options of `muon`.
 
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        NAMO, 2026, arXiv 2602.17080.
+
     Example:
         >>> import jax.numpy as jnp, muon_jax
         >>> tx = muon_jax.namo(0.02, adam_learning_rate=3e-4)

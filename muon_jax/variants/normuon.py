@@ -103,6 +103,12 @@ def normuon(
         beta2, eps: As in `scale_by_normuon`.
         options: The options of `muon`.
 
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Li et al., 2025, NorMuon, arXiv 2510.05491.
+
     Example:
         >>> import jax.numpy as jnp, muon_jax
         >>> tx = muon_jax.normuon(0.02, weight_decay=0.1, adam_learning_rate=3e-4)

@@ -52,6 +52,12 @@ def polargrad(
             like SGD's rather than Muon's, because the update grows with the gradient.
         options: The options of `muon`.
 
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Lau et al., 2025, PolarGrad, arXiv 2505.21799.
+
     Example:
         >>> import jax.numpy as jnp, muon_jax
         >>> tx = muon_jax.polargrad(1.0, adam_learning_rate=3e-4)

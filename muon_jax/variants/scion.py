@@ -7,11 +7,11 @@ import jax
 import optax
 
 from muon_jax._options import takes_options_of
-from muon_jax.variants.lmo import DEFAULT_BALLS, Layer, balls_of, by_layer, check_pairs
+from muon_jax.variants.lmo import DEFAULT_BALLS, REFUSED, Layer, balls_of, by_layer, check_pairs
 from muon_jax.variants.oracles import Ball, checked_ball
 
 
-@takes_options_of(by_layer)
+@takes_options_of(by_layer, refused=REFUSED)
 def scion(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -62,6 +62,12 @@ def muon_squared(
         beta2, eps: As in `second_moment`.
         options: The options of `muon`. The paper saves time with `ns_steps=3`.
 
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Muon², 2026, arXiv 2604.09967.
+
     Example:
         >>> import jax.numpy as jnp, muon_jax
         >>> tx = muon_jax.muon_squared(0.02, ns_steps=3, adam_learning_rate=3e-4)

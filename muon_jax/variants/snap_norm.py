@@ -47,6 +47,12 @@ def muon_plus(
         learning_rate: The learning rate of the hidden matrices, a number or a schedule.
         options: The options of `muon`.
 
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Muon+, 2026, arXiv 2602.21545.
+
     Example:
         >>> import jax.numpy as jnp, muon_jax
         >>> tx = muon_jax.muon_plus(0.02, adam_learning_rate=3e-4)

@@ -127,6 +127,12 @@ def soap(
         nesterov: As in `muon`.
         options: The options of `muon`.
 
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Vyas et al., 2024, SOAP, arXiv 2409.11321.
+
     Example:
         >>> import jax.numpy as jnp, muon_jax
         >>> tx = muon_jax.soap(3e-3, weight_decay=0.01)

@@ -90,6 +90,12 @@ def muon_sphere(
         radius: As in `spectral_sphere`.
         options: The options of `muon`.
 
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Spectral Sphere Optimizer, 2026, arXiv 2601.08393.
+
     Example:
         >>> import jax.numpy as jnp, muon_jax
         >>> tx = muon_jax.muon_sphere(0.02, adam_learning_rate=3e-4)

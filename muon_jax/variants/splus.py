@@ -149,6 +149,12 @@ def splus(
         options: The options of `hybrid`. Its decay is `learning_rate * weight_decay * w`; the
             authors' code multiplies this by 2 / (fan_in + fan_out).
 
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Frans et al., 2025, arXiv 2506.07254.
+
     Example:
         >>> import jax.numpy as jnp, muon_jax
         >>> tx = muon_jax.splus(0.2)

@@ -65,6 +65,12 @@ def spel(
         learning_rate: The learning rate of the hidden matrices, a number or a schedule.
         options: The options of `muon`.
 
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        Manifold constrained steepest descent, 2026, arXiv 2601.21487.
+
     Example:
         >>> import jax.numpy as jnp, muon_jax
         >>> tx = muon_jax.spel(0.02, adam_learning_rate=3e-4)

@@ -91,6 +91,12 @@ def aurora(
         ns_coeffs, ns_steps, ns_dtype: As in `muon`.
         options: The options of `muon`.
 
+    Returns:
+        A transformation that takes (and needs) `params` in `update`.
+
+    References:
+        KellerJordan/modded-nanogpt, track 3, 2026-05-05.
+
     Example:
         >>> import jax.numpy as jnp, muon_jax
         >>> tx = muon_jax.aurora(0.02, adam_learning_rate=3e-4)
