@@ -1,4 +1,4 @@
-"""What a step of Muon costs, before anything runs: FLOPs, bytes exchanged, memory, time."""
+"""The predicted cost of a step: FLOPs, bytes exchanged, memory and time."""
 
 import math
 from collections import defaultdict
@@ -55,35 +55,36 @@ def plan(
     matrix_axes: Any = None,
     platform: str | None = None,
 ) -> Plan:
-    """What a step of `muon`, or of any other optimizer, costs on a mesh, from shapes alone.
+    """Predicts the cost of a step of `muon`, or of another optimizer, from the params' shapes.
 
     Args:
-        params: arrays or `jax.ShapeDtypeStruct`s; their shardings count if `shardings` is None.
-        optimizer: what else to plan than `muon`: any variant with its hooks and constraints, or any
-            Optax transformation. Its `update` is traced, not run, and the plan is one row with the
-            products, decompositions and collectives in it, and the state. A branch that a counter
-            decides, such as SOAP's renewal of its bases, counts as often as it is taken in the
-            first thousand steps; of another the dearest does. What is not in a `shard_map` is taken
-            to be spread evenly over the devices, without exchange. The arguments from `ns_coeffs`
-            to `matrix_axes` are then the optimizer's own, and `shardings` those of the params.
-        mesh: as in `muon`.
-        shardings: as in `muon`, of the params. Under Auto axes, where `muon` has no
-            shardings, XLA moves a leaf once for each mesh axis that splits it, in place of once.
-        tokens_per_step: of the whole batch; needed for the overhead.
-        active_params: parameters that a token passes through; `None` is all of them, where no leaf
-            is a stack of experts.
-        ns_coeffs, ns_steps, ns_dtype, mu_dtype, nu_dtype, routing, matrix_axes: as in `muon`.
-        platform: of the devices: `"cpu"`, `"gpu"` or `"tpu"`, which an `AbstractMesh` may not know;
-            `None` is the mesh's, or else that of JAX's default devices. Times are those of two
-            CPU cores, an H100 or a TPU v5e.
+        params: Arrays or `jax.ShapeDtypeStruct`s. Their own shardings are used if `shardings` is
+            None.
+        optimizer: An optimizer to plan instead of `muon`: any variant with its hooks and
+            constraints, or any Optax transformation. Its `update` is traced but not run. The plan
+            has one row with its products, decompositions, collectives and state. If a counter
+            decides a branch, such as the renewal of SOAP's bases, the branch counts as often as it
+            is taken in the first thousand steps; of other branches the most expensive one counts.
+            Work outside a `shard_map` is assumed to be distributed evenly over the devices, without
+            exchange. The arguments from `ns_coeffs` to `matrix_axes` are then settings of the
+            optimizer, and the shardings are those of the params.
+        mesh: As in `muon`.
+        shardings: The shardings of the params, as in `muon`. If `muon` runs under Auto axes without
+            shardings, XLA moves a leaf once for each mesh axis that splits it rather than once.
+        tokens_per_step: The number of tokens of the whole batch; needed for the overhead.
+        active_params: The number of parameters that are used for a token. `None` means all of them,
+            which is only allowed if no leaf is a stack of experts.
+        ns_coeffs, ns_steps, ns_dtype, mu_dtype, nu_dtype, routing, matrix_axes: As in `muon`.
+        platform: The platform of the devices, `"cpu"`, `"gpu"` or `"tpu"`, which an `AbstractMesh`
+            may not know. `None` means the platform of the mesh, or else of JAX's default devices.
+            Times are predicted for two CPU cores, an H100 or a TPU v5e.
 
     Returns:
-        A `Plan`: per bucket and in total FLOPs, bytes exchanged, memory and predicted time.
+        A `Plan`: FLOPs, bytes exchanged, memory and predicted time, per bucket and in total.
 
     Raises:
-        ValueError: another platform, an optimizer and arguments of `muon`, or an overhead asked for
-            without `active_params` where experts are stacked, of which a token passes through a
-            few.
+        ValueError: The platform is unknown, an optimizer is combined with settings of `muon`, or
+            the params have stacked experts and `tokens_per_step` is given without `active_params`.
 
     Example:
         >>> import jax, jax.numpy as jnp, muon_jax
@@ -107,8 +108,8 @@ def plan(
         own = (ns_coeffs, shardings, ns_steps, ns_dtype, mu_dtype, nu_dtype, routing, matrix_axes)
         if own != ("jordan", *[None] * 7):
             raise ValueError(
-                "plan takes an optimizer or the settings of Muon, and got both: give the settings "
-                "to the optimizer, and the shardings to the params."
+                "plan takes an optimizer or the settings of Muon, but got both. Pass the settings "
+                "to the optimizer, and the shardings with the params."
             )
         row = _traced_row(optimizer, params, placing.devices, device, platform or placing.platform)
         return Plan((row,), placing.devices, model_flops, device.assumptions())
@@ -129,11 +130,11 @@ def plan(
         here = math.prod(x.shape) // (math.prod(outer) * last)
         if packed and moments == 1:
             values = (here * jnp.iinfo(mu_dtype).bits + 7) // 8
-            return values + 4 * rows  # a float32 scale a row, on each device that has some of it
+            return values + 4 * rows  # one float32 scale per row, on each device with a part of it
         return here * (first + second * (moments - 1))
 
     def elementwise(path: KeyPath) -> float:
-        """Seconds of the other optimizer: gradient, moments and parameters, read and written."""
+        """Returns the time of the other optimizer, which reads and writes 7 numbers per entry."""
         x = leaves[path]
         split = math.prod(size[name] for names in layouts[path] for name in names)
         return device.seconds([Kernel(0, 7 * math.prod(x.shape) // split)], x.dtype)
@@ -152,7 +153,7 @@ def plan(
     call_of = {bucket: call for call in by_call(buckets) for bucket in call}
 
     def seconds(bucket: Bucket) -> float:
-        """Its share of the call, by FLOPs, beside momentum, and the step with its decay."""
+        """Returns its share of the call, by FLOPs, and the time of momentum, decay and step."""
         call = call_of[bucket]
         share = bucket.flops(newton_schulz) / sum(each.flops(newton_schulz) for each in call)
         total = share * call_seconds(call, newton_schulz, device)
@@ -197,7 +198,7 @@ def plan(
         )
 
     alike: dict[Any, list[Bucket]] = defaultdict(list)
-    for bucket in buckets:  # without a mesh each leaf is a bucket: equal ones share a row
+    for bucket in buckets:  # without a mesh each leaf is a bucket, and equal buckets share a row
         alike[bucket._replace(spans=(), call=0) if not bucket.axes else bucket].append(bucket)
     rows = [muon_row(group) for group in alike.values()]
     for label, moments in ((OTHER, 2), (FROZEN, 0)):
@@ -213,7 +214,7 @@ def plan(
 def _traced_row(
     tx: optax.GradientTransformation, params: Any, devices: int, device: Device, platform: str
 ) -> PlanRow:
-    """What an optimizer's update does, and its state."""
+    """Returns the row of an optimizer from its traced update and its state."""
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
         params,
@@ -261,14 +262,14 @@ def _traced_row(
 def _model_flops(
     tokens: int | None, active_params: int | None, routes: dict, leaves: dict[KeyPath, Any]
 ) -> int | None:
-    """Of a training step; None without tokens."""
+    """Returns the model's FLOPs of a training step, or None without tokens."""
     if tokens is None:
         return None
     stacked = (leaf.path for leaf in routes.values() if EXPERT_STACK in leaf.why)
     if active_params is None and (experts := next(stacked, None)) is not None:
         raise ValueError(
-            f"{experts!r} stacks experts, of which a token passes through a few: the model's "
-            "FLOPs need active_params=, how many parameters a token passes through."
+            f"{experts!r} is a stack of experts, and a token uses only a few of them. Pass "
+            "active_params=, the number of parameters that are used for a token."
         )
     active = active_params or sum(math.prod(x.shape) for x in leaves.values())
     return 6 * active * tokens
@@ -306,15 +307,15 @@ def _placing(bucket: Bucket) -> str:
     if not bucket.axes:
         return "local, not moved"
     if not bucket.cut:
-        return f"whole, {bucket.slots} a device"
+        return f"whole, {bucket.slots} per device"
     if bucket.width == 1:
-        return f"whole, padded to {bucket.lead} × {bucket.other}, {bucket.slots} a device"
+        return f"whole, padded to {bucket.lead} × {bucket.other}, {bucket.slots} per device"
     tiles = " or ".join(map(str, sorted({span.tiles for span in bucket.spans})))
-    return f"cut in {tiles}, {bucket.slots} a device"
+    return f"split into {tiles} tiles, {bucket.slots} per device"
 
 
 def _working(bucket: Bucket, newton_schulz: NewtonSchulz) -> int:
-    """Tiles as they arrive and as they leave, and four square matrices as they accumulate."""
+    """Returns the bytes of the tiles before and after, and of four square matrices, per device."""
     dtype = newton_schulz.compute_dtype(bucket.dtype)
     tiles = 2 * bucket.lead * bucket.other * max(dtype.itemsize, bucket.dtype.itemsize)
     squares = 4 * min(bucket.lead, bucket.other) ** 2 * max(4, dtype.itemsize)

@@ -1,4 +1,4 @@
-"""What `plan` tells: rows and totals, as a table and as JSON."""
+"""The result of `plan`: rows and totals, as a table and as JSON."""
 
 import dataclasses
 import functools
@@ -9,25 +9,27 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class PlanRow:
-    """Leaves that are treated together: a bucket of Muon's, or all of another route.
+    """One row of a `Plan`: a bucket of Muon's matrices, or all leaves with another label.
 
     Attributes:
-        route: `"muon"`, `"other"` or `"frozen"`; of a plan for an `optimizer`, `"all"`.
-        leaves: their paths.
-        matrices: how many, over all devices.
-        shape: `(fan_in, fan_out)` of the first; `()` where the route knows no matrices.
-        form: of Newton-Schulz, with its restarts.
-        placing: how the matrices are spread over the devices.
-        standard_flops: what the standard form takes for the matrices, each of them once.
-        flops: of all devices together, padding included.
-        device_flops: of one device.
-        exchanged_bytes: that collectives bring to one device.
-        decomposition_flops: of one device's eigendecompositions, SVDs and QRs, with vectors, by
-            textbook counts (9 n³ for an eigendecomposition); `flops` has none of them.
-        momentum_bytes: optimizer state of one device.
-        working_bytes: of one device: tiles before and after, and the square matrices beside them.
-        seconds: that one device is predicted to take, momentum, decay and the step included, the
-            network not.
+        route: The label of the leaves, `"muon"`, `"other"` or `"frozen"`, or `"all"` if `plan` has
+            an `optimizer`.
+        leaves: The paths of the leaves.
+        matrices: The number of matrices on all devices together.
+        shape: `(fan_in, fan_out)` of the first matrix; `()` for labels other than `"muon"`.
+        form: The form of Newton-Schulz, with its restarts.
+        placing: How the matrices are distributed over the devices.
+        standard_flops: The FLOPs of the standard form if each matrix is orthogonalised once.
+        flops: The FLOPs of all devices together, including padding.
+        device_flops: The FLOPs of one device.
+        exchanged_bytes: The bytes that one device receives from collectives.
+        decomposition_flops: The FLOPs of one device's eigendecompositions, SVDs and QRs, with
+            vectors, by textbook counts (9 n³ for an eigendecomposition). `flops` excludes them.
+        momentum_bytes: The optimizer state on one device, in bytes.
+        working_bytes: The temporary memory of one device, in bytes: the tiles before and after
+            orthogonalisation, and the square matrices.
+        seconds: The predicted time of one device, including momentum, decay and the step, but not
+            the network.
     """
 
     route: str
@@ -48,13 +50,14 @@ class PlanRow:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `plan` returns; `print` shows a table, `to_dict` is ready for JSON.
+    """The result of `plan`. `print` shows it as a table, and `to_dict` prepares it for JSON.
 
     Attributes:
-        rows: of each bucket and each other route.
-        devices: of the mesh.
-        model_flops: of a training step, 6 × active parameters × tokens; `None` without tokens.
-        assumptions: what the time is predicted for, in a sentence.
+        rows: One row for each bucket and for each label other than `"muon"`.
+        devices: The number of devices of the mesh.
+        model_flops: The model's FLOPs for a training step, 6 × active parameters × tokens; `None`
+            if the number of tokens is not given.
+        assumptions: A sentence that says which hardware the predicted time refers to.
     """
 
     rows: tuple[PlanRow, ...]
@@ -63,10 +66,10 @@ class Plan:
     assumptions: str = ""
 
     def total(self, field: str) -> Any:
-        """The sum of a field over rows."""
+        """Returns the sum of a field over all rows."""
         if field == "working_bytes":
             warnings.warn(
-                'total("working_bytes") is the largest of all rows, and no sum: use peak().',
+                'total("working_bytes") is the maximum over rows, not their sum. Use peak().',
                 DeprecationWarning,
                 stacklevel=2,
             )
@@ -74,7 +77,7 @@ class Plan:
         return sum(getattr(row, field) for row in self.rows)
 
     def peak(self) -> int:
-        """The most working bytes of any row: buckets follow each other."""
+        """Returns the largest `working_bytes` of any row, since buckets run one after another."""
         return max((row.working_bytes for row in self.rows), default=0)
 
     def _totals(self) -> dict[str, Any]:
@@ -84,11 +87,11 @@ class Plan:
 
     @property
     def overhead(self) -> float | None:
-        """Muon's FLOPs as a share of the model's."""
+        """Muon's FLOPs as a fraction of the model's."""
         return self.total("flops") / self.model_flops if self.model_flops else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Rows and totals as plain numbers and strings."""
+        """Returns rows and totals as plain numbers and strings."""
         return {
             "devices": self.devices,
             "rows": [dataclasses.asdict(row) for row in self.rows],
@@ -127,16 +130,18 @@ class Plan:
         if standard:
             share = self.total("flops") / standard
             text.append(
-                f"Newton-Schulz: {_count(self.total('flops'))}FLOP a step, {share:.2f} of the "
+                f"Newton-Schulz: {_count(self.total('flops'))}FLOP per step, {share:.2f} of the "
                 f"standard form's {_count(standard)}FLOP"
             )
         if decomposed := self.total("decomposition_flops"):
-            text.append(f"Decompositions: {_count(decomposed)}FLOP a step and device, not in FLOPs")
+            text.append(
+                f"Decompositions: {_count(decomposed)}FLOP per step and device, not in FLOPs"
+            )
         if self.overhead is not None:
             whose = "The optimizer" if self.rows[0].route == "all" else "Muon"
             text.append(
                 f"{whose}'s overhead: {100 * self.overhead:.2f} % of the model's "
-                f"{_count(self.model_flops or 0)}FLOP a step"
+                f"{_count(self.model_flops or 0)}FLOP per step"
             )
         return "\n".join(text)
 

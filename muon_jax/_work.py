@@ -1,4 +1,4 @@
-"""What a program does, read in its jaxpr: products, decompositions, collectives."""
+"""The work of a program according to its jaxpr: products, decompositions and collectives."""
 
 import math
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ import numpy as np
 
 from muon_jax._orthogonalize.devices import Kernel
 
-STEPS = 1000  # that shares of branches are means over
+STEPS = 1000  # the number of steps over which branches are averaged
 
-# FLOPs of decompositions with their vectors, of m × n matrices with m ≥ n, by Golub and Van Loan,
+# FLOPs of decompositions of m × n matrices with m ≥ n, including vectors, from Golub and Van Loan,
 # Matrix Computations: 8.3 (eigenvectors), 8.6 (SVD by way of QR), 5.2 (QR and Q), 4.2.
 _DECOMPOSITIONS = {
     "eigh": lambda m, n: 9 * n**3,
@@ -24,22 +24,22 @@ _DECOMPOSITIONS = {
 _COLLECTIVES = {"all_to_all", "reduce_scatter", "all_gather", "all_gather_invariant", "ppermute"}
 _COLLECTIVES |= {"psum", "psum_invariant", "pmax", "pmin"}
 
-# What may decide a branch: arithmetic of scalars that are known at every step.
+# Primitives of scalars that are known at every step, which may decide a branch.
 _SCALAR = {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "xor", "min", "max", "clamp"}
 _SCALAR |= {"add", "sub", "mul", "div", "rem", "neg", "abs", "sign", "pow", "integer_pow"}
 _SCALAR |= {"select_n", "convert_element_type", "stop_gradient", "copy"}
 
 
 class Done(NamedTuple):
-    """A primitive that works.
+    """The work of one primitive.
 
     Attributes:
-        times: that it runs in a step, on average.
-        kernel: of one run on one device; a collective has none.
-        dtype: of its numbers.
-        decomposes: whether its FLOPs are a decomposition's.
-        bytes: that a collective brings to one device.
-        everywhere: whether each device runs it, in a `shard_map`; what is outside, XLA spreads.
+        times: The average number of runs per step.
+        kernel: The work of one run on one device; empty for a collective.
+        dtype: The dtype of its entries.
+        decomposes: Whether its FLOPs are those of a decomposition.
+        bytes: The bytes that one device receives from a collective.
+        everywhere: Whether each device runs it, inside a `shard_map`. XLA distributes the others.
     """
 
     times: float
@@ -51,15 +51,16 @@ class Done(NamedTuple):
 
 
 def work_of(jaxpr: Any, counters: Sequence[bool], platform: str) -> list[Done]:
-    """What a step of an optimizer does, on average over the first thousand.
+    """Returns the work of a step of an optimizer, averaged over the first thousand steps.
 
-    A branch that counters decide counts as often as it is taken, and of another one the dearest. A
-    `while` loop counts once: how often it runs is not known; `fori_loop` and `scan` are.
+    If counters decide a branch, it counts as often as it is taken; of other branches the most
+    expensive one counts. A `while` loop counts once, since the number of its iterations is unknown;
+    the numbers of `fori_loop` and `scan` are known.
 
     Args:
-        jaxpr: a closed one.
-        counters: of each of its inputs, whether it is a count of the steps so far.
-        platform: of the devices.
+        jaxpr: A closed jaxpr.
+        counters: For each input, whether it is the number of steps so far.
+        platform: The platform of the devices.
     """
     reader = _Reader(platform)
     count = np.arange(STEPS, dtype=np.int32)
@@ -73,7 +74,7 @@ class _Reader:
         self.done: list[Done] = []
 
     def run(self, jaxpr: Any, known: Sequence[Any], times: float, sizes: dict[Any, int]) -> list:
-        """Reads an open or closed jaxpr; of its outputs and inputs scalars may be known."""
+        """Reads an open or closed jaxpr, whose scalar inputs and outputs may be known."""
         inner = getattr(jaxpr, "jaxpr", jaxpr)
         env = dict(zip(inner.invars, known, strict=True))
 
@@ -126,7 +127,7 @@ class _Reader:
         for branch in branches:
             self.done = []
             found.append((self.run(branch, operands, times, sizes), self.done))
-        if index is None:  # the dearest
+        if index is None:  # the most expensive one
             self.done = before + max((done for _, done in found), key=_dearness)
             return []
         index = np.clip(np.asarray(index, np.int32), 0, len(branches) - 1)
@@ -153,7 +154,7 @@ class _Reader:
             flops = math.prod(batch) * _DECOMPOSITIONS[name](max(m, n), min(m, n))
             kernel = Kernel(flops, 3 * x.size)
             self.done.append(Done(times, kernel, x.dtype, True, everywhere=everywhere))
-        elif name.startswith("reduce_"):  # reads, and no more: the rest is fused with it
+        elif name.startswith("reduce_"):  # it only reads, since the rest is fused with it
             self.done.append(Done(times, Kernel(0, x.size), x.dtype, everywhere=everywhere))
         elif name in _COLLECTIVES:
             axes = eqn.params.get("axes", eqn.params.get("axis_name"))

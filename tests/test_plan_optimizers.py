@@ -141,5 +141,5 @@ def test_a_plan_on_a_mesh_has_the_products_of_a_device(name, kind):
 
 
 def test_an_optimizer_has_its_settings_itself():
-    with pytest.raises(ValueError, match="an optimizer or the settings of Muon, and got both"):
+    with pytest.raises(ValueError, match="an optimizer or the settings of Muon, but got both"):
         muon_jax.plan(PARAMS, muon_jax.muon(RATE), ns_steps=3)

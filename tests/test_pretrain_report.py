@@ -380,7 +380,7 @@ def test_dry_run_on_one_device():
     assert re.search(r"optimizer state, float32 +410.76 kB +222.86 kB", text)
     assert re.search(r"model +25 MFLOP +25 MFLOP", text)
     assert re.search(r"Newton-Schulz +– +21.9 MFLOP", text)
-    assert "Muon's overhead: 87.85 % of the model's 25 MFLOP a step" in text
+    assert "Muon's overhead: 87.85 % of the model's 25 MFLOP per step" in text
     assert "warm-up over 2 steps, then cosine to 0.1" in text
     assert "128 tokens per step, 1,536 in total" in text
 

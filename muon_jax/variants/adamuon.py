@@ -78,7 +78,20 @@ def scale_by_adamuon(
 
 
 def entry_norm(beta2: float | jax.Array = 0.95, eps: float | jax.Array = 1e-8) -> Hook:
-    """Returns AdaMuon's second moment as a hook for `after=`; see `scale_by_adamuon`."""
+    """Returns AdaMuon's second moment as a hook for `after=`; see `scale_by_adamuon`.
+
+    Args:
+        beta2, eps: As in `scale_by_adamuon`.
+
+    Returns:
+        A hook, for `after=` of `muon`, `scale_by_muon` and their variants.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.scale_by_muon(after=muon_jax.entry_norm())
+        >>> params = {"kernel": jnp.ones((4, 8))}
+        >>> updates, state = tx.update(params, tx.init(params))
+    """
     check_number("beta2", beta2, at_least=0, at_most=1)
     check_number("eps", eps, at_least=0)
 
@@ -100,7 +113,10 @@ def adamuon(
     scale: str | ShapeScale | None = "match_rms_adamw",
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Updates the hidden matrices with `scale_by_adamuon` and all other leaves with AdamW.
+    """Updates the hidden matrices with AdaMuon and all other leaves with AdamW.
+
+    AdaMuon is Muon followed by Adam's second moment; see `scale_by_adamuon`. Its state is twice as
+    large as Muon's.
 
     Args:
         learning_rate: The learning rate of the hidden matrices, a number or a schedule. Use AdamW's
@@ -109,7 +125,7 @@ def adamuon(
         options: The options of `muon`.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     References:
         Si et al., 2025, AdaMuon, arXiv 2507.11005.

@@ -152,7 +152,10 @@ def dion(
     eps: float | jax.Array = 1e-8,
     **options: Unpack[HybridOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    """Updates the hidden matrices with `scale_by_dion` and all other leaves with AdamW.
+    """Updates the hidden matrices with Dion and all other leaves with AdamW.
+
+    Dion makes low-rank updates with error feedback; see `scale_by_dion`. Its authors consider it
+    superseded by `dion2`.
 
     Args:
         learning_rate: The learning rate of the hidden matrices, a number or a schedule.
@@ -160,7 +163,7 @@ def dion(
         options: The options of `hybrid`.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     References:
         Ahn et al., 2025, Dion, arXiv 2504.05295.

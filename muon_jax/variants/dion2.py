@@ -148,7 +148,9 @@ def dion2(
     side: str = "short",
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Updates the hidden matrices with `scale_by_dion2` and all other leaves with AdamW.
+    """Updates the hidden matrices with Dion2 and all other leaves with AdamW.
+
+    Dion2 orthogonalises a fraction of each matrix's rows per step; see `scale_by_dion2`.
 
     Args:
         learning_rate: The learning rate of the hidden matrices, a number or a schedule.
@@ -156,7 +158,7 @@ def dion2(
         options: The options of `muon`.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     References:
         Ahn et al., 2025, Dion2, arXiv 2512.16928.
@@ -181,7 +183,7 @@ def dion3(
     side: str = "short",
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Updates the hidden matrices with Dion2 and NorMuon's second moment of the selected rows.
+    """Updates the hidden matrices with Dion3, which is Dion2 with NorMuon's second moment.
 
     Args:
         learning_rate: The learning rate of the hidden matrices, a number or a schedule.
@@ -189,7 +191,7 @@ def dion3(
         options: The options of `muon`.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     References:
         microsoft/dion; Ahn et al., 2025, Dion2, arXiv 2512.16928.

@@ -42,14 +42,16 @@ def equilibrate() -> Hook:
 def muon_eq(
     learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns MuonEq: `muon(learning_rate, before=equilibrate())`.
+    """Returns MuonEq, which is Muon with equal row norms of the momentum and no additional state.
+
+    It is `muon(learning_rate, before=equilibrate())`.
 
     Args:
         learning_rate: The learning rate of the hidden matrices, a number or a schedule.
         options: The options of `muon`.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     References:
         MuonEq, 2026, arXiv 2603.28254.

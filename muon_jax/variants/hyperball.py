@@ -62,7 +62,10 @@ def hyperball() -> Constraint:
 def muonh(
     learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns MuonH: `muon(learning_rate, constraint=hyperball())`.
+    """Returns MuonH, which is Muon with weights that keep their initial norm.
+
+    It is `muon(learning_rate, constraint=hyperball())`, without weight decay, which the constraint
+    would undo.
 
     Args:
         learning_rate: The distance that a matrix moves relative to its norm, about 0.02; a number
@@ -70,7 +73,7 @@ def muonh(
         options: The options of `muon`.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     References:
         Wen et al., 2026, arXiv 2606.16899.

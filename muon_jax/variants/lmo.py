@@ -60,7 +60,7 @@ class LmoState(NamedTuple):
     mu: optax.Updates
 
 
-# Options of the relatives, with the reason why Scion and Gluon have none of them.
+# Options of other optimizers, with the reason why Scion and Gluon do not have them.
 REFUSED = {
     "constraint": (
         "the balls are this optimizer's own. scion(constrained=True) keeps every weight in its "

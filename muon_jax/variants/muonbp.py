@@ -99,7 +99,10 @@ def muonbp(
     blocks: tuple[int, int] | None = None,
     **options: Unpack[StageOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    """Updates the hidden matrices with `scale_by_muonbp` and all other leaves with AdamW.
+    """Updates the hidden matrices with MuonBP and all other leaves with AdamW.
+
+    MuonBP orthogonalises blocks in most steps and whole matrices in some; see `scale_by_muonbp`. On
+    a mesh the blocks are the devices' shards, so that most steps move no matrix.
 
     Args:
         learning_rate: The learning rate of the hidden matrices, a number or a schedule.
@@ -107,7 +110,7 @@ def muonbp(
         options: The options of `muon`.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     References:
         Khaled et al., 2025, MuonBP, arXiv 2510.16981.

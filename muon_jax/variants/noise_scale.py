@@ -65,7 +65,10 @@ def namo(
     eps: float | jax.Array = 1e-8,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns NAMO: `muon(learning_rate, after=noise_scale(beta2, eps))`.
+    """Returns NAMO, which is Muon with an adaptive step size for each matrix.
+
+    The step is shorter if gradients are noisy. NAMO is
+    `muon(learning_rate, after=noise_scale(beta2, eps))`.
 
     Args:
         learning_rate: The learning rate of the hidden matrices, a number or a schedule.
@@ -73,7 +76,7 @@ def namo(
         options: The options of `muon`.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     References:
         NAMO, 2026, arXiv 2602.17080.

@@ -67,7 +67,20 @@ def scale_by_normuon(
 
 
 def neuron_norm(beta2: float | jax.Array = 0.95, eps: float | jax.Array = 1e-10) -> Hook:
-    """Returns NorMuon's second moment as a hook for `after=`; see `scale_by_normuon`."""
+    """Returns NorMuon's second moment as a hook for `after=`; see `scale_by_normuon`.
+
+    Args:
+        beta2, eps: As in `scale_by_normuon`.
+
+    Returns:
+        A hook, for `after=` of `muon`, `scale_by_muon` and their variants.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.scale_by_muon(after=muon_jax.neuron_norm())
+        >>> params = {"kernel": jnp.ones((4, 8))}
+        >>> updates, state = tx.update(params, tx.init(params))
+    """
     check_number("beta2", beta2, at_least=0, at_most=1)
     check_number("eps", eps, at_least=0)
 
@@ -96,7 +109,10 @@ def normuon(
     eps: float | jax.Array = 1e-10,
     **options: Unpack[MuonOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    """Updates the hidden matrices with `scale_by_normuon` and all other leaves with AdamW.
+    """Updates the hidden matrices with NorMuon and all other leaves with AdamW.
+
+    NorMuon gives all output neurons steps of about equal size; see `scale_by_normuon`. In addition
+    to Muon's, its state has one number for each output neuron.
 
     Args:
         learning_rate: The learning rate of the hidden matrices, a number or a schedule.
@@ -104,7 +120,7 @@ def normuon(
         options: The options of `muon`.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     References:
         Li et al., 2025, NorMuon, arXiv 2510.05491.

@@ -45,7 +45,9 @@ def nuclear_scale() -> Hook:
 def polargrad(
     learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns PolarGrad: `muon(learning_rate, after=nuclear_scale())`.
+    """Returns PolarGrad, which is Muon with steps proportional to the nuclear norm of the momentum.
+
+    It is `muon(learning_rate, after=nuclear_scale())`.
 
     Args:
         learning_rate: The learning rate of the hidden matrices, a number or a schedule. Use a rate
@@ -53,7 +55,7 @@ def polargrad(
         options: The options of `muon`.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     References:
         Lau et al., 2025, PolarGrad, arXiv 2505.21799.

@@ -55,7 +55,10 @@ def muon_squared(
     eps: float | jax.Array = 1e-10,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns Muon²: `muon(learning_rate, before=second_moment(beta2, eps))`.
+    """Returns Muon², which divides the momentum by the root of a second moment, as in Adam.
+
+    It is `muon(learning_rate, before=second_moment(beta2, eps))`. In addition to Muon's, its state
+    has a float32 number per entry.
 
     Args:
         learning_rate: The learning rate of the hidden matrices, a number or a schedule.
@@ -63,7 +66,7 @@ def muon_squared(
         options: The options of `muon`. The paper saves time with `ns_steps=3`.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     References:
         Muon², 2026, arXiv 2604.09967.

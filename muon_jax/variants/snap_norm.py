@@ -41,14 +41,16 @@ def snap_norm() -> Hook:
 def muon_plus(
     learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns Muon+: `muon(learning_rate, after=snap_norm())`.
+    """Returns Muon+, which is Muon with orthogonal factors scaled to a fixed Frobenius norm.
+
+    It is `muon(learning_rate, after=snap_norm())`.
 
     Args:
         learning_rate: The learning rate of the hidden matrices, a number or a schedule.
         options: The options of `muon`.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     References:
         Muon+, 2026, arXiv 2602.21545.

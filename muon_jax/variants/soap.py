@@ -128,7 +128,7 @@ def soap(
         options: The options of `muon`.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     References:
         Vyas et al., 2024, SOAP, arXiv 2409.11321.

@@ -91,7 +91,7 @@ def muon_sphere(
         options: The options of `muon`.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     References:
         Spectral Sphere Optimizer, 2026, arXiv 2601.08393.

@@ -150,7 +150,7 @@ def splus(
             authors' code multiplies this by 2 / (fan_in + fan_out).
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     References:
         Frans et al., 2025, arXiv 2506.07254.

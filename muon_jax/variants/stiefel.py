@@ -59,14 +59,17 @@ def stiefel(
 def spel(
     learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns SPEL: `muon(learning_rate, scale="none", constraint=stiefel())`.
+    """Returns SPEL, which is Muon with weights whose rows or columns stay orthonormal.
+
+    It is `muon(learning_rate, scale="none", constraint=stiefel())`, without weight decay, which the
+    constraint would undo.
 
     Args:
         learning_rate: The learning rate of the hidden matrices, a number or a schedule.
         options: The options of `muon`.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     References:
         Manifold constrained steepest descent, 2026, arXiv 2601.21487.

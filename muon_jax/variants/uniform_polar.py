@@ -83,7 +83,9 @@ def aurora(
     ns_dtype: jax.typing.DTypeLike | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns Aurora: `muon(learning_rate, orthogonalizer=UniformPolar(iterations, power))`.
+    """Returns Aurora, which is Muon with equal row norms of rectangular orthogonal factors.
+
+    It is `muon(learning_rate, orthogonalizer=UniformPolar(iterations, power))`.
 
     Args:
         learning_rate: The learning rate of the hidden matrices, a number or a schedule.
@@ -92,7 +94,7 @@ def aurora(
         options: The options of `muon`.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     References:
         KellerJordan/modded-nanogpt, track 3, 2026-05-05.
