@@ -62,7 +62,7 @@ class Config:
     parts: tuple[PartName, ...] = ("sharding", "speed", "spectra")
     """Parts to run."""
     topology: str | None = None
-    """Accelerators to compile for, which need not be present. TPUs: v5e:16x16 or v5p:8x8x8. GPUs:
+    """Accelerators to compile for; they need not be present. TPUs: v5e:16x16 or v5p:8x8x8. GPUs:
     h100:8, h200:8, b200:8, or h100:8x8 for 8 hosts of 8 devices. Requires the extra `tpu` or
     `gpu-compile`. By default, simulated CPU devices."""
     devices: Annotated[int, _EVEN] = 16

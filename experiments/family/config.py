@@ -45,7 +45,7 @@ class Training(Settings):
     batch: Count = 16
     """Global batch size, in sequences."""
     steps: Count = 300
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     warmup: Whole = 20
     """Steps of linear warm-up. The default is at most a tenth of --steps."""
     decay: DecayName = "linear"

@@ -48,13 +48,13 @@ class Command(Suite, Planning, Running, Training):
     base: Base = dataclasses.field(default_factory=Base)
     """The small model that is pretrained and fine-tuned if --model is not given."""
     out: str = "runs/finetune/study"
-    """Output folder, local or in gs:// or s3://, with a folder for each optimizer."""
+    """Folder of the run. It has a folder for each optimizer, and may be in gs:// or s3://."""
     export: bool | None = None
     """Write the fine-tuned model and its tokenizer to the folder `model` in each optimizer's
     folder. By default, only with --model."""
     preset: Literal["0.6b", "1.7b", "4b"] | None = None
-    """Size of a Qwen3 to plan for with --dry-run or --compile-only; it need not be present.
-    Explicit options override its settings."""
+    """Named settings. They are those of a size of Qwen3 to plan for with --dry-run or
+    --compile-only, which need not be present; explicit options override them."""
     processes: Processes = dataclasses.field(default_factory=Processes)
     """Training on several hosts."""
 

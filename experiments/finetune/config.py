@@ -121,7 +121,7 @@ class Training:
     max_nonfinite_steps: Count = 10
     """Consecutive steps with NaN or Inf in loss or gradient after which the run stops."""
     seed: Whole = 0
-    """Random seed of the order of the examples."""
+    """Random seed. It sets the order of the examples."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -185,7 +185,7 @@ class Running(Keeping):
     evaluate_every: Count = 25
     """Number of steps between evaluations."""
     evaluation_tokens: Count = 32_768
-    """Held-out tokens to evaluate on, the same every time."""
+    """Number of held-out tokens to evaluate on, the same ones every time."""
     log_every: Count = 1
     """Steps between records in metrics.jsonl."""
 

@@ -52,14 +52,15 @@ class Command(Suite, Planning, Running, Training):
     """
 
     preset: PresetName = "tiny"
-    """Named settings of model, schedule and learning rates. Explicit options override them."""
+    """Named settings. They are those of model, schedule and learning rates; explicit options
+    override them."""
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Folder of a DeepSeek-V3, Llama or Qwen3 model (config.json and safetensors) to continue
     pretraining. The optimizer state starts fresh; the options set the schedule."""
     optimizers: tuple[OptimizerName, ...] = ("adamw", "muon")
     """Optimizers to compare. If there are several, each gets its own folder in --out."""
     out: str | None = None
-    """Output folder, local or in gs:// or s3://. By default runs/pretrain/PRESET."""
+    """Folder of the run. It may be in gs:// or s3://. By default runs/pretrain/PRESET."""
     processes: Processes = dataclasses.field(default_factory=Processes)
     """Training on several hosts."""
 

@@ -83,8 +83,8 @@ class Model:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the forward and backward pass. Parameters, router and losses are float32."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes to save memory. none: nothing. dots: all except products
-    with weight matrices. full: whole layers. Fused attention kernels are never recomputed."""
+    """Parts that the backward pass recomputes to save memory. none: nothing. dots: all except
+    products with weight matrices. full: whole layers. Fused attention is never recomputed."""
     exchange: Literal["gather", "ragged"] | None = None
     """How tokens reach experts on other devices. gather: every device receives all tokens. ragged:
     tokens are sent to their experts only. By default, the faster way on this platform."""
@@ -173,7 +173,7 @@ class Training(Settings):
     max_nonfinite_steps: Count = 10
     """Consecutive steps with NaN or Inf in loss or gradient after which the run stops."""
     seed: Whole = 0
-    """Random seed of the initial parameters and the data order."""
+    """Random seed. It sets the initial parameters and the data order."""
     origin: tyro.conf.Suppress[str | None] = None
     """Name and digest of the model that --from starts with."""
 

@@ -58,13 +58,13 @@ class Command(Training):
     """
 
     preset: PresetName = "tiny"
-    """Named settings of the model. Explicit options override them."""
+    """Named settings. They are those of the model; explicit options override them."""
     optimizers: tuple[OptimizerName, ...] = ("adamw", "muon")
     """Optimizers to compare. PyTorch always uses AdamW."""
     turn: Count = 5
     """Number of timed steps of each loop in a round."""
     rounds: Count = 5
-    """Number of timed rounds; their median is reported. One more round runs first, untimed."""
+    """Timed rounds, whose median is reported. One more round runs first, untimed."""
 
 
 def our_loop(config: Training, optimizer: OptimizerName) -> tuple[Loop, Trainer]:

@@ -29,7 +29,7 @@ class Suite(Seeded):
     optimizers: compare all optimizers, each at its best learning rate. scaling: compare AdamW and
     Muon at several model sizes."""
     widths: tuple[Count, ...] = (32, 48, 64, 80)
-    """--suite scaling: model widths to compare. The other sizes grow with the width."""
+    """Model widths to compare. For --suite scaling; the other sizes grow with the width."""
     tokens_per_param: Positive = 10.0
     """--suite scaling: number of training tokens per active parameter."""
 
