@@ -59,6 +59,7 @@ class Run:
         config: JSON-able settings; a folder that holds others is refused.
         grid: keys of `config` that may differ from the folder's: they say which pieces are wanted,
             not what a piece is.
+        defaults: settings that a folder of an earlier version may lack, as in `claim`.
 
     Attributes:
         finished: the outcomes, oldest first.
@@ -68,10 +69,16 @@ class Run:
         RunError: another process writes the folder, it holds a run with other settings, or none.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], grid: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        grid: tuple[str, ...] = (),
+        defaults: Mapping[str, Any] | None = None,
+    ):
         self.folder = folder
         self._identity = identity(config, grid)
-        self._lock = claim(folder, config, grid, other="another --out")
+        self._lock = claim(folder, config, grid, other="another --out", defaults=defaults)
         try:
             self.finished, self._sealed, self.notes = self._recover()
         except BaseException:
@@ -145,7 +152,12 @@ def identity(config: Mapping[str, Any], free: Sequence[str] = ()) -> dict[str, A
 
 
 def claim(
-    folder: Path, config: dict[str, Any], free: tuple[str, ...] = (), *, other: str
+    folder: Path,
+    config: dict[str, Any],
+    free: tuple[str, ...] = (),
+    *,
+    other: str,
+    defaults: Mapping[str, Any] | None = None,
 ) -> IO[str]:
     """Makes a run's folder this process's own, and writes its `config.json`.
 
@@ -158,6 +170,8 @@ def claim(
         config: JSON-able settings; a folder that holds others is refused.
         free: keys of `config` that may differ from the folder's.
         other: what an error advises to give.
+        defaults: the default settings; a folder of an earlier version that lacks one was run with
+            its default.
 
     Returns:
         The lock; closing it lets another process have the folder.
@@ -166,14 +180,14 @@ def claim(
         RunError: another process writes the folder, it holds a run with other settings, or none.
     """
     if not (folder / ".lock").exists():
-        _check(folder, config, free, other)
+        _check(folder, config, free, other, defaults)
     folder.mkdir(parents=True, exist_ok=True)
     # Object stores (gs://, s3://) have no locks.
     lock = io.StringIO() if "://" in str(folder) else open(folder / ".lock", "w")  # noqa: SIM115
     try:
         if isinstance(lock, io.TextIOWrapper):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _check(folder, config, free, other)
+        _check(folder, config, free, other, defaults)
         _sweep(folder)
         write_json(folder / CONFIG, config)
     except BlockingIOError:
@@ -260,12 +274,14 @@ def known_settings(folder: Path) -> dict[str, Any]:
         told = [(CONFIG, read_settings(folder / CONFIG))]
     (where, settings), *more = reversed(told)
     for other, there in more:
-        if changed := [key for key in changed_settings(there, settings) if key in settings]:
+        # A setting that only one of them has was added between two versions.
+        known, recorded = with_defaults(settings, there), with_defaults(there, settings)
+        if changed := [key for key in changed_settings(recorded, known) if key in settings]:
             raise RunError(
                 f"{folder}: {other} and {where} belong to different runs "
                 f"({_differences(changed, there, settings)}). Restore {other} from a backup."
             )
-    return (dict(more[-1][1]) if more else {}) | settings
+    return with_defaults(settings, more[-1][1] if more else {})
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -308,14 +324,21 @@ def _told(folder: Path) -> Told:
     return told
 
 
-def _check(folder: Path, config: dict[str, Any], free: tuple[str, ...], other: str) -> None:
+def _check(
+    folder: Path,
+    config: dict[str, Any],
+    free: tuple[str, ...],
+    other: str,
+    defaults: Mapping[str, Any] | None,
+) -> None:
     """Raises a RunError unless what a folder holds is a run with this config, or nothing."""
     here, told = identity(config, free), _told(folder)
     _refuse_strangers(folder, _names(folder), told, here, other)
-    for where, there in told:
+    for where, recorded in told:
+        there = with_defaults(recorded, defaults or {})
         changed = changed_settings(there, here, free)
         if where != CONFIG:  # a seal of an earlier version may know fewer settings
-            changed = [key for key in changed if key in there]
+            changed = [key for key in changed if key in recorded]
         if changed:
             raise RunError(
                 f"{folder} holds a run with other settings according to {where} "
@@ -366,6 +389,19 @@ def changed_settings(
         return there == here
 
     return sorted(key for key in {*old, *new} if key not in free and not same(key))
+
+
+def with_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings, with the default of each setting that they lack.
+
+    >>> with_defaults({"a": {"b": 1}}, {"a": {"b": 2, "c": 3}, "d": 4})
+    {'a': {'b': 1, 'c': 3}, 'd': 4}
+    """
+    found = dict(defaults) | dict(settings)
+    for key in settings.keys() & defaults.keys():
+        if isinstance(settings[key], dict) and isinstance(defaults[key], dict):
+            found[key] = with_defaults(settings[key], defaults[key])
+    return found
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

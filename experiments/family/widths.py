@@ -107,7 +107,7 @@ def compare(stop: threading.Event, console: Console) -> int:
     config = parse(Config, "python -m experiments.family.widths")
     text = data.load(config)
     settings = as_json(config) | {"corpus": text.origin}
-    with contextlib.closing(Run(config.folder(), settings, GRID)) as run:
+    with contextlib.closing(Run(config.folder(), settings, GRID, as_json(Config()))) as run:
         return sweep_rates(
             run,
             stop,
