@@ -1,6 +1,11 @@
 """The grokking transformer: pre-norm, RoPE, SwiGLU, no biases, read out at the last token."""
 
+import math
+from collections.abc import Callable
+from typing import Literal
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from experiments.layers import Attention, Linear, SwiGLU
@@ -10,6 +15,8 @@ ROPE_BASE = 1e6
 FEED_FORWARD_RATIO = 4
 
 MaxLogits = dict[str, jax.Array]  # path of the attention module -> (heads,)
+EmbeddingName = Literal["learned", "fixed"]
+NormName = Literal["rms", "none"]
 
 
 def attention_path(depth: int) -> str:
@@ -17,13 +24,41 @@ def attention_path(depth: int) -> str:
     return f"blocks/{depth}/attention"
 
 
+def _identity(x: jax.Array) -> jax.Array:
+    return x
+
+
+def _norm(norm: NormName, width: int, rngs: nnx.Rngs) -> Callable[[jax.Array], jax.Array]:
+    if norm == "none":
+        return _identity
+    return nnx.RMSNorm(width, epsilon=RMS_EPSILON, rngs=rngs)
+
+
+class FixedEmbedding(nnx.Module):
+    """Embeds token i as the i-th unit vector times the root of the width: entries of RMS 1.
+
+    A learned table starts with the same RMS. Nothing here is trained.
+    """
+
+    def __init__(self, vocabulary: int, width: int):
+        self.vocabulary, self.width = vocabulary, width
+
+    @property
+    def embedding(self) -> jax.Array:
+        """The table, `(vocabulary, width)`."""
+        return math.sqrt(self.width) * jnp.eye(self.vocabulary, self.width)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.embedding[tokens]
+
+
 class Block(nnx.Module):
     """One layer: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
 
-    def __init__(self, width: int, heads: int, dropout: float, *, rngs: nnx.Rngs):
-        self.attention_norm = nnx.RMSNorm(width, epsilon=RMS_EPSILON, rngs=rngs)
+    def __init__(self, width: int, heads: int, dropout: float, norm: NormName, *, rngs: nnx.Rngs):
+        self.attention_norm = _norm(norm, width, rngs)
         self.attention = Attention(width, heads, ROPE_BASE, rngs=rngs)
-        self.feed_forward_norm = nnx.RMSNorm(width, epsilon=RMS_EPSILON, rngs=rngs)
+        self.feed_forward_norm = _norm(norm, width, rngs)
         self.feed_forward = SwiGLU(width, FEED_FORWARD_RATIO * width, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
 
@@ -55,13 +90,20 @@ class Transformer(nnx.Module):
         layers: int,
         heads: int,
         dropout: float = 0.0,
+        embeddings: EmbeddingName = "learned",
+        norm: NormName = "rms",
         rngs: nnx.Rngs,
     ):
-        self.embedding = nnx.Embed(
-            vocabulary, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs
+        if embeddings == "fixed":
+            self.embedding: nnx.Module = FixedEmbedding(vocabulary, width)
+        else:
+            self.embedding = nnx.Embed(
+                vocabulary, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs
+            )
+        self.blocks = nnx.List(
+            [Block(width, heads, dropout, norm, rngs=rngs) for _ in range(layers)]
         )
-        self.blocks = nnx.List([Block(width, heads, dropout, rngs=rngs) for _ in range(layers)])
-        self.norm = nnx.RMSNorm(width, epsilon=RMS_EPSILON, rngs=rngs)
+        self.norm = _norm(norm, width, rngs)
         self.head = Linear(width, vocabulary, rngs=rngs)
 
     def __call__(
