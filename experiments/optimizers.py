@@ -90,6 +90,10 @@ class Variants:
     """dion2, dion3: share of the rows of a matrix that a step orthogonalises."""
     gluon_norm: Positive = 1.0
     """gluon: dual gradient norm at which the step has half its maximal size, L0 / L1."""
+    gluon_smoothness: tuple[Decay, Decay, Decay, Decay, Decay, Decay] | None = None
+    """gluon: L0 and L1 of the hidden matrices, of embedding and head, and of the gains, as
+    `python -m experiments.grok.smoothness` measures them. By default L1 is 1 / Scion's radius, and
+    L0 is L1 times --variants.gluon-norm."""
     sgd_learning_rate: Rate = 0.1
     """muon_sgd: SGD's learning rate, for all but the hidden matrices."""
     lion_learning_rate: Rate = 1e-3
@@ -280,10 +284,12 @@ def _scion(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Op
 
 
 def _gluon(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    """The largest steps are Scion's: L1 is one over its radius."""
-    half = settings.variants.gluon_norm
-    radii = {"norm": 1.0, "embedding|head": 3000.0, "": 50.0}
-    smoothness = [(regex, (half / radius, 1 / radius)) for regex, radius in radii.items()]
+    given, half = settings.variants.gluon_smoothness, settings.variants.gluon_norm
+    if given is None:
+        hidden, tables, gains = ((half / radius, 1 / radius) for radius in (50.0, 3000.0, 1.0))
+    else:
+        hidden, tables, gains = given[:2], given[2:4], given[4:]
+    smoothness = [("norm", gains), ("embedding|head", tables), ("", hidden)]
     own = {"ns_coeffs": settings.muon.ns_coeffs, "ns_dtype": settings.muon.ns_dtype}
     return muon_jax.gluon(rate, smoothness=smoothness, **own, **placed)
 
