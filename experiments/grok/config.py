@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from experiments.grok import grid
 from experiments.grok.losses import SoftmaxName
-from experiments.grok.model import EmbeddingName, NormName
+from experiments.grok.model import NormName
 from experiments.grok.tasks import TRAIN_FRACTION, TaskName, split, table
 from experiments.json_files import digest
 from experiments.optimizers import OptimizerName, Settings
@@ -98,9 +98,6 @@ class Config(Settings):
     """Attention heads. --width / --heads must be even; the default follows --width."""
     batch: Count = 512
     """Global batch size, in sequences."""
-    embeddings: EmbeddingName = "learned"
-    """Embeddings of the tokens: a learned table, or a fixed code, in which token 42 is the unit
-    vector 42 (--width must be at least the number of tokens)."""
     norm: NormName = "rms"
     """Norm layers, before attention, feed-forward part and output: RMSNorm, or none."""
     dropout: Dropout = 0.0
@@ -131,11 +128,6 @@ class Config(Settings):
             )
         for task in self.tasks:
             split(len(table(task).tokens), self.fraction(task), seed=0)
-            if self.embeddings == "fixed" and self.width < table(task).vocabulary:
-                raise ValueError(
-                    "--embeddings fixed requires a --width of at least the "
-                    f"{table(task).vocabulary} tokens of {task!r}; got {self.width}."
-                )
         axes = [grid.axis(text) for text in self.grid]
         if repeated := [name for name, n in Counter(a.setting for a in axes).items() if n > 1]:
             raise ValueError(

@@ -19,10 +19,7 @@ OWNERS = {
     "variants.rank": ("low_rank", "low_rank_subspace", "dion"),
     "variants.clip-threshold": ("muonclip",),
 }
-SETTINGS = (
-    *("width", "layers", "heads", "batch", "dropout", "train_fraction", "warmup"),
-    *("embeddings", "norm"),
-)
+SETTINGS = ("width", "layers", "heads", "batch", "dropout", "train_fraction", "warmup", "norm")
 
 Settings = TypeVar("Settings")
 

@@ -1,11 +1,9 @@
 """The grokking transformer: pre-norm, RoPE, SwiGLU, no biases, read out at the last token."""
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from experiments.layers import Attention, Linear, SwiGLU
@@ -15,7 +13,6 @@ ROPE_BASE = 1e6
 FEED_FORWARD_RATIO = 4
 
 MaxLogits = dict[str, jax.Array]  # path of the attention module -> (heads,)
-EmbeddingName = Literal["learned", "fixed"]
 NormName = Literal["rms", "none"]
 
 
@@ -32,24 +29,6 @@ def _norm(norm: NormName, width: int, rngs: nnx.Rngs) -> Callable[[jax.Array], j
     if norm == "none":
         return _identity
     return nnx.RMSNorm(width, epsilon=RMS_EPSILON, rngs=rngs)
-
-
-class FixedEmbedding(nnx.Module):
-    """Embeds token i as the i-th unit vector times the root of the width: entries of RMS 1.
-
-    A learned table starts with the same RMS. Nothing here is trained.
-    """
-
-    def __init__(self, vocabulary: int, width: int):
-        self.vocabulary, self.width = vocabulary, width
-
-    @property
-    def embedding(self) -> jax.Array:
-        """The table, `(vocabulary, width)`."""
-        return math.sqrt(self.width) * jnp.eye(self.vocabulary, self.width)
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding[tokens]
 
 
 class Block(nnx.Module):
@@ -90,16 +69,12 @@ class Transformer(nnx.Module):
         layers: int,
         heads: int,
         dropout: float = 0.0,
-        embeddings: EmbeddingName = "learned",
         norm: NormName = "rms",
         rngs: nnx.Rngs,
     ):
-        if embeddings == "fixed":
-            self.embedding: nnx.Module = FixedEmbedding(vocabulary, width)
-        else:
-            self.embedding = nnx.Embed(
-                vocabulary, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs
-            )
+        self.embedding = nnx.Embed(
+            vocabulary, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs
+        )
         self.blocks = nnx.List(
             [Block(width, heads, dropout, norm, rngs=rngs) for _ in range(layers)]
         )

@@ -80,7 +80,7 @@ def measure(
     `norm_*`, `update_rms_*`: by group, and `norm_total`. `weight_*`, `update_*` with `stable_rank`,
     `effective_rank`, one value a hidden matrix, in the order of its path, and `singular_values` of
     the first of the largest: see `spectra`. A task lacks what it has no circle or no group for, and
-    a model what it does not train.
+    a model without norm layers the gains.
 
     Args:
         task: of the table.
@@ -107,8 +107,7 @@ def measure(
         found["collapse_share"] = collapsed(softmax, table_logits[train_rows]).mean()
 
     weights, changes = groups(params), groups(updates)
-    own = circle(task)
-    if own is not None and weights["embedding"]:
+    if (own := circle(task)) is not None:
         embedding = weights["embedding"][0][:MODULUS]
         power = embedding_power(embedding[own.residues])
         found["embedding_power"] = power
@@ -117,8 +116,8 @@ def measure(
             # Exponents count mod 96; elsewhere this shows that the natural order has no waves.
             period = MODULUS - 1 if task == "exp" else MODULUS
             found["natural_gini"] = gini(jnp.sqrt(embedding_power(embedding[:period])))
-    if own is not None and own.answers is not None:
-        found |= wave_measures(own, loss_of, table_logits, answers, train_sample)
+        if own.answers is not None:
+            found |= wave_measures(own, loss_of, table_logits, answers, train_sample)
 
     for name in filter(weights.get, GROUPS):
         found[f"norm_{name}"] = _norm(weights[name])

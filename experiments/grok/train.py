@@ -117,7 +117,6 @@ def compile_arm(config: Config, cell: Cell, seeds: int, device: jax.Device) -> P
         layers=config.layers,
         heads=config.heads,
         dropout=config.dropout,
-        embeddings=config.embeddings,
         norm=config.norm,
     )
     graph, shapes, _ = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), nnx.Param, ...)
