@@ -90,6 +90,10 @@ class Variants:
     """dion2, dion3: fraction of a matrix's rows that each step orthogonalises."""
     gluon_norm: Positive = 1.0
     """gluon: dual norm of the gradient at which the step has half its maximal size, L0 / L1."""
+    gluon_smoothness: tuple[Decay, Decay, Decay, Decay, Decay, Decay] | None = None
+    """gluon: L0 and L1 of the hidden matrices, of embedding and head, and of the gains, as
+    `python -m experiments.grok.smoothness` measures them. By default L1 is 1 / Scion's radius, and
+    L0 is L1 times --variants.gluon-norm."""
     sgd_learning_rate: Rate = 0.1
     """muon_sgd: SGD's learning rate for all parameters except hidden matrices."""
     lion_learning_rate: Rate = 1e-3
@@ -301,10 +305,13 @@ def _scion(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Op
 
 
 def _gluon(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    """Builds Gluon with Scion's steps as the largest ones: L1 is the inverse of Scion's radius."""
-    half = settings.variants.gluon_norm
-    radii = {"norm": 1.0, "embedding|head": 3000.0, "": 50.0}
-    smoothness = [(regex, (half / radius, 1 / radius)) for regex, radius in radii.items()]
+    """Builds Gluon; by default its largest steps are Scion's, since L1 is 1 / Scion's radius."""
+    given, half = settings.variants.gluon_smoothness, settings.variants.gluon_norm
+    if given is None:
+        hidden, tables, gains = ((half / radius, 1 / radius) for radius in (50.0, 3000.0, 1.0))
+    else:
+        hidden, tables, gains = given[:2], given[2:4], given[4:]
+    smoothness = [("norm", gains), ("embedding|head", tables), ("", hidden)]
     own = {"ns_coeffs": settings.muon.ns_coeffs, "ns_dtype": settings.muon.ns_dtype}
     return muon_jax.gluon(rate, smoothness=smoothness, **own, **placed)
 

@@ -59,6 +59,7 @@ class Run:
         config: Settings as JSON values. A folder with other settings is an error.
         grid: Keys of `config` that may differ from the folder's, since they select pieces of work
             and do not change their results.
+        defaults: Default settings, as in `claim`.
 
     Attributes:
         finished: The outcomes of finished pieces, oldest first.
@@ -69,10 +70,16 @@ class Run:
             files that belong to no run.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], grid: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        grid: tuple[str, ...] = (),
+        defaults: Mapping[str, Any] | None = None,
+    ):
         self.folder = folder
         self._identity = identity(config, grid)
-        self._lock = claim(folder, config, grid, other="another --out")
+        self._lock = claim(folder, config, grid, other="another --out", defaults=defaults)
         try:
             self.finished, self._sealed, self.notes = self._recover()
         except BaseException:
@@ -146,7 +153,12 @@ def identity(config: Mapping[str, Any], free: Sequence[str] = ()) -> dict[str, A
 
 
 def claim(
-    folder: Path, config: dict[str, Any], free: tuple[str, ...] = (), *, other: str
+    folder: Path,
+    config: dict[str, Any],
+    free: tuple[str, ...] = (),
+    *,
+    other: str,
+    defaults: Mapping[str, Any] | None = None,
 ) -> IO[str]:
     """Locks a run's folder for this process and writes its `config.json`.
 
@@ -158,6 +170,8 @@ def claim(
         config: Settings as JSON values. A folder with other settings is an error.
         free: Keys of `config` that may differ from the folder's.
         other: What an error message advises to give, such as "another --out".
+        defaults: The default settings. A run of an earlier version that lacks a setting counts as
+            one with its default.
 
     Returns:
         The lock. Closing it releases the folder to other processes.
@@ -167,14 +181,14 @@ def claim(
             files that belong to no run.
     """
     if not (folder / ".lock").exists():
-        _check(folder, config, free, other)
+        _check(folder, config, free, other, defaults)
     folder.mkdir(parents=True, exist_ok=True)
     # Object stores (gs://, s3://) do not support file locks.
     lock = io.StringIO() if "://" in str(folder) else open(folder / ".lock", "w")  # noqa: SIM115
     try:
         if isinstance(lock, io.TextIOWrapper):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _check(folder, config, free, other)
+        _check(folder, config, free, other, defaults)
         _sweep(folder)
         write_json(folder / CONFIG, config)
     except BlockingIOError:
@@ -262,12 +276,14 @@ def known_settings(folder: Path) -> dict[str, Any]:
         recorded = [(CONFIG, read_settings(folder / CONFIG))]
     (where, settings), *more = reversed(recorded)
     for other, there in more:
-        if changed := [key for key in changed_settings(there, settings) if key in settings]:
+        # A setting that only one of them has was added between two versions.
+        known, recorded = with_defaults(settings, there), with_defaults(there, settings)
+        if changed := [key for key in changed_settings(recorded, known) if key in settings]:
             raise RunError(
                 f"{folder}: {other} and {where} belong to different runs "
                 f"({_differences(changed, there, settings)}). Restore {other} from a backup."
             )
-    return (dict(more[-1][1]) if more else {}) | settings
+    return with_defaults(settings, more[-1][1] if more else {})
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -311,14 +327,21 @@ def _recorded_settings(folder: Path) -> Recorded:
     return recorded
 
 
-def _check(folder: Path, config: dict[str, Any], free: tuple[str, ...], other: str) -> None:
+def _check(
+    folder: Path,
+    config: dict[str, Any],
+    free: tuple[str, ...],
+    other: str,
+    defaults: Mapping[str, Any] | None,
+) -> None:
     """Raises a RunError unless a folder is empty or holds a run with this config."""
-    here, recorded = identity(config, free), _recorded_settings(folder)
-    _refuse_strangers(folder, _names(folder), recorded, here, other)
-    for where, there in recorded:
+    here, known = identity(config, free), _recorded_settings(folder)
+    _refuse_strangers(folder, _names(folder), known, here, other)
+    for where, recorded in known:
+        there = with_defaults(recorded, defaults or {})
         changed = changed_settings(there, here, free)
         if where != CONFIG:  # a seal of an earlier version may have fewer settings
-            changed = [key for key in changed if key in there]
+            changed = [key for key in changed if key in recorded]
         if changed:
             raise RunError(
                 f"{folder} holds a run with other settings according to {where} "
@@ -369,6 +392,19 @@ def changed_settings(
         return there == here
 
     return sorted(key for key in {*old, *new} if key not in free and not same(key))
+
+
+def with_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings, with the default of each setting that they lack.
+
+    >>> with_defaults({"a": {"b": 1}}, {"a": {"b": 2, "c": 3}, "d": 4})
+    {'a': {'b': 1, 'c': 3}, 'd': 4}
+    """
+    found = dict(defaults) | dict(settings)
+    for key in settings.keys() & defaults.keys():
+        if isinstance(settings[key], dict) and isinstance(defaults[key], dict):
+            found[key] = with_defaults(settings[key], defaults[key])
+    return found
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -167,6 +167,13 @@ def test_an_estimate_is_a_bound_where_nothing_is_known_and_says_so():
     assert not whole.startswith("at most") and "runs for all epochs" in whole
 
 
+def test_an_estimate_of_the_default_run_is_made_from_its_stored_result(monkeypatch):
+    monkeypatch.setattr("experiments.grok.estimate._seconds_per_step", lambda *_: 1e-3)
+    cells = Config().cells()
+    found = estimate(Config(), cells, threading.Event())
+    assert found.known == len(cells) == 6 and "from an earlier run" in str(found)
+
+
 def test_an_estimate_times_an_arm_of_each_optimizer(monkeypatch):
     timed = []
 

@@ -292,6 +292,17 @@ def test_only_finite_logits_above_the_threshold_clip(value):
             assert np.isfinite(first).all() and (first != before).all()
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_low_precision_params_are_scaled_in_float32_and_rounded_once(dtype):
+    params, spec = grouped(kv_heads=2)
+    max_logits = {"attention": jnp.array([500.0, 80.0, 150.0, 1e6])}
+    low = jax.tree.map(lambda x: x.astype(dtype), params)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), low)
+    clipped = clip_qk(wide, max_logits, spec, alpha=0.4)
+    expected = jax.tree.map(lambda x: x.astype(dtype), clipped)
+    jax.tree.map(assert_same_bits, clip_qk(low, max_logits, spec, alpha=0.4), expected)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_the_transformation_is_the_function(dtype):
     params, spec = grouped(kv_heads=2)

@@ -33,7 +33,7 @@ def compare(stop: threading.Event, console: Console) -> int:
     text = data.load(config)
     settings = as_json(config) | {"corpus": text.origin}
     training, names = config.training(), list(dict.fromkeys([BASELINE, *config.optimizers]))
-    with contextlib.closing(Run(config.folder(), settings, GRID)) as run:
+    with contextlib.closing(Run(config.folder(), settings, GRID, as_json(Config()))) as run:
         return sweep_rates(
             run,
             stop,

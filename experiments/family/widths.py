@@ -137,7 +137,7 @@ def compare(stop: threading.Event, console: Console) -> int:
     text = data.load(config)
     settings = as_json(config) | {"corpus": text.origin}
     cell, sizes = config.sizes
-    with contextlib.closing(Run(config.folder(), settings, GRID)) as run:
+    with contextlib.closing(Run(config.folder(), settings, GRID, as_json(Config()))) as run:
         return sweep_rates(
             run,
             stop,

@@ -59,7 +59,9 @@ def compare(stop: threading.Event, console: Console) -> int:
         last = len(places)
         return {"cells": sorted(run.finished, key=lambda row: places.get(Cell.of(row), last))}
 
-    with contextlib.closing(Run(config.folder(), config.as_json(), GRID)) as run:
+    with contextlib.closing(
+        Run(config.folder(), config.as_json(), GRID, Config().as_json())
+    ) as run:
         plan = (
             f"{len(cells)} trainings of at most {config.epochs} epochs, "
             f"{len(cells) - len(missing())} of them finished."

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from experiments.grok import grid
 from experiments.grok.losses import SoftmaxName
+from experiments.grok.model import NormName
 from experiments.grok.tasks import TRAIN_FRACTION, TaskName, split, table
 from experiments.json_files import digest
 from experiments.optimizers import OptimizerName, Settings
@@ -97,6 +98,8 @@ class Config(Settings):
     """Number of attention heads. --width / --heads must be even; the default is lowered to fit."""
     batch: Count = 512
     """Global batch size, in sequences."""
+    norm: NormName = "rms"
+    """Norm layers, before attention, feed-forward part and output: RMSNorm, or none."""
     dropout: Dropout = 0.0
     """Dropout probability at the outputs of each block."""
     train_fraction: float | None = None

@@ -14,7 +14,7 @@ from experiments.grok.config import GRID, Cell, Config
 from experiments.grok.tasks import table
 from experiments.grok.train import compile_arm, split
 from experiments.parallel import devices_for, run_in_parallel
-from experiments.runs import changed_settings, read_json
+from experiments.runs import changed_settings, read_json, read_settings, with_defaults
 from experiments.timing import repeated, seconds_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -97,9 +97,10 @@ def _timed(config: Config, cells: Sequence[Cell], stop: threading.Event) -> Call
 
 def _earlier(config: Config, cells: Sequence[Cell]) -> dict[Cell, dict]:
     """Returns the rows of the stored run with these settings that has most of these cells."""
-    found = []
+    found, defaults = [], Config().as_json()
     for path in RESULTS.glob("*/config.json"):
-        if not changed_settings(read_json(path), config.as_json(), GRID):
+        settings = with_defaults(read_settings(path), defaults)
+        if not changed_settings(settings, config.as_json(), GRID):
             rows = read_json(path.with_name("summary.json"))["cells"]
             found.append({Cell.of(row): row for row in rows})
     return max(found, key=lambda run: len(run.keys() & set(cells)), default={})

@@ -17,8 +17,9 @@ OWNERS = {
     "adamw": ("adamw",),
     "muon": ("muon",),
     "variants.rank": ("low_rank", "low_rank_subspace", "dion"),
+    "variants.clip-threshold": ("muonclip",),
 }
-SETTINGS = ("width", "layers", "heads", "batch", "dropout", "train_fraction", "warmup")
+SETTINGS = ("width", "layers", "heads", "batch", "dropout", "train_fraction", "warmup", "norm")
 
 Settings = TypeVar("Settings")
 

@@ -1,5 +1,8 @@
 """The transformer of the grokking study: pre-norm, RoPE, SwiGLU, no biases, one answer token."""
 
+from collections.abc import Callable
+from typing import Literal
+
 import jax
 from flax import nnx
 
@@ -10,6 +13,7 @@ ROPE_BASE = 1e6
 FEED_FORWARD_RATIO = 4
 
 MaxLogits = dict[str, jax.Array]  # path of the attention module -> (heads,)
+NormName = Literal["rms", "none"]
 
 
 def attention_path(depth: int) -> str:
@@ -17,13 +21,23 @@ def attention_path(depth: int) -> str:
     return f"blocks/{depth}/attention"
 
 
+def _identity(x: jax.Array) -> jax.Array:
+    return x
+
+
+def _norm(norm: NormName, width: int, rngs: nnx.Rngs) -> Callable[[jax.Array], jax.Array]:
+    if norm == "none":
+        return _identity
+    return nnx.RMSNorm(width, epsilon=RMS_EPSILON, rngs=rngs)
+
+
 class Block(nnx.Module):
     """One layer: `x += attention(norm(x))`, then `x += feed_forward(norm(x))`."""
 
-    def __init__(self, width: int, heads: int, dropout: float, *, rngs: nnx.Rngs):
-        self.attention_norm = nnx.RMSNorm(width, epsilon=RMS_EPSILON, rngs=rngs)
+    def __init__(self, width: int, heads: int, dropout: float, norm: NormName, *, rngs: nnx.Rngs):
+        self.attention_norm = _norm(norm, width, rngs)
         self.attention = Attention(width, heads, ROPE_BASE, rngs=rngs)
-        self.feed_forward_norm = nnx.RMSNorm(width, epsilon=RMS_EPSILON, rngs=rngs)
+        self.feed_forward_norm = _norm(norm, width, rngs)
         self.feed_forward = SwiGLU(width, FEED_FORWARD_RATIO * width, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
 
@@ -55,13 +69,16 @@ class Transformer(nnx.Module):
         layers: int,
         heads: int,
         dropout: float = 0.0,
+        norm: NormName = "rms",
         rngs: nnx.Rngs,
     ):
         self.embedding = nnx.Embed(
             vocabulary, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs
         )
-        self.blocks = nnx.List([Block(width, heads, dropout, rngs=rngs) for _ in range(layers)])
-        self.norm = nnx.RMSNorm(width, epsilon=RMS_EPSILON, rngs=rngs)
+        self.blocks = nnx.List(
+            [Block(width, heads, dropout, norm, rngs=rngs) for _ in range(layers)]
+        )
+        self.norm = _norm(norm, width, rngs)
         self.head = Linear(width, vocabulary, rngs=rngs)
 
     def __call__(

@@ -80,7 +80,8 @@ def measure(
     `logit_power`, `logit_gini`, `restricted_loss`, `excluded_loss` and `key_frequencies` come from
     `wave_measures`. `norm_*` and `update_rms_*` are given by group, and `norm_total` for all.
     `weight_*` and `update_*` come from `spectra`, with one rank for each hidden matrix in order of
-    paths. Measures that need a circle or a group are omitted for tasks without one.
+    paths. Measures that need a circle or a group are omitted for tasks without one,
+    and those of the gains for a model without norm layers.
 
     Args:
         task: The task.
@@ -119,7 +120,7 @@ def measure(
         if own.answers is not None:
             found |= wave_measures(own, loss_of, table_logits, answers, train_sample)
 
-    for name in GROUPS:
+    for name in filter(weights.get, GROUPS):
         found[f"norm_{name}"] = _norm(weights[name])
         size = sum(leaf.size for leaf in changes[name])
         found[f"update_rms_{name}"] = _norm(changes[name]) / math.sqrt(size)

@@ -40,7 +40,8 @@ class State(NamedTuple):
 class Epoch(NamedTuple):
     """The results of an epoch.
 
-    `seconds` is the training time since the cell's start, without evaluation. `probe` holds the
+    `seconds` is the training time since the cell's start, without evaluation. `clipped` is the
+    share of the steps in which QK-clip acted, for optimizers that have it. `probe` holds the
     diagnostics if they were due.
     """
 
@@ -51,6 +52,7 @@ class Epoch(NamedTuple):
     train_accuracy: float
     validation_loss: float
     validation_accuracy: float
+    clipped: float | None = None
     probe: dict[str, Any] | None = None
 
 
@@ -66,7 +68,8 @@ class Program(NamedTuple):
 
     Attributes:
         start: A function `seeds -> State`.
-        epoch: A function `(state, train rows, seeds, epochs) -> (state, mean losses)`.
+        epoch: A function `(state, train rows, seeds, epochs) -> (state, means)`, where the
+            means over the steps have names.
         evaluate: A function `(state, rows) -> (losses, correct)`, with one entry for each row.
         probe: A function `(state, train rows) -> measures`, as `probes.measure` returns them. None
             if no diagnostics are wanted.
@@ -117,6 +120,7 @@ def compile_arm(config: Config, cell: Cell, seeds: int, device: jax.Device) -> P
         layers=config.layers,
         heads=config.heads,
         dropout=config.dropout,
+        norm=config.norm,
     )
     graph, shapes, _ = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), nnx.Param, ...)
 
@@ -139,6 +143,7 @@ def compile_arm(config: Config, cell: Cell, seeds: int, device: jax.Device) -> P
     routing = muon_jax.trace_routing(plain, shapes, windows)
     warmup = optimizers.warmup(config.warmup)
     tx = optimizers.build(cell.optimizer, config, warmup, routing=routing)
+    threshold = optimizers.clip_threshold(cell.optimizer, config)
 
     def start(seed):
         params = nnx.state(make(rngs=nnx.Rngs(params=jax.random.key(seed))), nnx.Param)
@@ -154,15 +159,19 @@ def compile_arm(config: Config, cell: Cell, seeds: int, device: jax.Device) -> P
 
         (loss, max_logits), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, max_logits=max_logits)
-        return State(optax.apply_updates(state.params, updates), opt_state), loss
+        measured = {"loss": loss}
+        if threshold is not None:
+            largest = jnp.stack([logits.max() for logits in max_logits.values()]).max()
+            measured["clipped"] = (largest > threshold).astype(jnp.float32)
+        return State(optax.apply_updates(state.params, updates), opt_state), measured
 
     def epoch(state, train_rows, seed, number):
         key = jax.random.fold_in(jax.random.key(seed), number)
         order_key, dropout_key = jax.random.split(key)
         order = jax.random.permutation(order_key, train_rows)[: steps * batch]
         scanned = order.reshape(steps, batch), jax.random.split(dropout_key, steps)
-        state, losses = jax.lax.scan(step, state, scanned)
-        return state, losses.mean()
+        state, measured = jax.lax.scan(step, state, scanned)
+        return state, jax.tree.map(jnp.mean, measured)
 
     def evaluate(state, eval_rows):
         params = optimizers.ARMS[cell.optimizer].eval_params(state.opt_state, state.params)
@@ -281,10 +290,11 @@ def train_cells(
                 epoch=number,
                 step=number * program.steps,
                 seconds=seconds,
-                train_loss=float(means[i]),
+                train_loss=float(means["loss"][i]),
                 train_accuracy=float(correct[i, :sample].mean()),
                 validation_loss=float(losses[i, sample:].mean(dtype=np.float64)),
                 validation_accuracy=float(correct[i, sample:].mean()),
+                clipped=float(means["clipped"][i]) if "clipped" in means else None,
             )
             finite = math.isfinite(epoch.train_loss) and math.isfinite(epoch.validation_loss)
             seen = [*histories[i], epoch] if finite else histories[i]
@@ -372,6 +382,7 @@ def _row(
     epochs = len(history) + diverged
     positions = tasks.table(cell.task).tokens.shape[1]
     batch = min(settings.batch, len(split(settings, cell).train))
+    clipped = [epoch.clipped for epoch in history if epoch.clipped is not None]
 
     return {
         **cell._asdict(),
@@ -390,6 +401,7 @@ def _row(
         "tokens_per_epoch": program.steps * batch * positions,
         "step_flops": program.step_flops,
         "parameters": program.parameters,
+        **({"clipped_share": float(np.mean(clipped))} if clipped else {}),
         "together": together,
         "params_sha256": _digest(params),
     }
