@@ -39,6 +39,36 @@ def test_what_differs_from_muon_in_one_thing_is_compared_at_its_rate():
     assert own.as_json()["rates"]["normuon"] == 0.123
 
 
+def _update(name):
+    """Of leaves named as the grokking model's are, by an arm's first step without warm-up."""
+    normal = np.random.default_rng(0).normal
+    params = {
+        "embedding": {"embedding": normal(size=(9, 16))},
+        "up": {"kernel": normal(size=(16, 64))},
+    }
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    config = Config(muon=optimizers.Muon(weight_decay=0.0), variants=optimizers.Variants(rank=2))
+    tx = optimizers.build(name, config, optax.constant_schedule(1.0))
+    return tx.update(jax.tree.map(jnp.cos, params), tx.init(params), params)[0]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_fixed_table_stays_and_the_rest_moves_as_ever(name):
+    fixed, learnt = _update(f"{name}_fixed_table"), _update(name)
+    assert not fixed["embedding"]["embedding"].any() and learnt["embedding"]["embedding"].any()
+    np.testing.assert_array_equal(fixed["up"]["kernel"], learnt["up"]["kernel"])
+
+
+def test_an_update_of_two_directions_has_the_norm_of_a_whole_one():
+    whole, own, polar = (
+        np.asarray(_update(name)["up"]["kernel"])
+        for name in ("low_rank_whole", "low_rank", "polar")
+    )
+    norms = [np.linalg.norm(update) for update in (whole, polar)]
+    np.testing.assert_allclose(*norms, rtol=1e-5)
+    np.testing.assert_allclose(whole, own * 8**0.5, rtol=1e-4, atol=1e-7)
+
+
 def test_an_orthogonal_gradient_along_the_param_vanishes():
     params = jnp.array([3.0, 4.0])
     found, _ = baselines.orthogonal_gradient().update(2 * params, optax.EmptyState(), params)
