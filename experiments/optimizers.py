@@ -211,6 +211,21 @@ def _muon_only(settings: "Settings", rate: optax.Schedule, rest: Options, placed
     return _like_muon(muon_jax.muon)(settings, rate, {"other_optimizer": "frozen"}, placed)
 
 
+def _muon_split(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+    """Each head's queries, keys and values are matrices of their own, as in GLM-5's Muon Split."""
+    spec = settings.attention_spec
+    parts: dict[str, Any] = {"query": spec.heads}
+    if isinstance(spec, muon_jax.MultiHeadLatent):
+        parts["key_value"] = muon_jax.Interleaved((spec.nope, spec.value), together=False)
+    else:
+        parts |= dict.fromkeys(("key", "value"), spec.kv_heads or spec.heads)
+    routing = [
+        (f"attention/{name}/kernel", muon_jax.MatrixAxes(split_fan_out=each))
+        for name, each in parts.items()
+    ]
+    return _like_muon(muon_jax.muon, routing=routing)(settings, rate, rest, placed)
+
+
 def _rest(name: Literal["sgd", "lion"]) -> Callable:
     """Returns the builder of Muon beside SGD or Lion, with as much shrinkage as AdamW's."""
 
@@ -330,6 +345,9 @@ ARMS: dict[str, Arm] = {
     "muon_only": Arm("Muon, with all other parameters frozen", _muon_only),
     "muon_sgd": Arm("Muon for hidden matrices, SGD for all other parameters", _rest("sgd")),
     "muon_lion": Arm("Muon for hidden matrices, Lion for all other parameters", _rest("lion")),
+    "muon_split": Arm(
+        "Muon, with each head of queries, keys and values by itself", _muon_split, member=False
+    ),
     "muon_bf16": Arm(
         "Muon with momentum in bfloat16", _like_muon(muon_jax.muon, mu_dtype=jnp.bfloat16)
     ),
