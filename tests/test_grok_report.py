@@ -366,7 +366,7 @@ def test_report_stands_alone_and_holds_every_row(tmp_path):
     labels = {"adamw": "AdamW", "muon": "Muon"}
     wanted = [(row["task"], labels[row["optimizer"]], str(row["seed"])) for row in rows]
     assert found == wanted
-    assert "The 1 censored ones are open triangles" in re.sub(r"\s+", " ", page)
+    assert "The one censored one is an open triangle at the budget" in re.sub(r"\s+", " ", page)
     assert "width" in page and "TFRT_CPU_0" in page and "9 of 12 trainings finished" in page
 
 
