@@ -236,11 +236,16 @@ def fresh():
     return [[task, *judged(*pair)] for task, pair in both.items()]
 
 
+def pair_at(name, setting, value):
+    """AdamW's trainings and Muon's; at width 32 Muon's are those of the longer run."""
+    both = [cells(name, point=f"{setting}={value}", optimizer=o) for o in ("adamw", "muon")]
+    return [both[0], cells("width_32")] if (name, value) == ("width", 32) else both
+
+
 def swept(name, setting, values):
     found = []
     for value in values:
-        point = f"{setting}={value}"
-        both = [cells(name, point=point, optimizer=o) for o in ("adamw", "muon")]
+        both = pair_at(name, setting, value)
         row = [f"all {value}" if value == 4656 else str(value)]
         for rows in both:
             row += medians(name, rows)
@@ -543,7 +548,7 @@ def holm(p_values):
 def p_values(name, setting, values, weight):
     found = {}
     for value in values:
-        both = [cells(name, point=f"{setting}={value}", optimizer=o) for o in ("adamw", "muon")]
+        both = pair_at(name, setting, value)
         if own := logs(name, *both, weight=weight):
             found[value] = stats.ttest_1samp(own, 0).pvalue
     return dict(zip(found, holm([*found.values()]), strict=True))
@@ -605,11 +610,23 @@ def of_grok():
     widths, batches = (32, 64, 128, 256, 512), (64, 128, 256, 512, 1024, 2048, 4656)
     epochs = p_values("width", "width", widths, lambda row: 1)
     flops = p_values("width", "width", widths, cost)
-    assert len({round(p, 2) for p in flops.values()}) == 1
-    yield f"p = {flops[64]:.2f} after Holm over five widths"
-    yield f"p is {epochs[256]:.2f} at 256 and {epochs[128]:.2f} at 128 in epochs, {epochs[512]:.2f}"
-    assert f"{epochs[32]:.2f}" == f"{epochs[64]:.2f}"
-    yield f"at 512 and {epochs[32]:.2f} at 32 and 64; in FLOPs {flops[64]:.2f} at all"
+    narrow = pair_at("width", "width", 32)
+    told = interval(logs("width", *narrow)), interval(logs("width", *narrow, weight=cost))
+    yield f"at 32 {told[0]}, FLOPs {told[1]}, p = {flops[32]:.2f} after Holm over five widths"
+    at_64 = interval(logs("width", *pair_at("width", "width", 64), weight=cost))
+    yield f"at 64 FLOPs {at_64}, p = {flops[64]:.2f}"
+    texts = [f"{epochs[w]:.2f} at {w}" for w in (32, 256, 128)]
+    yield f"p is {texts[0]}, {texts[1]}, {texts[2]} and {epochs[64]:.2f} at 64 and 512 in epochs"
+    assert f"{epochs[512]:.2f}" == f"{epochs[64]:.2f}"
+    assert len({round(p, 2) for width, p in flops.items() if width != 32}) == 1
+    yield f"in FLOPs {flops[32]:.2f} at 32 and {flops[64]:.2f} at all others"
+    assert round(math.exp(-np.mean(logs("width", *narrow)))) == 3
+    fixed = [cells("fixed_table", optimizer=f"{o}_fixed_table") for o in ARMS]
+    learnt = [cells("default", optimizer=o) for o in ARMS]
+    more = [interval(logs("fixed_table", *pair)) for pair in zip(fixed, learnt, strict=True)]
+    yield f"Muon {more[1]} times its epochs with one, AdamW ≥ {more[0]}; AdamW over Muon"
+    yield f"≥ {interval(logs('fixed_table', *fixed))}, with a learnt one"
+    yield f"{interval(logs('default', *learnt))} | 3 seeds"
     epochs = p_values("batch", "batch", batches, lambda row: 1)
     flops = p_values("batch", "batch", batches, cost)
     told = ", ".join(f"{epochs[b]:.2f}" for b in (256, 512))
