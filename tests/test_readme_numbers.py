@@ -749,6 +749,49 @@ def of_grok():
     assert steps == [2412, 2196, 2475]
 
 
+def claims_of_family():
+    """The measured cells of its table of claims: differences to Muon's loss, and p after Holm."""
+    loss, p = {}, {}
+    for file in ("default", "norms", "long"):
+        every = {name: arm["losses_by_seed"] for name, arm in arms("family", file).items()}
+        others = [name for name in every if name != "muon"]
+        found = holm([p_of(every[name], every["muon"]) for name in others])
+        loss[file], p[file] = every, dict(zip(others, found, strict=True))
+
+    def minus(file, name, base="muon"):
+        return gap(loss[file][name], loss[file][base])
+
+    assert [len(p[file]) for file in p] == [18, 17, 6]
+    yield f"minus AdamW's {minus('norms', 'muon', 'adamw')}, p {small(p['norms']['adamw'])}"
+    lead = minus("long", "muon", "adamw")
+    yield f"in 900 steps {lead}, p = {small(p['long']['adamw'])}"
+    for name in ("normuon", "muon_squared", "muon_eq"):
+        short, long = minus("norms", name), minus("long", name)
+        yield f"| {short}, p = {small(p['norms'][name])}; in 900 {long} |"
+    assert min(p["long"][name] for name in p["long"] if name != "adamw") > 0.3
+    pairs = {"aurora": "soap_muon", "namo": "polargrad"}
+    for pair in pairs.items():
+        (chance,) = {small(p["norms"][name]) for name in pair}
+        yield f"| {' and '.join(minus('norms', name) for name in pair)}, p = {chance}"
+    yield f"in 900 {minus('long', 'aurora')} and {minus('long', 'soap_muon')} |"
+    yield f"| {minus('norms', 'muon_plus')}, p = {small(p['norms']['muon_plus'])} |"
+    bound = [minus("norms", name) for name in ("muonh", "muon_sphere", "spel")]
+    assert max(p["norms"][name] for name in ("muonh", "muon_sphere", "spel")) < 0.0015
+    yield f"| {bound[0]}, {bound[1]} and {bound[2]}, p ≤ 0.001 |"
+    yield f"| {minus('norms', 'dion2')}, p {small(p['norms']['dion2'])} |"
+    for name in ("dion", "adamuon", "muonbp", "scion", "muon_cautious"):
+        yield f"| {minus('default', name)}, p = {p['default'][name]:.2f} |"
+    stored_as = [minus("default", f"muon_{kind}") for kind in ("bf16", "int8")]
+    yield f"| {' and '.join(stored_as)}, p = {p['default']['muon_int8']:.2f} |"
+    yield f"| exact {minus('default', 'polar')}, p = {p['default']['polar']:.2f} |"
+    assert p["default"]["muon_bf16"] == p["default"]["muon_int8"]
+    yield f"minus AdamW's {minus('default', 'splus', 'adamw')} |"
+    yield f"minus AdamW's {minus('norms', 'soap', 'adamw')} |"
+    seen = {o: found_by(loss["default"][o], loss["default"]["muon"]) for o in p["default"]}
+    assert all(0.015 < seen[o] < 0.025 for o in ("muon_bf16", "polar"))
+    yield "one of 0.02 (int8 {:.2f}, Scion {:.2f})".format(seen["muon_int8"], seen["scion"])
+
+
 ARMS = ("adamw", "muon")
 OTHERS = ("sgd", "lion", "only")
 
@@ -798,7 +841,7 @@ def of_others():
     packed = {name: arm["validation_loss"] for name, arm in arms("family", "int4").items()}
     yield "family", f"int8 {packed['muon_int8']:.3f}, as Muon itself; int4"
     yield "family", f"half a byte an entry, {packed['muon_int4']:.3f}."
-    seen = [found(losses[name], losses["muon"]) for name in near if name[:5] != "muon_"]
+    seen = [found_by(losses[name], losses["muon"]) for name in near if name[:5] != "muon_"]
     assert all(0.002 < x < 0.055 for x in seen)
     rest = [means[name] - means["muon"] for name in ("muon_sgd", "muon_lion")]
     yield "family", "Muon ends {:.3f} above Muon with AdamW, with Lion {:.3f}".format(*rest)
@@ -828,7 +871,7 @@ def of_others():
     p = holm([p_of(tuned_losses[arm], base) for arm in order[1:]])[1]
     yield "", f"held-out loss {below} below AdamW, each at its best of swept rates (p = {p:.2f}"
     deviation = np.std([hybrid[s] - base[s] for s in base], ddof=1)
-    yield "finetune", f"{deviation:.3f} nats, one of {found(hybrid, base):.3f} in 80 %"
+    yield "finetune", f"{deviation:.3f} nats, one of {found_by(hybrid, base):.3f} in 80 %"
     groups = stored("finetune", "controlled")["groups"]
     (logit,) = (g["max_logit"] for g in groups if g["arm"] == "muonclip")
     threshold = stored("finetune", "controlled", "config")["optimizer"]["clip_threshold"]
@@ -876,7 +919,10 @@ def of_others():
         + " of AdamW's tokens and "
         + (f"{100 * shares['flops']:.0f} % of its FLOPs"),
     )
-    yield "pretrain", f"find a difference of {found(losses['muon'], losses['adamw']):.2f} in 80 %"
+    yield (
+        "pretrain",
+        f"find a difference of {found_by(losses['muon'], losses['adamw']):.2f} in 80 %",
+    )
     forms = {"model": "needs {:.2f} of its model FLOPs (fit", "model_and_update": "or {:.2f} (fit"}
     for key, text in forms.items():
         (fit,) = stored("pretrain", "scaling")["fits"][key]["ratios"]
@@ -901,7 +947,7 @@ def of_others():
         yield "", f"| {median} [{low}, {high}] |"
 
 
-def found(ours, theirs):
+def found_by(ours, theirs):
     """The difference that so many seeds, which deviate as these do, show in 80 % of studies."""
     gaps = [ours[seed] - theirs[seed] for seed in ours]
     return math.log(detectable(np.std(gaps, ddof=1), len(gaps)))
@@ -965,7 +1011,8 @@ def of_root():
 @functools.cache
 def sentences():
     root, told = of_root()
-    return [*(("grok", x) for x in of_grok()), *of_others(), *((root, x) for x in told)]
+    own = {"grok": of_grok(), "family": claims_of_family(), root: told}
+    return [*of_others(), *((study, x) for study, texts in own.items() for x in texts)]
 
 
 @functools.cache
