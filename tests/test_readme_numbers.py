@@ -272,6 +272,8 @@ def ranks():
 
 def diagnostics():
     rows = stored("grok", "default", "diagnostics")["rows"]
+    later = stored("grok", "full_length", "diagnostics")["rows"]
+    assert not any(r["collapse_share"] for r in later)
     found = []
     for key, first in (
         ("logit_gini", ".1f"),
@@ -285,9 +287,11 @@ def diagnostics():
         ("norm_embedding", ".0f"),
     ):
         row = []
-        for name in ARMS:
-            own = [r[key] for r in rows if r["optimizer"] == name and r["epoch"] > 1]
-            row.append(f"{min(own):.2g} to {max(own):.2g}")
+        for many, ends in ((rows, lambda epoch: epoch > 1), (later, lambda epoch: epoch == 200)):
+            for name in ARMS:
+                own = [r[key] for r in many if r["optimizer"] == name and ends(r["epoch"])]
+                assert len(own) == 3
+                row.append(f"{min(own):.2g} to {max(own):.2g}".replace("e-0", "e-"))
         begin = np.mean([r[key] for r in rows if r["epoch"] == 1])
         found.append([f"{begin:{first}} at first" if first else None, *row])
     return found
