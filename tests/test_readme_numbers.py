@@ -625,6 +625,8 @@ def of_grok():
     assert len({round(p, 2) for width, p in flops.items() if width != 32}) == 1
     yield f"in FLOPs {flops[32]:.2f} at 32 and {flops[64]:.2f} at all others"
     assert round(math.exp(-np.mean(logs("width", *narrow)))) == 3
+    clipped = interval(logs("clip", cells("default", optimizer="muon"), cells("clip")))
+    yield f"Muon's epochs {clipped} times its | 3 seeds | `clip`"
     fixed = [cells("fixed_table", optimizer=f"{o}_fixed_table") for o in ARMS]
     learnt = [cells("default", optimizer=o) for o in ARMS]
     more = [interval(logs("fixed_table", *pair)) for pair in zip(fixed, learnt, strict=True)]
