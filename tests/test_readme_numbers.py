@@ -428,6 +428,48 @@ def pretrain_optimizers():
     return found
 
 
+def fresh_gains(name, optimizer, base="adamw"):
+    """Losses minus those of a base, by the seeds that did not choose the rates."""
+    every = arms("pretrain", name)
+    ours, theirs = (every[o]["losses_by_seed"] for o in (optimizer, base))
+    return [ours[seed] - theirs[seed] for seed in ours if seed != "0"]
+
+
+def spans(values, form="+.3f"):
+    """The mean and its 95 % interval."""
+    ends = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+    mean, low, high = (f"{x:{form}}".replace("-", "−") for x in (np.mean(values), *ends))
+    return f"{mean} [{low}, {high}]"
+
+
+def shares_to_adamw(name, optimizer):
+    """Log shares of AdamW's tokens and FLOPs to its final loss, by the same seeds."""
+    every = arms("pretrain", name)
+    tokens, found = [at for at, _ in every["adamw"]["curve"]], []
+    for seed, curve in every[optimizer]["curves"].items():
+        end = every["adamw"]["losses_by_seed"][seed]
+        after = next(i for i, loss in enumerate(curve) if loss <= end)
+        near = slice(after - 1, after + 1)
+        needed = np.interp(-end, np.negative(curve[near]), tokens[near])
+        found += [math.log(needed / tokens[-1])] if seed != "0" else []
+    own, base = (every[o]["cost"] for o in (optimizer, "adamw"))
+    step = (own["model_flops"] + own["optimizer_flops"]) / base["model_flops"]
+    return found, [x + math.log(step) for x in found]
+
+
+def pretrain_seeds():
+    found = []
+    for name in ("seeds", "dense"):
+        for optimizer, arm in arms("pretrain", name).items():
+            losses = {seed: loss for seed, loss in arm["losses_by_seed"].items() if seed != "0"}
+            row = [f"{arm['best_rate']:g}", spread(losses)]
+            if optimizer != "adamw":
+                row.append(spans(fresh_gains(name, optimizer)))
+                row += [interval(own) for own in shares_to_adamw(name, optimizer)]
+            found.append([*row, "", "", ""][:5] + [str(len(losses))])
+    return found
+
+
 def fine_tuned(name, variant, order):
     groups = {(g["variant"], g["arm"]): g for g in stored("finetune", name)["groups"]}
     return {arm: groups[variant, arm]["losses_by_seed"] for arm in order}
