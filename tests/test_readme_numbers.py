@@ -548,6 +548,7 @@ TABLES = {
     ("family", "Rates and width", 1): widths,
     ("pretrain", "The default run", 0): pretrain_default,
     ("pretrain", "Optimizers at equal effort", 0): pretrain_optimizers,
+    ("pretrain", "Ten seeds, and a dense model beside the mixture", 0): pretrain_seeds,
     ("finetune", "On equal terms", 0): controlled,
     ("finetune", "On equal terms", 1): post_claims,
     ("finetune", "As the code was released", 0): as_released,
@@ -614,8 +615,8 @@ def spearman(name, setting, optimizer, unit):
     return found.statistic, found.pvalue
 
 
-def signed(value):
-    return f"{value:+.2f}".replace("-", "−")
+def signed(value, digits=2):
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def of_grok():
@@ -840,6 +841,39 @@ def claims_of_family():
     yield "one of 0.02 (int8 {:.2f}, Scion {:.2f})".format(seen["muon_int8"], seen["scion"])
 
 
+def claims_of_pretrain():
+    """The measured cells of its table of claims, and what it says of mixtures and dense models."""
+    gains = {name: fresh_gains(name, "muon") for name in ("seeds", "dense")}
+    assert stats.ttest_1samp(gains["seeds"], 0).pvalue < 0.001
+    yield f"| {spans(gains['seeds'])}, p < 0.001 | {len(gains['seeds'])} fresh seeds |"
+    tokens, flops = map(interval, shares_to_adamw("seeds", "muon"))
+    yield f"{tokens} of the tokens, {flops} of the FLOPs with the update's"
+    yield f"the mixture {spans(gains['seeds'])}, of a dense one {spans(gains['dense'])}"
+    apart = stats.ttest_ind(gains["seeds"], gains["dense"], equal_var=False)
+    ends = (signed(x, 3) for x in apart.confidence_interval())
+    between = signed(np.mean(gains["seeds"]) - np.mean(gains["dense"]), 3)
+    yield "seeds {} [{}, {}] (p = {:.2f})".format(between, *ends, apart.pvalue)
+    tokens, dense = (interval(shares_to_adamw(name, "muon")[0]) for name in gains)
+    yield f"tokens to AdamW's loss {tokens} and {dense}"
+    costs = [arms("pretrain", name)["muon"]["cost"] for name in gains]
+    update = [100 * of["optimizer_flops"] / of["model_flops"] for of in costs]
+    yield "costs {:.0f} % of the mixture's FLOPs and {:.0f} % of the dense model's".format(*update)
+    for width in (32, 48, 64):
+        pair = {
+            arm["optimizer"]: arm["losses_by_seed"]
+            for arm in stored("pretrain", "scaling")["arms"]
+            if arm["width"] == width
+        }
+        yield f"{gap(pair['muon'], pair['adamw'])} at " + f"{'width ' * (width == 32)}{width}"
+    losses = {o: arm["losses_by_seed"] for o, arm in arms("pretrain", "optimizers").items()}
+    others = [o for o in losses if o != "muon"]
+    p = dict(zip(others, holm([p_of(losses[o], losses["muon"]) for o in others]), strict=True))
+    for o in ("scion", "normuon", "muon_cautious", "muon_bf16", "muonclip"):
+        yield f"minus Muon's {gap(losses[o], losses['muon'])}, p = {p[o]:.2f} |"
+    ends = [gap(losses[o], losses["adamw"]) for o in ("splus", "splus_adamw")]
+    yield f"minus AdamW's {ends[0]}; with AdamW for the rest {ends[1]}"
+
+
 ARMS = ("adamw", "muon")
 OTHERS = ("sgd", "lion", "only")
 
@@ -1060,6 +1094,7 @@ def of_root():
 def sentences():
     root, told = of_root()
     own = {"grok": of_grok(), "family": claims_of_family(), root: told}
+    own["pretrain"] = claims_of_pretrain()
     return [*of_others(), *((study, x) for study, texts in own.items() for x in texts)]
 
 
