@@ -858,6 +858,13 @@ def claims_of_pretrain():
     costs = [arms("pretrain", name)["muon"]["cost"] for name in gains]
     update = [100 * of["optimizer_flops"] / of["model_flops"] for of in costs]
     yield "costs {:.0f} % of the mixture's FLOPs and {:.0f} % of the dense model's".format(*update)
+    split = fresh_gains("seeds", "muon_split", "muon")
+    every = arms("pretrain", "seeds")
+    pairs = zip(*(every[o]["losses_by_seed"].values() for o in ("muon_split", "muon")), strict=True)
+    assert stats.ttest_1samp(split, 0).pvalue < 0.001 and all(
+        ours < theirs for ours, theirs in pairs
+    )
+    yield f"minus Muon's {spans(split)}, p < 0.001 | {len(split)} fresh seeds |"
     for width in (32, 48, 64):
         pair = {
             arm["optimizer"]: arm["losses_by_seed"]
