@@ -801,7 +801,7 @@ def of_grok():
 def claims_of_family():
     """The measured cells of its table of claims: differences to Muon's loss, and p after Holm."""
     loss, p = {}, {}
-    for file in ("default", "norms", "long"):
+    for file in ("default", "norms", "long", "rest_leaders"):
         every = {name: arm["losses_by_seed"] for name, arm in arms("family", file).items()}
         others = [name for name in every if name != "muon"]
         found = holm([p_of(every[name], every["muon"]) for name in others])
@@ -810,19 +810,20 @@ def claims_of_family():
     def minus(file, name, base="muon"):
         return gap(loss[file][name], loss[file][base])
 
-    assert [len(p[file]) for file in p] == [18, 17, 6]
-    yield f"minus AdamW's {minus('norms', 'muon', 'adamw')}, p {small(p['norms']['adamw'])}"
+    assert [len(p[file]) for file in p] == [18, 17, 6, 4]
+    rest = {name: arm["losses_by_seed"] for name, arm in arms("family", "rest").items()}
+    apart = gap(rest["muon_rest"], rest["adamw_rest"])
+    lead = f"{minus('norms', 'muon', 'adamw')}, p {small(p['norms']['adamw'])}"
+    yield f"minus AdamW's {lead}; rest swept {apart} |"
     lead = minus("long", "muon", "adamw")
     yield f"in 900 steps {lead}, p = {small(p['long']['adamw'])}"
-    for name in ("normuon", "muon_squared", "muon_eq"):
-        short, long = minus("norms", name), minus("long", name)
-        yield f"| {short}, p = {small(p['norms'][name])}; in 900 {long} |"
+    for name in ("normuon", "muon_squared", "muon_eq", "aurora", "soap_muon"):
+        files = [file for file in ("norms", "rest_leaders") if name in loss[file]]
+        told = [f"{minus(file, name)}, p = {small(p[file][name])}" for file in files]
+        yield f"| {'; rest swept '.join(told)}; in 900 {minus('long', name)} |"
     assert min(p["long"][name] for name in p["long"] if name != "adamw") > 0.3
-    pairs = {"aurora": "soap_muon", "namo": "polargrad"}
-    for pair in pairs.items():
-        (chance,) = {small(p["norms"][name]) for name in pair}
-        yield f"| {' and '.join(minus('norms', name) for name in pair)}, p = {chance}"
-    yield f"in 900 {minus('long', 'aurora')} and {minus('long', 'soap_muon')} |"
+    (chance,) = {small(p["norms"][name]) for name in ("namo", "polargrad")}
+    yield f"| {minus('norms', 'namo')} and {minus('norms', 'polargrad')}, p = {chance} |"
     yield f"| {minus('norms', 'muon_plus')}, p = {small(p['norms']['muon_plus'])} |"
     bound = [minus("norms", name) for name in ("muonh", "muon_sphere", "spel")]
     assert max(p["norms"][name] for name in ("muonh", "muon_sphere", "spel")) < 0.0015
