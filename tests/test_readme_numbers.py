@@ -925,8 +925,9 @@ def of_others():
     leads = [mean["muon"] - mean[name] for name in (four[-1], four[0])]
     p = max(holm([p_of(new[name], new["muon"]) for name in new if name != "muon"])[:4])
     yield "", "end {:.3f} to {:.3f} nats below Muon".format(*leads) + ", each at its best rate"
-    yield "", f"(p ≤ {p:.3f} after Holm for {len(new) - 1})"
-    yield "", f"Muon is at {gap(new['muon'], new['adamw'])} to AdamW"
+    yield "", f"(p ≤ {p:.3f}, {len(new) - 1} comparisons)"
+    lead = gap(new["adamw"], new["muon"]).replace("+", "").replace(" [", " nats [")
+    yield "", f"Muon ends {lead} below AdamW"
     yield "", f"({gap(new['muon_eq'], new['muon'])} to Muon's; in longer ones none led)"
     long = {
         name: np.mean([*a["losses_by_seed"].values()]) for name, a in arms("family", "long").items()
@@ -1024,12 +1025,12 @@ def of_others():
     others = [name for name in losses if name != "adamw"]
     p = dict(zip(others, holm([p_of(losses[o], losses["adamw"]) for o in others]), strict=True))
     below = gap(losses["adamw"], losses["muon"]).replace("+", "").replace(" [", " nats [")
-    yield "", f"final loss {below} below AdamW, but p = {p['muon']:.2f} after Holm for ten"
+    yield "", f"final loss {below} below AdamW, but p = {p['muon']:.2f} (ten comparisons)"
     shares = every["muon"]["to_adamw_loss"]
     yield (
         "",
-        f"Its {shares['tokens']:.0%}".replace("%", " %")
-        + " of AdamW's tokens and "
+        f"Muon reached AdamW's final loss with {shares['tokens']:.0%}".replace("%", " %")
+        + " of its tokens and "
         + (f"{100 * shares['flops']:.0f} % of its FLOPs"),
     )
     yield (
@@ -1057,7 +1058,7 @@ def of_others():
         of = next(row["speedup"][theirs] for row in speeds if row["arm"] == f"muon_jax {ours}")
         digits = 2 if theirs == "torch.optim" else 1
         median, low, high = (f"{of[key]:.{digits}f}" for key in ("median", "min", "max"))
-        yield "", f"| {median} [{low}, {high}] |"
+        yield "", f"| {median} ({low} to {high}) |"
 
 
 def found_by(ours, theirs):
@@ -1116,9 +1117,17 @@ def of_root():
     told.append(f"≥ {interval(by_task('paper', value=lambda r: r[MEMORISED]))}")
     told.append(interval(delays_by_task("paper")))
     (*_, strict), (*_, muon) = (counts("paper", optimizer=o) for o in ARMS)
-    told.append(f"{strict} of 51, Muon {muon} of 55")
+    told.append(f"AdamW {strict} of the 51 that grokked, Muon {muon} of 55")
     epochs, flops = ([row[i] for row in fresh()[:2]] for i in (3, 4))
-    return ("", told + [" and ".join(epochs), " and ".join(flops)])
+    told.append(f"division, {flops[0]}, and not established for multiplication, {flops[1]}")
+    (muon, adamw), (more, fewer) = (
+        sorted({cost(row) for row in cells(f"fresh_{task}")}, reverse=True)
+        for task in ("division", "multiplication")
+    )
+    told.append(f"takes {muon / adamw:.2f} and {more / fewer:.2f} times the FLOPs of an AdamW step")
+    (parameters,) = {row["parameters"] for row in cells("paper") if row["task"] != "parity"}
+    told.append(f"two layers, {parameters / 1e6:.2f} M parameters")
+    return ("", told + [" and ".join(epochs)])
 
 
 @functools.cache
