@@ -724,6 +724,13 @@ def of_grok():
                 *found["epochs"], *found["steps"], *found["FLOPs"]
             )
             yield f"(p = {spearman(name, name, 'muon', cost)[1]:.2f})"
+    own, whole = (cells("rank_norm", optimizer=f"low_rank{of}") for of in ("", "_whole"))
+    yield f"rank 16 is later still, {interval(logs('rank_norm', own, whole))} |"
+    ends = [[f([row[HELD] for row in rows]) for f in (min, max)] for rows in (whole, own)]
+    muon = [row[HELD] for row in cells("default", optimizer="muon")]
+    yield "at {} to {} epochs and {} to {}, Muon at {} to {}".format(
+        *ends[0], *ends[1], min(muon), max(muon)
+    )
     ranked = cells("rank", optimizer="low_rank")
     yield f"Spearman {signed(spearman('rank', 'variants.rank', 'low_rank', lambda row: 1)[0])}"
     assert len(ranked) == 18
