@@ -935,6 +935,14 @@ def of_others():
     yield "", f"(p ≤ {p:.3f}, {len(new) - 1} comparisons)"
     lead = gap(new["adamw"], new["muon"]).replace("+", "").replace(" [", " nats [")
     yield "", f"Muon ends {lead} below AdamW"
+    fair = {name: arm["losses_by_seed"] for name, arm in arms("family", "rest").items()}
+    ahead = gap(fair["adamw_rest"], fair["muon_rest"]).replace("+", "")
+    yield "", f"Muon's lead is {ahead.replace(' [', ' nats [')}"
+    fair = {
+        name: np.mean([*a["losses_by_seed"].values()])
+        for name, a in arms("family", "rest_leaders").items()
+    }
+    yield "", f"no variant's over Muon is above {fair['muon'] - min(fair.values()):.3f}"
     yield "", f"({gap(new['muon_eq'], new['muon'])} to Muon's; in longer ones none led)"
     long = {
         name: np.mean([*a["losses_by_seed"].values()]) for name, a in arms("family", "long").items()
@@ -1029,17 +1037,11 @@ def of_others():
 
     every = arms("pretrain", "optimizers")
     losses = {name: arm["losses_by_seed"] for name, arm in every.items()}
-    others = [name for name in losses if name != "adamw"]
-    p = dict(zip(others, holm([p_of(losses[o], losses["adamw"]) for o in others]), strict=True))
-    below = gap(losses["adamw"], losses["muon"]).replace("+", "").replace(" [", " nats [")
-    yield "", f"final loss {below} below AdamW, but p = {p['muon']:.2f} (ten comparisons)"
-    shares = every["muon"]["to_adamw_loss"]
-    yield (
-        "",
-        f"Muon reached AdamW's final loss with {shares['tokens']:.0%}".replace("%", " %")
-        + " of its tokens and "
-        + (f"{100 * shares['flops']:.0f} % of its FLOPs"),
-    )
+    below = [spans([-x for x in fresh_gains(name, "muon")], ".3f") for name in ("seeds", "dense")]
+    for lead, text in zip(below, ("final loss {} below AdamW", "no larger, {}"), strict=True):
+        yield "", text.format(lead.replace(" [", " nats ["))
+    tokens, flops = map(interval, shares_to_adamw("seeds", "muon"))
+    yield "", f"AdamW's final loss with {tokens} of its tokens and {flops} of its FLOPs"
     yield (
         "pretrain",
         f"find a difference of {found_by(losses['muon'], losses['adamw']):.2f} in 80 %",
@@ -1125,6 +1127,7 @@ def of_root():
     told.append(interval(delays_by_task("paper")))
     (*_, strict), (*_, muon) = (counts("paper", optimizer=o) for o in ARMS)
     told.append(f"AdamW {strict} of the 51 that grokked, Muon {muon} of 55")
+    told.append(f"{interval(logs('width', *pair_at('width', 'width', 32)))} of Muon's epochs")
     epochs, flops = ([row[i] for row in fresh()[:2]] for i in (3, 4))
     told.append(f"division, {flops[0]}, and not established for multiplication, {flops[1]}")
     (muon, adamw), (more, fewer) = (
