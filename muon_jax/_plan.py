@@ -105,8 +105,9 @@ def plan(
     device = device_of(platform or placing.platform)
     model_flops = _model_flops(tokens_per_step, active_params, routes, leaves)
     if optimizer is not None:
-        own = (ns_coeffs, shardings, ns_steps, ns_dtype, mu_dtype, nu_dtype, routing, matrix_axes)
-        if own != ("jordan", *[None] * 7):
+        settings = (shardings, ns_steps, ns_dtype, mu_dtype, nu_dtype, routing, matrix_axes)
+        default = isinstance(ns_coeffs, str) and ns_coeffs == "jordan"
+        if not default or any(x is not None for x in settings):
             raise ValueError(
                 "plan takes an optimizer or the settings of Muon, but got both. Pass the settings "
                 "to the optimizer, and the shardings with the params."
