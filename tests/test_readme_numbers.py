@@ -348,7 +348,7 @@ def beside_muon(name):
     found = []
     for own, arm in every.items():
         losses = arm["losses_by_seed"]
-        assert arm["at_edge"] == (name == "long")  # which has one rate
+        assert arm["at_edge"] == name.endswith("long")  # which has one rate
         told = ["", ""] if own == "muon" else [gap(losses, base), small(p[own])]
         found.append([f"{arm['best_rate']:g}", spread(losses), *told])
     return found
@@ -544,6 +544,7 @@ TABLES = {
     ("family", "The variants of 2026", 1): functools.partial(beside_muon, "long"),
     ("family", "AdamW's rate for the rest", 0): beside,
     ("family", "AdamW's rate for the rest", 1): functools.partial(beside_muon, "rest_leaders"),
+    ("family", "AdamW's rate for the rest", 2): functools.partial(beside_muon, "rest_long"),
     ("family", "What an update costs", 0): updates,
     ("family", "Rates and width", 1): widths,
     ("pretrain", "The default run", 0): pretrain_default,
@@ -965,6 +966,8 @@ def of_others():
     least, most = 100 * min(gone), 100 * max(gone)
     yield "family", f"lead, by {fair['muon'] - fair['aurora']:.3f} nats at most: {least:.0f} to"
     yield "family", f"{least:.0f} to {most:.0f} % of the leads above went with the low rate"
+    late = [arms("family", of)["muon"]["losses_by_seed"] for of in ("rest_long", "long")]
+    yield "family", f"Muon is {gap(*late)} to itself beside 0.006"
     (own,) = arms("family", "rest_hidden").values()
     yield "family", f"(0.012 by seed 0) give AdamW no more: {spread(own['losses_by_seed'])}"
     packed = {name: arm["validation_loss"] for name, arm in arms("family", "int4").items()}
