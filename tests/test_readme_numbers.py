@@ -944,7 +944,9 @@ def of_others():
         for name, a in arms("family", "rest_leaders").items()
     }
     yield "", f"no variant's over Muon is above {fair['muon'] - min(fair.values()):.3f}"
-    yield "", f"({gap(new['muon_eq'], new['muon'])} to Muon's; in longer ones none led)"
+    beside = {name: a["losses_by_seed"] for name, a in arms("family", "rest_leaders").items()}
+    pairs = gap(new["muon_eq"], new["muon"]), gap(beside["muon_eq"], beside["muon"])
+    yield "", "({} to Muon's, {} with that rate swept; in longer ones none led)".format(*pairs)
     long = {
         name: np.mean([*a["losses_by_seed"].values()]) for name, a in arms("family", "long").items()
     }
