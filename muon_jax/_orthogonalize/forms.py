@@ -25,6 +25,8 @@ class Form(NamedTuple):
             last once they are taken apart, so that XLA fuses what comes before and after.
         padded: to so many columns matrices of one short side are filled up with zeros, and make
             one stack; 0 is as many as they have.
+        joint_sums: the sums of a norm are one reduction with several results: a GPU ends each of
+            several in a kernel of its own, where arrays make several stacks. A TPU fuses them.
     """
 
     method: str
@@ -35,6 +37,7 @@ class Form(NamedTuple):
     upright: bool = False
     apart: bool = False
     padded: int = 0
+    joint_sums: bool = False
 
     def flops(self, short: int, long: int, rows: tuple[Row, ...]) -> int:
         """FLOPs of the matrix products for one matrix, or for a tile with `long` of its columns."""
