@@ -42,10 +42,7 @@ def orthogonalize_leaves(
         Arrays with the shapes, dtypes and shardings of `leaves`.
     """
     if placing.mesh is None and jax.device_count() > 1:
-        return [
-            _orthogonalize_here(x, a, orthogonalizer, placing.platform, chunk_size)
-            for x, a in zip(leaves, axes, strict=True)
-        ]
+        return _orthogonalize_without_mesh(leaves, axes, orthogonalizer, placing, chunk_size)
     if not placing.available_axes and not any(layouts):
         placing = placing._replace(manual_axes=())  # leaves are not split inside `shard_map`
     known: dict[int, Layout] = {}
@@ -87,6 +84,39 @@ def _match_auto_sharding(x: jax.Array, like: jax.Array, placing: Placing) -> jax
     """Gives `x` the sharding of `like` if XLA chooses the sharding."""
     traced = bool(placing.available_axes) and isinstance(x, jax.core.Tracer)
     return match_sharding(x, like) if traced and layout_of(x, placing) is None else x
+
+
+def _orthogonalize_without_mesh(
+    leaves: Sequence[jax.Array],
+    axes: Sequence[MatrixAxes],
+    orthogonalizer: Orthogonalizer,
+    placing: Placing,
+    chunk_size: int | None,
+) -> list[jax.Array]:
+    """Leaves that several devices may share, in a way that is XLA's alone to know.
+
+    Those of one program that are single matrices may be one stack, since a new axis splits nothing
+    in another way.
+    """
+    updates = {}
+    singles = {
+        i: x
+        for i, x in enumerate(leaves)
+        if isinstance(x, jax.core.Tracer) and not axes[i].split(x.shape)[0]
+    }
+    if singles:
+        placed = tuple(
+            PlacedArray(x.shape, jnp.dtype(x.dtype), ((),) * x.ndim, axes[i].normalized(x.ndim))
+            for i, x in singles.items()
+        )
+        results = _program(placed, placing, orthogonalizer, chunk_size)(*singles.values())
+        updates = dict(zip(singles, results, strict=True))
+    return [
+        updates[i].astype(x.dtype)
+        if i in updates
+        else _orthogonalize_here(x, axes[i], orthogonalizer, placing.platform, chunk_size)
+        for i, x in enumerate(leaves)
+    ]
 
 
 def _orthogonalize_here(
