@@ -62,7 +62,8 @@ class Form(NamedTuple):
             scaled.append(Kernel(0, 2 * together * short * self.padded))  # the stack is written
         for matrices, long in stacks:
             entries = matrices * short * long
-            scaled += [Kernel(0, entries), *[Kernel(0, 0)] * 3, Kernel(0, 2 * entries)]
+            read = 0 if device.on_chip else entries  # there with the momentum
+            scaled += [Kernel(0, read), *[Kernel(0, 0)] * 3, Kernel(0, 2 * entries)]
         return scaled + list(_iteration(self, short, tuple(stacks), rows, device.on_chip))
 
 
