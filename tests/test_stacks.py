@@ -202,7 +202,7 @@ def test_without_a_mesh_single_matrices_are_one_stack_and_batches_are_not_merged
 def test_a_norm_of_huge_and_tiny_entries_is_that_of_float64(platform):
     rows = [[3e38, 1e38, 1e-38], [2e15, 3e15, 1e15], [3e-16, 4e-16, 0], [2e-38, 4e-38, 4e-38]]
     x = np.array(rows, np.float32)[:, None, :]
-    y = on(platform, NewtonSchulz("exact"), jnp.asarray(x))
+    y = on(platform, NewtonSchulz((1.0, 0.0, 0.0), steps=1), jnp.asarray(x))  # only divided
     wide = x.astype(np.float64)
     exact = wide / np.linalg.norm(wide, axis=(1, 2), keepdims=True)
     np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-30)
