@@ -162,9 +162,10 @@ def plan(
             stack = stacks[span.stack]
             split = math.prod(size[name] for name in stack.in_axes + stack.out_axes)
             held.append(span.matrices * stack.fan_in * stack.fan_out // split)
-        kernels = [Kernel(0, 4 * numbers) for numbers in held]
-        if bucket.axes or not device.on_chip:  # else the last product takes the step along
-            kernels.append(Kernel(0, 3 * sum(held)))
+        # What a chip keeps is not written, and its last product takes the step along.
+        stays = device.on_chip and not bucket.axes
+        kernels = [Kernel(0, (3 if stays else 4) * numbers) for numbers in held]
+        kernels += [] if stays else [Kernel(0, 3 * sum(held))]
         return total + device.seconds(kernels, placed[bucket.spans[0].stack].dtype)
 
     def muon_row(group: list[Bucket]) -> PlanRow:
