@@ -1,5 +1,6 @@
 """Orthogonalises every matrix of a tree only once, on any mesh: layouts → exchange → results."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -194,6 +195,8 @@ def plan_exchange(
 ) -> tuple[tuple[Stack, ...], tuple[Bucket, ...]]:
     """Returns the stacks of these arrays and their buckets on `platform`."""
     sizes = placing.sizes
+    if newton_schulz is not None:  # no plan depends on these, which may be tracers
+        newton_schulz = dataclasses.replace(newton_schulz, eps=0, absolute_eps=None)
     stacks = tuple(item.stack(sizes, exchange_dtype(item.dtype, newton_schulz)) for item in placed)
     return stacks, plan_buckets(stacks, sizes, newton_schulz, platform or placing.platform)
 
