@@ -94,10 +94,10 @@ def _orthogonalize_without_mesh(
     placing: Placing,
     chunk_size: int | None,
 ) -> list[jax.Array]:
-    """Leaves that several devices may share, in a way that is XLA's alone to know.
+    """Orthogonalises leaves that only XLA knows to be on one device or split over several.
 
-    Those of one program that are single matrices may be one stack, since a new axis splits nothing
-    in another way.
+    Single matrices of a traced program are stacked by shape: a new axis changes no split. Batch
+    axes are not merged, and arrays outside of a trace may be on different devices.
     """
     updates = {}
     singles = {
