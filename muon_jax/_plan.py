@@ -163,7 +163,10 @@ def plan(
             stack = stacks[span.stack]
             split = math.prod(size[name] for name in stack.in_axes + stack.out_axes)
             held.append(span.matrices * stack.fan_in * stack.fan_out // split)
-        kernels = [*(Kernel(0, 4 * numbers) for numbers in held), Kernel(0, 3 * sum(held))]
+        # Updates that stay in on-chip memory are not written, and the step is fused with a product.
+        stays = device.on_chip and not bucket.axes
+        kernels = [Kernel(0, (3 if stays else 4) * numbers) for numbers in held]
+        kernels += [] if stays else [Kernel(0, 3 * sum(held))]
         return total + device.seconds(kernels, placed[bucket.spans[0].stack].dtype)
 
     def muon_row(group: list[Bucket]) -> PlanRow:
