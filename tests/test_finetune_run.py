@@ -130,7 +130,7 @@ def test_one_gradient_of_uneven_microbatches_is_that_of_the_whole_batch():
             run = jax.jit(trainer._gradient)
             found.append(
                 jax.device_get(
-                    run(jax.device_put(initial(), trainer.places), trainer.place(batch()))
+                    run(jax.device_put(initial(), trainer.places), {}, trainer.place(batch()))
                 )
             )
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)

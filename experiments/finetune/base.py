@@ -154,7 +154,7 @@ def _pretrain(
         base.steps,
         base.steps,
         advance,
-        lambda state: loop.evaluate(trainer, state.params, batches),
+        lambda state: loop.evaluate(trainer, trainer.whole(state), batches),
     )
     if outcome["diverged"]:
         raise TrainingError(

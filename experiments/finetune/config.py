@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from experiments.language.mesh import Mesh
 from experiments.language.training_loop import Keeping
@@ -25,6 +25,7 @@ from experiments.settings import (
 )
 
 ArmName = Literal["adamw", "muon_frozen1d", "muon_adamw", "muonclip"]
+TargetName = Literal["query", "key", "value", "out", "gate", "up", "down"]
 QuirkName = Literal[
     "warmup_of_muonclip_alone",
     "decay_apart",
@@ -84,11 +85,35 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """LoRA (2106.09685): of each target two factors are trained, and everything else is frozen."""
+
+    rank: Whole = 0
+    """Rank of the update of each target, which is alpha / rank × A B. 0 trains all parameters."""
+    alpha: Positive = 16.0
+    """Scale of the update, times the rank. Muon and AdamW take steps of one size whatever it is, so
+    that twice the alpha moves the model twice as far."""
+    targets: Annotated[tuple[TargetName, ...], _DIFFERENT] = get_args(TargetName)
+    """Matrices of each layer to train: of attention and of SwiGLU. Muon and muon_frozen1d take all
+    factors, so that they are the same arm; muonclip clips the gains of QK-norm beside them."""
+
+    def __post_init__(self) -> None:
+        check(self, "lora")
+
+    @property
+    def scale(self) -> float:
+        """Of the product of two factors."""
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class Training:
     """One fine-tuning of one model, whichever arm does it."""
 
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     """Settings that all optimizers share."""
+    lora: Lora = dataclasses.field(default_factory=Lora)
+    """Low-rank adapters to train in place of the parameters."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     """The mesh of devices; at most one axis may be -1, and takes all devices that others leave. By
     default, on a CPU, each optimizer trains on a device of its own."""

@@ -78,6 +78,16 @@ class FineTuning(TrainingLoop):
     def start(self) -> State:
         return self.trainer.start(self.model.load(self.trainer.mesh))
 
+    def kept(self, state: State) -> State:
+        """Without what is frozen, which the model's folder has."""
+        return state._replace(frozen={})
+
+    def _begin(self) -> State:
+        state = super()._begin()
+        if state.frozen or not self.trainer.abstract.frozen:
+            return state
+        return state._replace(frozen=self.start().frozen)
+
     def batches(self, step: int) -> Iterator[Any]:
         for number in range(step, self.config.steps):
             yield self.trainer.place(self.packed[number])
@@ -86,7 +96,7 @@ class FineTuning(TrainingLoop):
         return window[-1] | {"mean_token_accuracy": np.mean(_column(window, "mean_token_accuracy"))}
 
     def evaluate(self, state: State) -> tuple[Metrics, float]:
-        values = evaluate(self.trainer, state.params, self.held_out)
+        values = evaluate(self.trainer, self.trainer.whole(state), self.held_out)
         return values, values["validation_loss"]
 
     def remedy(self) -> str:
@@ -103,7 +113,7 @@ class FineTuning(TrainingLoop):
         }
 
     def finish(self, state: State) -> None:
-        self.on_finish(state.params)
+        self.on_finish(self.trainer.merged(state))
         super().finish(state)
 
     def summary(self, trained: Metrics, evaluated: Metrics) -> Metrics:
@@ -221,7 +231,7 @@ def train_cell(
         config.steps,
         running.evaluate_every,
         advance,
-        lambda state: evaluate(trainer, state.params, windows),
+        lambda state: evaluate(trainer, trainer.whole(state), windows),
         on_evaluation,
         first=True,
     )

@@ -19,6 +19,8 @@ from flax import nnx
 
 import muon_jax
 from experiments.finetune.architecture import Architecture
+from experiments.finetune.config import Lora
+from experiments.finetune.lora import adapt
 from experiments.language import sharding, vocabulary
 from experiments.language.attention import KEEP_KERNELS, GroupedQuery
 from experiments.language.decoder import Layer, graph
@@ -55,11 +57,18 @@ class LanguageModel:
         dtype: of the arithmetic, but for norms, angles, softmax and logits, which are float32.
         remat: keep of a layer its input and what a kernel of attention returned, and compute the
             rest again in the backward pass.
+        lora: which kernels have adapters.
     """
 
-    def __init__(self, architecture: Architecture, dtype: Dtype = "bfloat16", remat: bool = True):
+    def __init__(
+        self,
+        architecture: Architecture,
+        dtype: Dtype = "bfloat16",
+        remat: bool = True,
+        lora: Lora = Lora(),  # noqa: B008 - it is frozen
+    ):
         self.architecture, self.dtype, self.remat = architecture, dtype, remat
-        self._layer = graph(functools.partial(_layer, architecture))
+        self._layer = graph(functools.partial(_layer, architecture, lora))
         norm = functools.partial(RMSNorm, architecture.hidden, epsilon=architecture.epsilon)
         self._norm = graph(lambda rngs: norm(rngs=rngs))
 
@@ -174,10 +183,14 @@ class LanguageModel:
         )
 
 
-def shapes(architecture: Architecture) -> Params:
-    """The params as shapes, float32."""
+def shapes(architecture: Architecture, lora: Lora = Lora()) -> Params:  # noqa: B008
+    """The params as shapes, float32.
+
+    Raises:
+        ValueError: the rank of LoRA is larger than a side of a target.
+    """
     a = architecture
-    layer = nnx.eval_shape(lambda: _layer(a, nnx.Rngs(0)))
+    layer = nnx.eval_shape(lambda: _layer(a, lora, nnx.Rngs(0)))
     of_layer = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
 
     def stack(*shape: int) -> jax.ShapeDtypeStruct:
@@ -245,11 +258,11 @@ def _texts(segments_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(segments_BxT > 0, first + 1, 0), places - first
 
 
-def _layer(a: Architecture, rngs: nnx.Rngs) -> Layer:
+def _layer(a: Architecture, lora: Lora, rngs: nnx.Rngs) -> Layer:
     norm = a.epsilon if a.qk_norm else None
     heads = a.heads, a.kv_heads, a.head_dim, a.rope_theta, norm
     attention = functools.partial(
         GroupedQuery, a.hidden, *heads, bias=a.qkv_bias, rope_scaling=a.rope_scaling
     )
     feed_forward = functools.partial(SwiGLU, a.hidden, a.ffn)
-    return Layer(a.hidden, a.epsilon, attention, feed_forward, rngs=rngs)
+    return adapt(Layer(a.hidden, a.epsilon, attention, feed_forward, rngs=rngs), lora, rngs)

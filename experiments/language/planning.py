@@ -120,6 +120,7 @@ class Case:
         passes: bytes of one device that the passes have beside the state, by part.
         savings: settings that would take less memory, in words.
         optimizers: that may be advised in the place of this one.
+        frozen: params that are held and not trained, as shapes with shardings.
         updates: its update, and that of routed experts alone where there are any: for each the
             optimizer, params and specs of these.
     """
@@ -139,6 +140,7 @@ class Case:
     optimizers: Sequence[str]
     updates: Callable[[], Sequence[tuple[Any, Any, Any]]]
     idle: int = 0
+    frozen: Any = dataclasses.field(default_factory=dict)
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
@@ -176,6 +178,8 @@ class Case:
             "gradient, float32": on_device(state.params),
             "optimizer state, float32": on_device(state.opt_state),
         }
+        if self.frozen:
+            held[f"frozen params, {self.config.dtype}"] = on_device(self.frozen)
         if self.muon is None:
             return Memory(held, self.passes, {})
         leaves = map(jax.tree.leaves, (state.params, self.labels))

@@ -99,6 +99,10 @@ class TrainingLoop(abc.ABC):
     def start(self) -> Any:
         """The state before the first step."""
 
+    def kept(self, state: Any) -> Any:
+        """What a checkpoint has of a state; by default all."""
+        return state
+
     @abc.abstractmethod
     def batches(self, step: int) -> Iterator[Any]:
         """What `trainer.advance` takes, from a step on."""
@@ -263,7 +267,7 @@ class TrainingLoop(abc.ABC):
                 self.log.close()
 
     def _begin(self) -> Any:
-        restored = self.checkpoints.restore(self.trainer.abstract)
+        restored = self.checkpoints.restore(self.kept(self.trainer.abstract))
         if restored is None:
             return self.start()
         for damage in restored.damaged:
@@ -343,7 +347,7 @@ class TrainingLoop(abc.ABC):
             )
         if self.log:
             self.log.flush()
-        self.checkpoints.save(step, state, self.meta(step))
+        self.checkpoints.save(step, self.kept(state), self.meta(step))
         self._saved = step
 
 

@@ -1,0 +1,177 @@
+"""LoRA: what is trained and what is not, merged models, runs that go on, meshes and memory."""
+
+import dataclasses
+import functools
+import json
+import threading
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from finetuning import NORMED, batch, initial, prepared, start, trainer_of, training
+from pretraining import mesh_of
+from trajectories import apart
+
+import muon_jax
+from experiments.finetune import arms, loop, lora, model, plan
+from experiments.finetune.config import Lora, Running
+from experiments.finetune.step import Trainer
+from experiments.language.checkpoints import Checkpoints
+from experiments.language.planning import compiled_bytes
+
+OF = Lora(rank=4, targets=("query", "out", "down"))
+PLAIN = dataclasses.replace(NORMED, family="llama")
+
+
+def stepped(trainer, steps=3):
+    state = start(trainer)
+    for seed in range(steps):
+        state, metrics = trainer.advance(state, trainer.place(batch(seed=seed)))
+        jax.block_until_ready(state)
+    return state, metrics
+
+
+@functools.cache
+def trained(arm):
+    trainer = trainer_of(training(lora=OF, with_={"clip_threshold": 1.0}), arm)
+    return trainer, *stepped(trainer)
+
+
+def paths(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+@pytest.mark.parametrize("arm", arms.ARMS)
+def test_an_arm_trains_the_factors_of_the_targets_alone(arm):
+    trainer, state, metrics = trained(arm)
+    factors = [f"{m}/adapter/lora_{f}" for m in ("query", "out", "down") for f in "ab"]
+    found = paths(state.params)
+    adapters = {path for path in found if "lora" in path}
+    assert {"/".join(path.split("/")[2:]) for path in adapters} == set(factors)
+    clipped = {"layers/attention/query_norm/scale", "layers/attention/key_norm/scale"}
+    assert found.keys() - adapters == (clipped if arm == "muonclip" else set())
+    assert all(np.any(np.asarray(found[path]) != 0) for path in adapters)
+    labels = paths(trainer.arm.labels)
+    assert {labels[path] for path in adapters} == {"adamw" if arm == "adamw" else "muon"}
+    # No moment is of anything else.
+    most = sum(leaf.size for leaf in found.values())
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+    assert 0 < moments <= (2 if arm == "adamw" else 1) * most
+    base = paths(initial())
+    for path, leaf in paths(state.frozen).items():
+        np.testing.assert_array_equal(leaf, base[path])
+    for path in clipped & found.keys():
+        assert np.all(found[path] < base[path])  # the clip acts, and nothing else
+    assert np.isfinite(metrics["loss"]) and metrics["taken"]
+
+
+@pytest.mark.parametrize("arm", arms.ARMS)
+def test_a_merged_model_is_the_adapted_one(arm):
+    trainer, state, _ = trained(arm)
+    merged = trainer.merged(state)
+    assert jax.tree.structure(merged) == jax.tree.structure(model.shapes(NORMED))
+    tokens = batch().tokens
+    with jax.set_mesh(trainer.mesh):
+
+        def logits(lm, params):
+            return lm.logits(params, lm.hidden(params, tokens)[0])
+
+        adapted = jax.jit(functools.partial(logits, trainer.model))(trainer.whole(state))
+        plain = model.LanguageModel(NORMED, "float32", remat=False)
+        run = jax.jit(functools.partial(logits, plain))
+        ours, before = run(merged), run(jax.device_put(initial(), trainer.places))
+    scale = np.abs(adapted).max()
+    assert np.abs(ours - adapted).max() < 1e-5 * scale
+    assert np.abs(before - adapted).max() > 1e-2 * scale
+
+
+def test_the_first_loss_is_the_models_own():
+    """The product of new factors is zero; alpha / rank scales it."""
+    trainer, windows = trainer_of(training(lora=OF)), None
+    windows = trainer.place_whole(batch())
+    own = trainer_of(training())
+    before = own.evaluate(jax.device_put(initial(), own.places), windows)["loss"]
+    whole = trainer.whole(start(trainer))
+    np.testing.assert_allclose(trainer.evaluate(whole, windows)["loss"], before, rtol=1e-6)
+    ones = jax.tree.map(np.ones_like, whole["layers"]["attention"]["query"])
+    kernel = lora.merge({"query": ones}, OF)["query"]["kernel"]
+    np.testing.assert_allclose(kernel, 1 + 16 / 4 * 4, rtol=1e-6)
+
+
+def test_a_mesh_and_microbatches_change_no_factor():
+    config = training(lora=OF)
+    one, _ = stepped(trainer_of(config, "muon_adamw"), steps=2)
+    begun = start(trainer_of(config, "muon_adamw"))
+    split = dataclasses.replace(config, accumulate=2)
+    spread, _ = stepped(trainer_of(split, "muon_adamw", NORMED, mesh_of(1, 2, 1, 2)), steps=2)
+    assert apart(jax.device_get(spread.params), one.params, begun.params) < 5e-4
+
+
+def run(folder, stop_after=None, arm="muonclip"):
+    trainer, stop = trained(arm)[0], threading.Event()
+
+    def on_step(progress):
+        if stop_after is not None and progress.step >= stop_after:
+            stop.set()
+
+    def load(mesh):
+        return jax.device_put(initial(), trainer.places, may_alias=False)
+
+    folder.mkdir(exist_ok=True)
+    often = Running(save_every=4, evaluate_every=6, evaluation_tokens=100)
+    begin = loop.Start("counting", NORMED, load)
+    given = trainer, often, prepared(), begin, epath.Path(folder), stop
+    merged = []
+    finished = loop.FineTuning(*given, on_step=on_step, on_finish=merged.append).to_the_end()
+    return finished, merged
+
+
+def test_a_run_goes_on_with_the_same_bits_and_its_checkpoints_have_no_model(tmp_path):
+    finished, (whole,) = run(tmp_path / "whole")
+    assert finished
+    for stop in (3, 9, None):
+        finished, merged = run(tmp_path / "parts", stop)
+        assert finished == (stop is None)
+    for x, y in zip(jax.tree.leaves(merged[0]), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(x, y)
+    digests = {
+        json.loads((tmp_path / name / "summary.json").read_text())["params_sha256"]
+        for name in ("parts", "whole")
+    }
+    assert len(digests) == 1
+    checkpoints = Checkpoints(tmp_path / "parts" / "checkpoints")
+    trainer = trained("muonclip")[0]
+    kept = checkpoints.restore(trainer.abstract._replace(frozen={})).state
+    assert not kept.frozen and paths(kept.params).keys() == paths(trainer.abstract.params).keys()
+    checkpoints.close()
+
+
+def test_memory_has_no_gradient_and_no_state_of_what_is_frozen():
+    large = dataclasses.replace(NORMED, hidden=128, ffn=512, vocabulary=2048)
+    settings = {"context": 64, "batch": 1, "remat": True}
+    full, small = (
+        Trainer(training(lora=of, **settings), "muon_adamw", large, mesh_of(1, 1, 1, 1))
+        for of in (Lora(), OF)
+    )
+    case, entries = plan.case(small), sum(x.size for x in jax.tree.leaves(model.shapes(large)))
+    held = case.memory.held
+    assert held["frozen params, float32"] == 4 * entries
+    assert held["params, float32"] == held["gradient, float32"] < 0.1 * 4 * entries
+    assert case.flops < plan.case(full).flops
+    # The compiler finds no use for gradients of kernels and tables: three copies are gone.
+    saved = compiled_bytes(full.program) - compiled_bytes(small.program)
+    assert saved > 1.8 * 4 * entries
+    narrow = Trainer(
+        training(lora=OF, dtype="bfloat16", **settings), "muon_adamw", large, mesh_of(1, 1, 1, 1)
+    )
+    assert plan.case(narrow).memory.held["frozen params, bfloat16"] == 2 * entries
+
+
+def test_what_lora_cannot_do_is_refused():
+    with pytest.raises(ValueError, match=r"key is 32 × 16; got 17. Use at most 16, or remove key"):
+        trainer_of(training(lora=Lora(rank=17)))
+    with pytest.raises(ValueError, match=r"muonclip scales W_q and W_k of this llama"):
+        trainer_of(training(lora=OF), "muonclip", PLAIN)
+    assert muon_jax.routing_table(trained("adamw")[0].abstract.params).count("a LoRA factor") == 6
