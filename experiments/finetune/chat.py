@@ -9,7 +9,7 @@ import functools
 import itertools
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, NamedTuple
@@ -218,6 +218,31 @@ class Chat:
         text = _unmark(f"{opening}{prompt}{CUT}{BEGIN}{completion}{CUT}{end}{END}")
         return text._replace(escaped=CUT in prompt + completion)
 
+    def question(self, messages: Sequence[Any]) -> list[int]:
+        """Tokens of a conversation, up to where the assistant is to speak.
+
+        Raises:
+            ValueError: the template refuses the messages, or they have what no text has.
+        """
+        rendered = self._render(self._escape(messages), None, answer=True)
+        return self._tokens(rendered.replace(BEGIN, "").replace(END, ""))
+
+    def prompt(self, text: str) -> list[int]:
+        """Tokens of a text to go on from, as `completion` has those of a prompt."""
+        opening = f"{self._opening}{CUT}" if self._opening else ""
+        return self._tokens(opening + self._escape(text))
+
+    def _tokens(self, marked: str) -> list[int]:
+        (encoded,) = self.encode([_unmark(marked)])
+        return encoded.tokens.tolist()
+
+    def answer(self, tokens: Sequence[int], ends: Collection[int]) -> str:
+        """The text of tokens up to one of `ends`, or of the tokenizer's own end of a turn."""
+        names = (self._names.get("eos_token"), (self._markers or CHATML).end.strip())
+        known = {*ends, *(self._tokenizer.token_to_id(name) for name in names if name)}
+        kept = itertools.takewhile(lambda token: token not in known, tokens)
+        return self._tokenizer.decode(list(kept), skip_special_tokens=True)
+
     def encode(self, texts: Iterable[Text]) -> list[Encoded]:
         """Their tokens; one is learnt if a character of it is."""
         texts = list(texts)
@@ -228,13 +253,13 @@ class Chat:
         )
         return [_join(text, [next(encodings) for _ in text.pieces]) for text in texts]
 
-    def _render(self, messages: Sequence[Any], tools: Any) -> str:
+    def _render(self, messages: Sequence[Any], tools: Any, answer: bool = False) -> str:
         try:
             return self._template.render(
                 messages=messages,
                 tools=tools,
                 documents=None,
-                add_generation_prompt=False,
+                add_generation_prompt=answer,
                 **self._names,
             )
         except ValueError as error:

@@ -6,21 +6,25 @@ import math
 import statistics
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 
+from experiments.finetune import arms
 from experiments.finetune.architecture import Architecture
 from experiments.finetune.config import ArmName, Running, Training
 from experiments.finetune.data import Prepared
 from experiments.finetune.model import Params
 from experiments.finetune.packing import Batch, Batches, Rows, in_order
 from experiments.finetune.step import State, Trainer
+from experiments.language import model_card
 from experiments.language.cell import train_in_memory
 from experiments.language.mesh import one_device
 from experiments.language.training_loop import Metrics, TrainingLoop
+from experiments.report.figures import optimizer_label
 
 
 class Start(NamedTuple):
@@ -115,6 +119,38 @@ class FineTuning(TrainingLoop):
     def finish(self, state: State) -> None:
         self.on_finish(self.trainer.merged(state))
         super().finish(state)
+
+    def write_card(self, folder: Path) -> None:
+        """What the exported model is, for those who find it."""
+        config, report = self.config, self.rows.report
+        settings, base = config.optimizer, self.model.name.split()[0]
+        losses = [r["validation_loss"] for r in self.log.records if "validation_loss" in r]
+        low_rank = {
+            "rank": config.lora.rank,
+            "alpha": config.lora.alpha,
+            "of": " ".join(config.lora.targets),
+        }
+        facts = {
+            "Base model": f"{base}, digest {self.model.name.split()[-1]}",
+            "Data": f"{report.name}: {report.rows - report.held_out_rows:,} examples to train on, "
+            f"{report.held_out_rows:,} held out",
+            "Digest of the data's tokens": report.sha256,
+            "Optimizer": arms.ARMS[self.trainer.name],
+            "Learning rate": f"{settings.learning_rate:g}, after {config.warmup} steps of warm-up, "
+            f"then {config.decay} decay to {config.final_lr_fraction:g} of it",
+            "Weight decay": settings.weight_decay,
+            "Adam": {"b1": settings.b1, "b2": settings.b2, "eps": settings.eps},
+            "Muon": None
+            if self.trainer.name == "adamw"
+            else {"momentum": settings.beta, "coefficients": settings.ns_coeffs},
+            "Reproduces errors of published code": ", ".join(settings.quirks) or None,
+            "LoRA, merged": low_rank if config.lora.rank else None,
+            "Steps": f"{config.steps:,} of {config.batch} sequences of {config.context:,} tokens",
+            "Precision": f"{config.dtype}, params and optimizer float32",
+            "Held-out loss, nats per token": f"{losses[0]:.4f} before, {losses[-1]:.4f} after",
+        }
+        summary = f"{base}, fine-tuned with {optimizer_label(self.trainer.name)} by muon_jax."
+        model_card.write(folder, f"{base}, fine-tuned", summary, facts, base=base)
 
     def summary(self, trained: Metrics, evaluated: Metrics) -> Metrics:
         steps = [record for record in self.log.records if "loss" in record] if self.log else []

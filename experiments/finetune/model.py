@@ -23,7 +23,7 @@ from experiments.finetune.config import Lora
 from experiments.finetune.lora import adapt
 from experiments.language import sharding, vocabulary
 from experiments.language.attention import KEEP_KERNELS, GroupedQuery
-from experiments.language.decoder import Layer, graph
+from experiments.language.decoder import Cache, Layer, graph
 from experiments.language.tensors import Dtype
 from experiments.layers import RMSNorm, SwiGLU
 
@@ -118,6 +118,30 @@ class LanguageModel:
         )
         x_BxTxD = nnx.merge(self._norm, self._cast({"norm": params["norm"]})["norm"])(x_BxTxD)
         return x_BxTxD, {"layers/attention": largest} if max_logits else {}
+
+    def continued(
+        self,
+        params: Params,
+        tokens_BxT: jax.Array,
+        caches: Cache | None = None,
+        at: int | jax.Array = 0,
+    ) -> tuple[jax.Array, Cache]:
+        """What the head reads of tokens from position `at` on, and the caches with them.
+
+        Args:
+            params, tokens_BxT: as `hidden` takes them.
+            caches, at: as `decoder.Layer.continued` takes them, caches of all layers stacked.
+        """
+
+        def layer(x_BxTxD, inputs):
+            kernels, cache = inputs
+            return nnx.merge(self._layer, kernels).continued(x_BxTxD, cache, at)
+
+        x_BxTxD = vocabulary.look_up(params["embedding"]["embedding"], tokens_BxT, self.dtype)
+        layers = self._cast({"layers": params["layers"]})["layers"]
+        unroll = self.architecture.layers <= _UNROLLED
+        x_BxTxD, caches = jax.lax.scan(layer, x_BxTxD, (layers, caches), unroll=unroll)
+        return nnx.merge(self._norm, self._cast({"norm": params["norm"]})["norm"])(x_BxTxD), caches
 
     def losses(
         self,
