@@ -6,6 +6,7 @@ import itertools
 import json
 import sysconfig
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -529,3 +530,35 @@ def test_no_module_and_no_function_is_on_both_sides(installed, model):
     assert report.held_out_rows == len(held_out.lengths) <= sum(made.rows[name] for name in held)
     assert 0.02 < report.held_out_rows / report.rows < 0.3
     assert len(train.lengths) + len(held_out.lengths) + report.too_long == len(rows) == report.rows
+
+
+def test_other_examples_than_the_pinned_ones_are_refused(installed, model):
+    folder, _ = installed
+    report = data.prepare(None, model, 512, cache=folder).report
+    data._check_digest(report, None)
+    data._check_digest(report, report.sha256[:8])
+    with pytest.raises(ValueError, match=r"install the versions .* Here are Python .*copies 1\.2"):
+        data._check_digest(report, "0" * 8)
+    with pytest.raises(ValueError, match="Give the same file, --model and --context"):
+        data._check_digest(report._replace(packages=None), "0" * 8)
+
+
+def test_the_text_of_a_pretraining_is_read(model, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": f"to be or not {i} " * 9}) + "\n" for i in range(9))
+    )
+    chat.write_tokenizer(tmp_path / "model", ["to be or not to be"] * 9, 300)
+    command = SimpleNamespace(pretraining_text=str(path), context=16, evaluation_tokens=1000)
+    rows = data.pretraining_text(command, tmp_path / "model")
+    assert len(rows.lengths) > 4 and set(rows.lengths) == {16}
+    assert not rows.learnt[rows.starts[:-1]].any() and rows.learnt.sum() == 15 * len(rows.lengths)
+    first = chat.Chat(tmp_path / "model").prompt("to be or not 0 " * 9)[:16]
+    assert first in rows.tokens.reshape(-1, 16).tolist()
+    command.pretraining_text = None
+    assert data.pretraining_text(command, tmp_path / "model") is None
+    np.save(tmp_path / "model" / data.HELD_OUT, np.ones((3, 40), np.int32))
+    assert data.pretraining_text(command, tmp_path / "model").lengths.tolist() == [16] * 3
+    command.pretraining_text = "nowhere.txt"
+    with pytest.raises(ValueError, match="--pretraining-text must be a file that ends in"):
+        data.pretraining_text(command, tmp_path / "model")

@@ -7,6 +7,7 @@ import threading
 
 import jax
 import numpy as np
+import optax
 import pytest
 from etils import epath
 from finetuning import NORMED, batch, initial, prepared, start, trainer_of, training
@@ -16,7 +17,9 @@ from trajectories import apart
 import muon_jax
 from experiments.finetune import arms, loop, lora, model, plan
 from experiments.finetune.config import Lora, Running
+from experiments.finetune.packing import Rows
 from experiments.finetune.step import Trainer
+from experiments.language import log
 from experiments.language.checkpoints import Checkpoints
 from experiments.language.planning import compiled_bytes
 
@@ -89,7 +92,7 @@ def test_a_merged_model_is_the_adapted_one(arm):
 
 def test_the_first_loss_is_the_models_own():
     """The product of new factors is zero; alpha / rank scales it."""
-    trainer, windows = trainer_of(training(lora=OF)), None
+    trainer = trainer_of(training(lora=OF))
     windows = trainer.place_whole(batch())
     own = trainer_of(training())
     before = own.evaluate(jax.device_put(initial(), own.places), windows)["loss"]
@@ -121,11 +124,22 @@ def run(folder, stop_after=None, arm="muonclip"):
 
     folder.mkdir(exist_ok=True)
     often = Running(save_every=4, evaluate_every=6, evaluation_tokens=100)
-    begin = loop.Start("counting", NORMED, load)
+    text = Rows.of([(np.arange(12, dtype=np.int32) % 5, np.arange(12) > 0)] * 9)
+    begin = loop.Start("counting", NORMED, load, text)
     given = trainer, often, prepared(), begin, epath.Path(folder), stop
     merged = []
     finished = loop.FineTuning(*given, on_step=on_step, on_finish=merged.append).to_the_end()
     return finished, merged
+
+
+def by_hand_loss(trainer, tokens):
+    """Mean cross-entropy of the tokens after the first, of the model before training."""
+    lm = model.LanguageModel(NORMED, "float32", remat=False)
+    with jax.set_mesh(trainer.mesh):
+        params = jax.device_put(initial(), trainer.places)
+        logits = lm.logits(params, lm.hidden(params, tokens)[0])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
+    return float(losses.mean())
 
 
 def test_a_run_goes_on_with_the_same_bits_and_its_checkpoints_have_no_model(tmp_path):
@@ -136,6 +150,15 @@ def test_a_run_goes_on_with_the_same_bits_and_its_checkpoints_have_no_model(tmp_
         assert finished == (stop is None)
     for x, y in zip(jax.tree.leaves(merged[0]), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(x, y)
+    # What is forgotten of other text is measured whenever held-out rows are.
+    found, _ = log.read(epath.Path(tmp_path / "parts"))
+    told = {r["step"]: r["pretraining_loss"] for r in found if "validation_loss" in r}
+    summary = json.loads((tmp_path / "parts" / "summary.json").read_text())
+    assert sorted(told) == [0, 6, 12] and told[12] == summary["pretraining_loss"]
+    own = trained("muonclip")[0]
+    row = np.arange(12, dtype=np.int32)[None] % 5
+    before = by_hand_loss(own, row)
+    assert told[0] == pytest.approx(before, rel=1e-5) and told[12] != told[0]
     digests = {
         json.loads((tmp_path / name / "summary.json").read_text())["params_sha256"]
         for name in ("parts", "whole")

@@ -138,7 +138,8 @@ def _prepare(
     def load(mesh: jax.sharding.Mesh) -> Params:
         return weights.read(folder, mesh)[1]
 
-    return loop.Start(hugging_face.fingerprint(folder), architecture, load), rows, folder
+    text = data.pretraining_text(command, folder)
+    return loop.Start(hugging_face.fingerprint(folder), architecture, load, text), rows, folder
 
 
 def _check(command: Command, architecture: Architecture) -> None:

@@ -207,9 +207,17 @@ class Running(Keeping):
     evaluate_every: Count = 25
     """Steps between evaluations."""
     evaluation_tokens: Count = 32_768
-    """Held-out tokens to evaluate on, the same every time."""
+    """Held-out tokens to evaluate on, the same every time, and half as many of the pretraining text
+    where it is known."""
     log_every: Count = 1
     """Steps between records in metrics.jsonl."""
+    data_sha256: str | None = None
+    """Digest that the examples must have, or how it begins; others are refused. It is that of a
+    run's report and of its config.json, and pins a study whatever packages are installed."""
+    pretraining_text: str | None = None
+    """Text like that which the model was pretrained on, whose loss is told beside that of the
+    examples, to see what is forgotten: .txt, .jsonl or .parquet, as python -m experiments.pretrain
+    reads it. By default, without --model, held-out text of the small model."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,11 +34,14 @@ class Start(NamedTuple):
         name: of the model, for its records.
         architecture: of the params.
         load: reads the params, to where they lie on a mesh; called if there is no checkpoint.
+        text: like that which the model was pretrained on, to see what is forgotten; None where
+            nobody knows it.
     """
 
     name: str
     architecture: Architecture
     load: Callable[[jax.sharding.Mesh], Params]
+    text: Rows | None = None
 
 
 def settings_of(trainer: Trainer, start: Start, rows: Prepared) -> dict[str, Any]:
@@ -78,6 +81,7 @@ class FineTuning(TrainingLoop):
         self.rows, self.model, self.on_finish = rows, model, on_finish
         self.packed = batches(rows.train, self.config, self.config.seed, trainer.share.rows)
         self.held_out = held_out(rows.held_out, self.config, running.evaluation_tokens)
+        self.text = text_of(model.text, self.config, running)
 
     def start(self) -> State:
         return self.trainer.start(self.model.load(self.trainer.mesh))
@@ -100,7 +104,7 @@ class FineTuning(TrainingLoop):
         return window[-1] | {"mean_token_accuracy": np.mean(_column(window, "mean_token_accuracy"))}
 
     def evaluate(self, state: State) -> tuple[Metrics, float]:
-        values = evaluate(self.trainer, self.trainer.whole(state), self.held_out)
+        values = evaluate(self.trainer, self.trainer.whole(state), self.held_out, self.text)
         return values, values["validation_loss"]
 
     def remedy(self) -> str:
@@ -124,7 +128,10 @@ class FineTuning(TrainingLoop):
         """What the exported model is, for those who find it."""
         config, report = self.config, self.rows.report
         settings, base = config.optimizer, self.model.name.split()[0]
-        losses = [r["validation_loss"] for r in self.log.records if "validation_loss" in r]
+        held_out, text = (
+            [f"{record[name]:.4f}" for record in self.log.records if name in record]
+            for name in ("validation_loss", "pretraining_loss")
+        )
         low_rank = {
             "rank": config.lora.rank,
             "alpha": config.lora.alpha,
@@ -147,7 +154,10 @@ class FineTuning(TrainingLoop):
             "LoRA, merged": low_rank if config.lora.rank else None,
             "Steps": f"{config.steps:,} of {config.batch} sequences of {config.context:,} tokens",
             "Precision": f"{config.dtype}, params and optimizer float32",
-            "Held-out loss, nats per token": f"{losses[0]:.4f} before, {losses[-1]:.4f} after",
+            "Held-out loss, nats per token": f"{held_out[0]} before, {held_out[-1]} after",
+            "On text like the pretraining's": f"{text[0]} before, {text[-1]} after"
+            if text
+            else None,
         }
         summary = f"{base}, fine-tuned with {optimizer_label(self.trainer.name)} by muon_jax."
         model_card.write(folder, f"{base}, fine-tuned", summary, facts, base=base)
@@ -162,6 +172,7 @@ class FineTuning(TrainingLoop):
             "windows_per_epoch": self.packed.windows,
             "mean_token_accuracy": trained["mean_token_accuracy"],
             "validation_accuracy": evaluated["validation_accuracy"],
+            "pretraining_loss": evaluated.get("pretraining_loss"),
             "gradient_norm_median": median,
             "gradient_norm_spread": spread,
             "max_logit": max(logits, default=None),
@@ -191,17 +202,30 @@ def held_out(rows: Rows, config: Training, limit: int) -> list[Batch]:
     )
 
 
-def evaluate(trainer: Trainer, params: Params, windows: Sequence[Batch]) -> dict[str, float]:
-    """`validation_loss` in nats and `validation_accuracy`, of all learnt tokens alike."""
+def text_of(text: Rows | None, config: Training, running: Running) -> list[Batch]:
+    """Windows of the pretraining text, with half as many tokens as the held-out rows."""
+    return held_out(text, config, running.evaluation_tokens // 2) if text else []
+
+
+def evaluate(
+    trainer: Trainer, params: Params, windows: Sequence[Batch], text: Sequence[Batch] = ()
+) -> dict[str, float]:
+    """`validation_loss` in nats and `validation_accuracy`, of all learnt tokens alike.
+
+    And `pretraining_loss` of a text, if there is one.
+    """
+    loss, accuracy = _means(trainer, params, windows)
+    found = {"validation_loss": loss, "validation_accuracy": accuracy}
+    return found | ({"pretraining_loss": _means(trainer, params, text)[0]} if text else {})
+
+
+def _means(trainer: Trainer, params: Params, windows: Sequence[Batch]) -> tuple[float, float]:
+    """Loss and accuracy."""
     sums = {"loss": 0.0, "correct": 0.0, "learnt": 0.0}
     for batch in windows:
         found = jax.device_get(trainer.evaluate(params, trainer.place_whole(batch)))
         sums = {name: sums[name] + float(np.sum(x, dtype=float)) for name, x in found.items()}
-    learnt = sums["learnt"]
-    return {
-        "validation_loss": sums["loss"] / learnt,
-        "validation_accuracy": sums["correct"] / learnt,
-    }
+    return sums["loss"] / sums["learnt"], sums["correct"] / sums["learnt"]
 
 
 def steadiness(norms: Sequence[float | None]) -> tuple[float | None, float | None]:
@@ -234,6 +258,7 @@ def train_cell(
     running: Running,
     device: jax.Device,
     on_evaluation: Callable[[Metrics], None] = lambda evaluation: None,
+    text: Rows | None = None,
 ) -> tuple[list[Metrics], Metrics]:
     """Trains to the end, as `train_in_memory` does: every evaluation, and the outcome.
 
@@ -247,13 +272,14 @@ def train_cell(
         running: when to evaluate, and on how much.
         device: the one that trains; threads may train on different ones.
         on_evaluation: called as it goes; it may raise to stop the cell.
+        text: as of `Start`.
     """
     config = dataclasses.replace(
         config, seed=0, optimizer=dataclasses.replace(config.optimizer, learning_rate=1.0)
     )
     trainer = cell_trainer(config, arm, architecture, device)
     windows = held_out(rows.held_out, config, running.evaluation_tokens)
-    packed = batches(rows.train, config, seed)
+    pretraining, packed = text_of(text, config, running), batches(rows.train, config, seed)
 
     def advance(state: State, first: int, until: int) -> tuple[State, Metrics]:
         seen = []
@@ -267,7 +293,7 @@ def train_cell(
         config.steps,
         running.evaluate_every,
         advance,
-        lambda state: evaluate(trainer, trainer.whole(state), windows),
+        lambda state: evaluate(trainer, trainer.whole(state), windows, pretraining),
         on_evaluation,
         first=True,
     )

@@ -33,6 +33,11 @@ COLUMNS: tuple[Column, ...] = (
     ("arm", "arm", lambda run: run.label),
     ("held-out loss (nats per token)", "held-out\nloss", _last("validation_loss", ".4f")),
     ("held-out accuracy", "held-out\nacc.", _last("validation_accuracy", ".1%")),
+    (
+        "loss on the pretraining text, rise (nats per token)",
+        "forgot",
+        lambda run: form(run.trained.forgot, "+.4f"),
+    ),
     ("token accuracy, first quarter", "early\nacc.", _value("early_accuracy")),
     ("token accuracy, last quarter", "late\nacc.", _value("late_accuracy")),
     (
@@ -47,8 +52,8 @@ COLUMNS: tuple[Column, ...] = (
     ("tokens/s", "tokens\n/s", lambda run: number(run.tokens_per_second)),
 )
 NOTE = (
-    "held-out loss: nats per token; early, late acc.: mean token accuracy of\n"
-    "training examples, first and last quarter of the steps\n"
+    "held-out loss: nats per token; forgot: rise of the loss on the pretraining text\n"
+    "early, late acc.: mean token accuracy of training examples, first and last quarter\n"
     "its spread: interquartile range of the gradient norm ÷ its median"
 )
 CAPTION = (
@@ -70,6 +75,8 @@ MEASURED = {
     "logit, in the examples of the step, averaged over microbatches.",
     "Held out": "Mean cross-entropy in nats, and accuracy, over all trained-on tokens of the "
     "held-out examples.",
+    "Pretraining text": "Text like that which the model was pretrained on, held out there. Its "
+    "loss per token, every token a target, rises as the model forgets.",
     "Gradient norm": "Global norm before clipping; its spread is the interquartile range over "
     "the median, of the steps after warm-up.",
     "Seed": "It sets the order of the examples, equally for all optimizers, which begin with the "
@@ -84,7 +91,7 @@ def about(arms: Sequence[ArmName], quirks: Sequence[str]) -> dict[str, str]:
 
 
 def table(runs: Sequence[Run]) -> Table:
-    return Table(COLUMNS, runs, CAPTION, "Fine-tuning, by arm", NOTE)
+    return Table(COLUMNS, runs, CAPTION, "Fine-tuning, by arm", NOTE).known()
 
 
 def judged(runs: Sequence[Run]) -> list[claims.Judged]:
