@@ -20,6 +20,7 @@ from experiments.commands import option
 from experiments.family import config as family
 from experiments.family import widths
 from experiments.finetune import command as finetune
+from experiments.finetune import sample as finetune_sample
 from experiments.grok import config as grok
 from experiments.grok import speed as grok_speed
 from experiments.pretrain import __main__ as pretrain
@@ -36,6 +37,7 @@ COMMANDS = {
     "pretrain.sample": sample.Command,
     "pretrain.export": export.Command,
     "finetune": finetune.Command,
+    "finetune.sample": finetune_sample.Command,
     "bench": bench.Config,
 }
 # Passes over a table of equations are counted whole; one over rows of a user's may be a part. And

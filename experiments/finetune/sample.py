@@ -32,14 +32,14 @@ class Command:
     """Folder of an optimizer's run, whose exported model it takes, or of a Hugging Face model: a
     Llama 3, Qwen2.5 or Qwen3 with its tokenizer."""
     prompt: str
-    """What the user says. With --raw, the beginning of the text."""
+    """Beginning of the texts. Without --raw the chat template makes it the user's message."""
     system: str | None = None
     """Message of the system, before the user's. By default none."""
     raw: bool = False
     """Go on from the prompt without the chat template, as a model does that learnt rows with
     "prompt" and "completion"."""
     length: Count = 200
-    """Largest number of tokens to generate for an answer."""
+    """Largest number of tokens to generate for a text."""
     temperature: Annotated[float, at_least(0)] = 0.8
     """Sampling temperature. 0 takes the most likely token."""
     top_k: Count | None = 40
@@ -47,7 +47,7 @@ class Command:
     seed: int = 0
     """Random seed. It sets what is sampled."""
     count: Count = 1
-    """Number of answers."""
+    """Number of texts."""
     dtype: Dtype = "float32"
     """Precision of the arithmetic. On accelerators bfloat16 takes half of the memory."""
 

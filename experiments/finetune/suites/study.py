@@ -59,7 +59,7 @@ class Model(NamedTuple):
     architecture: Architecture
     params: Params
     rows: data.Prepared
-    text: Rows | None
+    text: Rows | None = None
 
 
 def suite(command: Any, which: SuiteName, console: Console, stop: threading.Event) -> int:
