@@ -207,8 +207,8 @@ class Running(Keeping):
     evaluate_every: Count = 25
     """Steps between evaluations."""
     evaluation_tokens: Count = 32_768
-    """Held-out tokens to evaluate on, the same every time. Half as many are of the pretraining text,
-    where it is known."""
+    """Held-out tokens to evaluate on, the same every time. Half as many are of the pretraining
+    text, where it is known."""
     log_every: Count = 1
     """Steps between records in metrics.jsonl."""
     data_sha256: str | None = None
