@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import types
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -12,6 +13,7 @@ import tyro
 
 import muon_jax
 from experiments import baselines
+from experiments.schedules import Schedules
 from experiments.settings import Average, Count, Decay, Positive, Rate, Rule
 
 ScheduleName = Literal[
@@ -26,7 +28,6 @@ ScheduleName = Literal[
     "cubic",
 ]
 ScaleName = Literal["spectral", "match_rms_adamw", "mup", "none"]
-DecayName = Literal["linear", "cosine"]
 _RANK = Rule(
     "a whole number of at least 1, or a fraction greater than 0 and at most 1",
     lambda value: value >= 1 if isinstance(value, int) else 0 < value <= 1,
@@ -380,6 +381,16 @@ ARMS: dict[str, Arm] = {
     "grokfast": Arm("Grokfast-EMA, then AdamW", _after(baselines.grokfast), 1e-3, member=False),
 }
 
+# Arms whose momentum or decay is another thing, or that have an average of their own.
+_CANNOT = {
+    "beta": (*("dion", "dion2", "dion3", "splus", "splus_adamw", "scion", "gluon", "optax_muon"),),
+    "weight_decay": (
+        *("muon_sgd", "muon_lion", "muon_equal_shrink", "splus", "scion", "gluon"),
+        *("adamw_tuned", "orthogonal_gradient"),
+    ),
+    "average": ("splus", "splus_adamw"),
+}
+
 OptimizerName = Literal[*ARMS]
 
 # One field for each arm that has no group of its own in `Settings`: `--rates.NAME`.
@@ -438,6 +449,9 @@ def build(
     settings: Settings,
     schedule: optax.Schedule,
     rate: float | jax.Array | None = None,
+    *,
+    course: Schedules | None = None,
+    steps: int = 0,
     **placed: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of that name.
@@ -448,6 +462,7 @@ def build(
         schedule: factor of the learning rates, from the step.
         rate: takes the place of the arm's own learning rate; AdamW's for the other leaves stays.
             It may be traced, so that one program serves all rates.
+        course: what else changes on the way, over so many `steps`; by default nothing.
         **placed: `routing`, and `mesh` and `shardings` of the params, as `muon_jax.muon` takes
             them.
     """
@@ -455,31 +470,54 @@ def build(
     def scheduled(learning_rate: float | jax.Array) -> optax.Schedule:
         return lambda step: learning_rate * schedule(step)
 
-    rest = {f"adam_{key}": value for key, value in dataclasses.asdict(settings.adamw).items()}
-    rest["adam_learning_rate"] = scheduled(settings.adamw.learning_rate)
     own = scheduled(settings.rate(name) if rate is None else rate)
-    return optax.with_extra_args_support(ARMS[name].build(settings, own, rest, placed))
+    given: Any = settings
+    if course:
+        check_course(name, course)
+        given = _on_course(settings, course, steps)
+    rest = {f"adam_{key}": value for key, value in dataclasses.asdict(given.adamw).items()}
+    rest["adam_learning_rate"] = scheduled(settings.adamw.learning_rate)
+    tx = optax.with_extra_args_support(ARMS[name].build(given, own, rest, placed))
+    return averaged(tx, course)
 
 
-def warmup(steps: int) -> optax.Schedule:
-    """A factor that rises linearly to 1 over `steps` steps; the first step is not lost to 0."""
-    return optax.linear_schedule(1 / max(steps, 1), 1.0, max(steps - 1, 0))
+def averaged(
+    tx: optax.GradientTransformationExtraArgs, course: Schedules | None
+) -> optax.GradientTransformationExtraArgs:
+    """With the average that is evaluated, where one is asked for."""
+    if course is None or course.average is None:
+        return tx
+    return optax.chain(tx, muon_jax.evaluation_average(course.average))
 
 
-def warmup_then_decay(
-    warmup_steps: int, steps: int, decay: DecayName, final: float = 0.0, cooldown: int = 0
-) -> optax.Schedule:
-    """`warmup`, then a fall that would reach `final` one step after its last.
+def evaluated(name: OptimizerName, course: Schedules, state: Any, params: Any) -> Any:
+    """The params to evaluate, sample and export."""
+    if course.average is None:
+        return ARMS[name].eval_params(state, params)
+    return muon_jax.evaluation_params(state, params)
 
-    The last `cooldown` steps fall linearly from there, and would reach 0 at `steps`.
-    """
-    falling = steps - warmup_steps - cooldown
-    falls = {
-        "linear": optax.linear_schedule(1.0, final, falling),
-        "cosine": optax.cosine_decay_schedule(1.0, falling, final),
-    }
-    phases, ends = [warmup(warmup_steps), falls[decay]], [warmup_steps]
-    if cooldown:
-        phases.append(optax.linear_schedule(final, 0.0, cooldown))
-        ends.append(steps - cooldown)
-    return optax.join_schedules(phases, ends)
+
+def check_course(name: OptimizerName, course: Schedules) -> None:
+    """Raises a ValueError where an arm cannot take what changes on the way."""
+    for field, arms in _CANNOT.items():
+        if getattr(course, field) is not None and name in arms:
+            option = field.replace("_", "-")
+            raise ValueError(
+                f"--schedules.{option} cannot be used with {', '.join(arms)}; got {name}. Remove "
+                "one of them."
+            )
+
+
+def _on_course(settings: Settings, course: Schedules, steps: int) -> types.SimpleNamespace:
+    """The settings as arms read them, with schedules where something changes on the way."""
+    adamw, muon = settings.adamw, settings.muon
+    return types.SimpleNamespace(
+        adamw=dataclasses.replace(adamw, weight_decay=course.decay(adamw.weight_decay, steps)),
+        muon=dataclasses.replace(
+            muon,
+            beta=course.momentum(muon.beta),
+            weight_decay=course.decay(muon.weight_decay, steps),
+        ),
+        variants=settings.variants,
+        attention_spec=settings.attention_spec,
+    )

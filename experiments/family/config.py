@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import json_files
-from experiments.optimizers import ARMS, AdamW, DecayName, Muon, OptimizerName, Settings
+from experiments.optimizers import ARMS, AdamW, Muon, OptimizerName, Settings
+from experiments.schedules import DecayName
 from experiments.settings import (
     Count,
     Whole,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import statistics
 import threading
@@ -79,14 +80,14 @@ class FineTuning(TrainingLoop):
         return self.trainer.start(self.model.load(self.trainer.mesh))
 
     def batches(self, step: int) -> Iterator[Any]:
-        for number in range(step, self.config.steps):
+        for number in itertools.count(step):
             yield self.trainer.place(self.packed[number])
 
     def told(self, window: list[Metrics]) -> Metrics:
         return window[-1] | {"mean_token_accuracy": np.mean(_column(window, "mean_token_accuracy"))}
 
     def evaluate(self, state: State) -> tuple[Metrics, float]:
-        values = evaluate(self.trainer, state.params, self.held_out)
+        values = evaluate(self.trainer, self.trainer.evaluated(state), self.held_out)
         return values, values["validation_loss"]
 
     def remedy(self) -> str:
@@ -103,7 +104,7 @@ class FineTuning(TrainingLoop):
         }
 
     def finish(self, state: State) -> None:
-        self.on_finish(state.params)
+        self.on_finish(self.trainer.evaluated(state))
         super().finish(state)
 
     def summary(self, trained: Metrics, evaluated: Metrics) -> Metrics:
@@ -221,7 +222,7 @@ def train_cell(
         config.steps,
         running.evaluate_every,
         advance,
-        lambda state: evaluate(trainer, state.params, windows),
+        lambda state: evaluate(trainer, trainer.evaluated(state), windows),
         on_evaluation,
         first=True,
     )

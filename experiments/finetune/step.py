@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import muon_jax
 from experiments.finetune import arms, model
 from experiments.finetune.architecture import Architecture
 from experiments.finetune.config import ArmName, Training
@@ -87,6 +88,7 @@ class Trainer(trainer.Trainer):
         self._compiled_start = jax.jit(
             self._start, in_shardings=(self.places,), out_shardings=self.shardings, donate_argnums=0
         )
+        self._averaged = jax.jit(muon_jax.evaluation_params, out_shardings=self.places)
         self._compiled_evaluate = jax.jit(
             self._evaluate, in_shardings=(self.places, self.windows), out_shardings=self._whole
         )
@@ -103,6 +105,12 @@ class Trainer(trainer.Trainer):
         """The state before the first step; `params`, which lie as `places` says, are donated."""
         with jax.set_mesh(self.mesh):
             return self._compiled_start(params)
+
+    def evaluated(self, state: State) -> Params:
+        """The params to evaluate and export: those of the step, or an average of them."""
+        if self.config.schedules.average is None:
+            return state.params
+        return self._averaged(state.opt_state, state.params)
 
     def evaluate(self, params: Params, windows: Windows) -> dict[str, jax.Array]:
         """Sums over the learnt tokens: `loss` in nats, how many are `correct`, `learnt`."""

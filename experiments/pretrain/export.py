@@ -24,7 +24,6 @@ from experiments.language import hugging_face, sharding, tensors
 from experiments.language.hugging_face import CONFIG
 from experiments.language.mesh import one_device
 from experiments.language.tensors import Dtype
-from experiments.optimizers import ARMS
 from experiments.pretrain import export_config
 from experiments.pretrain.config import Model
 from experiments.pretrain.model import LanguageModel, Params
@@ -188,7 +187,7 @@ def main() -> int:
         write(
             command.out,
             loaded.config.model,
-            ARMS[loaded.optimizer].eval_params(state.opt_state, state.params),
+            loaded.trainer.evaluated(state),
             state.bias,
             context=loaded.config.context,
             dtype=command.dtype,

@@ -14,6 +14,7 @@ from experiments.pretrain.config import Training
 from experiments.pretrain.costs import WITHOUT_NEWTON_SCHULZ, model_flops
 from experiments.pretrain.step import Trainer
 from experiments.report.figures import optimizer_label
+from experiments.schedules import course_text
 
 
 def case(config: Training, optimizer: OptimizerName, mesh: jax.sharding.Mesh) -> Case:
@@ -82,14 +83,16 @@ def _updates(trainer: Trainer):
         trees.append(("muon", experts, _experts(specs)))
     for name, tree, its in trees:
         placed = {"mesh": trainer.mesh, "shardings": its, "routing": trainer.routing}
-        yield optimizers.build(name, config, trainer.schedule, **placed), tree, its
+        course = {"course": config.schedules, "steps": config.steps}
+        yield optimizers.build(name, config, trainer.schedule, **course, **placed), tree, its
 
 
 def schedule_text(config: Training, names: tuple[OptimizerName, ...]) -> str:
     """Rates, their course, and the tokens in all."""
     rates = ", ".join(f"{optimizer_label(name)} {config.rate(name):g}" for name in names)
     warmup = f"warm-up over {many(config.warmup, 'step')}"
-    course = f"{warmup}, then {config.decay} to {config.final_lr_fraction:g}"
+    told = course_text(config.decay, config.final_lr_fraction, config.schedules)
+    course = f"{warmup}, then {told}"
     if config.cooldown:
         course += f", then linearly to 0 in the last {many(config.cooldown, 'step')}"
     return (
