@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import types
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -381,16 +380,6 @@ ARMS: dict[str, Arm] = {
     "grokfast": Arm("Grokfast-EMA, then AdamW", _after(baselines.grokfast), 1e-3, member=False),
 }
 
-# Arms whose momentum or decay is another thing, or that have an average of their own.
-_CANNOT = {
-    "beta": (*("dion", "dion2", "dion3", "splus", "splus_adamw", "scion", "gluon", "optax_muon"),),
-    "weight_decay": (
-        *("muon_sgd", "muon_lion", "muon_equal_shrink", "splus", "scion", "gluon"),
-        *("adamw_tuned", "orthogonal_gradient"),
-    ),
-    "average": ("splus", "splus_adamw"),
-}
-
 OptimizerName = Literal[*ARMS]
 
 # One field for each arm that has no group of its own in `Settings`: `--rates.NAME`.
@@ -471,53 +460,10 @@ def build(
         return lambda step: learning_rate * schedule(step)
 
     own = scheduled(settings.rate(name) if rate is None else rate)
-    given: Any = settings
-    if course:
-        check_course(name, course)
-        given = _on_course(settings, course, steps)
+    course = course or Schedules()
+    course.check(name)
+    given = course.of(settings, steps)
     rest = {f"adam_{key}": value for key, value in dataclasses.asdict(given.adamw).items()}
     rest["adam_learning_rate"] = scheduled(settings.adamw.learning_rate)
     tx = optax.with_extra_args_support(ARMS[name].build(given, own, rest, placed))
-    return averaged(tx, course)
-
-
-def averaged(
-    tx: optax.GradientTransformationExtraArgs, course: Schedules | None
-) -> optax.GradientTransformationExtraArgs:
-    """With the average that is evaluated, where one is asked for."""
-    if course is None or course.average is None:
-        return tx
-    return optax.chain(tx, muon_jax.evaluation_average(course.average))
-
-
-def evaluated(name: OptimizerName, course: Schedules, state: Any, params: Any) -> Any:
-    """The params to evaluate, sample and export."""
-    if course.average is None:
-        return ARMS[name].eval_params(state, params)
-    return muon_jax.evaluation_params(state, params)
-
-
-def check_course(name: OptimizerName, course: Schedules) -> None:
-    """Raises a ValueError where an arm cannot take what changes on the way."""
-    for field, arms in _CANNOT.items():
-        if getattr(course, field) is not None and name in arms:
-            option = field.replace("_", "-")
-            raise ValueError(
-                f"--schedules.{option} cannot be used with {', '.join(arms)}; got {name}. Remove "
-                "one of them."
-            )
-
-
-def _on_course(settings: Settings, course: Schedules, steps: int) -> types.SimpleNamespace:
-    """The settings as arms read them, with schedules where something changes on the way."""
-    adamw, muon = settings.adamw, settings.muon
-    return types.SimpleNamespace(
-        adamw=dataclasses.replace(adamw, weight_decay=course.decay(adamw.weight_decay, steps)),
-        muon=dataclasses.replace(
-            muon,
-            beta=course.momentum(muon.beta),
-            weight_decay=course.decay(muon.weight_decay, steps),
-        ),
-        variants=settings.variants,
-        attention_spec=settings.attention_spec,
-    )
+    return course.averaged(tx)

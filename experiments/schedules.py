@@ -1,13 +1,25 @@
 """What changes on the way of a training: learning rates, momentum and weight decay."""
 
 import dataclasses
-from typing import Annotated, Literal
+import types
+from typing import Annotated, Any, Literal
 
 import optax
 
+import muon_jax
+from experiments.commands import option
 from experiments.settings import Average, Count, Decay, Rule, Share
 
 DecayName = Literal["linear", "cosine", "constant", "wsd"]
+# Arms whose momentum or decay is another thing, or that have an average of their own.
+_CANNOT = {
+    "beta": ("dion", "dion2", "dion3", "splus", "splus_adamw", "scion", "gluon", "optax_muon"),
+    "weight_decay": (
+        *("muon_sgd", "muon_lion", "muon_equal_shrink", "splus", "scion", "gluon"),
+        *("adamw_tuned", "orthogonal_gradient"),
+    ),
+    "average": ("splus", "splus_adamw"),
+}
 _NOT_NONE = Rule("greater than 0 and at most 1", lambda value: 0 < value <= 1)
 
 
@@ -29,6 +41,38 @@ class Schedules:
     average: Average | None = None
     """Decay rate of a moving average of the parameters, such as 0.99, which is evaluated, sampled
     and exported in their place. It takes as much memory as they do. By default there is none."""
+
+    def check(self, arm: str) -> None:
+        """Raises a ValueError where an arm cannot take what changes on the way."""
+        for field, arms in _CANNOT.items():
+            if getattr(self, field) is not None and arm in arms:
+                raise ValueError(
+                    f"{option('schedules', field)} cannot be used with {', '.join(arms)}; got "
+                    f"{arm}. Remove one of them."
+                )
+
+    def of(self, settings: Any, steps: int) -> Any:
+        """The settings of arms, with schedules where something changes over so many steps."""
+        if self.beta is None and self.weight_decay is None:
+            return settings
+        adamw, muon = settings.adamw, settings.muon
+        decays = (self.decay(group.weight_decay, steps) for group in (adamw, muon))
+        return types.SimpleNamespace(
+            adamw=dataclasses.replace(adamw, weight_decay=next(decays)),
+            muon=dataclasses.replace(
+                muon, weight_decay=next(decays), beta=self.momentum(muon.beta)
+            ),
+            variants=settings.variants,
+            attention_spec=settings.attention_spec,
+        )
+
+    def averaged(
+        self, tx: optax.GradientTransformationExtraArgs
+    ) -> optax.GradientTransformationExtraArgs:
+        """With the average that is evaluated, where one is asked for."""
+        if self.average is None:
+            return tx
+        return optax.chain(tx, muon_jax.evaluation_average(self.average))
 
     def momentum(self, beta: float) -> optax.ScalarOrSchedule:
         """Muon's, which is `beta` where nothing else is asked for."""
@@ -75,12 +119,3 @@ def warmup_then_decay(
         phases.append(optax.linear_schedule(last, 0.0, cooldown))
         ends.append(steps - cooldown)
     return optax.join_schedules(phases, ends)
-
-
-def course_text(decay: DecayName, final: float, schedules: Schedules) -> str:
-    """What follows the warm-up, in words."""
-    if decay == "constant":
-        return "constant"
-    if decay == "wsd":
-        return f"constant, and linear to {final:g} in the last {schedules.wsd_share:.0%}"
-    return f"{decay} to {final:g}"

@@ -50,7 +50,7 @@ class Training(Settings):
     warmup: Whole = 20
     """Steps of linear warm-up. The default is at most a tenth of --steps."""
     decay: DecayName = "linear"
-    """Shape of the learning rate's decay after warm-up."""
+    """Schedule of the learning rate after warm-up. wsd is constant and falls at the end."""
     evaluations: Count = 6
     """Number of validations, the last after the last step. Must divide --steps, and does by
     default."""

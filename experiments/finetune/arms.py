@@ -20,7 +20,6 @@ from experiments.finetune import model
 from experiments.finetune.architecture import Architecture
 from experiments.finetune.config import ArmName, Optimizer, QuirkName, Training
 from experiments.language.mesh import make_mesh
-from experiments.optimizers import averaged
 from experiments.schedules import warmup_then_decay
 
 ARMS: dict[ArmName, str] = {
@@ -109,8 +108,8 @@ def make(name: ArmName, config: Training, architecture: Architecture, **placed: 
         labels,
         jax.tree.map(lambda label: counts_frozen or label != "frozen", labels),
         schedule,
-        lambda rate: averaged(
-            _transformation(name, config, architecture, schedule, placed, rate), config.schedules
+        lambda rate: config.schedules.averaged(
+            _transformation(name, config, architecture, schedule, placed, rate)
         ),
         settings.clip_threshold if _clips(name, settings) else None,
     )

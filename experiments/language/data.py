@@ -39,9 +39,10 @@ class Data:
     their name, or else the end of the last file. By default the source of Python's standard
     library."""
     mixture: tuple[tuple[str, Positive, str], ...] = ()
-    """Sources in place of --data.files, each a NAME, a WEIGHT and a GLOB: of any number of
-    sequences, a source has its weight's share, in an order and in epochs of its own. Each has its
-    held-out text and loss; the loss of all is their mean by weight. One tokenizer serves all."""
+    """Sources in place of --data.files, each a NAME, a WEIGHT and a quoted GLOB, such as code 3
+    "a/*.py" prose 1 "b/*.txt". Of all sequences a source has its weight's share, in an order and
+    in epochs of its own. Each has its held-out text and loss; the loss of all is their mean by
+    weight. One tokenizer serves all."""
     tokenizer: str | None = None
     """Path of a tokenizer.json, or of a Hugging Face folder with one, whose eos_token and size are
     then the defaults of the next two. By default a byte-level BPE is trained on the text."""

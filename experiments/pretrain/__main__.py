@@ -69,6 +69,8 @@ class Command(Suite, Planning, Running, Training):
         Running.__post_init__(self)
         Training.__post_init__(self)
         check_different(self, "optimizers")
+        for name in self.optimizers:
+            self.schedules.check(name)
         for name, value in (("--from", self.from_), ("--rollback.above", self.rollback.above)):
             if value and self.suite:
                 raise ValueError(f"{name} excludes --suite {self.suite}; remove one of them.")

@@ -14,7 +14,6 @@ from experiments.pretrain.config import Training
 from experiments.pretrain.costs import WITHOUT_NEWTON_SCHULZ, model_flops
 from experiments.pretrain.step import Trainer
 from experiments.report.figures import optimizer_label
-from experiments.schedules import course_text
 
 
 def case(config: Training, optimizer: OptimizerName, mesh: jax.sharding.Mesh) -> Case:
@@ -91,8 +90,9 @@ def schedule_text(config: Training, names: tuple[OptimizerName, ...]) -> str:
     """Rates, their course, and the tokens in all."""
     rates = ", ".join(f"{optimizer_label(name)} {config.rate(name):g}" for name in names)
     warmup = f"warm-up over {many(config.warmup, 'step')}"
-    told = course_text(config.decay, config.final_lr_fraction, config.schedules)
-    course = f"{warmup}, then {told}"
+    course = f"{warmup}, then {config.decay}"
+    if config.decay != "constant":
+        course += f" to {config.final_lr_fraction:g}"
     if config.cooldown:
         course += f", then linearly to 0 in the last {many(config.cooldown, 'step')}"
     return (

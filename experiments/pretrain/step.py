@@ -265,8 +265,9 @@ class Trainer(trainer.Trainer):
 
     def evaluated(self, state: State) -> Params:
         """The params to evaluate, sample and export: those of the step, or an average."""
-        course = self.config.schedules
-        return optimizers.evaluated(self.optimizer, course, state.opt_state, state.params)
+        arm, course = optimizers.ARMS[self.optimizer], self.config.schedules
+        read = arm.eval_params if course.average is None else muon_jax.evaluation_params
+        return read(state.opt_state, state.params)
 
     def _evaluate(self, state: State, windows: jax.Array) -> jax.Array:
         """Summed loss of each window, `(microbatches, B)`, in nats, at the params to evaluate."""
