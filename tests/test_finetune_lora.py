@@ -73,7 +73,7 @@ def test_an_arm_trains_the_factors_of_the_targets_alone(arm):
 @pytest.mark.parametrize("arm", arms.ARMS)
 def test_a_merged_model_is_the_adapted_one(arm):
     trainer, state, _ = trained(arm)
-    merged = trainer.merged(state)
+    merged = trainer.exported(state)
     assert jax.tree.structure(merged) == jax.tree.structure(model.shapes(NORMED))
     tokens = batch().tokens
     with jax.set_mesh(trainer.mesh):
@@ -81,7 +81,7 @@ def test_a_merged_model_is_the_adapted_one(arm):
         def logits(lm, params):
             return lm.logits(params, lm.hidden(params, tokens)[0])
 
-        adapted = jax.jit(functools.partial(logits, trainer.model))(trainer.whole(state))
+        adapted = jax.jit(functools.partial(logits, trainer.model))(trainer.evaluated(state))
         plain = model.LanguageModel(NORMED, "float32", remat=False)
         run = jax.jit(functools.partial(logits, plain))
         ours, before = run(merged), run(jax.device_put(initial(), trainer.places))
@@ -96,7 +96,7 @@ def test_the_first_loss_is_the_models_own():
     windows = trainer.place_whole(batch())
     own = trainer_of(training())
     before = own.evaluate(jax.device_put(initial(), own.places), windows)["loss"]
-    whole = trainer.whole(start(trainer))
+    whole = trainer.evaluated(start(trainer))
     np.testing.assert_allclose(trainer.evaluate(whole, windows)["loss"], before, rtol=1e-6)
     ones = jax.tree.map(np.ones_like, whole["layers"]["attention"]["query"])
     kernel = lora.merge({"query": ones}, OF)["query"]["kernel"]

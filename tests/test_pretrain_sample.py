@@ -13,7 +13,7 @@ from pretraining import DENSE, SMALL, VOCABULARY, mesh_of, one_device, text_file
 
 from experiments.language import data
 from experiments.language.checkpoints import Checkpoints
-from experiments.pretrain import export, sample
+from experiments.pretrain import bits, export, sample
 from experiments.pretrain.config import as_json
 from experiments.pretrain.sample import generate, write_texts
 from experiments.pretrain.step import Trainer
@@ -254,6 +254,34 @@ def test_the_commands_read_a_run(run, monkeypatch, capsys, tmp_path):
     code, printed = call(export, folder, tmp_path / "hf")
     assert code == 2
     assert "not empty" in printed.err
+
+
+def test_bits_of_a_users_files_are_those_of_its_tokens(run, monkeypatch, capsys, tmp_path):
+    """Every token once, those of the last window that is not full too, and every byte."""
+    folder, trainer, state, tokens = run
+    texts = ["to be or not to be, that is", "whether 'tis nobler, naïve"]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    end = tokens.end_of_text
+    ids = [[*tokens.tokenizer.encode(text).ids, end] for text in texts]
+    stream = np.array([end, *ids[0], *ids[1]])
+    assert (len(stream) - 1) % 8
+    nats = 0.0
+    with jax.set_mesh(trainer.mesh):
+        for at in range(0, len(stream) - 1, 8):
+            row = jnp.array(stream[at : at + 9])[None]
+            hidden, _ = trainer.model.hidden(state.params, state.bias, row[:, :-1])
+            chances = jax.nn.log_softmax(trainer.model.logits(state.params, hidden)[0])
+            nats -= float(jnp.take_along_axis(chances, row[0, 1:, None], axis=1).sum())
+    size = len("".join(texts).encode())
+    for words, code, said in (
+        ([folder, tmp_path / "*.jsonl"], 0, f"{nats / np.log(2) / size:.4f} bits per byte: {size}"),
+        ([folder, tmp_path / "none.txt"], 2, "matches no file"),
+        ([tmp_path, tmp_path / "*.jsonl"], 2, "holds no run"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["bits", *map(str, words)])
+        assert bits.main() == code
+        assert said in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize(

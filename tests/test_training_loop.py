@@ -13,7 +13,8 @@ import pytest
 from etils import epath
 from pretraining import one_device
 
-from experiments.language import training_loop
+from experiments.language import clocks, training_loop
+from experiments.language.rollback import Rollback
 from experiments.language.training_loop import Keeping, TrainingError, TrainingLoop
 
 STEP, EVALUATION, SAVE, COMPILATION = 1.0, 100.0, 1_000.0, 10_000.0  # seconds
@@ -51,7 +52,7 @@ class Trainer:
     def __init__(self, loop, steps):
         self.loop, self.advance = loop, loop.advance
         self.config = types.SimpleNamespace(
-            steps=steps, max_nonfinite_steps=3, tokens_per_step=TOKENS
+            steps=steps, max_nonfinite_steps=3, tokens_per_step=TOKENS, rollback=Rollback()
         )
 
     @functools.cached_property
@@ -113,7 +114,7 @@ class Loop(TrainingLoop):
 @pytest.fixture
 def clock(monkeypatch):
     hands = types.SimpleNamespace(now=0.0)
-    monkeypatch.setattr(training_loop.time, "perf_counter", lambda: hands.now)
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: hands.now)
     return hands
 
 

@@ -21,7 +21,7 @@ from experiments.finetune import lora, model
 from experiments.finetune.architecture import Architecture
 from experiments.finetune.config import ArmName, Lora, Optimizer, QuirkName, Training
 from experiments.language.mesh import make_mesh
-from experiments.optimizers import warmup_then_decay
+from experiments.schedules import warmup_then_decay
 
 ARMS: dict[ArmName, str] = {
     "adamw": "AdamW for all parameters",
@@ -93,7 +93,11 @@ def make(name: ArmName, config: Training, architecture: Architecture, **placed: 
     quirks = settings.quirks
     late = "warmup_of_muonclip_alone" in quirks and name != "muonclip"
     schedule = warmup_then_decay(
-        0 if late else config.warmup, config.steps, config.decay, config.final_lr_fraction
+        0 if late else config.warmup,
+        config.steps,
+        config.decay,
+        config.final_lr_fraction,
+        wsd_share=config.schedules.wsd_share,
     )
     if name == "adamw":
         labels = jax.tree.map(lambda x: "adamw", params)
@@ -106,7 +110,9 @@ def make(name: ArmName, config: Training, architecture: Architecture, **placed: 
         labels,
         jax.tree.map(lambda label: counts_frozen or label != "frozen", labels),
         schedule,
-        functools.partial(_transformation, name, config, architecture, schedule, placed),
+        lambda rate: config.schedules.averaged(
+            _transformation(name, config, architecture, schedule, placed, rate)
+        ),
         settings.clip_threshold if _clips(name, settings) else None,
     )
 
@@ -124,9 +130,11 @@ def _transformation(
     def scheduled(step: jax.Array) -> jax.Array:
         return rate * schedule(step)
 
+    settings, course = config.optimizer, config.schedules
     decay = rest_decay = settings.weight_decay
     if "decay_apart" in settings.quirks:
         decay, rest_decay = _MUON_DECAY, _ADAMW_DECAY
+    decay, rest_decay = (course.decay(x, config.steps) for x in (decay, rest_decay))
     adam = {"b1": settings.b1, "b2": settings.b2, "eps": settings.eps, "weight_decay": rest_decay}
     if name == "adamw":
         tx = optax.adamw(scheduled, **adam)
@@ -137,7 +145,7 @@ def _transformation(
         own = {"other_b1": settings.b1, "other_weight_decay": 0.0}
     muon = muon_jax.muon(
         scheduled,
-        beta=settings.beta,
+        beta=course.momentum(settings.beta),
         ns_coeffs=settings.ns_coeffs,
         ns_dtype=settings.ns_dtype,
         scale=_scale(name, settings.quirks),

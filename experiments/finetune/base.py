@@ -160,7 +160,7 @@ def _pretrain(
         base.steps,
         base.steps,
         advance,
-        lambda state: loop.evaluate(trainer, trainer.whole(state), batches),
+        lambda state: loop.evaluate(trainer, trainer.evaluated(state), batches),
     )
     if outcome["diverged"]:
         raise TrainingError(

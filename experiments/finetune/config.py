@@ -5,9 +5,13 @@ import json
 import math
 from typing import Annotated, Any, Literal, get_args
 
+import tyro
+
 from experiments.language.mesh import Mesh
+from experiments.language.rollback import Rollback
 from experiments.language.training_loop import Keeping
-from experiments.optimizers import DecayName, ScheduleName
+from experiments.optimizers import ScheduleName
+from experiments.schedules import DecayName, Schedules
 from experiments.settings import (
     Average,
     Clip,
@@ -129,10 +133,12 @@ class Training:
     """Optimizer steps. 0 follows --epochs."""
     warmup: Whole | None = None
     """Steps of linear warm-up. By default 10, with --model 20, and at most a tenth of all."""
-    decay: DecayName = "linear"
-    """Shape of the learning rate's decay after warm-up."""
+    decay: Annotated[DecayName, tyro.conf.arg(aliases=["--schedule"])] = "linear"
+    """Schedule of the learning rate after warm-up. wsd is constant and falls at the end."""
     final_lr_fraction: Share = 0.0
-    """Fraction of the learning rate that the decay ends at."""
+    """Fraction of the learning rate that the decay ends at. Of no meaning to constant."""
+    schedules: Schedules = dataclasses.field(default_factory=Schedules)
+    """Schedules of momentum and weight decay, and an average of the parameters to evaluate."""
     clip: Clip = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -142,6 +148,8 @@ class Training:
     the outputs of attention are kept, too."""
     max_nonfinite_steps: Count = 10
     """Consecutive steps with NaN or Inf in loss or gradient after which the run stops."""
+    rollback: Rollback = dataclasses.field(default_factory=Rollback)
+    """When a run goes back to its last checkpoint, and leaves out the batches since then."""
     seed: Whole = 0
     """Random seed. It sets the order of the examples."""
 
@@ -193,6 +201,9 @@ class Training:
     def as_json(self) -> dict[str, Any]:
         """What is trained as plain JSON values."""
         settings = dataclasses.asdict(self.training())
+        for name, usual in (("rollback", Rollback()), ("schedules", Schedules())):
+            if getattr(self, name) == usual:  # as earlier versions had it
+                del settings[name]
         return json.loads(json.dumps(settings))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import statistics
 import threading
@@ -90,21 +91,18 @@ class FineTuning(TrainingLoop):
         """Without what is frozen, which the model's folder has."""
         return state._replace(frozen={})
 
-    def _begin(self) -> State:
-        state = super()._begin()
-        if state.frozen or not self.trainer.abstract.frozen:
-            return state
-        return state._replace(frozen=self.start().frozen)
+    def completed(self, state: State) -> State:
+        return state._replace(frozen=self.start().frozen if self.trainer.abstract.frozen else {})
 
     def batches(self, step: int) -> Iterator[Any]:
-        for number in range(step, self.config.steps):
+        for number in itertools.count(step):
             yield self.trainer.place(self.packed[number])
 
     def told(self, window: list[Metrics]) -> Metrics:
         return window[-1] | {"mean_token_accuracy": np.mean(_column(window, "mean_token_accuracy"))}
 
     def evaluate(self, state: State) -> tuple[Metrics, float]:
-        values = evaluate(self.trainer, self.trainer.whole(state), self.held_out, self.text)
+        values = evaluate(self.trainer, self.trainer.evaluated(state), self.held_out, self.text)
         return values, values["validation_loss"]
 
     def remedy(self) -> str:
@@ -121,7 +119,7 @@ class FineTuning(TrainingLoop):
         }
 
     def finish(self, state: State) -> None:
-        self.on_finish(self.trainer.merged(state))
+        self.on_finish(self.trainer.exported(state))
         super().finish(state)
 
     def write_card(self, folder: Path) -> None:
@@ -293,7 +291,7 @@ def train_cell(
         config.steps,
         running.evaluate_every,
         advance,
-        lambda state: evaluate(trainer, trainer.whole(state), windows, pretraining),
+        lambda state: evaluate(trainer, trainer.evaluated(state), windows, pretraining),
         on_evaluation,
         first=True,
     )

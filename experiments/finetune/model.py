@@ -24,6 +24,7 @@ from experiments.finetune.lora import adapt
 from experiments.language import sharding, vocabulary
 from experiments.language.attention import KEEP_KERNELS, GroupedQuery
 from experiments.language.decoder import Cache, Layer, graph
+from experiments.language.packed_attention import texts
 from experiments.language.tensors import Dtype
 from experiments.layers import RMSNorm, SwiGLU
 
@@ -101,7 +102,7 @@ class LanguageModel:
                     "Each token has a segment; got tokens of shape "
                     f"{tokens_BxT.shape} and segments of {segments_BxT.shape}."
                 )
-            segments_BxT, positions = _texts(segments_BxT)
+            segments_BxT, positions = texts(segments_BxT)
 
         def layer(x_BxTxD, kernels):
             x_BxTxD, (largest, _) = nnx.merge(self._layer, kernels)(
@@ -264,22 +265,6 @@ def attention_spec(architecture: Architecture) -> muon_jax.GroupedQuery:
         kv_heads=architecture.kv_heads,
         qk_norm=("query_norm", "key_norm") if architecture.qk_norm else "refuse",
     )
-
-
-def _texts(segments_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A number of each text, 0 for padding, and each token's position in its text."""
-    before = jnp.pad(segments_BxT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    places = jnp.broadcast_to(jnp.arange(segments_BxT.shape[1]), segments_BxT.shape)
-
-    def further(i: jax.Array, first: jax.Array) -> jax.Array:
-        back = places - 2**i
-        return jnp.maximum(first, jnp.take_along_axis(first, jnp.maximum(back, 0), axis=1))
-
-    # The largest so far, by a loop that doubles how far it looks: a cumulative maximum XLA would
-    # fuse into the mask, and compute for every logit anew.
-    first = jnp.where(segments_BxT != before, places, 0)
-    first = jax.lax.fori_loop(0, segments_BxT.shape[1].bit_length(), further, first)
-    return jnp.where(segments_BxT > 0, first + 1, 0), places - first
 
 
 def _layer(a: Architecture, lora: Lora, rngs: nnx.Rngs) -> Layer:

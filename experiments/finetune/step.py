@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import muon_jax
 from experiments.finetune import arms, lora, model
 from experiments.finetune.architecture import Architecture
 from experiments.finetune.config import ArmName, Training
@@ -96,6 +97,7 @@ class Trainer(trainer.Trainer):
             out_shardings=self.shardings,
             donate_argnums=donated,
         )
+        self._averaged = jax.jit(muon_jax.evaluation_params, out_shardings=self.shardings.params)
         self._compiled_evaluate = jax.jit(
             self._evaluate,
             in_shardings=(self._whole_places, self.windows),
@@ -110,16 +112,12 @@ class Trainer(trainer.Trainer):
     def _split(self, tree: Params) -> tuple[Params, Params]:
         return arms.split(self.name, self.config, self.architecture, tree)
 
-    def whole(self, state: State) -> Params:
-        """All that the model computes with, adapters beside their kernels."""
-        return lora.join(state.params, state.frozen)
-
-    def merged(self, state: State) -> Params:
-        """Params of the architecture, without adapters, which compute the same."""
+    def exported(self, state: State) -> Params:
+        """Params of the architecture, without adapters, which compute what `evaluated` does."""
         if not self.config.lora.rank:
-            return state.params
+            return self.evaluated(state)
         with jax.set_mesh(self.mesh):
-            return self._compiled_merge(self.whole(state))
+            return self._compiled_merge(self.evaluated(state))
 
     def place(self, batch: Batch) -> Windows:
         """The windows of `share` as this process's part of a step's."""
@@ -133,6 +131,16 @@ class Trainer(trainer.Trainer):
         """The state before the first step; `params`, which lie as `places` says, are donated."""
         with jax.set_mesh(self.mesh):
             return self._compiled_start(params)
+
+    def evaluated(self, state: State) -> Params:
+        """All that the model computes with, adapters beside their kernels.
+
+        What is trained is that of the step, or an average where one is asked for.
+        """
+        params = state.params
+        if self.config.schedules.average is not None:
+            params = self._averaged(state.opt_state, params)
+        return lora.join(params, state.frozen)
 
     def evaluate(self, params: Params, windows: Windows) -> dict[str, jax.Array]:
         """Sums over the learnt tokens: `loss` in nats, how many are `correct`, `learnt`."""

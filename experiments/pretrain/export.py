@@ -227,7 +227,7 @@ def main() -> int:
         write(
             command.out,
             loaded.config.model,
-            ARMS[loaded.optimizer].eval_params(state.opt_state, state.params),
+            loaded.trainer.evaluated(state),
             state.bias,
             context=loaded.config.context,
             dtype=command.dtype,

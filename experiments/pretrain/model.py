@@ -15,6 +15,7 @@ from flax import nnx
 
 from experiments.language.attention import KEEP_KERNELS, GroupedQuery, Latent
 from experiments.language.decoder import Layer, graph
+from experiments.language.packed_attention import texts
 from experiments.language.vocabulary import cross_entropy, logits, look_up, weighted_loss
 from experiments.layers import Linear, RMSNorm, SwiGLU
 from experiments.pretrain.config import Model as ModelConfig
@@ -106,6 +107,7 @@ class LanguageModel:
         bias: jax.Array,
         tokens_BxT: jax.Array,
         *,
+        segments_BxT: jax.Array | None = None,
         max_logits: bool = False,
         threshold: float | None = None,
     ) -> tuple[jax.Array, Observed]:
@@ -115,12 +117,17 @@ class LanguageModel:
             params: of the config.
             bias: of the experts' selection.
             tokens_BxT: int32, below the vocabulary.
+            segments_BxT: of tokens that see no others, as `packed_attention.texts` takes them;
+                None is one in each row.
             max_logits: whether to tell the largest attention logits.
             threshold: up to here upper bounds of them will do, as `causal_attention` has it.
         """
 
+        apart = (None, None) if segments_BxT is None else texts(segments_BxT)
+
         def of_layer(layer, x, bias, cache):
-            x, (of_heads, routed) = layer(x, threshold if max_logits else math.inf, bias_E=bias)
+            limit = threshold if max_logits else math.inf
+            x, (of_heads, routed) = layer(x, limit, *apart, bias_E=bias)
             return x, (of_heads if max_logits else None, routed)
 
         x_BxTxD, told = self._through(params, bias, tokens_BxT, of_layer)

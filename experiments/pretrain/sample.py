@@ -14,7 +14,6 @@ import tyro
 from experiments.command_line import parse
 from experiments.commands import guard
 from experiments.language import generation
-from experiments.optimizers import ARMS
 from experiments.pretrain.model import Params
 from experiments.pretrain.step import State, Trainer
 from experiments.pretrain.trained import load_run
@@ -96,7 +95,7 @@ def write_texts(
             "The run was trained on tokens without a tokenizer, so its samples cannot be shown "
             "as text. Give --data.tokenizer when training."
         )
-    params = ARMS[trainer.optimizer].eval_params(state.opt_state, state.params)
+    params = trainer.evaluated(state)
     end_of_text = tokenizer.token_to_id(trainer.config.data.end_of_text)
     start = tokenizer.encode(prompt, add_special_tokens=False).ids or [end_of_text]
     settings = {"temperature": temperature, "top_k": top_k, "seed": seed}
