@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import threading
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from trajectories import apart
 
 import muon_jax
 from experiments.finetune import arms, loop, lora, model, plan
+from experiments.finetune.architecture import PRESETS
 from experiments.finetune.config import Lora, Running
 from experiments.finetune.packing import Rows
 from experiments.finetune.step import Trainer
@@ -23,6 +25,7 @@ from experiments.language import log
 from experiments.language.checkpoints import Checkpoints
 from experiments.language.planning import compiled_bytes
 
+ROOT = Path(__file__).parent.parent
 OF = Lora(rank=4, targets=("query", "out", "down"))
 PLAIN = dataclasses.replace(NORMED, family="llama")
 
@@ -198,3 +201,19 @@ def test_what_lora_cannot_do_is_refused():
     with pytest.raises(ValueError, match=r"muonclip scales W_q and W_k of this llama"):
         trainer_of(training(lora=OF), "muonclip", PLAIN)
     assert muon_jax.routing_table(trained("adamw")[0].abstract.params).count("a LoRA factor") == 6
+
+
+def test_the_plan_is_the_one_of_the_readme():
+    config = training(
+        lora=Lora(rank=16), context=2048, batch=8, dtype="bfloat16", remat=True, steps=100
+    )
+    case = plan.case_of(config, "muon_adamw", mesh_of(1, 1, 1, 1), PRESETS["0.6b"])
+    count, whole = (
+        sum(x.size for x in jax.tree.leaves(tree)) for tree in (case.params, case.frozen)
+    )
+    held = case.memory.held
+    own = sum(size for name, size in held.items() if "frozen" not in name)
+    text = " ".join((ROOT / "experiments/finetune/README.md").read_text().split())
+    assert f"{count / 1e6:.1f} M of {(count + whole) / 1e6:.0f} M parameters are trained" in text
+    assert f"has {own / 1e9:.2f} GB of params, gradients and momentum and" in text
+    assert f"and {held['frozen params, bfloat16'] / 1e9:.2f} GB of frozen ones" in text

@@ -124,7 +124,13 @@ def abstract(runs: Sequence[Run]) -> list[str]:
     if len(runs) > 1:
         sentences += claims.sentences(judged(runs))
         sentences.append("Each is one training with one seed, so there are no statistics.")
-    optimizer = runs[0].records.settings["optimizer"]
+    settings = runs[0].records.settings
+    if (lora := settings.get("lora")) and lora["rank"]:
+        sentences.append(
+            f"LoRA trains factors of rank {lora['rank']}, alpha {lora['alpha']:g}, of "
+            f"{', '.join(lora['targets'])}; all else is frozen."
+        )
+    optimizer = settings["optimizer"]
     sentences += idle_clip([run.trained for run in runs], optimizer)
     if count := len(optimizer["quirks"]):
         quirks = "one quirk" if count == 1 else f"{count} quirks"
