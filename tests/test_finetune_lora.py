@@ -21,7 +21,7 @@ from experiments.finetune.architecture import PRESETS
 from experiments.finetune.config import Lora, Running
 from experiments.finetune.packing import Rows
 from experiments.finetune.step import Trainer
-from experiments.language import log
+from experiments.language import log, planning
 from experiments.language.checkpoints import Checkpoints
 from experiments.language.planning import compiled_bytes
 
@@ -193,6 +193,13 @@ def test_memory_has_no_gradient_and_no_state_of_what_is_frozen():
         training(lora=OF, dtype="bfloat16", **settings), "muon_adamw", large, mesh_of(1, 1, 1, 1)
     )
     assert plan.case(narrow).memory.held["frozen params, bfloat16"] == 2 * entries
+
+
+def test_lora_is_advised_where_it_would_fit():
+    config = training(context=2048, batch=1, dtype="bfloat16", remat=True, steps=100)
+    case = plan.case_of(config, "adamw", mesh_of(1, 1, 1, 1), PRESETS["4b"])
+    assert "use --lora.rank 16, which trains" in planning.remedies(case, 20 * 10**9)
+    assert "--lora" not in planning.remedies(case, 5 * 10**9)
 
 
 def test_what_lora_cannot_do_is_refused():

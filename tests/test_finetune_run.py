@@ -617,6 +617,13 @@ def test_tensors_are_checked_before_rows_are_read(tmp_path, monkeypatch, capsys)
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_rank_that_cannot_be_is_refused_before_rows_are_read(tmp_path, monkeypatch, capsys):
+    one_arm(tmp_path, monkeypatch, "--lora.rank", "17")
+    monkeypatch.setattr(command.data, "prepare", None)
+    assert command.main() == 2
+    assert "Use at most 16, or remove key from --lora.targets" in capsys.readouterr().err
+
+
 def test_an_out_with_other_files_is_refused_before_rows_are_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "_prepare", None)
     (tmp_path / "thesis.tex").write_text("x")

@@ -23,6 +23,8 @@ from experiments.language.sharding import on_device
 from experiments.report.text import readable
 from experiments.settings import Positive
 
+_RANK = 16  # of LoRA, where it is advised
+
 
 @dataclasses.dataclass(frozen=True)
 class Planning:
@@ -236,7 +238,7 @@ def remedies(
     """What to change for a plan to fit; a size is named only if its plan does."""
     config, mesh = case.config, case.mesh
 
-    def fits(name: Any = case.name, mesh: Any = mesh, **changes: int) -> bool:
+    def fits(name: Any = case.name, mesh: Any = mesh, **changes: Any) -> bool:
         changed = dataclasses.replace(config, **changes)
         try:
             return case.again(changed, name, mesh).memory.total <= limit
@@ -261,6 +263,9 @@ def remedies(
         elif batch:
             found.append(f"use --batch {batch}")
         found += [f"shorten --context {config.context}", *case.savings]
+    lora = getattr(config, "lora", None)
+    if lora and not lora.rank and fits(lora=dataclasses.replace(lora, rank=_RANK)):
+        found.append(f"use --lora.rank {_RANK}, which trains adapters alone and would fit")
     others = [name for name in choice or case.optimizers if name != case.name]
     if fitting := [name for name in others if fits(name=name)]:
         found.append(f"use --optimizers {' '.join(fitting)}, which would fit")
