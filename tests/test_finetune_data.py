@@ -11,10 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
+from etils import epath
 from pyarrow import parquet
 
-from experiments.finetune import chat, data, instructions
+from experiments.finetune import base, chat, data, instructions
+from experiments.finetune.config import Base
 from experiments.finetune.packing import Batches, Rows, in_order, pack
+from experiments.language import documents
 
 
 @pytest.fixture(scope="module")
@@ -562,3 +565,23 @@ def test_the_text_of_a_pretraining_is_read(model, tmp_path):
     command.pretraining_text = "nowhere.txt"
     with pytest.raises(ValueError, match="--pretraining-text must be a file that ends in"):
         data.pretraining_text(command, tmp_path / "model")
+
+
+def test_the_small_model_keeps_text_that_it_has_not_learnt(tmp_path, monkeypatch):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": f"{i} to be or not " * 99}) + "\n" for i in range(99))
+    )
+    few = documents.from_files((epath.Path(path),))
+    monkeypatch.setattr(documents, "standard_library", lambda: few)
+    sizes = {"layers": 1, "hidden": 16, "ffn": 16, "heads": 2, "head_dim": 8, "vocabulary": 300}
+    small = Base(**sizes, context=32, batch=4, steps=2)
+    folder = base.prepare(small, folder=tmp_path / "cache")
+    assert base.prepare(small, folder=tmp_path / "cache") == folder
+    windows = np.load(folder / data.HELD_OUT)
+    assert windows.shape[1] == 33 and len(windows) >= 4
+    command = SimpleNamespace(pretraining_text=None, context=64)
+    rows = data.pretraining_text(command, folder)
+    assert rows.tokens.tolist() == windows.ravel().tolist() and set(rows.lengths) == {33}
+    told = chat.Chat(folder)._tokenizer.decode(windows[0].tolist())
+    assert "to be or not" in told and folder.joinpath("model.safetensors").exists()

@@ -75,9 +75,9 @@ def prepare(
             tokens = data.prepare(settings, on_progress)
             architecture = architecture_of(base, tokens.vocabulary)
             held_out = windows.held_out(tokens, base.context, _HELD_OUT).windows
-            np.save(partial / rows_of.HELD_OUT, held_out)
             params, found = _pretrain(base, architecture, tokens, held_out, on_progress)
             weights.write(partial, architecture, params, tokenizer, dtype="float32")
+            np.save(partial / rows_of.HELD_OUT, held_out)
         return {"base": dataclasses.asdict(base), "text": tokens.as_json()} | found
 
     with cache.alone(folder, lambda: on_progress("waiting for another process", 0, 1)):
