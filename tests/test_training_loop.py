@@ -27,7 +27,7 @@ class Saved:
     def __init__(self, clock):
         self.clock, self.steps = clock, []
 
-    def restore(self, abstract):
+    def restore(self, abstract, step=None):
         if not self.steps:
             return None
         step, meta = self.steps[-1], {}
