@@ -104,9 +104,11 @@ def test_a_mixture_is_evaluated_by_source_and_goes_on_bit_for_bit(sources, tmp_p
         ("--data.mixture a 1 x.txt --data.files y.txt", "excludes --data.files"),
         ("--data.mixture a 1 x.txt a 2 y.txt", "another NAME for each source; got a twice"),
         ("--data.mixture a 0 x.txt", "must be greater than 0"),
+        ("--isolate-documents --suite optimizers", "excludes --suite optimizers"),
+        ("--rollback.above 2 --suite optimizers", "excludes --suite optimizers"),
     ],
 )
-def test_mixtures_that_make_no_sense_are_refused(words, message, capsys):
+def test_options_that_make_no_sense_are_refused(words, message, capsys):
     with pytest.raises(SystemExit):
         parse(words.split())
     assert message in " ".join(capsys.readouterr().err.replace("│", "").split())

@@ -7,11 +7,19 @@ import json
 import math
 import threading
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
+from finetuning import NORMED, initial, prepared
+from finetuning import trainer_of as trainer_of_finetuning
+from finetuning import training as finetuning
 from pretraining import DENSE, VOCABULARY, mesh_of, training
 
+from experiments.finetune import model
+from experiments.finetune.config import Lora
+from experiments.finetune.config import Running as FinetuneRunning
+from experiments.finetune.loop import FineTuning, Start
 from experiments.language import log
 from experiments.language.data import Tokens
 from experiments.language.rollback import Rollback, SpikeError, Watch
@@ -179,3 +187,34 @@ def test_params_that_are_lost_are_gone_back_from(tmp_path, spoilt):
     run = train(tmp_path, kind=Spoilt)
     assert run.ended and not left
     assert "back to step " + {"update": "8", "held out": "4"}[spoilt] in run.said[0]
+
+
+class Lost(FineTuning):
+    """The update after the batch of number 9 is not finite."""
+
+    def _is_to_go_back(self, metrics, step):
+        if metrics is not None and step + self._watch.left_out == 10:
+            metrics = metrics | {"update_rms": {"all": math.inf}}
+        return super()._is_to_go_back(metrics, step)
+
+
+def test_fine_tuning_goes_back_with_what_is_frozen(tmp_path):
+    config = finetuning(lora=Lora(rank=2), rollback=RULE)
+    trainer, running = trainer_of_finetuning(config), FinetuneRunning(save_every=4, log_every=1)
+    load = lambda mesh: jax.device_put(initial(), model.shardings(NORMED, mesh), may_alias=False)  # noqa: E731
+    merged, digests = [], []
+    for name, stops in (("whole", ()), ("parts", (8, 10))):
+        for stop in (*stops, None):
+            (tmp_path / name).mkdir(exist_ok=True)
+            stopping, said = threading.Event(), []
+            run = Lost(
+                trainer, running, prepared(), Start("counting", NORMED, load),
+                epath.Path(tmp_path / name), stopping, merged.append,
+                on_step=lambda told, s=stopping, at=stop: told.step == at and s.set(),
+                on_message=said.append,
+            )  # fmt: skip
+            assert run.to_the_end() == (stop is None)
+        digests.append(summary(tmp_path / name))
+        assert any("back to step 8" in text for text in said) == (name == "whole")
+    assert digests[0] == digests[1] and digests[0][1] == [{"from_step": 10, "to_step": 8}]
+    jax.tree.map(np.testing.assert_array_equal, *merged)

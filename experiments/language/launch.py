@@ -67,7 +67,8 @@ def _time_limit(hours: float | None, stop: threading.Event) -> Iterator[Callable
     seconds, begin = 3600 * (hours or math.inf), time.monotonic()
     timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), stop.set)
     timer.daemon = True
-    timer.start()
+    if hours:
+        timer.start()
     try:
         yield lambda: time.monotonic() - begin > seconds - 30
     finally:

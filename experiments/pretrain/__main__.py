@@ -71,7 +71,12 @@ class Command(Suite, Planning, Running, Training):
         check_different(self, "optimizers")
         for name in self.optimizers:
             self.schedules.check(name)
-        for name, value in (("--from", self.from_), ("--rollback.above", self.rollback.above)):
+        alone = {
+            "--from": self.from_,
+            "--rollback.above": self.rollback.above,
+            "--isolate-documents": self.isolate_documents,
+        }
+        for name, value in alone.items():
             if value and self.suite:
                 raise ValueError(f"{name} excludes --suite {self.suite}; remove one of them.")
         if self.evaluation_tokens < self.context:
