@@ -14,6 +14,7 @@ from etils import epath
 from pretraining import one_device
 
 from experiments.language import clocks, training_loop
+from experiments.language.checkpoints import Restored
 from experiments.language.rollback import Rollback
 from experiments.language.training_loop import Keeping, TrainingError, TrainingLoop
 
@@ -32,7 +33,7 @@ class Saved:
             return None
         step, meta = self.steps[-1], {}
         state = types.SimpleNamespace(step=step)
-        return types.SimpleNamespace(step=step, state=state, meta=meta, damaged=())
+        return Restored(step, state, meta, damaged=())
 
     def save(self, step, state, meta):
         self.clock.now += SAVE
