@@ -52,8 +52,9 @@ COLUMNS: tuple[Column, ...] = (
     ("tokens/s", "tokens\n/s", lambda run: number(run.tokens_per_second)),
 )
 NOTE = (
-    "held-out loss: nats per token; forgot: rise of the loss on the pretraining text\n"
-    "early, late acc.: mean token accuracy of training examples, first and last quarter\n"
+    "held-out loss: nats per token; forgot: rise of loss on pretraining text\n"
+    "early, late acc.: mean token accuracy of training examples, first and\n"
+    "last quarter of the steps\n"
     "its spread: interquartile range of the gradient norm ÷ its median"
 )
 CAPTION = (
