@@ -137,10 +137,11 @@ class FineTuning(TrainingLoop):
         }
         facts = {
             "Base model": f"{base}, digest {self.model.name.split()[-1]}",
-            "Data": f"{report.name}: {report.rows - report.held_out_rows:,} examples to train on, "
+            "Data": f"{report.name}: {len(self.rows.train.lengths):,} examples to train on, "
             f"{report.held_out_rows:,} held out",
             "Digest of the data's tokens": report.sha256,
-            "Optimizer": arms.ARMS[self.trainer.name],
+            "Optimizer": arms.ARMS[self.trainer.name]
+            + "; here of LoRA's factors alone" * bool(config.lora.rank),
             "Learning rate": f"{settings.learning_rate:g}, after {config.warmup} steps of warm-up, "
             f"then {config.decay} decay to {config.final_lr_fraction:g} of it",
             "Weight decay": settings.weight_decay,
