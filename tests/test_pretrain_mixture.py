@@ -65,6 +65,7 @@ def test_one_tokenizer_serves_sources_that_stay_apart(sources):
     tokens = data.prepare(sources)
     code, prose = (part for _, _, part in tokens.parts)
     assert code.tokenizer.to_str() == prose.tokenizer.to_str() == tokens.tokenizer.to_str()
+    assert {"Ġreturn", "Ġnot"} <= tokens.tokenizer.get_vocab().keys()  # it has seen both
     texts = [part.tokenizer.decode(part.validation[0].tolist()) for part in (code, prose)]
     assert "return" in texts[0] and "return" not in texts[1] and "not" in texts[1]
     assert tokens.as_json()["sources"]["code"]["weight"] == 3.0
