@@ -18,6 +18,7 @@ from experiments.pretrain import loop
 from experiments.pretrain.__main__ import parse
 from experiments.pretrain.config import Running, Training, as_json, from_json
 from experiments.pretrain.step import Trainer
+from experiments.schedules import Schedules
 
 
 def tokens_of(first, count=400):
@@ -64,6 +65,7 @@ def test_one_tokenizer_serves_sources_that_stay_apart(sources):
     tokens = data.prepare(sources)
     code, prose = (part for _, _, part in tokens.parts)
     assert code.tokenizer.to_str() == prose.tokenizer.to_str() == tokens.tokenizer.to_str()
+    assert {"Ġreturn", "Ġnot"} <= tokens.tokenizer.get_vocab().keys()  # it has seen both
     texts = [part.tokenizer.decode(part.validation[0].tolist()) for part in (code, prose)]
     assert "return" in texts[0] and "return" not in texts[1] and "not" in texts[1]
     assert tokens.as_json()["sources"]["code"]["weight"] == 3.0
@@ -75,9 +77,13 @@ def test_one_tokenizer_serves_sources_that_stay_apart(sources):
 
 
 def test_a_mixture_is_evaluated_by_source_and_goes_on_bit_for_bit(sources, tmp_path, monkeypatch):
+    """With all that changes on the way, the average that is evaluated, and documents apart."""
     monkeypatch.setattr(loop, "make_mesh", lambda sizes: one_device())
-    config = training(DENSE, data=sources, steps=8)
-    assert from_json(Training, as_json(config)).data.mixture == sources.mixture
+    course = Schedules(beta=(0.5, 0.9), beta_steps=6, weight_decay=(1.0, 0.0), average=0.7)
+    own = {"decay": "wsd", "isolate_documents": True, "schedules": course}
+    config = training(DENSE, data=sources, steps=8, **own)
+    again = from_json(Training, as_json(config))
+    assert (again.data.mixture, again.schedules) == (sources.mixture, course)
     running = Running(save_every=3, evaluate_every=4, evaluation_tokens=128, log_every=1, samples=0)
     tokens, digests = data.prepare(sources), []
     for stops in ((), (5,)):
@@ -86,11 +92,12 @@ def test_a_mixture_is_evaluated_by_source_and_goes_on_bit_for_bit(sources, tmp_p
         for stop in (*stops, None):
             stopping = threading.Event()
             run = loop.Pretraining(
-                config, "adamw", running, tokens, folder, stopping,
+                config, "muon", running, tokens, folder, stopping,
                 on_step=lambda told, stop=stop, s=stopping: told.step == stop and s.set(),
             )  # fmt: skip
             assert run.to_the_end() == (stop is None)
-        digests.append(json.loads((folder / "summary.json").read_text())["params_sha256"])
+        found = json.loads((folder / "summary.json").read_text())
+        digests.append((found["params_sha256"], found["validation_loss"]))
     assert digests[0] == digests[1]
     last = next(r for r in reversed(log.read(folder)[0]) if "validation_loss" in r)
     each = {name: found["validation_loss"] for name, found in last["sources"].items()}

@@ -127,7 +127,15 @@ def test_a_run_goes_back_and_leaves_the_batches_out(whole, tmp_path):
     assert summary(tmp_path / "with")[0] != digest
 
 
-@pytest.mark.parametrize("ends", [[("kill", 11)], [("kill", 14)], [("stop", 10), ("stop", 1)]])
+@pytest.mark.parametrize(
+    "ends",
+    [
+        [("kill", 11)],
+        [("kill", 14)],
+        [("stop", 8), ("stop", 1)],  # saves step 9, which nobody goes back to
+        [("stop", 9), ("stop", 3)],  # saves step 10, the first of the spike
+    ],
+)
 def test_a_run_that_ends_in_the_middle_comes_to_the_same(whole, tmp_path, ends):
     """Before the rule holds, behind the way back, and with checkpoints of a spike's own steps."""
     for how, when in ends:
@@ -164,6 +172,17 @@ def test_the_rule(losses, lost, goes_back):
     assert found == goes_back
     again = Watch(RULE, json.loads(json.dumps(watch.as_json())))
     assert again.as_json() == watch.as_json()
+
+
+def test_going_back_is_to_the_losses_of_then():
+    watch = Watch(RULE)
+    for _ in range(8):
+        watch.judge(1.0)
+    watch.saves(8, periodic=True)
+    then = watch.as_json()
+    assert [watch.judge(loss) for loss in (1.1, 9.0, 9.0)] == [False, False, True]
+    watch.go_back(11, lambda text: None, "")
+    assert watch.as_json() == then | {"done": [[8, 11]]} and watch.left_out == 3
 
 
 @pytest.mark.parametrize("spoilt", ["update", "held out"])
