@@ -1,7 +1,7 @@
-"""The studies: `python -m experiments.grok`, `.family`, `.pretrain`, `.finetune`, `.bench`."""
+"""The studies. Run `python -m experiments.grok`, `.family`, `.pretrain`, `.finetune`, `.bench`."""
 
 import os
 
-# LAPACK's own threads and XLA's spin against each other: on two cores an SVD of 128² took 700 ms
-# with both and 2 ms with one. Read when numpy and scipy are loaded.
+# The threads of LAPACK and of XLA compete for cores: on two cores an SVD of 128² took 700 ms with
+# both, and 2 ms with one. The variable is read when numpy and scipy are loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -1,4 +1,4 @@
-"""What critics set beside Muon: changes to the gradient before AdamW, and parts of Muon alone."""
+"""Baselines beside Muon: gradient transformations before AdamW, and a part of Muon alone."""
 
 from typing import NamedTuple
 
@@ -10,10 +10,13 @@ _SQUARINGS = 6
 
 
 def orthogonal_gradient() -> optax.GradientTransformation:
-    """⊥Grad (Prieto et al., 2501.04697): no step along a parameter itself.
+    """Removes from each gradient its component along the parameter: ⊥Grad (2501.04697).
 
-    Of each array `w` with gradient `g`: `g - (w·g / w·w) w`, with the norm of `g`. An array of
-    zeros keeps its gradient.
+    The update of an array `w` with gradient `g` is `g - (w·g / w·w) w`, rescaled to the norm of
+    `g`. An array of zeros keeps its gradient.
+
+    References:
+        Prieto et al., https://arxiv.org/abs/2501.04697
 
     Example:
         >>> w, g = jnp.array([1.0, 0.0]), jnp.array([3.0, 4.0])
@@ -38,17 +41,17 @@ def orthogonal_gradient() -> optax.GradientTransformation:
 
 
 class SlowGradient(NamedTuple):
-    """State of `grokfast`: gradients so far, and their running mean in their shapes and dtypes."""
+    """State of `grokfast`: the number of gradients so far, and their moving average."""
 
     count: jax.Array
     mean: optax.Updates
 
 
 def grokfast(decay: float = 0.98, factor: float = 2.0) -> optax.GradientTransformation:
-    """Grokfast-EMA (Lee et al., 2405.20233): the slow part of a gradient counts more.
+    """Amplifies the slow component of each gradient: Grokfast-EMA (Lee et al., 2405.20233).
 
-    `mean = decay * mean + (1 - decay) * g` begins at the first gradient; the update is
-    `g + factor * mean`.
+    The update is `g + factor * mean`, where `mean = decay * mean + (1 - decay) * g` starts at the
+    first gradient.
 
     Example:
         >>> tx = grokfast(decay=0.5, factor=2.0)
@@ -71,17 +74,17 @@ def grokfast(decay: float = 0.98, factor: float = 2.0) -> optax.GradientTransfor
 
 
 def unit_spectral_norm(x: jax.Array) -> jax.Array:
-    """`x` of spectral norm 1, its singular values otherwise as they are; zeros stay zero.
+    """Divides each matrix by an estimate of its spectral norm; zero matrices stay zero.
 
-    By squaring its Gram matrix the norm of the 128th powers of the singular values is found, which
-    is at most `min(m, n) ** (1 / 128)` times the largest: 4 % at a short side of 128. It takes
-    products of matrices alone, and no decomposition.
+    The estimate is the 128-norm of the singular values, computed by repeated squaring of the Gram
+    matrix. It exceeds the spectral norm by a factor of at most `min(m, n) ** (1 / 128)`, which is
+    4 % at a short side of 128. It needs only matrix products, no decomposition.
 
     Args:
-        x: `(..., m, n)`, floating point.
+        x: Matrices `(..., m, n)` of any floating-point dtype.
 
     Returns:
-        `(..., m, n)` in `x.dtype`.
+        Matrices `(..., m, n)` in `x.dtype`.
 
     Example:
         >>> print(unit_spectral_norm(jnp.diag(jnp.array([4.0, 2.0]))))

@@ -1,4 +1,4 @@
-"""The command line of every study: its options, and what those of earlier versions are called."""
+"""Parses the command line of every study, and names the successors of renamed options."""
 
 import sys
 from collections.abc import Sequence
@@ -21,17 +21,17 @@ Command = TypeVar("Command")
 def parse(
     kind: type[Command], prog: str, arguments: Sequence[str] | None = None, **options: Any
 ) -> Command:
-    """Reads a command line.
+    """Parses a command line.
 
     Args:
-        kind: dataclass whose fields are the options.
-        prog: the command, as a user types it.
-        arguments: by default those of this process.
-        **options: further ones of `tyro.cli`.
+        kind: The dataclass whose fields are the options.
+        prog: The command, as a user types it.
+        arguments: The arguments, by default those of this process.
+        **options: Further arguments of `tyro.cli`.
 
     Raises:
-        ValueError: an option has another name today; the message says which.
-        SystemExit: help was asked for, or tyro refused the command line.
+        ValueError: An option has been renamed; the message gives its new name.
+        SystemExit: The user asked for help, or tyro rejected the command line.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     for word in arguments:

@@ -1,4 +1,4 @@
-"""What the commands of all studies share: how they begin, stop, show progress, fail and exit."""
+"""What all commands share: how they start, stop, show progress, report errors and exit."""
 
 import contextlib
 import errno
@@ -32,13 +32,10 @@ _REMEDIES = {
 
 
 def run_command(work: Callable[[threading.Event, Console], int]) -> int:
-    """Does the work of a command that may take long.
+    """Runs a command that may take long, and returns its exit code.
 
     Args:
-        work: `(stop, console) -> exit code`; when `stop` is set it should end soon.
-
-    Returns:
-        The command's exit code.
+        work: A function `(stop, console) -> exit code`. It should end soon after `stop` is set.
     """
     keep_compiled_programs()
     stop = stop_on_signals()
@@ -47,11 +44,11 @@ def run_command(work: Callable[[threading.Event, Console], int]) -> int:
 
 
 def guard(work: Callable[[], int]) -> int:
-    """Does a command's work; what goes wrong outside its code becomes a message and an exit code.
+    """Runs a command and turns errors that are not the code's into a message and an exit code.
 
     Returns:
-        What `work` returns; 2 where an option or a file is wrong, 1 where the machine fails or a
-        training does, 130 after Ctrl-C.
+        The result of `work`; 2 if an option or a file is wrong, 1 if the machine or a training
+        fails, 130 after Ctrl-C.
     """
     try:
         code = work()
@@ -59,7 +56,7 @@ def guard(work: Callable[[], int]) -> int:
         return code
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):
-            Console().print("Stopped and saved; the same command continues from there.")
+            Console().print("Stopped. Finished work is saved; run the same command to continue.")
         _give_up_a_broken_stdout()
         return INTERRUPTED
     except Exception as error:
@@ -74,10 +71,10 @@ def guard(work: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def reporting(folder: object) -> Iterator[None]:
-    """Within it a report is made of a folder's files; what is wrong with them ends the process.
+    """A context in which a report reads a folder. Errors in its files end the process.
 
     Raises:
-        SystemExit: with the message.
+        SystemExit: A file is missing or wrong; the message says which and what to do.
     """
     try:
         yield
@@ -86,8 +83,8 @@ def reporting(folder: object) -> Iterator[None]:
         raise SystemExit(INTERRUPTED) from None
     except _MISREAD as error:
         raise SystemExit(
-            f"error: {folder} holds no readable run of this study, or one of another version "
-            f"({type(error).__name__}: {error}). Give the folder of a run of this study."
+            f"error: {folder} holds no readable run of this study, or a run of an incompatible "
+            f"version ({type(error).__name__}: {error}). Give the folder of a run of this study."
         ) from None
     except Exception as error:
         if _exit_code(error) is None:
@@ -97,11 +94,14 @@ def reporting(folder: object) -> Iterator[None]:
 
 
 def explain(error: BaseException) -> str:
-    """An error as a sentence or two: what is wrong, and what to do."""
+    """Returns an error as one or two sentences: what is wrong, and what to do."""
     if isinstance(error, ImportError):
-        return f"{error.name or error} is not installed, but this command requires it."
+        return f"{error.name or error} is not installed, but this command requires it. Install it."
     if isinstance(error, MemoryError):
-        return f"The machine has not enough memory ({error or 'out of memory'})."
+        return (
+            f"The machine has not enough memory ({error or 'out of memory'}). Use a smaller model, "
+            "or a machine with more memory."
+        )
     text = re.sub(r"\[Errno -?\d+\] ", "", str(error))
     if _NO_PLATFORM in text:
         asked = os.environ.get("JAX_PLATFORMS")
@@ -121,19 +121,19 @@ def explain(error: BaseException) -> str:
 
 
 def _exit_code(error: Exception) -> int | None:
-    """None for an error of the code itself, whose traceback is wanted."""
+    """Returns the exit code of an error, or None for a bug, whose traceback should be shown."""
     if isinstance(error, RunError):
         return error.exit_code
     if isinstance(error, ValueError | FileNotFoundError | ImportError):
         return 2
     if isinstance(error, OSError | MemoryError):
         return 1
-    known = (_NO_PLATFORM, _FULL_DEVICE)  # of JAX, which has no narrower kinds
+    known = (_NO_PLATFORM, _FULL_DEVICE)  # JAX has no exception types for these
     return 1 if any(words in str(error) for words in known) else None
 
 
 def _give_up_a_broken_stdout() -> None:
-    """Else the interpreter says once more, as it ends, that its output cannot be written."""
+    """Redirects a broken stdout to the null device, or Python would report it again at exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -142,11 +142,11 @@ def _give_up_a_broken_stdout() -> None:
 
 
 def stop_on_signals() -> threading.Event:
-    """Set by Ctrl-C and SIGTERM, and read between pieces of work; a second Ctrl-C stops at once.
+    """Returns an event that Ctrl-C and SIGTERM set. A second Ctrl-C ends the process at once.
 
-    An exception raised in the middle of XLA's work can crash the process on its way out, and
-    threads would be waited for; so the second one ends the process as a kill does, which costs no
-    more than what is under way.
+    Commands read the event between units of work. The second Ctrl-C ends the process without
+    cleaning up, since an exception during XLA's work can crash it, and threads would have to finish
+    first. Only unfinished work is lost.
     """
     stop = threading.Event()
 
@@ -155,7 +155,7 @@ def stop_on_signals() -> threading.Event:
         signal.signal(signal.SIGINT, end)
 
     def end(signum: int, frame: object) -> None:
-        # By the descriptor: what was interrupted may hold the locks of sys.stderr.
+        # Writes to the file descriptor, since the interrupted code may hold sys.stderr's lock.
         show_cursor = b"\x1b[?25h" if os.isatty(2) else b""
         with contextlib.suppress(OSError):
             os.write(2, show_cursor + b"\nStopped immediately; finished work is kept.\n")
@@ -167,18 +167,18 @@ def stop_on_signals() -> threading.Event:
 
 
 def print_error(error: Exception | str) -> None:
-    """Says on stderr what went wrong: to the letter, brackets too, and in one line."""
+    """Prints an error on stderr, in one line and without interpreting brackets as markup."""
     text = explain(error) if isinstance(error, Exception) else error
     Console(stderr=True).print("[red]error:[/red]", Text(text), soft_wrap=True)
 
 
 def print_warning(text: str) -> None:
-    """Says on stderr what a command goes on in spite of."""
+    """Prints a warning on stderr; the command continues."""
     Console(stderr=True).print("[yellow]warning:[/yellow]", Text(text), soft_wrap=True)
 
 
 def progress_bar(console: Console) -> Progress:
-    """A bar with what is under way and the time left at most."""
+    """Returns a progress bar with a description and an upper bound of the time left."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=10),
@@ -190,5 +190,5 @@ def progress_bar(console: Console) -> Progress:
 
 
 def option(*fields: str) -> str:
-    """A field as it is spelt on the command line."""
+    """Returns the command-line spelling of a field."""
     return "--" + ".".join(fields).replace("_", "-")

@@ -1,7 +1,7 @@
-"""What a compiled XLA program does, read from its text: FLOPs, kernels, collectives, memory.
+"""Reads FLOPs, kernels, collectives and memory from the text of a compiled XLA program.
 
-`compiled.cost_analysis()` counts the body of a while loop once and knows no collectives; the
-program's own text has both. Every figure is of one device.
+`compiled.cost_analysis()` counts the body of a while loop only once and omits collectives; the text
+of the program has both. All numbers are for one device.
 """
 
 import dataclasses
@@ -29,12 +29,13 @@ class Collective:
     """All collectives of one kind.
 
     Attributes:
-        count: how many run; one inside a loop counts once a trip.
-        in_loops: how many of these run inside a loop.
-        output_bytes: what they deliver to a device. Of an all-gather or all-to-all over 16 devices
-            one sixteenth of it had been there already.
-        operand_bytes: what they take from a device.
-        beside: how many have kernels between their start and their end, which run meanwhile.
+        count: The number of executions; a collective in a loop counts once per iteration.
+        in_loops: The number of these executions that are in a loop.
+        output_bytes: The bytes that they write on a device. For an all-gather or all-to-all over 16
+            devices, one sixteenth of these were on the device already.
+        operand_bytes: The bytes that they read on a device.
+        beside: The number of collectives that overlap with kernels, which run between the start and
+            the end of the collective.
     """
 
     count: int = 0
@@ -46,18 +47,18 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One launch on a GPU; elsewhere what the compiler schedules as one piece.
+    """A kernel: one launch on a GPU, elsewhere one unit of the compiler's schedule.
 
     Attributes:
-        name: as XLA calls it.
-        runs: how often; one inside a loop runs once a trip.
-        flops: of its matrix products, in one run.
-        wide_flops: of these, those of products of float32 or wider.
-        hbm_bytes: that one run reads and writes: its operands and outputs; of those that it only
-            slices or updates in place, the slices.
-        cycles: that the compiler estimates for one run; 0 where it tells none, as for GPUs.
-        operation: of JAX, as `jit(step)/while/body/dot_general`.
-        source: as `model.py:12 attend`; empty where the program does not tell.
+        name: XLA's name of the kernel.
+        runs: The number of executions; a kernel in a loop runs once per iteration.
+        flops: The FLOPs of its matrix products in one run.
+        wide_flops: The part of `flops` in products of float32 or wider operands.
+        hbm_bytes: The bytes that one run reads and writes: its operands and outputs. Of an array
+            that it only slices or updates in place, only the slice counts.
+        cycles: The compiler's estimate for one run; 0 if it gives none, as for GPUs.
+        operation: The JAX operation, such as `jit(step)/while/body/dot_general`.
+        source: The place in the source, such as `model.py:12 attend`; empty if it is unknown.
     """
 
     name: str
@@ -72,18 +73,19 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What one run of a program costs one device.
+    """The cost of one run of a program on one device.
 
     Attributes:
-        flops: of the matrix products alone, two for each multiply and add; of a kernel that tells
-            its FLOPs, what it tells.
-        collectives: by kind, as XLA names them; kinds that do not occur are left out.
-        temp_bytes: what the program allocates beside arguments and outputs.
-        argument_bytes: of all arguments.
-        output_bytes: of all outputs, those that take the place of donated arguments included.
-        unread: other custom calls that may hold matrix products, of which `flops` has none: how
-            many run, by target or, of a TPU's kernels, by name.
-        kernels: all but the collectives, in the order of the program.
+        flops: The FLOPs of the matrix products, two for each multiply-add. For a custom kernel that
+            declares its FLOPs, the declared number.
+        collectives: The collectives by XLA's name of their kind. Kinds that do not occur are
+            omitted.
+        temp_bytes: The memory that the program allocates besides arguments and outputs.
+        argument_bytes: The bytes of all arguments.
+        output_bytes: The bytes of all outputs, including those in the memory of donated arguments.
+        unread: The number of runs of other custom calls that may hold matrix products, which
+            `flops` excludes. The keys are their targets, or names for kernels of a TPU.
+        kernels: All kernels except collectives, in the order of the program.
     """
 
     flops: int
@@ -96,38 +98,38 @@ class Program:
 
     @property
     def kernel_count(self) -> int:
-        """How many run."""
+        """The number of kernel executions."""
         return sum(kernel.runs for kernel in self.kernels)
 
     @property
     def hbm_bytes(self) -> int:
-        """That all kernels read and write."""
+        """The bytes that all kernels read and write."""
         return sum(kernel.runs * kernel.hbm_bytes for kernel in self.kernels)
 
     @property
     def estimated_cycles(self) -> int:
-        """The compiler's own estimate, of kernels one after another; 0 but on TPUs."""
+        """The compiler's estimate for all kernels in sequence; 0 except on TPUs."""
         return sum(kernel.runs * kernel.cycles for kernel in self.kernels)
 
     @property
     def exchanged_bytes(self) -> int:
-        """Output bytes of all collectives, whatever their kind."""
+        """The output bytes of all collectives."""
         return sum(collective.output_bytes for collective in self.collectives.values())
 
     @property
     def in_loops(self) -> int:
-        """How many collectives run inside loops."""
+        """The number of collectives that run in loops."""
         return sum(collective.in_loops for collective in self.collectives.values())
 
 
 def measure(compiled: Any) -> Program:
-    """Reads what `jax.jit(f).lower(...).compile()` returned.
+    """Returns the cost of a program that `jax.jit(f).lower(...).compile()` returned.
 
-    Loops count once a trip, a conditional as its dearest branch.
+    The body of a loop counts once per iteration, and a conditional as its most expensive branch.
 
     Raises:
-        UnreadableLoopError: a loop whose number of trips the program does not tell.
-        UnreadableProductError: a matrix product of a kind that is not counted.
+        UnreadableLoopError: The number of iterations of a loop cannot be read from the program.
+        UnreadableProductError: The program has a matrix product of an unsupported kind.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -145,7 +147,7 @@ def measure(compiled: Any) -> Program:
 
 
 def read(text: str) -> Program:
-    """`measure` of a program's text alone, which does not tell its memory."""
+    """Returns the cost of a program from its text, which lacks the sizes of its memory."""
     program = parse(text)
     cost = _Reader(program).cost(program.entry)
     fields = [field.name for field in dataclasses.fields(Collective)]
@@ -160,27 +162,27 @@ def read(text: str) -> Program:
     )
 
 
-# Work that no device does, or that is counted where it begins.
+# Instructions that do no work on a device, or whose work is counted at their start.
 _FREE = frozenset(
     {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier"}
     | {"after-all", "add-dependency", "partition-id", "replica-id", "get-dimension-size"}
     | {"async-update"}
 )
-# Matrix products that no program has had yet.
+# Matrix products that are not supported, since no program has had one yet.
 _UNREAD = frozenset({"ragged-dot", "scaled-dot"})
 
 
 class UnreadableProductError(ValueError):
-    """A matrix product whose FLOPs a program's text does not tell."""
+    """The error for a matrix product whose FLOPs cannot be read from a program's text."""
 
 
 @dataclasses.dataclass
 class _Cost:
-    """Of a part of a program.
+    """The cost of a part of a program.
 
     Attributes:
-        kernels: in their order.
-        sums: under the keys (kind of collective, field of Collective) and ("unread", target).
+        kernels: The kernels, in program order.
+        sums: Totals by the keys (kind of collective, field of Collective) and ("unread", target).
     """
 
     kernels: list[Kernel] = dataclasses.field(default_factory=list)
@@ -195,7 +197,7 @@ class _Cost:
         self.sums.update(other.sums)
 
     def repeated(self, trips: int) -> "_Cost":
-        """Of a loop with this body."""
+        """Returns the cost of a loop with this body."""
         if trips == 0:
             return _Cost()
         sums = Counter({key: trips * n for key, n in self.sums.items()})
@@ -206,25 +208,25 @@ class _Cost:
         return _Cost(kernels, sums)
 
     def dearness(self) -> tuple[int, int, int]:
-        """By which a conditional's branches are compared."""
+        """Returns the key by which the branches of a conditional are compared."""
         exchanged = sum(self.sums[kind, "output_bytes"] for kind in KINDS)
         return self.flops, exchanged, sum(k.runs * k.hbm_bytes for k in self.kernels)
 
 
 class _Reader:
-    """Adds up one program, computation by computation."""
+    """Adds up the cost of a program, one computation after the other."""
 
     def __init__(self, program: Text) -> None:
         self.computations = program.computations
         self.frames = program.frames
         self.trips = Trips(program.computations)
-        # A TPU spreads one asynchronous collective over several fusions: one channel, one exchange.
+        # On TPUs several fusions may share one asynchronous collective; its channel counts once.
         self.channels: set[str] = set()
 
     def cost(self, name: str) -> _Cost:
-        """Of one call of a computation that is no fusion's."""
+        """Returns the cost of one call of a computation that is not the body of a fusion."""
         scope, total = self.computations[name], _Cost()
-        begun: dict[str, tuple[int, _Cost]] = {}  # kernels before an instruction, and its cost
+        begun: dict[str, tuple[int, _Cost]] = {}  # number of kernels before it, and its own cost
         for it in scope.values():
             part = self._cost_of(it, scope)
             begun[it.name] = len(total.kernels), part
@@ -244,7 +246,7 @@ class _Reader:
         kind = it.opcode.removesuffix("-done")
         if it.opcode in _FREE or (it.opcode.removesuffix("-start") in KINDS and kind not in KINDS):
             return _Cost()
-        if it.opcode.endswith("-done") and kind not in KINDS:  # counted where it began
+        if it.opcode.endswith("-done") and kind not in KINDS:  # counted at its start
             return _Cost()
         if it.opcode == "while":
             return self.cost(it.attribute("body")).repeated(self.trips.of(it, scope))
@@ -252,11 +254,11 @@ class _Reader:
             return max((self.cost(name) for name in it.called()), key=_Cost.dearness)
         if it.opcode in ("call", "async-start"):
             return self.cost(it.called()[0])
-        if kind in KINDS:  # a whole one, or the end of a pair
+        if kind in KINDS:  # a synchronous collective, or the end of an asynchronous one
             begin = it if it.opcode == kind else scope[it.inputs()[0]]
             return _Cost(sums=_collective(kind, begin, it, scope))
         if it.opcode == "fusion" and it.called()[0].startswith("all-reduce-scatter"):
-            return _Cost(sums=_collective("reduce-scatter", it, it, scope))  # how a TPU spells it
+            return _Cost(sums=_collective("reduce-scatter", it, it, scope))  # as TPUs express it
         sums: Counter = Counter()
         flops, wide = self._flops(it, scope, sums)
         if not flops and any(key[0] in KINDS for key in sums):
@@ -275,7 +277,7 @@ class _Reader:
         return _Cost([kernel], sums)
 
     def _flops(self, it: Instruction, scope: Computation, sums: Counter) -> tuple[int, int]:
-        """Of one kernel, and of these the wide ones; what else is in it is added to `sums`."""
+        """Returns the FLOPs and the wide FLOPs of a kernel; adds its other costs to `sums`."""
         flops = 0
         if it.opcode == "dot":
             flops = dot_flops(it, scope)
@@ -283,8 +285,8 @@ class _Reader:
             flops = convolution_flops(it, scope)
         elif it.opcode in _UNREAD:
             raise UnreadableProductError(
-                f"%{it.name} is a {it.opcode}, whose FLOPs are not counted. Teach "
-                "experiments.products what it multiplies."
+                f"%{it.name} is a {it.opcode}, an operation whose FLOPs cannot be counted. Add it "
+                "to experiments.products."
             )
         elif it.opcode == "custom-call":
             flops = _call_flops(it, scope, sums)
@@ -314,7 +316,7 @@ def _collective(kind: str, begin: Instruction, end: Instruction, scope: Computat
 
 
 def _call_flops(it: Instruction, scope: Computation, sums: Counter) -> int:
-    # As XLA writes what Pallas tells of a kernel for TPUs, and its metadata of one for GPUs.
+    # The FLOPs that a Pallas kernel declares: its cost estimate on TPUs, its metadata on GPUs.
     told = re.search(
         r'"cost_estimate":\{"flops":"(\d+)"|\\22flops\\22: \\22(\d+)\\22', it.attributes
     )
@@ -332,7 +334,7 @@ def _call_flops(it: Instruction, scope: Computation, sums: Counter) -> int:
 
 
 def _traffic(it: Instruction, scope: Computation, computations: dict[str, Computation]) -> int:
-    """Bytes of HBM that one run of a kernel reads and writes."""
+    """Returns the bytes of HBM that one run of a kernel reads and writes."""
 
     def size(name: str) -> int:
         return size_in_bytes(scope[name].shape, on_chip=False)
@@ -340,7 +342,7 @@ def _traffic(it: Instruction, scope: Computation, computations: dict[str, Comput
     inputs = it.inputs()
     written = size_in_bytes(it.shape, on_chip=False)
     if it.opcode == "copy-start":
-        return written  # it returns its operand and its copy
+        return written  # the size of its operand and its copy
     if it.opcode in ("slice-start", "dynamic-slice-start"):  # operands, slice and context
         part = re.search(r"\), (\w+\[[\d,]*\](?:\{[^}]*\})?)", it.shape)[1]
         return size_in_bytes(part) + size_in_bytes(part, on_chip=False)
@@ -371,7 +373,7 @@ def _traffic(it: Instruction, scope: Computation, computations: dict[str, Comput
 
 
 def _taken(it: Instruction, inner: Computation, whole: int) -> int:
-    """Bytes that a fusion reads of this: all, or the slices if it only slices it."""
+    """Returns the bytes of `it` that a fusion reads: all, or the slices if it only slices it."""
     total = 0
     for user in inner.values():
         if it.name not in user.inputs():

@@ -1,4 +1,4 @@
-"""Text to train on: the running Python's own standard library, or a file, as bytes."""
+"""Training text as bytes: the standard library of the running Python, or a file."""
 
 import functools
 import hashlib
@@ -13,17 +13,18 @@ from typing import NamedTuple
 import numpy as np
 
 VOCABULARY = 256
-VALIDATION_SHARE = 10  # one byte, or file, in so many
+VALIDATION_SHARE = 10  # one byte, or file, in ten is for validation
 _TESTS = {"test", "tests", "idle_test"}
-_ALIKE = "encodings/"  # its files are near copies of each other: held out, they would be known
+_ALIKE = "encodings/"  # near copies of each other, so validating on some would leak
 
 
 class Corpus(NamedTuple):
-    """Bytes to train on and bytes to validate on, `(bytes,)` uint8.
+    """A text, split into bytes for training and for validation.
 
     Attributes:
-        name: where the text is from.
-        sha256: digest of all its bytes, training before validation.
+        name: The source of the text.
+        train, validation: The bytes, `(bytes,)` uint8.
+        sha256: The digest of the training bytes followed by the validation bytes.
     """
 
     name: str
@@ -32,7 +33,7 @@ class Corpus(NamedTuple):
     sha256: str
 
     def as_json(self) -> dict[str, str | int]:
-        """What a run records of it."""
+        """Returns the description that a run records."""
         return {
             "name": self.name,
             "train_bytes": len(self.train),
@@ -42,25 +43,25 @@ class Corpus(NamedTuple):
 
 
 def load(text: Path | None = None, limit: int | None = None) -> Corpus:
-    """A file, or by default the standard library.
+    """Returns the corpus of a file, or by default of the standard library.
 
     Args:
-        text: the file; its last tenth, from a line's start, is for validation.
-        limit: take no more bytes than this, from the beginning, a tenth of them for validation.
+        text: The file. Its last tenth, from the start of a line, is for validation.
+        limit: The number of bytes to use, from the beginning. A tenth is for validation.
 
     Raises:
-        ValueError: there is no text, or none for one of the two sides.
-        OSError: the file cannot be read.
+        ValueError: The text for training or for validation is empty.
+        OSError: The file cannot be read.
     """
     return standard_library(limit) if text is None else one_file(text, limit)
 
 
 def standard_library(limit: int | None = None) -> Corpus:
-    """The source of the running Python's standard library, without its tests: some ten megabytes.
+    """Returns the source of Python's standard library, without tests: about ten megabytes.
 
-    Files are in the order of their names, and about every tenth is for validation; a file's name
-    alone decides, so that it stays on its side in every version of Python. The tables of encodings,
-    which are near copies of each other, are all for training.
+    Files are sorted by name, and about every tenth is for validation. A hash of its name decides
+    this for each file, so that it does not depend on the version of Python. The tables of
+    encodings, which are near copies of each other, are all for training.
     """
     return _standard_library(Path(sysconfig.get_path("stdlib")), limit)
 
@@ -72,7 +73,7 @@ def _standard_library(root: Path, limit: int | None) -> Corpus:
         (validation if held_out else train).write((root / name).read_bytes())
     if not train.tell():
         raise ValueError(
-            "This Python installation has no source of the standard library; give --text FILE."
+            "This Python installation lacks the source of the standard library; give --text FILE."
         )
     tenth = None if limit is None else limit // VALIDATION_SHARE
     return _corpus(
@@ -83,9 +84,10 @@ def _standard_library(root: Path, limit: int | None) -> Corpus:
 
 
 def library_files(root: Path) -> list[tuple[str, bool]]:
-    """The library's own files, in order of their names, and whether each is for validation.
+    """Returns the files of the library, sorted by name, and whether each is for validation.
 
-    They are the same on every machine: no tests, no installed packages, no build's settings.
+    The files do not depend on the machine: they exclude tests, installed packages and settings of
+    the build.
     """
     modules = sys.stdlib_module_names - _TESTS
     paths = (
@@ -100,7 +102,7 @@ def library_files(root: Path) -> list[tuple[str, bool]]:
 
 
 def one_file(path: Path, limit: int | None = None) -> Corpus:
-    """Any file as a corpus."""
+    """Returns the corpus of any file."""
     with open(path, "rb") as file:
         text = file.read() if limit is None else file.read(limit)
     cut = text.find(b"\n", len(text) - len(text) // VALIDATION_SHARE) + 1
@@ -111,7 +113,7 @@ def _corpus(name: str, train: bytes, validation: bytes) -> Corpus:
     if not (train and validation):
         raise ValueError(
             f"{name} has {len(train)} bytes for training and {len(validation)} for validation; "
-            "both must have some. Use more bytes, or a longer text of several lines."
+            "neither may be empty. Use more bytes, or a longer text with several lines."
         )
     digest = hashlib.sha256(train + validation).hexdigest()
     arrays = (np.frombuffer(side, np.uint8) for side in (train, validation))

@@ -1,4 +1,4 @@
-"""Whether two arms differ: paired over seeds, Student's t, and Holm's correction for many arms."""
+"""Compares arms: differences paired by seed, Student's t test, and Holm's correction."""
 
 import math
 import statistics
@@ -19,7 +19,7 @@ class Interval(NamedTuple):
 
 
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval | None:
-    """Our loss minus theirs over the seeds that both have; None with fewer than two."""
+    """Returns the mean of our loss minus theirs over common seeds; None with fewer than two."""
     pairs = _pairs(ours, theirs)
     if pairs is None:
         return None
@@ -29,7 +29,7 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interv
 
 
 def p_value(ours: Mapping[int, float], theirs: Mapping[int, float]) -> float | None:
-    """Two-sided, of the paired t test over the seeds that both have; None with fewer than two."""
+    """Returns the two-sided p value of the paired t test; None with fewer than two common seeds."""
     pairs = _pairs(ours, theirs)
     if pairs is None:
         return None
@@ -41,7 +41,7 @@ def p_value(ours: Mapping[int, float], theirs: Mapping[int, float]) -> float | N
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down correction: each p value such that all of them may be read together.
+    """Returns p values corrected for multiple comparisons by Holm's step-down procedure.
 
     >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
     {'a': 0.03, 'c': 0.06, 'b': 0.06}
@@ -54,7 +54,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def student_t(degrees: int, confidence: float = CONFIDENCE) -> float:
-    """How many standard errors a two-sided confidence interval reaches.
+    """Returns the half-width of a two-sided confidence interval, in standard errors.
 
     >>> round(student_t(2), 2)
     4.3

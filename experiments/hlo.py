@@ -1,4 +1,4 @@
-"""The text of a compiled XLA program, taken apart: computations, instructions and shapes."""
+"""Parses the text of a compiled XLA program into computations, instructions and shapes."""
 
 import math
 import os
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Instruction(NamedTuple):
-    """One line: `%name = shape opcode(operands), attributes`."""
+    """An instruction, from one line: `%name = shape opcode(operands), attributes`."""
 
     name: str
     shape: str
@@ -17,16 +17,16 @@ class Instruction(NamedTuple):
     root: bool = False
 
     def inputs(self) -> list[str]:
-        """Names of the operands."""
+        """Returns the names of the operands."""
         return re.findall(r"%([\w.-]+)", self.operands)
 
     def attribute(self, name: str) -> str:
-        """The value of `name=`, without quotes, braces or %; empty where there is none."""
+        """Returns the value of `name=` without quotes, braces or %; empty if there is none."""
         found = re.search(rf'\b{name}=(?:\{{([^}}]*)\}}|"([^"]*)"|%?([^\s,]+))', self.attributes)
         return "".join(group or "" for group in found.groups()) if found else ""
 
     def called(self) -> list[str]:
-        """The computations that it runs, a reduction's or a comparison's own aside."""
+        """Returns the names of computations that it runs, except those of reductions and sorts."""
         if self.opcode == "while":
             return [self.attribute("condition"), self.attribute("body")]
         if self.opcode == "conditional":
@@ -40,17 +40,17 @@ class Instruction(NamedTuple):
         return []
 
 
-# Instructions by name, in the order in which they run where the program is scheduled.
+# Instructions by name, in the order of execution if the program is scheduled.
 Computation = dict[str, Instruction]
 
 
 class Text(NamedTuple):
-    """A program.
+    """A parsed program.
 
     Attributes:
-        computations: by name.
-        entry: the name of the one that runs.
-        frames: by number, places in the source as `model.py:12 attend`.
+        computations: The computations by name.
+        entry: The name of the entry computation.
+        frames: The places in the source, such as `model.py:12 attend`, by number of stack frame.
     """
 
     computations: dict[str, Computation]
@@ -59,10 +59,10 @@ class Text(NamedTuple):
 
 
 def parse(text: str) -> Text:
-    """Takes the text of a program apart."""
+    """Parses the text of a program."""
     computations: dict[str, Computation] = {}
     entry, scope = "", None
-    text = re.sub(r'\{\n(".*")\n\}', r"{\1}", text)  # metadata of kernels, in lines of their own
+    text = re.sub(r'\{\n(".*")\n\}', r"{\1}", text)  # joins a kernel's metadata to its line
     for line in text.splitlines():
         head = re.match(r"(ENTRY )?%([\w.-]+) .*\{$", line)
         if head:
@@ -77,7 +77,8 @@ def parse(text: str) -> Text:
 
 
 def parse_line(line: str) -> Instruction:
-    """
+    """Parses the line of an instruction.
+
     >>> parse_line("  ROOT %a.1 = (f32[2]{0:T(128)}, /*index=1*/u32[]) f-done(%b), x=1")[:4]
     ('a.1', '(f32[2]{0:T(128)}, u32[])', 'f-done', '%b')
     """
@@ -93,7 +94,7 @@ def parse_line(line: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Where the parenthesis that opens there has closed."""
+    """Returns the position after the bracket that closes the one at `opening`."""
     depth = 0
     for bracket in re.finditer(r"[()]", text[opening:]):
         depth += 1 if bracket[0] == "(" else -1
@@ -103,7 +104,7 @@ def _closing(text: str, opening: int) -> int:
 
 
 def _frames(head: str) -> dict[str, str]:
-    """The places of stack frames, from the tables in front of the computations."""
+    """Returns the places of stack frames, from the tables before the computations."""
     tables: dict[str, dict[str, str]] = {}
     rows: dict[str, str] = {}
     for line in head.splitlines():
@@ -125,16 +126,16 @@ def _fields(row: str) -> dict[str, str]:
 
 
 def root_of(scope: Computation) -> Instruction:
-    """What a computation returns."""
+    """Returns the instruction whose value a computation returns."""
     return next((it for it in scope.values() if it.root), [*scope.values()][-1])
 
 
 def size_in_bytes(shape: str, on_chip: bool = True) -> int:
-    """Of an array or a tuple of arrays, without the padding of its layout.
+    """Returns the size of an array or a tuple of arrays, without the padding of its layout.
 
     Args:
-        shape: as XLA writes it.
-        on_chip: whether arrays in a TPU's own memory, beside its HBM, count.
+        shape: The shape, as XLA writes it.
+        on_chip: Whether to include arrays in on-chip memory of a TPU, outside its HBM.
 
     >>> size_in_bytes("(bf16[64,8]{1,0:T(8,128)(2,1)}, s4[6]{0}, pred[])")
     1028
@@ -151,10 +152,10 @@ def size_in_bytes(shape: str, on_chip: bool = True) -> int:
 
 
 def dimensions(shape: str) -> list[int]:
-    """Of an array; of a tuple's first."""
+    """Returns the dimensions of an array, or of the first array of a tuple."""
     return integers(shape[shape.index("[") + 1 : shape.index("]")])
 
 
 def integers(text: str) -> list[int]:
-    """Of a text as 1,2,3."""
+    """Returns the integers of a text such as 1,2,3."""
     return [int(x) for x in text.split(",") if x]

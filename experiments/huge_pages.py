@@ -1,16 +1,16 @@
-"""Memory in huge pages for programs that run on a CPU."""
+"""Makes programs on a CPU use memory in huge pages."""
 
 import os
 import sys
 
 
 def restart_with_huge_pages() -> None:
-    """Starts this command anew with glibc's huge pages, where a variable does not rule it yet.
+    """Restarts this command with huge pages, unless the variable GLIBC_TUNABLES is set already.
 
-    XLA asks for a program's temporaries anew in each run, and Linux clears every page of them: in
-    pages of 4 KiB that takes a third of the time of a step of `pretrain` on one core, and more of a
-    larger model's. glibc reads how to ask for memory at a program's start only. The process, its
-    number and its files stay the same.
+    XLA allocates a program's temporaries in each run, and Linux clears all their pages. With pages
+    of 4 KiB that takes a third of the time of a step of `pretrain` on one core, and more for larger
+    models. glibc reads the setting only when a program starts. The restart keeps the process ID and
+    open files.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"

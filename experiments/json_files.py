@@ -1,4 +1,4 @@
-"""JSON in files: read within bounds, whoever wrote it, and written whole; and digests of both."""
+"""Reads JSON files from any source safely, replaces files atomically, and computes digests."""
 
 import hashlib
 import json
@@ -8,36 +8,36 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-LARGEST = 1 << 28  # bytes of a file that is one JSON value
+LARGEST = 1 << 28  # largest size of a JSON file, in bytes
 
 
 def loads(text: str | bytes | bytearray) -> Any:
-    """The value of a JSON text.
+    """Returns the value of a JSON text.
 
     Raises:
-        ValueError: it is none, is no UTF-8 or is nested too deep to be read.
+        ValueError: The text is not JSON, is not UTF-8, or is nested too deeply.
     """
     try:
         return json.loads(text)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def read_json(path: Any) -> dict[str, Any]:
-    """The object in a JSON file, which may lie in gs:// or s3://.
+    """Returns the object in a JSON file, which may be in gs:// or s3://.
 
     Raises:
-        ValueError: it has none; the message names the file.
-        OSError: it cannot be read.
+        ValueError: The file holds no JSON object; the message names the file.
+        OSError: The file cannot be read.
     """
     text = bytearray()
     with path.open("rb") as file:
         while len(text) <= LARGEST and (part := file.read(1 << 20)):
             text += part
     if len(text) > LARGEST:
-        raise ValueError(f"{path} has more than {LARGEST >> 20} MB, too many for a JSON file.")
+        raise ValueError(f"{path} must have at most {LARGEST >> 20} MB, since it is a JSON file.")
     try:
         value = loads(text)
     except ValueError as error:
@@ -48,8 +48,8 @@ def read_json(path: Any) -> dict[str, Any]:
 
 
 def write_bytes(path: Any, content: bytes) -> None:
-    """Replaces a file at once: a reader, or a kill, sees the old content or the new."""
-    if "://" in str(path):  # object stores do that by themselves
+    """Replaces a file atomically: readers see the old or the new content, even after a kill."""
+    if "://" in str(path):  # object stores replace files atomically themselves
         path.write_bytes(content)
         return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -58,7 +58,7 @@ def write_bytes(path: Any, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's are for their maker alone
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -66,12 +66,12 @@ def write_bytes(path: Any, content: bytes) -> None:
 
 
 def write_text(path: Any, text: str) -> None:
-    """`write_bytes` of text."""
+    """Replaces a file by text atomically, as `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Any, value: Any) -> None:
-    """`write_text` of JSON; a number that is not finite is refused, since JSON has none."""
+    """Replaces a file by JSON atomically. Numbers must be finite, as JSON has no others."""
     try:
         text = json.dumps(value, indent=2, allow_nan=False)
     except ValueError:
@@ -83,7 +83,7 @@ def write_json(path: Any, value: Any) -> None:
 
 
 def _not_finite(value: Any, name: str = "") -> Any:
-    """Names and values of the numbers in a JSON value that are not finite."""
+    """Yields the names and values of the numbers in a JSON value that are not finite."""
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, item in items:
         inner = f"{name}.{key}" if name else str(key)
@@ -94,11 +94,11 @@ def _not_finite(value: Any, name: str = "") -> Any:
 
 
 def digest(value: Any) -> str:
-    """The sha256 of a JSON value, whatever the order of its keys."""
+    """Returns the sha256 of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: Any) -> str:
-    """The sha256 of a file's bytes; it may lie in gs:// or s3://."""
+    """Returns the sha256 of a file, which may be in gs:// or s3://."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

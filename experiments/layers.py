@@ -1,4 +1,4 @@
-"""Transformer parts that the studies share: linear maps, norms, RoPE, SwiGLU, attention."""
+"""Transformer layers that the studies share: linear maps, norms, RoPE, SwiGLU, attention."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from muon_jax.variants.max_logits import max_attention_logits
 
 
 def fan_in_uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-    """PyTorch's default for a kernel `(fan_in, fan_out)`: uniform in ±1/sqrt(fan_in)."""
+    """Initializes a kernel `(fan_in, fan_out)` as PyTorch: uniformly in ±1/sqrt(fan_in)."""
     bound = shape[0] ** -0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -34,16 +34,17 @@ class Linear(nnx.Linear):
             y += self.adapter(x)
         if self.bias is None:
             return y
-        # In float32, in which its gradient is then summed.
+        # Adding the bias in float32 makes XLA sum its gradient in float32.
         bias = jnp.expand_dims(self.bias[...].astype(jnp.float32), range(y.ndim - 1))
         return (y + bias).astype(y.dtype)
 
 
 @jax.custom_vjp
 def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x @ kernel`, of `(..., fan_in)` and `(fan_in, fan_out)`.
+    """Returns `x @ kernel`, for shapes `(..., fan_in)` and `(fan_in, fan_out)`.
 
-    JAX derives the kernel's gradient transposed, and on a CPU XLA then transposes activations.
+    The custom gradient avoids JAX's transposed gradient of the kernel, for which XLA transposes the
+    activations on a CPU.
     """
     return x @ kernel
 
@@ -58,7 +59,7 @@ project.defvjp(lambda x, kernel: (project(x, kernel), (x, kernel)), _project_bac
 
 
 class SwiGLU(nnx.Module):
-    """`down(silu(gate(x)) * up(x))` (Shazeer, 2002.05202)."""
+    """The gated MLP `down(silu(gate(x)) * up(x))` (Shazeer, 2002.05202)."""
 
     def __init__(self, width: int, hidden: int, *, init=fan_in_uniform, rngs: nnx.Rngs):
         self.gate = Linear(width, hidden, init=init, rngs=rngs)
@@ -71,9 +72,10 @@ class SwiGLU(nnx.Module):
 
 @jax.custom_vjp
 def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """`silu(gate) * up`; its backward pass needs them alone, and no product in between.
+    """Returns `silu(gate) * up`. The backward pass keeps only these two arrays.
 
-    `jax.checkpoint` would do it too, but keeps XLA from reading both where a product wrote them.
+    `jax.checkpoint` would also do this, but prevents XLA from fusing the reads of both arrays with
+    the products that write them.
     """
     return _gated(gate, up)
 
@@ -83,7 +85,8 @@ def _gated(gate, up):
 
 
 def _gated_backward(saved, g):
-    # XLA for GPUs makes one kernel of both gradients, unless they read what a product wrote.
+    # With the barrier XLA computes both gradients in one GPU kernel. Without it, XLA would split
+    # them, since `g` is the result of a matrix product.
     return jax.vjp(_gated, *saved)[1](jax.lax.optimization_barrier(g))
 
 
@@ -91,7 +94,7 @@ gated.defvjp(lambda gate, up: (_gated(gate, up), (gate, up)), _gated_backward)
 
 
 class RMSNorm(nnx.RMSNorm):
-    """`nnx.RMSNorm` along the last axis, in fewer passes backward."""
+    """An `nnx.RMSNorm` along the last axis, with fewer passes over memory in the backward pass."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_normed(self.epsilon, x, self.scale[...])
@@ -99,9 +102,9 @@ class RMSNorm(nnx.RMSNorm):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def rms_normed(epsilon: float, x: jax.Array, scale: jax.Array) -> jax.Array:
-    """`x * scale`, divided by each vector's root mean square (Zhang and Sennrich, 1910.07467).
+    """Returns `x * scale / rms(x)` for each vector (Zhang and Sennrich, 1910.07467).
 
-    Between the passes one number a vector is kept, which JAX's own gradient derives again.
+    The backward pass reuses the inverse root mean square, which JAX's gradient would compute again.
     """
     return _rms_forward(epsilon, x, scale)[0]
 
@@ -127,19 +130,20 @@ rms_normed.defvjp(_rms_forward, _rms_backward)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """What Llama 3.1 (2407.21783) makes of RoPE's frequencies for a longer context.
+    """The scaling of RoPE's frequencies for a longer context in Llama 3.1 (2407.21783).
 
-    Those that turn often in the original context stay, those that turn seldom are divided, and
-    between the two is a line. The names are those of `config.json`.
+    Fast frequencies, with many turns in the original context, are unchanged. Slow ones are divided
+    by `factor`. The scale in between is interpolated linearly. Names are those of `config.json`.
 
     Attributes:
-        factor: that slow frequencies are divided by.
-        low_freq_factor: up to so many turns in the original context a frequency is slow.
-        high_freq_factor: from so many on it is fast.
-        original_max_position_embeddings: positions of the original context.
+        factor: The divisor of slow frequencies.
+        low_freq_factor: The number of turns in the original context up to which a frequency is
+            slow.
+        high_freq_factor: The number of turns from which it is fast.
+        original_max_position_embeddings: The number of positions of the original context.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: A number is out of range.
     """
 
     factor: Positive
@@ -165,13 +169,13 @@ class RopeScaling:
 def rotate(
     x: jax.Array, position: int | jax.Array, base: float, scaling: RopeScaling | None = None
 ) -> jax.Array:
-    """RoPE (Su et al., 2104.09864), pairing each half of the head with the other.
+    """Applies rotary position embeddings (Su et al., 2104.09864), pairing the halves of each head.
 
     Args:
-        x: `(..., heads, head_dim)`, head_dim even.
-        position: of each vector, broadcastable to `x.shape[:-2]`.
-        base: of the geometric series of wavelengths.
-        scaling: of their frequencies.
+        x: Vectors `(..., heads, head_dim)`, with an even head_dim.
+        position: The position of each vector, broadcastable to `x.shape[:-2]`.
+        base: The base of the geometric series of wavelengths.
+        scaling: The scaling of the frequencies, by default none.
     """
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half) / half)
@@ -179,13 +183,13 @@ def rotate(
     angle = jnp.multiply.outer(jnp.asarray(position), frequency)[..., None, :]
     angle = jnp.expand_dims(angle, range(x.ndim - angle.ndim))
     sin, cos = jnp.sin(angle), jnp.cos(angle)
-    # The gradient of a split is one concatenation, that of slices a sum of padded arrays.
+    # The gradient of a split is one concatenation; that of slices is a sum of padded arrays.
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 class Attention(nnx.Module):
-    """Multi-head attention, in two steps: projections of each token, then causal mixing."""
+    """Causal multi-head attention with rotary position embeddings."""
 
     def __init__(self, width: int, heads: int, rope_base: float, *, rngs: nnx.Rngs):
         self.heads, self.rope_base = heads, rope_base
@@ -200,7 +204,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BxTxD: jax.Array, *, return_max_logits: bool = False
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """The mixed tokens, and where asked for each head's largest logit `(heads,)`."""
+        """Returns the output, and if asked for, the largest logit of each head, `(heads,)`."""
         positions = jnp.arange(x_BxTxD.shape[1])
         q = rotate(self.split_heads(self.query(x_BxTxD)), positions, self.rope_base)
         k = rotate(self.split_heads(self.key(x_BxTxD)), positions, self.rope_base)

@@ -1,4 +1,4 @@
-"""The optimizers that the studies compare, each a word on the command line."""
+"""The optimizers that the studies compare, by their names on the command line."""
 
 import dataclasses
 import inspect
@@ -36,18 +36,18 @@ _FRACTION = Rule("greater than 0 and at most 1", lambda value: 0 < value <= 1)
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """AdamW for all parameters; in the other arms, for those that are no hidden matrices."""
+    """AdamW for all parameters, or beside Muon for those that are not hidden matrices."""
 
     learning_rate: Rate = 1e-3
     """Learning rate after warm-up."""
     weight_decay: Decay = 1.0
-    """Decoupled weight decay. A step shrinks parameters by learning rate × this."""
+    """Decoupled weight decay. Each step shrinks parameters by this × the learning rate."""
     b1: Average = 0.9
     """Decay rate of the first moment."""
     b2: Average = 0.98
     """Decay rate of the second moment."""
     eps: Positive = 1e-8
-    """Added to the square root of the second moment."""
+    """Constant added to the square root of the second moment."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Muon:
     learning_rate: Rate = 0.02
     """Learning rate after warm-up."""
     weight_decay: Decay = 0.1
-    """Decoupled weight decay, as AdamW's."""
+    """Decoupled weight decay. Each step shrinks matrices by this × the learning rate."""
     beta: Average = 0.95
     """Decay rate of the momentum."""
     nesterov: bool = True
@@ -65,7 +65,7 @@ class Muon:
     ns_coeffs: ScheduleName = "jordan"
     """Coefficients of the Newton-Schulz iteration."""
     ns_dtype: Literal["bfloat16", "float32"] = "float32"
-    """Precision of Newton-Schulz's matrix products."""
+    """Precision of the matrix products in Newton-Schulz."""
     scale: ScaleName = "spectral"
     """Shape scale of the update, a function of fan_in and fan_out."""
 
@@ -75,25 +75,29 @@ class Variants:
     """Settings of single variants of Muon and AdamW."""
 
     rank: Annotated[int | float, _RANK] = 0.25
-    """dion, low_rank: rank, as a whole number or as a fraction of the shorter side."""
+    """dion, low_rank: rank, as a number or as a fraction of a matrix's shorter side."""
     blocks: tuple[Count, Count] = (2, 2)
     """muonbp: number of blocks along fan_in and fan_out."""
     period: Count = 5
-    """muonbp: steps between orthogonalisations of the whole matrix."""
+    """muonbp: number of steps between orthogonalisations of the whole matrix."""
     clip_threshold: Positive = 100.0
-    """muonclip: largest attention logit allowed."""
+    """muonclip: largest attention logit that is not clipped."""
     eigenbases_every: Count = 100
-    """splus: steps between eigendecompositions."""
+    """splus: number of steps between eigendecompositions."""
     soap_every: Count = 10
-    """soap, soap_muon: steps between eigendecompositions."""
+    """soap, soap_muon: number of steps between eigendecompositions."""
     fraction: Annotated[float, _FRACTION] = 0.25
-    """dion2, dion3: share of the rows of a matrix that a step orthogonalises."""
+    """dion2, dion3: fraction of a matrix's rows that each step orthogonalises."""
     gluon_norm: Positive = 1.0
-    """gluon: dual gradient norm at which the step has half its maximal size, L0 / L1."""
+    """gluon: dual norm of the gradient at which the step has half its maximal size, L0 / L1."""
+    gluon_smoothness: tuple[Decay, Decay, Decay, Decay, Decay, Decay] | None = None
+    """gluon: L0 and L1 of the hidden matrices, of embedding and head, and of the gains, as
+    `python -m experiments.grok.smoothness` measures them. By default L1 is 1 / Scion's radius, and
+    L0 is L1 times --variants.gluon-norm."""
     sgd_learning_rate: Rate = 0.1
-    """muon_sgd: SGD's learning rate, for all but the hidden matrices."""
+    """muon_sgd: SGD's learning rate for all parameters except hidden matrices."""
     lion_learning_rate: Rate = 1e-3
-    """muon_lion: Lion's learning rate, for all but the hidden matrices."""
+    """muon_lion: Lion's learning rate for all parameters except hidden matrices."""
     tuned_weight_decay: Decay = 4.0
     """adamw_tuned: weight decay."""
 
@@ -102,17 +106,18 @@ Options = dict[str, Any]
 
 
 class Arm(NamedTuple):
-    """One optimizer of the comparison.
+    """One of the optimizers that are compared.
 
     Attributes:
-        about: what it is, in a few words.
-        build: `(settings, rate, rest, placed) -> transformation`: `rate` is the schedule of its
-            learning rate, `rest` the arguments that say what AdamW does with the other leaves,
-            `placed` those that say where params lie.
-        rate: its default learning rate; None for Muon's, which what differs from Muon in one thing
-            is to be compared at.
-        eval_params: `(state, params) -> params` to evaluate, where these are not what it trains.
-        member: whether it belongs to the family; the others are baselines, or parts taken alone.
+        about: A description in a few words.
+        build: A function `(settings, rate, rest, placed) -> transformation`. `rate` is the schedule
+            of the learning rate, `rest` holds AdamW's arguments for leaves that are not hidden
+            matrices, and `placed` the arguments for routing and sharding.
+        rate: The default learning rate. None means Muon's, at which variants that differ from Muon
+            in one respect are compared.
+        eval_params: A function `(state, params) -> params` that returns the params to evaluate, if
+            they differ from those that are trained.
+        member: Whether it is a variant of Muon, and not a baseline or an ablation.
     """
 
     about: str
@@ -129,7 +134,7 @@ def _adamw(
 
 
 def _after(first: Callable[[], optax.GradientTransformation], **own: Any) -> Callable:
-    """AdamW of what `first` makes of the gradient, with its settings but for its `own`."""
+    """Returns the builder of `first` followed by AdamW. `own` overrides AdamW's settings."""
 
     def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
         return optax.chain(first(), _adamw(settings, rate, rest, placed, **own))
@@ -143,7 +148,7 @@ def _adamw_tuned(settings: "Settings", rate: optax.Schedule, rest: Options, plac
 
 
 def _like_muon(variant: Callable[..., optax.GradientTransformation], **own: Any) -> Callable:
-    """An arm with Muon's settings, but for its `own` arguments."""
+    """Returns the builder of a variant with Muon's settings. `own` overrides them."""
 
     def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
         muon = dataclasses.asdict(settings.muon) | {"learning_rate": rate} | rest | placed
@@ -158,7 +163,7 @@ def _like_muon(variant: Callable[..., optax.GradientTransformation], **own: Any)
 
 
 def _on_hyperball(variant: Callable[..., optax.GradientTransformation]) -> Callable:
-    """Without decay, which the sphere would undo."""
+    """Returns the builder of a variant on the hyperball, without decay, which it would undo."""
     return _like_muon(variant, constraint=muon_jax.hyperball(), weight_decay=0.0)
 
 
@@ -168,7 +173,7 @@ def _equal_decay(settings: "Settings", rate: optax.Schedule, rest: Options, plac
 
 
 def _equal_shrink(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    """Whatever Muon's own rate is, a step shrinks weights by what a step of AdamW does."""
+    """Builds Muon with a decay such that a step shrinks weights as much as a step of AdamW."""
     theirs = rest["adam_learning_rate"]
 
     def decay(step: jax.Array) -> jax.Array:
@@ -178,7 +183,7 @@ def _equal_shrink(settings: "Settings", rate: optax.Schedule, rest: Options, pla
 
 
 def _optax_muon(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    """optax's own, told which leaves and axes to take: those that ours takes."""
+    """Builds `optax.contrib.muon` for the same leaves and matrix axes as `muon_jax.muon`."""
 
     def matrices(params: Any) -> Any:
         def dimensions(label: str, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
@@ -211,7 +216,7 @@ def _muon_only(settings: "Settings", rate: optax.Schedule, rest: Options, placed
 
 
 def _rest(name: Literal["sgd", "lion"]) -> Callable:
-    """What is no hidden matrix at a rate of its own, and shrunk by a step as AdamW's would be."""
+    """Returns the builder of Muon beside SGD or Lion, with as much shrinkage as AdamW's."""
 
     def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
         other = getattr(settings.variants, f"{name}_learning_rate")
@@ -224,6 +229,26 @@ def _rest(name: Literal["sgd", "lion"]) -> Callable:
             "other_weight_decay": settings.adamw.weight_decay / factor,
         }
         return _like_muon(muon_jax.muon, **own)(settings, rate, rest, placed)
+
+    return build
+
+
+def _muon_rest(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+    """`rate` is AdamW's; Muon keeps its own."""
+    factor = settings.muon.learning_rate / settings.adamw.learning_rate
+    theirs = rest["adam_learning_rate"]
+    swapped = rest | {"adam_learning_rate": rate}
+    return _like_muon(muon_jax.muon)(settings, lambda step: factor * theirs(step), swapped, placed)
+
+
+def _adamw_of(swept: Literal["muon", "other"]) -> Callable:
+    """`rate` is that of the hidden matrices (`"muon"`) or of all others."""
+
+    def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+        rates = dict.fromkeys(("muon", "other"), rest["adam_learning_rate"]) | {swept: rate}
+        parts = {label: _adamw(settings, of, rest, placed) for label, of in rates.items()}
+        routing = placed.get("routing")
+        return optax.partition(parts, lambda params: muon_jax.label_params(params, routing))
 
     return build
 
@@ -251,7 +276,7 @@ def _muonbp(settings: "Settings", rate: optax.Schedule, rest: Options, placed: O
 
 
 def clip_threshold(name: str, settings: "Settings") -> float | None:
-    """The largest attention logit that an arm's QK-clip allows; None of an arm without one."""
+    """Returns the threshold of an arm's QK-clip, or None if the arm has no QK-clip."""
     return settings.variants.clip_threshold if name == "muonclip" else None
 
 
@@ -280,10 +305,13 @@ def _scion(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Op
 
 
 def _gluon(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    """The largest steps are Scion's: L1 is one over its radius."""
-    half = settings.variants.gluon_norm
-    radii = {"norm": 1.0, "embedding|head": 3000.0, "": 50.0}
-    smoothness = [(regex, (half / radius, 1 / radius)) for regex, radius in radii.items()]
+    """Builds Gluon; by default its largest steps are Scion's, since L1 is 1 / Scion's radius."""
+    given, half = settings.variants.gluon_smoothness, settings.variants.gluon_norm
+    if given is None:
+        hidden, tables, gains = ((half / radius, 1 / radius) for radius in (50.0, 3000.0, 1.0))
+    else:
+        hidden, tables, gains = given[:2], given[2:4], given[4:]
+    smoothness = [("norm", gains), ("embedding|head", tables), ("", hidden)]
     own = {"ns_coeffs": settings.muon.ns_coeffs, "ns_dtype": settings.muon.ns_dtype}
     return muon_jax.gluon(rate, smoothness=smoothness, **own, **placed)
 
@@ -298,6 +326,9 @@ ARMS: dict[str, Arm] = {
         "Muon with momentum in bfloat16", _like_muon(muon_jax.muon, mu_dtype=jnp.bfloat16)
     ),
     "muon_int8": Arm("Muon with momentum in int8", _like_muon(muon_jax.muon, mu_dtype=jnp.int8)),
+    "muon_int4": Arm(
+        "Muon with momentum in int4", _like_muon(muon_jax.muon, mu_dtype=jnp.int4), member=False
+    ),
     "muon_cautious": Arm(
         "Muon with cautious decay", _like_muon(muon_jax.muon, cautious_weight_decay=True)
     ),
@@ -305,21 +336,22 @@ ARMS: dict[str, Arm] = {
         "Muon with the exact polar factor",
         _like_muon(muon_jax.muon, orthogonalizer=muon_jax.polar_factor),
     ),
-    "low_rank": Arm("Muon of the top singular triplets, by SVD", _low_rank("svd")),
+    "low_rank": Arm("Muon restricted to the top singular triplets, by SVD", _low_rank("svd")),
     "low_rank_subspace": Arm(
-        "Muon of the top singular triplets, by subspace iteration", _low_rank("subspace")
+        "Muon restricted to the top singular triplets, by subspace iteration",
+        _low_rank("subspace"),
     ),
     "normuon": Arm("NorMuon", _like_muon(muon_jax.normuon)),
     "adamuon": Arm("AdaMuon", _like_muon(muon_jax.adamuon, scale="match_rms_adamw"), 0.02),
-    "muonbp": Arm("MuonBP, orthogonalising blocks at most steps", _muonbp),
-    "muonclip": Arm("Muon and QK-clip", _muonclip),
+    "muonbp": Arm("MuonBP: orthogonalises blocks, and the whole matrix periodically", _muonbp),
+    "muonclip": Arm("Muon with QK-clip", _muonclip),
     "dion": Arm("Dion", _dion),
-    "dion2": Arm("Dion2, a share of the rows in a step", _dion2(muon_jax.dion2)),
+    "dion2": Arm("Dion2: orthogonalises a fraction of the rows", _dion2(muon_jax.dion2)),
     "dion3": Arm("Dion3: Dion2 with NorMuon's second moment", _dion2(muon_jax.dion3)),
     "muonh": Arm("MuonH: Muon on the hyperball", _on_hyperball(muon_jax.muon), 0.02),
     "normuonh": Arm("NorMuon on the hyperball", _on_hyperball(muon_jax.normuon), 0.02),
     "muon_sphere": Arm(
-        "MuonSphere: updates and weights of one spectral norm",
+        "MuonSphere: updates and weights of fixed spectral norm",
         _like_muon(muon_jax.muon_sphere, weight_decay=0.0),
         0.02,
     ),
@@ -327,18 +359,22 @@ ARMS: dict[str, Arm] = {
         "SPEL: weights with orthonormal rows or columns",
         _like_muon(muon_jax.spel, weight_decay=0.0),
     ),
-    "muown": Arm("Muown: norms of neurons on Adam", _like_muon(muon_jax.muown)),
-    "muon_eq": Arm("MuonEq: rows of the momentum at one norm", _like_muon(muon_jax.muon_eq)),
-    "muon_plus": Arm("Muon+: factors of one norm", _like_muon(muon_jax.muon_plus)),
+    "muown": Arm("Muown: Adam trains the norms of neurons", _like_muon(muon_jax.muown)),
+    "muon_eq": Arm("MuonEq: momentum with rows of equal norm", _like_muon(muon_jax.muon_eq)),
+    "muon_plus": Arm("Muon+: orthogonal factors of fixed norm", _like_muon(muon_jax.muon_plus)),
     "muon_squared": Arm(
         "Muon²: Adam's second moment before orthogonalisation", _like_muon(muon_jax.muon_squared)
     ),
-    "namo": Arm("NAMO: one adaptive scalar for each matrix", _like_muon(muon_jax.namo), 0.08),
-    "polargrad": Arm("PolarGrad: times the nuclear norm", _like_muon(muon_jax.polargrad), 0.5),
-    "aurora": Arm("Aurora: polar factors with rows of one norm", _like_muon(muon_jax.aurora)),
+    "namo": Arm("NAMO: one adaptive scale for each matrix", _like_muon(muon_jax.namo), 0.08),
+    "polargrad": Arm(
+        "PolarGrad: updates scaled by the nuclear norm", _like_muon(muon_jax.polargrad), 0.5
+    ),
+    "aurora": Arm("Aurora: polar factors with rows of equal norm", _like_muon(muon_jax.aurora)),
     "soap": Arm("SOAP: Adam in Shampoo's eigenbases", _soap(muon_jax.soap), 6e-3),
     "soap_muon": Arm("SOAP's whitening, then Muon", _soap(muon_jax.soap_muon)),
-    "splus": Arm("SPlus, evaluated at its average", _splus, 0.8, muon_jax.evaluation_params),
+    "splus": Arm(
+        "SPlus, evaluated at its average of weights", _splus, 0.8, muon_jax.evaluation_params
+    ),
     "splus_adamw": Arm(
         "SPlus for hidden matrices, AdamW for all other parameters",
         _splus_adamw,
@@ -371,6 +407,21 @@ ARMS: dict[str, Arm] = {
     "adamw_tuned": Arm(
         "AdamW with a high learning rate and weight decay", _adamw_tuned, 0.01, member=False
     ),
+    "adamw_hidden": Arm(
+        "AdamW, with the learning rate of the hidden matrices swept",
+        _adamw_of("muon"),
+        6e-3,
+        member=False,
+    ),
+    "adamw_rest": Arm(
+        "AdamW, with the learning rate of all but the hidden matrices swept",
+        _adamw_of("other"),
+        6e-3,
+        member=False,
+    ),
+    "muon_rest": Arm(
+        "Muon, with the learning rate of the AdamW beside it swept", _muon_rest, 6e-3, member=False
+    ),
     "orthogonal_gradient": Arm(
         "⊥Grad, then AdamW without weight decay, as published",
         _after(baselines.orthogonal_gradient, weight_decay=0.0),
@@ -382,7 +433,7 @@ ARMS: dict[str, Arm] = {
 
 OptimizerName = Literal[*ARMS]
 
-# One field for each arm that has no group of its own in `Settings`: `--rates.NAME`.
+# The options `--rates.NAME`: one field for each arm that has no group of options in `Settings`.
 Rates = dataclasses.make_dataclass(
     "Rates",
     [
@@ -407,29 +458,29 @@ Rates.__doc__ = "Learning rates of the other optimizers, after warm-up."
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of all arms; the config of a study inherits them."""
+    """The settings of all arms. The config of a study inherits from them."""
 
     adamw: AdamW = dataclasses.field(default_factory=AdamW)
-    """AdamW, as an optimizer of its own and in the others for embedding, head and gains."""
+    """AdamW as a baseline, and beside the other optimizers for embedding, head and gains."""
     muon: Muon = dataclasses.field(default_factory=Muon)
-    """Muon, for the hidden matrices."""
+    """Muon, which optimizes the hidden matrices."""
     variants: Variants = dataclasses.field(default_factory=Variants)
     """Settings of single variants of Muon and AdamW."""
     rates: Rates = dataclasses.field(default_factory=Rates)  # type: ignore[valid-type]
-    """Learning rates of all other optimizers."""
+    """Learning rates of all other optimizers, after warm-up."""
 
     @property
     def attention_spec(self) -> muon_jax.GroupedQuery | muon_jax.MultiHeadLatent:
-        """Where the study's model holds its heads; for QK-clip."""
+        """The attention specification of the study's model, which QK-clip needs."""
         raise NotImplementedError
 
     def rate(self, name: OptimizerName) -> float:
-        """An arm's learning rate after warm-up."""
+        """Returns the learning rate of an arm after warm-up."""
         own = getattr(self.rates, name, None)
         return getattr(self, name, self.muon).learning_rate if own is None else own
 
     def known_rates(self) -> dict[str, float]:
-        """`rates` as a run's files keep them: numbers, whatever is the default later."""
+        """Returns `rates` as numbers, so that a run's files do not depend on later defaults."""
         return {field.name: self.rate(field.name) for field in dataclasses.fields(self.rates)}
 
 
@@ -443,7 +494,7 @@ def build(
     steps: int = 0,
     **placed: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of that name.
+    """Builds the optimizer of this name.
 
     Args:
         name: a key of `ARMS`.

@@ -1,9 +1,9 @@
-"""Independent pieces of work on all devices at once: a thread for each place, a job at a time.
+"""Runs independent jobs on all devices at once, in one thread for each worker.
 
-A place is a device, and on a CPU, whose cores small programs do not fill, a core of its first
-device: XLA runs programs of several threads on one device at once, and one compiled program then
-serves all cores. Jobs of one key stay in one place as long as it can be, since their program is
-compiled for its device.
+There is one worker for each device. On a CPU there is one for each core instead, since a small
+program does not use all cores: XLA runs programs of several threads on the first CPU device at
+once, and all cores share one compiled program. Jobs with the same key go to the same worker where
+possible, since their program is compiled for its device.
 """
 
 import functools
@@ -19,13 +19,13 @@ Job = TypeVar("Job")
 
 
 def one_cpu_device_per_core() -> None:
-    """Of a CPU as many devices as it has cores, if JAX was not told; for before it begins."""
+    """Gives JAX one CPU device per core, unless their number is configured. Call it before JAX."""
     if jax.config.jax_num_cpu_devices == -1:
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
 
 
 def devices_for(jobs: int) -> list[jax.Device]:
-    """Those that so many jobs keep busy; on a CPU its first, once for each core."""
+    """Returns the devices for this many jobs; on a CPU, the first device once for each core."""
     devices = jax.local_devices()
     if devices[0].platform == "cpu":
         devices = devices[:1] * len(os.sched_getaffinity(0))
@@ -33,7 +33,7 @@ def devices_for(jobs: int) -> list[jax.Device]:
 
 
 def once(keep: int) -> Callable[[Callable], Any]:
-    """As `functools.lru_cache(keep)`, where threads that ask for one thing together share it."""
+    """Returns a `functools.lru_cache(keep)` in which threads wait for one that computes a value."""
 
     def decorate(f: Callable) -> Any:
         kept = functools.lru_cache(keep)(f)
@@ -57,17 +57,17 @@ def run_in_parallel(
     work: Callable[[Job, jax.Device], None],
     stop: threading.Event,
 ) -> None:
-    """Does all jobs, one at a time in each place, in their order as far as keys allow.
+    """Runs all jobs, one at a time in each worker, in their order as far as keys allow.
 
     Args:
-        jobs: what to do.
-        key: what jobs share that share a program.
-        work: does a job; it should look at `stop` often, and raise KeyboardInterrupt once set.
-        stop: set here, too, where a job fails, so that the others end.
+        jobs: The jobs.
+        key: Returns a key that is equal for jobs with the same compiled program.
+        work: Runs a job. It should check `stop` often and raise KeyboardInterrupt once it is set.
+        stop: An event that ends the work. It is also set if a job fails, so that the others end.
 
     Raises:
         KeyboardInterrupt: `stop` was set.
-        Exception: what a job raised first.
+        Exception: The first exception that a job raised.
     """
     waiting, owners, lock = list(jobs), {}, threading.Lock()
 

@@ -1,4 +1,4 @@
-"""FLOPs of the matrix products in a compiled program: two for each multiply and add."""
+"""Counts the FLOPs of matrix products in a compiled program: two for each multiply-add."""
 
 import math
 import re
@@ -13,10 +13,10 @@ def dot_flops(it: Instruction, scope: Computation) -> int:
 
 
 def convolution_flops(it: Instruction, scope: Computation) -> int:
-    """A TPU's matrix products are convolutions.
+    """Returns the FLOPs of a convolution. On TPUs matrix products are convolutions.
 
-    The batch of a batched one is a spatial axis, spread by dilation (`window={size=64 stride=63
-    lhs_dilate=64}`) until a window meets one matrix and otherwise holes, which cost nothing.
+    The batch axis of a batched product is a spatial axis with dilation (`window={size=64 stride=63
+    lhs_dilate=64}`): each window meets one matrix and otherwise holes, which cost nothing.
     """
     lhs_labels, rhs_labels, out_labels = re.split("_|->", it.attribute("dim_labels"))
     lhs, rhs = (dimensions(scope[name].shape) for name in it.inputs()[:2])
@@ -43,7 +43,7 @@ def convolution_flops(it: Instruction, scope: Computation) -> int:
 def _products(
     *, places: int, size: int, elements: int, stride: int, low: int, element_step: int, window_step
 ) -> int:
-    """Pairs (place of the window, place in it) that meet an element: no padding, no hole.
+    """Returns the number of pairs (window, place in it) that meet an element, not padding or holes.
 
     >>> batch = {"places": 64, "size": 64, "elements": 64, "stride": 63, "element_step": 64}
     >>> _products(**batch, low=0, window_step=1)
@@ -58,7 +58,7 @@ def _products(
 
 
 def library_flops(it: Instruction, scope: Computation) -> int | None:
-    """Of a call of cuBLAS or cuDNN; None where it does not tell what it multiplies."""
+    """Returns the FLOPs of a call of cuBLAS or cuDNN; None if its text does not show them."""
     logits = re.search(
         r'"intermediate_tensor_shape": ?\{.*?"dimensions": ?\[([^\]]*)\]', it.attributes
     )
@@ -73,13 +73,13 @@ def library_flops(it: Instruction, scope: Computation) -> int | None:
 
 
 def _attention_flops(it: Instruction, scope: Computation, logits: list[int]) -> int:
-    """Of cuDNN's kernel, whose logits have this shape: under a causal mask the lower triangle."""
+    """Returns the FLOPs of cuDNN's attention. A causal mask halves the shape of its logits."""
     *batch, queries, keys = logits
     is_causal = re.search(r'"mask_type": ?"[A-Z_]*CAUSAL', it.attributes)
     pairs = sum(min(i + 1, keys) for i in range(queries)) if is_causal else queries * keys
     key, value = (dimensions(scope[name].shape)[-1] for name in it.inputs()[1:3])
-    # Logits and mixing; backwards the logits again, gradients of them and of the values, and from
-    # these those of queries and keys.
+    # The forward pass has two products, logits and output. The backward pass has five: the logits
+    # again, and the gradients of the logits, values, queries and keys.
     is_backward = it.attribute("custom_call_target").endswith("Backward")
     columns = 3 * key + 2 * value if is_backward else key + value
     return 2 * math.prod(batch) * pairs * columns

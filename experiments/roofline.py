@@ -1,4 +1,4 @@
-"""What a compiled program takes, and how long at best: from its kernels' bytes and FLOPs."""
+"""Estimates a compiled program's time by the roofline model, from its kernels' bytes and FLOPs."""
 
 import dataclasses
 import heapq
@@ -15,14 +15,14 @@ from muon_jax._orthogonalize.devices import DEVICES
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What is assumed of a device.
+    """The assumptions about a device.
 
     Attributes:
-        name: of the device.
-        bandwidth: of its memory, in bytes a second.
-        flops: a second, of bfloat16 products as they reach it, which is less than the data sheet's
-            peak on a GPU; float32 products are taken to need twice as long.
-        launch: seconds that each kernel takes beside.
+        name: The name of the device.
+        bandwidth: The bandwidth of its memory, in bytes per second.
+        flops: The achieved FLOPs per second of bfloat16 products. On a GPU this is less than the
+            peak of the data sheet. Float32 products are assumed to take twice as long.
+        launch: The additional time of each kernel launch, in seconds.
     """
 
     name: str
@@ -31,20 +31,20 @@ class Chip:
     launch: float
 
     def seconds(self, kernel: Kernel) -> float:
-        """Of one run: its launch, and the longer of its traffic and its products."""
+        """Returns the time of one run: launch, plus the longer of memory traffic and products."""
         products = (kernel.flops + kernel.wide_flops) / self.flops
         return self.launch + max(kernel.hbm_bytes / self.bandwidth, products)
 
     def total(self, program: Program) -> float:
-        """Seconds of all kernels, one after another; collectives take none."""
+        """Returns the time of all kernels in sequence, in seconds, without collectives."""
         return sum(kernel.runs * self.seconds(kernel) for kernel in program.kernels)
 
     def floor(self, flops: float, hbm_bytes: float) -> float:
-        """Seconds that this work takes in any number of kernels: traffic beside products."""
+        """Returns a lower bound of the time for this work, in seconds, whatever its kernels."""
         return max(flops / self.flops, hbm_bytes / self.bandwidth)
 
     def assumptions(self) -> str:
-        """In a sentence."""
+        """Returns the assumptions as a sentence."""
         launch = f"{1e6 * self.launch:g} µs per launch, " if self.launch else ""
         return (
             f"Roofline of {self.name}: {launch}{self.bandwidth / 1e12:.3g} TB/s, "
@@ -55,9 +55,9 @@ class Chip:
 
 _H100 = DEVICES["gpu"]
 
-# By `device_kind`. GPUs: about 70 % of the peak of dense bfloat16 products, the H100 as `plan` has
-# it. TPUs start the next kernel without a launch, and products reach the peak; of a v4 of a
-# topology and a TPU7x, a device is half of a chip.
+# By `device_kind`. On GPUs, products reach about 70 % of the dense bfloat16 peak; `plan` assumes
+# the same of the H100. On TPUs, kernels have no launch time and products reach the peak. A device
+# of a v4 topology or a TPU7x is half of a chip.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -75,14 +75,14 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """How long one run of a program takes, and of what; `dataclasses.asdict` is ready for JSON.
+    """The estimated time of one run of a program. `dataclasses.asdict` gives JSON values.
 
     Attributes:
-        kernels: how many run.
-        hbm_bytes: that they read and write.
-        seconds: by the roofline of the chip.
-        cycles: by the compiler; 0 where it tells none, as for GPUs.
-        dearest: ten kernels, and how many seconds each takes in all its runs.
+        kernels: The number of kernel executions.
+        hbm_bytes: The bytes that they read and write.
+        seconds: The time by the roofline of the chip.
+        cycles: The compiler's estimate of cycles; 0 if it gives none, as for GPUs.
+        dearest: The ten most expensive kernels, each with the seconds of all its runs.
     """
 
     kernels: int
@@ -92,7 +92,7 @@ class Estimate:
     dearest: tuple[tuple[Kernel, float], ...]
 
     def figures(self) -> dict[str, str]:
-        """As text, by name."""
+        """Returns the numbers as text, by name."""
         cycles = {"estimated cycles": f"{self.cycles / 1e6:,.2f} M"} if self.cycles else {}
         return {
             "kernels": f"{self.kernels:,}",
@@ -103,7 +103,7 @@ class Estimate:
 
 
 def estimate(program: Program, device_kind: str) -> Estimate | None:
-    """Of a program for devices of this kind; None where `CHIPS` has no such chip, as for CPUs."""
+    """Returns the estimate for devices of this kind; None if `CHIPS` lacks it, as for CPUs."""
     chip = CHIPS.get(device_kind)
     if chip is None:
         return None
@@ -117,7 +117,7 @@ def estimate(program: Program, device_kind: str) -> Estimate | None:
 
 
 def exchange_text(collective: Collective | None) -> str:
-    """How much crosses the network and by how many, as in "1.20 MB in 12 (3 in loops)"."""
+    """Returns bytes and number of collectives as text, such as "1.20 MB in 12 (3 in loops)"."""
     if collective is None:
         return "–"
     parts = []
@@ -130,22 +130,22 @@ def exchange_text(collective: Collective | None) -> str:
 
 
 def print_estimates(estimates: Mapping[str, Estimate], device_kind: str, console: Console) -> None:
-    """What is assumed, and the dearest kernels of each program by name."""
+    """Prints the assumptions, and the most expensive kernels of each program."""
     console.print(CHIPS[device_kind].assumptions(), highlight=False, soft_wrap=True)
     for name, found in estimates.items():
         console.print(dearest_table(found.dearest, f"Most expensive kernels of {name}"))
 
 
 def unread_text(unread: Mapping[str, int]) -> str:
-    """That FLOPs, and so the roofline, are without those of some kernels."""
+    """Returns a sentence on kernels that the FLOPs, and hence the roofline, exclude."""
     kernels = ", ".join(f"{runs:,} × {name}" for name, runs in unread.items())
-    return f"FLOPs and roofline exclude {kernels}, which could not be read."
+    return f"FLOPs and roofline exclude {kernels}, whose matrix products could not be read."
 
 
 def dearest(program: Program, chip: Chip, count: int = 10) -> list[tuple[Kernel, float]]:
-    """The kernels that take longest in all their runs, and how many seconds.
+    """Returns the kernels with the longest total time, each with its time in seconds.
 
-    Kernels of one operation and source line, and of the same work, count together.
+    Kernels with the same operation, source line and work are merged.
     """
     together: Counter = Counter()
     first: dict[tuple, Kernel] = {}
@@ -159,9 +159,9 @@ def dearest(program: Program, chip: Chip, count: int = 10) -> list[tuple[Kernel,
 
 
 def dearest_table(
-    found: Sequence[tuple[Kernel, float]], title: str = "The dearest kernels"
+    found: Sequence[tuple[Kernel, float]], title: str = "Most expensive kernels"
 ) -> Table:
-    """A row a kernel."""
+    """Returns a table with one row for each kernel."""
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for heading in ("ms", "runs", "MB per run", "FLOPs per run"):
         table.add_column(heading, justify="right")

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, its config, and its log of finished pieces of work."""
+"""The folder of a run: its lock, its config, and its log of finished pieces of work."""
 
 import contextlib
 import fcntl
@@ -23,12 +23,12 @@ from experiments.language import manifests
 __all__ = ["Run", "RunError", "claim", "machine", "read_json", "write_json", "write_text"]
 
 CONFIG, LOG = "config.json", "metrics.jsonl"
-_STARTED = CONFIG, "tokenizer.json"  # what a start writes before its log
-# What a kill, or a start that failed, may leave in a folder that is free for any run.
+_STARTED = CONFIG, "tokenizer.json"  # files that are written before the log
+# Files that a killed or failed process may leave. A folder with no others is free for any run.
 _LEFT = re.compile(r"\.lock|\.\w+\.jsonl?\.[a-z0-9_]{8}")
 
 
-# Settings of earlier versions, by the names that they have today.
+# Today's names of settings that earlier versions named otherwise.
 _RENAMED = {
     "arms": "optimizers",
     "optimizer": "optimizers",
@@ -36,42 +36,50 @@ _RENAMED = {
     "patience": "max_nonfinite_steps",
 }
 
-# Settings, and which of a folder's files tells them.
-Told = list[tuple[str, dict[str, Any]]]
+# The files of a folder that record settings, each with these settings.
+Recorded = list[tuple[str, dict[str, Any]]]
 
 
 class RunError(Exception):
-    """A folder that cannot be used as asked; the message says why and what to do."""
+    """The error for a folder that cannot be used as asked. Its message says why and what to do."""
 
     exit_code = 2  # of a command
 
 
 class Run:
-    """A folder that one process at a time writes, and that any kill leaves usable.
+    """A folder that only one process at a time writes, and that remains usable after any kill.
 
-    `metrics.jsonl` is the source of truth, a log of `experiments.sealed`. A finished piece of work
-    is appended to it: its records, and the seal with its outcome as `cell`. Opening a folder keeps
-    the whole pieces, and cuts away the others, which are to be done again; a log with damage is
-    kept beside it as `metrics.jsonl.damaged`.
+    `metrics.jsonl` is the source of truth; `experiments.sealed` defines its format. Each finished
+    piece of work appends its records and a seal, which holds its outcome as `cell`. Opening a
+    folder keeps complete pieces and removes the others, which must be repeated. A damaged log is
+    first copied to `metrics.jsonl.damaged`.
 
     Args:
-        folder: made if missing.
-        config: JSON-able settings; a folder that holds others is refused.
-        grid: keys of `config` that may differ from the folder's: they say which pieces are wanted,
-            not what a piece is.
+        folder: The folder, which is created if it is missing.
+        config: Settings as JSON values. A folder with other settings is an error.
+        grid: Keys of `config` that may differ from the folder's, since they select pieces of work
+            and do not change their results.
+        defaults: Default settings, as in `claim`.
 
     Attributes:
-        finished: the outcomes, oldest first.
-        notes: what was cut away and why, to be told.
+        finished: The outcomes of finished pieces, oldest first.
+        notes: Messages to the user about what was removed and why.
 
     Raises:
-        RunError: another process writes the folder, it holds a run with other settings, or none.
+        RunError: Another process writes the folder, or it holds a run with other settings or
+            files that belong to no run.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], grid: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        grid: tuple[str, ...] = (),
+        defaults: Mapping[str, Any] | None = None,
+    ):
         self.folder = folder
         self._identity = identity(config, grid)
-        self._lock = claim(folder, config, grid, other="another --out")
+        self._lock = claim(folder, config, grid, other="another --out", defaults=defaults)
         try:
             self.finished, self._sealed, self.notes = self._recover()
         except BaseException:
@@ -79,7 +87,7 @@ class Run:
             raise
 
     def extend(self, pieces: Sequence[tuple[list[dict[str, Any]], dict[str, Any]]]) -> None:
-        """Adds finished pieces of work, durably: after this returns no kill loses them."""
+        """Appends finished pieces of work and flushes them to disk, so that no kill loses them."""
         text, count = self._lines(pieces, self._sealed)
         with open(self.folder / LOG, "a", encoding="utf-8") as file:
             file.write(text)
@@ -89,7 +97,7 @@ class Run:
         self.finished += [cell for _, cell in pieces]
 
     def close(self) -> None:
-        """Lets another process have the folder."""
+        """Releases the folder to other processes."""
         self._lock.close()
 
     def _lines(
@@ -131,7 +139,7 @@ class Run:
 
 
 def finished_pieces(log: sealed.Lines) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
-    """Records and outcome of the pieces of work that a log has whole, oldest first."""
+    """Returns the records and the outcome of each complete piece of work, oldest first."""
     return [
         (block.records, block.seal["cell"])
         for block in log.blocks
@@ -140,40 +148,47 @@ def finished_pieces(log: sealed.Lines) -> list[tuple[list[dict[str, Any]], dict[
 
 
 def identity(config: Mapping[str, Any], free: Sequence[str] = ()) -> dict[str, Any]:
-    """What of a config says which run it is, as JSON gives it back."""
+    """Returns the settings that identify a run: all but those in `free`, as JSON values."""
     return json.loads(json.dumps({key: x for key, x in config.items() if key not in free}))
 
 
 def claim(
-    folder: Path, config: dict[str, Any], free: tuple[str, ...] = (), *, other: str
+    folder: Path,
+    config: dict[str, Any],
+    free: tuple[str, ...] = (),
+    *,
+    other: str,
+    defaults: Mapping[str, Any] | None = None,
 ) -> IO[str]:
-    """Makes a run's folder this process's own, and writes its `config.json`.
+    """Locks a run's folder for this process and writes its `config.json`.
 
-    What the folder says of its run, `config.json` and the seals of its log and of its checkpoints,
-    must agree with `config`; one that is lost or damaged is made again. Before that is sure nothing
-    is written.
+    The settings recorded in `config.json`, in the log's seals and in the checkpoints must all agree
+    with `config`, otherwise nothing is written. A missing or damaged `config.json` is rewritten.
 
     Args:
-        folder: made if missing.
-        config: JSON-able settings; a folder that holds others is refused.
-        free: keys of `config` that may differ from the folder's.
-        other: what an error advises to give.
+        folder: The folder, which is created if it is missing.
+        config: Settings as JSON values. A folder with other settings is an error.
+        free: Keys of `config` that may differ from the folder's.
+        other: What an error message advises to give, such as "another --out".
+        defaults: The default settings. A run of an earlier version that lacks a setting counts as
+            one with its default.
 
     Returns:
-        The lock; closing it lets another process have the folder.
+        The lock. Closing it releases the folder to other processes.
 
     Raises:
-        RunError: another process writes the folder, it holds a run with other settings, or none.
+        RunError: Another process writes the folder, or it holds a run with other settings or
+            files that belong to no run.
     """
     if not (folder / ".lock").exists():
-        _check(folder, config, free, other)
+        _check(folder, config, free, other, defaults)
     folder.mkdir(parents=True, exist_ok=True)
-    # Object stores (gs://, s3://) have no locks.
+    # Object stores (gs://, s3://) do not support file locks.
     lock = io.StringIO() if "://" in str(folder) else open(folder / ".lock", "w")  # noqa: SIM115
     try:
         if isinstance(lock, io.TextIOWrapper):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _check(folder, config, free, other)
+        _check(folder, config, free, other, defaults)
         _sweep(folder)
         write_json(folder / CONFIG, config)
     except BlockingIOError:
@@ -188,37 +203,38 @@ def claim(
 
 
 def leave_nothing_of_no_run(folder: Path) -> None:
-    """A start that failed leaves a folder free for another, whose settings are mended."""
+    """Removes what a failed start has written, so that the folder is free for other settings."""
     if not (folder / LOG).exists():
         for name in _STARTED:
             (folder / name).unlink(missing_ok=True)
 
 
 def check_free(folder: Path, keys: Iterable[str], *, other: str) -> None:
-    """Refuses a folder that has files and is no run of a study, before any work.
+    """Checks that a folder is missing, empty or a run of this study.
 
     Args:
-        folder: which may be missing.
-        keys: settings of the study's runs; a config that lacks most of them is another's.
-        other: what an error advises to give.
+        folder: The folder, which may be missing.
+        keys: The names of the settings that runs of this study have. A config that lacks most of
+            them belongs to another study.
+        other: What an error message advises to give, such as "another --out".
 
     Raises:
-        RunError: it is not free.
+        RunError: The folder holds other files, or a run of another study.
     """
-    _refuse_strangers(folder, _names(folder), _told(folder), keys, other)
+    _refuse_strangers(folder, _names(folder), _recorded_settings(folder), keys, other)
 
 
 def _refuse_strangers(
-    folder: Path, names: Collection[str], told: Told, keys: Iterable[str], other: str
+    folder: Path, names: Collection[str], recorded: Recorded, keys: Iterable[str], other: str
 ) -> None:
     keys = {*keys}
-    if names and not told:
+    if names and not recorded:
         found = f"{CONFIG}, which is damaged," if CONFIG in names else min(names)
         raise RunError(
             f"{folder} holds {found} {'and other files ' * (len(names) > 1)}but no run of this "
             f"study; nothing was written. Give {other}, or an empty folder."
         )
-    for where, settings in told:
+    for where, settings in recorded:
         if 2 * len(settings.keys() & keys) < len(keys):
             raise RunError(
                 f"{folder} holds no run of this study according to {where}; nothing was "
@@ -227,15 +243,15 @@ def _refuse_strangers(
 
 
 def check_group(folder: Path, parts: Iterable[str], keys: Iterable[str], *, other: str) -> None:
-    """`check_free` for a folder that has a run in each of some folders, and their report.
+    """Checks, as `check_free`, a folder of several runs, which lie in folders in it.
 
     Args:
-        folder: which may be missing.
-        parts: names of the folders that runs have.
-        keys, other: as of `check_free`.
+        folder: The folder, which may be missing.
+        parts: The names that the folders of runs may have.
+        keys, other: As in `check_free`.
 
     Raises:
-        RunError: it is not free.
+        RunError: The folder holds other files, or a run of another study.
     """
     names, parts = _names(folder), {*parts}
     runs = [name for name in names if name in parts]
@@ -246,43 +262,46 @@ def check_group(folder: Path, parts: Iterable[str], keys: Iterable[str], *, othe
 
 
 def known_settings(folder: Path) -> dict[str, Any]:
-    """What the run in a folder was told, by its seals, or else its `config.json`.
+    """Returns the settings of the run in a folder, from its seals or else from `config.json`.
 
     Raises:
-        RunError: these contradict each other, or there are none.
-        ValueError: there is only a damaged `config.json`.
-        OSError: a file cannot be read.
+        RunError: Its files record contradictory settings, or none.
+        ValueError: The only record is a damaged `config.json`.
+        OSError: A file cannot be read.
     """
-    told = _told(folder)
-    if not told:
+    recorded = _recorded_settings(folder)
+    if not recorded:
         if not (folder / CONFIG).exists():
-            raise RunError(f"{folder} holds no run: it has no {CONFIG}.")
-        told = [(CONFIG, read_settings(folder / CONFIG))]
-    (where, settings), *more = reversed(told)
+            raise RunError(f"{folder} holds no run: it has no {CONFIG}. Give the folder of a run.")
+        recorded = [(CONFIG, read_settings(folder / CONFIG))]
+    (where, settings), *more = reversed(recorded)
     for other, there in more:
-        if changed := [key for key in changed_settings(there, settings) if key in settings]:
+        # A setting that only one of them has was added between two versions.
+        known, recorded = with_defaults(settings, there), with_defaults(there, settings)
+        if changed := [key for key in changed_settings(recorded, known) if key in settings]:
             raise RunError(
                 f"{folder}: {other} and {where} belong to different runs "
                 f"({_differences(changed, there, settings)}). Restore {other} from a backup."
             )
-    return (dict(more[-1][1]) if more else {}) | settings
+    return with_defaults(settings, more[-1][1] if more else {})
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """A `config.json` of any version.
+    """Returns the settings in a `config.json` of any version, by today's names.
 
     Raises:
-        ValueError: it is damaged.
-        OSError: it cannot be read.
+        ValueError: The file is damaged.
+        OSError: The file cannot be read.
     """
     return current_names(read_json(path))
 
 
 def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of any version by the names that they have today."""
+    """Returns settings of any version by today's names."""
 
     def current(key: str, value: Any) -> str:
-        # Under "optimizer" is also the one that a run trains with, or what all arms share.
+        # Only a list under "optimizer" is renamed. It may also name the one optimizer of a run, or
+        # hold the settings that all arms share.
         is_other = key == "optimizer" and not isinstance(value, list)
         return key if is_other else _RENAMED.get(key, key)
 
@@ -290,32 +309,39 @@ def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a folder has a run's settings, whole or damaged."""
-    return (folder / CONFIG).exists() or bool(_told(folder))
+    """Returns whether a folder has the settings of a run, complete or damaged."""
+    return (folder / CONFIG).exists() or bool(_recorded_settings(folder))
 
 
-def _told(folder: Path) -> Told:
-    """The settings that a folder's files tell, and which file each is from; seals come last."""
+def _recorded_settings(folder: Path) -> Recorded:
+    """Returns the settings that each file of a folder records. Seals come after `config.json`."""
     if not _names(folder):
         return []
-    told: Told = []
+    recorded: Recorded = []
     with contextlib.suppress(FileNotFoundError, ValueError):
-        told.append((CONFIG, read_settings(folder / CONFIG)))
+        recorded.append((CONFIG, read_settings(folder / CONFIG)))
     if (config := sealed.read(folder / LOG).config) is not None:
-        told.append((f"{LOG}, by its seals,", current_names(config)))
+        recorded.append((f"{LOG}, by its seals,", current_names(config)))
     if (config := manifests.newest_meta(folder / "checkpoints").get("config")) is not None:
-        told.append(("its newest checkpoint", current_names(config)))
-    return told
+        recorded.append(("its newest checkpoint", current_names(config)))
+    return recorded
 
 
-def _check(folder: Path, config: dict[str, Any], free: tuple[str, ...], other: str) -> None:
-    """Raises a RunError unless what a folder holds is a run with this config, or nothing."""
-    here, told = identity(config, free), _told(folder)
-    _refuse_strangers(folder, _names(folder), told, here, other)
-    for where, there in told:
+def _check(
+    folder: Path,
+    config: dict[str, Any],
+    free: tuple[str, ...],
+    other: str,
+    defaults: Mapping[str, Any] | None,
+) -> None:
+    """Raises a RunError unless a folder is empty or holds a run with this config."""
+    here, known = identity(config, free), _recorded_settings(folder)
+    _refuse_strangers(folder, _names(folder), known, here, other)
+    for where, recorded in known:
+        there = with_defaults(recorded, defaults or {})
         changed = changed_settings(there, here, free)
-        if where != CONFIG:  # a seal of an earlier version may know fewer settings
-            changed = [key for key in changed if key in there]
+        if where != CONFIG:  # a seal of an earlier version may have fewer settings
+            changed = [key for key in changed if key in recorded]
         if changed:
             raise RunError(
                 f"{folder} holds a run with other settings according to {where} "
@@ -333,7 +359,7 @@ def _differences(changed: Sequence[str], there: Mapping[str, Any], here: Mapping
 
 
 def _names(folder: Path) -> list[str]:
-    """What is in a folder, without what a start that failed may have left there."""
+    """Returns the file names in a folder, without those that a failed start may have left."""
     if not folder.exists():
         return []
     if not folder.is_dir():
@@ -342,7 +368,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes the temporary files of processes that were killed; the folder is claimed."""
+    """Removes the temporary files of killed processes. The folder must be locked."""
     if "://" in str(folder):
         return
     for path in Path(folder).iterdir():
@@ -353,10 +379,10 @@ def _sweep(folder: Path) -> None:
 def changed_settings(
     old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str] = ()
 ) -> list[str]:
-    """The keys, but for those in `free`, under which two configs as JSON say different things.
+    """Returns the keys, except those in `free`, under which two configs as JSON values differ.
 
-    Of `rates` the optimizers that both know count: a run from before one was added has no cell of
-    it, and goes on.
+    Under `rates` only optimizers in both configs are compared. A run that began before an optimizer
+    was added has no cell of it and can continue.
     """
 
     def same(key: str) -> bool:
@@ -368,8 +394,21 @@ def changed_settings(
     return sorted(key for key in {*old, *new} if key not in free and not same(key))
 
 
+def with_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings, with the default of each setting that they lack.
+
+    >>> with_defaults({"a": {"b": 1}}, {"a": {"b": 2, "c": 3}, "d": 4})
+    {'a': {'b': 1, 'c': 3}, 'd': 4}
+    """
+    found = dict(defaults) | dict(settings)
+    for key in settings.keys() & defaults.keys():
+        if isinstance(settings[key], dict) and isinstance(defaults[key], dict):
+            found[key] = with_defaults(settings[key], defaults[key])
+    return found
+
+
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by the names that they have on the command line."""
+    """Returns nested settings by dotted names, as on the command line."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict):
@@ -380,7 +419,7 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def machine() -> dict[str, str]:
-    """What a figure was measured on."""
+    """Returns a description of the machine, the versions and the command of this process."""
     device = jax.devices()[0]
     return {
         "device": f"{jax.device_count()} × {device.device_kind} ({device.platform})",

@@ -1,9 +1,9 @@
-"""JSON lines under seals: a log comes back as it was written, or what is wrong with it is told.
+"""Logs of JSON lines with checksums, so that reading detects every damage.
 
-A seal is a line with a `sha256`: the digest of each record that it seals, which are those since the
-seal before, and at last its own. It also has the settings of what wrote them as `config`, and as
-`before` how many records had been sealed already. Lines after the last seal are work that a kill
-cut short, of which the last one may be torn: that is no damage.
+A seal is a line whose `sha256` lists the digests of all records since the last seal, followed by
+its own digest. Its `before` is the number of records that earlier seals cover, and its `config` the
+settings of the run. Lines after the last seal are unfinished work that a kill interrupted, and the
+last line may be incomplete. Neither is damage.
 """
 
 import hashlib
@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 
 from experiments.json_files import loads
 
-_DIGITS = 16  # of a digest, which has to show damage and no malice
+_DIGITS = 16  # of a digest, enough to detect accidental damage
 
 
 class Block(NamedTuple):
-    """A seal, and what it seals.
+    """A seal and its records.
 
     Attributes:
-        records: those that are as they were written.
-        seal: what it says itself, without its digests.
-        lost: how many of its records are damaged or missing.
-        begin: its first line, counted from 0.
-        until: how many records are sealed with it.
+        records: The undamaged records.
+        seal: The contents of the seal, without its digests.
+        lost: The number of records that are damaged or missing.
+        begin: The index of its first line.
+        until: The number of records up to and including this seal.
     """
 
     records: list[dict[str, Any]]
@@ -35,14 +35,14 @@ class Block(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """A log that was read.
+    """The contents of a log.
 
     Attributes:
-        blocks: oldest first.
-        tail: records after the last seal, each with its line, counted from 0.
-        damage: what is wrong with it, in words.
-        text: of each line that is whole.
-        torn: what is after these, of a line whose end was not written.
+        blocks: The seals with their records, oldest first.
+        tail: The records after the last seal, each with the index of its line.
+        damage: Descriptions of the damage.
+        text: The complete lines.
+        torn: The beginning of a last line whose end was not written.
     """
 
     blocks: list[Block]
@@ -53,33 +53,33 @@ class Lines(NamedTuple):
 
     @property
     def config(self) -> dict[str, Any] | None:
-        """The settings under the last seal."""
+        """The settings in the last seal."""
         return self.blocks[-1].seal.get("config") if self.blocks else None
 
 
 def record_line(record: dict[str, Any]) -> str:
-    """A record as a line; a number that is not finite is a ValueError."""
+    """Returns a record as a line. Numbers that are not finite raise a ValueError."""
     return json.dumps(record, allow_nan=False) + "\n"
 
 
-def seal_line(records: Sequence[str], before: int, **said: Any) -> str:
-    """The line that seals records.
+def seal_line(records: Sequence[str], before: int, **contents: Any) -> str:
+    """Returns the line that seals records.
 
     Args:
-        records: their lines.
-        before: how many have been sealed before.
-        said: what the seal says; `config` is the settings of what wrote them.
+        records: The lines of the records.
+        before: The number of records that earlier seals cover.
+        contents: The contents of the seal. `config` are the settings of the run.
     """
-    seal = said | {"before": before}
+    seal = contents | {"before": before}
     digests = [_digest(line.encode().removesuffix(b"\n")) for line in records]
     return record_line(seal | {"sha256": [*digests, _own(seal, digests)]})
 
 
 def read(path: Any) -> Lines:
-    """The lines of a log, none where there is no file.
+    """Reads a log. A missing file gives an empty log.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: The file cannot be read.
     """
     text = path.read_bytes() if path.exists() else b""
     *lines, torn = text.split(b"\n")
@@ -106,7 +106,7 @@ def read(path: Any) -> Lines:
         lost, until = len(wanted) - len(found), before + len(wanted)
         blocks.append(Block([value for _, value in found], record, lost, begin, until))
         if lost or others:
-            damage.append(_told(lost, len(wanted), others, number))
+            damage.append(_damage_text(lost, len(wanted), others, number))
         elif before != total:
             damage.append(f"{abs(before - total)} records before line {begin + 1} are missing")
         total, pending = until, []
@@ -116,7 +116,7 @@ def read(path: Any) -> Lines:
     return Lines(blocks, tail, damage, lines, torn)
 
 
-def _told(lost: int, wanted: int, others: list[int], seal: int) -> str:
+def _damage_text(lost: int, wanted: int, others: list[int], seal: int) -> str:
     parts = []
     if lost:
         parts.append(

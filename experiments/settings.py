@@ -1,6 +1,6 @@
-"""What a setting may be: a rule beside each field, which `check` holds before work begins.
+"""Rules for settings, written beside each field; `check` applies them before work begins.
 
-Also `given_text`, by which a command's defaults follow the options that are given.
+`given_text` and the functions after it let a command's defaults depend on options that are given.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 
 from experiments.commands import option
 
-_LARGEST, _SMALLEST = 3.4028234e38, 1.1754944e-38  # of float32, in which all arithmetic is
+_LARGEST, _SMALLEST = 3.4028234e38, 1.1754944e-38  # float32 numbers, since training is in float32
 
 Number = TypeVar("Number", int, float)
 Defaults = TypeVar("Defaults")
@@ -19,11 +19,11 @@ Defaults = TypeVar("Defaults")
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Of a field, as part of its type: `steps: Annotated[int, Rule(...)]`.
+    """The rule of a field, as part of its type: `steps: Annotated[int, Rule(...)]`.
 
     Attributes:
-        says: ends the sentence "--steps must be ...".
-        holds: whether a value keeps to it.
+        says: The end of the sentence "--steps must be ...".
+        holds: A function that returns whether a value satisfies the rule.
     """
 
     says: str
@@ -31,17 +31,17 @@ class Rule:
 
 
 def at_least(least: float) -> Rule:
-    """A lower bound that is allowed."""
+    """Returns the rule of an inclusive lower bound."""
     return Rule(f"at least {least:g}", lambda value: value >= least)
 
 
 def above(bound: float, why: str = "") -> Rule:
-    """A lower bound that is not."""
+    """Returns the rule of an exclusive lower bound."""
     return Rule(f"greater than {bound:g}{why}", lambda value: value > bound)
 
 
 def even(why: str) -> Rule:
-    """An even number, which is not 0; `why` goes on with "since"."""
+    """Returns the rule of a positive even number. `why` completes "since ..." in the message."""
     return Rule(f"even and at least 2, since {why}", lambda value: value >= 2 and value % 2 == 0)
 
 
@@ -50,14 +50,14 @@ def _is_positive(value: float) -> bool:
 
 
 Count = Annotated[int, at_least(1)]
-"""How many of what there has to be one."""
+"""A number of things of which there must be at least one."""
 Whole = Annotated[int, at_least(0)]
-"""How many of what there may be none."""
+"""A number of things, which may be 0."""
 Positive = Annotated[float, Rule("greater than 0, in float32 too", _is_positive)]
 Rate = Positive
 """A learning rate."""
 Decay = Annotated[float, at_least(0)]
-"""A weight decay; 0 is none."""
+"""A weight decay; 0 turns it off."""
 Share = Annotated[float, Rule("from 0 to 1", lambda value: 0 <= value <= 1)]
 Average = Annotated[
     float,
@@ -72,17 +72,17 @@ Clip = Annotated[float, above(0, "; a large number clips nothing")]
 
 
 def check(settings: Any, *path: str, named: Callable[..., str] = option) -> None:
-    """Holds every rule of a dataclass, and of those in it.
+    """Checks every rule of a dataclass and of the dataclasses in its fields.
 
-    A float that no rule concerns must still be a finite number of float32.
+    A float without a rule must still be finite in float32.
 
     Args:
-        settings: the dataclass.
-        *path: fields that lead to it from the command's own.
-        named: what messages call a field; by default the option of its path.
+        settings: The dataclass.
+        *path: The fields that lead to it from the command's own settings.
+        named: A function that names a field in messages, by default as the option of its path.
 
     Raises:
-        ValueError: a value breaks a rule; the message names option, rule and value.
+        ValueError: A value breaks a rule. The message names the option, the rule and the value.
     """
     types = _types(type(settings))
     for field in dataclasses.fields(settings):
@@ -127,7 +127,7 @@ def _text(value: Any) -> str:
 
 
 def check_different(settings: Any, *fields: str) -> None:
-    """Raises ValueError unless there are values, without repetition, in these fields."""
+    """Raises ValueError unless each field has at least one value and no value twice."""
     for field in fields:
         values = getattr(settings, field)
         if not values or len(set(values)) != len(values):
@@ -136,17 +136,17 @@ def check_different(settings: Any, *fields: str) -> None:
 
 
 def given_text(arguments: Sequence[str], name: str, known: Collection[str] | None = None) -> Any:
-    """What a command line gives to an option, before the whole of it is read.
+    """Returns the text that a command line gives to one option, before the line is parsed.
 
-    By it defaults follow what is given. What is wrong is for the whole reading to refuse.
+    Defaults of other options can thus depend on it. Wrong values are reported later, by the parser.
 
     Args:
-        arguments: of the command line.
-        name: of the option.
-        known: what may be given.
+        arguments: The arguments of the command line.
+        name: The name of the option.
+        known: The allowed values, by default any.
 
     Returns:
-        The text; None if nothing is given, or nothing known.
+        The text, or None if the option is not given or its value is not allowed.
     """
     for i in reversed(range(len(arguments))):
         word, equals, text = arguments[i].partition("=")
@@ -157,7 +157,7 @@ def given_text(arguments: Sequence[str], name: str, known: Collection[str] | Non
 
 
 def given(arguments: Sequence[str], name: str, otherwise: Number) -> Number:
-    """`given_text` as a number, or another one where that is none."""
+    """Returns `given_text` as a number, or `otherwise` if that is missing or not a number."""
     text = given_text(arguments, name)
     try:
         return otherwise if text is None else type(otherwise)(text)
@@ -166,7 +166,7 @@ def given(arguments: Sequence[str], name: str, otherwise: Number) -> Number:
 
 
 def replaced(default: Defaults, **changes: Any) -> Defaults:
-    """The defaults with what follows; as they are if it makes no sense, which is refused later."""
+    """Returns the defaults with changes. If these are wrong, which the parser reports, without."""
     try:
         return dataclasses.replace(default, **changes)
     except ValueError:
@@ -174,10 +174,10 @@ def replaced(default: Defaults, **changes: Any) -> Defaults:
 
 
 def fitting_divisor(wanted: int, of: int) -> int:
-    """The largest divisor of a number that is not above the wanted one; 1 of what has none."""
+    """Returns the largest divisor of `of` that is at most `wanted`, or 1 if there is none."""
     return next((n for n in range(min(wanted, max(of, 1)), 0, -1) if of % n == 0), 1)
 
 
 def tenth_at_most(steps: int, usual: int) -> int:
-    """The usual steps of a phase that nobody asked for, and a tenth of all at most."""
+    """Returns the usual number of steps of a phase, limited to a tenth of all steps."""
     return min(usual, max(steps, 0) // 10)

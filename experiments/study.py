@@ -1,4 +1,4 @@
-"""A study of many trainings: its cells are trained into a run's folder until none is missing."""
+"""A study of many trainings. Its cells are trained until none is missing, and saved in a run."""
 
 import dataclasses
 import importlib.metadata
@@ -19,21 +19,21 @@ from experiments.sweep import Row, missing_cells
 Cell = TypeVar("Cell", bound=tuple)
 
 Trained = tuple[Sequence[Row], Row]
-"""The records of a cell, and its outcome."""
+"""The records of a cell, one for each evaluation, and its outcome."""
 
 Show = Callable[[Any, float, str], None]
-"""Takes a cell, how much of it is done, and a few words; raises KeyboardInterrupt to stop it."""
+"""Shows a cell, the fraction done and a few words. Raises KeyboardInterrupt to stop the cell."""
 
 Device = jax.Device | None
 
 
 class Timed(NamedTuple):
-    """Optimizers whose costs are measured together, since ratios are of one process.
+    """Optimizers whose costs are measured in one process, since their ratios are reported.
 
     Attributes:
-        names: of the optimizers.
-        measure: `on_turn -> costs` by name, as `timing.step_costs` has them.
-        under: the key of `costs.json` that has these costs; by default it has no others.
+        names: The names of the optimizers.
+        measure: A function `on_turn -> costs by name`, as `timing.step_costs` returns them.
+        under: The key of these costs in `costs.json`. None if the file holds no others.
     """
 
     names: Sequence[str]
@@ -43,23 +43,23 @@ class Timed(NamedTuple):
 
 @dataclasses.dataclass
 class Study(Generic[Cell]):
-    """What the cells of a study are, and how they are trained.
+    """The cells of a study and the functions that train them.
 
     Attributes:
-        run: the open run, whose log gets the records and the outcome of each finished cell.
-        stop: asks for an early end; finished cells are kept.
-        console: for progress.
-        missing: the cells to be trained, as far as the finished ones tell; the next one first.
-        train: `(cells of a group, show, device)` trains these to their ends.
-        plan: what is to be trained, in words.
-        summary: what `summary.json` has beside machine and number of cells.
-        outcome: of a cell, in words.
-        work: what the time of a cell is proportional to.
-        groups: which of the missing cells train together; by default each by itself.
-        program: what groups have in common that share a compiled program. Given, groups train on
-            all devices at once; else one after another.
-        estimate: says how long the missing cells will take.
-        costs: to be measured when no cell is missing.
+        run: The open run. Its log receives the records and the outcome of each finished cell.
+        stop: An event that asks for an early end; finished cells are kept.
+        console: Where progress is printed.
+        missing: Returns the cells that remain to be trained, the next one first.
+        train: A function `(cells of a group, show, device)` that trains these cells.
+        plan: A description of the trainings, printed at the start.
+        summary: Returns the contents of `summary.json` besides machine and number of cells.
+        outcome: Describes the outcome of a cell in words.
+        work: Returns a number that the training time of a cell is proportional to.
+        groups: Groups missing cells that are trained together, by default each one alone.
+        program: Returns a key that groups with the same compiled program share. If it is given,
+            groups train on all devices at once, otherwise one after another.
+        estimate: Describes how long the missing cells will take.
+        costs: Optimizers whose costs are measured when no cell is missing.
     """
 
     run: Run
@@ -77,13 +77,13 @@ class Study(Generic[Cell]):
     costs: Sequence[Timed] = ()
 
     def to_the_end(self) -> int:
-        """Trains what is missing until `stop` is set, and reports on what there is.
+        """Trains the missing cells until `stop` is set, and reports on the finished ones.
 
         Returns:
             The command's exit code.
 
         Raises:
-            OSError: a file cannot be written; finished cells are kept.
+            OSError: A file cannot be written; finished cells are kept.
         """
         try:
             return self._to_the_end()
@@ -109,9 +109,7 @@ class Study(Generic[Cell]):
             self._summarize()
             show(run.folder, console)
         if left := len(self.missing()):
-            console.print(
-                f"Interrupted; trainings left: {left}. The same command continues from there."
-            )
+            console.print(f"Interrupted; trainings left: {left}. Run the same command to continue.")
         return INTERRUPTED if self.stop.is_set() else 0
 
     def _tell_time(self) -> None:
@@ -121,7 +119,7 @@ class Study(Generic[Cell]):
             self.console.print(f"Expected time: {expected}", highlight=False)
 
     def _train_missing(self) -> None:
-        done: dict[Cell, float] = {}  # how much of each cell that was begun
+        done: dict[Cell, float] = {}  # the finished fraction of each cell that has started
         lock = threading.Lock()
 
         def update(description: str, **changes: Any) -> None:
@@ -211,18 +209,18 @@ def sweep_rates(
     step_work: Callable[[Any], float] = lambda training: 1.0,
     **options: Any,
 ) -> int:
-    """A study of arms at several learning rates, of which the best one has all seeds.
+    """Trains arms at several learning rates, and all seeds at each arm's best rate.
 
     Args:
-        run, stop, console: as of `Study`.
-        config: has `seeds` and `sweep`.
-        cell, arms, swept: as of `sweep.missing_cells`, `make` and the others.
-        training: the settings of a cell, which have `steps`.
-        train: `(cell, its training, on_evaluation, device)`; the evaluations have `step` and
-            `validation_loss`, the outcome has `diverged` and `milliseconds_per_step`.
-        corpus: what the run records of its text.
-        step_work: of a training, what the time of its step is proportional to.
-        options: further settings of `Study`.
+        run, stop, console: As in `Study`.
+        config: Settings with the fields `seeds` and `sweep`.
+        cell, arms, swept: As `make`, `arms` and `swept` in `sweep.missing_cells`.
+        training: Returns the settings of a cell, which have the field `steps`.
+        train: A function `(cell, its training, on_evaluation, device)`. Its evaluations have `step`
+            and `validation_loss`, its outcome has `diverged` and `milliseconds_per_step`.
+        corpus: The description of the text that the run records.
+        step_work: Returns a number that the time of one step of a training is proportional to.
+        options: Further settings of `Study`.
 
     Returns:
         The command's exit code.
@@ -249,8 +247,8 @@ def sweep_rates(
         return training(cell).steps * step_work(training(cell))
 
     plan = (
-        f"trainings left: {len(missing())}, and more if a best learning rate is the highest or "
-        f"lowest one tried; {len(run.finished)} finished."
+        f"trainings left: {len(missing())}; finished: {len(run.finished)}. More are added while a "
+        "best learning rate is the highest or the lowest one tried."
     )
     study = Study(
         run,

@@ -1,7 +1,7 @@
-"""Which cells a sweep of learning rates wants next, and what it found.
+"""Sweeps of learning rates: which cells to train next, and which rate is best.
 
 An arm is anything whose rate is swept: an optimizer, or a width with a shape scale. Its losses are
-those of finished cells, infinite where one diverged.
+the final losses of its finished cells; the loss of a cell that diverged is infinite.
 """
 
 import dataclasses
@@ -25,28 +25,28 @@ Cell = TypeVar("Cell", bound=tuple)
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Which learning rates an optimizer is tried at."""
+    """The learning rates at which an optimizer is trained."""
 
     factor: Annotated[float, above(1)] = 2.0
     """Ratio of neighbouring learning rates."""
     reach: Whole = 1
-    """Learning rates to try on either side of the default one."""
+    """Number of learning rates to try above, and as many below, the default one."""
     limit: Whole = 4
-    """Further learning rates at most, on a side whose outermost one is the best so far."""
+    """Number of further learning rates to try, at most, on a side where the last one is best."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Seeded:
-    """How many trainings each arm of a suite has."""
+    """The seeds and learning rates of each arm of a suite."""
 
     seeds: Count = 3
-    """Number of random seeds. In a suite they train at the best learning rate. A seed sets the
-    order of the training data and, in pretraining, the initial parameters."""
+    """Number of random seeds. In a suite all of them train at the best learning rate. A seed sets
+    the order of the training data and, in pretraining, the initial parameters."""
     sweep_seeds: Count = 1
-    """Number of seeds that choose the best learning rate. Of a suite; at most --seeds, and the
-    others train at that rate alone."""
+    """Number of seeds that choose the best learning rate. A suite trains them at every rate, and
+    the other seeds only at the best one. At most --seeds."""
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
-    """Learning rates to try."""
+    """Learning rates to sweep."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -57,12 +57,12 @@ class Seeded:
 
 
 class Best(NamedTuple):
-    """An arm's best rate.
+    """The best learning rate of an arm.
 
     Attributes:
-        rate: with the lowest mean loss.
-        losses: there, by seed.
-        at_edge: whether no higher, or no lower, rate was tried.
+        rate: The rate with the lowest mean loss.
+        losses: The losses at this rate, by seed.
+        at_edge: Whether this is the highest or the lowest rate that was tried.
     """
 
     rate: float
@@ -71,17 +71,17 @@ class Best(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """The mean loss."""
+        """The mean loss over the seeds."""
         return mean(self.losses)
 
 
 def loss_of(row: Row) -> float:
-    """A cell's final validation loss, infinite if it diverged."""
+    """Returns the final validation loss of a cell, infinity if it diverged."""
     return math.inf if row["diverged"] else row["validation_loss"]
 
 
 def losses_by_rate(rows: Iterable[Row]) -> dict[float, dict[int, float]]:
-    """An arm's losses by rate, ascending, and seed; only the rates with most seeds finished."""
+    """Returns an arm's losses by ascending rate and by seed, for rates with most finished seeds."""
     losses: dict[float, dict[int, float]] = defaultdict(dict)
     for row in rows:
         losses[row["rate"]][row["seed"]] = loss_of(row)
@@ -90,16 +90,17 @@ def losses_by_rate(rows: Iterable[Row]) -> dict[float, dict[int, float]]:
 
 
 def mean(losses: Mapping[int, float]) -> float:
-    """The mean over seeds."""
+    """Returns the mean over seeds."""
     return statistics.fmean(losses.values())
 
 
 def best(rows: Sequence[Row], swept: int | None = None) -> Best | None:
-    """The best rate among an arm's rows, None without any.
+    """Returns the best rate of an arm, or None if it has no rows.
 
     Args:
-        rows: of the arm.
-        swept: how many seeds choose the rate; by default all. The losses there are of all.
+        rows: The rows of the arm's finished cells.
+        swept: The number of seeds that choose the rate, by default all. The returned losses are
+            those of all seeds.
     """
     losses = losses_by_rate(chosen_by(rows, swept))
     if not losses:
@@ -111,14 +112,14 @@ def best(rows: Sequence[Row], swept: int | None = None) -> Best | None:
 
 
 def chosen_by(rows: Iterable[Row], swept: int | None) -> list[Row]:
-    """Those rows whose seeds choose the rate."""
+    """Returns the rows of the seeds that choose the rate."""
     return [row for row in rows if swept is None or row["seed"] < swept]
 
 
 def optimum(losses: dict[float, float], top: float) -> float:
-    """Between the rates: where a parabola in log(rate) through three of them has its lowest point.
+    """Returns the minimum of the parabola in log(rate) through the best rate and its neighbours.
 
-    At an edge, or beside a rate that diverged, it is the best rate itself.
+    At an edge of the sweep, or beside a rate that diverged, returns the best rate itself.
     """
     rates = list(losses)
     place = rates.index(top)
@@ -131,12 +132,12 @@ def optimum(losses: dict[float, float], top: float) -> float:
 
 
 def wanted_rates(default: float, mean_losses: Mapping[float, float], sweep: Sweep) -> list[float]:
-    """The rates that an arm is to be tried at, the default first.
+    """Returns the rates at which an arm should be trained, those nearest the default first.
 
     Args:
-        default: the middle of the grid.
-        mean_losses: by rate, of the rates that are done.
-        sweep: the grid, and how far it may grow where the best rate is its last.
+        default: The rate in the middle of the grid.
+        mean_losses: The mean loss at each rate that is finished.
+        sweep: The grid, and how far it may be extended while its best rate is its last.
     """
     low, high = -sweep.reach, sweep.reach
     while True:
@@ -153,7 +154,7 @@ def wanted_rates(default: float, mean_losses: Mapping[float, float], sweep: Swee
 
 
 def rate_at(default: float, factor: float, notch: int) -> float:
-    """A rate of the grid, to four digits, so that it is the same number wherever it is written."""
+    """Returns a rate of the grid, rounded to four digits so that every file writes it alike."""
     return float(f"{default * factor**notch:.4g}")
 
 
@@ -165,20 +166,20 @@ def missing_cells(
     sweep: Sweep,
     swept: int | None = None,
 ) -> list[Cell]:
-    """The cells that are still to be trained, as far as the finished ones tell.
+    """Returns the cells that remain to be trained, given the results of the finished ones.
 
     Args:
-        rows: of the finished cells.
-        make: the cell's class, whose fields are the arm's, the rate and the seed.
-        arms: default rate by the arm's fields.
-        seeds: of every rate, or of the best one.
-        sweep: which rates.
-        swept: how many seeds every rate gets; by default all. The others see the best rate alone,
-            once it is known.
+        rows: The rows of the finished cells.
+        make: The class of a cell. Its fields are those of an arm, the rate and the seed.
+        arms: The default rate of each arm, by the arm's fields.
+        seeds: The number of seeds at the best rate.
+        sweep: The rates to train at.
+        swept: The number of seeds at every other rate, by default `seeds`. The remaining seeds are
+            trained at the best rate once it is known.
 
     Returns:
-        Cells, seeds outermost and arms innermost: every arm has a first result early, and arms take
-        turns on a machine that is now quiet and now not.
+        The cells, ordered by seed, then rate, then arm. Every arm thus has a first result early,
+        and changes in the machine's load affect all arms alike.
     """
     finished = {cell_of(make, row) for row in rows}
     trying = seeds if swept is None else min(swept, seeds)
@@ -200,12 +201,12 @@ def missing_cells(
 
 
 def cell_of(make: Callable[..., Cell], row: Row) -> Cell:
-    """The cell that a row of the log is of."""
+    """Returns the cell to which a row of the log belongs."""
     return make(*(row[field] for field in make._fields))
 
 
 class Files(NamedTuple):
-    """A run's files; `histories` are the evaluations of each finished cell, beside its row."""
+    """The contents of a run's files. `histories` are the evaluations of the cell of each row."""
 
     config: dict[str, Any]
     summary: dict[str, Any]
@@ -218,14 +219,16 @@ def load_run(folder: Path) -> Files:
     """Reads the files of a finished or partly finished run.
 
     Raises:
-        FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is not what it should be; the message names it.
+        FileNotFoundError: The folder or one of its files is missing.
+        ValueError: A file has the wrong content; the message names the file.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"no run folder {folder}")
+        raise FileNotFoundError(f"There is no run folder {folder}. Give the folder of a run.")
     for name in ("config.json", "summary.json", "metrics.jsonl"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}. Has a training of the run finished?")
+            raise FileNotFoundError(
+                f"{folder} has no {name}. A report needs a run with at least one finished training."
+            )
     log = sealed.read(folder / "metrics.jsonl")
     for damage in log.damage:
         print_warning(f"{folder / 'metrics.jsonl'} is damaged: {damage}.")

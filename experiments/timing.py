@@ -1,4 +1,4 @@
-"""Times that are compared: calls take turns, so that a noisy machine disturbs all alike."""
+"""Measures times to be compared: calls take turns, so that a noisy machine affects all alike."""
 
 import statistics
 import time
@@ -14,14 +14,14 @@ Name = TypeVar("Name", bound=str)
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
-    """How long a call takes, which returns when its work is done."""
+    """Returns the time of a call, in seconds. The call must wait for its work to finish."""
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
 
 
 def repeated(step: Callable[[State], State], state: State, steps: int) -> Callable[[], None]:
-    """A call that takes so many steps and waits for them; the next one goes on from there."""
+    """Returns a function that runs `steps` steps and waits. Each call continues the last one."""
 
     def call() -> None:
         nonlocal state
@@ -38,12 +38,12 @@ def take_turns(
     before: Callable[[Name], Any] = lambda name: None,
     after: Callable[[Name], Any] = lambda name: None,
 ) -> dict[Name, list[float]]:
-    """Seconds of each call in each round.
+    """Returns the seconds of each call in each round.
 
     Args:
-        calls: each returns when its work is done.
-        rounds: that count; one more comes first, in which programs may be compiled.
-        before, after: called around each turn, with its name, and not timed.
+        calls: The calls by name. Each must wait for its work to finish.
+        rounds: The number of timed rounds. An untimed round precedes them, for compilation.
+        before, after: Functions that are called with the name around each turn, and not timed.
     """
     seconds: dict[Name, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
@@ -60,17 +60,17 @@ def step_costs(
     baseline: str,
     on_turn: Callable[[Name], Any] = lambda name: None,
 ) -> dict[Name, dict[str, float | None]]:
-    """What a step costs, in turns of so many steps.
+    """Measures the time of a step, with calls that take turns of several steps.
 
     Args:
-        calls: a turn of each.
-        steps: of a turn.
-        baseline: the name of the call that the others are compared with.
-        on_turn: called after each of `ROUNDS + 1` turns of each call.
+        calls: The calls by name, each of which runs one turn.
+        steps: The number of steps in a turn.
+        baseline: The name of the call with which the others are compared.
+        on_turn: A function that is called after each of the `ROUNDS + 1` turns of each call.
 
     Returns:
-        `milliseconds`, the median of the rounds, and `times_baseline`, the median of each round's
-        ratio to the baseline; None without one.
+        For each call, `milliseconds`, the median over rounds, and `times_baseline`, the median of
+        the rounds' ratios to the baseline. The latter is None if there is no baseline.
     """
     seconds = take_turns(calls, ROUNDS, after=on_turn)
     base = {str(name): turns for name, turns in seconds.items()}.get(baseline)
@@ -84,6 +84,6 @@ def step_costs(
 
 
 def spread(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-    """The ratio of two that took turns, round by round: its median, and the least and greatest."""
+    """Returns the median, minimum and maximum of the round-by-round ratios of two calls' times."""
     ratios = [a / b for a, b in zip(above, below, strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}

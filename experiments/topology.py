@@ -1,4 +1,4 @@
-"""GPUs and TPUs that are not there, for the compiler alone."""
+"""Ahead-of-time compilation for GPUs and TPUs that need not be present."""
 
 import importlib.util
 import os
@@ -9,8 +9,8 @@ import jax
 
 from experiments.experimental import topologies
 
-# What a program may use of a device's memory, by `device_kind`, in GiB. A v4 of a topology and a
-# TPU7x are half of a chip. Of GPUs 95 %, as with XLA_PYTHON_CLIENT_MEM_FRACTION=.95.
+# The device memory that a program may use, in GiB, by `device_kind`. Devices of a v4 topology and
+# TPU7x are half a chip. On GPUs it is 95 %, as with XLA_PYTHON_CLIENT_MEM_FRACTION=.95.
 MEMORY = {
     "NVIDIA H100 80GB HBM3": 75.1,
     "NVIDIA H200": 133.9,
@@ -22,16 +22,16 @@ MEMORY = {
     "TPU7x": 94.75,
 }
 
-# What `--topology` takes, for its help and its errors.
+# The values of `--topology`, for its help and its error messages.
 NAMES = (
     "GPUs as h100:8, h200:8, b200:8 or h100:8x8 (hosts × devices), with the extra `gpu-compile`, "
     "or TPUs as v5e:4x4, v5p:4x4x4, v6e:16x16 or tpu7x:4x4x4, with the extra `tpu`"
 )
 
-# What XLA's plugin for NVIDIA loads to compile, as modules; names differ with CUDA's version.
+# The modules of XLA's CUDA plugin. Their names depend on CUDA's version.
 _PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
-# What XLA must know of a GPU to compile for it, from openxla/xla's descriptions of these chips.
+# The properties of GPUs that XLA needs to compile for them, from openxla/xla's descriptions.
 _GPUS = {
     "h100": {
         "device_description_str": '"NVIDIA H100 80GB HBM3"',
@@ -78,29 +78,30 @@ _ALL_GPUS = {
 
 
 class TopologyError(ValueError):
-    """No such device can be compiled for here; the message says why and what to do."""
+    """The error if a topology cannot be compiled for. Its message says why and what to do."""
 
 
 def leave_accelerators_alone() -> None:
-    """Has JAX look for no GPU or TPU here: to be called before it has looked for any device.
+    """Restricts JAX to the CPU. Call this before JAX has looked for devices.
 
-    Without a driver the plugins that compile for them would tell at length that they find none.
+    On machines without a driver, the plugins that compile for accelerators would otherwise print
+    long warnings.
     """
     jax.config.update("jax_platforms", "cpu")
 
 
 def topology_devices(name: str) -> list[Any]:
-    """The devices of a topology, for `Mesh`. Programs compile for them and do not run.
+    """Returns the devices of a topology, for a `Mesh`. Programs can be compiled for them, not run.
 
-    Every argument of such a program, scalars too, needs a sharding on the mesh.
+    All arguments of such a program, including scalars, must have a sharding on the mesh.
 
     Args:
-        name: of GPUs their kind and number, or hosts × devices, as h100:8, h200:8, b200:8 or
-            h100:8x8; of TPUs their kind and torus, as v5e:16x16, v5p:8x8x8, v6e:16x16 or
+        name: The kind of device and the size: the number of GPUs, or hosts × devices, as h100:8,
+            h200:8, b200:8 or h100:8x8; the torus of TPUs, as v5e:16x16, v5p:8x8x8, v6e:16x16 or
             tpu7x:4x4x4.
 
     Raises:
-        TopologyError: the compiler is missing, or knows no such topology.
+        TopologyError: The compiler is missing or does not support this topology.
     """
     if topologies is None:
         raise TopologyError(
@@ -127,7 +128,7 @@ def _gpus(name: str) -> list[Any]:
             "Ahead-of-time compilation for GPUs requires XLA's CUDA plugin, which is not "
             'installed. Run: pip install -e ".[experiments,gpu-compile]"'
         )
-    # Nothing can be timed, and so no kernel chosen by its time.
+    # Without a device, XLA cannot time kernels to choose the fastest.
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_autotune_level" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0"
@@ -150,7 +151,7 @@ def _gpus(name: str) -> list[Any]:
                 topology=f"1x{shape[1] or 1}x{shape[2]}",
             ).devices
         )
-    except Exception as error:  # the plugin's own kinds differ from version to version
+    except Exception as error:  # the plugin's exception types differ between versions
         raise TopologyError(
             f"XLA's CUDA plugin cannot build the topology {name!r}: "
             f"{str(error).splitlines()[0]}. Install it with its dependencies: pip install -e "
@@ -160,21 +161,21 @@ def _gpus(name: str) -> list[Any]:
 
 def _tpus(name: str) -> list[Any]:
     try:
-        import libtpu  # noqa: F401 - JAX looks for it and otherwise says only "no TPU"
+        import libtpu  # noqa: F401 - if it is missing, JAX's own error does not say so
     except ImportError:
         raise TopologyError(
             "Ahead-of-time compilation for TPUs requires libtpu, which is not installed. Run: "
             'pip install -e ".[experiments,tpu]"'
         ) from None
 
-    # libtpu asks the cloud which machine this is, unless it is told; and it lets one process at a
-    # time have a machine's chips, which nobody wants here.
+    # Without the first two variables libtpu asks the cloud about this machine. Without the third,
+    # only one process at a time could use libtpu, although nobody uses TPUs here.
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
-    except Exception as error:  # libtpu's own kinds differ from version to version
+    except Exception as error:  # libtpu's exception types differ between versions
         raise TopologyError(
             f"libtpu cannot build the topology {name!r}: {str(error).splitlines()[0]}. Give "
             f"{NAMES}."

@@ -1,4 +1,4 @@
-"""How often a loop of a compiled program runs, read from its start, its step and its condition."""
+"""Counts the iterations of loops in a compiled program, from their start, step and condition."""
 
 import operator
 import re
@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.hlo import Computation, Instruction, root_of
 
-# A loop is followed for so many trips before it counts as one without an end.
+# A loop that has not ended after this number of iterations counts as endless.
 MOST_TRIPS = 1_000_000
 
 _COMPARISONS = {
@@ -30,23 +30,23 @@ _ARITHMETIC: dict[str, Callable[..., int]] = {
     "negate": operator.neg,
     "select": lambda which, yes, no: yes if which else no,
 }
-# What hands its first operand on.
+# Operations that return the value of their first operand.
 _SAME = ("copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "opt-barrier")
 
-# The value of element i of the tuple that a computation of a loop is given.
+# Returns the value of element i of the tuple that a loop passes to its computations.
 _State = Callable[[int], int | None]
 
 
 class UnreadableLoopError(ValueError):
-    """A loop whose number of trips a program's text does not tell."""
+    """The error for a loop whose number of iterations cannot be read from a program's text."""
 
 
 class Trips:
-    """Follows the scalar integers of one program."""
+    """Evaluates the scalar integers of one program, to count the iterations of its loops."""
 
     def __init__(self, computations: Mapping[str, Computation]) -> None:
         self.computations = computations
-        # XLA gives every loop, call and branch computations of its own.
+        # The callers of each computation. XLA gives every loop, call and branch its own.
         self.callers: dict[str, list[tuple[Instruction, Computation]]] = {}
         for scope in computations.values():
             for it in scope.values():
@@ -55,18 +55,19 @@ class Trips:
         self.names = {id(scope): name for name, scope in computations.items()}
 
     def of(self, loop: Instruction, scope: Computation) -> int:
-        """The trips of a `while`.
+        """Returns the number of iterations of a `while`.
 
         Raises:
-            UnreadableLoopError: they depend on data, or on what is not followed here.
+            UnreadableLoopError: The number depends on data, or on operations that this class does
+                not evaluate.
         """
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
         condition, body = (self.computations[name] for name in loop.called())
         start = scope[loop.inputs()[0]]
-        values: dict[int, int | None] = {}  # of the elements, at the present trip
-        past: list[dict[int, int | None]] = []  # and at those before
+        values: dict[int, int | None] = {}  # known elements in the present iteration
+        past: list[dict[int, int | None]] = []  # known elements in earlier iterations
 
         def element(index: int, trip: int) -> int | None:
             held = past[trip] if trip < len(past) else values
@@ -86,16 +87,17 @@ class Trips:
                 return trip
             past.append(values)
             values = {}
-            # What has been read is read again: so no chain of trips grows long.
+            # Elements known in one iteration are evaluated in the next one too. Otherwise a later
+            # request could recurse through all earlier iterations.
             values.update({i: element(i, trip + 1) for i in list(past[-1])})
         raise UnreadableLoopError(
-            f"The loop %{loop.name} ends when its data say so, or its start, step and bound are "
-            "not whole numbers in the program, so its cost is unknown. Measure one with a fixed "
-            "number of trips."
+            f"Cannot count the iterations of the loop %{loop.name}: its end depends on data, or "
+            "its start, step or bound is not an integer constant. Use a loop with a fixed number "
+            "of iterations."
         )
 
     def _value(self, it: Instruction, scope: Computation, state: _State | None) -> int | None:
-        """Of a scalar; None where it is not followed."""
+        """Returns the value of a scalar, or None if it cannot be evaluated."""
         if it.opcode == "constant":
             text = {"true": "1", "false": "0"}.get(it.operands, it.operands)
             return int(text) if re.fullmatch(r"-?\d+", text) else None
@@ -124,7 +126,7 @@ class Trips:
     def _element(
         self, it: Instruction, index: int, scope: Computation, state: _State | None
     ) -> int | None:
-        """Of element `index` of a tuple."""
+        """Returns the value of element `index` of a tuple, or None."""
         if it.opcode == "tuple":
             return self._value(scope[it.inputs()[index]], scope, state)
         if it.opcode == "parameter":
@@ -140,7 +142,7 @@ class Trips:
     def _value_of_call(
         self, it: Instruction, index: int | None, scope: Computation, state: _State | None
     ) -> int | None:
-        """Of what a fusion or call returns, its parameters being what it is given."""
+        """Returns the value of a fusion or call, or of element `index` of its result."""
         inner = self.computations[it.called()[0]]
         given = [scope[name] for name in it.inputs()]
 
@@ -155,7 +157,7 @@ class Trips:
         return self._inside(root, inner, follow)
 
     def _inside(self, it: Instruction, scope: Computation, follow: _State) -> int | None:
-        """`_value` inside of a fusion, whose parameters `follow` gives by their number."""
+        """Returns `_value` in a fusion. `follow` returns the value of a parameter by its number."""
         frame = {
             name: inner
             if inner.opcode != "parameter"
@@ -168,7 +170,7 @@ class Trips:
     def _parameter(
         self, it: Instruction, index: int | None, scope: Computation, state: _State | None
     ) -> int | None:
-        """Of a parameter, or an element of one: what all callers hand in, if it is the same."""
+        """Returns the value of a parameter, or of its element, if all callers pass the same."""
         if state is not None and index is not None:
             return state(index)
         found = set()
@@ -183,13 +185,13 @@ class Trips:
         return found.pop() if len(found) == 1 else None
 
     def _place(self, caller: Instruction, it: Instruction, scope: Computation) -> int:
-        """Which operand of the caller the parameter is; a conditional's first is its index."""
+        """Returns the index of the caller's operand. A conditional's first selects the branch."""
         if caller.opcode == "conditional":
             return 1 + caller.called().index(self.names[id(scope)])
         return int(it.operands)
 
     def _unchanged(self, loop: Instruction, index: int) -> bool:
-        """Whether every trip hands this element on as it is."""
+        """Returns whether every iteration of a loop leaves this element unchanged."""
         body = self.computations[loop.attribute("body")]
         root = root_of(body)
         if root.opcode != "tuple":
@@ -205,7 +207,7 @@ class Trips:
 
 
 def _needed(it: Instruction, scope: Computation) -> set[str]:
-    """Names of an instruction and all that it is computed from."""
+    """Returns the names of an instruction and of all instructions that it depends on."""
     found: set[str] = set()
     ahead: list[Any] = [it.name]
     while ahead:
@@ -217,7 +219,7 @@ def _needed(it: Instruction, scope: Computation) -> set[str]:
 
 
 def _wrapped(value: int, shape: str) -> int:
-    """As the integers of this dtype count, beyond whose largest comes the smallest.
+    """Returns a value wrapped around to the range of an integer dtype, as on overflow.
 
     >>> _wrapped(130, "s8[]"), _wrapped(-1, "u32[]")
     (-126, 4294967295)

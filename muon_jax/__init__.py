@@ -1,4 +1,4 @@
-"""Muon for JAX: momentum orthogonalised by Newton-Schulz, as an Optax transformation."""
+"""Muon for JAX: an Optax optimizer that orthogonalises the momentum by Newton-Schulz."""
 
 from muon_jax._constraint import Constraint
 from muon_jax._inject import inject_hyperparams

@@ -1,4 +1,4 @@
-"""Checks of arguments, where they are concrete: errors that name the argument, rule and value."""
+"""Checks of arguments whose values are known; errors name the argument, the rule and the value."""
 
 import math
 from typing import Any
@@ -20,20 +20,20 @@ def check_number(
     optional: bool = False,
     schedule: bool = False,
 ) -> None:
-    """Refuses a concrete number outside its range; what is traced is left alone.
+    """Checks that a concrete number is within its range. Traced values are not checked.
 
     Args:
-        name: of the argument, for the message.
-        value: a Python or NumPy number, or an array without axes. Tracers, and arrays that are not
-            on this process's devices, pass.
-        at_least, above, at_most, below: the bounds.
-        finite: refuse infinities too; a NaN is always refused.
-        optional: `None` passes.
-        schedule: a callable passes.
+        name: The name of the argument, for the message.
+        value: A Python or NumPy number, or an array without axes. Tracers and arrays that are not
+            on this process's devices are accepted unchecked.
+        at_least, above, at_most, below: The bounds.
+        finite: Whether infinity is an error as well. NaN always is.
+        optional: Whether `None` is accepted.
+        schedule: Whether a callable is accepted.
 
     Raises:
-        TypeError: `value` is no real number.
-        ValueError: it is out of range.
+        TypeError: `value` is not a real number.
+        ValueError: `value` is out of range.
 
     Example:
         >>> check_number("beta", 1.5, at_least=0, below=1)
@@ -70,11 +70,13 @@ def check_number(
 
 
 def check_integer(name: str, value: Any, *, at_least: int) -> None:
-    """Refuses what is no static Python integer of at least `at_least`.
+    """Checks that `value` is a Python integer and at least `at_least`.
+
+    Arrays are an error, since the value decides what is compiled.
 
     Raises:
-        TypeError: `value` is an array, a tracer or no integer.
-        ValueError: it is too small.
+        TypeError: `value` is an array, a tracer, or not an integer.
+        ValueError: `value` is too small.
 
     Example:
         >>> check_integer("period", 0, at_least=1)
@@ -90,7 +92,7 @@ def check_integer(name: str, value: Any, *, at_least: int) -> None:
 
 
 def check_static(name: str, value: Any) -> None:
-    """Refuses an array for what decides the program and not its numbers.
+    """Checks that `value`, which decides what is compiled, is not an array.
 
     Raises:
         TypeError: `value` is an array or a tracer.
@@ -98,22 +100,22 @@ def check_static(name: str, value: Any) -> None:
     if isinstance(value, jax.Array):
         raise TypeError(
             f"{name} must be a static Python value, since it decides what is compiled; got "
-            f"{type(value).__name__}. Under inject_hyperparams it is not a hyperparameter: "
-            "muon_jax.inject_hyperparams knows, and optax's takes it in static_args."
+            f"{type(value).__name__}. With optax.inject_hyperparams, add it to static_args, or use "
+            "muon_jax.inject_hyperparams."
         )
 
 
-def check_dtype(name: str, value: Any, *, or_int8: bool = False) -> None:
-    """Refuses what is no real floating-point dtype (nor `None`).
+def check_dtype(name: str, value: Any, *, or_packed: bool = False) -> None:
+    """Checks that `value` is a real floating-point dtype or `None`.
 
     Args:
-        name: of the argument, for the message.
-        value: a dtype, or what JAX takes for one.
-        or_int8: int8 passes.
+        name: The name of the argument, for the message.
+        value: A dtype, or a value that JAX converts to one.
+        or_packed: Whether int8 and int4 are accepted.
 
     Raises:
-        TypeError: `value` is no dtype.
-        ValueError: it is of another kind.
+        TypeError: `value` is not a dtype.
+        ValueError: `value` is a dtype of another kind.
 
     Example:
         >>> import jax.numpy as jnp
@@ -124,30 +126,30 @@ def check_dtype(name: str, value: Any, *, or_int8: bool = False) -> None:
     """
     if value is None:
         return
-    wanted = f"{name} must be real floating point{', int8' * or_int8} or None"
+    wanted = f"{name} must be real floating point{', int8, int4' * or_packed} or None"
     if isinstance(value, (jax.Array, np.ndarray)):
         raise TypeError(f"{wanted}; got an array.")
     try:
         dtype = jnp.dtype(value)
     except TypeError:
         raise TypeError(f"{wanted}; got {value!r}.") from None
-    if not (jnp.issubdtype(dtype, jnp.floating) or (or_int8 and dtype == jnp.int8)):
+    if not (jnp.issubdtype(dtype, jnp.floating) or (or_packed and dtype in (jnp.int8, jnp.int4))):
         raise ValueError(f"{wanted}; got {dtype}.")
 
 
 def check_mesh(value: Any) -> None:
-    """Refuses what is no mesh (nor `None`).
+    """Checks that `value` is a mesh or `None`.
 
     Raises:
-        TypeError: `value` is something else.
+        TypeError: `value` is neither.
 
     Example:
         >>> check_mesh("data")
         Traceback (most recent call last):
             ...
-        TypeError: mesh must be a jax.sharding.Mesh, as of jax.make_mesh, or None; got 'data'.
+        TypeError: mesh must be a jax.sharding.Mesh, as made by jax.make_mesh, or None; got 'data'.
     """
     if value is not None and not isinstance(value, (jax.sharding.Mesh, jax.sharding.AbstractMesh)):
         raise TypeError(
-            f"mesh must be a jax.sharding.Mesh, as of jax.make_mesh, or None; got {value!r}."
+            f"mesh must be a jax.sharding.Mesh, as made by jax.make_mesh, or None; got {value!r}."
         )

@@ -1,4 +1,4 @@
-"""Constraints: what holds the norms of the weights, whatever optimizer makes the update."""
+"""Constraints on the norms of the weights, which work with every optimizer that `hybrid` makes."""
 
 import functools
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from muon_jax._precision import widen
 
 
 class Constraint(NamedTuple):
-    """Hooks of a matrix optimizer's update and of the weights that it leads to.
+    """A pair of hooks, one for a matrix optimizer's update and one for the resulting weights.
 
     Attributes:
-        on_update: before decay and rate; the arrays are the update, and what it returns is
-            multiplied by the learning rate.
-        on_weights: after the rate, last of all; the arrays are the new weights, and what it returns
-            takes their place.
+        on_update: A hook that receives the update before decay and rate. The arrays that it
+            returns are multiplied by the learning rate.
+        on_weights: A hook that receives the new weights, last in the chain, and returns the
+            weights to use instead.
     """
 
     on_update: Hook | None = None
@@ -29,20 +29,20 @@ Constraints = Constraint | Sequence[Constraint] | None
 
 
 def as_constraints(given: Any) -> tuple[Constraint, ...]:
-    """None, one constraint or several as a tuple.
+    """Converts None, one constraint or several constraints to a tuple.
 
     Raises:
-        TypeError: something else.
+        TypeError: `given` is anything else.
     """
     if given is None or isinstance(given, Constraint):
         return () if given is None else (given,)
     constraints = tuple(given) if isinstance(given, (list, tuple)) else (given,)
     for constraint in constraints:
         if not isinstance(constraint, Constraint):
-            called = " It makes a constraint: call it." if callable(constraint) else ""
+            hint = " Call this function to make a constraint." if callable(constraint) else ""
             raise TypeError(
                 "constraint must be a constraint, such as muon_jax.hyperball(), or a list of them; "
-                f"got {getattr(constraint, '__name__', repr(constraint))}.{called}"
+                f"got {getattr(constraint, '__name__', repr(constraint))}.{hint}"
             )
     return constraints
 
@@ -50,7 +50,7 @@ def as_constraints(given: Any) -> tuple[Constraint, ...]:
 def constrained(
     constraints: Sequence[Constraint], links: Sequence[Any], placing: dict[str, Any]
 ) -> tuple[Any, Any]:
-    """The last two links of a chain, decay and rate, with the constraints before and after them."""
+    """Returns decay and rate, the last links of a chain, with constraints before and after them."""
     link = functools.partial(_link, Stages(**placing))
     before = [link(c.on_update) for c in constraints if c.on_update]
     last = [link(c.on_weights, of_weights=True) for c in constraints if c.on_weights]

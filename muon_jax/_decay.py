@@ -1,4 +1,4 @@
-"""The last links of a chain: decoupled weight decay (scheduled, masked, cautious) and the rate."""
+"""The last two links of a chain: decoupled weight decay and the learning rate."""
 
 import functools
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from muon_jax._trees import KeyPath, map_paths, values_by_path
 def add_decayed_weights(
     weight_decay: optax.ScalarOrSchedule, mask: Any = None, cautious: bool = False
 ) -> optax.GradientTransformation:
-    """`u + weight_decay * w`; cautious, only where `u` shrinks `w` by itself: `u * w >= 0`.
+    """Returns `u + weight_decay * w`, if `cautious` only where `u` shrinks `w` too: `u * w >= 0`.
 
-    The sum is in float32 or wider, and left so.
+    The sum is computed in float32 or wider, and is not rounded to the dtype of `u`.
 
     References:
         Chen et al., 2025, Cautious Weight Decay, arXiv 2510.12402, algorithm 1.
@@ -29,7 +29,7 @@ def add_decayed_weights(
         u, w = widen(u), widen(w)
         decayed = coefficient(decay, w) * w
         if cautious:
-            # By signs: the product of two small numbers may vanish.
+            # Signs are compared because the product of two small numbers may underflow.
             along = jnp.real(jnp.sign(u) * jnp.conj(jnp.sign(w)))
             decayed = jnp.where(along >= 0, decayed, jnp.zeros_like(decayed))
         return u + decayed
@@ -49,7 +49,7 @@ def add_decayed_weights(
 def scale_by_learning_rate(
     learning_rate: optax.ScalarOrSchedule,
 ) -> optax.GradientTransformation:
-    """`-learning_rate * u`, in float32 or wider, and left so."""
+    """Returns `-learning_rate * u` in float32 or wider, without rounding to the dtype of `u`."""
 
     def update(updates, state, params=None):
         del params
@@ -60,7 +60,7 @@ def scale_by_learning_rate(
 
 
 def _init(value: optax.ScalarOrSchedule, params: Any) -> Any:
-    """Optax's states: a count where there is a schedule."""
+    """Returns Optax's initial state: a step counter if the value is a schedule, else empty."""
     del params
     if callable(value):
         return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
@@ -68,7 +68,7 @@ def _init(value: optax.ScalarOrSchedule, params: Any) -> Any:
 
 
 def _at(value: optax.ScalarOrSchedule, state: Any) -> tuple[Any, Any]:
-    """The value at this step, and the next state."""
+    """Returns the value at this step and the next state."""
     if callable(value):
         return value(state.count), state._replace(count=optax.safe_increment(state.count))
     return value, state
@@ -77,19 +77,19 @@ def _at(value: optax.ScalarOrSchedule, state: Any) -> tuple[Any, Any]:
 def as_decay_mask(
     mask: Any, tree: Any, routes: dict[KeyPath, Route]
 ) -> Callable[[Any], Any] | None:
-    """The mask as a callable that also fits a tree whose other leaves are masked.
+    """Returns the mask as a callable that also accepts trees whose other leaves are masked.
 
     Args:
-        mask: a bool, a tree of bools or a prefix of one, a callable from `tree` to either,
-            `(regex, bool)` pairs of which the first that is found in a leaf's path decides, and
-            leaves that none decides are decayed, or `"matrices"`: what the matrix optimizer takes.
-            `None` decays everything.
-        tree: the params or updates.
-        routes: of `tree`.
+        mask: A bool, a tree of bools or a prefix of one, a callable from `tree` to either,
+            `(regex, bool)` pairs, or `"matrices"` for the leaves of the matrix optimizer. Of the
+            pairs the first whose regex is found in a leaf's path decides; leaves without a match
+            are decayed. `None` decays everything.
+        tree: The params or updates.
+        routes: The routes of the leaves of `tree`.
 
     Raises:
-        ValueError: any other mask, a rule that decides nothing, or a tree that does not fit; the
-            message has the path.
+        ValueError: The mask is of another kind, a rule matches no leaf, or a tree does not fit; the
+            message names the path.
     """
     if mask is None:
         return None
@@ -118,7 +118,7 @@ def as_decay_mask(
 
 
 def _is_bool(x: Any) -> bool:
-    """Of Python, of NumPy, or an array without axes whose value is known."""
+    """Whether `x` is a bool of Python or NumPy, or a boolean array without axes and not traced."""
     if isinstance(x, jax.core.Tracer):
         return False
     return isinstance(x, bool) or (

@@ -1,11 +1,10 @@
-"""The optimizers of the leaves that are no hidden matrices: Adam, heavy ball, Lion, sign momentum.
+"""The optimizers of the leaves that are not hidden matrices: Adam, heavy ball, Lion, sign momentum.
 
-Each is Optax's own with its state, but for three things. Arithmetic is in float32 or wider, with
-coefficients in float32, and only the state is rounded to the dtype that it is stored in; the
-updates are left in float32, for the links that follow to round once. And a finite gradient is
-bounded, entry by entry, so that the state stays finite: after a gradient of 1e20 its square, in
-Optax's Adam, is infinite, and the entry stands still for ever. Infinities and NaN stay what they
-are, in their entry.
+Each equals Optax's and has the same state, with three differences. Arithmetic is in float32 or
+wider, with coefficients in float32, and only the state is rounded to its stored dtype. Updates
+stay in float32, so that the links that follow round them once. Each entry of a finite gradient is
+clipped so that the state stays finite: in Optax's Adam the square of a gradient of 1e20 is
+infinite, and the entry never changes again. Infinite and NaN entries are not changed.
 """
 
 from typing import Any
@@ -29,17 +28,18 @@ def scale_by_adam(
     nu_dtype: jax.typing.DTypeLike | None = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` for gradients of every size and state of every precision.
+    """Returns `optax.scale_by_adam` for gradients of any size and state of any precision.
 
-    Gradients are bounded by half the root of the largest number of the second moment: 9e18 in
-    float32 and bfloat16, 128 in float16. A second moment of float16 that is not zero stays at its
-    smallest number at least (6e-8), since a zero under a momentum that has not vanished would make
-    the update a division by `eps`.
+    Gradients are clipped at half the square root of the largest number of the second moment's
+    dtype: 9e18 in float32 and bfloat16, 128 in float16. A positive second moment in float16 is
+    never rounded below the smallest positive number (6e-8), because with a zero there and a nonzero
+    momentum the update would be divided by `eps` alone.
 
     Args:
-        b1, b2, eps, eps_root, nesterov: as in `optax.scale_by_adam`.
-        mu_dtype, nu_dtype: of the stored moments; `None` is each parameter's own. Of complex
-            parameters the first moment is in their own dtype, and the second, that of |g|, real.
+        b1, b2, eps, eps_root, nesterov: As in `optax.scale_by_adam`.
+        mu_dtype, nu_dtype: The dtypes of the stored moments. `None` means the dtype of each
+            parameter. For complex parameters the first moment always has the parameter's dtype,
+            and the second moment, the average of |g|², is real.
 
     Returns:
         A transformation whose state is `optax.ScaleByAdamState`.
@@ -91,7 +91,7 @@ def scale_by_adam(
 def trace(
     decay: Number, *, mu_dtype: jax.typing.DTypeLike | None = None
 ) -> optax.GradientTransformation:
-    """Heavy-ball momentum, `optax.trace`; gradients are bounded so that their sum stays finite."""
+    """Returns heavy-ball momentum, `optax.trace`; gradients are clipped so that sums are finite."""
 
     def init(params):
         return optax.TraceState(_zeros(params, mu_dtype))
@@ -113,7 +113,7 @@ def trace(
 def scale_by_lion(
     b1: Number, b2: Number = 0.99, *, mu_dtype: jax.typing.DTypeLike | None = None
 ) -> optax.GradientTransformation:
-    """`optax.scale_by_lion`."""
+    """Returns `optax.scale_by_lion` with the differences that the module describes."""
 
     def init(params):
         return optax.ScaleByLionState(jnp.zeros([], jnp.int32), _zeros(params, mu_dtype))
@@ -132,7 +132,7 @@ def scale_by_lion(
 def sign_of_momentum(
     decay: Number, *, mu_dtype: jax.typing.DTypeLike | None = None
 ) -> optax.GradientTransformation:
-    """0.001 times the sign of the average gradient: SPlus (2506.07254) for what is no matrix."""
+    """Returns 0.001 times the sign of the average gradient: SPlus (2506.07254) for other leaves."""
 
     def init(params):
         return optax.EmaState(jnp.zeros([], jnp.int32), _zeros(params, mu_dtype))
@@ -149,7 +149,7 @@ def sign_of_momentum(
 
 
 def _zeros(params: Any, dtype: jax.typing.DTypeLike | None) -> Any:
-    """In `dtype`, complex leaves in their own."""
+    """Returns zeros in `dtype`; for complex leaves in their own dtype."""
 
     def zeros(p):
         own = jnp.result_type(p)
@@ -159,7 +159,7 @@ def _zeros(params: Any, dtype: jax.typing.DTypeLike | None) -> Any:
 
 
 def _unrounded(decay: Number) -> Number:
-    """A float as it is, and an array in float32 or wider, whose powers are not 1 then."""
+    """Returns a float as is, and an array in float32 or wider, so that its powers are not all 1."""
     return decay if isinstance(decay, (int, float)) else widen(decay)
 
 
@@ -168,12 +168,12 @@ def _average(g: jax.Array, mean: jax.Array, decay: Number) -> jax.Array:
 
 
 def _squared(g: jax.Array) -> jax.Array:
-    """|g|²."""
+    """Returns |g|²."""
     return g.real**2 + g.imag**2 if jnp.iscomplexobj(g) else g**2
 
 
 def _largest(g: jax.Array, stored: jax.Array) -> float:
-    """The largest number that both the arithmetic on `g` and the state can hold."""
+    """Returns the largest number that both the arithmetic on `g` and the state can hold."""
     return min(float(jnp.finfo(x.dtype).max) for x in (g, stored))
 
 
@@ -193,6 +193,6 @@ def _stored_like(new: Any, old: Any) -> Any:
 
 
 def _kept_from_zero(v: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Rounded to `dtype`, but not to zero."""
+    """Rounds to `dtype`, but never from a positive number to zero."""
     smallest = float(jnp.finfo(dtype).smallest_subnormal)
     return jnp.where(v > 0, jnp.maximum(v, smallest), v).astype(dtype)

@@ -1,4 +1,4 @@
-"""`optax.inject_hyperparams` that reads from a factory's types what may be in the state."""
+"""A version of `optax.inject_hyperparams` that finds the hyperparameters from type annotations."""
 
 import functools
 import inspect
@@ -20,30 +20,31 @@ def inject_hyperparams(
     static_args: str | Iterable[str] = (),
     hyperparam_dtype: jax.typing.DTypeLike | None = jnp.float32,
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
-    """`optax.inject_hyperparams` without a list of what is static, and in float32.
+    """Wraps a factory like `optax.inject_hyperparams`, without a list of static arguments.
 
-    The factory's types decide: an argument whose annotation admits a `jax.Array`, and whose default
-    is no integer, is a hyperparameter where it is given a number or a schedule. It is in
-    `state.hyperparams`, where it can be read and, if a number, changed between steps. Everything
-    else is static, a callable that is no schedule too. Arguments without an annotation are what
-    they are to Optax.
+    The factory's annotations decide: an argument is a hyperparameter if its annotation admits a
+    `jax.Array`, its default is not an integer, and its value is a number or a schedule. It is in
+    `state.hyperparams`, where it can be read and, if it is a number, changed between steps. All
+    other arguments are static, including callables that are not schedules. Arguments without an
+    annotation are treated as Optax treats them.
 
-    Updates keep their gradients' dtypes, and the state its own.
+    Updates keep their gradients' dtypes, and state keeps its own.
 
-    An argument that is left at `None` is not in the state: give `adam_b2=0.95` to change it later.
+    An argument that is `None` is not in the state: pass `adam_b2=0.95` in order to change it later.
 
     Args:
-        factory: of any optimizer of this package or of Optax, or one of your own.
-        static_args: names of arguments to keep out of the state besides.
-        hyperparam_dtype: of the hyperparameters, whatever the params' own: in bfloat16 a decay of
-            0.999 is 1. `None` is Optax's choice, the widest of the params.
+        factory: A function that makes an optimizer: of this package, of Optax, or your own.
+        static_args: The names of further arguments to keep out of the state.
+        hyperparam_dtype: The dtype of the hyperparameters, whatever the dtype of the params,
+            because in bfloat16 a decay of 0.999 rounds to 1. `None` means Optax's choice, the
+            widest dtype of the params.
 
     Returns:
         A function of the factory's arguments that returns a transformation whose state is
         `optax.InjectStatefulHyperparamsState`.
 
     Raises:
-        ValueError: `static_args` that the factory does not have.
+        ValueError: `static_args` has a name that is not an argument of the factory.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax
@@ -66,7 +67,7 @@ def inject_hyperparams(
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
-            factory(*args, **kwargs)  # whose own message helps more
+            factory(*args, **kwargs)  # its own error message is more helpful
             raise
         bound.apply_defaults()
         for name in numeric - extra:
@@ -79,9 +80,9 @@ def inject_hyperparams(
 def _keep_dtypes(
     tx: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """Updates in their gradients' dtypes and a state in its own, also where Optax widens them.
+    """Wraps `tx` so that updates keep their gradients' dtypes and state keeps its own.
 
-    Its transformations multiply by the float32 hyperparameters and keep what comes out.
+    Optax's transformations multiply by the float32 hyperparameters and return the promoted dtype.
     """
 
     def update(updates, state, params=None, **extra_args):
@@ -96,28 +97,28 @@ def _may_be_injected(parameter: inspect.Parameter) -> bool:
         return True
     if isinstance(parameter.default, int):  # a count or a flag
         return False
-    arms = _arms(parameter.annotation)
-    return jax.Array in arms and not any(map(_is_tree, arms))
+    members = _union_members(parameter.annotation)
+    return jax.Array in members and not any(map(_is_tree, members))
 
 
-def _arms(annotation: Any) -> list[Any]:
-    """What a union is of, at any depth."""
+def _union_members(annotation: Any) -> list[Any]:
+    """Returns the members of a union and of the unions nested in it."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return [arm for part in typing.get_args(annotation) for arm in _arms(part)]
+        return [member for arg in typing.get_args(annotation) for member in _union_members(arg)]
     return [annotation]
 
 
-def _is_tree(arm: Any) -> bool:
-    """Optax's type of params admits an array too, as a tree of one leaf."""
-    origin = typing.get_origin(arm)
+def _is_tree(member: Any) -> bool:
+    """Whether this is the tree in `optax.Params`, a type that admits a single array as well."""
+    origin = typing.get_origin(member)
     return isinstance(origin, type) and issubclass(origin, Iterable)
 
 
 def _in_dtype(value: Any, dtype: jax.typing.DTypeLike | None) -> Any:
-    """Numbers, and what schedules return, as arrays of `dtype`; all else as it is."""
+    """Converts numbers and the values of schedules to arrays of `dtype`; anything else is kept."""
     if dtype is None or isinstance(value, bool):
         return value
-    if callable(value) and not hasattr(value, "init"):  # a schedule with a state is Optax's to call
+    if callable(value) and not hasattr(value, "init"):  # Optax itself calls stateful schedules
         return lambda count: jnp.asarray(value(count), dtype)
     if isinstance(value, (jax.Array, np.ndarray)):
         return value.astype(dtype) if jnp.issubdtype(value.dtype, jnp.floating) else value

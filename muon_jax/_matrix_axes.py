@@ -1,4 +1,4 @@
-"""An N-D leaf as a stack of matrices, and back: batch axes stay as they are."""
+"""Which axes of a leaf form its matrices, and the conversion from leaf to matrices and back."""
 
 import math
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ from muon_jax._trees import KeyPath, values_by_path
 
 
 class Interleaved(NamedTuple):
-    """Parts of an axis that take turns: the sizes of one round, as many rounds as fit.
+    """The parts of an axis that repeat in rounds, such as `q k v q k v`.
 
-    Megatron's layout of query, key and value in one kernel is one round for each group of heads,
-    `[q ... q k v]`: `MatrixAxes(split_fan_out=Interleaved((512, 128, 128)))` for four query heads
-    of 128 to a key and a value.
+    Megatron stores query, key and value in one kernel with one round per group of heads,
+    `[q ... q k v]`: `MatrixAxes(split_fan_out=Interleaved((512, 128, 128)))` describes four query
+    heads of size 128 for each key and value head.
 
     Attributes:
-        sizes: of the parts of a round.
-        together: each part of all rounds is one matrix, all queries for one; False makes those of
-            each round matrices of their own.
+        sizes: The size of each part within one round. The rounds fill the axis.
+        together: Whether a part of all rounds forms one matrix, for example all queries. If False,
+            each part of each round is a matrix of its own.
     """
 
     sizes: tuple[int, ...]
@@ -35,17 +35,17 @@ Parts = int | tuple[int, ...] | Interleaved
 class MatrixAxes(NamedTuple):
     """Which axes of a leaf are contracted with the input, and which are the output.
 
-    Every other axis is batch: a stack of matrices, each orthogonalised on its own. Negative axes
-    count from the end, so one value serves a leaf and its scan-stacked form.
+    All other axes are batch axes: the leaf is a stack of matrices, and each is orthogonalised
+    separately. Negative axes count from the end, so that one value fits a leaf and its
+    scan-stacked form.
 
     Attributes:
-        fan_in: an axis or several, e.g. `(0, 1, 2)` for a conv kernel `(kh, kw, in, out)`.
-        fan_out: an axis or several, e.g. `(-2, -1)` for a query kernel `(d, heads, head_dim)`.
-        split_fan_in, split_fan_out: the number of equal parts that the (first) axis of the fan is
-            split into, or the sizes of the parts; each part is a matrix of its own.
-            Parts that take turns are `Interleaved`.
-            `split_fan_out=2` for gate and up in one kernel, `(2048, 512, 512)` for query, key and
-            value in one, the number of heads to orthogonalise each head by itself.
+        fan_in: An axis or several, such as `(0, 1, 2)` for a conv kernel `(kh, kw, in, out)`.
+        fan_out: An axis or several, such as `(-2, -1)` for a query kernel `(d, heads, head_dim)`.
+        split_fan_in, split_fan_out: The number of equal parts into which the (first) axis of the
+            fan is split, the sizes of the parts, or `Interleaved`. Each part is a matrix of its
+            own. Examples: `split_fan_out=2` if gate and up share one kernel, `(2048, 512, 512)` if
+            query, key and value do, the number of heads to orthogonalise each head separately.
 
     Example:
         >>> import jax.numpy as jnp
@@ -60,10 +60,10 @@ class MatrixAxes(NamedTuple):
     split_fan_out: Parts = 1
 
     def split(self, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """`(batch, fan_in, fan_out)` axes of a leaf of this shape, none negative.
+        """Returns the `(batch, fan_in, fan_out)` axes of a leaf of this shape, none negative.
 
         Raises:
-            ValueError: an axis out of range, used twice, or an empty fan.
+            ValueError: An axis is out of range or used twice, or a fan is empty.
         """
         ndim = len(shape)
         fans = [tuple(fan) if isinstance(fan, Sequence) else (fan,) for fan in self[:2]]
@@ -75,17 +75,19 @@ class MatrixAxes(NamedTuple):
             )
         fan_in, fan_out = (tuple(axis % ndim for axis in fan) for fan in fans)
         if len(set(fan_in + fan_out)) != len(axes):
-            raise ValueError(f"{self} uses an axis of shape {tuple(shape)} twice.")
+            raise ValueError(
+                f"{self} uses an axis of shape {tuple(shape)} twice; each may be used only once."
+            )
         batch = tuple(axis for axis in range(ndim) if axis not in fan_in + fan_out)
         return batch, fan_in, fan_out
 
     def normalized(self, ndim: int) -> "MatrixAxes":
-        """The same axes as tuples, none negative."""
+        """Returns the same axes as tuples, none negative."""
         _, fan_in, fan_out = self.split((1,) * ndim)
         return MatrixAxes(fan_in, fan_out, self.split_fan_in, self.split_fan_out)
 
     def matrix_shape(self, shape: Sequence[int]) -> tuple[tuple[int, ...], int, int]:
-        """`(batch shape, fan_in, fan_out)` of a leaf of this shape, before it is split in parts."""
+        """Returns `(batch shape, fan_in, fan_out)` of a leaf of this shape, ignoring its parts."""
         batch, fan_in, fan_out = self.split(shape)
         return (
             tuple(shape[axis] for axis in batch),
@@ -94,13 +96,13 @@ class MatrixAxes(NamedTuple):
         )
 
     def to_matrices(self, x: jax.Array) -> jax.Array:
-        """Leaf -> `(*batch, fan_in, fan_out)`."""
+        """Transposes and reshapes a leaf to `(*batch, fan_in, fan_out)`."""
         batch, fan_in, fan_out = self.split(x.shape)
         shape, m, n = self.matrix_shape(x.shape)
         return x.transpose(batch + fan_in + fan_out).reshape(*shape, m, n)
 
     def from_matrices(self, matrices: jax.Array, shape: Sequence[int]) -> jax.Array:
-        """`(*batch, fan_in, fan_out)` -> a leaf of this shape; undoes `to_matrices`."""
+        """Returns the leaf of this shape from its matrices; the inverse of `to_matrices`."""
         order = [axis for group in self.split(shape) for axis in group]
         inverse = sorted(range(len(order)), key=order.__getitem__)
         return matrices.reshape([shape[axis] for axis in order]).transpose(inverse)
@@ -111,10 +113,10 @@ def _is_axis(axis: Any, ndim: int) -> bool:
 
 
 def as_matrix_axes(axes) -> MatrixAxes:
-    """Accepts `MatrixAxes`, and optax's `MuonDimensionNumbers` by its fields.
+    """Converts `MatrixAxes` or optax's `MuonDimensionNumbers` to `MatrixAxes`.
 
     Raises:
-        TypeError: neither of the two.
+        TypeError: `axes` is neither.
     """
     if isinstance(axes, MatrixAxes):
         return axes
@@ -122,17 +124,17 @@ def as_matrix_axes(axes) -> MatrixAxes:
         return MatrixAxes(fan_in=axes.reduction_axis, fan_out=axes.output_axis)
     raise TypeError(
         "Matrix axes must be muon_jax.MatrixAxes(fan_in, fan_out) or "
-        f"optax.contrib.MuonDimensionNumbers, got {axes!r}."
+        f"optax.contrib.MuonDimensionNumbers; got {axes!r}."
     )
 
 
 def is_matrix_axes(x) -> bool:
-    """Whether `as_matrix_axes` would take it; the `is_leaf` of trees of axes."""
+    """Whether `as_matrix_axes` accepts `x`; also the `is_leaf` of trees of axes."""
     return isinstance(x, MatrixAxes) or (hasattr(x, "reduction_axis") and hasattr(x, "output_axis"))
 
 
 def axes_by_path(matrix_axes: Any, tree: Any, partial: bool = False) -> dict[KeyPath, MatrixAxes]:
-    """The axes of each leaf of `tree`, by key path, from what a user gives as `matrix_axes`."""
+    """Returns the axes of each leaf of `tree`, by key path, from a user's `matrix_axes`."""
     given = values_by_path(
         matrix_axes,
         tree,

@@ -27,8 +27,9 @@ class MuonState(NamedTuple):
     """State of `scale_by_muon`.
 
     Attributes:
-        count: steps taken, int32 scalar.
-        mu: momentum, shaped like the params; under `mu_dtype=int8` `values` and `scales` of it.
+        count: The number of steps taken, an int32 scalar.
+        mu: The momentum, shaped like the params. With `mu_dtype` int8 or int4 it has the fields
+            `values` and `scales`.
     """
 
     count: chex.Array
@@ -36,11 +37,12 @@ class MuonState(NamedTuple):
 
 
 class HookedState(NamedTuple):
-    """State of `scale_by_muon` and its relatives with hooks that have state.
+    """State of `scale_by_muon` and its variants if any hook has state of its own.
 
     Attributes:
-        count, mu: as in `MuonState`.
-        hooks: the state of each hook that has one, first those before orthogonalisation.
+        count, mu: As in `MuonState`.
+        hooks: The state of each hook that has one. Those that run before orthogonalisation come
+            first.
     """
 
     count: chex.Array
@@ -63,40 +65,42 @@ def scale_by_muon(
     before: Hooks = None,
     after: Hooks = None,
 ) -> optax.GradientTransformation:
-    """Momentum, orthogonalised and scaled by shape, for trees whose every leaf is a matrix stack.
+    """Orthogonalises the momentum and scales it by shape. Every leaf must be a stack of matrices.
 
     Args:
-        beta: decay of the momentum; a number or a schedule.
-        nesterov: look one step ahead: `beta * mu + (1 - beta) * g` instead of `mu`.
-        momentum: `"ema"` (KellerJordan/Muon, torch.optim.Muon), `"heavy_ball"` (Moonlight's
-            `mu = beta * mu + g`), or `"optax"` (the bias correction of optax.contrib.muon).
-        orthogonalizer: any `(..., fan_in, fan_out) -> (..., fan_in, fan_out)`; default
+        beta: The decay of the momentum, a number or a schedule.
+        nesterov: Whether to use Nesterov momentum: `beta * mu + (1 - beta) * g` instead of `mu`.
+        momentum: The kind of momentum: `"ema"` (KellerJordan/Muon, torch.optim.Muon),
+            `"heavy_ball"` (Moonlight: `mu = beta * mu + g`), or `"optax"` (with the bias
+            correction of optax.contrib.muon).
+        orthogonalizer: A function `(..., fan_in, fan_out) -> (..., fan_in, fan_out)`. `None` means
             `newton_schulz`.
-        scale: `"spectral"`, `"match_rms_adamw"`, `"mup"`, `"none"` or `(fan_in, fan_out) -> float`.
-        mu_dtype: dtype of the stored momentum; `None` is each parameter's own, `int8` one byte an
-            entry and a scale a row.
+        scale: The shape scale: `"spectral"`, `"match_rms_adamw"`, `"mup"`, `"none"` or a function
+            `(fan_in, fan_out) -> float`.
+        mu_dtype: The dtype of the stored momentum. `None` means the dtype of each parameter;
+            `int8` stores one byte per entry and one scale per row, `int4` half a byte per entry.
         matrix_axes: `MatrixAxes` or optax's `MuonDimensionNumbers` for all leaves, a tree of them
-            (or a prefix of one), or a callable from the updates to such a tree; `None` takes the
-            last two axes as `(fan_in, fan_out)` and the rest as batch.
-        mesh: the devices that share the matrices, each of which is orthogonalised once; `None` is
-            the mesh of `jax.set_mesh`, or else of the arrays. Where no mesh is known, XLA shares
-            out the work, and repeats much of it on every device.
-        shardings: of the params: a tree of `NamedSharding` or `PartitionSpec`, or a prefix of one.
-            Explicit axes do not need it. Under Auto axes XLA alone knows the shardings: without
-            this argument the updates are first moved to a known one, which costs nothing in the
-            usual layouts and more where experts are split over some axes of the mesh and their
-            matrices over others. Inside `shard_map` it names the axes that split a leaf; by default
-            leaves are whole there.
-        chunk_size: how many matrices of a bucket a device holds at once, to bound memory; `None`
-            is all.
-        before, after: hooks, one or a list: functions of the matrices before and after
-            orthogonalisation, such as `equilibrate()` before and `snap_norm()` after it.
+            (or a prefix of one), or a callable from the updates to such a tree. `None` means that
+            the last two axes are `(fan_in, fan_out)` and all others are batch axes.
+        mesh: The devices that share the work, so that each matrix is orthogonalised once. `None`
+            means the mesh of `jax.set_mesh`, or else the mesh of the arrays. If no mesh is known,
+            XLA distributes the work and repeats much of it on every device.
+        shardings: The shardings of the params: a tree of `NamedSharding` or `PartitionSpec`, or a
+            prefix of one. Explicit axes do not need it. Under Auto axes only XLA knows the
+            shardings, so without this argument the updates are first moved to a known sharding.
+            That costs nothing in the usual layouts, and more if experts are split over some mesh
+            axes and their matrices over others. Inside `shard_map` it names the mesh axes that
+            split a leaf; by default leaves are not split there.
+        chunk_size: The number of matrices of a bucket that a device holds at once, to bound
+            memory. `None` means all.
+        before, after: A hook or a list of hooks, which are functions of the matrices before and
+            after orthogonalisation, such as `equilibrate()` before and `snap_norm()` after it.
 
     Returns:
-        A transformation whose state is `MuonState`, or `HookedState` where a hook has state.
+        A transformation whose state is `MuonState`, or `HookedState` if a hook has state.
 
     Raises:
-        ValueError: an unknown name, or axes that do not fit a leaf.
+        ValueError: A name is unknown, or the axes do not fit a leaf.
 
     Example:
         >>> import jax.numpy as jnp, optax, muon_jax
@@ -125,11 +129,12 @@ def scale_by_muon(
 
 
 def hooked(stages: Stages, own: type | None = None) -> optax.GradientTransformation:
-    """Momentum -> before -> orthogonalise -> after -> shape scale.
+    """Returns momentum -> `before` -> orthogonalise -> `after` -> shape scale as a transformation.
 
     Args:
-        stages: the settings, with the hooks before and after.
-        own: the class of the state, `(count, mu, state of the hook)`, where one hook has some.
+        stages: The settings, including the hooks before and after orthogonalisation.
+        own: The class of the state, `(count, mu, state of the hook)`, if exactly one hook has
+            state.
     """
     hooks = (*stages.before, *stages.after)
     stateful = sum(hook.init is not None for hook in hooks)
@@ -184,24 +189,24 @@ def muon(
     after: Hooks = None,
     **options: Unpack[HybridOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon for the hidden matrices, AdamW for the other leaves, in one `optax.multi_transform`.
+    """Updates the hidden matrices with Muon and all other leaves with AdamW.
 
     Args:
-        learning_rate: of the Muon leaves; a number or a schedule.
-        beta, nesterov, momentum, scale, before, after: as in `scale_by_muon`.
-        ns_coeffs, ns_steps, ns_dtype: `coeffs`, `steps` and `dtype` of `newton_schulz`.
-        orthogonalizer: takes the place of `newton_schulz`; then give none of the `ns_` arguments.
-        options: those of `hybrid`: weight decay (0.0 by default, where `muonclip` has 0.1), the
-            optimizer of the other leaves, routing, placement.
+        learning_rate: The learning rate of the Muon leaves, a number or a schedule.
+        beta, nesterov, momentum, scale, before, after: As in `scale_by_muon`.
+        ns_coeffs, ns_steps, ns_dtype: The `coeffs`, `steps` and `dtype` of `newton_schulz`.
+        orthogonalizer: A function to use instead of `newton_schulz`. The `ns_` arguments must then
+            keep their defaults.
+        options: The options of `hybrid`: weight decay (0.0 by default; `muonclip` has 0.1), the
+            optimizer of the other leaves, routing, and the mesh and shardings.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     Raises:
-        ValueError: an unknown name, a number out of its range, an argument that
-            `other_optimizer` does not read, a rule that matches no leaf, or a leaf that no rule
-            takes.
-        TypeError: an unknown argument, or a value of another kind.
+        ValueError: A name is unknown, a number is out of range, `other_optimizer` does not read
+            an argument, a rule matches no leaf, or no rule matches a leaf.
+        TypeError: An argument is unknown, or a value has the wrong type.
 
     References:
         Jordan, 2024, kellerjordan.github.io/posts/muon; Liu et al., 2025, arXiv 2502.16982.
@@ -236,7 +241,7 @@ def muon(
 
 
 class StageOptions(HybridOptions, total=False):
-    """The options of `muon` but the hooks, for type checkers."""
+    """The options of `muon` without the hooks, for type checkers."""
 
     beta: optax.ScalarOrSchedule
     nesterov: bool
@@ -260,7 +265,7 @@ def hybrid_muon(
     learning_rate: optax.ScalarOrSchedule,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`hybrid` of a variant of Muon, from the options of `muon`: the stages' go to `scale_by`."""
+    """Calls `hybrid` with the options of `muon`; those of the stages are passed to `scale_by`."""
     orthogonalizer = configured(
         options.pop("orthogonalizer", None),
         options.pop("ns_coeffs", "jordan"),

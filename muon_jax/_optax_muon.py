@@ -1,4 +1,4 @@
-"""`optax.contrib.muon` by its own arguments, with the placement and the speed of this package."""
+"""The optimizer of `optax.contrib.muon` with the same arguments, implemented by this package."""
 
 import functools
 import math
@@ -15,10 +15,11 @@ from muon_jax._decay import add_decayed_weights, scale_by_learning_rate
 from muon_jax._elementwise import scale_by_adam
 from muon_jax._matrices.stages import Stages
 from muon_jax._matrix_axes import MatrixAxes, as_matrix_axes, is_matrix_axes
+from muon_jax._momentum import is_packed
 from muon_jax._muon import MuonState
 from muon_jax._orthogonalize.coefficients import NORMALIZATIONS, SCHEDULES, Row, Schedule
 from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
-from muon_jax._partition import fitted, hybrid, is_int8
+from muon_jax._partition import fitted, hybrid
 from muon_jax._routing.rules import OTHER
 from muon_jax._trees import broadcast_prefix, map_paths
 
@@ -47,46 +48,49 @@ def optax_muon(
     muon_weight_dimension_numbers: Any = None,
     consistent_rms: float | jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.contrib.muon`: the same arguments and numbers, on any mesh each matrix once.
+    """Returns `optax.contrib.muon`, but on a mesh each matrix is orthogonalised only once.
 
-    In place of `optax.contrib.muon` nothing else changes in a program, but that `ns_coeffs` are not
-    in the state. What differs, and why:
+    Arguments and results are the same, with these exceptions:
 
-    - All leaves with two axes are orthogonalised, as there; `muon` routes by name, so that
-      embeddings and heads are not.
-    - Arithmetic on low-precision gradients and state is in float32, with coefficients in float32,
-      and an update has its gradient's dtype.
-    - The preset `"muon"`, which Optax documents and refuses, is its `"standard"`, and `ns_steps` is
-      ignored where there is a row a step, which Optax documents and refuses for fewer steps.
+    - `ns_coeffs` are not in the state.
+    - All arithmetic on low-precision gradients and state is in float32, with float32 coefficients,
+      and an update keeps its gradient's dtype.
+    - The preset `"muon"`, which Optax documents but rejects, is the same as `"standard"`.
+      `ns_steps` is ignored if `ns_coeffs` has one row per step; Optax documents that too, but
+      rejects fewer steps than rows.
     - `"aol"` and `"schatten"` do not depend on the size of the gradients. Optax has a floor there
       that shrinks the update of matrices with a norm below about 1e-4.
 
+    As in Optax, all leaves with two axes are orthogonalised, including embeddings and heads, which
+    `muon` recognises by name and excludes.
+
     Args:
-        learning_rate: of the matrices; a number or a schedule.
-        ns_coeffs: `"standard"`, `"dion"`, `(a, b, c)`, or one such row a step.
-        ns_steps: how often one `(a, b, c)` is applied.
-        beta: decay of the momentum, which is corrected for its start.
-        eps: added to the norm of the matrices, and in Adam to the root.
-        weight_decay: of the matrices; a number or a schedule.
-        weight_decay_mask: as in `hybrid`; the matrices' alone.
-        mu_dtype: dtype of the stored momentum and of Adam's first moment.
-        nesterov: of the matrices, and in Adam.
-        adaptive: scale each leaf's factor by its inner product with the momentum, the dual norm.
-        preconditioning: how singular values are brought into (0, 1]: `"frobenius"`, `"spectral"`,
+        learning_rate: The learning rate of the matrices, a number or a schedule.
+        ns_coeffs: `"standard"`, `"dion"`, `(a, b, c)`, or one such row per step.
+        ns_steps: The number of steps if there is a single `(a, b, c)`.
+        beta: The decay of the momentum, which has a bias correction.
+        eps: A number added to the norm of the matrices, and in Adam to the square root.
+        weight_decay: The weight decay of the matrices, a number or a schedule.
+        weight_decay_mask: As in `hybrid`, but it applies to the matrices only.
+        mu_dtype: The dtype of the stored momentum and of Adam's first moment.
+        nesterov: Whether to use Nesterov momentum, for the matrices and in Adam.
+        adaptive: Whether to scale each leaf's orthogonal factor by its inner product with the
+            momentum, the dual norm.
+        preconditioning: How singular values are scaled into (0, 1]: `"frobenius"`, `"spectral"`,
             `"aol"` or `"schatten"`.
-        adam_b1, adam_b2, adam_eps_root, adam_weight_decay: of the other leaves.
-        adam_learning_rate: of the other leaves; `None` is `learning_rate`.
-        muon_weight_dimension_numbers: a tree (or a prefix of one) of `MuonDimensionNumbers`, or of
-            `MatrixAxes`, with `None` for what goes to Adam, or a callable from the params to one;
-            `None` is all leaves with two axes.
-        consistent_rms: updates are scaled by this times `sqrt(max(fan_in, fan_out))`; `None` is
-            `sqrt(max(1, fan_out / fan_in))`.
+        adam_b1, adam_b2, adam_eps_root, adam_weight_decay: The settings of Adam.
+        adam_learning_rate: The learning rate of Adam. `None` means `learning_rate`.
+        muon_weight_dimension_numbers: A tree (or a prefix of one) of `MuonDimensionNumbers` or
+            `MatrixAxes`, with `None` for leaves that go to Adam, or a callable from the params to
+            such a tree. `None` means all leaves with two axes.
+        consistent_rms: A factor of the shape scale `consistent_rms * sqrt(max(fan_in, fan_out))`.
+            `None` means the shape scale `sqrt(max(1, fan_out / fan_in))`.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     Raises:
-        ValueError: an unknown name, a number out of its range, or axes that do not fit a leaf.
+        ValueError: A name is unknown, a number is out of range, or the axes do not fit a leaf.
 
     References:
         Jordan, 2024, kellerjordan.github.io/posts/muon, as in optax.contrib.muon of Optax 0.2.8.
@@ -124,7 +128,7 @@ def optax_muon(
         adam_b2,
         eps,
         adam_eps_root,
-        mu_dtype=None if is_int8(mu_dtype) else mu_dtype,
+        mu_dtype=None if is_packed(mu_dtype) else mu_dtype,
         nesterov=nesterov,
     )
     rate = learning_rate if adam_learning_rate is None else adam_learning_rate
@@ -141,14 +145,14 @@ def optax_muon(
             routing=routing,
         )
 
-    build(None)  # checked here, not at the first step
+    build(None)  # errors in the settings are raised here rather than at the first step
     return fitted(lambda tree: build(_choices(muon_weight_dimension_numbers, tree)))
 
 
 def _scale_by_muon(
     *, beta: Any, nesterov: bool, adaptive: bool, orthogonalizer: Any, scale: Any, **placed: Any
 ) -> optax.GradientTransformation:
-    """`scale_by_muon` with Optax's momentum, and adaptive if asked for."""
+    """Returns `scale_by_muon` with Optax's momentum and, if `adaptive`, the dual norm as factor."""
     stages = Stages(beta, nesterov, "optax", orthogonalizer, scale, **placed)
 
     def init(params):
@@ -179,8 +183,8 @@ def _rows(ns_coeffs: Any, ns_steps: int) -> tuple[Row, ...]:
     rows = np.asarray(ns_coeffs, np.float64)
     if rows.shape[-1:] != (3,) or rows.ndim > 2 or not len(rows) or not np.isfinite(rows).all():
         raise ValueError(
-            "ns_coeffs must be a preset's name, three finite numbers (a, b, c), or one such row a "
-            f"step; got {ns_coeffs!r}."
+            "ns_coeffs must be the name of a preset, three finite numbers (a, b, c), or one such "
+            f"row per step; got {ns_coeffs!r}."
         )
     rows = np.tile(rows, (ns_steps, 1)) if rows.ndim == 1 else rows
     return tuple((float(a), float(b), float(c)) for a, b, c in rows)
@@ -191,9 +195,9 @@ def _consistent(factor: Any) -> Any:
 
 
 def _choices(dimension_numbers: Any, tree: Any) -> Any:
-    """The routing of `tree`: axes for the matrices, Adam for the others."""
+    """Returns the routing of `tree`: matrix axes for the matrices, the label of Adam otherwise."""
     paths = jax.tree_util.tree_leaves_with_path(tree)
-    if not paths:  # the stand-in for params with which optax.tree.map_params calls `init`
+    if not paths:  # optax.tree.map_params calls `init` with a placeholder instead of params
         return None
     if dimension_numbers is None:
         chosen = {path: MatrixAxes(0, 1) for path, x in paths if jnp.ndim(x) == 2}

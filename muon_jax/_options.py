@@ -1,41 +1,43 @@
-"""Functions that take the options of another, listed in one place, and old names of arguments."""
+"""Signatures of functions that take the options of another, and old names of arguments."""
 
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable)
 C = TypeVar("C", bound=type)
 
-# Old names of arguments, which still work with a warning.
+# Old names of arguments, which still work but raise a warning.
 _RENAMED = {
     "rest": "other_optimizer",
     "fan_in_parts": "split_fan_in",
     "fan_out_parts": "split_fan_out",
 }
 
-# What arguments of optax.contrib.muon that have no namesake here are called here.
+# The equivalents of those arguments of optax.contrib.muon that have another name in `muon`.
 _HERE = {
-    "eps": "adam_eps (Newton-Schulz needs none)",
-    "adaptive": "no argument but muon_jax.optax_muon",
+    "eps": "adam_eps (Newton-Schulz does not need one)",
+    "adaptive": "muon_jax.optax_muon",
     "preconditioning": "ns_coeffs with a Schedule, which has the normalization",
     "consistent_rms": 'scale="match_rms_adamw", or a function (fan_in, fan_out) -> factor',
     "muon_weight_dimension_numbers": "matrix_axes for the axes, and routing for the choice",
 }
 
 
-def takes_options_of(base: Callable, *, without: tuple[str, ...] = ()) -> Callable[[F], F]:
-    """Writes the options of `base` in place of `**options` into a function's signature.
+def takes_options_of(
+    base: Callable, *, without: tuple[str, ...] = (), refused: Mapping[str, str] | None = None
+) -> Callable[[F], F]:
+    """Replaces `**options` in a function's signature with the options of `base`.
 
-    What `help` and editors show, and what `optax.inject_hyperparams` reads, are then arguments like
-    any other.
+    Then `help`, editors and `optax.inject_hyperparams` see each option as an ordinary argument.
 
     Args:
-        base: the function whose keyword arguments are passed on; those that the decorated function
-            names itself are its own.
-        without: options of `base` that it sets by itself.
+        base: The function whose keyword arguments are added. An argument that the decorated
+            function defines itself is kept.
+        without: The options of `base` that the decorated function does not accept.
+        refused: Options of related functions that it cannot have, and why; errors give the reason.
 
     Example:
         >>> import inspect
@@ -62,7 +64,9 @@ def takes_options_of(base: Callable, *, without: tuple[str, ...] = ()) -> Callab
             try:
                 merged.bind(*args, **kwargs)
             except TypeError as error:
-                reason = _explain(merged, args, kwargs) or f"{error}."
+                given = (name for name in refused or () if name in kwargs)
+                reason = next((f"no {name}: {(refused or {})[name]}" for name in given), None)
+                reason = reason or _explain(merged, args, kwargs) or f"{error}."
                 raise TypeError(f"{function.__name__}: {reason}") from None
             return function(*args, **kwargs)
 
@@ -73,7 +77,7 @@ def takes_options_of(base: Callable, *, without: tuple[str, ...] = ()) -> Callab
 
 
 def accepts_old_names(cls: C) -> C:
-    """A NamedTuple that has the old names of its fields too, as arguments and as attributes."""
+    """Lets a NamedTuple accept the old names of its fields, as arguments and as attributes."""
     create: Any = cls.__new__
 
     def attribute(old: str) -> property:
@@ -91,14 +95,14 @@ def accepts_old_names(cls: C) -> C:
 
 
 def _renamed(function: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments by their new names."""
+    """Returns the arguments under their new names."""
     for old, new in _RENAMED.items():
         if old in given:
             if new in given:
                 raise TypeError(f"{function}: pass {new!r} without its old name {old!r}.")
             warnings.warn(
-                f"{function}: {old!r} is now called {new!r}; the old name will go in the next "
-                "release.",
+                f"{function}: {old!r} is now called {new!r}; the old name will be removed in the "
+                "next release.",
                 DeprecationWarning,
                 stacklevel=3,
             )
@@ -109,17 +113,17 @@ def _renamed(function: str, given: dict[str, Any]) -> dict[str, Any]:
 def _explain(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
-    """Why the arguments do not fit, where there is more to say than which one it is."""
+    """Returns an explanation of why the arguments do not fit, if Python's own does not suffice."""
     unknown = [name for name in kwargs if name not in signature.parameters]
     if any(name in _HERE for name in unknown):
-        here = "; ".join(f"{name!r} is here {_HERE[name]}" for name in unknown if name in _HERE)
-        return f"{here}. muon_jax.optax_muon takes the arguments of optax.contrib.muon as they are."
+        here = "; ".join(f"for {name!r} use {_HERE[name]}" for name in unknown if name in _HERE)
+        return f"{here}. muon_jax.optax_muon accepts the arguments of optax.contrib.muon."
     parameters = signature.parameters.values()
     positional = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
     if len(args) > len(positional):
         return (
-            f"only {', '.join(positional)} may be given by position; name the argument that "
-            f'{args[len(positional)]!r} is for, as in ns_coeffs="jordan". muon_jax.optax_muon '
-            "takes those of optax.contrib.muon by position."
+            f"only {', '.join(positional)} may be given by position. Pass "
+            f'{args[len(positional)]!r} as a keyword argument, such as ns_coeffs="jordan". '
+            "muon_jax.optax_muon accepts the positional arguments of optax.contrib.muon."
         )
     return None

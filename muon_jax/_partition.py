@@ -1,4 +1,4 @@
-"""A matrix optimizer for the hidden matrices and another one for the other leaves."""
+"""One optimizer for the hidden matrices and another for all other leaves."""
 
 import functools
 import warnings
@@ -6,20 +6,20 @@ from collections.abc import Callable
 from typing import Any, TypedDict, Unpack
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from muon_jax._checks import check_dtype, check_mesh, check_number, check_static
 from muon_jax._constraint import Constraints, as_constraints, constrained
 from muon_jax._decay import add_decayed_weights, as_decay_mask, scale_by_learning_rate
 from muon_jax._elementwise import scale_by_adam, scale_by_lion, sign_of_momentum, trace
+from muon_jax._momentum import is_packed
 from muon_jax._options import takes_options_of
 from muon_jax._precision import cast_like
 from muon_jax._routing.rules import FROZEN, MUON, OTHER, Routing, route, warn_of_guesses
 from muon_jax._sharding.layout import AnyMesh
 from muon_jax._trees import map_paths, only_updated
 
-# The named optimizers for the other leaves, and the arguments that each reads.
+# The named optimizers for the other leaves, and the arguments that each one reads.
 OTHERS = {
     "adamw": (
         *("adam_learning_rate", "adam_b1", "adam_b2", "adam_eps", "adam_eps_root"),
@@ -86,16 +86,17 @@ def partition(
     shardings: Any = None,
     chunk_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`matrix_optimizer` for the hidden matrices, another optimizer for the other leaves.
+    """Updates the hidden matrices with `matrix_optimizer` and all other leaves with another one.
 
     Args:
-        matrix_optimizer: makes the transformation of the hidden matrices; called with the two last
-            links of its chain, which add the decay and scale by the rate, and with `mu_dtype`,
-            `matrix_axes`, `mesh`, `shardings` and `chunk_size`. All else is as in `hybrid`.
+        matrix_optimizer: A function that makes the transformation of the hidden matrices. It is
+            called with the last two links of its chain, which add the decay and scale by the rate,
+            and with `mu_dtype`, `matrix_axes`, `mesh`, `shardings` and `chunk_size`. All other
+            arguments are as in `hybrid`.
     """
     check_number("learning_rate", learning_rate, at_least=0, schedule=True)
     check_number("weight_decay", weight_decay, at_least=0, schedule=True)
-    check_dtype("mu_dtype", mu_dtype, or_int8=True)
+    check_dtype("mu_dtype", mu_dtype, or_packed=True)
     check_dtype("nu_dtype", nu_dtype)
     check_mesh(mesh)
     check_static("cautious_weight_decay", cautious_weight_decay)
@@ -132,7 +133,7 @@ def partition(
             return other_optimizer
         if other_optimizer == "frozen":
             return optax.set_to_zero()
-        dtype = None if is_int8(mu_dtype) else mu_dtype
+        dtype = None if is_packed(mu_dtype) else mu_dtype
         b1 = of_other("b1", 0.9)
         first = {
             "adamw": lambda: scale_by_adam(
@@ -152,12 +153,12 @@ def partition(
         return optax.chain(first, *last(decay, mask, of_other("learning_rate", learning_rate)))
 
     def last(decay: Any, mask: Any, rate: Any) -> Any:
-        """The last two links of both chains."""
+        """Returns the last two links of both chains."""
         add_decay = add_decayed_weights(decay, mask, cautious_weight_decay)
         return add_decay, scale_by_learning_rate(rate)
 
     def routed(tree) -> optax.GradientTransformationExtraArgs:
-        """The pair for a tree of this structure and these shapes."""
+        """Returns both optimizers for a tree of this structure and these shapes."""
         routes = route(tree, routing, matrix_axes)
         axes = {path: leaf.axes for path, leaf in routes.items()}
         mask = as_decay_mask(weight_decay_mask, tree, routes)
@@ -176,7 +177,7 @@ def partition(
 
     constraints = as_constraints(constraint)
     settings = {"mu_dtype": mu_dtype, "mesh": mesh, "chunk_size": chunk_size}
-    # Checked here, not at the first step.
+    # Errors in the settings are raised here rather than at the first step.
     links = last(weight_decay, None, learning_rate)
     matrix_optimizer(*links, matrix_axes=None, shardings=None, **settings)
     return fitted(routed, lambda params: warn_of_guesses(route(params, routing, matrix_axes)))
@@ -188,61 +189,66 @@ def hybrid(
     learning_rate: optax.ScalarOrSchedule,
     **options: Unpack[HybridOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by`, decay and rate for the hidden matrices, AdamW for the other leaves.
+    """Updates the hidden matrices with `scale_by`, decay and rate, and all other leaves with AdamW.
 
-    Every optimizer of the family is this function with its own `scale_by`, and takes its options.
+    Most optimizers of this package are this function with their own `scale_by`, and take its
+    options.
 
-    Updates have their gradients' dtypes. Decay and rate act in float32, and are rounded once.
+    Updates keep their gradients' dtypes. Decay and rate are applied in float32 and rounded once.
 
     Args:
-        scale_by: called with `mu_dtype`, `matrix_axes`, `mesh`, `shardings` and `chunk_size`, gives
-            the transformation of the Muon leaves, as `scale_by_muon` does.
-        learning_rate: of the Muon leaves; a number or a schedule.
-        weight_decay: decoupled, `w -= learning_rate * weight_decay * w`: not multiplied by the
-            shape scale; a number or a schedule. With an Optax optimizer as `other_optimizer`,
-            which has a decay of its own, it is that of the Muon leaves alone, as are the mask and
-            the caution.
-        weight_decay_mask: what is decayed; `None` is every leaf, norms, biases and embeddings too.
-            `"matrices"` decays the leaves that the matrix optimizer takes, and no other. Or a tree
-            of bools (or a prefix of one), a callable from the params to such a tree, or `(regex,
-            bool)` pairs as in `routing`, which leave a leaf without a match decayed. Holds for
-            both optimizers.
-        cautious_weight_decay: decay an entry only where its update shrinks it too (arXiv
-            2510.12402). Holds for both optimizers.
-        constraint: of the norms of the Muon leaves, such as `hyperball()`; one, or a list of which
-            each sees what the one before has done.
-        mu_dtype: dtype of the stored momentum, for AdamW's first moment too; `None` is each
-            parameter's own. `jnp.int8` stores Muon's in one byte and a scale a row, and leaves
-            AdamW's as it is.
-        nu_dtype: dtype of AdamW's stored second moment; `None` is each parameter's own. In bfloat16
-            an average of squares with `adam_b2=0.999` does not move any more: ask for float32.
-        other_optimizer: what takes the other leaves: `"adamw"`, `"sgd"` (heavy-ball momentum
-            `other_b1`), `"lion"` (`other_b1` and 0.99), `"sign"` (0.001 of the sign of the
-            momentum, decay `other_b1`), `"frozen"`, or any Optax optimizer with its own rate. All
-            arithmetic is in float32. So that one gradient never stops a leaf for good, a finite
-            gradient that the state cannot hold is bounded first: AdamW's at half the root of the
-            largest number of `nu_dtype` (9e18, in float16 128), the others' at half the largest of
-            `mu_dtype`.
-        other_learning_rate, other_b1, other_weight_decay: of SGD, Lion or the sign; `None` is
-            `learning_rate`, 0.9 and `weight_decay`.
-        adam_learning_rate: of AdamW; `None` is `learning_rate`.
-        adam_b1, adam_b2, adam_eps, adam_eps_root: AdamW's own; `None` is 0.9, 0.95, 1e-8 and 0.
-        adam_weight_decay: of AdamW; `None` is `weight_decay`.
-        adam_nesterov: NAdamW in place of AdamW, which is what optax.contrib.muon runs; `None` is
-            `False`.
-        routing: which leaf goes where, if not by the built-in rules; see `label_params`.
-        matrix_axes: axes for the Muon leaves, if not by the built-in rules; as in `scale_by_muon`,
-            where `None` in place of axes keeps the built-in choice for that leaf.
-        mesh, shardings, chunk_size: as in `scale_by_muon`, for the Muon leaves.
+        scale_by: A function that returns the transformation of the Muon leaves, such as
+            `scale_by_muon`. It is called with `mu_dtype`, `matrix_axes`, `mesh`, `shardings` and
+            `chunk_size`.
+        learning_rate: The learning rate of the Muon leaves, a number or a schedule.
+        weight_decay: The decoupled weight decay, `w -= learning_rate * weight_decay * w`, a number
+            or a schedule. It is not multiplied by the shape scale. If `other_optimizer` is an
+            Optax optimizer, which has a decay of its own, then this argument,
+            `weight_decay_mask` and `cautious_weight_decay` apply to the Muon leaves only.
+        weight_decay_mask: The leaves to decay. `None` means every leaf, including norms, biases
+            and embeddings; `"matrices"` means only the leaves that the matrix optimizer takes. It
+            may also be a tree of bools (or a prefix of one), a callable from the params to such a
+            tree, or `(regex, bool)` pairs as in `routing`; leaves without a match are decayed.
+            Applies to both optimizers.
+        cautious_weight_decay: Whether to decay an entry only if its update shrinks it as well
+            (arXiv 2510.12402). Applies to both optimizers.
+        constraint: A constraint on the norms of the Muon leaves, such as `hyperball()`, or a list
+            of constraints, applied in order.
+        mu_dtype: The dtype of the stored momentum and of AdamW's first moment. `None` means the
+            dtype of each parameter. `jnp.int8` stores Muon's momentum as one byte per entry and
+            one scale per row, `jnp.int4` as half a byte per entry; AdamW's first moment then has
+            the dtype of each parameter. The rounding noise is at most 1.3 % of a row's largest
+            entry in int8 at a beta of 0.95, and 23 % in int4.
+        nu_dtype: The dtype of AdamW's stored second moment. `None` means the dtype of each
+            parameter. In bfloat16 an average of squares with `adam_b2=0.999` stops changing:
+            choose float32 for it.
+        other_optimizer: The optimizer of the other leaves: `"adamw"`, `"sgd"` (heavy-ball momentum
+            `other_b1`), `"lion"` (`other_b1` and 0.99), `"sign"` (0.001 times the sign of the
+            momentum, whose decay is `other_b1`), `"frozen"`, or any Optax optimizer with its own
+            rate. The named ones compute in float32. So that no single gradient stops a leaf
+            permanently, they clip finite gradients that the state cannot hold: AdamW at half the
+            square root of the largest number of `nu_dtype` (9e18, or 128 in float16), the others
+            at half the largest number of `mu_dtype`.
+        other_learning_rate, other_b1, other_weight_decay: The settings of `"sgd"`, `"lion"` and
+            `"sign"`. `None` means `learning_rate`, 0.9 and `weight_decay`.
+        adam_learning_rate: The learning rate of AdamW. `None` means `learning_rate`.
+        adam_b1, adam_b2, adam_eps, adam_eps_root: As in `optax.adamw`. `None` means 0.9, 0.95,
+            1e-8 and 0.
+        adam_weight_decay: The weight decay of AdamW. `None` means `weight_decay`.
+        adam_nesterov: Whether to use NAdamW instead of AdamW, as optax.contrib.muon does. `None`
+            means `False`.
+        routing: The optimizer of each leaf, in place of the built-in rules; see `label_params`.
+        matrix_axes: The matrix axes of the Muon leaves, in place of the built-in rules, in the
+            forms that `scale_by_muon` accepts. `None` for a leaf keeps the built-in choice.
+        mesh, shardings, chunk_size: As in `scale_by_muon`, for the Muon leaves.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     Raises:
-        ValueError: an unknown name, a number out of its range, an argument that
-            `other_optimizer` does not read, a rule that matches no leaf, or a leaf that no rule
-            takes.
-        TypeError: a transformation where a function is meant that makes one, or the reverse.
+        ValueError: A name is unknown, a number is out of range, `other_optimizer` does not read
+            an argument, a rule matches no leaf, or no rule matches a leaf.
+        TypeError: A transformation was given instead of a function that makes one, or vice versa.
 
     Example:
         >>> import functools, jax.numpy as jnp, muon_jax
@@ -263,9 +269,9 @@ def fitted(
     build: Callable[[Any], optax.GradientTransformationExtraArgs],
     at_init: Callable[[Any], None] = lambda params: None,
 ) -> optax.GradientTransformationExtraArgs:
-    """One transformation from `build(tree)`, which makes one for trees of a structure.
+    """Returns a transformation that calls `build(tree)` for the tree it is given, at every call.
 
-    Its updates end in their gradients' dtypes, however wide the links before were.
+    Updates are cast to their gradients' dtypes at the end, whatever dtype the links compute in.
     """
 
     def init(params):
@@ -280,23 +286,19 @@ def fitted(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def is_int8(dtype: jax.typing.DTypeLike | None) -> bool:
-    return dtype is not None and jnp.dtype(dtype) == jnp.int8
-
-
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
 def _by_new_names(other_optimizer: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """What was called Adam's where SGD or Lion reads it, by its own name."""
+    """Renames `adam_` arguments to `other_` if SGD, Lion or sign reads them, with a warning."""
     reads = OTHERS.get(other_optimizer, ()) if isinstance(other_optimizer, str) else ()
     for new in reads:
         old = new.replace("other_", "adam_")
         if new != old and given[old] is not None and given[new] is None:
             warnings.warn(
-                f"With other_optimizer={other_optimizer!r} {old!r} is now called {new!r}; the old "
-                "name will go in the next release.",
+                f"With other_optimizer={other_optimizer!r}, {old!r} is now called {new!r}; the old "
+                "name will be removed in the next release.",
                 DeprecationWarning,
                 stacklevel=4,
             )
@@ -309,20 +311,20 @@ def _check_scale_by(scale_by: Any) -> None:
         raise TypeError(
             "scale_by must be a function that makes the transformation, such as "
             "muon_jax.scale_by_muon or a functools.partial of it with settings; got "
-            f"{type(scale_by).__name__}. Give the function, not what it returns."
+            f"{type(scale_by).__name__}. Pass the function itself, not its result."
         )
 
 
 def _check_other(other: Any, given: list[str]) -> None:
-    """Refuses what `other_optimizer` may not be, and the arguments that it does not read."""
+    """Checks that `other_optimizer` is valid and that it reads every argument in `given`."""
     known = f"one of {', '.join(OTHERS)}, or an Optax optimizer"
     if isinstance(other, str) and other not in OTHERS:
         raise ValueError(f"other_optimizer must be {known}; got {other!r}.")
     if not isinstance(other, (str, optax.GradientTransformation)):
-        made = " It makes an optimizer: call it with its rate." if callable(other) else ""
+        hint = " Call this function with its learning rate." if callable(other) else ""
         name = getattr(other, "__name__", repr(other))
         raise TypeError(
-            f"other_optimizer must be {known}, such as optax.adamw(1e-3); got {name}.{made}"
+            f"other_optimizer must be {known}, such as optax.adamw(1e-3); got {name}.{hint}"
         )
     reads: tuple[str, ...] = OTHERS[other] if isinstance(other, str) else ()
     unread = [name for name in given if name not in reads]
@@ -333,7 +335,8 @@ def _check_other(other: Any, given: list[str]) -> None:
         reason = f"other_optimizer={other!r} reads {names}"
     else:
         reason = (
-            "other_optimizer has settings of its own, a rate and a decay among them; the "
-            "other_ and adam_ arguments and nu_dtype belong to the named ones"
+            "an Optax optimizer as other_optimizer has its own settings, such as its learning rate "
+            "and weight decay; the other_ and adam_ arguments and nu_dtype apply only to the named "
+            "optimizers"
         )
-    raise ValueError(f"{reason}: leave {', '.join(unread)} out, or choose another optimizer.")
+    raise ValueError(f"{reason}. Remove {', '.join(unread)}, or choose another other_optimizer.")

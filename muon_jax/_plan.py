@@ -1,21 +1,21 @@
-"""What a step of Muon costs, before anything runs: FLOPs, bytes exchanged, memory, time."""
+"""The predicted cost of a step: FLOPs, bytes exchanged, memory and time."""
 
-import dataclasses
-import functools
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from muon_jax._matrices.parts import split_into_parts
 from muon_jax._matrix_axes import MatrixAxes
-from muon_jax._orthogonalize.devices import Kernel, device_of
+from muon_jax._momentum import is_packed
+from muon_jax._orthogonalize.devices import Device, Kernel, device_of
 from muon_jax._orthogonalize.forms import Form
 from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
+from muon_jax._plan_rows import Plan, PlanRow
 from muon_jax._precision import real_dtype
 from muon_jax._routing.axes import EXPERT_STACK
 from muon_jax._routing.rules import FROZEN, MUON, OTHER, Routing, route
@@ -31,141 +31,16 @@ from muon_jax._sharding.layout import (
     layouts_by_path,
 )
 from muon_jax._sharding.placement import plan_exchange
+from muon_jax._state_shardings import state_shardings
 from muon_jax._trees import KeyPath, path_strings
+from muon_jax._work import Done, work_of
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 
 
-@dataclasses.dataclass(frozen=True)
-class PlanRow:
-    """Leaves that are treated together: a bucket of Muon's, or all of another route.
-
-    Attributes:
-        route: `"muon"`, `"other"` or `"frozen"`.
-        leaves: their paths.
-        matrices: how many, over all devices.
-        shape: `(fan_in, fan_out)` of the first; `()` where the route knows no matrices.
-        form: of Newton-Schulz, with its restarts.
-        placing: how the matrices are spread over the devices.
-        standard_flops: what the standard form takes for the matrices, each of them once.
-        flops: of all devices together, padding included.
-        device_flops: of one device.
-        exchanged_bytes: that collectives bring to one device.
-        momentum_bytes: optimizer state of one device.
-        working_bytes: of one device: tiles before and after, and the square matrices beside them.
-        seconds: that one device is predicted to take, momentum, decay and the step included, the
-            network not.
-    """
-
-    route: str
-    leaves: tuple[str, ...]
-    matrices: int = 0
-    shape: tuple[int, ...] = ()
-    form: str = ""
-    placing: str = ""
-    standard_flops: int = 0
-    flops: int = 0
-    device_flops: int = 0
-    exchanged_bytes: int = 0
-    momentum_bytes: int = 0
-    working_bytes: int = 0
-    seconds: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What `plan` returns; `print` shows a table, `to_dict` is ready for JSON.
-
-    Attributes:
-        rows: of each bucket and each other route.
-        devices: of the mesh.
-        model_flops: of a training step, 6 × active parameters × tokens; `None` without tokens.
-        assumptions: what the time is predicted for, in a sentence.
-    """
-
-    rows: tuple[PlanRow, ...]
-    devices: int
-    model_flops: int | None
-    assumptions: str = ""
-
-    def total(self, field: str) -> Any:
-        """The sum of a field over rows."""
-        if field == "working_bytes":
-            warnings.warn(
-                'total("working_bytes") is the largest of all rows, and no sum: use peak().',
-                DeprecationWarning,
-                stacklevel=2,
-            )
-            return self.peak()
-        return sum(getattr(row, field) for row in self.rows)
-
-    def peak(self) -> int:
-        """The most working bytes of any row: buckets follow each other."""
-        return max((row.working_bytes for row in self.rows), default=0)
-
-    def _totals(self) -> dict[str, Any]:
-        fields = [f.name for f in dataclasses.fields(PlanRow) if f.type in (int, float)]
-        sums = {name: self.total(name) for name in fields if name != "working_bytes"}
-        return sums | {"working_bytes": self.peak()}
-
-    @property
-    def overhead(self) -> float | None:
-        """Muon's FLOPs as a share of the model's."""
-        return self.total("flops") / self.model_flops if self.model_flops else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Rows and totals as plain numbers and strings."""
-        return {
-            "devices": self.devices,
-            "rows": [dataclasses.asdict(row) for row in self.rows],
-            "total": self._totals(),
-            "model_flops": self.model_flops,
-            "overhead": self.overhead,
-            "assumptions": self.assumptions,
-        }
-
-    def __str__(self) -> str:
-        memory = ("exchanged", "momentum", "working")
-
-        def figures(of: Callable[[str], Any]) -> list[str]:
-            flops = [_count(of(field)) for field in ("flops", "device_flops")]
-            held = [_bytes(of(f"{name}_bytes")) for name in memory]
-            return [*flops, *held, _duration(of("seconds"))]
-
-        head = ["route", "leaves", "matrices", "form", "placing", "FLOPs", "per device"]
-        head += [*memory, "time"]
-        lines = [head]
-        for row in self.rows:
-            shape = " × ".join(map(str, row.shape))
-            matrices = f"{row.matrices} × ({shape})" if shape else "-"
-            words = [row.route, _leaves(row.leaves), matrices, row.form or "-", row.placing or "-"]
-            lines.append(words + figures(functools.partial(getattr, row)))
-        devices = f"{self.devices} device{'s' * (self.devices > 1)}"
-        total = ["total", "", str(self.total("matrices")), "", devices]
-        lines.append(total + figures(self._totals().__getitem__))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        ]
-        standard = self.total("standard_flops")
-        text += ["", self.assumptions]
-        if standard:
-            share = self.total("flops") / standard
-            text.append(
-                f"Newton-Schulz: {_count(self.total('flops'))}FLOP a step, {share:.2f} of the "
-                f"standard form's {_count(standard)}FLOP"
-            )
-        if self.overhead is not None:
-            text.append(
-                f"Muon's overhead: {100 * self.overhead:.2f} % of the model's "
-                f"{_count(self.model_flops or 0)}FLOP a step"
-            )
-        return "\n".join(text)
-
-
 def plan(
     params: Any,
+    optimizer: optax.GradientTransformation | None = None,
     *,
     mesh: AnyMesh | None = None,
     shardings: Any = None,
@@ -180,32 +55,45 @@ def plan(
     matrix_axes: Any = None,
     platform: str | None = None,
 ) -> Plan:
-    """What a step of `muon` costs on a mesh, from shapes alone.
+    """Predicts the cost of a step of `muon`, or of another optimizer, from the params' shapes.
 
     Args:
-        params: arrays or `jax.ShapeDtypeStruct`s; their shardings count if `shardings` is None.
-        mesh: as in `muon`.
-        shardings: as in `muon`, of the params. Under Auto axes, where `muon` has no
-            shardings, XLA moves a leaf once for each mesh axis that splits it, in place of once.
-        tokens_per_step: of the whole batch; needed for the overhead.
-        active_params: parameters that a token passes through; `None` is all of them, where no leaf
-            is a stack of experts.
-        ns_coeffs, ns_steps, ns_dtype, mu_dtype, nu_dtype, routing, matrix_axes: as in `muon`.
-        platform: of the devices: `"cpu"`, `"gpu"` or `"tpu"`, which an `AbstractMesh` may not know;
-            `None` is the mesh's, or else that of JAX's default devices. Times are those of two
-            CPU cores, an H100 or a TPU v5e.
+        params: Arrays or `jax.ShapeDtypeStruct`s. Their own shardings are used if `shardings` is
+            None.
+        optimizer: An optimizer to plan instead of `muon`: any variant with its hooks and
+            constraints, or any Optax transformation. Its `update` is traced but not run. The plan
+            has one row with its products, decompositions, collectives and state. If a counter
+            decides a branch, such as the renewal of SOAP's bases, the branch counts as often as it
+            is taken in the first thousand steps; of other branches the most expensive one counts.
+            Work outside a `shard_map` is assumed to be distributed evenly over the devices, without
+            exchange. The arguments from `ns_coeffs` to `matrix_axes` are then settings of the
+            optimizer, and the shardings are those of the params.
+        mesh: As in `muon`.
+        shardings: The shardings of the params, as in `muon`. If `muon` runs under Auto axes without
+            shardings, XLA moves a leaf once for each mesh axis that splits it rather than once.
+        tokens_per_step: The number of tokens of the whole batch; needed for the overhead.
+        active_params: The number of parameters that are used for a token. `None` means all of them,
+            which is only allowed if no leaf is a stack of experts.
+        ns_coeffs, ns_steps, ns_dtype, mu_dtype, nu_dtype, routing, matrix_axes: As in `muon`.
+        platform: The platform of the devices, `"cpu"`, `"gpu"` or `"tpu"`, which an `AbstractMesh`
+            may not know. `None` means the platform of the mesh, or else of JAX's default devices.
+            Times are predicted for two CPU cores, an H100 or a TPU v5e.
 
     Returns:
-        A `Plan`: per bucket and in total FLOPs, bytes exchanged, memory and predicted time.
+        A `Plan`: FLOPs, bytes exchanged, memory and predicted time, per bucket and in total.
 
     Raises:
-        ValueError: another platform, or an overhead asked for without `active_params` where experts
-            are stacked, of which a token passes through a few.
+        ValueError: The platform is unknown, an optimizer is combined with settings of `muon`, or
+            the params have stacked experts and `tokens_per_step` is given without `active_params`.
 
     Example:
         >>> import jax, jax.numpy as jnp, muon_jax
         >>> params = {"mlp": {"kernel": jax.ShapeDtypeStruct((64, 256, 256), jnp.float32)}}
         >>> muon_jax.plan(params).total("standard_flops") == 64 * 5 * (4 + 2) * 256**3
+        True
+        >>> layer = {"mlp": {"kernel": jax.ShapeDtypeStruct((256, 1024), jnp.float32)}}
+        >>> soap = muon_jax.plan(layer, muon_jax.soap_muon(0.02))
+        >>> soap.total("flops") > muon_jax.plan(layer).total("flops")
         True
     """
     if platform not in (None, *PLATFORMS):
@@ -214,6 +102,17 @@ def plan(
     routes = route(params, routing, matrix_axes)
     leaves: dict[KeyPath, Any] = dict(jax.tree_util.tree_leaves_with_path(params))
     placing = find_placing(mesh, list(leaves.values()))
+    device = device_of(platform or placing.platform)
+    model_flops = _model_flops(tokens_per_step, active_params, routes, leaves)
+    if optimizer is not None:
+        own = (ns_coeffs, shardings, ns_steps, ns_dtype, mu_dtype, nu_dtype, routing, matrix_axes)
+        if own != ("jordan", *[None] * 7):
+            raise ValueError(
+                "plan takes an optimizer or the settings of Muon, but got both. Pass the settings "
+                "to the optimizer, and the shardings with the params."
+            )
+        row = _traced_row(optimizer, params, placing.devices, device, platform or placing.platform)
+        return Plan((row,), placing.devices, model_flops, device.assumptions())
     axes = {path: leaf.axes for path, leaf in routes.items()}
     layouts = _layouts(leaves, params, shardings, placing)
     size = dict(placing.sizes)
@@ -222,7 +121,7 @@ def plan(
         x = leaves[path]
         *outer, last = (math.prod(size[name] for name in names) for names in layouts[path] or [()])
         width = jnp.dtype(x.dtype).itemsize
-        packed = mu_dtype is not None and jnp.dtype(mu_dtype) == jnp.int8
+        packed = is_packed(mu_dtype)
         complex_ = jnp.issubdtype(x.dtype, jnp.complexfloating)
         own = mu_dtype is None or packed or complex_
         first = width if own else jnp.dtype(mu_dtype).itemsize
@@ -230,11 +129,12 @@ def plan(
         rows = math.prod(x.shape[:-1]) // math.prod(outer)
         here = math.prod(x.shape) // (math.prod(outer) * last)
         if packed and moments == 1:
-            return here + 4 * rows  # a float32 scale a row, on each device that has some of it
+            values = (here * jnp.iinfo(mu_dtype).bits + 7) // 8
+            return values + 4 * rows  # one float32 scale per row, on each device with a part of it
         return here * (first + second * (moments - 1))
 
     def elementwise(path: KeyPath) -> float:
-        """Seconds of the other optimizer: gradient, moments and parameters, read and written."""
+        """Returns the time of the other optimizer, which reads and writes 7 numbers per entry."""
         x = leaves[path]
         split = math.prod(size[name] for names in layouts[path] for name in names)
         return device.seconds([Kernel(0, 7 * math.prod(x.shape) // split)], x.dtype)
@@ -249,12 +149,11 @@ def plan(
                 hidden.append(path)
                 placed.append(PlacedArray(part.shape, jnp.dtype(x.dtype), part.layout, part.axes))
     stacks, buckets = plan_exchange(placed, placing, newton_schulz, platform)
-    device = device_of(platform or placing.platform)
 
     call_of = {bucket: call for call in by_call(buckets) for bucket in call}
 
     def seconds(bucket: Bucket) -> float:
-        """Its share of the call, by FLOPs, beside momentum, and the step with its decay."""
+        """Returns its share of the call, by FLOPs, and the time of momentum, decay and step."""
         call = call_of[bucket]
         share = bucket.flops(newton_schulz) / sum(each.flops(newton_schulz) for each in call)
         total = share * call_seconds(call, newton_schulz, device)
@@ -299,7 +198,7 @@ def plan(
         )
 
     alike: dict[Any, list[Bucket]] = defaultdict(list)
-    for bucket in buckets:  # without a mesh each leaf is a bucket: equal ones share a row
+    for bucket in buckets:  # without a mesh each leaf is a bucket, and equal buckets share a row
         alike[bucket._replace(spans=(), call=0) if not bucket.axes else bucket].append(bucket)
     rows = [muon_row(group) for group in alike.values()]
     for label, moments in ((OTHER, 2), (FROZEN, 0)):
@@ -309,17 +208,71 @@ def plan(
             names = tuple(routes[path].path for path in others)
             taken = sum(elementwise(path) for path in others) if moments else 0.0
             rows.append(PlanRow(label, names, momentum_bytes=held, seconds=taken))
-    tokens = tokens_per_step
-    if tokens is not None:
-        stacked = (leaf.path for leaf in routes.values() if EXPERT_STACK in leaf.why)
-        if active_params is None and (experts := next(stacked, None)) is not None:
-            raise ValueError(
-                f"{experts!r} stacks experts, of which a token passes through a few: the model's "
-                "FLOPs need active_params=, how many parameters a token passes through."
-            )
-        active = active_params or sum(math.prod(x.shape) for x in leaves.values())
-        tokens = 6 * active * tokens
-    return Plan(tuple(rows), placing.devices, tokens, device.assumptions())
+    return Plan(tuple(rows), placing.devices, model_flops, device.assumptions())
+
+
+def _traced_row(
+    tx: optax.GradientTransformation, params: Any, devices: int, device: Device, platform: str
+) -> PlanRow:
+    """Returns the row of an optimizer from its traced update and its state."""
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+        params,
+    )
+    state = jax.eval_shape(tx.init, shapes)
+    leaves = jax.tree.leaves(shapes)
+    if leaves and all(is_sharding(x.sharding) for x in leaves):
+        state = jax.tree.map(
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+            state,
+            state_shardings(tx, params),
+        )
+    read = jax.tree.leaves((shapes, state, shapes))
+    counters = [x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer) for x in read]
+    done = work_of(jax.make_jaxpr(tx.update)(shapes, state, shapes), counters, platform)
+
+    def on_one(amount: Callable[[Done], float]) -> float:
+        return sum(x.times * amount(x) / (1 if x.everywhere else devices) for x in done)
+
+    def held(x: Any) -> int:
+        size = math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape)
+        return (size + 1) // 2 if x.dtype == jnp.int4 else size * x.dtype.itemsize
+
+    def seconds(x: Done) -> float:
+        if x.decomposes:
+            return x.kernel.flops / device.decomposing
+        return device.seconds([x.kernel], x.dtype, launches=bool(x.kernel.flops))
+
+    flops = on_one(lambda x: 0 if x.decomposes else x.kernel.flops)
+    entrywise = Kernel(0, 2 * sum(x.size for x in read) // devices)
+    return PlanRow(
+        route="all",
+        leaves=tuple(path_strings(params).values()),
+        form="as traced",
+        placing="as traced",
+        flops=round(devices * flops),
+        device_flops=round(flops),
+        decomposition_flops=round(on_one(lambda x: x.decomposes * x.kernel.flops)),
+        exchanged_bytes=round(sum(x.times * x.bytes for x in done)),
+        momentum_bytes=sum(map(held, jax.tree.leaves(state))),
+        seconds=on_one(seconds) + device.seconds([entrywise], jnp.float32),
+    )
+
+
+def _model_flops(
+    tokens: int | None, active_params: int | None, routes: dict, leaves: dict[KeyPath, Any]
+) -> int | None:
+    """Returns the model's FLOPs of a training step, or None without tokens."""
+    if tokens is None:
+        return None
+    stacked = (leaf.path for leaf in routes.values() if EXPERT_STACK in leaf.why)
+    if active_params is None and (experts := next(stacked, None)) is not None:
+        raise ValueError(
+            f"{experts!r} is a stack of experts, and a token uses only a few of them. Pass "
+            "active_params=, the number of parameters that are used for a token."
+        )
+    active = active_params or sum(math.prod(x.shape) for x in leaves.values())
+    return 6 * active * tokens
 
 
 def _layouts(leaves: dict[KeyPath, Any], tree: Any, shardings: Any, placing: Placing):
@@ -354,36 +307,16 @@ def _placing(bucket: Bucket) -> str:
     if not bucket.axes:
         return "local, not moved"
     if not bucket.cut:
-        return f"whole, {bucket.slots} a device"
+        return f"whole, {bucket.slots} per device"
     if bucket.width == 1:
-        return f"whole, padded to {bucket.lead} × {bucket.other}, {bucket.slots} a device"
+        return f"whole, padded to {bucket.lead} × {bucket.other}, {bucket.slots} per device"
     tiles = " or ".join(map(str, sorted({span.tiles for span in bucket.spans})))
-    return f"cut in {tiles}, {bucket.slots} a device"
+    return f"split into {tiles} tiles, {bucket.slots} per device"
 
 
 def _working(bucket: Bucket, newton_schulz: NewtonSchulz) -> int:
-    """Tiles as they arrive and as they leave, and four square matrices as they accumulate."""
+    """Returns the bytes of the tiles before and after, and of four square matrices, per device."""
     dtype = newton_schulz.compute_dtype(bucket.dtype)
     tiles = 2 * bucket.lead * bucket.other * max(dtype.itemsize, bucket.dtype.itemsize)
     squares = 4 * min(bucket.lead, bucket.other) ** 2 * max(4, dtype.itemsize)
     return bucket.slots * (tiles + squares)
-
-
-def _leaves(paths: tuple[str, ...]) -> str:
-    return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
-
-
-def _count(x: float) -> str:
-    for unit in ("", "k", "M", "G", "T", "P"):
-        if abs(x) < 1000 or unit == "P":
-            return f"{x:.3g} {unit}" if unit else f"{x:.0f} "
-        x /= 1000
-    raise AssertionError
-
-
-def _duration(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if seconds else "-"
-
-
-def _bytes(x: float) -> str:
-    return _count(x) + "B"

@@ -1,4 +1,4 @@
-"""The sharding of an optimizer's state, from that of the params."""
+"""The sharding of an optimizer's state, derived from the sharding of the params."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,25 +15,27 @@ from muon_jax._trees import KeyPath, broadcast_prefix
 def state_shardings(
     tx: optax.GradientTransformation, params: optax.Params, shardings: Any = None
 ) -> Any:
-    """The sharding of every leaf of `tx.init(params)`, for `jax.jit` and for checkpoints.
+    """Returns the sharding of every leaf of `tx.init(params)`, for `jax.jit` and for checkpoints.
 
-    Under Auto axes `jax.jit(tx.init)` puts the state on one device, and the state has leaves that
-    the params' own shardings do not fit: scales of int8 momentum, sums over rows, factors of low
-    rank. A leaf of the state that belongs to a parameter is split as that parameter is, along each
-    axis that has the parameter's size; other axes, other leaves and counters are replicated.
+    Under Auto axes `jax.jit(tx.init)` puts the state on one device, and some leaves of the state
+    do not have the shape of a parameter: the scales of int8 momentum, sums over rows, low-rank
+    factors. A leaf of the state that belongs to a parameter is sharded like the parameter along
+    each axis of the same size. Its other axes, all other leaves and counters are replicated.
 
-    Give the same to the step, as its `out_shardings`: of reduced leaves XLA may choose otherwise.
+    Pass the result to the step as `out_shardings` too, because XLA may otherwise choose a different
+    sharding for the reduced leaves.
 
     Args:
-        tx: any Optax transformation, also one with an optimizer of this package inside.
-        params: arrays or `jax.ShapeDtypeStruct`s.
-        shardings: a tree of `NamedSharding`, or a prefix of one; `None` is the params' own.
+        tx: Any Optax transformation, which may contain an optimizer of this package.
+        params: Arrays or `jax.ShapeDtypeStruct`s.
+        shardings: The shardings of the params: a tree of `NamedSharding` or a prefix of one. `None`
+            means the shardings of the arrays themselves.
 
     Returns:
-        A tree of `NamedSharding` like the state.
+        A tree of `NamedSharding` with the structure of the state.
 
     Raises:
-        ValueError: a parameter without a sharding.
+        ValueError: A parameter has no sharding.
 
     Example:
         >>> import jax, jax.numpy as jnp, muon_jax
@@ -44,10 +46,10 @@ def state_shardings(
         >>> where = muon_jax.state_shardings(tx, params, sharding)
         >>> state = jax.jit(tx.init, out_shardings=where)(params)
 
-        Restored by Orbax, each leaf comes where it belongs:
+        Orbax restores each leaf with this sharding from such a tree:
 
         >>> like = jax.tree.map(
-        ...     lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, where
+        ...     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where
         ... )  # for orbax.checkpoint.v1.load(path, like)
     """
     leaves = dict(jax.tree_util.tree_leaves_with_path(params))
@@ -58,7 +60,7 @@ def state_shardings(
         shardings, params, what="shardings", kind="a NamedSharding", is_value=_is_named
     )
     if not given:
-        raise ValueError("state_shardings needs params with leaves: their shardings name the mesh.")
+        raise ValueError("state_shardings takes the mesh from params, but params has no leaves.")
     replicated = NamedSharding(next(iter(given.values())).mesh, PartitionSpec())
 
     def sharding_of(path: KeyPath, x: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -79,10 +81,11 @@ def state_shardings(
 
 
 def _parameter_of(path: KeyPath, shapes: Mapping[KeyPath, Any]) -> KeyPath | None:
-    """The path of the parameter that a leaf of the state belongs to, which is part of its own.
+    """Returns the path of the parameter that a leaf of the state belongs to, or None.
 
-    Before it are the states around; behind it may be the parts of a leaf. Of several such parts the
-    one counts that a state's field holds, then the longest, then the last.
+    That path is a section of `path`, preceded by the keys of the states around it and possibly
+    followed by keys within a leaf. If several sections match, one that follows a field of a state
+    is preferred, then the longest, then the last.
     """
     candidates = [
         (start == 0 or isinstance(path[start - 1], GetAttrKey), end - start, start)

@@ -1,8 +1,8 @@
-"""Names of leaves, and values given for leaves and subtrees by their names.
+"""The names of leaves, and the assignment of values to leaves and subtrees by name.
 
 A tree may hold its arrays in boxes: NNX's variables, Linen's Partitioned, the named arrays of
-Haliax and penzai. Boxed and pure trees of one model have the same names, and so have an attribute
-and a key, or a key 0 and a key "0".
+Haliax and penzai. A model has the same names with and without boxes. An attribute and a key of the
+same name are equal, and so are the keys 0 and "0".
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 KeyPath = tuple[Any, ...]
 Names = tuple[str, ...]
 
-# What boxes call their array: `value` in NNX, Linen and penzai, `data_array` in penzai's inner one.
-# Haliax gives its own no name.
+# The attributes of boxes that hold the array: `value` in NNX, Linen and penzai, `data_array` in
+# penzai's inner box. In Haliax the attribute has no name.
 _BOX_ATTRIBUTES = ("value", "raw_value", "array", "data_array")
 
 
@@ -27,17 +27,17 @@ def is_masked(x: Any) -> bool:
 
 
 def positions(tree: Any, is_value: Callable[[Any], bool] = is_masked) -> list[tuple[KeyPath, Any]]:
-    """Leaves with their key paths; `None` and `MaskedNode` count as leaves."""
+    """Returns the leaves with their key paths; `None` and `MaskedNode` count as leaves."""
     return jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda x: x is None or is_masked(x) or is_value(x)
     )[0]
 
 
 def leaf_names(tree: Any, is_value: Callable[[Any], bool] = is_masked) -> dict[KeyPath, Names]:
-    """The keys that lead to each position, as strings and without those of boxes, by key path.
+    """Returns the keys that lead to each position, as strings without the keys of boxes.
 
-    A box is a node with one child, which is its last attribute by one of the known names. An array
-    that a module calls `value` beside others, such as that of an attention, keeps its name.
+    A box is a node with a single child whose attribute has one of the known names. An array that a
+    module stores as `value` beside other arrays, as attention does, keeps its name.
 
     Example:
         >>> leaf_names({"mlp": [1.0, 2.0]}).values()
@@ -52,12 +52,12 @@ def leaf_names(tree: Any, is_value: Callable[[Any], bool] = is_masked) -> dict[K
 
 
 def _names(path: KeyPath, children: dict[KeyPath, set] | None = None) -> Names:
-    """`children` are the keys below each path; without them every node counts as having one."""
+    """Returns the names; `children` has the keys below each path, and without it one is assumed."""
     kept: list[str] = []
     for depth in reversed(range(len(path))):
         key = path[depth]
         alone = children is None or len(children[path[:depth]]) == 1
-        # A pure tree inside a box begins with a key; an attribute there is one of a module.
+        # A pure tree inside a box begins with a key; an attribute there belongs to a module.
         inside = kept and isinstance(path[depth + 1], GetAttrKey)
         named = isinstance(key, GetAttrKey) and key.name in _BOX_ATTRIBUTES and not inside
         nameless = isinstance(key, FlattenedIndexKey) and children is not None and not kept
@@ -67,12 +67,12 @@ def _names(path: KeyPath, children: dict[KeyPath, set] | None = None) -> Names:
 
 
 def path_strings(tree: Any) -> dict[KeyPath, str]:
-    """The name of each position of a tree, as in `layers/0/attn/kernel`, by key path."""
+    """Returns the name of each position, such as `layers/0/attn/kernel`, by key path."""
     return {path: "/".join(names) for path, names in leaf_names(tree).items()}
 
 
 def path_string(path: KeyPath) -> str:
-    """A JAX key path as `layers/0/attn/kernel`, where the rest of the tree is not at hand.
+    """Formats one JAX key path as `layers/0/attn/kernel`, without the rest of the tree.
 
     Example:
         >>> import jax
@@ -96,7 +96,7 @@ def _key_string(key: Any) -> str:
 
 @contextlib.contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Puts a leaf's path in front of the message of a ValueError."""
+    """Prefixes the message of a ValueError with a leaf's path."""
     try:
         yield
     except ValueError as error:
@@ -104,7 +104,7 @@ def naming(path: str) -> Iterator[None]:
 
 
 def some(paths: Iterable[str], limit: int = 12) -> str:
-    """The first of many paths, for a message."""
+    """Joins the first paths of many for a message."""
     listed = [path or "(root)" for path in paths]
     return ", ".join(listed[:limit]) + f" and {len(listed) - limit} more" * (len(listed) > limit)
 
@@ -119,17 +119,17 @@ def values_by_path(
     partial: bool = False,
     remedy: str = "",
 ) -> dict[KeyPath, Any]:
-    """`broadcast_prefix` of a tree of values, or of what a callable makes of `tree`."""
+    """Calls `broadcast_prefix` with a tree of values, or with the result of a callable."""
     if callable(given) and not any(is_value(x) for _, x in positions(given, is_value)):
         given = called(f"the callable {what}", given, tree)
-        what = f"What the callable {what} returns"
+        what = f"The result of the callable {what}"
     return broadcast_prefix(
         given, tree, what=what, kind=kind, is_value=is_value, partial=partial, remedy=remedy
     )
 
 
 def called(what: str, function: Callable, *args: Any) -> Any:
-    """A user's function, called; a note on its errors names it."""
+    """Calls a user's function, and adds a note with its name to any error."""
     try:
         return function(*args)
     except Exception as error:
@@ -147,22 +147,22 @@ def broadcast_prefix(
     partial: bool = False,
     remedy: str = "",
 ) -> dict[KeyPath, Any]:
-    """The value that `prefix`, a tree or a part of one, gives each leaf of `tree`, by key path.
+    """Returns the value that `prefix` has for each leaf of `tree`, by key path.
 
     Values and leaves are matched by name, whatever the trees' classes and boxes.
 
     Args:
-        prefix: a tree of values, each for one leaf or for a whole subtree.
-        tree: the tree to cover; `None` and `MaskedNode` in it need no value.
-        what: the name of `prefix` in errors.
-        kind: what a value is, in errors.
-        is_value: what ends the descent into `prefix`.
-        partial: leave leaves without a value out, in place of an error.
-        remedy: a sentence for errors.
+        prefix: A tree of values, each for one leaf or for a whole subtree.
+        tree: The tree to cover. `None` and `MaskedNode` in it do not need a value.
+        what: The name of `prefix`, for messages.
+        kind: A description of the values, for messages.
+        is_value: Whether a node of `prefix` is a value rather than a subtree.
+        partial: Whether leaves without a value are omitted from the result instead of an error.
+        remedy: A sentence to add to messages.
 
     Raises:
-        ValueError: what is no value, a value without a leaf, or a leaf without a value; all name
-            the path.
+        ValueError: A leaf of `prefix` is not a value, a value has no leaf, or a leaf has no value.
+            The message names the path.
     """
     names = leaf_names(prefix, is_value)
     values = {names[path]: value for path, value in positions(prefix, is_value)}
@@ -174,7 +174,7 @@ def broadcast_prefix(
                 + _also(remedy)
             )
     leaves = positions(tree)
-    if not leaves:  # the stand-in for params with which optax.tree_map_params calls `init`
+    if not leaves:  # optax.tree_map_params calls `init` with a placeholder instead of params
         return {}
     leaf_name = leaf_names(tree)
     covering = {
@@ -207,14 +207,14 @@ def _also(sentence: str) -> str:
 
 
 def map_paths(values: dict[KeyPath, Any], tree: Any) -> Any:
-    """A tree like `tree` with the value of each leaf's path; masked leaves stay masked."""
+    """Returns a tree like `tree` with the value of each leaf's path; masked leaves stay masked."""
     return jax.tree_util.tree_map_with_path(lambda path, _: values[path], tree)
 
 
 def only_updated(params: Any, updates: Any) -> Any:
-    """`params` with `None` wherever `updates` have it, as the gradients of a filtered model do.
+    """Returns `params` with `None` wherever `updates` have `None`, as those of filtered models do.
 
-    What is not updated may be no array then, such as the functions of an Equinox module.
+    Leaves without an update may then be anything, such as the functions of an Equinox module.
     """
     if params is None:
         return None
@@ -224,10 +224,10 @@ def only_updated(params: Any, updates: Any) -> Any:
 
 
 def only_state(state: Any, kind: type, remedy: str) -> Any:
-    """The one state of a kind within that of a chain.
+    """Returns the only state of class `kind` within the state of a chain.
 
     Raises:
-        ValueError: there is none, or several; the message ends with the remedy.
+        ValueError: There is none, or more than one; the message ends with the remedy.
     """
     nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
     own = [node for node in nodes if isinstance(node, kind)]

@@ -10,6 +10,7 @@ import muon_jax
 FACTORIES = {
     "muon": (muon_jax.muon, {"learning_rate": 0.02, "ns_steps": 1}),
     "int8": (muon_jax.muon, {"learning_rate": 0.02, "ns_steps": 1, "mu_dtype": jnp.int8}),
+    "int4": (muon_jax.muon, {"learning_rate": 0.02, "ns_steps": 1, "mu_dtype": jnp.int4}),
     "sgd": (muon_jax.muon, {"learning_rate": 0.02, "ns_steps": 1, "other_optimizer": "sgd"}),
     "lion": (muon_jax.muon, {"learning_rate": 0.02, "ns_steps": 1, "other_optimizer": "lion"}),
     "nadam": (

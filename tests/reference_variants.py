@@ -372,17 +372,17 @@ def cautious_decay(w, directions, *, learning_rate, weight_decay, at_zero=True):
     return trajectory
 
 
-def int8_round_trip(x, count, dtype=np.float64):
+def round_trip(x, count, dtype=np.float64, levels=127):
     """`(int8, scale, what comes back)`: linear, symmetric, one scale per slice of the last axis.
 
     Gupta et al. (2509.23106), who have blocks of 2048 values; rounded stochastically, up where the
     number of the entry at step `count` is below the fraction.
     """
     x = np.asarray(x, dtype)
-    scale = np.abs(x).max(axis=-1, keepdims=True) / dtype(127)
+    scale = np.abs(x).max(axis=-1, keepdims=True) / dtype(levels)
     q = x / np.where(scale > 0, scale, dtype(1))
     up = uniform(count, x.shape) < q - np.floor(q)
-    q = np.clip(np.floor(q) + up, -127, 127).astype(np.int8)
+    q = np.clip(np.floor(q) + up, -levels, levels).astype(np.int8)
     return q, scale, q * scale
 
 
@@ -398,12 +398,12 @@ def uniform(count, shape):
     return (mixed(place ^ mixed(np.uint64(count))) >> np.uint64(8)) / 2.0**24
 
 
-def int8_muon(w, grads, **muon):
-    """Muon with its momentum kept in int8: rounded after it was used, not before."""
+def int8_muon(w, grads, levels=127, **muon):
+    """Muon with its momentum kept in integers: rounded after it was used, not before."""
     muon = Muon(**muon)
     factor = SHAPE_SCALES[muon.scale](*w.shape)
 
     def direction(u, step):
         return factor * newton_schulz(u, *muon.schedule)
 
-    return _muon(w, grads, muon, direction, keep=lambda mu, t: int8_round_trip(mu, t)[2])
+    return _muon(w, grads, muon, direction, keep=lambda mu, t: round_trip(mu, t, levels=levels)[2])

@@ -79,7 +79,7 @@ def test_ten_looks_ahead():
 
 
 def test_a_state_without_a_look_ahead_is_refused():
-    with pytest.raises(ValueError, match="has 0 looks ahead"):
+    with pytest.raises(ValueError, match="has 0 look-ahead states"):
         lookahead_params(muon(0.1).init(PARAMS), PARAMS)
 
 

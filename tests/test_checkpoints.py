@@ -249,7 +249,7 @@ def test_a_bad_sector_is_damage_and_missing_rights_are_not(checkpoints, monkeypa
     monkeypatch.setattr(manifests, "file_digest", failing)
     if number == errno.EIO:
         damaged = checkpoints.restore(small_state()).damaged
-        assert damaged == ("step 2: state/_METADATA has other contents than were written",)
+        assert damaged == ("step 2: state/_METADATA has changed since it was written",)
     else:
         with pytest.raises(PermissionError):
             checkpoints.restore(small_state())

@@ -41,8 +41,9 @@ COMMANDS = {
     "bench": bench.Config,
 }
 # Passes over a table of equations are counted whole; one over rows of a user's may be a part. And
-# export has no arithmetic, whose precision --dtype is of elsewhere.
-APART = {("--epochs", "grok"), ("--epochs", "grok.speed"), ("--dtype", "pretrain.export")}
+# what exports or samples has no backward pass, whose precision --dtype is of elsewhere.
+APART = {("--epochs", "grok"), ("--epochs", "grok.speed")}
+APART |= {("--dtype", "pretrain.export"), ("--dtype", "finetune.sample")}
 POSITIONAL = typing.get_args(tyro.conf.Positional[str])[1]
 
 

@@ -70,7 +70,7 @@ def test_an_error_of_the_code_has_its_traceback_and_ctrl_c_an_exit_code(capsys):
     with pytest.raises(KeyError):
         guard(fail(KeyError("x")))
     assert guard(fail(KeyboardInterrupt())) == INTERRUPTED
-    assert "the same command continues" in capsys.readouterr().out
+    assert "run the same command to continue" in capsys.readouterr().out
     with (
         pytest.raises(SystemExit, match=r"folder holds no readable run of this study"),
         reporting("folder"),

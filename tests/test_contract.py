@@ -58,6 +58,7 @@ TRANSFORMATIONS = {
         other_optimizer="lion",
         ns_steps=1,
     ),
+    "int4": lambda: muon_jax.muon(0.02, weight_decay=0.1, mu_dtype=jnp.int4, ns_steps=1),
     "normuon": lambda: muon_jax.normuon(0.02, weight_decay=0.1, ns_steps=1, matrix_axes=PARTS),
     "adamuon": lambda: muon_jax.adamuon(0.02, weight_decay=0.1, ns_steps=1),
     "low_rank": lambda: muon_jax.low_rank(0.02, 2, weight_decay=0.1),
@@ -91,6 +92,7 @@ TRANSFORMATIONS = {
 # What is kept for whole rows, columns or directions of the matrices, and for parts of them.
 REDUCED = {
     "int8": {(4, 1), (2, 6, 1)},
+    "int4": {(4, 1), (2, 6, 1)},
     "normuon": {(1, 6), (2, 1, 1, 1), (2, 1, 1, 3)},
     "dion": {(4, 2), (2, 6, 2)},
     "soap": {(4, 4), (2, 4, 4)},

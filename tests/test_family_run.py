@@ -110,6 +110,8 @@ def test_the_table_has_losses_differences_and_costs(whole):
         assert 0 < arm["validation_loss"] < 10 and len(arm["losses_by_rate"]) == 3
         assert arm["step_ratio"] > 0 and arm["update"]["times_baseline"] > 0
     assert arms["adamw"]["update"]["temp_bytes"] < arms["muon"]["update"]["temp_bytes"]
+    # One layer of kernels: q, k, v, o of 8 × 8, gate, up, down of 8 × 24, five steps each.
+    assert arms["muon"]["update"]["flops"] > arms["adamw"]["update"]["flops"] == 0
     difference = arms["muon"]["difference_to_adamw"]
     assert difference["low"] <= difference["mean"] <= difference["high"]
     means = [arms[name]["validation_loss"] for name in ("muon", "adamw")]
@@ -279,7 +281,7 @@ def test_an_optimizer_sees_the_forward_pass_and_may_have_others_evaluated(tiny, 
     monkeypatch.setattr(cost, "STEPS", 1)
     costs = cost.measure(config, ["adamw", "test"], text)
     assert costs["test"]["state_bytes_per_parameter"] == 0
-    assert costs["adamw"]["times_baseline"] == 1
+    assert costs["adamw"]["times_baseline"] == 1 and costs["adamw"]["flops"] == 0
 
 
 def test_rates_and_seeds_share_a_program_and_make_a_difference(tiny):

@@ -154,6 +154,7 @@ CURVED, MANIFOLD = ("muonh", "normuonh", "muown"), ("muon_sphere", "spel")
 
 # One rate for all leaves; in the other arms AdamW has the rest, at a rate of its own.
 WHOLE_TREE = ("adamw", "adamw_tuned", "orthogonal_gradient", "grokfast", "splus", "scion", "gluon")
+REST = ("muon_rest", "adamw_rest")  # the rate is that of the others
 
 
 @pytest.mark.parametrize("name", [name for name in optimizers.ARMS if name not in MANIFOLD])
@@ -172,7 +173,8 @@ def test_a_traced_rate_takes_the_place_of_the_arm_s_own(name):
 
     own = config.rate(name) * (1e-2 if name in CURVED else 1)
     whole, half = update(own), update(own / 2)
-    for path, fraction in (("head", 0.5 if name in WHOLE_TREE else 1.0), ("blocks", 0.5)):
+    head, blocks = 0.5 if name in WHOLE_TREE + REST else 1.0, 1.0 if name in REST else 0.5
+    for path, fraction in (("head", head), ("blocks", blocks)):
         for ours, theirs in zip(*map(jax.tree.leaves, (whole[path], half[path])), strict=True):
             if path == "blocks" and ours.ndim < 2:
                 continue  # gains

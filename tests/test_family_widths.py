@@ -47,10 +47,36 @@ def test_a_run_and_its_report(tmp_path, capsys):
         (folder / name).unlink()
     main(str(folder))
     assert (folder / "widths.png").exists() and (folder / "report.html").exists()
-    assert "Best rate by width" in capsys.readouterr().out
+    assert "Best rate by size" in capsys.readouterr().out
     # Wider models are added to the same folder.
     assert run("--widths", 8, 16, 24, "--scales", "mup", out=tmp_path) == 0
     assert "trainings left: 3" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_run_over_depths_on_the_hyperball(tmp_path, monkeypatch):
+    """A matrix keeps its norm there; its optimizer is MuonH, and layers are added."""
+    trained = []
+
+    def train(config, text, optimizer, rate, seed, show):
+        trained.append((optimizer, config.layers, config.width, rate))
+        loss = 2 + (np.log2(rate / 0.08) + seed * np.log2(config.layers) / 8) ** 2
+        row = {"validation_loss": loss, "diverged": False, "milliseconds_per_step": 1.0}
+        return [row | {"step": 4, "train_loss": 1.0}], row
+
+    monkeypatch.setattr(widths, "train_cell", train)
+    options = ["--scales", "mup", "hyperball", "--depths", 1, 2, "--seeds", 2]
+    assert run(*options, out=tmp_path) == 0
+    assert {(name, layers) for name, layers, *_ in trained} == {
+        (name, layers) for name in ("muon", "muonh") for layers in (1, 2)
+    }
+    assert {width for *_, width, _ in trained} == {128}
+    assert {rate for name, *_, rate in trained if name == "muonh"} == {0.04, 0.08, 0.16}
+    mup, hyperball = json.loads((tmp_path / "run" / "summary.json").read_text())["scales"]
+    assert (mup["scale"], hyperball["scale"]) == ("mup", "hyperball")
+    assert mup["over"] == "layers" and mup["optimum"].keys() == {"1", "2"}
+    # Seed 1's optimum falls by an eighth of a power of two with a doubling of the layers.
+    assert hyperball["drift_by_seed"] == pytest.approx({"0": 0, "1": -1 / 8}, abs=1e-6)
+    assert hyperball["drift"] == pytest.approx(-1 / 16, abs=1e-6)
 
 
 def test_wrong_widths_are_refused(tmp_path, capsys):

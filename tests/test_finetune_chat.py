@@ -303,14 +303,14 @@ def test_a_completion_is_tokenised_as_it_will_be_generated(folder):
         ("Hello", "must be a non-empty list"),
         ([{"role": "user"}], 'message 1 must be an object with a "role" and a "content"'),
         ([*said("a"), 1], "message 2 must be an object"),
-        (said("a"), "the last message must be the assistant's; got the user's"),
-        (said("a", "b", "c"), "the last message must be the assistant's; got the user's"),
-        (said("a", "b")[1:], "message 1 is of the assistant after nothing"),
-        (said("a", "b") + said("c", "d", system="x"), "message 3 is of the system after assistant"),
-        (said("a") + said("b", "c"), "message 2 is of the user after user"),
-        ([{"role": "bot", "content": "x"}], "role 'bot', not system"),
-        ([{"role": ["user"], "content": "x"}], "role .*, not system"),
-        (said("a", " \n"), "message 2, of the assistant, is empty"),
+        (said("a"), "the last message must have the role assistant; got user"),
+        (said("a", "b", "c"), "the last message must have the role assistant; got user"),
+        (said("a", "b")[1:], "message 1, of the assistant, must not follow nothing"),
+        (said("a", "b") + said("c", "d", system="x"), "3, of the system, must not follow"),
+        (said("a") + said("b", "c"), "message 2, of the user, must not follow user"),
+        ([{"role": "bot", "content": "x"}], "role of message 1 must be one of system, "),
+        ([{"role": ["user"], "content": "x"}], "role of message 1 must be one of system, "),
+        (said("a", " \n"), "message 2, with the role assistant, must not be empty"),
         (said("a", None), "content of message 2 must be a text; got None"),
         (
             [{"role": "user", "content": None, "tool_calls": [1]}, *said("a", "b")[1:]],
@@ -318,7 +318,7 @@ def test_a_completion_is_tokenised_as_it_will_be_generated(folder):
         ),
         (said("a", [{"type": "text", "text": "b"}]), "content of message 2 must be a text"),
         ([{"role": "user", "content": "a", "weight": 0}], "has 'weight', but may only have role"),
-        (said("a", "b\ufdd0"), "not characters"),
+        (said("a", "b\ufdd0"), "must not contain the noncharacters"),
         (said("a", "b\ud800"), "invalid Unicode"),
     ],
 )
@@ -392,12 +392,12 @@ def test_a_folder_without_a_whole_tokenizer_is_refused(tmp_path):
     }
     (folder / "chat_template.jinja").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"'<\|im_end\|>' as 7, but tokenizer.json has not"):
+    with pytest.raises(ValueError, match=r"'<\|im_end\|>' as 7, but tokenizer.json does not"):
         Chat(folder)
     del settings["added_tokens_decoder"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     assert Chat(folder).conversation(said("a", "b")).learnt
-    with pytest.raises(ValueError, match="no eos_token"):
+    with pytest.raises(ValueError, match="must have an eos_token"):
         Chat(folder).completion("a", "b")
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a valid tokenizer"):

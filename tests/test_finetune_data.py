@@ -218,7 +218,7 @@ def test_content_that_spells_special_tokens_is_counted(model, tmp_path):
         ("[" * 100_000, r"invalid JSON: "),
         ('"\udcff"', r"invalid JSON: "),
         ("[]", "an example must be an object; got list"),
-        ("{}", 'has "messages", or "prompt" and "completion".*; this has no keys'),
+        ("{}", 'must have "messages", or "prompt" and "completion".*; this has no keys'),
         (
             '{"conversations": [], "id": 1, "group": null}',
             "'conversations', 'group' .null., 'id'; c",
@@ -238,7 +238,7 @@ def test_content_that_spells_special_tokens_is_counted(model, tmp_path):
         ('{"messages": []}', "must be a non-empty list"),
         (
             '{"messages": [{"role": "user", "content": "a"}]}',
-            "last message must be the assistant's; got the user's",
+            "last message must have the role assistant; got user",
         ),
         ('{"prompt": "a", "completion": " "}', '"completion" must be a non-blank text'),
         ('{"prompt": "", "completion": "a"}', '"prompt" must be a non-blank text'),
@@ -380,7 +380,7 @@ def test_batches_that_cannot_be_are_refused():
     for settings, error in (
         ({"batch": 0}, "--batch must be at least 1; got 0"),
         ({"seed": -1}, "--seed must be at least 0; got -1"),
-        ({"context": 31}, "from 1 to 31 tokens"),
+        ({"context": 31}, "must have 1 to 31 tokens"),
     ):
         with pytest.raises(ValueError, match=error):
             Batches(rows, **({"batch": 2, "context": 32, "seed": 0} | settings))

@@ -443,7 +443,7 @@ def test_the_verdict_on_the_clip_is_of_what_was_measured(tmp_path):
     assert against.mean == pytest.approx(0.1)
     told = " ".join(report.abstract(results))
     assert "of the last steps 2 with no clip, 2 with W_q and W_k clipped;" in told
-    assert "median norm of the gradient 1.35 with no clip, 1.35 with" in told
+    assert "median gradient norm 1.35 with no clip, 1.35 with" in told
 
 
 @pytest.mark.parametrize("projections", [False, True])

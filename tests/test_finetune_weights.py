@@ -343,7 +343,7 @@ def test_a_tied_model_may_repeat_its_embedding_but_no_other_head(written):
     for other, message in (
         (
             embedding + np.eye(64, 16, -30, np.float32),
-            "word_embeddings true, and lm_head.weight differs",
+            "lm_head.weight must equal model.embed_tokens.weight",
         ),
         (embedding[1:], r"lm_head.weight is F32 \(63, 16\)"),
     ):

@@ -114,7 +114,7 @@ WRONG_MASKS = {
     ),
     "an array of bools": (
         lambda tree: jax.tree.map(lambda x: x > 0, tree),
-        ["callable weight_decay_mask returns", "True or False", "'embed'"],
+        ["result of the callable weight_decay_mask", "True or False", "'embed'"],
     ),
     "a callable of junk": (lambda tree: "matrices", ["callable weight_decay_mask", "'matrices'"]),
 }
@@ -139,7 +139,7 @@ WRONG_AXES = {
     "a number": (3, ["matrix_axes", "MatrixAxes", "got 3"]),
     "a list": ([0, 1], ["matrix_axes", "MatrixAxes", "got 0 at '0'"]),
     "a word": ({"layers": "-1"}, ["matrix_axes", "MatrixAxes", "'-1' at 'layers'"]),
-    "a callable of junk": (lambda tree: (0, 1), ["callable matrix_axes returns", "got 0"]),
+    "a callable of junk": (lambda tree: (0, 1), ["result of the callable matrix_axes", "got 0"]),
     "no leaf": ({"layer": MatrixAxes()}, ["matrix_axes", "'layer'", "no leaf"]),
     "out of range": (MatrixAxes(0, 2), [KERNEL, "(4, 4)", "does not fit"]),
     "no axis": ({"layers": MatrixAxes(0, ())}, [KERNEL, "does not fit"]),

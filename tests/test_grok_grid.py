@@ -59,7 +59,7 @@ def test_an_axis_of_one_optimizer_leaves_the_others_one_cell():
         ("width=33", "try --width 32"),
         ("width=wide", "width=wide is not valid"),
         ("width=32.5", "is not valid"),
-        ("muon.rate=1", "'muon.rate' is no setting"),
+        ("muon.rate=1", "'muon.rate' is not a setting"),
         ("adamw.b1.x=1", "is not valid"),
         ("muon.scale=spectral,foo", "muon.scale=foo is not a valid value. Choose from spec"),
         ("muon.ns-coeffs=jordon", "polar_express_1.02, cans"),
@@ -164,7 +164,14 @@ def test_an_estimate_is_a_bound_where_nothing_is_known_and_says_so():
     whole = str(
         estimate(dataclasses.replace(TINY, full_length=True), TINY.cells(), threading.Event())
     )
-    assert not whole.startswith("at most") and "to its last epoch" in whole
+    assert not whole.startswith("at most") and "runs for all epochs" in whole
+
+
+def test_an_estimate_of_the_default_run_is_made_from_its_stored_result(monkeypatch):
+    monkeypatch.setattr("experiments.grok.estimate._seconds_per_step", lambda *_: 1e-3)
+    cells = Config().cells()
+    found = estimate(Config(), cells, threading.Event())
+    assert found.known == len(cells) == 6 and "from an earlier run" in str(found)
 
 
 def test_an_estimate_times_an_arm_of_each_optimizer(monkeypatch):

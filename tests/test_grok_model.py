@@ -46,6 +46,19 @@ def test_modular_tables_hold_every_pair_and_its_answer(task):
     assert table.answers[-len(pairs) :].tolist() == answers
 
 
+def test_without_norm_layers_logits_grow_with_the_embeddings():
+    tokens = jnp.asarray(tasks.table("parity").tokens[:8])
+    for norm in ("rms", "none"):
+        graph, params = make("parity", 1, 2, norm=norm)
+        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
+        assert any("norm" in path for path in paths) == (norm == "rms")
+        model = nnx.merge(graph, params)
+        before = jnp.abs(model(tokens)).max()
+        model.embedding.embedding[...] *= 10
+        grown = jnp.abs(model(tokens)).max() / before
+        assert grown < 3 if norm == "rms" else grown > 8
+
+
 def test_parity_table_counts_bits():
     table = tasks.table("parity")
     assert table.tokens.shape == (1024, 11) and len(np.unique(table.tokens, axis=0)) == 1024
@@ -61,32 +74,34 @@ def test_split_is_a_partition_that_depends_on_the_seed():
     assert rows.train.tolist() != tasks.split(9409, 0.5, seed=1).train.tolist()
 
 
-def make(task, layers, heads, width=32, dropout=0.0):
+def make(task, layers, heads, width=32, dropout=0.0, **kinds):
     model = Transformer(
         tasks.table(task).vocabulary,
         width=width,
         layers=layers,
         heads=heads,
         dropout=dropout,
+        **kinds,
         rngs=nnx.Rngs(3),
     )
     return nnx.split(model, nnx.Param)
 
 
 @pytest.mark.parametrize(
-    ("task", "layers", "heads", "batch"),
+    ("task", "layers", "heads", "batch", "kinds"),
     [
-        ("mul", 1, 1, 128),
-        ("mul", 2, 2, 128),
-        ("div", 3, 1, 128),
-        ("mul", 2, 1, 64),  # fewer rows than residues: nothing is shared
-        ("parity", 2, 2, 64),
+        ("mul", 1, 1, 128, {}),
+        ("mul", 2, 2, 128, {}),
+        ("div", 3, 1, 128, {}),
+        ("mul", 2, 1, 64, {}),  # fewer rows than residues: nothing is shared
+        ("parity", 2, 2, 64, {}),
+        ("parity", 1, 2, 64, {"norm": "none"}),
     ],
 )
-def test_shared_prefixes_equal_the_plain_forward(task, layers, heads, batch):
+def test_shared_prefixes_equal_the_plain_forward(task, layers, heads, batch, kinds):
     """Logits and gradients in float32; the sums run in another order, hence 1e-5."""
     table = tasks.table(task)
-    graph, params = make(task, layers, heads)
+    graph, params = make(task, layers, heads, **kinds)
     tree = prefixes.PrefixTree.of(table, batch)
     rows = jnp.asarray(np.random.default_rng(0).permutation(len(table.tokens))[:batch])
     tokens, answers = jnp.asarray(table.tokens), jnp.asarray(table.answers)[rows]

@@ -135,9 +135,10 @@ def test_abstract_of_a_whole_run(tmp_path):
         "Muon reached 95 % validation accuracy, and held it, in 3 of 3 trainings, at a median of"
         " 17 epochs; AdamW in 3 of 3 trainings, at a median of 97 epochs."
         " Trainings that grokked strictly, not before twice the memorised epoch: AdamW 3 of 3; Muon"
-        " 1 of 3; within 5 epochs of memorising: AdamW 0 of 3; Muon 1 of 3."
-        " Ratio of grokking epochs, AdamW over Muon, paired by training: 5.64 [4.75, 6.69]"
-        " (n = 3 seeds); to memorise 1.00 [1.00, 1.00]; of the delay 10.77 [5.98, 19.40]."
+        " 1 of 3. Trainings that grokked within 5 epochs of memorising: AdamW 0 of 3; Muon 1 of 3."
+        " Ratio of grokking epochs, AdamW over Muon, paired by training, with 95 % interval: 5.64"
+        " [4.75, 6.69] (n = 3 seeds); of epochs to memorise 1.00 [1.00, 1.00]; of delay + 1 10.77"
+        " [5.98, 19.40]."
         " Median training time to grok: Muon 1.31 s; AdamW 4.62 s."
     )
 
@@ -150,7 +151,10 @@ def test_abstract_counts_the_panels(tmp_path):
         rows += three_seeds(optimizer, [None] * 3, task="exp")
     text = text_of(tmp_path, rows)
     # Of three tasks one tells nothing, and the other two cancel.
-    assert "AdamW over Muon, paired by training: 1.00 [" in text and "(n = 2 tasks)" in text
+    assert (
+        "AdamW over Muon, paired by training, with 95 % interval: 1.00 [" in text
+        and "(n = 2 tasks)" in text
+    )
 
 
 def test_abstract_with_censored_cells(tmp_path):
@@ -180,7 +184,7 @@ def test_abstract_of_a_partial_run(tmp_path):
     text = text_of(tmp_path, [*ADAMW, MUON[0]], total=6, begun=[MUON[1]])
     assert text.startswith("4 of 6 trainings finished so far.")
     # Only seed 0 has both optimizers: 90 / 15.
-    assert "AdamW over Muon, paired by training: 6.00 (n = 1 seed);" in text
+    assert "AdamW over Muon, paired by training, with 95 % interval: 6.00 (n = 1 seed);" in text
     assert "No training has finished yet: 0 of 6," in text_of(tmp_path, [], total=6)
 
 

@@ -172,7 +172,7 @@ def test_sigterm_ends_like_ctrl_c(tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == INTERRUPTED, output
     # It may still be compiling, which ends in the commands' own sentence.
-    assert "the same command continues" in re.sub(r"\s+", " ", output).lower()
+    assert "run the same command to continue" in re.sub(r"\s+", " ", output).lower()
 
 
 def test_a_second_process_on_the_same_folder_is_refused(tmp_path, capsys):

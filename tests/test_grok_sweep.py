@@ -130,7 +130,10 @@ def test_a_trend_does_not_come_from_budgets_that_fall(tmp_path):
 def test_the_sweep_is_told_in_sentences(tmp_path):
     text = " ".join(abstract(loaded(tmp_path, ADAMW + MUON)))
     assert "AdamW 70, the best of 3 settings (width 128); Muon 25" in text
-    assert re.search(r"AdamW over Muon, 95 % interval: 2.82 \[.*?\] in epochs", text)
+    assert re.search(
+        r"AdamW over Muon, each at its best setting, with 95 % interval: 2.82 \[.*?\] in epochs",
+        text,
+    )
     assert "Cost of grokking with larger width: AdamW's falls" in text
 
 

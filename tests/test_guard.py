@@ -37,6 +37,11 @@ def test_lone_spikes_are_skipped_and_change_little():
     assert found == ([True] * 30 + [False]) * 4
 
 
+def test_a_spike_that_was_skipped_does_not_let_smaller_ones_pass():
+    """It counts as the largest norm that would have been taken, however large it was."""
+    assert taken([0.1] * 30 + [1e4, 5.0], 10.0) == [True] * 30 + [False] * 2
+
+
 def test_a_norm_of_zero_is_no_measure_of_spikes():
     found = taken([0.0] * 30 + [1.0] * 9, 10.0)
     assert found[30] and found.count(False) <= 3 and all(found[-4:])

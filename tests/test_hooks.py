@@ -152,6 +152,19 @@ def test_a_constraint_goes_with_every_optimizer(make):
         assert 0.015 < moved < 0.025  # the rate
 
 
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (muon_jax.scion, r"scion: no constraint: the balls .* scion\(constrained=True\)"),
+        (functools.partial(muon_jax.gluon, smoothness=(0.0, 1.0)), "gluon: no constraint"),
+        (muon_jax.muown, "muown: no constraint: the norms of neurons are parameters"),
+    ],
+)
+def test_where_norms_are_held_already_a_constraint_is_refused(make, reason):
+    with pytest.raises(TypeError, match=reason):
+        make(0.1, constraint=muon_jax.hyperball())
+
+
 # --- Norms on a mesh -------------------------------------------------------------------------
 
 # Two layers of four experts, split by expert and by fan_in, and one matrix split both ways.
@@ -233,7 +246,7 @@ def test_radii_are_kept_and_restored():
 def test_zeros_have_no_sphere_and_learn():
     tx = muon_jax.muonh(0.02, routing=lambda path, x: "muon")
     params = {"a": jnp.zeros((4, 8)), "b": jnp.ones((4, 8))}
-    with pytest.warns(UserWarning, match="zero at first"):
+    with pytest.warns(UserWarning, match="zero at init"):
         state = tx.init(params)
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
     assert float(jnp.linalg.norm(updates["a"])) > 0
@@ -254,9 +267,12 @@ def test_stateless_hooks_leave_the_state_as_it_is():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"before": muon_jax.equilibrate}, "before must be a hook.*got equilibrate.*call it"),
+        (
+            {"before": muon_jax.equilibrate},
+            "before must be a hook.*got equilibrate.*Call this function",
+        ),
         ({"after": ["snap"]}, "after must be a hook.*'snap'"),
-        ({"constraint": muon_jax.hyperball}, "must be a constraint.*hyperball.*call it"),
+        ({"constraint": muon_jax.hyperball}, "must be a constraint.*hyperball.*Call this function"),
         ({"constraint": muon_jax.equilibrate()}, "must be a constraint"),
     ],
 )

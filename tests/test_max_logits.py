@@ -186,9 +186,9 @@ def test_largest_logits_on_a_mesh(kind, settings):
 @pytest.mark.parametrize(
     ("query", "key", "settings", "message"),
     [
-        ((5, 4, 8), (5, 4, 8), {}, r"query is \(B, T, N, H\)"),
-        ((2, 5, 4, 8), (3, 5, 4, 8), {}, "share batch and head size"),
-        ((2, 5, 4, 8), (2, 5, 3, 8), {}, "divide the query heads"),
+        ((5, 4, 8), (5, 4, 8), {}, r"query must be \(B, T, N, H\)"),
+        ((2, 5, 4, 8), (3, 5, 4, 8), {}, "must have the same B and H"),
+        ((2, 5, 4, 8), (2, 5, 3, 8), {}, "query heads must be a multiple of K"),
         ((2, 5, 4, 8), (2, 6, 4, 8), {"mask": jnp.ones((5, 6), bool)}, r"\(2, 4, 5, 6\); got"),
         ((2, 5, 4, 8), (2, 6, 4, 8), {"logsumexp": jnp.ones((2, 4, 5))}, r"\(2, 5, 4\); got"),
         ((2, 5, 4, 8), (2, 6, 4, 8), {"block_size": 0}, "block_size must .* at least 1; got 0"),

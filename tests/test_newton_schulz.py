@@ -314,7 +314,7 @@ ONES = np.ones((4, 6), np.float32)
 @pytest.mark.parametrize(
     "x,settings,error,words",
     [
-        (ONES, {"coeffs": "you", "steps": 4}, ValueError, ["5", "steps=4", "Leave steps out"]),
+        (ONES, {"coeffs": "you", "steps": 4}, ValueError, ["5", "steps=4", "Omit steps"]),
         (ONES, {"steps": 0}, ValueError, ["steps=0", "at least 1"]),
         (ONES, {"steps": -2}, ValueError, ["steps=-2", "at least 1"]),
         (ONES, {"steps": 5.0}, TypeError, ["float", "static Python int"]),

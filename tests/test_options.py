@@ -55,7 +55,7 @@ from muon_jax import (
     scion,
     splus,
 )
-from muon_jax._momentum import Int8
+from muon_jax._momentum import Packed
 
 # --- The rest --------------------------------------------------------------------------------
 
@@ -190,18 +190,22 @@ ROW = np.array([0.3, -1.0, 0.004, 0.0])
 ROWS = np.stack([ROW, 1e30 * ROW, 1e-30 * ROW, 0 * ROW, [0, 0, 0, -2], np.arange(4)])
 
 
+LEVELS = {127: jnp.int8, 7: jnp.int4}
+
+
 @pytest.mark.parametrize("shape", [(6, 4), (3, 64, 96), (5,)])
-def test_a_rounding_costs_less_than_a_step_and_nothing_on_average(shape):
+@pytest.mark.parametrize("levels", LEVELS)
+def test_a_rounding_costs_less_than_a_step_and_nothing_on_average(shape, levels):
     x = ROWS if shape == (6, 4) else normal({"x": shape}, 0)["x"]
     x = x.astype(np.float32)
-    step = np.abs(x).max(axis=-1, keepdims=True) / 127
-    encode = jax.jit(lambda count: Int8.encode({"x": jnp.asarray(x)}, count))
+    step = np.abs(x).max(axis=-1, keepdims=True) / levels
+    encode = jax.jit(lambda count: Packed.encode({"x": jnp.asarray(x)}, count, LEVELS[levels]))
     errors = []
     for count in range(64):
         packed = encode(count)
-        values, scales, _ = reference_variants.int8_round_trip(x, count, np.float32)
+        values, scales, _ = reference_variants.round_trip(x, count, np.float32, levels)
         # One in ten thousand has a fraction so near its random number that float32 decides.
-        assert np.mean(packed.values["x"] != values) < 1e-4
+        assert np.mean(packed.values["x"].astype(jnp.int8) != values) < 1e-4
         np.testing.assert_allclose(packed.scales["x"], scales, rtol=2e-7)
         error = np.asarray(packed.decode()["x"], np.float64) - x
         assert np.all(np.abs(error) <= step * (1 + 1e-5))
@@ -212,22 +216,23 @@ def test_a_rounding_costs_less_than_a_step_and_nothing_on_average(shape):
     assert abs(neighbours.mean()) < 3 / 16 / np.sqrt(x.size)
 
 
+@pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("beta", [0.95, 0.99])
-def test_int8_learns_a_steady_gradient_of_any_size(beta):
+def test_integers_learn_a_steady_gradient_of_any_size(beta, levels):
     """A hundredth of a step a step: rounding to nearest would keep the momentum at zero."""
-    share = 0.01 / 127 / (1 - beta)
+    share = 0.01 / levels / (1 - beta)
     g = jnp.full((64, 64), share).at[:, 0].set(1.0)
-    tx = scale_by_muon(beta=beta, mu_dtype=jnp.int8, orthogonalizer=lambda x: x)
+    tx = scale_by_muon(beta=beta, mu_dtype=LEVELS[levels], orthogonalizer=lambda x: x)
 
     def step(state, _):
         _, state = tx.update(g, state)
         return state, state.mu.decode()
 
     _, mu = jax.lax.scan(step, tx.init(g), None, length=int(8 / (1 - beta)))
-    assert np.round(share * (1 - beta) * 127) == 0
+    assert np.round(share * (1 - beta) * levels) == 0
     mu = np.asarray(mu)[-int(3 / (1 - beta)) :, :, 1:]
     # What the docstring says of one entry; of their mean, the largest deviation seen is a third.
-    deviation = 1 / 254 / np.sqrt(1 - beta**2)
+    deviation = 1 / (2 * levels) / np.sqrt(1 - beta**2)
     assert abs(mu.mean() - share) < min(deviation / 8, share / 10)
     assert 0 < mu.std() < deviation
 
@@ -235,7 +240,22 @@ def test_int8_learns_a_steady_gradient_of_any_size(beta):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("make", [muon, normuon, adamuon, muonbp])
 def test_int8_takes_a_byte_an_entry_and_stays(make, dtype):
-    settings = {"mu_dtype": jnp.int8, "ns_steps": 1} | (BLOCKS if make is muonbp else {})
+    check_packed(make, dtype, jnp.int8)
+
+
+def test_int4_takes_half_a_byte_an_entry_and_stays():
+    check_packed(muon, jnp.float32, jnp.int4)
+    params = {name: jnp.asarray(x) for name, x in PARAMS.items()}
+    tx = muon(0.02, mu_dtype=jnp.int4, other_optimizer="frozen")
+    program = jax.jit(lambda state: state).lower(jax.eval_shape(tx.init, params)).compile()
+    size = sum(PARAMS[name].size for name in KERNELS)
+    scales = 4 * sum(len(PARAMS[name]) for name in KERNELS)
+    held = program.memory_analysis().argument_size_in_bytes
+    assert size / 2 + scales <= held < 0.7 * size + scales
+
+
+def check_packed(make, dtype, packed):
+    settings = {"mu_dtype": packed, "ns_steps": 1} | (BLOCKS if make is muonbp else {})
     tx = make(0.02, **settings)
     params, grads = jax.tree.map(lambda x: jnp.asarray(x, dtype), (PARAMS, GRADS[:3]))
     before = tx.init(params)
@@ -245,7 +265,7 @@ def test_int8_takes_a_byte_an_entry_and_stays(make, dtype):
     hidden, rest = (state.inner_states[label].inner_state[0].mu for label in ("muon", "other"))
     values, scales = hidden
     for name in KERNELS:
-        assert values[name].dtype == jnp.int8 and values[name].nbytes == values[name].size
+        assert values[name].dtype == packed and values[name].nbytes == values[name].size
         assert scales[name].dtype == jnp.float32 and scales[name].size == len(values[name])
     assert {rest[name].dtype for name in REST} == {jnp.dtype(dtype)}
 
@@ -353,7 +373,8 @@ def test_parts_that_take_turns(together, sizes, turned):
 
 def test_turns_that_do_not_fill_the_axis_are_refused():
     axes = MatrixAxes(split_fan_out=Interleaved((6, 3)))
-    with pytest.raises(ValueError, match=r"Axis 1 of a leaf .* rounds of \(6, 3\), which have 9"):
+    words = r"Axis 1 of a leaf .* rounds of the sizes \(6, 3\), which have 9"
+    with pytest.raises(ValueError, match=words):
         updates_of(scale_by_muon(matrix_axes=axes), [jnp.ones((4, 10))])
 
 
@@ -388,11 +409,11 @@ def test_an_old_name_works_and_tells_the_new_one(make):
 
 
 def test_adam_s_names_work_for_sgd_with_a_warning():
-    words = "With other_optimizer='sgd' 'adam_b1' is now called 'other_b1'"
+    words = "With other_optimizer='sgd', 'adam_b1' is now called 'other_b1'"
     with pytest.warns(DeprecationWarning, match=words):
         old = muon(0.02, other_optimizer="sgd", adam_b1=0.5)
     assert distance(run(old)[0], run(muon(0.02, other_optimizer="sgd", other_b1=0.5))[0]) == 0
-    with pytest.raises(ValueError, match="leave other_b1 out"):
+    with pytest.raises(ValueError, match="Remove other_b1, or"):
         muon(0.02, other_b1=0.5)
 
 
@@ -426,19 +447,19 @@ VALUES = {
     ),
     "two rates": (
         lambda: normuon(0.1, other_optimizer=optax.sgd(0.1), adam_learning_rate=0.1),
-        ["other_optimizer", "adam_learning_rate", "settings of its own"],
+        ["other_optimizer", "adam_learning_rate", "its own settings"],
     ),
     "two decays": (
         lambda: muon(0.1, other_optimizer=optax.sgd(0.1), adam_weight_decay=0.0),
-        ["other_optimizer", "adam_weight_decay", "settings of its own"],
+        ["other_optimizer", "adam_weight_decay", "its own settings"],
     ),
     "SGD without a second moment": (
         lambda: muon(0.1, other_optimizer="sgd", adam_b2=0.9, nu_dtype=jnp.float32),
-        ["other_optimizer='sgd'", "other_b1", "leave adam_b2, nu_dtype out"],
+        ["other_optimizer='sgd'", "other_b1", "Remove adam_b2, nu_dtype, or"],
     ),
     "a rate of what is frozen": (
         lambda: normuon(0.1, other_optimizer="frozen", adam_learning_rate=0.1),
-        ["other_optimizer='frozen'", "leave adam_learning_rate out"],
+        ["other_optimizer='frozen'", "Remove adam_learning_rate, or"],
     ),
     "sign momentum's eps": (
         lambda: splus(0.1, adam_eps=1e-6),
@@ -522,11 +543,11 @@ KINDS = {
     "text": (lambda: muon(0.1, weight_decay="0.1"), ["weight_decay", "'0.1'"]),
     "a function for an optimizer": (
         lambda: muon(0.1, other_optimizer=optax.adamw),
-        ["other_optimizer must be one of adamw", "got adamw", "call it with its rate"],
+        ["other_optimizer must be one of adamw", "got adamw", "with its learning rate"],
     ),
     "an optimizer for a function": (
         lambda: hybrid(scale_by_muon(), 0.1),
-        ["scale_by must be a function", "muon_jax.scale_by_muon", "Give the function"],
+        ["scale_by must be a function", "muon_jax.scale_by_muon", "Pass the function"],
     ),
     "mesh": (lambda: muon(0.1, mesh="x"), ["mesh must be a jax.sharding.Mesh", "'x'"]),
     "mesh alone": (lambda: scale_by_muon(mesh="x"), ["mesh must be a jax.sharding.Mesh", "'x'"]),

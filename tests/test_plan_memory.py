@@ -27,15 +27,20 @@ AXES = {"fused": MatrixAxes(split_fan_out=(20, 24, 20)), "heads": MatrixAxes(0, 
 
 
 def held(state):
-    """Bytes of the first device; counters aside."""
-    arrays = [x for x in jax.tree.leaves(state) if x.ndim]
-    return sum(x.addressable_shards[0].data.nbytes for x in arrays)
+    """Bytes of the first device, two numbers of int4 in one; counters aside."""
+    shards = [x.addressable_shards[0].data for x in jax.tree.leaves(state) if x.ndim]
+    return sum(x.nbytes if x.dtype != jnp.int4 else (x.size + 1) // 2 for x in shards)
 
 
 @pytest.mark.parametrize(
     "dtypes",
-    [{}, {"mu_dtype": jnp.int8}, {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}],
-    ids=["own", "int8", "bfloat16"],
+    [
+        {},
+        {"mu_dtype": jnp.int8},
+        {"mu_dtype": jnp.int4},
+        {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16},
+    ],
+    ids=["own", "int8", "int4", "bfloat16"],
 )
 @pytest.mark.parametrize("told", ["Explicit", "AbstractMesh"])
 def test_the_momentum_is_what_a_device_holds(dtypes, told):

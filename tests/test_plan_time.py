@@ -98,7 +98,7 @@ def test_the_peak_is_no_sum():
     plan = muon_jax.plan(params, platform="cpu")
     assert plan.peak() == max(row.working_bytes for row in plan.rows) > 0
     assert plan.to_dict()["total"]["working_bytes"] == plan.peak()
-    with pytest.warns(DeprecationWarning, match=r"use peak\(\)"):
+    with pytest.warns(DeprecationWarning, match=r"Use peak\(\)"):
         assert plan.total("working_bytes") == plan.peak()
 
 

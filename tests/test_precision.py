@@ -121,6 +121,7 @@ OPTIONS = {
     "plain": {},
     "float32": {"mu_dtype": jnp.float32},
     "int8": {"mu_dtype": jnp.int8},
+    "int4": {"mu_dtype": jnp.int4},
     "optax": {"momentum": "optax", "beta": np.float32(0.9)},
 }
 
@@ -158,8 +159,9 @@ def test_complex_momentum_keeps_its_dtype_and_int8_is_refused():
     g = jnp.asarray(gaussians((4, 6))[0] + 1j, jnp.complex64)
     [update], state = trajectory(scale_by_muon(mu_dtype=jnp.bfloat16), [g])
     assert update.dtype == state.mu.dtype == jnp.complex64
-    with pytest.raises(ValueError, match=r"int8.*complex64"):
-        scale_by_muon(mu_dtype=jnp.int8).init(g)
+    for dtype in ("int8", "int4"):
+        with pytest.raises(ValueError, match=rf"{dtype}.*complex64"):
+            scale_by_muon(mu_dtype=dtype).init(g)
 
 
 def equations(jaxpr):

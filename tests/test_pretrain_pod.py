@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused_with_what_would(report, monkeypatch):
     assert "temporaries" in said
     assert error.startswith("The compiled step of adamw requires") and "--accumulate" in error
     said, error = run(case, 1e-6, monkeypatch)
-    assert "temporaries" not in said and error.startswith("By the plan a step of adamw requires")
+    assert "temporaries" not in said and error.startswith("The planned step of adamw requires")
 
 
 def test_a_report_tells_the_roofline_and_the_dearest_kernels(report):

@@ -327,7 +327,7 @@ def test_a_batch_that_devices_do_not_divide_is_refused():
 
 def test_heads_that_devices_do_not_divide_are_refused():
     with pytest.raises(
-        ValueError, match=r"heads: 4 .*--mesh\.tensor 8 does .* Use --mesh\.tensor 1, 2, 4"
+        ValueError, match=r"divide the model's heads, 4; got 8\. Use --mesh\.tensor 1, 2, 4"
     ):
         Trainer(training(), "adamw", mesh_of(1, 1, 1, 8), VOCABULARY)
 

@@ -157,10 +157,10 @@ def change(folder, **values):
 def test_what_cannot_go_on_is_refused_before_text_is_read(copy, run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command.data, "prepare", None)
     for words, message in {
-        "--model.width 64": "is a model whose hidden_size is 32; got 64. Remove the option",
-        "--data.vocabulary 999": "whose vocab_size is 320; got 999",
+        "--model.width 64": "hidden_size must be 32, as in the model of --from",
+        "--data.vocabulary 999": "vocab_size must be 320, as in the model of --from",
         "--suite optimizers": "--from excludes --suite optimizers",
-        "--device-memory 1e-5": "By the plan a step of muon requires",
+        "--device-memory 1e-5": "The planned step of muon requires",
     }.items():
         assert run(copy, words) == 2
         assert message in " ".join(capsys.readouterr().err.replace("│", "").split())
@@ -168,7 +168,7 @@ def test_what_cannot_go_on_is_refused_before_text_is_read(copy, run, tmp_path, m
     assert "config.json does not exist. A model must be a local folder" in capsys.readouterr().err
     (copy / "tokenizer.json").rename(tmp_path / "kept")
     assert run(copy) == 2
-    assert "has no tokenizer.json, so its tokens cannot be told" in capsys.readouterr().err
+    assert "has no tokenizer.json, which is required to tokenise text" in capsys.readouterr().err
     (tmp_path / "kept").rename(copy / "tokenizer.json")
     path = copy / "model.safetensors"
     content = path.read_bytes()

@@ -292,6 +292,17 @@ def test_only_finite_logits_above_the_threshold_clip(value):
             assert np.isfinite(first).all() and (first != before).all()
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_low_precision_params_are_scaled_in_float32_and_rounded_once(dtype):
+    params, spec = grouped(kv_heads=2)
+    max_logits = {"attention": jnp.array([500.0, 80.0, 150.0, 1e6])}
+    low = jax.tree.map(lambda x: x.astype(dtype), params)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), low)
+    clipped = clip_qk(wide, max_logits, spec, alpha=0.4)
+    expected = jax.tree.map(lambda x: x.astype(dtype), clipped)
+    jax.tree.map(assert_same_bits, clip_qk(low, max_logits, spec, alpha=0.4), expected)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_the_transformation_is_the_function(dtype):
     params, spec = grouped(kv_heads=2)
@@ -559,15 +570,15 @@ ONES = jnp.ones(HEADS)
     ("changes", "max_logits", "message"),
     [
         ({"query": "q_proj"}, {"attention": ONES}, "none has all of 'key', 'q_proj'. The leaves"),
-        ({}, {"attn": ONES}, "has 'attn', where no spec .* are the modules': 'attention'"),
-        ({}, {}, "has no entry for 'attention', only for . Give it"),
+        ({}, {"attn": ONES}, "has 'attn', where no spec .* those of the modules: 'attention'"),
+        ({}, {}, "has no entry for 'attention', only for . Pass an entry"),
         ({"heads": 8}, {"attention": ONES}, r"\(8,\), or \(layers, 8\).* the shape \(4,\)"),
         (
             {"heads": 5, "kv_heads": 5},
             {"attention": jnp.ones(5)},
-            r"\(24,\) in each layer; head_axis=-1",
+            r"\(24,\) in each layer, but head_axis=-1",
         ),
-        ({"head_axis": 2}, {"attention": ONES}, r"head_axis=2 of at most 3 axes is to hold 4"),
+        ({"head_axis": 2}, {"attention": ONES}, r"head_axis=2 must have the size 4, .* 3 axes"),
         (
             {},
             {"attention": jnp.ones((2, 4))},
@@ -586,7 +597,7 @@ def test_what_does_not_fit_is_refused(changes, max_logits, message):
 def test_a_stack_without_stacked_max_logits_is_refused():
     for layout in LAYOUTS:
         params, spec = grouped(layout)
-        with pytest.raises(ValueError, match=r"give max_logits of shape \(layers, heads\)"):
+        with pytest.raises(ValueError, match=r"pass max_logits of shape \(layers, heads\)"):
             clip_qk(stacked([params] * 3), {"attention": ONES}, spec)
 
 

@@ -345,6 +345,50 @@ def beside_muon(name):
     return found
 
 
+def beside():
+    """By AdamW's rate for the rest: the losses of Muon and of AdamW on the hidden matrices."""
+    both = [arms("family", "rest")[name] for name in ("muon_rest", "adamw_rest")]
+    found = [
+        [
+            f"{arm['losses_by_rate'][rate]:.3f}" if rate in arm["losses_by_rate"] else ""
+            for arm in both
+        ]
+        for rate in both[1]["losses_by_rate"]
+    ]
+    assert [arm["best_rate"] for arm in both] == [0.024, 0.048]
+    return [*found, [spread(arm["losses_by_seed"]) for arm in both]]
+
+
+def updates():
+    """The quickest first."""
+    costs = sorted(
+        stored("family", "costs", "costs")["costs"].values(), key=lambda cost: cost["milliseconds"]
+    )
+    base = next(cost["milliseconds"] for cost in costs if cost["times_baseline"] == 1)
+    return [
+        [f"{cost['milliseconds'] / base:.1f}"]
+        + [f"{cost[name] / 1e6:.0f}" for name in ("flops", "decomposition_flops")]
+        + [f"{cost['state_bytes_per_parameter']:.2f}"]
+        for cost in costs
+    ]
+
+
+def transfer():
+    """By the shape scale, of `mup` and of the hyperball; best rates are bold in the README."""
+    return {of["scale"]: of for of in stored("family", "transfer")["scales"]}
+
+
+def widths():
+    arms_of = [transfer()[scale]["arms"] for scale in ("mup", "hyperball")]
+    return [
+        [
+            ", ".join(f"{loss:.3f}" for loss in arms[width]["losses_by_rate"].values())
+            for arms in arms_of
+        ]
+        for width in ("32", "64", "128")
+    ]
+
+
 def small(p):
     return "< 0.001" if p < 0.0005 else f"{p:.3f}"
 
@@ -447,6 +491,10 @@ TABLES = {
     ("family", "The family study", 0): family,
     ("family", "The variants of 2026", 0): functools.partial(beside_muon, "norms"),
     ("family", "The variants of 2026", 1): functools.partial(beside_muon, "long"),
+    ("family", "AdamW's rate for the rest", 0): beside,
+    ("family", "AdamW's rate for the rest", 1): functools.partial(beside_muon, "rest_leaders"),
+    ("family", "What an update costs", 0): updates,
+    ("family", "Rates and width", 1): widths,
     ("pretrain", "The default run", 0): pretrain_default,
     ("pretrain", "Optimizers at equal effort", 0): pretrain_optimizers,
     ("finetune", "On equal terms", 0): controlled,
@@ -717,10 +765,40 @@ def of_others():
     yield "family", "cost {:.2f} (MuonH) to {:.2f} nats (SPEL)".format(*cost)
     yield "family", "by {:.3f} to {:.3f} nats".format(*leads)
     yield "family", f"(NorMuon {mean['muon'] - mean['normuon']:.3f})"
+    rest = {name: arm["losses_by_seed"] for name, arm in arms("family", "rest").items()}
+    yield "family", f"Muon is {gap(rest['muon_rest'], new['muon'])} below itself at 0.006"
+    yield "family", f"AdamW with 0.048 {gap(rest['adamw_rest'], new['adamw'])} below its own"
+    told, fair = gap(rest["muon_rest"], rest["adamw_rest"]), mean["adamw"] - mean["muon"]
+    yield "family", f"falls from {fair:.3f} to {told[1:6]}: {told}"
+    fair = {name: arm["validation_loss"] for name, arm in arms("family", "rest_leaders").items()}
+    assert [*fair] == ["aurora", "muon_eq", "muon_squared", "soap_muon", "muon"]
+    gone = [1 - (fair["muon"] - fair[of]) / (mean["muon"] - mean[of]) for of in four]
+    least, most = 100 * min(gone), 100 * max(gone)
+    yield "family", f"lead, by {fair['muon'] - fair['aurora']:.3f} nats at most: {least:.0f} to"
+    yield "family", f"{least:.0f} to {most:.0f} % of the leads above went with the low rate"
+    (own,) = arms("family", "rest_hidden").values()
+    yield "family", f"(0.012 by seed 0) give AdamW no more: {spread(own['losses_by_seed'])}"
+    packed = {name: arm["validation_loss"] for name, arm in arms("family", "int4").items()}
+    yield "family", f"int8 {packed['muon_int8']:.3f}, as Muon itself; int4"
+    yield "family", f"half a byte an entry, {packed['muon_int4']:.3f}."
     seen = [found(losses[name], losses["muon"]) for name in near if name[:5] != "muon_"]
     assert all(0.002 < x < 0.055 for x in seen)
     rest = [means[name] - means["muon"] for name in ("muon_sgd", "muon_lion")]
     yield "family", "Muon ends {:.3f} above Muon with AdamW, with Lion {:.3f}".format(*rest)
+    mup, ball = (transfer()[scale] for scale in ("mup", "hyperball"))
+    moves = [of["drift_by_seed"] for of in (mup, ball)]
+    zero = dict.fromkeys(moves[0], 0.0)
+    own, other, apart = (
+        gap(*pair, 2) for pair in ((moves[0], zero), (moves[1], zero), moves[::-1])
+    )
+    yield "family", f"moves by {own} powers of two for a doubling of the width under `mup`"
+    yield "family", f"by {other} on the hyperball, a difference of {apart}"
+    at = [of["arms"]["128"]["losses_by_rate"] for of in (ball, mup)]
+    flat, steep = at[0]["0.16"] - at[0]["0.08"], at[1]["0.08"] - at[1]["0.04"]
+    yield "family", f"costs {flat:.3f} nats at width 128, and {steep:.3f} under `mup`"
+    lower = [min(a["losses_by_rate"].values()) for of in (ball, mup) for a in of["arms"].values()]
+    lower = [a - b for a, b in zip(lower[:3], lower[3:], strict=True)]
+    yield "family", f"best losses are {min(lower):.2f} to {max(lower):.2f} lower"
     drifts = {of["scale"]: signed(of["drift"]) for of in stored("family", "widths")["scales"]}
     mup, spectral, rms = (drifts[name] for name in ("mup", "spectral", "match_rms_adamw"))
     yield "family", f"by {mup} powers of two for each doubling of the width under `mup`, {spectral}"

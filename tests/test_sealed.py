@@ -122,6 +122,23 @@ def test_a_config_that_differs_from_the_seals_is_refused(tmp_path):
         known_settings(tmp_path)
 
 
+def test_a_setting_that_a_run_of_an_earlier_version_lacks_had_its_default(tmp_path):
+    three_cells(tmp_path, variants={"rank": 4})
+    defaults = SETTINGS | {"variants": {"rank": 1, "share": 0.5}, "norm": "rms"}
+    same = SETTINGS | {"variants": {"rank": 4, "share": 0.5}, "norm": "rms"}
+    for changes, message in (
+        ({"norm": "none"}, "norm: there 'rms', here 'none'"),
+        ({"variants": {"rank": 4, "share": 0.1}}, "variants.share: there 0.5, here 0.1"),
+        ({"variants": {"rank": 1, "share": 0.5}}, "variants.rank: there 4, here 1"),
+    ):
+        with pytest.raises(RunError, match=re.escape(message)):
+            Run(tmp_path, same | changes, ("seeds",), defaults)
+    run = Run(tmp_path, same, ("seeds",), defaults)
+    run.close()
+    assert [cell["name"] for cell in run.finished] == ["a", "b", "c"]
+    assert known_settings(tmp_path) == same
+
+
 def test_checkpoints_tell_the_settings_too(tmp_path):
     config = {"rate": 0.1, "width": 8}
     checkpoints = Checkpoints(tmp_path / "checkpoints")

@@ -171,8 +171,8 @@ def test_mesh_and_folder_are_checked_before_text_is_read(monkeypatch, capsys, tm
     for more, message in (
         ("--mesh.fsdp 3", "does not fit 16 devices"),
         ("--mesh.fsdp 16", "which must be a multiple of the mesh axes data × fsdp × expert = 16"),
-        ("--mesh.fsdp 2 --mesh.tensor 8", "attention heads, which --mesh.tensor 8"),
-        ("--suite scaling --widths 33", "--widths 33 is not a multiple of the head size"),
+        ("--mesh.fsdp 2 --mesh.tensor 8", "--mesh.tensor must divide the model's heads, 4"),
+        ("--suite scaling --widths 33", "--widths must be multiples of the head size"),
     ):
         monkeypatch.setattr(sys, "argv", [*words, *more.split()])
         assert pretrain.main() == 2

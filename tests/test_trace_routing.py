@@ -120,7 +120,8 @@ def test_entries_that_constants_take_several_times_are_no_matrix():
     routes = routes_of(model, shapes(**leaves, bias=(4,), last=(4, 9)), X)
     assert read(routes) == dict.fromkeys(routes, "other")
     for name in ("columns", "pairs", "distances"):
-        assert "constants take" in routes[name].doubt and "taken by constants" in routes[name].why
+        assert "constant indices select" in routes[name].doubt
+        assert "selected by constant indices" in routes[name].why
     assert not routes["bias"].doubt
 
 

@@ -98,7 +98,7 @@ def test_which_checkpoint_is_taken_in_place_of_a_damaged_one_is_said_aloud(copy,
     trained.load_run(copy)
     said = capsys.readouterr().err
     assert "skipped, and that of step 1 is used: step 2: " in said
-    assert "has other contents than were written" in said
+    assert "has changed since it was written" in said
     for main, more in ((sample.main, ("--length", 1)), (export.main, (copy / "model",))):
         assert command(main, copy, *more) == 0
         assert "that of step 1 is used" in capsys.readouterr().err

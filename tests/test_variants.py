@@ -86,6 +86,10 @@ PAIRS = {
     "dion2": (muon_jax.dion2, reference_variants.dion2),
     "dion3": (muon_jax.dion3, reference_variants.dion2),
     "int8": (functools.partial(muon, mu_dtype=jnp.int8), reference_variants.int8_muon),
+    "int4": (
+        functools.partial(muon, mu_dtype=jnp.int4),
+        functools.partial(reference_variants.int8_muon, levels=7),
+    ),
 }
 
 # Settings of both, and those that only one of the two has.
@@ -123,6 +127,7 @@ ROWS = [
     ("int8", {}, {}, {}),
     ("int8", {"nesterov": False, "momentum": "heavy_ball", "beta": 0.8}, {}, {}),
     ("int8", {"momentum": "optax", "scale": "mup"} | SCHEDULES, {}, {}),
+    ("int4", {}, {}, {}),
 ]
 
 
@@ -460,7 +465,7 @@ def test_an_average_at_the_end_of_any_chain():
         (lambda: evaluation_params([evaluation_average().init(PARAMS)] * 2, PARAMS), "2 averages"),
         (
             lambda: evaluation_average().update(PARAMS, evaluation_average().init(PARAMS)),
-            "give them to update()",
+            "evaluation_average needs the params",
         ),
     ],
 )

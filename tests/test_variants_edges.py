@@ -269,8 +269,8 @@ BAD = [
     (make(scion, learning_rate=math.nan), "learning_rate must be at least 0; got nan"),
     (make(scion, **HOW_FAR, weight_decay=-1), "weight_decay must be at least 0; got -1"),
     (make(scion, **HOW_FAR, balls={"w": Ball()}), r"balls must be a list .* list\(rules.items"),
-    (make(scion, **HOW_FAR, balls=[Ball()]), "balls must be a list .* got Ball.* among them"),
-    (make(scion, **HOW_FAR, balls=[("w", "sign")]), "A ball must be Ball.*; got 'sign'"),
+    (make(scion, **HOW_FAR, balls=[Ball()]), "balls must be a list .* got Ball.* as a pair"),
+    (make(scion, **HOW_FAR, balls=[("w", "sign")]), "A ball must be a muon_jax.Ball.*; got 'sign'"),
     (
         make(scion, **HOW_FAR, balls=[("w", Ball("Sign"))]),
         "oracle must be one of .*; got 'Sign'",

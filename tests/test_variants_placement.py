@@ -109,6 +109,16 @@ def test_two_steps_equal_those_of_one_device(name, told):
             assert all(lies_like(x, layout.shardings[leaf]) for leaf, x in tree.items())
 
 
+@every_kind
+def test_int4_is_rounded_alike_wherever_it_lies(kind):
+    layout = Layout(SOME["few"], kind)
+    tx = SCALE_BY["int8"](mu_dtype=jnp.int4, matrix_axes=layout.axes)
+    with jax.set_mesh(layout.mesh):
+        found, state = updates_of(tx, layout.placed)
+    assert {x.dtype for x in jax.tree.leaves(state.mu.values)} == {jnp.dtype("int4")}
+    assert_close(found, updates_of(tx, layout.grads)[0])
+
+
 def in_shard_map(layout, function, *trees):
     specs = (layout.specs,) * len(trees)
     mapped = jax.shard_map(

@@ -1,4 +1,4 @@
-"""`python -m experiments.bench`: our optimizer beside its rivals, in tables and figures."""
+"""`python -m experiments.bench` compares muon_jax with other implementations of Muon."""
 
 from experiments.huge_pages import restart_with_huge_pages
 
@@ -34,7 +34,7 @@ from experiments.topology import leave_accelerators_alone, topology_devices
 Row = dict[str, Any]
 PartName = Literal["sharding", "speed", "spectra", "accelerators"]
 
-# XLA's partitioner has one thread a program.
+# XLA partitions each program in a single thread.
 COMPILER_THREADS = 2
 
 _EVEN = Rule("even and at least 4", lambda value: value >= 4 and value % 2 == 0)
@@ -42,67 +42,68 @@ _EVEN = Rule("even and at least 4", lambda value: value >= 4 and value % 2 == 0)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Compares Muon with other implementations: the cost of a step on each device of a mesh, the
-    time of an update on one device, and the accuracy of Newton-Schulz.
+    """Compares muon_jax with other implementations of Muon: the cost of an update on each device of
+    a mesh, the time of an update on one device, and the accuracy of Newton-Schulz.
 
-    `sharding` compiles and does not run: FLOPs, bytes exchanged, collectives and memory are read
-    from the compiled program, so they are exact and the same on every machine. `speed` times
-    updates on JAX's default device, in turns; two CPU cores are enough, and a GPU gets larger
-    models. `spectra` compares the singular values after the standard and the Gram form of
-    Newton-Schulz. All three together take minutes.
+    The part `sharding` compiles the update without running it. FLOPs, bytes exchanged, collectives
+    and memory are read from the compiled program, so they are exact and equal on every machine. The
+    part `speed` times the implementations on JAX's default device, in turns. Two CPU cores are
+    enough; on a GPU the models are larger. The part `spectra` compares the singular values that the
+    standard and the Gram form of Newton-Schulz produce. These three parts take minutes.
 
-    `accelerators` runs only if --parts names it. It compiles the update for one and for eight H100
-    and v5e, which need not be present, and reports kernels, bytes, roofline and compile time, in
-    ten minutes.
+    The part `accelerators` runs only if --parts names it, and takes ten minutes. It compiles the
+    update for one and for eight H100 GPUs and v5e TPUs, which need not be present, and reports
+    kernels, bytes, roofline time and compile time.
 
-    With --topology only `sharding` runs, or `accelerators` if --parts names it, compiled for those
-    devices: `python -m experiments.bench --topology v5e:16x16`.
+    With --topology, only `sharding` runs (or `accelerators`, if --parts names it), compiled for
+    that topology: `python -m experiments.bench --topology v5e:16x16`.
     """
 
     parts: tuple[PartName, ...] = ("sharding", "speed", "spectra")
     """Parts to run."""
     topology: str | None = None
-    """Accelerators to compile for, which need not be present. TPUs: v5e:16x16 or v5p:8x8x8. GPUs:
-    h100:8, h200:8, b200:8, or h100:8x8 for hosts × devices. Requires the extra `tpu` or
-    `gpu-compile`."""
+    """Accelerators to compile for; they need not be present. TPUs: v5e:16x16 or v5p:8x8x8. GPUs:
+    h100:8, h200:8, b200:8, or h100:8x8 for 8 hosts of 8 devices. Requires the extra `tpu` or
+    `gpu-compile`. By default, simulated CPU devices."""
     devices: Annotated[int, _EVEN] = 16
-    """Simulated CPU devices of the sharding part. Must be even and at least 4."""
+    """Number of simulated CPU devices in the sharding part. Must be even and at least 4."""
     layers: Count | None = None
-    """Number of layers. By default 16 in the sharding part, 64 with --topology, and 2 in the
+    """Number of layers. The default is 16 in the sharding part, 64 with --topology, and 2 in the
     accelerators part."""
     width: Count | None = None
-    """Width of the model. By default 256, and 2048 with --topology."""
+    """Width of the model. The default is 256, or 2048 with --topology."""
     hidden: Count | None = None
-    """Width of the MLP. By default 4 × --width."""
+    """Width of the MLP. The default is 4 × --width."""
     rounds: Count = 7
-    """Timed rounds, whose median is reported. A round of the speed part is one update."""
+    """Timed rounds, whose median is reported. In a round of the speed part each implementation
+    makes one update."""
     out: str | None = None
-    """Folder of the run. By default the topology's, or `cpu` or `gpu`, in runs/bench. Results in it
-    are replaced."""
+    """Folder of the run. Results already in it are replaced. By default a folder in runs/bench,
+    named after the topology, or `cpu` or `gpu`."""
 
     def __post_init__(self) -> None:
         check(self)
         check_different(self, "parts")
 
     def folder(self) -> Path:
-        """Where the results go."""
+        """Returns the folder of the results."""
         name = (self.topology or jax.default_backend()).replace(":", "-")
         return Path(self.out or f"runs/bench/{name}")
 
     def as_json(self) -> Row:
-        """The settings, without where results are kept."""
+        """Returns the settings as JSON values, without the folder of the results."""
         settings = dataclasses.asdict(self)
         del settings["out"]
         return json.loads(json.dumps(settings))
 
 
 class Part(NamedTuple):
-    """Pieces of work that give rows.
+    """One part of the benchmark: a list of tasks that return rows of results.
 
     Attributes:
-        name: of the part.
-        work: a description and what gives its rows, for each piece.
-        threads: pieces that run at once; one where time is measured.
+        name: The part's name, as in --parts.
+        work: A description and a function that returns rows, for each task.
+        threads: The number of tasks that run at once. It is 1 where time is measured.
     """
 
     name: str
@@ -125,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parts(config: Config) -> list[Part]:
-    """The parts asked for, their work not yet begun."""
+    """Returns the parts that --parts selects, before any of their work is done."""
     if config.topology is not None:
         leave_accelerators_alone()
         if "accelerators" in config.parts:
@@ -134,7 +135,7 @@ def parts(config: Config) -> list[Part]:
     if config.parts == ("accelerators",):
         leave_accelerators_alone()
     if "sharding" in config.parts:
-        # Only before JAX has looked for devices can it be told how many to simulate.
+        # JAX accepts a number of simulated devices only before it has looked for devices.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", config.devices)
     made = {
@@ -147,7 +148,7 @@ def parts(config: Config) -> list[Part]:
 
 
 def topology_table(config: Config) -> list[Case]:
-    """The cases on devices that are not there."""
+    """Returns the cases for the devices of --topology, which need not be present."""
     width = config.width or 2048
     hidden = config.hidden or 4 * width
     devices = topology_devices(config.topology)
@@ -155,20 +156,20 @@ def topology_table(config: Config) -> list[Case]:
 
 
 def simulated_table(config: Config) -> list[Case]:
-    """The cases on simulated CPU devices."""
+    """Returns the cases for simulated CPU devices."""
     width = config.width or 256
     hidden = config.hidden or 4 * width
     devices = jax.devices("cpu")
     if len(devices) < config.devices:
         raise ValueError(
-            f"--devices {config.devices} requires as many CPU devices, but JAX has already "
-            f"started with {len(devices)}."
+            f"--devices {config.devices} requires {config.devices} simulated CPU devices, but JAX "
+            f"has already started with {len(devices)}. Run the command in a new process."
         )
     return simulated_cases(devices[: config.devices], config.layers or 16, width, hidden)
 
 
 def sharding_part(cases: Sequence[Case], dtype: Any) -> Part:
-    """Every optimizer compiled for every case."""
+    """Returns the part that compiles every implementation for every case."""
     work = [
         (f"{case.name} · {arm}", lambda case=case, arm=arm: [sharding.cost(case, arm, dtype)])
         for case in cases
@@ -178,7 +179,7 @@ def sharding_part(cases: Sequence[Case], dtype: Any) -> Part:
 
 
 def accelerators_part(config: Config, topologies: Sequence[str]) -> Part:
-    """The update compiled for each topology, one program at a time since that is timed too."""
+    """Returns the part that compiles for each topology, one by one since compilation is timed."""
     sizes = config.layers, config.width, config.hidden
     made, refused = accelerators.pieces(topologies, *sizes)
     work = [*accelerators.work(made), ("", lambda: refused)]
@@ -186,8 +187,8 @@ def accelerators_part(config: Config, topologies: Sequence[str]) -> Part:
 
 
 def speed_part(rounds: int) -> Part:
-    """Every optimizer timed on every tree."""
-    # PyTorch takes turns on the same GPU and needs some of its memory.
+    """Returns the part that times every implementation on every tree of parameters."""
+    # PyTorch runs on the same GPU in turns, so JAX must not reserve all of its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     backend = jax.default_backend()
     work = [
@@ -198,7 +199,7 @@ def speed_part(rounds: int) -> Part:
 
 
 def spectra_part() -> Part:
-    """Singular values for every spectrum, shape, schedule and dtype."""
+    """Returns the part that computes singular values for each spectrum, shape, schedule, dtype."""
     work = [
         (
             f"singular values, {setting[0]}, {setting[2]}, {setting[3]}",
@@ -210,7 +211,7 @@ def spectra_part() -> Part:
 
 
 def run(config: Config, chosen: Sequence[Part], folder: Path, console: Console) -> None:
-    """Prints each part's table when it is done, keeps its rows, and writes the report."""
+    """Runs the parts. Prints and saves each one's results as it ends, then writes the report."""
     summary: Row = {"machine": machine() | versions(), "config": config.as_json()}
     for part in chosen:
         rows = finish(part, console)
@@ -221,7 +222,7 @@ def run(config: Config, chosen: Sequence[Part], folder: Path, console: Console) 
 
 
 def finish(part: Part, console: Console) -> list[Row]:
-    """All rows of a part, in the order of its work, with a bar that shows how far it is."""
+    """Runs a part with a progress bar and returns its rows, in the order of its tasks."""
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=10),
@@ -247,7 +248,7 @@ def finish(part: Part, console: Console) -> list[Row]:
 
 
 def versions() -> dict[str, str]:
-    """Of what else took part."""
+    """Returns the versions of further packages that affect the results."""
     found = {}
     for package in ("jaxlib", "libtpu", "jax-cuda12-plugin", "torch"):
         try:

@@ -1,7 +1,7 @@
-"""The update compiled for GPUs and TPUs that are not here, beside its rivals and the floor.
+"""Compiles updates for GPUs and TPUs that need not be present, and compares them with a floor.
 
-Compiled and never run: FLOPs, kernels, bytes and the TPU compiler's cycles are the program's own,
-milliseconds are the roofline's of `experiments.roofline`.
+The programs never run. FLOPs, kernels, bytes and the TPU compiler's cycles are read from the
+compiled programs; milliseconds are estimates by `experiments.roofline`.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ TOPOLOGIES = ("h100:8", "v5e:2x4")
 
 EXCHANGED, FLOOR = "all-to-all", "floor"
 
-# What XLA multiplies by: its own choice, which without a device to time on is Triton, or cuBLAS.
+# The library for matrix products: XLA's choice, which is Triton if there is no device, or cuBLAS.
 CHOICE, CUBLAS = "XLA's choice", "cuBLAS"
 OPTIONS = {CHOICE: {}, CUBLAS: {"xla_gpu_enable_triton_gemm": False}}
 
@@ -55,14 +55,15 @@ _LEAVES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One program: an optimizer's update of a tree.
+    """One program to compile: an implementation's update of a tree.
 
     Attributes:
-        case: the tree on its mesh, its leaves float32 or bfloat16.
-        arm: whose update; `FLOOR` is no program.
-        topology: as h100:8.
-        leaves: their dtype. Ours multiplies in bfloat16 whatever it is, the others in it.
-        products: `CHOICE` or `CUBLAS`.
+        case: The tree on its mesh, with float32 or bfloat16 leaves.
+        arm: The implementation, or `FLOOR`, which is a lower bound and not a program.
+        topology: The topology, such as h100:8.
+        leaves: The dtype of the leaves. Products of muon_jax are always in bfloat16, those of the
+            others in this dtype.
+        products: The library for matrix products, `CHOICE` or `CUBLAS`.
     """
 
     case: Case
@@ -73,21 +74,22 @@ class Piece:
 
     @property
     def name(self) -> str:
-        """What it is, for whoever waits."""
+        """The description that the progress bar shows."""
         return f"{self.case.name} · {self.arm}, {self.leaves}, {self.products}"
 
 
 def pieces(
     topologies: Sequence[str], layers: int | None, width: int | None, hidden: int | None
 ) -> tuple[list[Piece], list[Row]]:
-    """The programs of the table, and a row for each topology that cannot be compiled for here.
+    """Returns the programs of the table, and a row for each topology without a compiler here.
 
     Args:
-        topologies: of `topology_devices`.
-        layers, width, hidden: of one tree in the place of the usual ones, all or none.
+        topologies: The names of topologies, as in `topology_devices`.
+        layers, width, hidden: The size of a tree that replaces the default ones, if `width` is
+            given.
 
     Raises:
-        TopologyError: none of them can.
+        TopologyError: No topology can be compiled for.
     """
     made: list[Piece] = []
     refused: list[Row] = []
@@ -147,7 +149,7 @@ def _many(layers: int) -> str:
 
 
 def transformation(arm: str, case: Case) -> optax.GradientTransformation:
-    """The arm's optimizer."""
+    """Returns the optimizer of an implementation."""
     if arm == OURS:
         return muon_jax.muon(RATE, ns_dtype=jnp.bfloat16, mesh=case.mesh, shardings=case.shardings)
     if arm == EXCHANGED:
@@ -157,9 +159,9 @@ def transformation(arm: str, case: Case) -> optax.GradientTransformation:
 
 
 def cost(piece: Piece) -> Row:
-    """The row of a piece; one that raises has a row that says so.
+    """Compiles a program and returns its row. If that fails, the row holds the error.
 
-    `compile_seconds` are of the process's CPU time, which other processes do not lengthen.
+    `compile_seconds` is CPU time of this process, which does not depend on other processes.
     """
     case = piece.case
     device_kind = case.mesh.devices.flat[0].device_kind
@@ -174,7 +176,7 @@ def cost(piece: Piece) -> Row:
         compiled = compile_step(case, transformation(piece.arm, case), OPTIONS[piece.products])
         seconds = time.process_time() - began
         program = measure(compiled)
-    except Exception as error:  # whatever a rival raises is its result
+    except Exception as error:  # an error of an implementation is its result
         message = f"{type(error).__name__}: {error}".split("\n")[0]
         return row | {"raises": message}
     if program.unread:
@@ -195,9 +197,9 @@ def cost(piece: Piece) -> Row:
 
 
 def _floor(case: Case, device_kind: str) -> Row:
-    """What no program is faster than: the least FLOPs known, beside each array's bytes once.
+    """Returns a lower bound: the time of the fewest known FLOPs or of moving each array once.
 
-    Gradient, momentum and params are read, the latter two are written.
+    Gradient, momentum and params are read; momentum and params are written.
     """
     leaves = jax.tree.leaves(case.params)
     flops = least_flops([leaf.shape for leaf in leaves]) // case.mesh.size
@@ -209,12 +211,12 @@ def _floor(case: Case, device_kind: str) -> Row:
 
 
 def work(made: Sequence[Piece]) -> list[tuple[str, Callable[[], list[Row]]]]:
-    """Each piece's name, and what gives its row."""
+    """Returns the description of each program and a function that returns its row."""
     return [(piece.name, lambda piece=piece: [cost(piece)]) for piece in made]
 
 
 def tables(rows: Sequence[Row]) -> Group:
-    """All rows, what is assumed, and our dearest kernels on each chip's first tree."""
+    """Returns the table, and assumptions and most expensive kernels of muon_jax per topology."""
     parts: list[Any] = [table(rows)]
     shown: set[str] = set()
     for row in rows:
@@ -228,13 +230,13 @@ def tables(rows: Sequence[Row]) -> Group:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """A piece a line."""
+    """Returns the table of all rows, with one line for each program."""
     result = Table(
         title="One update on one device, compiled",
-        caption="ms by the roofline; Mcycles by the TPU's compiler; compile: CPU time ÷ Optax's. "
-        "Products of muon_jax are bfloat16, those of others have the dtype of the leaves. "
-        "Floor: the fewest FLOPs known, and gradient, momentum and parameters read and "
-        "written once.",
+        caption="ms: roofline time. Mcycles: estimate of the TPU compiler. compile: CPU time of "
+        "compilation ÷ Optax's. muon_jax multiplies in bfloat16, the others in the dtype of the "
+        "leaves. floor: the time of the fewest known FLOPs, or of reading gradient, momentum and "
+        "parameters and writing the latter two once, whichever is longer.",
     )
     for heading in ("tree", "leaves", "optimizer"):
         result.add_column(heading)
@@ -251,7 +253,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def label(row: Row) -> str:
-    """The arm, its version if it is another package's, and what multiplies if it is told."""
+    """Returns the implementation with the version of its package and cuBLAS, if it was chosen."""
     name = f"{row['arm']} {row['version']}" if "version" in row else row["arm"]
     return f"{name}, cuBLAS" if row["products"] == CUBLAS else name
 
@@ -278,7 +280,7 @@ def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
 
 
 def _alike(row: Row, other: Row) -> bool:
-    """Whether both are of one tree on one topology, of one dtype."""
+    """Returns whether both rows have the same tree, topology and dtype."""
     return all(row.get(key) == other.get(key) for key in ("topology", "case", "leaves"))
 
 
@@ -291,7 +293,7 @@ COLORS = {
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Milliseconds of every piece, as bars."""
+    """Draws the milliseconds of every program as bars."""
     shown = [row for row in rows if not row["raises"]]
     with figure_style():
         drawing = new_figure(9, 1 + 0.24 * len(shown))

@@ -1,8 +1,8 @@
-"""A rival: Muon whose stacks change hands, leaf by leaf, as MaxText has it since 2026.
+"""Muon with an all-to-all for each stack of matrices, as in MaxText since 2026.
 
-Where a mesh axis cuts the matrices of a stack, an all-to-all gives each device whole matrices of
-it, a rolled loop orthogonalises them in the leaf's dtype, and a second one brings them back. A leaf
-without a stack stays as it is cut, and so do the products of its iteration.
+If a mesh axis shards the matrices of a stack, an all-to-all gives each device whole matrices. A
+rolled loop orthogonalises them in the leaf's dtype, and a second all-to-all restores the sharding.
+A leaf without a stack keeps its sharding, and the products of its iteration are sharded too.
 
 References:
     https://github.com/AI-Hypercomputer/maxtext, src/maxtext/optimizers/muon.py
@@ -23,11 +23,11 @@ _MOMENTUM = 0.95
 
 
 def all_to_all_muon(rate: float, shardings: Any) -> optax.GradientTransformation:
-    """The transformation.
+    """Returns the transformation.
 
     Args:
-        rate: the learning rate.
-        shardings: of the params, a tree of `NamedSharding` over Auto axes.
+        rate: The learning rate.
+        shardings: The shardings of the params, a tree of `NamedSharding` over Auto axes.
     """
 
     def orthogonalize(updates: Any, params: Any = None) -> Any:
@@ -42,7 +42,7 @@ def all_to_all_muon(rate: float, shardings: Any) -> optax.GradientTransformation
 
 
 def _orthogonalized(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """Of a leaf `(..., fan_in, fan_out)` with at most one axis before these two."""
+    """Orthogonalises a leaf `(..., fan_in, fan_out)` with at most one batch axis."""
     spec = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
     *stack, rows, columns = spec
     count = len(x) if stack else 1

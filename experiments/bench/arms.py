@@ -1,4 +1,4 @@
-"""Our optimizer and its rivals, made for a case."""
+"""The implementations of Muon that are compared, built for a case."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,19 +17,19 @@ Arm = Callable[[Case, Any], optax.GradientTransformation]
 
 
 def ours(case: Case, dtype: jax.typing.DTypeLike) -> optax.GradientTransformation:
-    """muon_jax, told the mesh alone."""
+    """Returns muon_jax's Muon with `mesh=` only."""
     return muon_jax.muon(RATE, ns_dtype=dtype, mesh=case.mesh)
 
 
 def ours_told(case: Case, dtype: jax.typing.DTypeLike) -> optax.GradientTransformation:
-    """muon_jax, told the layout too, which under Auto axes it cannot see."""
+    """Returns muon_jax's Muon with `shardings=` too, which it cannot read under Auto axes."""
     return muon_jax.muon(RATE, ns_dtype=dtype, mesh=case.mesh, shardings=case.shardings)
 
 
 def propagated(case: Case, dtype: jax.typing.DTypeLike) -> optax.GradientTransformation:
-    """muon_jax as on one device; XLA's propagation decides what crosses the network."""
-    # Left without a mesh it would find the one that the arrays lie on; and of several leaves a GPU
-    # or a TPU would make one stack, which puts together what is split.
+    """Returns muon_jax's Muon as on one device, so that XLA chooses the communication."""
+    # Without a mesh, Muon would use the one of the arrays. With several leaves, it would stack them
+    # on a GPU or TPU, which joins sharded arrays. Hence each leaf has its own optimizer.
     alone = make_mesh(case.mesh.devices.ravel(), {"alone": 1})
     labels = jax.tree_util.tree_map_with_path(
         lambda path, _: jax.tree_util.keystr(path), case.params
@@ -41,13 +41,13 @@ def propagated(case: Case, dtype: jax.typing.DTypeLike) -> optax.GradientTransfo
 
 
 def optax_muon(case: Case, dtype: jax.typing.DTypeLike) -> optax.GradientTransformation:
-    """optax.contrib.muon, told which axes of a stack are its matrix; its dtype is the leaf's."""
+    """Returns optax.contrib.muon for the same matrices. It multiplies in the leaves' dtype."""
     del dtype
     return optax.contrib.muon(RATE, muon_weight_dimension_numbers=matrix_dimensions(case.params))
 
 
 def matrix_dimensions(params: Any) -> Any:
-    """For every leaf its last two axes, as optax writes them."""
+    """Returns the last two axes of every leaf as optax's dimension numbers."""
     return jax.tree.map(
         lambda leaf: optax.contrib.MuonDimensionNumbers((leaf.ndim - 2,), (leaf.ndim - 1,)), params
     )
@@ -69,7 +69,7 @@ COLORS = {
 
 
 def update_step(tx: optax.GradientTransformation) -> Callable:
-    """`(grads, state, params) -> (params, state)`: what a training step does with gradients."""
+    """Returns a function `(grads, state, params) -> (params, state)` that applies an update."""
 
     def step(grads, state, params):
         updates, state = tx.update(grads, state, params)
@@ -79,7 +79,7 @@ def update_step(tx: optax.GradientTransformation) -> Callable:
 
 
 def random_like(params: Any, seed: int) -> Any:
-    """A tree of Gaussian arrays of the shapes and dtypes of `params`."""
+    """Returns a tree of Gaussian arrays with the shapes and dtypes of `params`."""
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     return structure.unflatten(

@@ -1,4 +1,4 @@
-"""The parameter trees and meshes that the tables are about, as shapes and layouts alone."""
+"""The cases of the benchmark: parameter trees on meshes, as shapes and shardings without data."""
 
 import dataclasses
 import math
@@ -21,11 +21,11 @@ class Case:
     """A tree of kernels on a mesh.
 
     Attributes:
-        name: of the row.
-        mesh: the devices.
-        params: `jax.ShapeDtypeStruct`s, each the last two axes (fan_in, fan_out), the others
-            batch, each with its sharding.
-        arms: the optimizers worth comparing on it.
+        name: The name in tables.
+        mesh: The mesh.
+        params: A tree of `jax.ShapeDtypeStruct` with shardings. The last two axes of a leaf are
+            (fan_in, fan_out), the others batch axes.
+        arms: The implementations that are compared on it.
     """
 
     name: str
@@ -39,22 +39,22 @@ class Case:
         return AxisType.Explicit in self.mesh.axis_types
 
     def standard_flops(self) -> int:
-        """FLOPs of the standard Newton-Schulz, each matrix once, on all devices together."""
+        """Returns the FLOPs of standard Newton-Schulz of each matrix once, over all devices."""
         return standard_flops([leaf.shape for leaf in jax.tree.leaves(self.params)])
 
     @property
     def shardings(self) -> Any:
-        """The params' shardings."""
+        """The shardings of the params."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.params)
 
     def shard_bytes(self) -> int:
-        """Bytes of one device's shard of the params, were they bfloat16."""
+        """Returns the bytes of one device's shard of the params in bfloat16."""
         leaves = jax.tree.leaves(self.params)
         return sum(2 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
 
 
 def standard_flops(shapes: Any) -> int:
-    """FLOPs of the standard Newton-Schulz over a tree of `(..., fan_in, fan_out)` shapes."""
+    """Returns the FLOPs of standard Newton-Schulz for a tree of shapes `(..., fan_in, fan_out)`."""
     total = 0
     for *batch, fan_in, fan_out in jax.tree.leaves(shapes, is_leaf=is_shape):
         short, long = sorted((fan_in, fan_out))
@@ -63,11 +63,11 @@ def standard_flops(shapes: Any) -> int:
 
 
 def least_flops(shapes: Any) -> int:
-    """The least known of the same: products that are symmetric at half, or those of the Gram form.
+    """Returns the fewest known FLOPs of Newton-Schulz, with symmetric products at half cost.
 
-    Of an n × m matrix, n ≤ m, the standard form multiplies at least 3n²m + n³ in a step, each a
-    multiply and an add counted as two and symmetric ones at half; the Gram form has 3n²m in all,
-    and n³ four times in each step but the last, where it has two (the first has one less).
+    For an n × m matrix, n ≤ m, each step of the standard form takes at least 3n²m + n³ FLOPs, with
+    two FLOPs for a multiply-add and symmetric products at half. The Gram form takes 3n²m in total,
+    and 4n³ in each step, except for 3n³ in the first step and 2n³ in the last.
 
     >>> least_flops([(2, 2)]), least_flops([(2, 20)]) == 3 * 4 * 20 + 17 * 8
     (160, True)
@@ -82,24 +82,24 @@ def least_flops(shapes: Any) -> int:
 
 
 def is_shape(x: Any) -> bool:
-    """The `is_leaf` of trees of shapes."""
+    """Returns whether a node of a tree is a shape; used as `is_leaf`."""
     return isinstance(x, tuple)
 
 
 def layer(squares: int, width: int, hidden: int) -> dict[str, tuple[int, int]]:
-    """(fan_in, fan_out) of a layer's kernels: attention's, then the feed-forward's two."""
+    """Returns (fan_in, fan_out) of a layer's kernels: squares of attention, then up and down."""
     names = ("query", "key", "value", "out")[:squares]
     shapes = dict.fromkeys(names, (width, width))
     return shapes | {"up": (width, hidden), "down": (hidden, width)}
 
 
 def stacked(shapes: dict[str, tuple[int, int]], layers: int) -> Any:
-    """One leaf a kernel, `(layers, fan_in, fan_out)`, as a scan over layers keeps them."""
+    """Returns one leaf per kernel, `(layers, fan_in, fan_out)`, as for a scan over layers."""
     return {"layers": {name: {"kernel": (layers, *shape)} for name, shape in shapes.items()}}
 
 
 def separate(shapes: dict[str, tuple[int, int]], layers: int) -> Any:
-    """One leaf a kernel and layer."""
+    """Returns one leaf per kernel and layer."""
     layer = {name: {"kernel": shape} for name, shape in shapes.items()}
     return {"layers": {str(i): dict(layer) for i in range(layers)}}
 
@@ -112,15 +112,15 @@ def on_mesh(
     arms: tuple[str, ...] = (OURS, PLAIN, OPTAX),
     dtype: Any = jnp.float32,
 ) -> Case:
-    """A case of kernels that are all laid out alike.
+    """Returns a case in which all kernels have the same sharding.
 
     Args:
-        name: of the row.
-        mesh: the devices.
-        shapes: a tree of shapes.
-        spec: the mesh axes along (fan_in, fan_out), or along them and the batch axes before them.
-        arms: the optimizers.
-        dtype: of the kernels.
+        name: The name in tables.
+        mesh: The mesh.
+        shapes: A tree of shapes.
+        spec: The mesh axes along (fan_in, fan_out), or along these and the batch axes before them.
+        arms: The implementations that are compared.
+        dtype: The dtype of the kernels.
     """
 
     def leaf(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
@@ -131,22 +131,22 @@ def on_mesh(
 
 
 def make_mesh(devices: Any, sizes: dict[str, int], explicit: bool = False) -> Mesh:
-    """A mesh of the first devices, in their order."""
+    """Returns a mesh of the first devices, in their order."""
     kind = AxisType.Explicit if explicit else AxisType.Auto
     chosen = np.array(devices[: math.prod(sizes.values())]).reshape(tuple(sizes.values()))
     return Mesh(chosen, tuple(sizes), axis_types=(kind,) * len(sizes))
 
 
 def simulated_cases(devices: Any, layers: int, width: int, hidden: int) -> list[Case]:
-    """The cases of the table, on CPU devices.
+    """Returns the cases on CPU devices.
 
-    A layer has three square kernels, up and down; the experts have up and down alone.
+    A layer has three square kernels, up and down; experts have only up and down.
 
     Args:
-        devices: an even number of them, at least four.
-        layers: of the deep trees.
-        width: D.
-        hidden: F.
+        devices: The devices, an even number of at least four.
+        layers: The number of layers of the deep trees.
+        width: The width of the model, D.
+        hidden: The width of the MLP, F.
     """
     count = len(devices)
     tp = 4 if count % 4 == 0 and count >= 16 else 2
@@ -177,7 +177,7 @@ def simulated_cases(devices: Any, layers: int, width: int, hidden: int) -> list[
 
 
 def topology_cases(devices: Any, name: str, layers: int, width: int, hidden: int) -> list[Case]:
-    """Stacked layers of two squares, up and down, their fan_in over all devices."""
+    """Returns cases of stacked layers: two squares, up and down, with fan_in over all devices."""
     tree = stacked(layer(2, width, hidden), layers)
     kinds = {"Auto": (False, (OURS, PLAIN, OPTAX)), "Explicit": (True, (OURS, OPTAX))}
     return [

@@ -1,4 +1,4 @@
-"""Report of the benchmarks: the tables and figures of every part that a folder has rows of."""
+"""The report of the benchmark: tables and figures of every part with results in a folder."""
 
 import importlib.metadata
 import io
@@ -14,7 +14,7 @@ from experiments.bench import accelerators, sharding, spectra, speed
 from experiments.json_files import read_json
 from experiments.report.page import Code, Picture, Report, Section
 
-# By its key in summary.json: the module, what gives its tables, and what it asks.
+# The module, the function for tables, and the title of each part, by its key in summary.json.
 PARTS: dict[str, tuple[ModuleType, Callable[[Any], Any], str]] = {
     "sharding": (sharding, sharding.tables, "Cost of one step for each device of a mesh"),
     "speed": (speed, speed.table, "Time of one update on one device"),
@@ -24,7 +24,7 @@ PARTS: dict[str, tuple[ModuleType, Callable[[Any], Any], str]] = {
 
 
 def report(folder: Path) -> Report:
-    """The parts that were run.
+    """Returns the report of the parts that were run.
 
     Raises:
         ValueError: summary.json is damaged.
@@ -35,7 +35,7 @@ def report(folder: Path) -> Report:
     for name, (module, tables, title) in found.items():
         rows = summary[name]
         printed.append(shown := tables(rows))
-        # The curves of spectra are not in results that are stored small.
+        # Stored results omit the curves of spectra.
         drawn = Picture(name, lambda m=module, r=rows: m.figure(r), f"{title}.", f"{title}.")
         curves = name != "spectra" or "mapped" in rows[0]
         items = [_item(of) for of in getattr(shown, "renderables", [shown])]
@@ -53,7 +53,7 @@ def report(folder: Path) -> Report:
 
 
 def _item(found: Any) -> Any:
-    """What only rich knows, as text."""
+    """Returns a table of rich as preformatted text, and other items unchanged or as text."""
     if not isinstance(found, RichTable):
         return str(found) if not hasattr(found, "columns") else found
     title, found.title = found.title, None

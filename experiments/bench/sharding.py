@@ -1,4 +1,4 @@
-"""What one optimizer step costs each device of a mesh, read from its compiled program."""
+"""The cost of an optimizer step on each device of a mesh, read from its compiled program."""
 
 import contextlib
 import dataclasses
@@ -29,18 +29,18 @@ Row = dict[str, Any]
 def compile_step(
     case: Case, tx: optax.GradientTransformation, options: Mapping[str, Any] | None = None
 ) -> Any:
-    """One donated step with params, gradients and momentum laid out as the case says.
+    """Compiles a step with donated arrays. Gradients and momentum are sharded like the params.
 
     Args:
-        case: the params.
-        tx: the optimizer.
-        options: XLA's, for this program alone.
+        case: The params and their shardings.
+        tx: The optimizer.
+        options: XLA's options for this program.
     """
     with jax.set_mesh(case.mesh) if case.explicit else contextlib.nullcontext():
         state = laid_out(case, jax.eval_shape(tx.init, case.params))
         layouts = jax.tree.map(lambda leaf: leaf.sharding, (case.params, state, case.params))
         step = update_step(tx)
-        # Donated arrays are matched to results in their order: new params take the place of old.
+        # XLA matches donated arguments to results in order, so new params replace old ones.
         in_order = jax.jit(
             lambda grads, params, state: step(grads, state, params),
             in_shardings=(layouts[0], layouts[2], layouts[1]),
@@ -52,7 +52,7 @@ def compile_step(
 
 
 def laid_out(case: Case, state: Any) -> Any:
-    """The state's shapes, those that mirror a param laid out like it, the others replicated."""
+    """Adds shardings to the state's shapes: those of the params they mirror, or replicated."""
     params = jax.tree_util.tree_flatten_with_path(case.params)[0]
     replicated = NamedSharding(case.mesh, P())
 
@@ -65,17 +65,17 @@ def laid_out(case: Case, state: Any) -> Any:
 
 
 def cost(case: Case, arm: str, dtype: jax.typing.DTypeLike) -> Row:
-    """The row of one arm on one case; an arm that raises has a row that says so.
+    """Compiles an implementation for a case and returns its row. If it fails, the row says so.
 
-    `flops_ratio` is FLOPs per device ÷ (those of the standard Newton-Schulz, each matrix once ÷
-    devices); `bytes_ratio` is bytes exchanged per device ÷ its bfloat16 shard of the params.
+    `flops_ratio` is FLOPs per device ÷ its share of standard Newton-Schulz of each matrix once.
+    `bytes_ratio` is bytes exchanged per device ÷ bytes of its bfloat16 shard of the params.
     """
     row: Row = {"case": case.name, "arm": arm, "ns_dtype": jnp.dtype(dtype).name, "raises": None}
     row |= {"devices": case.mesh.size, "explicit": case.explicit, "shard_bytes": case.shard_bytes()}
     began = time.perf_counter()
     try:
         program = measure(compile_step(case, ARMS[arm](case, dtype)))
-    except Exception as error:  # whatever a rival raises is its result
+    except Exception as error:  # an error of an implementation is its result
         return row | {"raises": type(error).__name__, "message": str(error).split("\n")[0]}
     device_kind = case.mesh.devices.flat[0].device_kind
     if found := estimate(program, device_kind):
@@ -130,31 +130,32 @@ ON_CHIPS: tuple[Column, ...] = tuple(
         ("FLOPs", lambda row: flop(row["flops"])),
         ("HBM", lambda row: readable(row["hbm_bytes"])),
         ("exchanged", lambda row: readable(row["exchanged_bytes"])),
-        ("beside", lambda row: f"{row['beside']:,}"),
+        ("overlapped", lambda row: f"{row['beside']:,}"),
         ("ms", lambda row: f"{1e3 * row['seconds']:.3g}"),
         ("Mcycles", lambda row: f"{row['cycles'] / 1e6:.2f}" if row["cycles"] else "–"),
     )
 )
 CAPTION = (
-    "FLOPs ÷ (standard Newton–Schulz, each matrix once, ÷ devices). Bytes exchanged and temp ÷ the "
-    "device's bfloat16 shard of the parameters."
+    "FLOPs: relative to the device's share of standard Newton–Schulz of each matrix once. bytes "
+    "exchanged, and temp (temporary memory): relative to the device's bfloat16 shard of the "
+    "parameters."
 )
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Cases downwards, the arms of each together."""
+    """Returns the table of all rows, with the implementations of each case together."""
     return Table(COLUMNS, rows, CAPTION, "One step, per device", CAPTION, names=2)
 
 
 def tables(rows: Sequence[Row]) -> Group:
-    """The same; of a topology also what the kernels take, and each optimizer's dearest ones."""
+    """Returns that table and, for a topology, roofline times and the most expensive kernels."""
     parts: list[Any] = [table(rows)]
     timed = [row for row in rows if "kernels" in row]
     if timed:
-        told = "ms: all kernels in sequence. beside: collectives that overlap with computation."
-        told = f"{told}\n{CHIPS[timed[0]['device_kind']].assumptions()}"
+        note = "ms: all kernels in sequence. overlapped: collectives that run beside kernels."
+        note = f"{note}\n{CHIPS[timed[0]['device_kind']].assumptions()}"
         title = "The same step, on each device of the topology"
-        parts.append(Table(ON_CHIPS, timed, told, title, told, names=2))
+        parts.append(Table(ON_CHIPS, timed, note, title, note, names=2))
     for row in timed:
         dearest = [(Kernel(**kernel), seconds) for kernel, seconds in row["dearest"]]
         parts.append(dearest_table(dearest, f"Most expensive kernels, {row['case']}, {row['arm']}"))
@@ -162,14 +163,14 @@ def tables(rows: Sequence[Row]) -> Group:
 
 
 def collectives(row: Row) -> str:
-    """As in "3 all-gather, 2 all-to-all (2 in loops)"."""
+    """Returns the collectives as text, such as "3 all-gather, 2 all-to-all (2 in loops)"."""
     counts = ", ".join(f"{count} {kind}" for kind, count in row["collectives"].items())
     inside = row["collectives_in_loops"]
     return (counts or "none") + f" ({inside} in loops)" * bool(inside)
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """FLOPs, bytes and temporary memory of every arm on every case, as bars."""
+    """Draws FLOPs, bytes and temporary memory of every implementation and case as bars."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
     present = [arm for arm in COLORS if any(row["arm"] == arm for row in rows)]
     height = 0.8 / len(present)

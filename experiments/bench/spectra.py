@@ -1,4 +1,4 @@
-"""What Newton-Schulz does to singular values: the standard form and the Gram form beside it."""
+"""The effect of Newton-Schulz on singular values, for its standard form and its Gram form."""
 
 import functools
 import itertools
@@ -19,7 +19,7 @@ SHAPES = ((256, 1024), (512, 512))
 SPECTRA = ("Gaussian", "1/k", "exponential")
 SCHEDULES = ("jordan", "polar_express")
 DTYPES = ("bfloat16", "float32")
-POINTS = 64  # of a curve, about
+POINTS = 64  # approximate number of points on a curve
 FORMS = ("standard", "Gram", "Gram, no restart")
 LINES: dict[str, dict[str, Any]] = {
     "standard": {"color": "#999999", "lw": 3, "zorder": 3},
@@ -29,7 +29,7 @@ LINES: dict[str, dict[str, Any]] = {
 
 
 class Decomposed(NamedTuple):
-    """A matrix by its singular value decomposition, in float64: `u * sigma @ v.T`."""
+    """The singular value decomposition of a matrix `u * sigma @ v.T`, in float64."""
 
     u: np.ndarray
     sigma: np.ndarray
@@ -38,10 +38,10 @@ class Decomposed(NamedTuple):
 
 @functools.cache
 def matrix(spectrum: str, m: int, n: int, seed: int = 0) -> Decomposed:
-    """An m × n matrix, its singular values descending and of Frobenius norm 1.
+    """Returns an m × n matrix with descending singular values and a Frobenius norm of 1.
 
-    `Gaussian` has independent entries; `1/k` and `exponential`, which falls from 1 to 1e-6, have
-    random singular vectors.
+    A `Gaussian` matrix has independent entries. `1/k` and `exponential` have random singular
+    vectors; the singular values of `exponential` fall from 1 to 1e-6.
     """
     random = np.random.default_rng(seed)
     u, sigma, vt = np.linalg.svd(random.standard_normal((m, n)), full_matrices=False)
@@ -53,7 +53,7 @@ def matrix(spectrum: str, m: int, n: int, seed: int = 0) -> Decomposed:
 
 
 def orthogonalized(x: np.ndarray, form: str, schedule: str, dtype: str) -> np.ndarray:
-    """The result in float64."""
+    """Returns the result of Newton-Schulz, in float64."""
     method = "standard" if form == "standard" else "gram"
     solver = NewtonSchulz(schedule, dtype=dtype, method=method)
     without = Form("gram") if form == "Gram, no restart" else None
@@ -61,9 +61,9 @@ def orthogonalized(x: np.ndarray, form: str, schedule: str, dtype: str) -> np.nd
 
 
 def singular_values(spectrum: str, shape: tuple[int, int], schedule: str, dtype: str) -> list[Row]:
-    """A row for each form: singular values of the result, and where each input's has gone.
+    """Returns a row for each form, with singular values of the result and the map from the input's.
 
-    `mapped` is uᵢᵀ y vᵢ for some of the input's own singular vectors, against their `sigma`.
+    `mapped` is uᵢᵀ y vᵢ for some singular vectors of the input, and `sigma` their singular values.
     """
     whole = matrix(spectrum, *shape)
     x = whole.u * whole.sigma @ whole.v.T
@@ -77,7 +77,7 @@ def singular_values(spectrum: str, shape: tuple[int, int], schedule: str, dtype:
         row["restarts"] = list(restarts) if form == "Gram" else []
         finite = bool(np.isfinite(y).all())
         values = np.linalg.svd(y, compute_uv=False) if finite else np.full(min(shape), np.nan)
-        # The first ones too: of a fast-falling spectrum they are most of the curve.
+        # The first 16 points are included, since a spectrum that falls fast changes most there.
         points = np.r_[:16, 16 : min(shape) : max(1, min(shape) // POINTS)]
         mapped = np.einsum("ik,ij,jk->k", whole.u[:, points], y, whole.v[:, points], optimize=True)
         rows.append(
@@ -95,12 +95,12 @@ def singular_values(spectrum: str, shape: tuple[int, int], schedule: str, dtype:
 
 
 def settings() -> list[tuple[str, tuple[int, int], str, str]]:
-    """Every combination that the table has, as arguments of `singular_values`."""
+    """Returns the arguments of `singular_values` for every combination in the table."""
     return list(itertools.product(SPECTRA, SHAPES, SCHEDULES, DTYPES))
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Smallest, median and largest singular value by form."""
+    """Returns a table of the smallest, median and largest singular value of each form."""
     groups: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in sorted(rows, key=lambda row: (row["dtype"], row["schedule"], row["shape"])):
         key = row["dtype"], row["schedule"], *row["shape"], row["spectrum"]
@@ -123,7 +123,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Input singular value to output, a panel for each spectrum and setting of the first shape."""
+    """Draws output against input singular values of the first shape, by spectrum and setting."""
     settings = list(itertools.product(DTYPES, SCHEDULES))
     with figure_style():
         drawing = new_figure(10, 2.3 * len(settings))

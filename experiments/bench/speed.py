@@ -1,4 +1,4 @@
-"""Our update beside its rivals' on one device, taking turns, so that only ratios count."""
+"""Times the updates of several implementations on one device, in turns, to compare them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,14 +26,14 @@ from experiments.timing import repeated, spread, take_turns
 
 Row = dict[str, Any]
 
-# Large enough to run at the machine's full rate, on either.
+# The sides of square products that reach the machine's full rate.
 GEMM_SIDES = {"cpu": 2048, "gpu": 8192}
 
 TORCH = "torch.optim"
 
 
 class Tree(NamedTuple):
-    """Kernels to update: `(..., fan_in, fan_out)` shapes in float32."""
+    """A tree of float32 kernels to update, as shapes `(..., fan_in, fan_out)`."""
 
     name: str
     shapes: Any
@@ -41,14 +41,14 @@ class Tree(NamedTuple):
 
 
 class Timed(NamedTuple):
-    """One update as a call that returns once it is done, and the dtype of its products."""
+    """An update, as a function that waits for its end, and the dtype of its matrix products."""
 
     update: Callable[[], None]
     dtype: str
 
 
 def trees(backend: str) -> list[Tree]:
-    """GPT-2's two first layers on a CPU; on a GPU all of it, and one of a billion parameters."""
+    """Returns the trees: two layers of GPT-2 on a CPU; GPT-2 and a billion parameters on a GPU."""
     small, large = layer(4, 768, 3072), layer(4, 2048, 8192)
     mixed = ("muon_jax float32", "muon_jax bfloat16", OPTAX)
     if backend == "cpu":
@@ -66,7 +66,7 @@ def trees(backend: str) -> list[Tree]:
 
 
 def jax_update(params: Any, tx: optax.GradientTransformation) -> Callable[[], None]:
-    """Steps a tree of arrays with the same gradients again and again."""
+    """Returns a function that updates a tree of arrays, with the same gradients in each call."""
     grads = random_like(params, seed=1)
     step = jax.jit(update_step(tx), donate_argnums=(1, 2))
     params = random_like(params, seed=0)
@@ -79,16 +79,16 @@ def jax_update(params: Any, tx: optax.GradientTransformation) -> Callable[[], No
 
 
 def torch_update(params: Any, backend: str, compiled: bool) -> Callable[[], None]:
-    """`torch.optim.Muon` over the same matrices, a stack as separate ones: it has no stacks.
+    """Returns an update by `torch.optim.Muon`, which has no stacks: they become single matrices.
 
     Raises:
         ImportError: PyTorch is not installed.
-        RuntimeError: it finds no GPU where JAX has one.
+        RuntimeError: PyTorch finds no GPU although JAX has one.
     """
     import torch
 
     if backend != "cpu" and not torch.cuda.is_available():
-        raise RuntimeError("PyTorch finds no GPU")
+        raise RuntimeError("PyTorch finds no GPU, although JAX does. Install PyTorch with CUDA.")
     device = "cpu" if backend == "cpu" else "cuda"
     leaves = []
     for leaf in jax.tree.leaves(params):
@@ -108,7 +108,7 @@ def torch_update(params: Any, backend: str, compiled: bool) -> Callable[[], None
 
 
 def timed(tree: Tree, arm: str, backend: str) -> Timed:
-    """An arm's update of a tree."""
+    """Returns an implementation's update of a tree."""
     dtype = jnp.bfloat16 if arm == f"{OPTAX} bfloat16" else jnp.float32
     params = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, dtype),
@@ -126,7 +126,7 @@ def timed(tree: Tree, arm: str, backend: str) -> Timed:
 
 
 def gemm(dtype: str, size: int) -> Callable[[], None]:
-    """A product of square matrices, accumulated and returned in float32."""
+    """Returns a function that multiplies square matrices, with a float32 accumulator and result."""
     precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
     x = jax.random.normal(jax.random.key(2), (size, size)).astype(dtype)
     product = jax.jit(
@@ -136,11 +136,11 @@ def gemm(dtype: str, size: int) -> Callable[[], None]:
 
 
 def compare(tree: Tree, rounds: int, backend: str) -> list[Row]:
-    """Every arm once a round, and a GEMM of each dtype; a row for each arm.
+    """Times every implementation, and a GEMM of each dtype, in rounds. Returns their rows.
 
-    `standard_ratio` is the update's time ÷ that of a standard Newton-Schulz whose products run at
-    the rate of the round's GEMM in the arm's dtype; `share_of_gemm_rate` is its inverse. `times`
-    are seconds, to compare within a round and with nothing else.
+    `standard_ratio` is the time of the update ÷ that of standard Newton-Schulz at the rate of the
+    round's GEMM in the same dtype; `share_of_gemm_rate` is its inverse. `times` are seconds, which
+    can only be compared within a round.
     """
     size = GEMM_SIDES["cpu" if backend == "cpu" else "gpu"]
     gemms = {dtype: gemm(dtype, size) for dtype in ("float32", "bfloat16")}
@@ -169,12 +169,12 @@ def compare(tree: Tree, rounds: int, backend: str) -> list[Row]:
 
 
 def device_kind() -> str:
-    """The chip, as JAX names it."""
+    """Returns JAX's name of the device."""
     return jax.devices()[0].device_kind
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """An arm a line: how many times as fast as each rival, and against the GEMM rate."""
+    """Returns a table with speed relative to the other implementations and to the GEMM rate."""
     rivals = dict.fromkeys(r for row in rows for r in row.get("speedup", {}))
     columns: list[Column] = [
         ("tree", "tree", lambda row: row["tree"]),
@@ -194,15 +194,15 @@ def table(rows: Sequence[Row]) -> Table:
             )
         )
     note = (
-        "÷ standard: time ÷ that of a standard Newton–Schulz at the rate of a GEMM in the same "
-        f"dtype, measured in the same round ({NS_STEPS} steps)."
+        f"× NAME: speed relative to NAME. ÷ standard: time relative to {NS_STEPS} steps of "
+        "standard Newton–Schulz at the rate of a GEMM in the same dtype and round."
     )
-    title = f"One update on one device ({rows[0]['device']}): median (least to greatest)"
+    title = f"One update on one device ({rows[0]['device']}): median (minimum to maximum)"
     return Table(columns, rows, note, title, note, names=2)
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Each arm on each tree: times as fast as optax, and its time in standard Newton-Schulzes."""
+    """Draws speed relative to optax, and time relative to standard Newton-Schulz, for each tree."""
     rows = [row for row in rows if not row["raises"]]
     names = list(dict.fromkeys(row["tree"] for row in rows))
     same = {"median": 1.0, "min": 1.0, "max": 1.0}

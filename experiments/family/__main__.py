@@ -1,4 +1,4 @@
-"""`python -m experiments.family`: trains the sweep's cells, measures costs, writes the report."""
+"""`python -m experiments.family` trains a sweep of optimizers, times them, writes the report."""
 
 from experiments.huge_pages import restart_with_huge_pages
 
@@ -27,13 +27,13 @@ def main() -> int:
 
 
 def compare(stop: threading.Event, console: Console) -> int:
-    """Trains the sweep of the command line, or what is missing of it."""
+    """Trains those cells of the command line's sweep that are not finished yet."""
     default = fitted(Config(), sys.argv[1:])
     config = parse(Config, "python -m experiments.family", default=default)
     text = data.load(config)
     settings = as_json(config) | {"corpus": text.origin}
     training, names = config.training(), list(dict.fromkeys([BASELINE, *config.optimizers]))
-    with contextlib.closing(Run(config.folder(), settings, GRID)) as run:
+    with contextlib.closing(Run(config.folder(), settings, GRID, as_json(Config()))) as run:
         return sweep_rates(
             run,
             stop,

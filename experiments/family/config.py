@@ -1,4 +1,4 @@
-"""What a family run trains: its model and schedule, its grid of cells, its optimizers."""
+"""Settings of the family study: model, schedule, optimizers, and the cells to train."""
 
 import dataclasses
 import json
@@ -27,39 +27,39 @@ BASELINE: OptimizerName = "adamw"
 
 @dataclasses.dataclass(frozen=True)
 class Training(Settings):
-    """One training of the small language model, whichever optimizer does it."""
+    """Settings of one training of the small language model, apart from its optimizer and rate."""
 
     adamw: AdamW = dataclasses.field(
         default_factory=lambda: AdamW(learning_rate=6e-3, weight_decay=0.1, b2=0.95)
     )
-    """AdamW, as an optimizer of its own and in the others for embedding, head and gains."""
+    """AdamW as a baseline, and beside the other optimizers for embedding, head and gains."""
     muon: Muon = dataclasses.field(default_factory=lambda: Muon(learning_rate=0.04))
-    """Muon, for the hidden matrices."""
+    """Muon, which optimizes the hidden matrices."""
     width: Count = 128
     """Width of the model."""
     layers: Count = 2
     """Number of layers."""
     head_size: Count = 32
-    """Width of an attention head. Must divide --width; the default does."""
+    """Width of an attention head, even and a divisor of --width. The default is lowered to fit."""
     context: Count = 64
-    """Sequence length, in tokens. Tokens are bytes."""
+    """Sequence length, in tokens. A token is one byte."""
     batch: Count = 16
     """Global batch size, in sequences."""
     steps: Count = 300
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     warmup: Whole = 20
     """Steps of linear warm-up. The default is at most a tenth of --steps."""
     decay: DecayName = "linear"
     """Schedule of the learning rate after warm-up. wsd is constant and falls at the end."""
     evaluations: Count = 6
-    """Number of validations, the last after the last step. Must divide --steps, and does by
-    default."""
+    """Number of evaluations of the validation loss, the last one after the last step. Must divide
+    --steps; the default is lowered until it does."""
     validation: Count = 256
-    """Sequences to validate on, the same every time."""
+    """Number of validation sequences. Every evaluation uses the same ones."""
     text: Path | None = dataclasses.field(default=None, compare=False)
     """Text file to train on. By default the source of Python's standard library."""
     corpus_bytes: Count | None = None
-    """Use only so many bytes of the text, validation included. By default all."""
+    """Number of bytes of the text to use, validation included. By default all of them."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -78,17 +78,17 @@ class Training(Settings):
 
     @property
     def attention_spec(self) -> GroupedQuery:
-        """Of each layer."""
+        """The attention specification of every layer."""
         return GroupedQuery(heads=self.width // self.head_size)
 
     def training(self, **changes: Any) -> "Training":
-        """These settings alone, without those of a study that has more."""
+        """Returns the settings of one training, without those of the whole study."""
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(Training)}
         return Training(**own | changes)
 
 
 class Cell(NamedTuple):
-    """One training run of the grid."""
+    """One training: an optimizer, its learning rate, and a seed."""
 
     optimizer: OptimizerName
     rate: float
@@ -98,7 +98,7 @@ class Cell(NamedTuple):
         return f"{self.optimizer} · rate {self.rate:g} · seed {self.seed}"
 
 
-# What only chooses cells; the rest decides what a cell is.
+# Settings that only select cells. All others decide the result of a cell.
 GRID = ("optimizers", "seeds", "sweep_seeds", "sweep", "rates")
 
 
@@ -107,39 +107,40 @@ class Config(Training):
     """Compares every variant of Muon on one small language model, each at its best learning rate.
 
     Trains a transformer on the bytes of Python's standard library, for every combination of
-    optimizer, learning rate and seed. Learning rates are swept around each optimizer's default, and
-    further where the best one is the highest or the lowest tried; embedding, head and gains keep
-    AdamW's own. Then all optimizers time their updates in turns. Finished trainings are kept: after
-    Ctrl-C the same command continues, and more optimizers, seeds or rates are added to the run. A
-    training takes about ten seconds on two idle CPU cores, the defaults some 45 minutes, and
-    `--optimizers adamw muon` four.
+    optimizer, learning rate and seed. Each optimizer's rate is swept around its default; the sweep
+    is extended while the best rate is the highest or the lowest tried. Embedding, head and gains
+    keep AdamW's default rate. At the end the time of each optimizer's update is measured, in turns.
+
+    Finished trainings are kept: after Ctrl-C the same command continues, and more optimizers, seeds
+    or rates can be added to the run. On two idle CPU cores a training takes about ten seconds, all
+    defaults about 45 minutes, and `--optimizers adamw muon` four minutes.
     """
 
     optimizers: tuple[OptimizerName, ...] = tuple(name for name, arm in ARMS.items() if arm.member)
-    """Optimizers to compare. By default all variants of Muon; differences are to AdamW."""
+    """Optimizers to compare. By default all variants of Muon; each is compared with AdamW."""
     seeds: Count = 3
-    """Number of random seeds. A seed sets the initial parameters and the batches; all optimizers
-    have the same seeds."""
+    """Number of random seeds. A seed sets the initial parameters and the batches. All optimizers
+    use the same seeds."""
     sweep_seeds: Count = 3
-    """Number of seeds that choose the best learning rate. The others train at that rate alone; with
-    fewer --seeds, all choose."""
+    """Number of seeds that choose the best learning rate. They are trained at every rate, the other
+    seeds only at the best one. If --seeds is smaller, all seeds choose."""
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
-    """Learning rates to try."""
+    """Learning rates to sweep."""
     out: str | None = dataclasses.field(default=None, compare=False)
-    """Folder of the run. By default one in runs/family, named after the settings."""
+    """Folder of the run. By default a folder in runs/family, named after the settings."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_different(self, "optimizers")
 
     def folder(self) -> Path:
-        """`out`, or one named after the settings, so that equal settings continue one run."""
+        """Returns `out`, or a folder named after the settings: equal settings share one run."""
         name = f"{self.layers}x{self.width}-{digest(self, GRID)}"
         return Path(self.out or f"runs/family/{name}")
 
 
 def as_json(config: Training) -> dict:
-    """The settings, without where the run is kept and what it reads."""
+    """Returns the settings as JSON values, without the paths of the run and of its text."""
     settings = dataclasses.asdict(config) | {"rates": config.known_rates()}
     for field in ("out", "text"):
         del settings[field]
@@ -147,14 +148,14 @@ def as_json(config: Training) -> dict:
 
 
 def digest(config: Training, grid: tuple[str, ...]) -> str:
-    """Six characters that tell one run's cells from another's."""
+    """Returns six characters that differ if the cells of two runs have different settings."""
     settings = {key: value for key, value in as_json(config).items() if key not in grid}
     settings["text"] = None if config.text is None else config.text.name
     return json_files.digest(settings)[:6]
 
 
 def fitted(default: "Config", arguments: Sequence[str]) -> "Config":
-    """A command line's defaults: what it does not name follows what it does."""
+    """Returns the defaults of a command line, adjusted to the --width and --steps it gives."""
     width, steps = (given(arguments, f"--{x}", getattr(default, x)) for x in ("width", "steps"))
     return replaced(
         default,

@@ -1,4 +1,4 @@
-"""What a step of each optimizer costs beside AdamW's: time, state and working memory.
+"""What a step of each optimizer costs beside AdamW's: time, FLOPs, state and working memory.
 
 Time is of `tx.update` and `optax.apply_updates` alone, on the study's model and one of its
 gradients. The optimizers take turns, so that a noisy machine disturbs all; what counts is the
@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import muon_jax
 from experiments import timing
 from experiments.family.config import BASELINE, Training
 from experiments.family.data import Data
 from experiments.family.train import language_model, start, transformation
 from experiments.optimizers import OptimizerName
 
-STEPS = 100  # of a turn
+STEPS = 100  # per turn
 
 
 def measure(
@@ -28,17 +29,18 @@ def measure(
     text: Data,
     on_turn: Callable[[str], None] = lambda name: None,
 ) -> dict[OptimizerName, dict[str, Any]]:
-    """Costs of an update of the named optimizers.
+    """Measures the costs of an update of the named optimizers.
 
     Args:
-        config: the model and the optimizers' settings.
-        names: which optimizers; ratios are to AdamW, where it is one of them.
-        text: for the gradient.
-        on_turn: as of `timing.step_costs`.
+        config: The settings of the model and the optimizers.
+        names: The optimizers. Ratios are to AdamW, if it is one of them.
+        text: The text from which the gradient is computed.
+        on_turn: As in `timing.step_costs`.
 
     Returns:
-        What `timing.step_costs` tells; `state_bytes_per_parameter`, exact; and `temp_bytes`, what
-        the compiled update allocates beside its arguments and results.
+        What `timing.step_costs` tells; by `muon_jax.plan` `state_bytes_per_parameter`, exact,
+        `flops` of products and `decomposition_flops`, means of a step; and `temp_bytes`, what the
+        compiled update allocates beside its arguments and results.
     """
     model = language_model(config)
     params = model.start(0)
@@ -47,10 +49,14 @@ def measure(
     turns, memory = {}, {}
     for name in names:
         state = start(config, name, 0).opt_state
-        update = _update(transformation(config, name), params, state, gradient, observed)
+        tx = transformation(config, name)
+        update = _update(tx, params, state, gradient, observed)
+        planned = optax.GradientTransformation(tx.init, functools.partial(tx.update, **observed))
+        (row,) = muon_jax.plan(params, planned).rows
         memory[name] = {
-            "state_bytes_per_parameter": sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-            / model.parameters,
+            "flops": row.flops,
+            "decomposition_flops": row.decomposition_flops,
+            "state_bytes_per_parameter": row.momentum_bytes / model.parameters,
             "temp_bytes": update.memory_analysis().temp_size_in_bytes,
         }
         held = jax.tree.map(jnp.copy, params), state

@@ -1,4 +1,4 @@
-"""Windows of a corpus: random ones to train on, fixed ones to validate on."""
+"""Windows of a corpus: random ones for training, fixed ones for validation."""
 
 from typing import Any, NamedTuple
 
@@ -11,12 +11,13 @@ from experiments.family.config import Training
 
 
 class Data(NamedTuple):
-    """A corpus as a training needs it.
+    """The data of a training.
 
     Attributes:
-        train: `(bytes,)` uint8.
-        validation: `(windows, context + 1)` uint8, evenly spread over the validation text.
-        origin: what a run records of the corpus.
+        train: The training text, `(bytes,)` uint8.
+        validation: The validation windows, `(windows, context + 1)` uint8, evenly spread over the
+            validation text.
+        origin: The description of the corpus that a run records.
     """
 
     train: jax.Array
@@ -25,11 +26,11 @@ class Data(NamedTuple):
 
 
 def load(config: Training) -> Data:
-    """The configured corpus.
+    """Returns the data of the configured corpus.
 
     Raises:
-        ValueError: the text is too short for a window.
-        OSError: the text cannot be read.
+        ValueError: The text is shorter than a window.
+        OSError: The text cannot be read.
     """
     text = corpus.load(config.text, config.corpus_bytes)
     window = config.context + 1
@@ -46,6 +47,6 @@ def load(config: Training) -> Data:
 
 
 def batch(train: jax.Array, key: jax.Array, size: int, context: int) -> jax.Array:
-    """Random windows of the training text, `(size, context + 1)` uint8."""
+    """Returns random windows of the training text, `(size, context + 1)` uint8."""
     starts = jax.random.randint(key, (size,), 0, len(train) - context)
     return train[jnp.add.outer(starts, jnp.arange(context + 1))]

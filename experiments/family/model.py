@@ -1,11 +1,11 @@
 """A small causal transformer on bytes: pre-norm, RoPE, SwiGLU, RMSNorm, no biases, untied head.
 
-It is parametrised by muP (Yang et al., 2203.03466, table 8), so that the same rates serve all
-widths. The embedding begins with a variance of 1 and hidden kernels with 1 / (3 fan_in); attention
-heads keep their size, and more of them come; the head begins with a variance that does not depend
-on the width, and its logits carry a factor of 1 / width. AdamW then wants rates for the embedding,
-the gains and the head that do not depend on the width; what hidden kernels want under Muon is
-measured by `experiments.family.widths`. At `BASE_WIDTH` all this is the usual model.
+It is parametrised by muP (Yang et al., 2203.03466, table 8), so that learning rates transfer across
+widths. The initial variance is 1 for the embedding, 1 / (3 fan_in) for hidden kernels, and
+independent of the width for the head, whose logits have a factor of 1 / width. Wider models have
+more attention heads of the same size. AdamW's best rates for embedding, gains and head then do not
+depend on the width. `experiments.family.widths` measures Muon's best rates for hidden kernels. At
+`BASE_WIDTH` this is the standard parametrisation.
 """
 
 import jax
@@ -22,13 +22,13 @@ FEED_FORWARD_RATIO = 3
 
 
 def head_uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-    """`fan_in_uniform` as it is at `BASE_WIDTH`, for every width."""
+    """Initializes a kernel of any width with the bounds of `fan_in_uniform` at `BASE_WIDTH`."""
     bound = BASE_WIDTH**-0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 class Block(nnx.Module):
-    """One layer: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
+    """One layer: `x += attention(norm(x))`, then `x += feed_forward(norm(x))`."""
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
         self.attention_norm = nnx.RMSNorm(width, epsilon=RMS_EPSILON, rngs=rngs)
@@ -43,10 +43,10 @@ class Block(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """Bytes `(batch, context)` -> logits `(batch, context, 256)` of each next byte.
+    """Maps bytes `(batch, context)` to logits of each next byte, `(batch, context, 256)`.
 
-    And the largest attention logits `(heads,)` by the path of each attention, which XLA drops where
-    no optimizer asks for them.
+    Also returns the largest attention logits `(heads,)` by the path of each attention, which XLA
+    removes if no optimizer uses them.
     """
 
     def __init__(self, *, width: int, layers: int, head_size: int, rngs: nnx.Rngs):

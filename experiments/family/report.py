@@ -1,4 +1,4 @@
-"""Report of the family study: every optimizer at its best rate, on a small language model."""
+"""The report of the family study: every optimizer at its best rate on a small language model."""
 
 import dataclasses
 import statistics
@@ -29,11 +29,11 @@ from experiments.sweep import Files
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm(arms.Arm):
-    """An optimizer.
+    """An arm with its costs.
 
     Attributes:
-        step_ratio: milliseconds of a training step over AdamW's, medians over the cells.
-        cost: of an update alone, from costs.json; None if not measured.
+        step_ratio: The time of a training step over AdamW's, both medians over cells.
+        cost: The cost of an update alone, from costs.json. None if it was not measured.
     """
 
     step_ratio: float | None = None
@@ -44,7 +44,7 @@ class Arm(arms.Arm):
 
 
 def aggregate(files: Files) -> list[Arm]:
-    """The cells by optimizer, the lowest loss first."""
+    """Returns the arms, sorted by loss."""
     found = [
         Arm(
             optimizer=stored["optimizer"],
@@ -74,9 +74,10 @@ def aggregate(files: Files) -> list[Arm]:
     return sorted(found, key=lambda arm: arm.loss)
 
 
-def _cost(field: str, spec: str = "") -> Callable[[Arm], str]:
+def _cost(field: str, spec: str = "", unit: float = 1) -> Callable[[Arm], str]:
     def text(arm: Arm) -> str:
-        value = arm.cost and arm.cost[field]
+        value = arm.cost and arm.cost.get(field)
+        value = value if value is None else value / unit
         return form(value, spec) if spec else number(value)
 
     return text
@@ -89,6 +90,8 @@ COLUMNS: tuple[Column, ...] = (
     ("minus AdamW's [95 % interval]", "minus AdamW's", lambda arm: interval_text(arm.difference)),
     ("training step ÷ AdamW's", "step", lambda arm: number(arm.step_ratio)),
     ("update alone ÷ AdamW's", "update", _cost("times_baseline")),
+    ("products of the update (MFLOP)", "MFLOP", _cost("flops", ".1f", 1e6)),
+    ("decompositions (MFLOP)", "", _cost("decomposition_flops", ".1f", 1e6)),
     ("state (bytes per parameter)", "bytes", _cost("state_bytes_per_parameter", ".2f")),
     ("working memory of the update (bytes)", "", _cost("temp_bytes", ",")),
     ("cells", "", lambda arm: str(arm.cells)),
@@ -97,34 +100,35 @@ COLUMNS: tuple[Column, ...] = (
 NOTE = (
     "loss: at the best rate, mean ± deviation over seeds\n"
     "minus AdamW's: with 95 % interval, paired by seed\n"
-    "step, update: time ÷ AdamW's; bytes: of state per parameter"
+    "step, update: time ÷ AdamW's; MFLOP: of the update; bytes: of state per parameter"
 )
 CAPTION = (
-    "Lowest loss first. Validation loss at the end, mean and standard deviation over seeds. The "
-    "difference is paired by seed, each optimizer at its own best rate; its interval is "
+    "Optimizers sorted by final validation loss, with its mean and standard deviation over seeds. "
+    "The difference is paired by seed, with each optimizer at its own best rate. Its interval is "
     "Student's t, without correction for the number of rows or for the choice of the rate. "
-    "“(edge)”: the best rate is the highest or lowest tried."
+    "“(edge)” marks a best rate that is the highest or lowest tried."
 )
 MEASURED = {
-    "Task": "{corpus[name]}: the next byte of {corpus[train_bytes]:,} bytes, validated on "
-    "{config[validation]} fixed windows of {config[context]} bytes out of "
-    "{corpus[validation_bytes]:,} others, after {config[steps]} steps. SHA-256 {corpus[sha256]}.",
+    "Task": "Predicting the next byte ({corpus[name]}), trained on {corpus[train_bytes]:,} bytes "
+    "for {config[steps]} steps and validated on {config[validation]} fixed windows of "
+    "{config[context]} bytes out of {corpus[validation_bytes]:,} others. SHA-256 {corpus[sha256]}.",
     "Seeds": "A seed sets the initial parameters and the batches, equally for all optimizers and "
     "rates.",
     "Learning rates": "The optimizer's own rate is swept by factors of "
-    "{config[sweep][factor]:g}, and extended until the best one has a neighbour on each side, "
-    "by at most {config[sweep][limit]} rates. With all other optimizers, AdamW trains "
-    "embedding, head and gains at the rate {config[adamw][learning_rate]}.",
+    "{config[sweep][factor]:g}. The sweep is extended by at most {config[sweep][limit]} rates on a "
+    "side, until the best rate has a neighbour on each side. Beside all other optimizers, AdamW "
+    "trains embedding, head and gains at the rate {config[adamw][learning_rate]}.",
     "Training step": "Median time of a step over all trainings of the optimizer, divided by "
-    "AdamW's; trainings alternated.",
+    "AdamW's. Trainings of different optimizers alternated.",
     "Update alone, state, working memory": "Of tx.update and optax.apply_updates on this model, "
     "in alternating rounds of many steps in one process: median ratio, exact size of the state, "
-    "and memory that the compiled update allocates besides arguments and results.",
+    "and memory that the compiled update allocates besides arguments and results. Products and "
+    "decompositions are a step's mean FLOPs by muon_jax.plan, the latter by textbook counts.",
 }
 
 
 def abstract(found: Sequence[Arm], files: Files) -> list[str]:
-    """The result in plain sentences, every number computed from the run."""
+    """Returns the results in sentences whose numbers are computed from the run."""
     if not found:
         return ["No training has finished yet."]
     sentences = [*arms.progress(files), f"{arms.lowest(found)} per byte."]
@@ -132,14 +136,14 @@ def abstract(found: Sequence[Arm], files: Files) -> list[str]:
         below, above = sum(gap.high < 0 for gap in gaps), sum(gap.low > 0 for gap in gaps)
         sentences.append(
             f"Of {len(gaps)} {'optimizer' if len(gaps) == 1 else 'optimizers'} besides AdamW, "
-            f"the 95 % interval of the difference lies below zero for {below} and above for "
+            f"the 95 % interval of the difference lies below zero for {below} and above zero for "
             f"{above}."
         )
     return sentences + arms.caveats(found)
 
 
 def curves_figure(found: Sequence[Arm]) -> Figure:
-    """Validation loss against step at each optimizer's best rate, AdamW's beside it."""
+    """Draws validation loss against step at each optimizer's best rate, with AdamW's beside it."""
     figure, grid = grid_of(len(found), 5, 2.2, 1.9 if len(found) > 5 else 2.4, sharey=True, least=7)
     lines = [[series(h, "validation_loss") for h in arm.histories] for arm in found]
     base = next((own for a, own in zip(found, lines, strict=True) if a.optimizer == BASELINE), [])
@@ -159,15 +163,15 @@ def curves_figure(found: Sequence[Arm]) -> Figure:
 
 
 def report(folder: Path) -> Report:
-    """The family at its best rates."""
+    """Returns the report of the variants at their best rates."""
     files = arms.load(folder)
     found, facts = aggregate(files), {"config": files.config, "corpus": files.summary["corpus"]}
-    table = Table(COLUMNS, found, CAPTION, "The family, lowest loss first", NOTE)
+    table = Table(COLUMNS, found, CAPTION, "The family, lowest loss first", NOTE).known()
     curves = Picture(
         "curves",
         lambda: curves_figure(found),
         "Validation loss during training at the best rates.",
-        "Validation loss against step, a panel for each optimizer.",
+        "Validation loss against step, with one panel for each optimizer.",
     )
     unit = "nats per byte"
     figures = [arms.finals(found, unit), arms.rates(found, unit), curves if files.rows else None]

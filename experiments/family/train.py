@@ -1,4 +1,4 @@
-"""Training of one cell: the steps between two evaluations are one compiled scan."""
+"""Trains cells: the steps between two evaluations are one compiled scan."""
 
 import functools
 import math
@@ -23,22 +23,22 @@ _EVALUATION_BATCH = 32
 
 
 class State(NamedTuple):
-    """What a training step carries on."""
+    """The state that a training step updates."""
 
     params: Any
     opt_state: Any
 
 
 class Model(NamedTuple):
-    """The language model as functions of plain params, shared by all arms.
+    """The language model as functions of plain params, which all arms share.
 
     Attributes:
-        start: `seed -> params`, compiled.
-        loss: `(params, windows) -> (mean loss, observed)`; `observed` are the extra arguments of
-            `tx.update` that tell an optimizer of the forward pass.
-        evaluate: `(params, windows) -> losses`, one a window, compiled.
-        routing: which params Muon takes, from their use in `loss`.
-        parameters: how many it has.
+        start: A compiled function `seed -> params`.
+        loss: A function `(params, windows) -> (mean loss, observed)`. `observed` are extra
+            arguments of `tx.update` with values of the forward pass.
+        evaluate: A compiled function `(params, windows) -> losses`, with one loss per window.
+        routing: The params that Muon optimizes, traced from their use in `loss`.
+        parameters: The number of parameters.
     """
 
     start: Callable
@@ -50,7 +50,7 @@ class Model(NamedTuple):
 
 @functools.cache
 def language_model(config: Training) -> Model:
-    """The configured model."""
+    """Returns the configured model."""
     make = functools.partial(
         LanguageModel, width=config.width, layers=config.layers, head_size=config.head_size
     )
@@ -91,7 +91,7 @@ def transformation(
 
 
 def start(config: Training, optimizer: OptimizerName, seed: int) -> State:
-    """What a training begins with; the params depend on the seed alone."""
+    """Returns the initial state of a training. The params depend only on the seed."""
     params = language_model(config).start(seed)
     return State(params, jax.jit(transformation(config, optimizer).init)(params))
 
@@ -101,12 +101,12 @@ def compile_steps(config: Training, optimizer: OptimizerName, text_bytes: int) -
     """Compiles the steps between two evaluations, for all rates and seeds of an arm.
 
     Args:
-        config: the model and the optimizers' settings.
-        optimizer: which one.
-        text_bytes: length of the training text.
+        config: The settings of the model and the optimizers.
+        optimizer: The optimizer.
+        text_bytes: The length of the training text.
 
     Returns:
-        `(state, text, rate, seed, first step) -> (state, mean loss)`.
+        A function `(state, text, rate, seed, first step) -> (state, mean loss)`.
     """
     model = language_model(config)
 
@@ -141,7 +141,7 @@ def train_cell(
     seed: int,
     on_evaluation: Callable[[Metrics], None] = lambda evaluation: None,
 ) -> tuple[list[Metrics], Metrics]:
-    """Trains to the end, as `train_in_memory` does: every evaluation, and the outcome.
+    """Trains a cell with `train_in_memory`. Returns all evaluations and the outcome.
 
     Losses are in nats per byte.
     """

@@ -1,7 +1,8 @@
-"""Report of the width sweep: the best rate of every width, under each shape scale."""
+"""Report of the width sweep: the best rate of every width or depth, under each shape scale."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ from experiments.report import arms
 from experiments.report.figures import rates_figure
 from experiments.report.page import Column, Picture, Report, Table
 from experiments.report.text import form, signed, told
-from experiments.sweep import Files, optimum
+from experiments.sweep import Files, loss_of, optimum
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line(arms.Arm):
-    """One width, which is its `optimizer` too, under one shape scale.
+    """One width or depth, which is its `optimizer` too, under one shape scale.
 
     Attributes:
-        optimum: the rate at the bottom of a parabola through the best rate and its neighbours.
+        optimum: The rate at the minimum of a parabola through the best rate and its neighbours.
     """
 
     optimum: float
@@ -33,27 +34,25 @@ class Line(arms.Arm):
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """One shape scale, by width.
+    """One shape scale, by width or depth.
 
     Attributes:
-        optimum, at_edge: of each width; stored results have no `lines`.
+        optimum, at_edge: of each size; stored results have no `lines`.
+        over: what the sizes are of, `"width"` or `"layers"`.
+        drift_by_seed: `drift` by the trainings of each seed alone; none with one seed.
     """
 
     scale: str
     lines: list[Line]
     optimum: dict[str, float]
     at_edge: dict[str, bool]
+    over: str = "width"
+    drift_by_seed: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def drift(self) -> float | None:
-        """Least-squares slope of log2(optimum) over log2(width); None with one width.
-
-        These are the powers of two by which the best rate moves when the width doubles.
-        """
-        if len(self.optimum) < 2:
-            return None
-        pairs = [[float(width), best] for width, best in self.optimum.items()]
-        return float(np.polyfit(*np.log2(pairs).T, 1)[0])
+        """How the optimum moves with the size; None with one size."""
+        return drift_of(self.optimum)
 
     @property
     def drift_text(self) -> str:
@@ -61,40 +60,68 @@ class Transfer:
 
     def as_json(self) -> dict[str, Any]:
         """Its row of summary.json."""
-        own = {"scale": self.scale, "drift": self.drift, "optimum": self.optimum}
+        own = {"scale": self.scale, "over": self.over, "drift": self.drift, "optimum": self.optimum}
+        own["drift_by_seed"] = self.drift_by_seed
         lines = {line.optimizer: line.as_json() for line in self.lines}
         return own | {"at_edge": self.at_edge, "arms": lines}
 
 
+def drift_of(optimum: Mapping[str, float]) -> float | None:
+    """Least-squares slope of log2(optimum) over log2(size); None with one size.
+
+    These are the powers of two by which the best rate moves when the size doubles.
+    """
+    if len(optimum) < 2:
+        return None
+    pairs = [[float(size), best] for size, best in optimum.items()]
+    return float(np.polyfit(*np.log2(pairs).T, 1)[0])
+
+
 def aggregate(files: Files) -> list[Transfer]:
-    """The finished cells by shape scale and width; of stored results what these have."""
+    """The finished cells by shape scale and size; of stored results what these have."""
     if not files.rows:
         stored = files.summary.get("scales", [])
-        return [Transfer(of["scale"], [], of["optimum"], of["at_edge"]) for of in stored]
+        return [
+            Transfer(of["scale"], [], of["optimum"], of["at_edge"], of.get("over", "width"))
+            for of in stored
+        ]
+    over = "layers" if "layers" in files.rows[0] else "width"
     found: dict[str, list[Line]] = {row["scale"]: [] for row in files.rows}
-    for (width, scale), (rows, _) in sorted(arms.grouped(files, "width", "scale").items()):
+    of_seeds: dict[str, dict[str, dict[str, float]]] = {scale: defaultdict(dict) for scale in found}
+    for (size, scale), (rows, _) in sorted(arms.grouped(files, over, "scale").items()):
         own = arms.of_cells(rows)
         best = optimum(own["losses"], own["best"].rate)
-        found[scale].append(Line(optimizer=str(width), optimum=best, **own))
+        found[scale].append(Line(optimizer=str(size), optimum=best, **own))
+        for seed in sorted({row["seed"] for row in rows}):
+            losses = {r["rate"]: loss_of(r) for r in rows if r["seed"] == seed}
+            losses = dict(sorted(losses.items()))
+            one = optimum(losses, min(losses, key=losses.__getitem__))
+            of_seeds[scale][str(seed)][str(size)] = one
     return [
         Transfer(
             scale,
             lines,
             {line.optimizer: line.optimum for line in lines},
             {line.optimizer: line.at_edge for line in lines},
+            over,
+            {
+                seed: drift
+                for seed, optima in of_seeds[scale].items()
+                if len(of_seeds[scale]) > 1 and (drift := drift_of(optima)) is not None
+            },
         )
         for scale, lines in found.items()
     ]
 
 
 def sentences(transfers: Sequence[Transfer]) -> list[str]:
-    """The result in plain sentences."""
+    """Returns the results in sentences whose numbers are computed from the run."""
     found = []
     for of in transfers:
-        rates = ", ".join(f"{best:.3g} at width {width}" for width, best in of.optimum.items())
+        rates = ", ".join(f"{best:.3g} at {of.over} {size}" for size, best in of.optimum.items())
         text = f"{of.scale}: the best rate is {rates}"
         if of.drift is not None:
-            text += f", a drift of {of.drift_text} powers of two per doubling of the width"
+            text += f", a drift of {of.drift_text} powers of two per doubling"
         edge = " (a best rate is the highest or lowest tried)"
         found.append(f"{text}{edge if any(of.at_edge.values()) else ''}.")
     return found
@@ -103,7 +130,7 @@ def sentences(transfers: Sequence[Transfer]) -> list[str]:
 Row = tuple[Transfer, str, Line | None]
 COLUMNS: tuple[Column, ...] = (
     ("scale", "scale", lambda row: row[0].scale),
-    ("width", "width", lambda row: row[1]),
+    ("width or layers", "size", lambda row: f"{row[0].over} {row[1]}"),
     ("best rate", "best rate", lambda row: arms.RATE[2](row[2]) if row[2] else "–"),
     ("optimum", "optimum", lambda row: form(row[0].optimum[row[1]], ".3g")),
     ("loss", "loss", lambda row: form(row[2] and row[2].loss, ".3f")),
@@ -112,8 +139,8 @@ COLUMNS: tuple[Column, ...] = (
 CAPTION = (
     "Final validation loss, mean over the seeds. Optimum: the lowest point of a parabola in "
     "log(rate) through the best rate and its two neighbours. Drift: slope of log2(optimum) over "
-    "log2(width); 0 is perfect transfer, −0.5 is required by a spectral norm that grows as the "
-    "square root of the width."
+    "log2 of the width or the number of layers; 0 is perfect transfer, −0.5 is required by a "
+    "spectral norm that grows as the square root of the width."
 )
 FIGURE = (
     "Final validation loss against Muon's learning rate. AdamW trains embedding, gains and head "
@@ -122,40 +149,40 @@ FIGURE = (
 
 
 def widths_figure(transfers: Sequence[Transfer]) -> Figure:
-    """Final loss against learning rate: a panel for each scale, a line for each width."""
-    widths = sorted({width for of in transfers for width in of.optimum}, key=int)
-    shades = matplotlib.colormaps["viridis"](np.linspace(0.85, 0.1, len(widths)))
-    colors = dict(zip(widths, shades, strict=True))
+    """Final loss against learning rate: a panel for each scale, a line for each size."""
+    sizes = sorted({size for of in transfers for size in of.optimum}, key=int)
+    shades = matplotlib.colormaps["viridis"](np.linspace(0.85, 0.1, len(sizes)))
+    colors = dict(zip(sizes, shades, strict=True))
     return rates_figure(
         {f"{of.scale}, drift {of.drift_text}": of.lines for of in transfers},
-        style=lambda width: {"color": colors[width]},
-        label="width {}".format,
+        style=lambda size: {"color": colors[size]},
+        label=f"{transfers[0].over} {{}}".format,
         width=2.9,
         unit="nats per byte",
     )
 
 
 def report(folder: Path) -> Report:
-    """The best rate by width, from the files of a sweep."""
+    """Returns the report of a sweep over sizes: the best rate of each."""
     files = arms.load(folder)
     transfers = aggregate(files)
     rows: list[Row] = [
-        (of, width, next((line for line in of.lines if line.optimizer == width), None))
+        (of, size, next((line for line in of.lines if line.optimizer == size), None))
         for of in transfers
-        for width in of.optimum
+        for size in of.optimum
     ]
-    table = Table(COLUMNS, rows, CAPTION, "Best rate by width", names=2).known()
+    table = Table(COLUMNS, rows, CAPTION, "Best rate by size", names=2).known()
     figure = Picture(
         "widths",
         lambda: widths_figure(transfers),
         told(FIGURE, files.config),
-        "Final loss against learning rate, a panel for each shape scale, a line for each width.",
+        "Final loss against learning rate, a panel for each shape scale, a line for each size.",
     )
     return arms.report(
-        "Learning-rate transfer over the width",
+        "Learning-rate transfer over the size",
         folder,
         files,
-        "a shape scale, a width, a learning rate and a seed",
+        "a shape scale, a size, a learning rate and a seed",
         sentences(transfers),
         table,
         [figure] if files.rows else [],

@@ -1,4 +1,4 @@
-"""`python -m experiments.finetune`: fine-tunes a model with each arm, and compares them."""
+"""`python -m experiments.finetune`: fine-tunes a model with each optimizer, and compares them."""
 
 from experiments.huge_pages import restart_with_huge_pages
 
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def run(command: Command, stop: threading.Event, console: Console) -> int:
-    """Does what the command asks for."""
+    """Fine-tunes, plans, compiles or runs a suite, as the command says; returns its exit code."""
     if command.model is not None:
         _check_folder(command.model)
     if command.data is not None:
@@ -101,7 +101,7 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
 
 
 def _tell(command: Command, console: Console) -> None:
-    """The table and the report of the arms that have begun."""
+    """Prints the table and writes the report of the arms that have records."""
     begun = [arm for arm in command.optimizers if (command.folder(arm) / "metrics.jsonl").exists()]
     if jax.process_index() == 0 and begun:
         show(command.out, console, arms=begun)
@@ -110,7 +110,7 @@ def _tell(command: Command, console: Console) -> None:
 def _prepare(
     command: Command, stop: threading.Event, console: Console
 ) -> tuple[loop.Start, data.Prepared, Path]:
-    """The model, the rows, and the model's folder."""
+    """Returns the initial model, the examples, and the model's folder."""
     with preparing("reading the model", stop, console) as show:
         if command.model is None:
             if jax.process_count() > 1:
@@ -120,7 +120,7 @@ def _prepare(
             folder = Path(command.model).expanduser()
         architecture = config_json.read(folder / CONFIG)
         _check(command, architecture)
-        weights.check(folder, architecture)  # before what takes long, and before --out is claimed
+        weights.check(folder, architecture)  # before slow work, and before --out is claimed
         rows = data.read(command, folder, architecture, show)
     report = rows.report
     dropped = (
@@ -152,11 +152,11 @@ def _check(command: Command, architecture: Architecture) -> None:
 
 
 def _check_folder(model: str) -> None:
-    """Raises a ValueError where --model names no folder with a model."""
+    """Checks that --model is a folder with a model."""
     folder = Path(model).expanduser()
     if (folder / CONFIG).is_file():
         return
-    # What looks like a name on the Hub most likely is one.
+    # A text like OWNER/NAME is probably the name of a model on the Hub.
     name = model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) else "Qwen/Qwen3-0.6B"
     raise ValueError(
         f"--model must be a local folder with a model's {CONFIG}, safetensors and tokenizer; "

@@ -1,4 +1,4 @@
-"""A model to fine-tune: its family, its sizes, and the `config.json` that tells them."""
+"""The architecture of a model to fine-tune, and its `config.json`."""
 
 import dataclasses
 from pathlib import Path
@@ -12,28 +12,28 @@ from experiments.settings import Count, Positive, check, even
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Sizes and constants; the defaults are those of the first releases of Qwen3 below 8 B.
+    """Sizes and constants of a model. The defaults are those of the first Qwen3 below 8 B.
 
     Attributes:
-        family: as `config.json` has it, which says whether queries and keys are normed, and whether
-            their projections and the values' have biases.
-        layers: decoder layers.
-        hidden: width of the residual stream.
-        ffn: width of SwiGLU.
-        heads: of queries.
-        kv_heads: of keys and values; each serves `heads / kv_heads` of queries.
-        head_dim: of every head; `heads * head_dim` need not be `hidden`.
-        vocabulary: entries of the embedding.
-        rope_theta: base of RoPE's wavelengths.
-        epsilon: of every RMSNorm.
-        tied: the head is the embedding transposed.
-        initializer_range: standard deviation of initial matrices.
-        context: positions that the model was made for.
-        rope_scaling: of RoPE's frequencies, which a Llama may have.
-        begin_token, end_token, pad_token: as the tokenizer numbers them.
+        family: The family, as in `config.json`. It determines whether queries and keys have an
+            RMSNorm, and whether the projections to queries, keys and values have biases.
+        layers: The number of decoder layers.
+        hidden: The width of the residual stream.
+        ffn: The hidden size of SwiGLU.
+        heads: The number of query heads.
+        kv_heads: The number of key and value heads; each serves `heads / kv_heads` query heads.
+        head_dim: The dimensions of a head; `heads * head_dim` need not be `hidden`.
+        vocabulary: The vocabulary size.
+        rope_theta: The base of RoPE's wavelengths.
+        epsilon: The epsilon of every RMSNorm.
+        tied: Whether the head is the transposed embedding.
+        initializer_range: The standard deviation of initial matrices.
+        context: The maximum context length.
+        rope_scaling: The scaling of RoPE's frequencies, for Llama only.
+        begin_token, end_token, pad_token: The ids of special tokens.
 
     Raises:
-        ValueError: sizes that make no model, or a family that does not scale RoPE so.
+        ValueError: If the sizes are inconsistent, or the family does not support `rope_scaling`.
     """
 
     layers: Count
@@ -66,17 +66,17 @@ class Architecture:
 
     @property
     def qk_norm(self) -> bool:
-        """RMSNorm of each query and key head."""
+        """Whether each query and key head has an RMSNorm."""
         return FAMILIES[self.family].qk_norm
 
     @property
     def qkv_bias(self) -> bool:
-        """Biases of queries, keys and values."""
+        """Whether the projections to queries, keys and values have biases."""
         return FAMILIES[self.family].qkv_bias
 
     @property
     def parameters(self) -> int:
-        """Entries of all params; a tied embedding counts once."""
+        """The number of parameters; a tied embedding counts once."""
         attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
         vectors = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
         if self.qkv_bias:
@@ -107,7 +107,7 @@ PRESETS = {
     "4b": _released(36, 2560, 9728, 32),
 }
 
-# Fields of Architecture, and of config.json.
+# Fields of Architecture, and those of config.json.
 _COMMON = {
     "layers": "num_hidden_layers",
     "hidden": "hidden_size",
@@ -133,19 +133,19 @@ _FIELDS = {
 
 
 def to_json(architecture: Architecture) -> dict[str, Any]:
-    """What `config.json` says of the model, for transformers 4 and 5."""
+    """Returns the content of the model's `config.json`, for transformers 4 and 5."""
     a = architecture
     fields = {theirs: getattr(a, ours) for ours, theirs in _FIELDS[a.family].items()}
-    said = config_json.to_json(a.family, fields) | {"attention_dropout": 0.0}
-    return said | ({} if a.family == "llama" else {"sliding_window": None})
+    content = config_json.to_json(a.family, fields) | {"attention_dropout": 0.0}
+    return content | ({} if a.family == "llama" else {"sliding_window": None})
 
 
 def read(path: Path) -> Architecture:
-    """The model that a `config.json` tells.
+    """Returns the architecture that a `config.json` describes.
 
     Raises:
-        ValueError: it is damaged, lacks a size, or tells of a model that is none of these.
-        OSError: it cannot be read.
+        ValueError: If the file is damaged, lacks a size, or is of a model that is not supported.
+        OSError: If it cannot be read.
     """
     given, sizes = config_json.read(path, Architecture, _FIELDS)
     try:

@@ -1,8 +1,8 @@
-"""Conversations as tokens: a model's tokenizer and chat template, and which tokens are learnt.
+"""Converts conversations to tokens with a model's chat template, and marks the tokens to train on.
 
-The tokenizer is that of the `tokenizers` library, and the template is rendered by Jinja, in a
-process of its own, with the settings of transformers: the tokens are those of its
-`apply_chat_template`, but that a template is told a fixed day.
+The `tokenizers` library tokenises, and Jinja renders the template, in a separate process with the
+settings of transformers. The tokens are those of its `apply_chat_template`, except that templates
+get a fixed date.
 """
 
 import functools
@@ -42,7 +42,7 @@ _LEFT_OUT = (
 
 
 class Markers(NamedTuple):
-    """What a template writes before and after an assistant's words; the latter is learnt, too."""
+    """What a template writes before and after an assistant's turn. The end is trained on, too."""
 
     begin: str
     end: str
@@ -54,24 +54,24 @@ LLAMA3 = Markers(f"{_HEADER}assistant<|end_header_id|>\n\n", "<|eot_id|>")
 
 
 class Chat:
-    """The tokenizer and the chat template of a Hugging Face folder.
+    """The tokenizer and chat template of a Hugging Face folder.
 
-    Special tokens are the template's alone. Where content spells one, or a marker, the text is cut
-    after its first character, so that the model reads it as plain text and no turn begins or ends
-    there. Tokens that are not special, as Qwen3's `<think>`, are tokens in content, too.
+    Only the template can produce special tokens. If content spells one, or a marker, the text is
+    cut after the first character of it, so that the model reads it as plain text and no turn begins
+    or ends there. Tokens that are not special, such as Qwen3's `<think>`, are allowed in content.
 
     Args:
-        folder: has `tokenizer.json`, `tokenizer_config.json`, and the template in the latter or in
-            `chat_template.jinja`.
-        markers: of an assistant's turn; by default the template's `{% generation %}` blocks. Where
-            it has none they are Llama 3's, if it writes headers of turns, or else ChatML's.
+        folder: The folder, with `tokenizer.json`, `tokenizer_config.json`, and the template in the
+            latter or in `chat_template.jinja`.
+        markers: The markers of an assistant's turn. By default the template's `{% generation %}`
+            blocks; without these Llama 3's, if the template writes their header, or else ChatML's.
 
     Attributes:
-        vocabulary: all ids are less than it.
+        vocabulary: The vocabulary size; all ids are less.
 
     Raises:
-        ValueError: a file is damaged or contradicts another one, or there is no template.
-        OSError: a file cannot be read.
+        ValueError: If a file is damaged or contradicts another one, or there is no template.
+        OSError: If a file cannot be read.
     """
 
     def __init__(self, folder: Path, markers: Markers | None = None):
@@ -84,11 +84,11 @@ class Chat:
         self._folder = folder
         path = folder / TOKENIZER
         self._tokenizer = tokenizer.read(path.read_bytes(), str(path))
-        # What the model has seen before each text, as Llama's <|begin_of_text|>.
+        # Tokens that begin every text, such as Llama's <|begin_of_text|>.
         example = self._tokenizer.encode("a")
         added = zip(example.tokens, example.special_tokens_mask, strict=True)
         self._opening = "".join(token for token, _ in itertools.takewhile(_is_added, added))
-        self._tokenizer.post_processor = None  # Llama's trims the offsets of tokens
+        self._tokenizer.post_processor = None  # since Llama's trims the tokens' offsets
         self.vocabulary = 1 + max(self._tokenizer.get_vocab().values())
         settings = read_json(folder / SETTINGS)
         self._names = {
@@ -115,7 +115,7 @@ class Chat:
         )
 
     def _check_tokens(self, added: Any) -> None:
-        """Raises a ValueError where the settings name a token that the tokenizer has not."""
+        """Checks that the tokenizer has the tokens that the settings name."""
         path = self._folder / SETTINGS
         if not isinstance(added, dict):
             raise ValueError(
@@ -125,7 +125,7 @@ class Chat:
             content = _content(self._folder, f"added token {index}", token)
             if str(self._tokenizer.token_to_id(content)) != index:
                 raise ValueError(
-                    f"{path} has the token {content!r} as {index}, but {TOKENIZER} has not; save "
+                    f"{path} has the token {content!r} as {index}, but {TOKENIZER} does not; save "
                     "both again with transformers."
                 )
         end = self._names.get("eos_token")
@@ -138,17 +138,17 @@ class Chat:
     def conversation(
         self, messages: Sequence[Any], tools: Sequence[Any] | None = None, given: int = 0
     ) -> Text:
-        """A conversation of which every turn of the assistant is learnt.
+        """Renders a conversation, to train on every turn of the assistant.
 
         Args:
-            messages: objects with a "role" and a "content", and what else the template knows.
-            tools: JSON schemas, for templates that show them.
-            given: so many of the first messages are a prompt, and nothing of them is learnt.
+            messages: Objects with a "role", a "content", and further keys of the template.
+            tools: JSON schemas of tools, for templates that show them.
+            given: The number of first messages that are a prompt, which is not trained on.
 
         Raises:
-            ValueError: a message is none, a role is out of order, the template refuses them or
-                drops a message, a call or the tools, or the assistant's turns cannot be told apart
-                in what it makes of them.
+            ValueError: If a message is malformed, a role is out of order, the template rejects the
+                messages or omits a message, a call or the tools, or the assistant's turns cannot be
+                found in the rendered text.
         """
         roles = _check(messages)
         escaped, tools = self._escape(messages), self._escape(tools)
@@ -163,27 +163,27 @@ class Chat:
         turns = roles.count("assistant")
         if len(text.learnt) != turns:
             raise ValueError(
-                f"the chat template shows {len(text.learnt)} turns between {where}, and the "
-                f"assistant has {turns}; put {{% generation %}} … {{% endgeneration %}} around the "
-                f"assistant's words, each turn's in one, in {self._folder / TEMPLATE}, which is "
-                f"read before the template in {SETTINGS}"
+                f"the assistant has {turns} turns, but the chat template shows {len(text.learnt)} "
+                f"turns between {where}; put {{% generation %}} … {{% endgeneration %}} around "
+                f"each of the assistant's turns in {self._folder / TEMPLATE}, which takes "
+                f"precedence over the template in {SETTINGS}"
             )
         return text._replace(
             learnt=text.learnt[roles[:given].count("assistant") :], dropped=dropped
         )
 
     def completion(self, prompt: str, completion: str) -> Text:
-        """A prompt and the completion to learn, with the end of a turn, and without a template.
+        """Joins a prompt, a completion to train on and an end-of-turn token, without a template.
 
-        They are tokenised one by one, as when the model completes the prompt, and follow what the
-        tokenizer begins every text with.
+        Prompt and completion are tokenised separately, as when the model completes the prompt, and
+        follow the tokens that begin every text.
 
         Raises:
-            ValueError: one of them is no text, or the tokenizer names no `eos_token`.
+            ValueError: If one of them is not a text, or the tokenizer has no `eos_token`.
         """
         end = self._names.get("eos_token")
         if end is None:
-            raise ValueError(f"no eos_token in {SETTINGS} can end a completion; use messages")
+            raise ValueError(f"{SETTINGS} must have an eos_token to end completions; use messages")
         parts = {"prompt": prompt, "completion": completion}
         for name, part in parts.items():
             if not isinstance(part, str) or not part.strip():
@@ -219,7 +219,7 @@ class Chat:
         return self._tokenizer.decode(list(kept), skip_special_tokens=True)
 
     def encode(self, texts: Iterable[Text]) -> list[Encoded]:
-        """Their tokens; one is learnt if a character of it is."""
+        """Tokenises texts. A token is trained on if one of its characters is."""
         texts = list(texts)
         encodings = iter(
             self._tokenizer.encode_batch(
@@ -241,10 +241,10 @@ class Chat:
             raise ValueError(f"the chat template rejects it: {error}") from None
 
     def _dropped(self, messages: list[Any], tools: Any, rendered: str) -> int:
-        """How many thoughts, and words beside a call, are not in what the template makes.
+        """Counts the reasoning texts, and remarks beside tool calls, that the template omits.
 
         Raises:
-            ValueError: a message, a call or the tools are not.
+            ValueError: If the template omits a message, a call or the tools.
         """
         if tools and self._same(messages, [{"name": _OTHER}], rendered):
             raise ValueError(_LEFT_OUT.format("its tools are", "them"))
@@ -255,7 +255,8 @@ class Chat:
             calls = message.get("tool_calls")
             if calls and other("tool_calls", [_CALL]):
                 raise ValueError(_LEFT_OUT.format(f"the tool_calls of {name} are", "them"))
-            # Templates may trim or quote content: only where it is not found they are asked.
+            # Templates may trim or quote content. So, where the rendered text does not contain it,
+            # the test is whether other content changes the rendered text.
             content = (message["content"] or "").strip()
             thought = _THOUGHT.match(content)
             if thought and thought[1].strip() not in rendered:
@@ -275,14 +276,14 @@ class Chat:
     def _is_dropped(
         self, messages: list[Any], index: int, tools: Any, rendered: str, key: str, value: Any
     ) -> bool:
-        """Whether the text is the same with another value in a message, which is not in it then."""
+        """Returns whether a message's value is omitted: if another value gives the same text."""
         changed = messages[index] | {key: value}
         return self._same([*messages[:index], changed, *messages[index + 1 :]], tools, rendered)
 
     def _same(self, messages: list[Any], tools: Any, rendered: str) -> bool:
         try:
             return self._render(messages, tools) == rendered
-        except ValueError:  # it looked at what is another
+        except ValueError:  # the template depends on the changed value
             return False
 
     def _escape(self, value: Any) -> Any:
@@ -290,10 +291,10 @@ class Chat:
             case str():
                 if MARK.search(value):
                     raise ValueError(
-                        "it contains U+FDD0, U+FDD1 or U+FDD2, which are not characters"
+                        "texts must not contain the noncharacters U+FDD0, U+FDD1 and U+FDD2"
                     )
                 try:
-                    value.encode()  # JSON may spell half a character
+                    value.encode()  # JSON can contain half a surrogate pair
                 except UnicodeEncodeError:
                     raise ValueError(f"it contains invalid Unicode: {short(value)}") from None
                 return self._reserved.sub(rf"\1{CUT}", value)
@@ -309,7 +310,7 @@ def _is_added(token: tuple[str, int]) -> bool:
 
 
 def _content(folder: Path, name: str, token: Any) -> str:
-    """How a token of `tokenizer_config.json` is spelt."""
+    """Returns the spelling of a token of `tokenizer_config.json`."""
     content = token.get("content") if isinstance(token, dict) else token
     if not isinstance(content, str) or not content:
         raise ValueError(
@@ -320,16 +321,16 @@ def _content(folder: Path, name: str, token: Any) -> str:
 
 
 def write_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int) -> None:
-    """Trains a byte-level BPE with ChatML's tokens and template; transformers loads it.
+    """Trains a byte-level BPE with ChatML's tokens and template, in the format of transformers.
 
     Args:
-        folder: is made if it is missing.
-        texts: to count the pairs of.
-        vocabulary: tokens at most, with the three special ones: `END_OF_TEXT` is 0, and the two
-            markers of ChatML are the last ones.
+        folder: The folder to write to. It is made if it is missing.
+        texts: The texts to train on.
+        vocabulary: Maximum number of tokens, including the special tokens: `END_OF_TEXT`, with id
+            0, and ChatML's two markers, with the last ids.
 
     Raises:
-        ValueError: the vocabulary is less than all bytes and the special tokens.
+        ValueError: If `vocabulary` is too small for all bytes and the special tokens.
     """
     source = tokenizer.train(texts, vocabulary - 2, END_OF_TEXT)
     bpe = tokenizer.read(source, TOKENIZER)
@@ -347,14 +348,14 @@ def write_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int) -> None
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies a tokenizer's files beside a model's."""
+    """Copies a tokenizer's files to a model's folder."""
     for name in (TOKENIZER, SETTINGS, TEMPLATE, *_OTHERS):
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
 
 
 def _check(messages: Sequence[Any]) -> list[str]:
-    """The roles of messages; a ValueError where one is no message or at a wrong place."""
+    """Checks that messages are well-formed and in order, and returns their roles."""
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(f"messages must be a non-empty list; got {short(messages)}")
     roles: list[str] = []
@@ -368,18 +369,21 @@ def _check(messages: Sequence[Any]) -> list[str]:
             raise ValueError(f"{name} has {min(unknown)!r}, but may only have {', '.join(_KEYS)}")
         role, content, before = message["role"], message["content"], roles[-1] if roles else None
         if not isinstance(role, str) or role not in _PREDECESSORS:
-            raise ValueError(f"{name} has the role {short(role)}, not {', '.join(_PREDECESSORS)}")
+            raise ValueError(
+                f"the role of {name} must be one of {', '.join(_PREDECESSORS)}; got {short(role)}"
+            )
         if before not in _PREDECESSORS[role]:
             raise ValueError(
-                f"{name} is of the {role} after {before or 'nothing'}; after a system message, if "
-                "any, come user and assistant in turn, and tools between two of the assistant"
+                f"{name}, of the {role}, must not follow {before or 'nothing'}; after an optional "
+                "system message, user and assistant take turns, with tools between two of the "
+                "assistant's messages"
             )
         if not (content is None and role == "assistant" and message.get("tool_calls")):
             if not isinstance(content, str):
                 raise ValueError(f"the content of {name} must be a text; got {short(content)}")
             if role in ("user", "assistant") and not (content.strip() or message.get("tool_calls")):
-                raise ValueError(f"{name}, of the {role}, is empty")
+                raise ValueError(f"{name}, with the role {role}, must not be empty")
         roles.append(role)
     if roles[-1] != "assistant":
-        raise ValueError(f"the last message must be the assistant's; got the {roles[-1]}'s")
+        raise ValueError(f"the last message must have the role assistant; got {roles[-1]}")
     return roles

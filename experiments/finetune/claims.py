@@ -1,9 +1,9 @@
-"""What the post claims of the four arms, and whether trainings agree.
+"""The post's claims about the four arms, and whether trainings agree with them.
 
-A claim is that one arm lies above, or below, others in what is measured. With several seeds it
-agrees if every paired difference has the claimed sign and a 95 % interval without zero; it
-disagrees if one has the other sign at p < 0.05 after Holm's correction for the claim's
-differences. With one seed the sign decides, of what differs in the digits shown.
+A claim is that one arm is above, or below, others in a measure. With several seeds, a run agrees if
+every paired difference has the claimed sign and a 95 % interval without zero; it disagrees if one
+has the other sign at p < 0.05 after Holm's correction for the claim's differences. With one seed,
+the signs of the differences decide, if these differ in the digits shown.
 """
 
 import math
@@ -22,7 +22,7 @@ _SIGNIFICANT = 0.05
 
 
 class Measure(NamedTuple):
-    """How a measure is written: its values in `unit` times `scale`, with so many `digits`."""
+    """How to write a measure: values times `scale`, in `unit`, with `digits` decimals."""
 
     name: str
     scale: float
@@ -35,11 +35,11 @@ class Measure(NamedTuple):
 
     def signed(self, value: float) -> str:
         sign = "+" if self.differs(value) else ""
-        rounded = round(self.scale * value, self.digits) + 0.0  # which is never −0
+        rounded = round(self.scale * value, self.digits) + 0.0  # turns −0 into 0
         return f"{rounded:{sign}.{self.digits}f}".replace("-", "−")
 
     def differs(self, value: float) -> bool:
-        """Whether any digit that is shown does."""
+        """Returns whether a difference is not 0 in the digits shown."""
         return round(self.scale * value, self.digits) != 0
 
 
@@ -62,7 +62,7 @@ MEASURES = {
 
 
 class Comparison(NamedTuple):
-    """That `ours` lies above `theirs` in a measure, or with `sign` −1 below."""
+    """States that `ours` is above `theirs` in a measure, or below it if `sign` is −1."""
 
     ours: ArmName
     theirs: ArmName
@@ -71,7 +71,7 @@ class Comparison(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A claim of the post: all of its comparisons."""
+    """A claim of the post, which consists of comparisons."""
 
     text: str
     comparisons: Sequence[Comparison]
@@ -101,13 +101,14 @@ CLAIMS = (
 
 
 class Compared(NamedTuple):
-    """What was measured of a comparison.
+    """The measured result of a comparison.
 
     Attributes:
-        mean: of the differences, paired by seed.
-        interval: of it; None with one seed.
-        seeds: that both arms have.
-        outcome: 1 where it is as claimed, −1 where it is the other way, else 0.
+        claimed: The comparison.
+        mean: The mean difference, paired by seed.
+        interval: The 95 % interval of the mean; None with one seed.
+        seeds: The number of seeds that both arms have.
+        outcome: 1 if it is as claimed, −1 if it is the opposite, else 0.
     """
 
     claimed: Comparison
@@ -118,10 +119,10 @@ class Compared(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """A claim beside what was measured.
+    """The verdict on a claim.
 
     Attributes:
-        measured: in words; empty where an arm is missing.
+        measured: A description of the measured result; empty if an arm is missing.
     """
 
     claim: str
@@ -131,23 +132,23 @@ class Judged(NamedTuple):
 
 
 def judge(values: Values) -> list[Judged]:
-    """Every claim, by what the arms came to; an arm that is missing or diverged tells nothing."""
+    """Judges every claim. If an arm is missing or diverged, the verdict is "cannot tell"."""
     return [_judge(claim, values) for claim in CLAIMS]
 
 
 def _judge(claim: Claim, values: Values) -> Judged:
-    found = compare([c for c in claim.comparisons if {c.ours, c.theirs} <= values.keys()], values)
-    seeds = min((of.seeds for of in found), default=0)
-    if len(found) < len(claim.comparisons) or not seeds:
+    results = compare([c for c in claim.comparisons if {c.ours, c.theirs} <= values.keys()], values)
+    seeds = min((of.seeds for of in results), default=0)
+    if len(results) < len(claim.comparisons) or not seeds:
         missing = {arm for c in claim.comparisons for arm in (c.ours, c.theirs)}
         missing -= {arm for arm in values if _known(claim, values, arm)}
         names = ", ".join(map(optimizer_label, sorted(missing)))
         return Judged(claim.text, f"Not finished: {names}." if names else "", "cannot tell", seeds)
-    outcomes = [of.outcome for of in found]
+    outcomes = [of.outcome for of in results]
     verdict: Verdict = (
         "disagrees" if min(outcomes) < 0 else "agrees" if min(outcomes) > 0 else "cannot tell"
     )
-    return Judged(claim.text, " ".join(_told(found, values)), verdict, seeds)
+    return Judged(claim.text, " ".join(_measured_text(results, values)), verdict, seeds)
 
 
 def _known(claim: Claim, values: Values, arm: str) -> bool:
@@ -156,22 +157,22 @@ def _known(claim: Claim, values: Values, arm: str) -> bool:
 
 
 def compare(comparisons: Sequence[Comparison], values: Values) -> list[Compared]:
-    """The comparisons, with Holm's correction for all of them."""
+    """Returns the results of comparisons, with Holm's correction for all of them."""
     pairs = [_pair(c, values) for c in comparisons]
     p_values = {str(i): p_value(*pair) for i, pair in enumerate(pairs)}
     corrected = holm({i: p for i, p in p_values.items() if p is not None})
-    found = []
+    results = []
     for i, (c, (ours, theirs)) in enumerate(zip(comparisons, pairs, strict=True)):
         seeds = sorted(ours.keys() & theirs.keys())
         gaps = [ours[seed] - theirs[seed] for seed in seeds]
         mean = sum(gaps) / len(gaps) if gaps else math.nan
         interval = difference(ours, theirs)
-        found.append(
+        results.append(
             Compared(
                 c, mean, interval, len(seeds), _outcome(c, mean, interval, corrected.get(str(i)))
             )
         )
-    return found
+    return results
 
 
 def _pair(c: Comparison, values: Values) -> tuple[dict[int, float], dict[int, float]]:
@@ -192,12 +193,12 @@ def _outcome(c: Comparison, mean: float, interval: Interval | None, p: float | N
     return -int(p is not None and p < _SIGNIFICANT)
 
 
-def _told(found: Sequence[Compared], values: Values) -> list[str]:
-    """A sentence for each measure: what the arms came to, and the difference that decides."""
+def _measured_text(results: Sequence[Compared], values: Values) -> list[str]:
+    """Returns a sentence for each measure: the arms' means and the decisive difference."""
     sentences = []
-    for measure in dict.fromkeys(of.claimed.measure for of in found):
+    for measure in dict.fromkeys(of.claimed.measure for of in results):
         form = MEASURES[measure]
-        own = [of for of in found if of.claimed.measure == measure]
+        own = [of for of in results if of.claimed.measure == measure]
         arms = dict.fromkeys(arm for of in own for arm in (of.claimed.ours, of.claimed.theirs))
         means = {arm: _mean(x[measure] for x in values[arm].values()) for arm in arms}
         each = ", ".join(f"{optimizer_label(arm)} {form.text(x)}" for arm, x in means.items())
@@ -212,7 +213,7 @@ def _told(found: Sequence[Compared], values: Values) -> list[str]:
 
 
 def difference_text(form: Measure, mean: float, interval: Interval | None) -> str:
-    """A difference with its interval, e.g. "+1.10 points [0.31, 1.89]"."""
+    """Formats a difference and its interval, e.g. as "+1.10 points [0.31, 1.89]"."""
     text = form.signed(mean) + form.of_difference
     if interval is None:
         return text
@@ -225,7 +226,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def sentences(judged: Sequence[Judged]) -> list[str]:
-    """What is told of the claims in an abstract."""
+    """Returns the sentence of an abstract that sums up the verdicts."""
 
     def by(verdict: Verdict) -> list[str]:
         return [f"“{of.claim.rstrip('.')}”" for of in judged if of.verdict == verdict]
@@ -235,7 +236,7 @@ def sentences(judged: Sequence[Judged]) -> list[str]:
         for verb, found in (
             ("agrees with", by("agrees")),
             ("disagrees with", by("disagrees")),
-            ("cannot tell of", by("cannot tell")),
+            ("cannot decide", by("cannot tell")),
         )
         if found
     ]

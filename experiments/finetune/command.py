@@ -26,37 +26,37 @@ _SHORT = {"steps": 100, "evaluation_tokens": 16_384}
 
 @dataclasses.dataclass(frozen=True)
 class Command(Suite, Planning, Running, Training):
-    """Fine-tunes a model with AdamW and three forms of Muon, from one start on the same examples.
+    """Fine-tunes a model with AdamW and with three forms of Muon, and compares the results.
 
-    Without options it pretrains a small Qwen3 (once; it is cached), fine-tunes it with the four
-    optimizers to write the bodies of documented Python functions, and prints the results, in some
-    minutes on two CPU cores. `--model FOLDER --data FILE` fine-tunes all parameters of a Hugging
-    Face model on your own examples; the memory that takes is printed before it is allocated. Each
-    optimizer's folder in --out has `metrics.jsonl`, `summary.json` and checkpoints. The same
-    command continues a run, bit for bit, after Ctrl-C or SIGTERM (which save a checkpoint and exit
-    with 130), a crash or a kill.
+    Without options, this pretrains a small Qwen3 (once; it is cached), fine-tunes it with each of
+    the four optimizers to write the bodies of documented Python functions, and prints the results.
+    It takes a few minutes on two CPU cores. `--model FOLDER --data FILE` fine-tunes all parameters
+    of a Hugging Face model on your own examples; the memory required is printed before it is
+    allocated. Each optimizer gets a folder in --out with `metrics.jsonl`, `summary.json` and
+    checkpoints. Run the same command again to resume, bit for bit, after Ctrl-C or SIGTERM (which
+    save a checkpoint and exit with code 130), a crash or a kill.
     """
 
     model: str | None = None
-    """Folder with config.json, safetensors and tokenizer of a Qwen3, Qwen2.5 or Llama 3. By default
-    the small model."""
+    """Folder of a Qwen3, Qwen2.5 or Llama 3 model to fine-tune: config.json, safetensors and
+    tokenizer. By default, the small model."""
     data: str | None = None
-    """Examples with "messages", or "prompt" and "completion", as .jsonl, .jsonl.gz or .parquet.
-    By default functions of the installed Python packages."""
+    """File of examples: .jsonl, .jsonl.gz or .parquet, each with "messages", or with "prompt" and
+    "completion". By default, functions from the installed Python packages."""
     optimizers: tuple[ArmName, ...] = ("adamw", "muon_frozen1d", "muon_adamw", "muonclip")
-    """Optimizers to compare. Each has a folder of its own in --out."""
+    """Optimizers to compare. Each gets its own folder in --out."""
     base: Base = dataclasses.field(default_factory=Base)
-    """The small model, which is trained without --model."""
+    """The small model that is pretrained and fine-tuned if --model is not given."""
     out: str = "runs/finetune/study"
     """Folder of the run. It has a folder for each optimizer, and may be in gs:// or s3://."""
     export: bool | None = None
-    """Write the fine-tuned model and its tokenizer to `model` in the optimizer's folder. By default
-    only with --model."""
+    """Write the fine-tuned model and its tokenizer to the folder `model` in each optimizer's
+    folder. By default, only with --model."""
     preset: Literal["0.6b", "1.7b", "4b"] | None = None
-    """Named model to begin with; explicit options override its settings. Requires
-    --dry-run or --compile-only; a Qwen3 of that size, which need not be present."""
+    """Named settings. They are those of a size of Qwen3 to plan for with --dry-run or
+    --compile-only, which need not be present; explicit options override them."""
     processes: Processes = dataclasses.field(default_factory=Processes)
-    """A run on several hosts."""
+    """Training on several hosts."""
 
     def __post_init__(self) -> None:
         Suite.__post_init__(self)
@@ -92,12 +92,12 @@ class Command(Suite, Planning, Running, Training):
         return self.model is not None if self.export is None else self.export
 
     def folder(self, arm: ArmName) -> epath.Path:
-        """Of the run with an arm."""
+        """Returns the folder of the run with an optimizer."""
         return epath.Path(self.out) / arm
 
 
 def parse(arguments: list[str]) -> Command:
-    """The command line; what it does not say is that of a real model or of the small one."""
+    """Returns the command, with the defaults of --model or --preset, or of the small model."""
     real = any(given_text(arguments, name) for name in ("--model", "--preset"))
     suite = given_text(arguments, "--suite", get_args(SuiteName))
     preset = _REAL if real else _SMALL

@@ -1,4 +1,4 @@
-"""What a fine-tuning trains: its rows, schedule, optimizers and mesh, whatever the model."""
+"""Settings of fine-tuning: its examples, schedule, optimizers and mesh, whatever the model."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ QuirkName = Literal[
     "muon_of_tables",
 ]
 
-# Steps of warm-up where nobody chooses, of the small model and of a --model; less of a short run.
+# Default warm-up steps, for the small model and for --model; short runs have fewer.
 WARMUP, REAL_WARMUP = 10, 20
 _SMALLEST_VOCABULARY = 259
 
@@ -56,13 +56,13 @@ _ALL_BYTES = Rule(
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """What all arms share, so that one learning rate means the same to each.
+    """Settings that all optimizers share, so that a learning rate means the same to each of them.
 
-    Muon's update is scaled to the root mean square of AdamW's, as Liu et al. (2502.16982) do.
+    Muon's update is scaled to the root mean square of AdamW's, as in Liu et al. (2502.16982).
     """
 
     learning_rate: Rate = 4e-3
-    """Learning rate after warm-up, of all trained parameters."""
+    """Learning rate after warm-up, for all trained parameters."""
     weight_decay: Decay = 0.1
     """Decoupled weight decay. A step shrinks parameters by learning rate × this."""
     b1: Average = 0.9
@@ -80,9 +80,10 @@ class Optimizer:
     clip_threshold: Positive = 100.0
     """muonclip: largest attention logit allowed."""
     clip_projections: bool = False
-    """muonclip: clip W_q and W_k, which QK-norm undoes, in place of the gains of the norms."""
+    """muonclip: in a model with QK-norm, scale W_q and W_k (which the norm undoes) instead of the
+    norm's gains."""
     quirks: Annotated[tuple[QuirkName, ...], _DIFFERENT] = ()
-    """Deviations of the published study's code to reproduce; see QUIRKS in finetune/arms.py."""
+    """Peculiarities of the published study's code to reproduce; see QUIRKS in finetune/arms.py."""
 
     def __post_init__(self) -> None:
         check(self, "optimizer")
@@ -112,25 +113,26 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """One fine-tuning of one model, whichever arm does it."""
+    """Settings of one fine-tuning, whichever optimizer it uses."""
 
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     """Settings that all optimizers share."""
     lora: Lora = dataclasses.field(default_factory=Lora)
     """Low-rank adapters to train in place of the parameters."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
-    """The mesh of devices; at most one axis may be -1, and takes all devices that others leave. By
-    default, on a CPU, each optimizer trains on a device of its own."""
+    """The device mesh. One axis may be -1: it takes all devices that the other axes leave. On a
+    CPU, by default, each optimizer trains on its own device instead."""
     context: Annotated[int, at_least(2)] = 512
-    """Sequence length, in tokens. Short examples share one; longer examples are truncated."""
+    """Sequence length, in tokens. Short examples are packed together; longer ones are truncated."""
     batch: Count = 8
     """Global batch size, in sequences."""
     accumulate: Count = 1
-    """Gradient-accumulation steps. Must divide --batch; the loss is one mean over all tokens."""
+    """Number of gradient-accumulation steps. Must divide --batch. The loss is the mean over all
+    trained tokens of the batch."""
     epochs: Positive = 1.0
-    """Passes over the training data. Ignored if --steps is given."""
+    """Number of passes over the training data. Ignored if --steps is given."""
     steps: Whole = 0
-    """Optimizer steps. 0 follows --epochs."""
+    """Number of optimizer steps. 0 means as many as --epochs takes."""
     warmup: Whole | None = None
     """Steps of linear warm-up. By default 10, with --model 20, and at most a tenth of all."""
     decay: Annotated[DecayName, tyro.conf.arg(aliases=["--schedule"])] = "linear"
@@ -140,12 +142,13 @@ class Training:
     schedules: Schedules = dataclasses.field(default_factory=Schedules)
     """Schedules of momentum and weight decay, and an average of the parameters to evaluate."""
     clip: Clip = 1.0
-    """Largest global gradient norm; larger gradients are scaled down to it."""
+    """Maximum global gradient norm. Larger gradients are scaled down to it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the arithmetic. Parameters, optimizer state, gradients and loss are float32."""
+    """Precision of the forward and backward pass. Parameters, optimizer state, gradients and loss
+    are float32."""
     remat: bool = True
-    """Rematerialisation: recompute layers in the backward pass, from their inputs. On accelerators
-    the outputs of attention are kept, too."""
+    """Recompute each layer in the backward pass to save memory. On accelerators, the outputs of
+    attention are kept."""
     max_nonfinite_steps: Count = 10
     """Consecutive steps with NaN or Inf in loss or gradient after which the run stops."""
     rollback: Rollback = dataclasses.field(default_factory=Rollback)
@@ -167,23 +170,23 @@ class Training:
 
     @property
     def microbatch(self) -> int:
-        """Windows of one."""
+        """Number of windows in a microbatch."""
         return self.batch // self.accumulate
 
     @property
     def tokens_per_step(self) -> int:
-        """Positions, those of padding too."""
+        """Number of positions in a step, including padding."""
         return self.batch * self.context
 
     def with_steps(self, windows: int, warmup: int = WARMUP) -> "Training":
-        """The same with `steps` and `warmup` of its own.
+        """Returns the settings with the numbers of `steps` and `warmup` steps filled in.
 
         Args:
-            windows: of an epoch.
-            warmup: steps of it where the settings leave that open and there are ten times as many.
+            windows: Number of windows in an epoch.
+            warmup: Default number of warm-up steps; a tenth of all steps if that is less.
 
         Raises:
-            ValueError: the steps are not more than the warm-up that the settings ask for.
+            ValueError: If the settings' own warm-up is not shorter than the training.
         """
         steps = self.steps or max(math.ceil(self.epochs * windows / self.batch), 1)
         if self.warmup is not None and self.warmup >= steps:
@@ -195,13 +198,17 @@ class Training:
         return dataclasses.replace(self, steps=steps, warmup=warmup)
 
     def training(self) -> "Training":
-        """These settings alone, without those of a command that has more."""
+        """Returns the training's own settings, without the further ones of a command."""
         return Training(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Training)})
 
     def as_json(self) -> dict[str, Any]:
-        """What is trained as plain JSON values."""
+        """Returns the settings as plain JSON values."""
         settings = dataclasses.asdict(self.training())
-        for name, usual in (("rollback", Rollback()), ("schedules", Schedules())):
+        for name, usual in (
+            ("lora", Lora()),
+            ("rollback", Rollback()),
+            ("schedules", Schedules()),
+        ):
             if getattr(self, name) == usual:  # as earlier versions had it
                 del settings[name]
         return json.loads(json.dumps(settings))
@@ -209,17 +216,17 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Running(Keeping):
-    """How a run is kept and watched, which changes nothing of what it trains."""
+    """Settings of checkpoints, evaluations and logs, which do not affect the training."""
 
     save_every: Count = 50
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
     max_checkpoints: Count = 1
     """Number of checkpoints to keep; older ones are deleted."""
     evaluate_every: Count = 25
-    """Steps between evaluations."""
+    """Number of steps between evaluations."""
     evaluation_tokens: Count = 32_768
-    """Held-out tokens to evaluate on, the same every time. Half as many are of the pretraining
-    text, where it is known."""
+    """Number of held-out tokens to evaluate on, the same ones every time. Half as many are of the
+    pretraining text, where it is known."""
     log_every: Count = 1
     """Steps between records in metrics.jsonl."""
     data_sha256: str | None = None
@@ -233,12 +240,12 @@ class Running(Keeping):
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The small Qwen3 that is fine-tuned where no --model is named: pretrained here, and kept."""
+    """Settings of the small Qwen3 that is pretrained, cached and fine-tuned without --model."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Optimizer that pretrains the small model."""
     qk_norm: bool = True
-    """Normalise queries and keys, as Qwen3 does. Without, the model is a Llama."""
+    """Normalise queries and keys, as Qwen3 does. Without it, the model is a Llama."""
     layers: Count = 4
     """Number of layers."""
     hidden: Count = 128
@@ -246,21 +253,21 @@ class Base:
     ffn: Count = 384
     """Hidden size of SwiGLU."""
     heads: Annotated[int, even("two share keys and values")] = 4
-    """Attention heads of queries. Keys and values have half as many."""
+    """Number of query heads. There are half as many key and value heads."""
     head_dim: Annotated[int, even("RoPE turns pairs")] = 32
-    """Width of an attention head."""
+    """Number of dimensions of an attention head."""
     vocabulary: Annotated[int, _ALL_BYTES] = 2048
-    """Vocabulary size of its byte-level BPE."""
+    """Vocabulary size of the byte-level BPE trained for it."""
     context: Annotated[int, at_least(2)] = 256
     """Sequence length of its pretraining, in tokens."""
     batch: Count = 8
     """Global batch size of its pretraining, in sequences."""
     steps: Annotated[int, at_least(2)] = 500
-    """Optimizer steps of its pretraining."""
+    """Number of optimizer steps of its pretraining."""
     learning_rate: Rate = 4e-3
     """Learning rate of its pretraining, after warm-up."""
     seed: Whole = 0
-    """Random seed of its initial parameters and of the order of its text."""
+    """Random seed of its initial parameters and data order."""
 
     def __post_init__(self) -> None:
         check(self, "base")

@@ -1,4 +1,4 @@
-"""What fine-tuning learns: a file's rows as tokens, divided in two sides, and their batches."""
+"""Training data of fine-tuning: a file's examples as tokens, to train on or held out."""
 
 import hashlib
 import itertools
@@ -26,29 +26,29 @@ HELD_OUT = "held_out.npy"  # windows of the text of a small model's pretraining
 _CHARACTERS = 8  # of a token, at most on average
 _BATCH = 1024  # rows that are tokenised at once
 
-OnProgress = Callable[[int], None]  # rows that are done; it may raise to stop the work
+OnProgress = Callable[[int], None]  # takes the number of finished rows; it may raise to stop
 
 
 class Report(NamedTuple):
-    """What became of a file's rows.
+    """Statistics of how a file's rows were used.
 
     Attributes:
-        name: where they are from.
-        rows: in the file.
-        too_long: rows left out because all that is to be learnt is beyond the context.
-        truncated: rows that lost their end.
-        escaped: rows whose content spells a special token, or a marker, and is plain text.
-        dropped: thoughts, and words beside a call, that the chat template leaves out: mostly those
-            of earlier turns.
-        groups: that the rows are of; none is on both sides.
-        tokens: of rows that are kept, and within the context.
-        learnt: of these, the ones to learn.
-        held_out_rows: kept rows that are not trained on.
-        held_out_learnt: of their tokens, the ones to learn.
-        lost: tokens beyond the context, of all rows.
-        sha256: digest of the tokens of both sides, and of what is learnt.
-        packages: that the default rows are from; None for a file.
-        modules: default rows of each module; None for a file.
+        name: The name of the source.
+        rows: The number of rows in the file.
+        too_long: The number of rows omitted because nothing to train on is within the context.
+        truncated: The number of rows truncated to the context.
+        escaped: The number of rows whose content spells a special token or a marker as plain text.
+        dropped: The number of reasoning texts, and remarks beside tool calls, that the chat
+            template omits, mostly those of earlier turns.
+        groups: The number of groups of rows. None is both trained on and held out.
+        tokens: The number of tokens of kept rows within the context.
+        learnt: The number of these tokens that count in the loss.
+        held_out_rows: The number of held-out rows.
+        held_out_learnt: The number of their tokens that count in the loss.
+        lost: The number of tokens beyond the context, over all rows.
+        sha256: The digest of all tokens, and of which ones are trained on.
+        packages: The packages that the default rows are from; None for a file.
+        modules: The number of default rows of each module; None for a file.
     """
 
     name: str
@@ -68,12 +68,12 @@ class Report(NamedTuple):
     modules: dict[str, int] | None
 
     def as_json(self) -> dict[str, Any]:
-        """What a run records of it."""
+        """Returns the record that a run stores."""
         return self._asdict()
 
 
 class Prepared(NamedTuple):
-    """Rows to train on, rows that are held out, and what became of the others."""
+    """Rows to train on, held-out rows, and statistics of all rows."""
 
     train: Rows
     held_out: Rows
@@ -83,7 +83,7 @@ class Prepared(NamedTuple):
 class _Row(NamedTuple):
     text: Text
     group: str
-    place: str  # for errors
+    place: str  # file and line, for error messages
 
 
 def read(
@@ -92,7 +92,7 @@ def read(
     architecture: Architecture,
     on_progress: Callable[[str, int, int | None], None],
 ) -> "Prepared":
-    """The rows of a command's `data` and `context`, as tokens of the model in a folder.
+    """Reads the rows of a command's `data`, as tokens of the model in a folder.
 
     Raises:
         ValueError: the tokenizer has tokens that the model lacks, the rows have another digest than
@@ -101,8 +101,8 @@ def read(
     chat = Chat(folder)
     if chat.vocabulary > architecture.vocabulary:
         raise ValueError(
-            f"{folder}: the tokenizer has {chat.vocabulary} tokens, and the model "
-            f"{architecture.vocabulary}. The files are of different models."
+            f"{folder}: the tokenizer has {chat.vocabulary} tokens, but the model "
+            f"{architecture.vocabulary}. The files are of different models; download them again."
         )
 
     def show(rows: int) -> None:
@@ -138,25 +138,25 @@ def prepare(
     cache: Path | None = None,
     on_progress: OnProgress = lambda done: None,
 ) -> Prepared:
-    """A file's rows as tokens.
+    """Reads a file's rows as tokens.
 
     A row is an object with `messages`, or with `prompt` and `completion`, both texts or both lists
-    of messages, as trl has them. What the assistant says is learnt, or of the latter what the
-    completion has. A row may name its `group`, which else is its first prompt; about one group in
-    ten is held out, its name decides, but of the rows never more than half.
+    of messages, as in trl. The assistant's turns (in the second case, those of the completion) are
+    trained on. A row may name its `group`; by default this is its first user message. About one
+    group in ten is held out, depending on its name, but never more than half of the rows.
 
     Args:
-        file: .jsonl, .jsonl.gz or .parquet, also in gs:// or s3://; by default the instructions
-            that are made from what is installed.
-        chat: makes tokens.
-        context: tokens that are kept of a row at most, from its beginning.
-        cache: a folder for the default instructions.
-        on_progress: called now and then.
+        file: A .jsonl, .jsonl.gz or .parquet file, local or in gs:// or s3://. By default, the
+            instructions made from the installed packages.
+        chat: The tokenizer and chat template.
+        context: The maximum number of tokens of a row; longer rows are truncated.
+        cache: The folder of the default instructions.
+        on_progress: Called repeatedly with the number of finished rows.
 
     Raises:
-        ValueError: a row is none of these, or has nothing to learn; the message has its number.
-            Or no rows are left for one side.
-        OSError: the file is not there or cannot be read.
+        ValueError: If a row is malformed or has nothing to train on (the message has its number),
+            or no rows remain to train on or to hold out.
+        OSError: If the file does not exist or cannot be read.
     """
     if context < 2:
         raise ValueError(f"A context must have at least two tokens; got {context}.")
@@ -168,7 +168,7 @@ def prepare(
     done = too_long = truncated = escaped = dropped = lost = 0
     for batch in _batches(_rows(path, chat)):
         for row, (tokens, learnt) in zip(batch, chat.encode(r.text for r in batch), strict=True):
-            learnt[:1] = False  # nothing comes before it
+            learnt[:1] = False  # the first token has no context to predict it from
             if not learnt.any():
                 raise ValueError(f"{row.place}: it has no tokens to train on.")
             groups.add(row.group)
@@ -243,11 +243,11 @@ def pretraining_text(command: Any, folder: Path) -> Rows | None:
 
 
 def located(file: Any) -> epath.Path:
-    """The path of a file whose first row can be read, before there is a tokenizer for the rows.
+    """Returns a file's path, after checking that its first row can be read.
 
     Raises:
-        ValueError: the name has another ending, or the first row is no object.
-        OSError: the file is not there or cannot be read.
+        ValueError: If the suffix is not supported, or the first row is not an object.
+        OSError: If the file does not exist or cannot be read.
     """
     path = epath.Path(file).expanduser()
     if not path.name.endswith(SUFFIXES):
@@ -275,7 +275,7 @@ def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
 
 
 def _values(path: epath.Path) -> Iterator[tuple[str, Any]]:
-    """What a file has, and where."""
+    """Yields the rows of a file, with their places for error messages."""
     if path.suffix == ".parquet":
         for number, row in enumerate(documents.table(path, _COLUMNS), 1):
             yield f"{path}, row {number}", _as_written(row)
@@ -288,7 +288,7 @@ def _values(path: epath.Path) -> Iterator[tuple[str, Any]]:
 
 
 def _as_written(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as it was before a table gave all objects the same keys; null content is content."""
+    """Removes the nulls that a table adds to objects, except as the content of messages."""
     row = {name: _without_nulls(value) for name, value in row.items()}
     for value in row.values():
         for message in value if isinstance(value, list) else ():
@@ -304,7 +304,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _text(row: Any, chat: Chat) -> tuple[Text, str]:
-    """A row's text and group."""
+    """Returns the text and the group of a row."""
     if not isinstance(row, dict):
         raise ValueError(f"an example must be an object; got {type(row).__name__}")
     given = row
@@ -320,8 +320,8 @@ def _text(row: Any, chat: Chat) -> tuple[Text, str]:
     elif row.keys() != {"prompt", "completion"}:
         keys = ", ".join(f"{key!r}{' (null)' * (given[key] is None)}" for key in sorted(given))
         raise ValueError(
-            'a row has "messages", or "prompt" and "completion", none of them null; this has '
-            f"{keys or 'no keys'}; convert it to one of these"
+            'an example must have "messages", or "prompt" and "completion", none of them null; '
+            f"this has {keys or 'no keys'}; convert it to one of these"
         )
     else:
         prompt, completion = row["prompt"], row["completion"]
@@ -336,7 +336,7 @@ def _text(row: Any, chat: Chat) -> tuple[Text, str]:
 
 
 def _held_out(groups: Iterable[str]) -> set[str]:
-    """Of each row's group about one in ten, but one at least, and half of the rows at most."""
+    """Returns the groups to hold out: about one in ten, at least one, at most half of the rows."""
     rows = Counter(groups)
     room = rows.total() // 2
     held: set[str] = set()

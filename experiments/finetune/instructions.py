@@ -1,7 +1,7 @@
-"""Instructions from what is installed: write the body of this documented Python function.
+"""Makes instructions from the installed packages: write the body of a documented Python function.
 
-Rows are made of the source of the standard library and of the packages beside it, which is parsed
-and never imported, in an order that these alone decide.
+The sources are the standard library and the packages installed beside it, which are parsed and
+never imported. The order of the rows depends only on them.
 """
 
 import ast
@@ -24,11 +24,11 @@ from experiments import corpus
 from experiments.language import cache
 
 FILE = "instructions.jsonl.gz"
-_FORMAT = 1  # of the cache; another one makes all rows be made again
-_GROUP = 500  # rows of a top-level module at most, so that no package is most of them
-_WORDS = 5  # of a docstring at least
-_DOCSTRING, _BODY = 800, 1200  # characters at most
-_LINES = range(2, 31)  # of a body
+_FORMAT = 1  # version of the cache; changing it discards cached rows
+_GROUP = 500  # maximum rows of a top-level module, so that no package dominates
+_WORDS = 5  # minimum words of a docstring
+_DOCSTRING, _BODY = 800, 1200  # maximum characters
+_LINES = range(2, 31)  # number of lines of a body
 _SKIPPED = {  # folders of tests, and of copies of other packages
     *("test", "tests", "_test", "_tests", "testing", "_testing", "idle_test"),
     *("_vendor", "_vendored", "vendor", "vendored", "extern", "externals", "third_party"),
@@ -36,13 +36,13 @@ _SKIPPED = {  # folders of tests, and of copies of other packages
 
 
 class Instructions(NamedTuple):
-    """Rows in a file.
+    """A file of instructions.
 
     Attributes:
-        path: a .jsonl.gz; each row has `messages`, and its top-level module as `group`.
-        rows: of each top-level module.
-        packages: versions of the distributions that were installed, and of Python.
-        sha256: digest of all rows.
+        path: The .jsonl.gz file. Each row has `messages`, and its top-level module as `group`.
+        rows: The number of rows of each top-level module.
+        packages: The versions of the installed distributions and of Python.
+        sha256: The digest of all rows.
     """
 
     path: Path
@@ -52,18 +52,19 @@ class Instructions(NamedTuple):
 
 
 def prepare(folder: Path | None = None, on_wait: Callable[[], None] = lambda: None) -> Instructions:
-    """The rows of what is installed, from the cache in `folder` if it has them whole.
+    """Makes the instructions of the installed packages, or takes them from the cache.
 
-    No two rows have the same docstring or the same body, whatever spaces they have: a copy in
-    another module is left out.
+    No two rows have the same docstring or body up to white space, so that copies of a function in
+    other modules are omitted.
 
     Args:
-        folder: of the cache; by default muon_jax/finetune in $XDG_CACHE_HOME or ~/.cache.
-        on_wait: called while another process makes the same rows; it may raise to give up.
+        folder: The cache. By default muon_jax/finetune in $XDG_CACHE_HOME or ~/.cache.
+        on_wait: Called repeatedly while another process makes the same rows. It may raise to give
+            up.
 
     Raises:
-        ValueError: nothing that is installed has documented functions.
-        OSError: the cache cannot be written.
+        ValueError: If no installed package has documented functions.
+        OSError: If the cache cannot be written.
     """
     roots = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
     installed = importlib.metadata.distributions(path=roots)
@@ -78,7 +79,7 @@ def prepare(folder: Path | None = None, on_wait: Callable[[], None] = lambda: No
         with _uncollected():
             rows = list(from_files(_files(library, map(Path, roots))))
         if not rows:
-            raise ValueError("No installed package has source code; give --data.")
+            raise ValueError("No installed package has documented source code; give --data.")
         with gzip.GzipFile(partial / FILE, "wb", compresslevel=5, mtime=0) as file:
             file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
         groups = Counter(row["group"] for row in rows)
@@ -91,7 +92,7 @@ def prepare(folder: Path | None = None, on_wait: Callable[[], None] = lambda: No
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without garbage collection, which takes a third of the time and finds nothing."""
+    """Disables garbage collection, which would take a third of the time and find nothing."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -102,11 +103,11 @@ def _uncollected() -> Iterator[None]:
 
 
 def _files(library: Path, roots: Iterable[Path]) -> Iterator[tuple[str, Path]]:
-    """Each file with its top-level module: the library's first, then those of packages."""
+    """Yields files with their top-level modules: the library's first, then those of packages."""
     named = [(name, library / name) for name, _ in corpus.library_files(library)]
     for root in roots:
-        found = ((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py"))
-        named += sorted(found)
+        sources = ((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py"))
+        named += sorted(sources)
     for name, path in named:
         *folders, module = name.removesuffix(".py").split("/")
         if _SKIPPED.isdisjoint(folders) and not module.startswith(("test_", "conftest")):
@@ -114,9 +115,9 @@ def _files(library: Path, roots: Iterable[Path]) -> Iterator[tuple[str, Path]]:
 
 
 def from_files(files: Iterable[tuple[str, Path]]) -> Iterator[dict[str, Any]]:
-    """The rows of Python files, each with its top-level module, group by group.
+    """Yields the rows of Python files, each with its top-level module as group, by group.
 
-    The files of a group are in an order that spreads the share of a large one over all of it.
+    The files of a group are shuffled, so that its rows are not from the first folders only.
     """
     groups: dict[str, list[Path]] = {}
     for group, path in files:
@@ -135,13 +136,13 @@ def from_files(files: Iterable[tuple[str, Path]]) -> Iterator[dict[str, Any]]:
 
 
 def _functions(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """A file's functions and methods: docstring and body without spaces, and the row."""
+    """Yields docstring and body without white space, and the row, of a file's functions."""
     try:
         source = path.read_text(encoding="utf-8-sig")
         if '"""' not in source and "'''" not in source:
             return
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes that Python will refuse one day
+            warnings.simplefilter("ignore")  # about invalid escapes
             tree = ast.parse(source)
     except (OSError, SyntaxError, ValueError, RecursionError):
         return  # templates, other versions' syntax, other encodings
@@ -161,7 +162,7 @@ def _functions(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
 def _parts(
     node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]
 ) -> tuple[str, str] | None:
-    """Signature with docstring, and body; None for a function that is no exercise."""
+    """Returns a function's signature with docstring, and its body; None if it is unsuitable."""
     docstring = ast.get_docstring(node)
     if docstring is None or len(docstring) > _DOCSTRING or len(docstring.split()) < _WORDS:
         return None
@@ -172,7 +173,7 @@ def _parts(
     indent = " " * node.col_offset
     inside = lines[start : node.end_lineno]
     if any(line.strip() and not line.startswith(indent) for line in inside):
-        return None  # a text that spans lines begins at their start
+        return None  # a multi-line string is not indented
     inside = [line[len(indent) :].rstrip() for line in inside]
     cut = last - start
     head, body = "\n".join(inside[:cut]), "\n".join(inside[cut:]).strip("\n")

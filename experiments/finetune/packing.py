@@ -1,4 +1,4 @@
-"""Rows packed into windows, and a step's batch of them: a function of the seed and the step."""
+"""Packs rows into windows, and returns the batch of each step as a function of seed and step."""
 
 import bisect
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ import numpy as np
 
 
 class Rows(NamedTuple):
-    """Rows of tokens that follow each other.
+    """Concatenated rows of tokens.
 
     Attributes:
-        tokens: `(tokens,)` int32.
-        learnt: `(tokens,)` bool, whether to learn to predict each; a row's first one never is.
-        starts: `(rows + 1,)` int64, where each row begins, and where the last ends.
+        tokens: The tokens, `(tokens,)` int32.
+        learnt: `(tokens,)` bool, whether to train on each token; False for the first of a row.
+        starts: `(rows + 1,)` int64, the index where each row begins, and the end of the last.
     """
 
     tokens: np.ndarray
@@ -22,25 +22,25 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> "Rows":
-        """From the tokens, and whether each is learnt, of every row; there is one at least."""
+        """Concatenates one or more rows, each of tokens and of whether to train on each token."""
         tokens, learnt = map(np.concatenate, zip(*rows, strict=True))
         return cls(tokens, learnt, np.cumsum([0, *(len(row) for row, _ in rows)]))
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each row, `(rows,)`."""
+        """The number of tokens of each row, `(rows,)`."""
         return np.diff(self.starts)
 
 
 class Batch(NamedTuple):
-    """Windows of rows, `(windows, context)` int32 each; 0 where a window has no row.
+    """Windows of rows, as arrays `(windows, context)` int32, with padding of 0.
 
     Attributes:
-        tokens: to read.
-        targets: the next token of the row, 0 at its end.
-        mask: 1 where the target is to be learnt, else 0.
-        segments: 1 for the first row of a window, 2 for the second, ...
-        positions: of a token in its row, from 0.
+        tokens: The input tokens.
+        targets: The next token in the row; 0 at its end.
+        mask: 1 where the target is trained on, else 0.
+        segments: 1 for the first row of a window, 2 for the second, and so on.
+        positions: The position of a token in its row, from 0.
     """
 
     tokens: np.ndarray
@@ -51,26 +51,26 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """The windows that each step trains on, or those of them that this process makes.
+    """The batches of windows that each step trains on, or the part that this process makes.
 
-    Best-fit decreasing packs all rows of an epoch, so that every epoch has as many windows. Which
-    rows of a length share one, and the windows' order, are the epoch's own; the windows of an
-    epoch that fill no batch share one with the next. `batches[step]` depends on the seed and the
-    step alone.
+    The rows of an epoch are packed by best-fit decreasing, so that every epoch has the same number
+    of windows. Rows of equal length are permuted, and windows are shuffled, anew in each epoch. A
+    batch may contain the last windows of one epoch and the first of the next. `batches[step]`
+    depends on the seed and the step only.
 
     Args:
-        rows: none longer than the context.
-        batch: windows of a step, over all processes.
-        context: tokens of a window.
-        seed: of the order; not negative.
-        places: in the batch, of the windows to make, as `processes.Share` tells them; by default
-            all.
+        rows: The rows, none longer than `context`.
+        batch: The number of windows in a step, over all processes.
+        context: The number of tokens in a window.
+        seed: The seed of the order, not negative.
+        places: The indices in the batch of the windows to make, as in `processes.Share`. By
+            default all.
 
     Attributes:
-        windows: of an epoch.
+        windows: The number of windows in an epoch.
 
     Raises:
-        ValueError: a row is too long, or the batch or the seed is out of range.
+        ValueError: If a row is too long, or the batch or the seed is out of range.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Batches:
 
     def __getitem__(self, step: int) -> Batch:
         if step < 0:
-            raise IndexError(f"steps are counted from 0, got {step}")
+            raise IndexError(f"The step must be at least 0; got {step}.")
         windows = [self._window(step * self._batch + place) for place in self._places]
         return assemble(self._rows, windows, self._context)
 
@@ -111,9 +111,9 @@ class Batches:
 
 
 def in_order(rows: Rows, *, batch: int, context: int) -> list[Batch]:
-    """Every row once, to evaluate; the last batch ends with empty windows.
+    """Returns batches with every row once, for evaluation. Empty windows pad the last batch.
 
-    Args and errors are those of `Batches`.
+    Arguments and errors are those of `Batches`.
     """
     _check_batch(batch)
     windows = pack(rows.lengths, context)
@@ -125,20 +125,23 @@ def in_order(rows: Rows, *, batch: int, context: int) -> list[Batch]:
 
 
 def pack(lengths: np.ndarray, context: int) -> list[list[int]]:
-    """Rows that share a window, by best fit: the longest first, each where least is left.
+    """Packs rows into windows by best-fit decreasing: the longest first, each where it fits best.
 
     Args:
-        lengths: `(rows,)`, of rows.
-        context: tokens of a window.
+        lengths: The lengths of the rows, `(rows,)`.
+        context: The number of tokens in a window.
+
+    Returns:
+        The indices of the rows in each window.
 
     Raises:
-        ValueError: a row has none, or more than a window.
+        ValueError: If there are no rows, or a row is empty or longer than a window.
     """
     if not len(lengths) or lengths.min() < 1 or lengths.max() > context:
-        raise ValueError(f"Each row must have from 1 to {context} tokens, and there must be one.")
+        raise ValueError(f"There must be rows, and each must have 1 to {context} tokens.")
     windows: list[list[int]] = []
-    with_space: dict[int, list[int]] = {}  # windows by the tokens that they still have room for
-    spaces: list[int] = []  # its keys, ascending
+    with_space: dict[int, list[int]] = {}  # windows by the number of tokens that still fit
+    spaces: list[int] = []  # the keys of `with_space`, ascending
     for row in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[row])
         best = bisect.bisect_left(spaces, length)
@@ -160,13 +163,13 @@ def pack(lengths: np.ndarray, context: int) -> list[list[int]]:
 
 
 def assemble(rows: Rows, windows: Sequence[Sequence[int]], context: int) -> Batch:
-    """A batch of these rows; `pack` tells which fit."""
+    """Returns the batch of these windows, each a list of rows from `pack`."""
     batch = Batch(*np.zeros((len(Batch._fields), len(windows), context), np.int32))
     for i, window in enumerate(windows):
-        at = 0
+        position = 0
         for segment, row in enumerate(window, 1):
             first, last = rows.starts[row], rows.starts[row + 1]
-            here = slice(at, at := at + int(last - first))
+            here = slice(position, position := position + int(last - first))
             before = slice(here.start, here.stop - 1)
             batch.tokens[i, here] = rows.tokens[first:last]
             batch.targets[i, before] = rows.tokens[first + 1 : last]

@@ -1,8 +1,8 @@
-"""Renders one chat template, in a process of its own whose time and memory are bounded.
+"""Renders one chat template, in a separate process with bounded time and memory.
 
-A template comes from elsewhere, and Jinja's sandbox bounds neither: loops in loops, or one long
-product, would hang or exhaust what trains. `experiments.finetune.template` runs this file, which
-imports nothing of ours, and talks to it in lines of JSON.
+Jinja's sandbox bounds neither, so nested loops or one long product in an untrusted template could
+hang the training or exhaust its memory. `experiments.finetune.template` runs this file as a script
+and talks to it in lines of JSON. The script imports nothing else of this repository.
 """
 
 import datetime
@@ -16,18 +16,18 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-SECONDS = 10  # of a processor, for a template or a conversation
+SECONDS = 10  # processor time for compiling a template or rendering a conversation
 MEMORY = 1 << 30  # bytes
-LARGEST = 1 << 26  # characters of what is made of a conversation
-# Noncharacters, which no text has, mark an assistant's turn and its end.
+LARGEST = 1 << 26  # maximum number of characters of a rendered conversation
+# Unicode noncharacters, which texts do not contain, mark the ends of an assistant's turn.
 BEGIN, END = "\ufdd1", "\ufdd2"
-# A template that asks for the day is told this one: with today's, a run's rows would be others when
-# it goes on tomorrow. Llama 3.2's template takes it where there is no clock.
+# The date that templates get. With the current date, a run's tokens would change if it is resumed
+# on another day. Llama 3.2's template has this date as its default.
 _DAY = datetime.datetime(2024, 7, 26)
 
 
 class _Blocks(jinja2.ext.Extension):
-    """`{% generation %}`: transformers' tag around what the assistant says."""
+    """The tag `{% generation %}`, which templates of transformers put around assistants' turns."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -42,7 +42,7 @@ class _Blocks(jinja2.ext.Extension):
 
 
 def _environment() -> jinja2.Environment:
-    """With the settings of transformers."""
+    """Returns a Jinja environment with the settings of transformers."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Blocks, jinja2.ext.loopcontrols]
     )
@@ -60,8 +60,8 @@ def _environment() -> jinja2.Environment:
 
 
 def _answer(work: Any, seconds: float) -> None:
-    """Sends the text that `work` makes, or what went wrong."""
-    # The signal ends the process, even in the middle of a long product.
+    """Prints the text that `work` returns, or an error, as JSON."""
+    # The signal ends the process, even in the middle of a long operation.
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         text = work()
@@ -79,19 +79,19 @@ def _answer(work: Any, seconds: float) -> None:
 
 
 def main() -> None:
-    """Reads the template, and then what to render it with, until the input ends."""
+    """Compiles the template on the first line of the input, and renders it with the others."""
     seconds = float(sys.argv[1])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for what trains
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    made = []
+    compiled = []
 
     def compile_it() -> str:
-        made.append(_environment().from_string(json.loads(sys.stdin.readline())))
+        compiled.append(_environment().from_string(json.loads(sys.stdin.readline())))
         return ""
 
     _answer(compile_it, seconds)
     for line in sys.stdin:
-        _answer(lambda given=line: made[0].render(**json.loads(given)), seconds)
+        _answer(lambda given=line: compiled[0].render(**json.loads(given)), seconds)
 
 
 if __name__ == "__main__":

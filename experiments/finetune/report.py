@@ -1,4 +1,4 @@
-"""Report of one command's fine-tunings: every arm of it, and what the post claims of them."""
+"""Report of one command's fine-tunings: all of its arms, and the post's claims about them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -69,9 +69,9 @@ POST = (
     "a refutation also p < 0.05 after Holm's correction; with one seed it is of one run only."
 )
 MEASURED = {
-    "Rows": "{data[name]}: {data[rows]:,}, of these {data[held_out_rows]:,} held out by group; "
-    "{data[learnt]:,} of {data[tokens]:,} tokens are trained on; {data[truncated]:,} "
-    "examples were truncated, {data[too_long]:,} left out. SHA-256 {data[sha256]}.",
+    "Examples": "{data[name]}: {data[rows]:,}, of which {data[held_out_rows]:,} are held out by "
+    "group; {data[learnt]:,} of {data[tokens]:,} tokens are trained on; {data[truncated]:,} "
+    "examples were truncated, {data[too_long]:,} omitted. SHA-256 {data[sha256]}.",
     "Mean token accuracy": "As in trl: the share of trained-on tokens that have the largest "
     "logit, in the examples of the step, averaged over microbatches.",
     "Held out": "Mean cross-entropy in nats, and accuracy, over all trained-on tokens of the "
@@ -80,13 +80,13 @@ MEASURED = {
     "loss per token, every token a target, rises as the model forgets.",
     "Gradient norm": "Global norm before clipping; its spread is the interquartile range over "
     "the median, of the steps after warm-up.",
-    "Seed": "It sets the order of the examples, equally for all optimizers, which begin with the "
-    "same model.",
+    "Seed": "Sets the order of the examples, in the same way for all optimizers. All of them begin "
+    "with the same model.",
 }
 
 
 def about(arms: Sequence[ArmName], quirks: Sequence[str]) -> dict[str, str]:
-    """What the arms are, and the quirks that they have."""
+    """Returns descriptions of the arms and of the quirks that they have."""
     of_arms = {optimizer_label(arm): f"{ARMS[arm]}." for arm in dict.fromkeys(arms)}
     return of_arms | {f"Quirk {name}": f"{QUIRKS[name]}." for name in dict.fromkeys(quirks)}
 
@@ -96,12 +96,12 @@ def table(runs: Sequence[Run]) -> Table:
 
 
 def judged(runs: Sequence[Run]) -> list[claims.Judged]:
-    """The post's claims beside what the runs came to."""
+    """Judges the post's claims by the runs."""
     return claims.judge({run.arm: {run.trained.seed: run.trained.values()} for run in runs})
 
 
 def abstract(runs: Sequence[Run]) -> list[str]:
-    """The result in plain sentences, every number computed from the records."""
+    """Returns sentences with the results, computed from the records."""
     sentences = records.damaged(runs) + [
         f"{run.label} has done {_steps(run)} steps." for run in runs if not run.trained.finished
     ]
@@ -142,21 +142,21 @@ def abstract(runs: Sequence[Run]) -> list[str]:
 
 
 def _before(runs: Sequence[Run]) -> str:
-    """The held-out loss of the model that all begin with."""
+    """Returns the held-out loss of the initial model."""
     steps, losses = runs[0].trained.series["validation_loss"]
     return form(losses[0], ".4f") if len(steps) and steps[0] == 0 else "–"
 
 
 def report(folder: epath.Path, arms: Sequence[ArmName] = ()) -> Report:
-    """The arms of a folder, each in a folder of its own, which may be unfinished.
+    """Returns the report of a command's runs, which may be unfinished.
 
     Args:
-        folder: above them.
-        arms: whose runs to tell of; by default all that there are.
+        folder: The command's folder, with a folder for each arm.
+        arms: The arms to report on. By default, all in the folder.
 
     Raises:
-        RunError: there is no such run.
-        ValueError: a file is damaged; the message names it.
+        RunError: If there is no such run.
+        ValueError: If a file is damaged. The message names it.
     """
     runs = [load_run(folder / arm) for arm in arms or found_arms(folder)]
     verdicts = judged(runs)

@@ -1,4 +1,4 @@
-"""Fine-tunings read back: a run's folder, or a suite's cell, as one kind of record."""
+"""Reads fine-tunings for reports: runs' folders and suites' cells, as the same type."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ from experiments.report.figures import optimizer_label
 from experiments.report.series import NOTHING, Series, array, series
 from experiments.runs import RunError, holds_run
 
-EARLY, LATE = 0.25, 0.75  # of the steps: until when, and from when on
+EARLY, LATE = 0.25, 0.75  # fractions of the steps: end of "early", beginning of "late"
 _GROUPED = ("gradient_norms", "update_rms")
 _HELD_OUT = ("validation_loss", "validation_accuracy")
 _EVALUATED = (*_HELD_OUT, "pretraining_loss")
@@ -25,10 +25,11 @@ class Trained(NamedTuple):
     """One training of one arm, which may be unfinished.
 
     Attributes:
-        series: of a name; of a group of params "gradient_norms/GROUP" and "update_rms/GROUP".
-        steps: of the whole training.
-        warmup: steps of it.
-        noisy: whether an accuracy is of one step, and not a mean of several.
+        series: The series by name; those of a group of params are "gradient_norms/GROUP" and
+            "update_rms/GROUP".
+        steps: The number of steps of the whole training.
+        warmup: The number of warm-up steps.
+        noisy: Whether each accuracy is of a single step, not a mean of several.
     """
 
     arm: ArmName
@@ -40,7 +41,7 @@ class Trained(NamedTuple):
 
     @property
     def done(self) -> int:
-        """Steps that its records tell of."""
+        """The number of steps done, according to the records."""
         return int(max((steps[-1] for steps, _ in self.series.values() if len(steps)), default=0))
 
     @property
@@ -48,7 +49,7 @@ class Trained(NamedTuple):
         return self.done == self.steps
 
     def last(self, name: str) -> float:
-        """The newest value, NaN without one."""
+        """Returns the newest value of a series; NaN if it is empty."""
         _, values = self.series.get(name, NOTHING)
         return float(values[-1]) if len(values) else math.nan
 
@@ -59,7 +60,7 @@ class Trained(NamedTuple):
         return float(losses[-1] - losses[0]) if len(steps) and not steps[0] else math.nan
 
     def values(self) -> dict[str, float]:
-        """What the claims are about, by the key of `claims.MEASURES`, NaN where it is not known."""
+        """Returns the measures of the claims, by the keys of `claims.MEASURES`; NaN if unknown."""
         steps, accuracy = self.series.get("mean_token_accuracy", NOTHING)
         norm_steps, norms = self.series.get("gradient_norm", NOTHING)
         _, spread = steadiness([float(x) for x in norms[norm_steps > self.warmup]])
@@ -73,7 +74,7 @@ class Trained(NamedTuple):
 
 
 class Run(NamedTuple):
-    """The folder of one arm."""
+    """The run of one arm."""
 
     arm: ArmName
     records: records.Records
@@ -89,13 +90,13 @@ class Run(NamedTuple):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Median of the records; None without one."""
+        """The median over the records; None without records."""
         found = [x for r in self.records.trained if (x := r.get("tokens_per_second"))]
         return float(np.median(found)) if found else None
 
     @property
     def skipped(self) -> int:
-        """Steps that changed nothing."""
+        """The number of skipped steps."""
         return self.records.trained[-1]["skipped"] if self.records.trained else 0
 
 
@@ -103,8 +104,8 @@ def load_run(folder: epath.Path) -> Run:
     """Reads the folder of one arm.
 
     Raises:
-        RunError: it holds no run.
-        ValueError: a file is damaged; the message names it.
+        RunError: If it contains no run.
+        ValueError: If a file is damaged. The message names it.
     """
     found = records.read(folder)
     try:
@@ -127,10 +128,10 @@ def load_run(folder: epath.Path) -> Run:
 
 
 def found_arms(folder: epath.Path) -> tuple[ArmName, ...]:
-    """Whose runs a folder has, each in a folder of its own.
+    """Returns the arms whose runs are in sub-folders of a folder.
 
     Raises:
-        RunError: none.
+        RunError: If there are none.
     """
     found = tuple(name for name in ARMS if holds_run(folder / name))
     if not found:
@@ -144,7 +145,7 @@ def found_arms(folder: epath.Path) -> tuple[ArmName, ...]:
 def of_cell(
     arm: ArmName, seed: int, history: Sequence[Mapping[str, Any]], steps: int, warmup: int
 ) -> Trained:
-    """From the evaluations of a suite's cell, as its log has them."""
+    """Returns the training of a suite's cell from the evaluations in its log."""
     after = [e for e in history if e["step"]]
     every = np.arange(1, 1 + sum(len(e["losses"]) for e in after))
     own = {name: series(history, name) for name in _EVALUATED}
@@ -159,7 +160,7 @@ def of_cell(
 
 
 def idle_clip(trainings: Iterable[Trained], optimizer: Mapping[str, Any]) -> list[str]:
-    """That MuonClip never clipped, where that is so, by the settings of `config.Optimizer`."""
+    """Returns a sentence if MuonClip never clipped, given the settings of `config.Optimizer`."""
     logits = [of.series["max_logit"][1] for of in trainings if of.arm == "muonclip"]
     known = np.concatenate(logits or [NOTHING[0]])
     known, threshold = known[np.isfinite(known)], optimizer["clip_threshold"]

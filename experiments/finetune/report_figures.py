@@ -1,4 +1,4 @@
-"""Figures of fine-tunings, a colour for each arm: of one command's runs, and of suites' cells."""
+"""Figures of fine-tunings, for a command's runs and for suites' cells."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ from experiments.report.series import NOTHING
 
 Arms = Mapping[str, Sequence[Trained]]  # the trainings of each arm
 
-# Okabe and Ito's, of the forms of Muon, and of what --suite qk clips.
+# Okabe and Ito's colours, for the forms of Muon and for the clips of --suite qk.
 _COLORS = {
     "muon_adamw": "#D55E00",
     "muon_frozen1d": "#009E73",
@@ -33,17 +33,17 @@ _COLORS = {
     "W_q and W_k clipped": "#D55E00",
     "gains clipped": "#009E73",
 }
-_DASHED = ("muonclip", "W_q and W_k clipped")  # else they hide the line that they may lie on
+_DASHED = ("muonclip", "W_q and W_k clipped")  # so that they do not hide an equal line
 
 
 def style_of(arm: str) -> dict[str, Any]:
-    """Of the arm's lines, in all figures of the study."""
+    """Returns the style of an arm's lines in all figures of the study."""
     color = _COLORS.get(arm, optimizer_color(arm))
     return {"color": color, "ls": DASHES if arm in _DASHED else "-"}
 
 
 def post_figure(arms: Arms) -> Figure:
-    """The post's plots: mean token accuracy and gradient norm against step."""
+    """Draws the post's plots: mean token accuracy and gradient norm against step."""
     figure = new_figure(10.4, 4.0)
     left, right = figure.subplots(1, 2)
     _draw(left, arms, "mean_token_accuracy", "Mean token accuracy in training (%)", scale=100)
@@ -73,7 +73,7 @@ def held_out_figure(arms: Arms) -> Figure:
 
 
 def groups_figure(arms: Arms) -> Figure:
-    """Gradient norm, and RMS of the update, of each group of params against step."""
+    """Draws the gradient norm and the update's RMS of each group of params against step."""
     names = {name for of in arms.values() for trained in of for name in trained.series}
     groups = [group for group in GROUPS if f"gradient_norms/{group}" in names]
     figure = new_figure(10.4, 5.2)
@@ -90,7 +90,7 @@ def groups_figure(arms: Arms) -> Figure:
 
 
 def _draw(axes: Axes, arms: Arms, name: str, title: str, **how: Any) -> None:
-    """Every training thin, and each arm's mean; a log axis if there is a decade to show."""
+    """Draws trainings thin and each arm's mean, with a log axis if they span a decade."""
     for arm, trainings in arms.items():
         found = [of.series[name] for of in trainings if name in of.series]
         noisy = any(of.noisy for of in trainings) and not how.get("marked")
@@ -131,7 +131,7 @@ _PICTURES = {
     ),
     "groups": (
         groups_figure,
-        "Gradient norm (top) and RMS of the update, learning rate and weight decay included "
+        "Gradient norm (top) and RMS of the update, including learning rate and weight decay "
         "(bottom), by group of parameters. Frozen parameters have a gradient but no update.",
         "Gradient norm and update RMS by group of parameters against step.",
     ),
@@ -139,11 +139,11 @@ _PICTURES = {
 
 
 def pictures(arms: Arms, title: str = "") -> list[Picture]:
-    """What there is to draw: a run may have no record yet.
+    """Returns the figures of trainings; none without records.
 
     Args:
-        arms: the trainings of each.
-        title: of the suite's variant that they are of.
+        arms: The trainings of each arm.
+        title: The title of the suite's variant, if they are of one.
     """
     known = {arm: trainings for arm, trainings in arms.items() if trainings}
     if not any(len(of.series["loss"][0]) for own in known.values() for of in own):

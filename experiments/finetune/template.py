@@ -1,4 +1,4 @@
-"""Chat templates: the one of a model's folder, rendered within bounds, or ChatML, Qwen's."""
+"""Chat templates: that of a model's folder, rendered with bounded resources, and Qwen's ChatML."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from experiments.finetune.renderer import BEGIN, END
 __all__ = ["BEGIN", "BLOCK", "CHATML", "CUT", "END", "SETTINGS", "TEMPLATE", "Template", "read"]
 
 SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
-CUT = "\ufdd0"  # a noncharacter, which no text has: here a text is cut before it is tokenised
+CUT = "\ufdd0"  # a Unicode noncharacter, at which texts are cut before tokenisation
 CHATML = """\
 {%- if tools %}{{ raise_exception('this model knows no tools') }}{% endif %}
 {%- for message in messages %}
@@ -30,10 +30,10 @@ BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class Template:
-    """A chat template in a process of its own, which ends with this object.
+    """A chat template in a separate process, which ends with this object.
 
     Raises:
-        ValueError: it is no Jinja.
+        ValueError: If the template is not valid Jinja.
     """
 
     def __init__(self, source: str):
@@ -47,10 +47,10 @@ class Template:
         self._ask(source)
 
     def render(self, **values: Any) -> str:
-        """The text that it makes of JSON values.
+        """Renders the template with JSON values.
 
         Raises:
-            ValueError: it refuses them, or takes too much time or memory for them.
+            ValueError: If the template rejects them, or takes too much time or memory.
         """
         return self._ask(values)
 
@@ -60,12 +60,12 @@ class Template:
         try:
             sent.write(json.dumps(value).encode() + b"\n")
             sent.flush()
-            # A character is no more than twelve of JSON.
+            # JSON escapes take at most twelve characters each.
             line = given.readline(12 * renderer.LARGEST + 100)
         except BrokenPipeError:
             line = b""
         except TypeError as error:
-            raise ValueError(f"it contains what JSON cannot express: {error}") from None
+            raise ValueError(f"it contains values that JSON cannot express: {error}") from None
         if not line.endswith(b"\n"):
             raise ValueError(
                 f"it requires more than {renderer.SECONDS} seconds or {renderer.MEMORY >> 20} MB"
@@ -85,17 +85,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def read(folder: Path, settings: dict[str, Any]) -> tuple[Template, str]:
-    """A folder's chat template, and its source.
+    """Returns a folder's chat template, and its source.
 
-    Rendered, a `{% generation %}` block stands between `BEGIN` and `END`.
+    The template renders each `{% generation %}` block between `BEGIN` and `END`.
 
     Args:
-        folder: of the model.
-        settings: its `tokenizer_config.json`.
+        folder: The model's folder.
+        settings: The content of its `tokenizer_config.json`.
 
     Raises:
-        ValueError: it has none, or one that is no Jinja.
-        OSError: it cannot be read.
+        ValueError: If the folder has no template, or one that is not valid Jinja.
+        OSError: If the template cannot be read.
     """
     source = settings.get("chat_template")
     if isinstance(source, list):

@@ -1,4 +1,4 @@
-"""Params from a Hugging Face folder, and into one, tensor by tensor."""
+"""Reads and writes a model's params in Hugging Face format, tensor by tensor."""
 
 import shutil
 from collections.abc import Callable
@@ -19,21 +19,21 @@ _GENERATION = "generation_config.json"
 
 
 def check(folder: Path, architecture: Architecture) -> None:
-    """Raises a ValueError or OSError where a folder's tensors are not the model's, by headers."""
+    """Checks, from the files' headers, that a folder has the tensors of the model."""
     with open_tensors(folder, architecture.layers) as files:
         tensors.check(folder, files, shapes(architecture))
 
 
 def read(folder: Path, mesh: Mesh | None = None) -> tuple[Architecture, Params]:
-    """The model in a folder, its params float32 and where they are to lie.
+    """Reads the model in a folder, with float32 params that are sharded over the mesh.
 
     Args:
-        folder: `config.json` and safetensors of bfloat16, float16 or float32, one file or several.
-        mesh: of `mesh.make_mesh`; None is the first device.
+        folder: The folder, with `config.json` and safetensors of bfloat16, float16 or float32.
+        mesh: The mesh, from `mesh.make_mesh`. None means the first device.
 
     Raises:
-        ValueError, OSError: as `tensors.read`; or the model is of another family, or the mesh does
-            not divide an axis.
+        ValueError, OSError: As for `tensors.read`, or if the model's family is not supported or the
+            mesh does not divide an axis.
     """
     architecture = config_json.read(folder / CONFIG)
     with open_tensors(folder, architecture.layers) as files:
@@ -50,7 +50,7 @@ def write(
     shard: int = SHARD,
     card: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Makes a folder for `AutoModelForCausalLM` and, with a tokenizer, for `AutoTokenizer`.
+    """Writes a folder that `AutoModelForCausalLM` and, with a tokenizer, `AutoTokenizer` load.
 
     Args:
         folder, params, dtype, shard: as `tensors.write` takes them.
@@ -59,7 +59,7 @@ def write(
         tokenizer: a folder whose tokenizer, chat template and settings of generation go along.
 
     Raises:
-        ValueError, OSError: as `tensors.write`, or the tokenizer's folder cannot be read.
+        ValueError, OSError: As for `tensors.write`, or if the tokenizer's folder cannot be read.
     """
 
     def beside(partial: Path) -> None:
@@ -80,5 +80,5 @@ def write(
         dtype,
         shard=shard,
         beside=beside,
-        order=lambda tensor: tensor.path,  # leaf after leaf
+        order=lambda tensor: tensor.path,  # all tensors of a leaf together
     )

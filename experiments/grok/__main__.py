@@ -1,4 +1,4 @@
-"""`python -m experiments.grok`: trains the grid's cells and writes the report."""
+"""`python -m experiments.grok` trains a grid of optimizers and tasks and writes the report."""
 
 from experiments.huge_pages import restart_with_huge_pages
 
@@ -30,7 +30,7 @@ def main() -> int:
 
 
 def compare(stop: threading.Event, console: Console) -> int:
-    """Trains the grid of the command line, or what is missing of it."""
+    """Trains those cells of the command line's grid that are not finished yet."""
     default = suites.defaults(sys.argv[1:])
     config = parse(Config, "python -m experiments.grok", default=default)
     cells = config.cells()
@@ -54,12 +54,14 @@ def compare(stop: threading.Event, console: Console) -> int:
         return [([_record(epoch) for epoch in history], row) for history, row in outcomes]
 
     def summary() -> dict[str, Any]:
-        """One row for each finished cell, in the settings' order."""
+        """Returns one row for each finished cell, in the order of the grid."""
         places = {cell: i for i, cell in enumerate(cells)}
         last = len(places)
         return {"cells": sorted(run.finished, key=lambda row: places.get(Cell.of(row), last))}
 
-    with contextlib.closing(Run(config.folder(), config.as_json(), GRID)) as run:
+    with contextlib.closing(
+        Run(config.folder(), config.as_json(), GRID, Config().as_json())
+    ) as run:
         plan = (
             f"{len(cells)} trainings of at most {config.epochs} epochs, "
             f"{len(cells) - len(missing())} of them finished."
@@ -81,7 +83,7 @@ def compare(stop: threading.Event, console: Console) -> int:
 
 
 def groups(config: Config, cells: list[Cell]) -> list[list[Cell]]:
-    """The cells in groups that train together: seeds of one arm, in the order of the cells."""
+    """Groups cells that are trained together: seeds of one arm, in the order of the cells."""
     most = config.together or (1 if jax.default_backend() == "cpu" else config.seeds)
     arms: dict[Cell, list[list[Cell]]] = {}
     found = []
@@ -95,7 +97,7 @@ def groups(config: Config, cells: list[Cell]) -> list[list[Cell]]:
 
 
 def _record(epoch: Epoch) -> dict[str, Any]:
-    """As a line of the log, without diagnostics where none were due."""
+    """Returns an epoch as a record of the log, without diagnostics that were not computed."""
     return {key: value for key, value in epoch._asdict().items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""What a grokking run trains: its grid of cells, its model, its optimizers."""
+"""Settings of the grokking study: tasks, model, optimizers, and the cells to train."""
 
 import dataclasses
 import itertools
@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from experiments.grok import grid
 from experiments.grok.losses import SoftmaxName
+from experiments.grok.model import NormName
 from experiments.grok.tasks import TRAIN_FRACTION, TaskName, split, table
 from experiments.json_files import digest
 from experiments.optimizers import OptimizerName, Settings
@@ -20,7 +21,7 @@ SuiteName = Literal["paper", "critics", "width", "batch", "rank", "rates"]
 
 
 class Panel(NamedTuple):
-    """What optimizers are compared on."""
+    """A problem on which optimizers are compared: a task, an output function, a grid point."""
 
     task: TaskName
     softmax: SoftmaxName
@@ -31,7 +32,7 @@ class Panel(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One training run of the grid; `point` sets what differs from the config."""
+    """One training of the grid. `point` holds the settings that differ from the config."""
 
     task: TaskName
     softmax: SoftmaxName
@@ -41,7 +42,7 @@ class Cell(NamedTuple):
 
     @property
     def panel(self) -> Panel:
-        """Where it is compared."""
+        """The problem on which this cell is compared with others."""
         return Panel(self.task, self.softmax, self.point)
 
     def __str__(self) -> str:
@@ -50,68 +51,70 @@ class Cell(NamedTuple):
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> "Cell":
-        """The cell that a record is of."""
+        """Returns the cell to which a record belongs."""
         return cls(*(row[field] for field in cls._fields))
 
 
-# What only chooses cells; the rest decides what a cell is.
+# Settings that only select cells. All others decide the result of a cell.
 GRID = ("tasks", "softmax", "optimizers", "seeds", "grid")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(Settings):
-    """Grokking: does Muon generalise earlier than AdamW on modular arithmetic?
+    """Tests whether Muon groks earlier than AdamW on modular arithmetic.
 
-    Trains a small transformer on some equations of an operation modulo 97 and validates it on the
-    others: it first memorises, then suddenly generalises. Every combination of task, output
-    function, optimizer and seed is trained. Finished trainings are kept: after Ctrl-C the same
-    command continues. The defaults take less than a minute on two CPU cores; `--layers 2 --heads 1`
-    is the best-known size of the published study, and `--suite` names whole studies.
+    Trains a small transformer on part of the equations of an operation modulo 97 and validates it
+    on the others. The model first memorises, then suddenly generalises: it groks. Every combination
+    of task, output function, optimizer and seed is trained. Finished trainings are kept: after
+    Ctrl-C the same command continues. The defaults take less than a minute on two CPU cores. The
+    published study is best known for `--layers 2 --heads 1`; `--suite` runs a whole study.
     """
 
     suite: SuiteName | None = None
     """Named study to run; explicit options override its settings.
     paper: seven tasks and three output functions; Muon also with AdamW's weight decay, and with
-    AdamW's learning rate × weight decay. critics: parts of Muon, tuned baselines and variants, all
-    trained to the last epoch. width, batch, rank, rates: sweeps on the task "div"."""
+    AdamW's learning rate × weight decay. critics: ablations of Muon, tuned baselines and variants
+    of Muon, all trained for all epochs. width, batch, rank, rates: sweeps on the task "div"."""
     tasks: tuple[TaskName, ...] = ("mul",)
-    """Tasks: operations modulo 97, or the parity of ten bits."""
+    """Tasks to train on: operations modulo 97, or the parity of ten bits."""
     softmax: tuple[SoftmaxName, ...] = ("softmax",)
-    """Output functions, each with the cross-entropy that belongs to it."""
+    """Output functions to train with, each with its own cross-entropy."""
     optimizers: tuple[OptimizerName, ...] = ("adamw", "muon")
     """Optimizers to compare."""
     seeds: Count = 3
-    """Number of random seeds. A seed sets the split, the initial parameters, the batches and
-    the dropout."""
+    """Number of random seeds. A seed sets the split of the data, the initial parameters, the
+    batches and the dropout."""
     grid: tuple[str, ...] = ()
     """Settings to sweep, as `width=32,64 muon.learning-rate=0.01,0.02`; every combination is
-    trained. A setting of one optimizer is swept for that optimizer alone."""
+    trained. A setting of one optimizer is swept for that optimizer only."""
     epochs: Count = 200
-    """Passes over the training data. A training that has not grokked by then counts as censored.
-    Rows that do not fill a batch are dropped from an epoch."""
+    """Number of passes over the training data. A training that has not grokked by then counts as
+    censored. An incomplete last batch is dropped from each epoch."""
     width: Count = 128
     """Width of the model."""
     layers: Count = 1
     """Number of layers."""
     heads: Count = 2
-    """Attention heads. --width / --heads must be even; the default follows --width."""
+    """Number of attention heads. --width / --heads must be even; the default is lowered to fit."""
     batch: Count = 512
     """Global batch size, in sequences."""
+    norm: NormName = "rms"
+    """Norm layers, before attention, feed-forward part and output: RMSNorm, or none."""
     dropout: Dropout = 0.0
-    """Dropout probability of a block's outputs."""
+    """Dropout probability at the outputs of each block."""
     train_fraction: float | None = None
-    """Fraction of all examples to train on. By default the published one of each task."""
+    """Fraction of all examples to train on. By default each task's published fraction."""
     warmup: Whole = 10
     """Steps of linear warm-up."""
     full_length: bool = False
-    """Train for all epochs. By default a training ends once it has grokked and stays so."""
+    """Train for all epochs. By default a training stops early once it has grokked stably."""
     probe_every: Whole = 10
-    """Epochs between diagnostics of the model: spectra, norms and Fourier power. The first and the
-    last epoch always have them; 0 turns them off."""
+    """Number of epochs between diagnostics of the model: spectra, norms and Fourier power. They are
+    also computed at the first and the last epoch; 0 turns all of them off."""
     together: Count | None = dataclasses.field(default=None, compare=False)
-    """Seeds that one program trains together. By default 1 on a CPU, and all elsewhere."""
+    """Number of seeds that one program trains together. By default 1 on a CPU, all elsewhere."""
     out: str | None = dataclasses.field(default=None, compare=False)
-    """Folder of the run. By default one in runs/grok, named after the settings."""
+    """Folder of the run. By default a folder in runs/grok, named after the settings."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -141,11 +144,11 @@ class Config(Settings):
 
     @property
     def attention_spec(self) -> GroupedQuery:
-        """Of each layer."""
+        """The attention specification of every layer."""
         return GroupedQuery(heads=self.heads)
 
     def cells(self) -> list[Cell]:
-        """The grid: one task and output function after the other, and of each seed by seed."""
+        """Returns the grid, ordered by task, output function and seed."""
         axes = [grid.axis(text) for text in self.grid]
         arms = itertools.product(self.tasks, self.softmax, range(self.seeds))
         return [
@@ -156,25 +159,25 @@ class Config(Settings):
         ]
 
     def at(self, cell: Cell) -> "Config":
-        """The settings that a cell has.
+        """Returns the settings of a cell.
 
         Raises:
-            ValueError: they do not go together.
+            ValueError: The settings contradict each other.
         """
         return grid.at(dataclasses.replace(self, grid=()), cell.point)
 
     def fraction(self, task: TaskName) -> float:
-        """The share of a task's table that is trained on."""
+        """Returns the fraction of a task's examples that are trained on."""
         return TRAIN_FRACTION[task] if self.train_fraction is None else self.train_fraction
 
     def as_json(self) -> dict:
-        """The settings, without where they are kept."""
+        """Returns the settings as JSON values, without the run's folder."""
         settings = dataclasses.asdict(self) | {"rates": self.known_rates()}
         del settings["out"], settings["together"]
         return json.loads(json.dumps(settings))
 
     def folder(self) -> Path:
-        """`out`, or one named after the settings, so that equal settings continue one run."""
+        """Returns `out`, or a folder named after the settings: equal settings share one run."""
         if self.out is not None:
             return Path(self.out)
         usual = Config().as_json()

@@ -1,4 +1,4 @@
-"""How long cells will take: as in an earlier run of the same settings, or at most."""
+"""Estimates the training time of cells, from an earlier run or as an upper bound."""
 
 import datetime
 import statistics
@@ -14,20 +14,20 @@ from experiments.grok.config import GRID, Cell, Config
 from experiments.grok.tasks import table
 from experiments.grok.train import compile_arm, split
 from experiments.parallel import devices_for, run_in_parallel
-from experiments.runs import changed_settings, read_json
+from experiments.runs import changed_settings, read_json, read_settings, with_defaults
 from experiments.timing import repeated, seconds_of
 
 RESULTS = Path(__file__).parent / "results"
-_COMPILING = 4.0  # seconds an arm, on two cores
+_COMPILING = 4.0  # seconds for each arm, on two cores
 
 
 class Estimate(NamedTuple):
-    """How long cells take on all devices.
+    """An estimate of the training time of cells on all devices.
 
     Attributes:
-        seconds: of each cell's share, expected where an earlier run has the cell, else at most.
-        known: how many cells an earlier run has.
-        full_length: cells do not end where they grok.
+        seconds: The expected time of each cell if an earlier run has it, otherwise an upper bound.
+        known: The number of cells that an earlier run has.
+        full_length: Whether cells train for all epochs, even after they have grokked.
     """
 
     seconds: dict[Cell, float]
@@ -37,19 +37,20 @@ class Estimate(NamedTuple):
     def __str__(self) -> str:
         total = datetime.timedelta(seconds=round(sum(self.seconds.values())))
         if self.known == len(self.seconds):
-            return f"{total}, from an earlier run and the speed of this machine."
+            return f"{total}, estimated from an earlier run and the speed of this machine."
         if self.full_length:
-            return f"{total}; every training runs to its last epoch."
+            return f"{total}; every training runs for all epochs."
         if self.known:
-            return f"at most {total}; {self.known} trainings are known from an earlier run."
-        return f"at most {total}; a training ends once it has grokked."
+            return f"at most {total}; an earlier run has {self.known} of these trainings."
+        return f"at most {total}; a training stops early once it has grokked."
 
 
 def estimate(config: Config, cells: Sequence[Cell], stop: threading.Event) -> Estimate:
-    """Times the smallest and the largest step of each optimizer that no earlier run tells of.
+    """Estimates the time of cells.
 
-    The programs are needed anyway, and each core compiles some. Between the two a step's time is
-    linear in its work. Where all is known, the first arm tells this machine's speed.
+    For each optimizer without an earlier run, it times the smallest and the largest step and
+    interpolates linearly in between. The compiled programs are needed later anyway. If an earlier
+    run has all cells, the first arm is timed to compare this machine with that of the run.
 
     Raises:
         KeyboardInterrupt: `stop` was set.
@@ -74,7 +75,7 @@ def estimate(config: Config, cells: Sequence[Cell], stop: threading.Event) -> Es
 
 
 def _timed(config: Config, cells: Sequence[Cell], stop: threading.Event) -> Callable[[Cell], float]:
-    """What a step of each of these cells takes, in seconds."""
+    """Times steps and returns a function that gives the seconds per step of a cell."""
     works: dict[tuple, dict[int, Cell]] = {}
     for cell in cells:
         works.setdefault(_kind(cell), {}).setdefault(_work(config, cell), cell)
@@ -95,17 +96,18 @@ def _timed(config: Config, cells: Sequence[Cell], stop: threading.Event) -> Call
 
 
 def _earlier(config: Config, cells: Sequence[Cell]) -> dict[Cell, dict]:
-    """Of the complete runs with these settings, that which has most of these cells."""
-    found = []
+    """Returns the rows of the stored run with these settings that has most of these cells."""
+    found, defaults = [], Config().as_json()
     for path in RESULTS.glob("*/config.json"):
-        if not changed_settings(read_json(path), config.as_json(), GRID):
+        settings = with_defaults(read_settings(path), defaults)
+        if not changed_settings(settings, config.as_json(), GRID):
             rows = read_json(path.with_name("summary.json"))["cells"]
             found.append({Cell.of(row): row for row in rows})
     return max(found, key=lambda run: len(run.keys() & set(cells)), default={})
 
 
 def _seconds_per_step(config: Config, cell: Cell, device: jax.Device) -> float:
-    """Of the cell's arm, without the compilation."""
+    """Returns the seconds per step of the cell's arm, without compilation."""
     settings = config.at(cell)
     program = compile_arm(settings, cell._replace(seed=0, point=""), 1, device)
     rows = program.place(split(settings, cell).train[None])
@@ -121,11 +123,11 @@ def _steps(config: Config, cell: Cell) -> int:
 
 
 def _kind(cell: Cell) -> tuple:
-    """Steps of one kind take the longer the more work they have."""
+    """Returns a key of cells among which the time of a step grows with its work."""
     return cell.optimizer, table(cell.task).tokens.shape[1]
 
 
 def _work(config: Config, cell: Cell) -> int:
-    """Rows times params, about."""
+    """Returns the approximate work of a step: rows of the batch times parameters."""
     settings = config.at(cell)
     return settings.batch * settings.layers * settings.width**2

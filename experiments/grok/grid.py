@@ -1,8 +1,8 @@
-"""Points of a grid: settings that differ from cell to cell, named as their options are.
+"""Grids of settings, whose points are the settings that differ between cells.
 
-An axis is `SETTING=VALUE,VALUE,...`, as `width=32,64` or `muon.learning-rate=0.01,0.02`. A point
-takes one value of each axis and is written `width=32 muon.learning-rate=0.01`; the point without
-axes is "".
+An axis is `SETTING=VALUE,VALUE,...`, such as `width=32,64` or `muon.learning-rate=0.01,0.02`, with
+names of command-line options. A point has one value of each axis and is written as `width=32
+muon.learning-rate=0.01`. The point without axes is "".
 """
 
 import dataclasses
@@ -12,35 +12,36 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_
 
 from experiments.json_files import loads
 
-# Whose axis a setting is; the others concern every optimizer.
+# The optimizers that a setting concerns. All other settings concern every optimizer.
 OWNERS = {
     "adamw": ("adamw",),
     "muon": ("muon",),
     "variants.rank": ("low_rank", "low_rank_subspace", "dion"),
+    "variants.clip-threshold": ("muonclip",),
 }
-SETTINGS = ("width", "layers", "heads", "batch", "dropout", "train_fraction", "warmup")
+SETTINGS = ("width", "layers", "heads", "batch", "dropout", "train_fraction", "warmup", "norm")
 
 Settings = TypeVar("Settings")
 
 
 class Axis(NamedTuple):
-    """A setting and the values that it takes, as text."""
+    """A setting and its values, as text."""
 
     setting: str
     values: tuple[str, ...]
 
     def concerns(self, optimizer: str) -> bool:
-        """Whether the setting changes what this optimizer does."""
+        """Returns whether the setting affects this optimizer."""
         group = self.setting.split(".")[0]
         owners = OWNERS.get(self.setting, OWNERS.get(group))
         return owners is None or optimizer in owners
 
 
 def axis(text: str) -> Axis:
-    """The axis that an option's text names.
+    """Parses the text of an axis.
 
     Raises:
-        ValueError: it names none.
+        ValueError: The text is not an axis, or its setting cannot be swept.
 
     Example:
         >>> axis("width=32,64")
@@ -62,7 +63,7 @@ def axis(text: str) -> Axis:
 
 
 def points(axes: Sequence[Axis], optimizer: str) -> list[str]:
-    """Every point of the axes that concern an optimizer, the last axis fastest.
+    """Returns all points of the axes that concern an optimizer. The last axis varies fastest.
 
     Example:
         >>> points([axis("width=32,64"), axis("muon.beta=0.9")], "muon")
@@ -75,7 +76,7 @@ def points(axes: Sequence[Axis], optimizer: str) -> list[str]:
 
 
 def values(point: str) -> dict[str, float | str]:
-    """What a point sets, numbers as numbers.
+    """Returns the settings of a point, with numbers parsed.
 
     Example:
         >>> values("width=32 muon.beta=0.9")
@@ -85,10 +86,10 @@ def values(point: str) -> dict[str, float | str]:
 
 
 def at(settings: Settings, point: str) -> Settings:
-    """A dataclass of settings with a point's in their places.
+    """Returns a dataclass of settings with those of a point replaced.
 
     Raises:
-        ValueError: a setting is unknown, or its value has another type or is none of its words.
+        ValueError: A setting is unknown, or its value has the wrong type or is not allowed.
     """
     for name, value in values(point).items():
         settings = _replaced(settings, name.replace("-", "_").split("."), value, name)
@@ -98,7 +99,9 @@ def at(settings: Settings, point: str) -> Settings:
 def _replaced(settings: Any, path: list[str], value: Any, name: str) -> Any:
     field = {field.name: field for field in dataclasses.fields(settings)}.get(path[0])
     if field is None:
-        raise ValueError(f"--grid {name!r} is no setting.")
+        raise ValueError(
+            f"--grid {name!r} is not a setting. Use the name of an option, without its dashes."
+        )
     old = getattr(settings, field.name)
     if len(path) > 1 and dataclasses.is_dataclass(old):
         new = _replaced(old, path[1:], value, name)
@@ -112,7 +115,9 @@ def _replaced(settings: Any, path: list[str], value: Any, name: str) -> Any:
         kind = float if "float" in str(its) and not words else type(old)
         whole_is_number = kind is float and type(value) is int
         if len(path) > 1 or not (isinstance(value, kind) or whole_is_number):
-            raise ValueError(f"--grid {name}={value} is not valid; an example is {name}={old}.")
+            raise ValueError(
+                f"--grid {name}={value} is not valid; give a value such as {name}={old}."
+            )
         new = value if "int" in str(its) or not whole_is_number else float(value)
     return dataclasses.replace(settings, **{field.name: new})
 

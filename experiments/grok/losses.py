@@ -1,4 +1,4 @@
-"""The three output functions, each with its own loss over logits `(batch, classes)`."""
+"""The losses of the three output functions, for logits `(batch, classes)`."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -13,18 +13,18 @@ Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def softmax_loss(logits: jax.Array, answers: jax.Array) -> jax.Array:
-    """Cross-entropy of the softmax, `(batch,)`."""
+    """Returns the cross-entropy of softmax, `(batch,)`."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, answers)
 
 
 def stablemax_loss(logits: jax.Array, answers: jax.Array) -> jax.Array:
-    """Cross-entropy of stablemax, `(batch,)`: s(z) in place of exp(z) (2501.04697, eq. 4).
+    """Returns the cross-entropy of stablemax, `(batch,)` (2501.04697, eq. 4).
 
-    s(z) is z + 1 from 0 on and 1 / (1 - z) below; it grows linearly, so that it is not absorbed
-    in float32 as exp is.
+    Stablemax replaces exp(z) by s(z), which is z + 1 for z >= 0 and 1 / (1 - z) otherwise. Since
+    s(z) grows linearly, sums do not absorb small terms in float32, as they do with exp(z).
     """
     positive = logits >= 0
-    # Each branch sees only its own side, so that neither gradient is 0 * inf.
+    # Each branch gets only logits of its own side, so that no gradient is 0 * inf.
     above, below = jnp.where(positive, logits, 0.0), jnp.where(positive, 0.0, logits)
     log_s = jnp.where(positive, jnp.log1p(above), -jnp.log1p(-below))
     total = jnp.sum(jnp.where(positive, above + 1, 1 / (1 - below)), axis=-1)
@@ -32,7 +32,7 @@ def stablemax_loss(logits: jax.Array, answers: jax.Array) -> jax.Array:
 
 
 def sparsemax_loss(logits: jax.Array, answers: jax.Array) -> jax.Array:
-    """The sparsemax loss of Martins & Astudillo (1602.02068), `(batch,)`."""
+    """Returns the sparsemax loss (Martins & Astudillo, 1602.02068), `(batch,)`."""
     return optax.losses.multiclass_sparsemax_loss(logits, answers)
 
 

@@ -1,4 +1,7 @@
-"""The grokking transformer: pre-norm, RoPE, SwiGLU, no biases, read out at the last token."""
+"""The transformer of the grokking study: pre-norm, RoPE, SwiGLU, no biases, one answer token."""
+
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 from flax import nnx
@@ -10,20 +13,31 @@ ROPE_BASE = 1e6
 FEED_FORWARD_RATIO = 4
 
 MaxLogits = dict[str, jax.Array]  # path of the attention module -> (heads,)
+NormName = Literal["rms", "none"]
 
 
 def attention_path(depth: int) -> str:
-    """Where the params of a block's attention are."""
+    """Returns the path of the parameters of a block's attention."""
     return f"blocks/{depth}/attention"
 
 
-class Block(nnx.Module):
-    """One layer: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
+def _identity(x: jax.Array) -> jax.Array:
+    return x
 
-    def __init__(self, width: int, heads: int, dropout: float, *, rngs: nnx.Rngs):
-        self.attention_norm = nnx.RMSNorm(width, epsilon=RMS_EPSILON, rngs=rngs)
+
+def _norm(norm: NormName, width: int, rngs: nnx.Rngs) -> Callable[[jax.Array], jax.Array]:
+    if norm == "none":
+        return _identity
+    return nnx.RMSNorm(width, epsilon=RMS_EPSILON, rngs=rngs)
+
+
+class Block(nnx.Module):
+    """One layer: `x += attention(norm(x))`, then `x += feed_forward(norm(x))`."""
+
+    def __init__(self, width: int, heads: int, dropout: float, norm: NormName, *, rngs: nnx.Rngs):
+        self.attention_norm = _norm(norm, width, rngs)
         self.attention = Attention(width, heads, ROPE_BASE, rngs=rngs)
-        self.feed_forward_norm = nnx.RMSNorm(width, epsilon=RMS_EPSILON, rngs=rngs)
+        self.feed_forward_norm = _norm(norm, width, rngs)
         self.feed_forward = SwiGLU(width, FEED_FORWARD_RATIO * width, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
 
@@ -42,9 +56,9 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Tokens `(batch, positions)` -> logits `(batch, vocabulary)` of the answer.
+    """Maps tokens `(batch, positions)` to logits `(batch, vocabulary)` of the answer.
 
-    With the default sizes of the study (2 layers, width 128, vocabulary 99): 550 272 parameters.
+    With 2 layers, width 128 and a vocabulary of 99 it has 550 272 parameters.
     """
 
     def __init__(
@@ -55,13 +69,16 @@ class Transformer(nnx.Module):
         layers: int,
         heads: int,
         dropout: float = 0.0,
+        norm: NormName = "rms",
         rngs: nnx.Rngs,
     ):
         self.embedding = nnx.Embed(
             vocabulary, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs
         )
-        self.blocks = nnx.List([Block(width, heads, dropout, rngs=rngs) for _ in range(layers)])
-        self.norm = nnx.RMSNorm(width, epsilon=RMS_EPSILON, rngs=rngs)
+        self.blocks = nnx.List(
+            [Block(width, heads, dropout, norm, rngs=rngs) for _ in range(layers)]
+        )
+        self.norm = _norm(norm, width, rngs)
         self.head = Linear(width, vocabulary, rngs=rngs)
 
     def __call__(
@@ -71,7 +88,7 @@ class Transformer(nnx.Module):
         dropout_rngs: nnx.Rngs | None = None,
         return_max_logits: bool = False,
     ) -> jax.Array | tuple[jax.Array, MaxLogits]:
-        """The logits, and where asked for the largest attention logits of every module."""
+        """Returns the logits, and if asked for, the largest attention logits of each module."""
         x, max_logits = self.embedding(tokens), {}
         for depth, block in enumerate(self.blocks):
             x = block(x, dropout_rngs, return_max_logits=return_max_logits)

@@ -1,11 +1,12 @@
-"""The transformer's forward pass with every distinct prefix computed once.
+"""Computes the transformer's forward pass with every distinct prefix only once.
 
-In a causal model an activation depends on its prefix alone. The rows of a table share theirs: all
-that start with `a op` agree in two of four positions. A prefix tree gives each position the nodes
-that are distinct there: the table's own prefixes where these are fewer than the rows of a batch,
-and one node a row from then on. Two more savings are exact: the first layer's projections are made
-once a vocabulary entry, and in the last layer only the final position is needed past its keys and
-values. Dropout is drawn row by row, so with it prefixes are shared up to its first mask.
+In a causal model an activation depends only on its prefix, and rows of a table share prefixes: all
+rows that begin with `a op` agree in two of four positions. A prefix tree holds the distinct
+prefixes at each position as nodes. Positions with more distinct prefixes than a batch has rows have
+one node per row instead. Two more savings are exact. The projections of the first layer are
+computed once for each vocabulary entry. The last layer computes only keys and values at positions
+before the last. Dropout masks differ between rows, so with dropout prefixes are shared only up to
+the first mask.
 """
 
 import functools
@@ -25,10 +26,10 @@ class PrefixTree(NamedTuple):
     """The distinct prefixes of a table at its leading positions.
 
     Attributes:
-        tokens: for each shared position, the last token of every distinct prefix `(nodes,)`.
-        parents: for each shared position after the first, the node of the prefix one token
-            shorter `(nodes,)`; None where the nodes are the same.
-        nodes: every table row's node at the last shared position `(rows,)`.
+        tokens: The last token of every distinct prefix, `(nodes,)` for each shared position.
+        parents: The node of the prefix that is one token shorter, `(nodes,)` for each shared
+            position after the first. None if both positions have the same nodes.
+        nodes: The node of every table row at the last shared position, `(rows,)`.
     """
 
     tokens: list[np.ndarray]
@@ -37,7 +38,7 @@ class PrefixTree(NamedTuple):
 
     @classmethod
     def of(cls, table: Table, batch: int) -> "PrefixTree":
-        """Shares the positions that have at most as many distinct prefixes as a batch has rows."""
+        """Builds the tree of positions with at most as many distinct prefixes as a batch's rows."""
         tokens, parents, nodes = [], [], np.zeros(len(table.tokens), np.int32)
         for position in range(table.tokens.shape[1] - 1):
             prefixes, first, node = np.unique(
@@ -53,7 +54,7 @@ class PrefixTree(NamedTuple):
         return cls(tokens, parents, nodes)
 
     def nodes_of(self, rows: jax.Array) -> list[jax.Array]:
-        """For each shared position, the node of every one of these rows, `(batch,)`."""
+        """Returns the node of each of these rows, `(batch,)` for each shared position."""
         if not self.tokens:
             return []
         found = [jnp.asarray(self.nodes)[rows]]
@@ -72,16 +73,16 @@ def logits(
     dropout_rngs: nnx.Rngs | None = None,
     return_max_logits: bool = False,
 ) -> jax.Array | tuple[jax.Array, MaxLogits]:
-    """What `model(tokens[rows])` gives, `(batch, vocabulary)`.
+    """Returns the value of `model(tokens[rows])`, `(batch, vocabulary)`.
 
     Args:
-        model: the plain model.
-        tree: of the whole table.
-        tokens: `(rows of the table, positions)`.
-        rows: `(batch,)` row numbers.
-        dropout_rngs: as in the model: of training with dropout. The masks are other ones, of the
-            same distribution.
-        return_max_logits: as in the model: the largest attention logits of these rows, too.
+        model: The model.
+        tree: The prefix tree of the whole table.
+        tokens: The tokens of the table, `(rows of the table, positions)`.
+        rows: The indices of the rows of the batch, `(batch,)`.
+        dropout_rngs: The random streams of dropout, as in the model. The masks differ from the
+            model's but have the same distribution.
+        return_max_logits: Whether to return the largest attention logits of these rows too.
     """
     nodes = tree.nodes_of(rows)
     shared, positions = len(nodes), tokens.shape[1]
@@ -118,12 +119,12 @@ def logits(
 
 
 def _a_node_each_row(x: list[jax.Array], nodes: list[jax.Array]) -> list[jax.Array]:
-    """Levels `(nodes, ...)`, those that are shared as `(batch, ...)` too."""
+    """Expands the positions that are shared, `(nodes, ...)`, to one node per row."""
     return [*(y[node] for y, node in zip(x, nodes, strict=False)), *x[len(nodes) :]]
 
 
 def _project(block: Block, x: jax.Array) -> list[jax.Array]:
-    """Query, key and value of every node, each `(nodes, heads, head_dim)`."""
+    """Returns query, key and value of every node, each `(nodes, heads, head_dim)`."""
     x, attention = block.attention_norm(x), block.attention
     maps = (attention.query, attention.key, attention.value)
     return [attention.split_heads(linear(x)) for linear in maps]
@@ -141,10 +142,10 @@ def _mix(
     parents: list[Any],
     only_last: bool,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Attention of every node to its prefix; for each position `(nodes, width)`.
+    """Returns the attention of every node to its prefix, `(nodes, width)` for each position.
 
-    Also the largest attention logits `(nodes, heads)`, of all positions even with `only_last`: XLA
-    drops them where they are not used.
+    Also returns the largest attention logits `(nodes, heads)` of all positions, even with
+    `only_last`. XLA removes their computation if they are not used.
     """
     mixed, largest = [], []
     context = ()  # keys and values so far, each (nodes, positions, heads, head_dim)
@@ -166,8 +167,8 @@ def _mix(
 
 
 def _over_rows(largest: list[jax.Array], nodes: list[jax.Array]) -> jax.Array:
-    """The maximum `(heads,)` over the nodes that are prefixes of these rows.
+    """Returns the maximum `(heads,)` over the nodes that are prefixes of these rows.
 
-    The tree has those of the whole table, validation rows too, which the batch may not have.
+    The tree also has nodes of other rows, such as validation rows, which are excluded here.
     """
     return jnp.stack([x.max(axis=0) for x in _a_node_each_row(largest, nodes)]).max(axis=0)

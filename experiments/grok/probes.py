@@ -1,8 +1,8 @@
-"""Looks inside a grokking model: Fourier power, two one-sided losses, spectra and norms.
+"""Diagnostics of a grokking model: Fourier power, restricted and excluded loss, spectra and norms.
 
-`measure` looks at one seed, with static shapes: `jax.vmap` gives it more. The Fourier measures are
-those of Nanda et al. (2301.05217), which has modular addition alone; what carries them to the other
-tasks is ours and said where it is done.
+`measure` computes them for one seed, with static shapes; use `jax.vmap` for several. The Fourier
+measures are those of Nanda et al. (2301.05217) for modular addition. Their extension to other tasks
+is our own; the docstrings describe it.
 """
 
 import functools
@@ -18,24 +18,24 @@ from experiments.grok.tasks import MODULUS, TaskName, table
 
 PRIMITIVE_ROOT = 5
 KEY_FREQUENCIES = 5
-# Rows, evenly spaced, that a loss is the mean of: sparsemax, by a sort, costs more than the forward
-# pass.
+# The number of evenly spaced rows over which a loss is averaged. On all rows sparsemax, which
+# sorts, would cost more than the forward pass.
 LOSS_ROWS = 1024
 SINGULAR_VALUES = 32
 
 GROUPS = ("embedding", "hidden", "head", "gains")
 
 _TINY = float(np.finfo(np.float32).tiny)
-_ACCURATE = 1e-3  # of the largest singular value, by a Gram matrix in float32
+_ACCURATE = 1e-3  # accuracy of singular values from a float32 Gram matrix, relative to the largest
 
 
 class Circle(NamedTuple):
     """The cyclic group whose characters, cos and sin of 2πkx / period, a task's solution may use.
 
     Attributes:
-        residues: `(period,)`, the number at every place x of the circle.
-        answers: place of every table row's answer `(rows,)`, -1 for a row outside of the group;
-            None where the answers have no group.
+        residues: The number at each position x of the circle, `(period,)`.
+        answers: The position of each table row's answer, `(rows,)`, or -1 for rows outside of the
+            group. None if the answers form no group.
     """
 
     residues: np.ndarray
@@ -44,12 +44,13 @@ class Circle(NamedTuple):
 
 @functools.cache
 def circle(task: TaskName) -> Circle | None:
-    """A task's circle; None for parity, whose tokens are bits.
+    """Returns the circle of a task, or None for parity, whose tokens are bits.
 
-    add, sub: the residues in their natural order, period 97. mul, div, exp: the 96 non-zero ones
-    by discrete logarithm to base 5; rows with a zero lie outside. In a ** b the group acts on the
-    base and the answer, log c = b log a; as exponents the same embeddings have the natural order
-    mod 96, for which `natural_gini` is. gcd: natural order, no group.
+    For add and sub it holds the residues in natural order, with period 97. For mul, div and exp it
+    holds the 96 non-zero residues ordered by discrete logarithm to base 5; rows with a zero are
+    outside. In a ** b the group acts on the base and the answer, log c = b log a. The embeddings of
+    exponents have the natural order mod 96 instead, which `natural_gini` measures. For gcd the
+    order is natural and there is no group.
     """
     if task == "parity":
         return None
@@ -71,23 +72,24 @@ def measure(
     table_logits: jax.Array,
     train_rows: jax.Array,
 ) -> dict[str, jax.Array]:
-    """All measures of one seed at one moment, each a float32 scalar or vector.
+    """Returns all measures of one seed at one moment, each a float32 scalar or vector.
 
-    `train_loss`, `validation_loss`: of up to 1024 rows each. `collapse_share`: see `collapsed`;
-    not for sparsemax. `embedding_power`, `embedding_gini`, `embedding_ipr`, `natural_gini`: see
-    `embedding_power`, `gini`; ipr is the inverse participation ratio Σp². `logit_power`,
-    `logit_gini`, `restricted_loss`, `excluded_loss`, `key_frequencies`: see `wave_measures`.
-    `norm_*`, `update_rms_*`: by group, and `norm_total`. `weight_*`, `update_*` with `stable_rank`,
-    `effective_rank`, one value a hidden matrix, in the order of its path, and `singular_values` of
-    the first of the largest: see `spectra`. A task lacks what it has no circle or no group for.
+    `train_loss` and `validation_loss` are means over up to 1024 rows. `collapse_share` is the mean
+    of `collapsed`, omitted for sparsemax. `embedding_power`, `embedding_gini` and `natural_gini`
+    come from `embedding_power` and `gini`; `embedding_ipr` is the inverse participation ratio Σp².
+    `logit_power`, `logit_gini`, `restricted_loss`, `excluded_loss` and `key_frequencies` come from
+    `wave_measures`. `norm_*` and `update_rms_*` are given by group, and `norm_total` for all.
+    `weight_*` and `update_*` come from `spectra`, with one rank for each hidden matrix in order of
+    paths. Measures that need a circle or a group are omitted for tasks without one,
+    and those of the gains for a model without norm layers.
 
     Args:
-        task: of the table.
-        softmax: the output function.
-        params: the model's, float32.
-        updates: their change in the last step, a tree like `params`.
-        table_logits: `(rows of the table, vocabulary)` float32.
-        train_rows: `(train,)` int32, sorted.
+        task: The task.
+        softmax: The output function.
+        params: The parameters of the model, float32.
+        updates: The change of the parameters in the last step, a tree like `params`.
+        table_logits: The logits of all rows, `(rows of the table, vocabulary)` float32.
+        train_rows: The sorted indices of the training rows, `(train,)` int32.
     """
     answers, loss_of = jnp.asarray(table(task).answers), LOSSES[softmax]
     rows = len(answers)
@@ -112,13 +114,13 @@ def measure(
         found["embedding_power"] = power
         found["embedding_gini"], found["embedding_ipr"] = gini(jnp.sqrt(power)), (power**2).sum()
         if len(own.residues) < MODULUS:
-            # Exponents count mod 96; elsewhere this shows that the natural order has no waves.
+            # Exponents have period 96. For other tasks this shows that natural order has no waves.
             period = MODULUS - 1 if task == "exp" else MODULUS
             found["natural_gini"] = gini(jnp.sqrt(embedding_power(embedding[:period])))
         if own.answers is not None:
             found |= wave_measures(own, loss_of, table_logits, answers, train_sample)
 
-    for name in GROUPS:
+    for name in filter(weights.get, GROUPS):
         found[f"norm_{name}"] = _norm(weights[name])
         size = sum(leaf.size for leaf in changes[name])
         found[f"update_rms_{name}"] = _norm(changes[name]) / math.sqrt(size)
@@ -129,12 +131,12 @@ def measure(
 
 
 def record(measured: dict[str, Any]) -> dict[str, Any]:
-    """One seed's measures as JSON takes them: five digits, None for what is not finite."""
+    """Returns the measures of one seed as JSON values with five digits; None if not finite."""
     return {name: _plain(np.asarray(value)) for name, value in measured.items()}
 
 
 def groups(tree: Any) -> dict[str, list[jax.Array]]:
-    """The leaves of the params, or of a tree like them, in order of their paths, by `GROUPS`."""
+    """Groups the leaves of a tree like the params by `GROUPS`, in the order of their paths."""
     found: dict[str, list[jax.Array]] = {name: [] for name in GROUPS}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         top = jax.tree_util.keystr(path, simple=True, separator="/").split("/")[0]
@@ -144,22 +146,23 @@ def groups(tree: Any) -> dict[str, list[jax.Array]]:
 
 
 def embedding_power(on_circle: jax.Array) -> jax.Array:
-    """The share of the variance over a circle that lies at each frequency.
+    """Returns the fraction of the variance over a circle at each frequency.
 
     Args:
-        on_circle: `(period, width)`, embeddings in the circle's order.
+        on_circle: The embeddings in the order of the circle, `(period, width)`.
 
     Returns:
-        `(period // 2,)`, for k = 1, 2, ..., summing to 1: |DFT|² summed over the width.
+        The power |DFT|² for k = 1, 2, ..., summed over the width and normalised to sum 1,
+        `(period // 2,)`.
     """
     return _power(jnp.fft.rfft(on_circle, axis=0), len(on_circle))
 
 
 def gini(values: jax.Array) -> jax.Array:
-    """Gini coefficient of `(n,)` sizes: 0 where all are equal, 1 - 1/n where there is but one.
+    """Returns the Gini coefficient of sizes `(n,)`: 0 if all are equal, 1 - 1/n if one is not 0.
 
-    The paper takes it of the norms of Fourier components, the root of their power (2301.05217 §5.1;
-    there a cosine and its sine count as two).
+    The paper applies it to the norms of Fourier components, the root of their power (2301.05217
+    §5.1; it counts a cosine and its sine as two components).
     """
     n = len(values)
     ranks = 2 * jnp.arange(1, n + 1) - n - 1
@@ -169,23 +172,24 @@ def gini(values: jax.Array) -> jax.Array:
 def wave_measures(
     own: Circle, loss_of: Any, table_logits: jax.Array, answers: jax.Array, train_sample: jax.Array
 ) -> dict[str, jax.Array]:
-    """Power of the logits' waves; restricted and excluded loss (Nanda et al., 2301.05217 §5.1).
+    """Returns the Fourier power of the logits, and restricted and excluded loss (2301.05217 §5.1).
 
-    Restricted: of the table's logits only their constant and their projections on cos and sin of
-    w_k (a + b), at the five key frequencies w_k, stay; the loss is of all rows. Excluded: these
-    projections are taken out, the rest stays; the loss is of training rows.
+    The restricted loss keeps only the constant of the logits and their projections on cos and sin
+    of w_k (a + b), at five key frequencies w_k, and is the mean over all rows. The excluded loss
+    removes these projections from the logits and is the mean over training rows.
 
-    Three things are ours. For a + b we take x, the place of the answer on the task's circle, which
-    in addition is a + b: cos(w_k x) is then cos(w_k (a - b)) in sub, and by logarithms cos(w_k
-    (log a + log b)) in mul. Waves of x are constant where the answer is, so that the projection is
-    the DFT of the logits' means over the rows of each answer; in exp, where answers are not equally
-    frequent, each answer counts alike. And the key frequencies, in the paper five of the final
-    model's, are those with the most power in the logits now: known while the model trains.
+    Three aspects differ from the paper. First, x replaces a + b, where x is the position of the
+    answer on the task's circle. For addition both are equal; cos(w_k x) is cos(w_k (a - b)) for
+    sub, and cos(w_k (log a + log b)) for mul. Second, waves of x are constant for equal answers, so
+    the projection is the DFT of the mean logits of each answer. In exp, where answers are not
+    equally frequent, each answer has equal weight. Third, the key frequencies are those with the
+    most power in the present logits, which are known during training. The paper takes five
+    frequencies of the final model.
     """
     assert own.answers is not None
     period, places = len(own.residues), jnp.asarray(own.answers)
     counts = np.bincount(own.answers[own.answers >= 0], minlength=period)
-    # Rows outside go to one more segment.
+    # Rows outside of the group go to an extra segment.
     segments = jnp.where(places < 0, period, places)
     sums = jax.ops.segment_sum(table_logits, segments, period + 1)[:period]
     means = sums / jnp.asarray(counts, jnp.float32)[:, None]
@@ -209,10 +213,10 @@ def wave_measures(
 
 
 def collapsed(softmax: SoftmaxName, logits: jax.Array) -> jax.Array:
-    """Where float32 absorbs all but the largest logit `(rows,)` (2501.04697).
+    """Returns whether float32 absorbs all but the largest logit, `(rows,)` (2501.04697).
 
-    For softmax where Σ exp(z - max z) is exactly 1; for stablemax, likewise, where Σ s(z) is
-    exactly s(max z).
+    That is the case if Σ exp(z - max z) is exactly 1 for softmax, or if Σ s(z) is exactly s(max z)
+    for stablemax.
     """
     largest = logits.max(axis=-1, keepdims=True)
     if softmax == "softmax":
@@ -223,20 +227,20 @@ def collapsed(softmax: SoftmaxName, logits: jax.Array) -> jax.Array:
 
 
 def spectra(matrices: list[jax.Array]) -> dict[str, jax.Array]:
-    """Stable rank, effective rank and singular values.
+    """Returns stable ranks, effective ranks and singular values of matrices.
 
-    From the eigenvalues of Gram matrices, at half the cost of an SVD: singular values below a
-    thousandth of the largest are not accurate.
+    The singular values come from eigenvalues of Gram matrices, at half the cost of an SVD. Those
+    below a thousandth of the largest are not accurate.
 
     Args:
-        matrices: `(fan_in, fan_out)` each, float32.
+        matrices: The matrices, each `(fan_in, fan_out)` float32.
 
     Returns:
-        stable_rank: `(matrices,)`, ‖W‖_F² / ‖W‖₂², 0 for a zero matrix.
-        effective_rank: `(matrices,)`, exp of the entropy of the singular values over their sum, of
-            those that are accurate.
-        singular_values: of the first of the largest matrices, 32 from the largest to the smallest,
-            their ranks evenly spaced; all where there are fewer.
+        stable_rank: ‖W‖_F² / ‖W‖₂² of each matrix, `(matrices,)`; 0 for a zero matrix.
+        effective_rank: The exponential of the entropy of the accurate singular values, divided by
+            their sum, `(matrices,)`.
+        singular_values: 32 singular values of the first of the largest matrices, in descending
+            order with evenly spaced ranks, or all if there are fewer.
     """
     values = [_singular_values(matrix) for matrix in matrices]
     biggest = values[max(range(len(values)), key=lambda i: matrices[i].size)]
@@ -249,7 +253,7 @@ def spectra(matrices: list[jax.Array]) -> dict[str, jax.Array]:
 
 
 def _singular_values(matrix: jax.Array) -> jax.Array:
-    """Largest first. The matrix is scaled first, so that the square of a small one is not lost."""
+    """Returns singular values in descending order. Scaling first avoids underflow of squares."""
     largest = jnp.maximum(jnp.abs(matrix).max(), _TINY)
     scaled = matrix / largest
     gram = scaled @ scaled.T if matrix.shape[0] <= matrix.shape[1] else scaled.T @ scaled
@@ -257,16 +261,16 @@ def _singular_values(matrix: jax.Array) -> jax.Array:
 
 
 def _effective_rank(values: jax.Array) -> jax.Array:
-    # Many zeros that come out as a ten-thousandth would add to the entropy as real directions do.
+    # Rounding errors of many zero singular values would otherwise add to the entropy.
     values = jnp.where(values < _ACCURATE * values[0], 0, values)
     shares = values / jnp.maximum(values.sum(), _TINY)
     return jnp.exp(jax.scipy.special.entr(shares).sum()) * (values[0] > 0)
 
 
 def _power(dft: jax.Array, period: int) -> jax.Array:
-    """Shares of power at k = 1, 2, ... in a real signal's `rfft` `(period // 2 + 1, signals)`."""
+    """Returns the fractions of power at k = 1, 2, ... of an `rfft` `(period // 2 + 1, signals)`."""
     frequency = np.arange(1, len(dft))
-    times = np.where(2 * frequency == period, 1.0, 2.0)  # period / 2 is its own conjugate
+    times = np.where(2 * frequency == period, 1.0, 2.0)  # frequency period / 2 has no conjugate
     power = (jnp.abs(dft[1:]) ** 2).sum(axis=1) * jnp.asarray(times, jnp.float32)
     return power / jnp.maximum(power.sum(), _TINY)
 

@@ -1,4 +1,4 @@
-"""Report of the grokking study: figures, tests, sweeps, looks inside, the published study."""
+"""The report of the grokking study: figures, tests, sweeps, diagnostics, the published study."""
 
 import collections
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def _epochs(heading: str, short: str, field: str) -> Column:
 
 
 def compute(arm: Arm) -> str:
-    """FLOPs to grok, "–" where XLA does not count all that the optimizer does."""
+    """Returns the FLOPs to grok; "–" if XLA does not count all FLOPs of the optimizer."""
     return arm.median("FLOP").text(flop) if known(arm.optimizer, "FLOP") else "–"
 
 
@@ -61,12 +61,13 @@ STABILITY_COLUMN: Column = (
 )
 POINT_COLUMN: Column = ("setting", "setting", lambda arm: arm.panel.point)
 NOTE = (
-    "Epochs: mem. memorised, delay from there to held, held 95 % for 5 evaluations.\n"
-    "strict: held ≥ 2 × mem. cens.: censored. time, compute: to grok. >: lower bound."
+    "mem.: memorised. held: 95 % for 5 evaluations in a row.\n"
+    "delay: held − mem. strict: held ≥ 2 × mem. cens.: censored.\n"
+    "time, compute: until held. >: lower bound."
 )
 ARMS = (
-    "Medians over the n finished trainings of each optimizer. A censored training counts as "
-    "later than any that grokked; “>” marks a median of which only a lower bound is known."
+    "Medians over the n finished trainings of each optimizer. A censored training counts as later "
+    "than every training that grokked. “>” marks a median for which only a lower bound is known."
 )
 
 
@@ -100,26 +101,27 @@ CELL_COLUMNS: tuple[Column, ...] = (
     ("compute per step", "", lambda row: flop(row["step_flops"])),
     _number("parameters", "parameters"),
 )
-CELLS = "One row per finished training. “–”: not reached or not measured."
+CELLS = "One row per finished training. “–” means not reached or not measured."
 DEFINITIONS = {
     "Memorised": "The first epoch after which training accuracy is at least 99 %, measured without "
     "dropout on a fixed sample of up to 1024 examples.",
-    "First crossing": "The first epoch with a validation accuracy of at least 95 %, memorised or "
-    "not.",
-    "Grok, first": "The same, at or after the memorised epoch.",
-    "Grok, sustained": "The start of the first five evaluations in a row with a validation "
-    "accuracy of at least 95 %, at or after the memorised epoch: the grokking epoch of the "
-    "abstract and the figures, since a single crossing may be a spike.",
-    "Grok, near best": "The first epoch, at or after the memorised one, with a validation "
-    "accuracy of at least 95 % and within 1 % of the training's highest (Essential AI).",
-    "Delay": "Sustained grokking epoch minus memorised epoch. Its ratios are of delay + 1, since "
-    "a delay may be 0, over pairs in which both grokked.",
-    "Strict": "Trainings whose sustained grokking epoch is at least twice the memorised one.",
-    "Lost again": "After sustained grokking, five evaluations in a row below 95 %: {collapsed} of "
-    "{finished} finished trainings here{short}. Shorter dips count in the share of evaluations "
-    "below 95 % after that epoch, where trainings run to the end of the budget.",
-    "Censored": "No sustained grokking epoch within the budget of {budget} epochs. Such a training "
-    "ranks last in a median, which may leave only a lower bound of it.",
+    "First crossing": "The first epoch with a validation accuracy of at least 95 %, whether or not "
+    "the training set is memorised.",
+    "Grok, first": "The first epoch with a validation accuracy of at least 95 %, at or after the "
+    "memorised epoch.",
+    "Grok, sustained": "The first of five evaluations in a row with a validation accuracy of at "
+    "least 95 %, at or after the memorised epoch. The abstract and the figures use this grokking "
+    "epoch, since a single crossing may be a spike.",
+    "Grok, near best": "The first epoch, at or after the memorised one, with a validation accuracy "
+    "of at least 95 % and within 1 % of the training's highest (Essential AI).",
+    "Delay": "The sustained grokking epoch minus the memorised epoch. A delay may be 0, so ratios "
+    "are computed from delay + 1. They include only pairs in which both trainings grokked.",
+    "Strict": "Trainings whose sustained grokking epoch is at least twice the memorised epoch.",
+    "Lost again": "Trainings with five evaluations in a row below 95 % after sustained grokking: "
+    "{collapsed} of {finished} finished trainings here{short}. If trainings run for all epochs, "
+    "the fraction of evaluations below 95 % after grokking also includes shorter dips.",
+    "Censored": "Trainings without a sustained grokking epoch within the budget of {budget} "
+    "epochs. They rank last in a median, for which then only a lower bound may be known.",
     "Time and compute to grok": "Seconds per epoch, compilation excluded, and floating-point "
     "operations by XLA's cost model, times the sustained grokking epoch. Seconds can only be "
     "compared on one machine.",
@@ -127,7 +129,7 @@ DEFINITIONS = {
 
 
 def arm_columns(rows: Sequence[Row]) -> list[Column]:
-    """The columns of the per-arm table; with what differs between cells or befell some of them."""
+    """Returns the columns of the per-arm table. Some appear only if cells need them."""
     columns = list(ARM_COLUMNS)
     if any(row["collapse_epoch"] for row in rows):
         columns.insert([heading for heading, *_ in columns].index("censored") + 1, LOST_COLUMN)
@@ -135,7 +137,7 @@ def arm_columns(rows: Sequence[Row]) -> list[Column]:
 
 
 def terminal_table(rows: Sequence[Row], budget: int | None = None) -> Table:
-    """The per-arm table for the terminal, without what all arms have in common.
+    """Returns the per-arm table for the terminal, without columns in which all arms agree.
 
     Args:
         rows: The rows of summary.json.
@@ -150,14 +152,14 @@ def terminal_table(rows: Sequence[Row], budget: int | None = None) -> Table:
 
 
 def _short_point(arm: Arm) -> str:
-    """Settings where there is little room, as "lr 0.01", a line each."""
+    """Returns settings in short form, such as "lr 0.01", with one line for each."""
     short = {"learning-rate": "lr", "weight-decay": "wd"}
     settings = {key.split(".")[-1]: x for key, x in grid.values(arm.panel.point).items()}
     return "\n".join(f"{short.get(name, name)} {value}" for name, value in settings.items())
 
 
 def abstract(run: Run) -> list[str]:
-    """The result in plain sentences, every number computed from the run."""
+    """Returns the results in sentences whose numbers are computed from the run."""
     finished, begun = len(run.rows), len(run.cells)
     if not finished:
         return [f"No training has finished yet: 0 of {run.total}, {begun} started."]
@@ -169,7 +171,7 @@ def abstract(run: Run) -> list[str]:
     if report_figures.many_arms(run):
         ranked = ranking(run, list(pooled.values()))
         return [*sentences, *report_tests.strictly(run), *ranked, *losses(run)]
-    # The baseline last, so that the sentence reads "Muon ...; AdamW ...".
+    # The baseline comes last, so that the sentence reads "Muon ...; AdamW ...".
     names = sorted(pooled, key=lambda name: name == BASELINE)
     clauses: list[str] = []
     for name in names:
@@ -193,28 +195,28 @@ def abstract(run: Run) -> list[str]:
 
 
 def ranking(run: Run, arms: Sequence[Arm]) -> list[str]:
-    """Many optimizers in two sentences: by the epoch, and the fastest by the second."""
+    """Ranks many optimizers in sentences: by epochs, and the fastest ones in seconds."""
 
-    def told(arm: Arm, median: Median) -> str:
+    def text(arm: Arm, median: Median) -> str:
         part = f" ({arm.grokked} of {arm.n} trainings)" if arm.censored else ""
         return f"{arm.label} {number(median.value)}{part}"
 
     known = [arm for arm in arms if not arm.median().at_least]
     known.sort(key=lambda arm: arm.median().value)
     beyond = [arm for arm in arms if arm.median().at_least]
-    epochs = "; ".join(told(arm, arm.median()) for arm in known)
+    epochs = "; ".join(text(arm, arm.median()) for arm in known)
     result = [f"{len(known)} of {len(arms)} optimizers grokked, at a median epoch of: {epochs}."]
     if beyond:
         names = "; ".join(arm.label for arm in beyond)
         result.append(f"Not within the budget of {run.budget} epochs, by the median: {names}.")
     timed = sorted(known, key=lambda arm: arm.median("seconds").value)
     first = [arm for arm in timed if arm in timed[:3] or arm.optimizer == BASELINE]
-    seconds = "; ".join(told(arm, arm.median("seconds")) for arm in first)
+    seconds = "; ".join(text(arm, arm.median("seconds")) for arm in first)
     return [*result, f"Fastest in seconds of training: {seconds}."] if first else result
 
 
 def losses(run: Run) -> list[str]:
-    """How many cells diverged, and how many lost again what they had grokked, and whose."""
+    """Returns sentences on the cells that diverged, and on those that lost their accuracy again."""
     result = []
     for key, verb in (("diverged", "diverged"), ("collapse_epoch", "lost it again")):
         found = collections.Counter(r["optimizer"] for r in run.rows if r[key])
@@ -225,14 +227,14 @@ def losses(run: Run) -> list[str]:
 
 
 def report(folder: Path) -> Report:
-    """A run, which may be unfinished, or its stored results."""
+    """Returns the report of a run, which may be unfinished, or of its stored results."""
     run = load_run(folder)
     finished, whole = len(run.rows), run.config.get("full_length")
     facts = {
         "budget": run.budget,
         "finished": finished,
         "collapsed": sum(row["collapse_epoch"] is not None for row in run.rows),
-        "short": "" if whole else ", though most end soon after grokking",
+        "short": "" if whole else ", although most trainings end soon after grokking",
     }
     columns = arm_columns(run.rows) + [STABILITY_COLUMN] * bool(whole)
     arms = Table(columns, aggregate(run.rows, run.budget), ARMS, names=3)
@@ -241,8 +243,8 @@ def report(folder: Path) -> Report:
     definitions = {term: text.format_map(facts) for term, text in DEFINITIONS.items()}
     return Report(
         "Grokking study",
-        f"Run {folder.resolve().name} · {finished} of {run.total} trainings finished, each of a "
-        "task, an output function, an optimizer and a seed",
+        f"Run {folder.resolve().name} · {finished} of {run.total} trainings finished, one for each "
+        "task, output function, optimizer and seed",
         abstract(run),
         terminal_table(run.rows, run.budget) if run.rows else "",
         [

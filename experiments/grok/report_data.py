@@ -1,4 +1,4 @@
-"""What the report knows of a grokking run: its files, its cells per arm, and what these took."""
+"""The data of a grokking report: the files of a run, its cells by arm, and their costs."""
 
 import contextlib
 import math
@@ -17,10 +17,10 @@ from experiments.report.figures import optimizer_label
 from experiments.report.text import number, plural
 
 BASELINE = "adamw"
-# A training groks strictly if it generalises at this many times the epoch at which it memorised.
+# A training groks strictly if its grokking epoch is at least this multiple of its memorised epoch.
 STRICT = 2
-FEW_OPTIMIZERS = 6  # more make a panel of curves, and a sentence, illegible
-SOON = 5  # epochs: one that generalises so soon after memorising shows no grokking
+FEW_OPTIMIZERS = 6  # with more, panels of curves and sentences are illegible
+SOON = 5  # epochs; a training that generalises this soon after memorising shows no grokking
 CONFIG_KEYS = ("tasks", "softmax", "optimizers", "epochs", "grid")
 EPOCH_KEYS = (*Cell._fields, "epoch", "train_accuracy", "validation_accuracy")
 ROW_KEYS = (
@@ -34,18 +34,18 @@ Row = dict[str, Any]
 
 
 class Median(NamedTuple):
-    """A median; `at_least` says that censored cells leave only a lower bound of it."""
+    """A median. With `at_least`, censored cells leave only a lower bound of it."""
 
     value: float
     at_least: bool = False
 
     def text(self, form: Callable[[float], str] = number) -> str:
-        """As "> 200" where it is only a lower bound."""
+        """Returns the median as text, such as "> 200" if it is a lower bound."""
         return f"> {form(self.value)}" if self.at_least else form(self.value)
 
 
-# What an epoch of a cell takes, in the units of each axis; a cell takes that many times its
-# sustained grokking epoch, and a censored one its budget.
+# The cost of an epoch of a cell, by unit. The cost of a cell is that times its sustained grokking
+# epoch, or times its budget if it is censored.
 UNITS: dict[str, Callable[[Row], float]] = {
     "epochs": lambda row: 1.0,
     "tokens": lambda row: row["tokens_per_epoch"],
@@ -56,26 +56,26 @@ UNITS: dict[str, Callable[[Row], float]] = {
 
 
 def delay(row: Row) -> float | None:
-    """Epochs from memorising to sustained grokking; None of a censored cell."""
+    """Returns the epochs from memorising to sustained grokking, or None for a censored cell."""
     return None if row["censored"] else row["grok_epoch_sustained"] - row["memorized_epoch"]
 
 
 def value(row: Row, what: str) -> float | None:
-    """A cell's delay, what it took to grok in one of `UNITS`, or a field of it; None if missing."""
+    """Returns a cell's delay, its cost to grok in one of `UNITS`, or a field; None if missing."""
     if what in UNITS:
         return None if row["censored"] else row["grok_epoch_sustained"] * UNITS[what](row)
     return delay(row) if what == "delay" else row[what]
 
 
 def bound(row: Row, what: str, budget: int) -> float:
-    """What a cell's value exceeds where it is missing; an epoch exceeds the budget."""
+    """Returns a lower bound for a missing value of a cell. For epochs it is the budget."""
     if what in UNITS:
         return budget * UNITS[what](row)
     return budget - (row["memorized_epoch"] or budget) if what == "delay" else budget
 
 
 class Arm(NamedTuple):
-    """What the seeds of one optimizer did on one panel."""
+    """The cells of one optimizer on one panel."""
 
     panel: Panel
     optimizer: str
@@ -84,7 +84,7 @@ class Arm(NamedTuple):
 
     @classmethod
     def of(cls, run: "Run", cells: Sequence[Row]) -> "Arm":
-        """Of any cells of one optimizer, whatever their panels; of some there is no panel."""
+        """Returns an arm of any cells of one optimizer, from one or several panels."""
         return cls(Panel("", ""), cells[0]["optimizer"], cells, run.budget)
 
     @property
@@ -105,13 +105,13 @@ class Arm(NamedTuple):
 
     @property
     def strict(self) -> int:
-        """Cells that grokked strictly: not before twice the memorised epoch."""
+        """The number of cells that grokked strictly, not before twice the memorised epoch."""
         cells = [row for row in self.cells if not row["censored"]]
         return sum(r["grok_epoch_sustained"] >= STRICT * r["memorized_epoch"] for r in cells)
 
     @property
     def soon(self) -> int:
-        """Cells that grokked within a few epochs of memorising."""
+        """The number of cells that grokked within a few epochs of memorising."""
         return sum(delay(row) <= SOON for row in self.cells if not row["censored"])
 
     @property
@@ -120,7 +120,7 @@ class Arm(NamedTuple):
 
     @property
     def below_after_grok(self) -> float | None:
-        """Share of the evaluations after grokking that is below 95 %."""
+        """The fraction of evaluations below 95 % after grokking, or None if there are none."""
         later, below = (
             sum(row.get(key, 0) for row in self.cells)
             for key in ("evaluations_after_grok", "below_after_grok")
@@ -128,7 +128,7 @@ class Arm(NamedTuple):
         return below / later if later else None
 
     def median(self, what: str = "grok_epoch_sustained") -> Median:
-        """Over the cells; a missing value exceeds its bound."""
+        """Returns the median of a value over the cells. A missing value exceeds its bound."""
         return censored_median(
             [value(row, what) for row in self.cells],
             [bound(row, what, self.budget) for row in self.cells],
@@ -142,7 +142,7 @@ class Arm(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """A run's files; `rows` are its finished cells, `traces` the epochs of every cell begun."""
+    """The contents of a run: `rows` of its finished cells, `traces` of epochs of started cells."""
 
     config: dict[str, Any]
     version: str
@@ -157,7 +157,7 @@ class Run:
 
     @property
     def cells(self) -> list[Cell]:
-        """Those finished or begun, in the settings' order."""
+        """The finished and started cells, in the order of the settings."""
         return sorted({*map(Cell.of, self.rows), *self.traces}, key=_rank(self.config))
 
     @property
@@ -165,27 +165,27 @@ class Run:
         return any(cell.point for cell in self.cells)
 
     def optimizers(self) -> list[str]:
-        """The optimizers with a finished or begun cell, in the settings' order."""
+        """Returns the optimizers with a finished or started cell, in the order of the settings."""
         names = {cell.optimizer for cell in self.cells}
         return sorted(names, key=_place(self.config["optimizers"]))
 
     def panels(self) -> list[Panel]:
-        """The panels with a finished or begun cell, in the settings' order."""
+        """Returns the panels with a finished or started cell, in the order of the settings."""
         return list(dict.fromkeys(cell.panel for cell in self.cells))
 
     def of(self, panel: Panel | None, optimizer: str) -> list[Row]:
-        """An optimizer's finished cells, on a panel or on all."""
+        """Returns the finished cells of an optimizer, on a panel or on all."""
         own = [row for row in self.rows if row["optimizer"] == optimizer]
         return own if panel is None else [row for row in own if Cell.of(row).panel == panel]
 
 
 def _place(names: Sequence[str]) -> Callable[[str], tuple]:
-    """A sort key that puts names in order, unknown ones last and by the alphabet."""
+    """Returns a sort key for this order of names. Unknown names are last and sorted by name."""
     return lambda name: (names.index(name), "") if name in names else (len(names), name)
 
 
 def _rank(config: dict[str, Any]) -> Callable[[Cell], tuple]:
-    """A sort key that orders cells as the settings name them, points as their axes count."""
+    """Returns a sort key for cells: the order of the settings, and of the points of the grid."""
     tasks, softmax, optimizers = (_place(config[key]) for key in ("tasks", "softmax", "optimizers"))
     axes = [grid.axis(text) for text in config["grid"]]
     names = dict.fromkeys(config["optimizers"])
@@ -200,16 +200,16 @@ def _rank(config: dict[str, Any]) -> Callable[[Cell], tuple]:
 
 
 def _whole(found: Any, where: str, keys: Sequence[str]) -> Row:
-    """One JSON object with its keys; a fault says where."""
+    """Checks that a JSON value is an object with these keys. `where` names it in messages."""
     if not isinstance(found, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(found).__name__}")
+        raise ValueError(f"{where}: expected a JSON object, got {type(found).__name__}.")
     if missing := [key for key in keys if key not in found]:
-        raise ValueError(f"{where}: lacks {', '.join(missing)}")
+        raise ValueError(f"{where}: the record lacks {', '.join(missing)}.")
     return found
 
 
 def _epochs(path: Path) -> Iterator[Row]:
-    """The log's records of epochs; of a last line that a kill tore nothing."""
+    """Yields the records of epochs in a log, without a last line that a kill left incomplete."""
     log = sealed.read(path)
     for damage in log.damage:
         print_warning(f"{path} is damaged: {damage}.")
@@ -222,27 +222,29 @@ def _epochs(path: Path) -> Iterator[Row]:
         try:
             found = loads(line) if line.strip() else {"cell": ""}
         except ValueError as error:
-            raise ValueError(f"{where}: invalid JSON: {error}") from None
-        if "cell" not in found:  # a line with it is the runner's bookkeeping
+            raise ValueError(f"{where}: invalid JSON: {error}.") from None
+        if "cell" not in found:  # a line with "cell" is a seal, not a record
             yield _whole(found, where, EPOCH_KEYS)
 
 
 def load_run(folder: Path) -> Run:
-    """Read the files of a finished or partly finished run.
+    """Reads the files of a finished or partly finished run.
 
     Args:
-        folder: The run's folder, with config.json, summary.json and metrics.jsonl; without the
-            last, as results are stored, there are no traces.
+        folder: The run's folder, with config.json, summary.json and metrics.jsonl. Stored results
+            have no metrics.jsonl; the result then has no traces.
 
     Raises:
         FileNotFoundError: The folder, its config.json or its summary.json is missing.
-        ValueError: A file is not what it should be; the message names the file and the line.
+        ValueError: A file has the wrong content; the message names the file and the line.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"no run folder {folder}")
+        raise FileNotFoundError(f"There is no run folder {folder}. Give the folder of a run.")
     for name in ("config.json", "summary.json"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}: is it a run of experiments.grok?")
+            raise FileNotFoundError(
+                f"{folder} has no {name}. Give the folder of a run of experiments.grok."
+            )
     path = folder / "summary.json"
     config = _whole(read_json(folder / "config.json"), f"{folder / 'config.json'}", CONFIG_KEYS)
     summary = _whole(read_json(path), f"{path}", ("cells_total", "cells"))
@@ -252,7 +254,7 @@ def load_run(folder: Path) -> Run:
     for row in _epochs(folder / "metrics.jsonl"):
         trace = traces.setdefault(Cell.of(row), [])
         if trace and row["epoch"] <= trace[-1]["epoch"]:
-            trace.clear()  # a cell that was cut off and then trained again from its start
+            trace.clear()  # the cell was interrupted and then trained again from its start
         trace.append(row)
     rank = _rank(config)
     return Run(
@@ -266,14 +268,14 @@ def load_run(folder: Path) -> Run:
 
 
 def censored_median(values: Iterable[float | None], bounds: Iterable[float]) -> Median:
-    """The median where some values are known only to lie above a bound.
+    """Returns the median of values of which some are known only to exceed a bound.
 
-    A missing value ranks as infinite. If the median is then finite it is exact. If not, it is
-    bounded from below by the median with each missing value at its bound.
+    A missing value ranks as infinite. If the median is then finite, it is exact. Otherwise a lower
+    bound is returned: the median with each missing value replaced by its bound.
 
     Args:
-        values: The values, None for a missing one.
-        bounds: For each value, what it exceeds if it is missing.
+        values: The values, with None for missing ones.
+        bounds: The bound that each value exceeds if it is missing.
     """
     values = list(values)
     if not values:
@@ -286,7 +288,7 @@ def censored_median(values: Iterable[float | None], bounds: Iterable[float]) -> 
 
 
 def aggregate(rows: Sequence[Row], budget: int | None = None) -> list[Arm]:
-    """The finished cells per panel and optimizer, in the order they first appear.
+    """Groups finished cells by panel and optimizer, in the order of their first appearance.
 
     Args:
         rows: The rows of summary.json.
@@ -300,9 +302,9 @@ def aggregate(rows: Sequence[Row], budget: int | None = None) -> list[Arm]:
     return [Arm(*key, cells, budget) for key, cells in groups.items()]
 
 
-# --- What cells took to grok -------------------------------------------------------------------
+# --- The cost of grokking ----------------------------------------------------------------------
 
-# XLA counts nothing of a decomposition and one pass of a loop, so that their FLOPs are not known.
+# The FLOPs of these are unknown: XLA omits decompositions and counts a loop's body only once.
 UNCOUNTED = frozenset((
     "polar", "low_rank", "low_rank_subspace", "dion", "splus", "splus_adamw", "soap", "soap_muon",
     "optax_muon",
@@ -310,17 +312,17 @@ UNCOUNTED = frozenset((
 
 
 def known(optimizer: str, unit: str) -> bool:
-    """Whether an optimizer's cost is known in a unit."""
+    """Returns whether an optimizer's cost is known in a unit."""
     return unit != "FLOP" or optimizer not in UNCOUNTED
 
 
 def apart(values: Collection[float]) -> bool:
-    """Whether values differ by more than what XLA's folding of constants does: 0.04 % of FLOPs."""
+    """Returns whether values differ by over 1 %. XLA's constant folding changes FLOPs by 0.04 %."""
     return max(values, default=0) > 1.01 * min(values, default=0)
 
 
 def swept(run: Run) -> dict[str, list[str]]:
-    """The settings that differ between the cells of each optimizer."""
+    """Returns the settings that are swept for each optimizer."""
     points = [(cell.optimizer, grid.values(cell.point)) for cell in run.cells]
     return {
         name: list(dict.fromkeys(s for owner, point in points if owner == name for s in point))
@@ -329,17 +331,17 @@ def swept(run: Run) -> dict[str, list[str]]:
 
 
 def plain(setting: str) -> str:
-    """A setting's name for readers: "learning rate" for "muon.learning-rate"."""
+    """Returns the display name of a setting: "learning rate" for "muon.learning-rate"."""
     return setting.split(".")[-1].replace("-", " ").replace("_", " ")
 
 
 def numeric(values: Iterable[float | str]) -> bool:
-    """Whether all values of a setting are numbers, and none is a word."""
+    """Returns whether all values of a setting are numbers."""
     return not any(isinstance(value, str) for value in values)
 
 
 def ordered(values: Iterable[float | str]) -> list[float | str]:
-    """A setting's values, each once: numbers by size, words as they come.
+    """Returns the different values of a setting: numbers sorted, words in their given order.
 
     Example:
         >>> ordered([64, 32, 64]), ordered(["spectral", "mup", "spectral"])
@@ -350,12 +352,12 @@ def ordered(values: Iterable[float | str]) -> list[float | str]:
 
 
 def cost(run: Run, row: Row, unit: str) -> float:
-    """What a cell took to its sustained grokking epoch, or to its budget."""
+    """Returns the cost of a cell up to its sustained grokking epoch, or up to its budget."""
     return value(row, unit) or bound(row, unit, run.budget)
 
 
 def counts(run: Run) -> str:
-    """How many cells there are, and how many are censored and whose; a sentence."""
+    """Returns a sentence on the number of cells and on the censored ones of each optimizer."""
     seeds = plural(len({row["seed"] for row in run.rows}), "seed")
     cells = f"{len(run.rows)} trainings, {seeds} per setting"
     whose = []
@@ -369,7 +371,7 @@ def counts(run: Run) -> str:
 
 
 def uncounted(run: Run) -> str:
-    """Whose FLOPs are not known, and why, in a sentence; "" where all are."""
+    """Returns a sentence on optimizers whose FLOPs are unknown, or "" if all are known."""
     names = "; ".join(optimizer_label(n) for n in run.optimizers() if not known(n, "FLOP"))
     why = "XLA's count omits decompositions and the repetitions of loops"
     return f"FLOPs of {names} are unknown (–): {why}." if names else ""

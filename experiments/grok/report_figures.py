@@ -1,4 +1,4 @@
-"""The report's figures of cells: accuracy against epoch, and the epochs to grok."""
+"""Figures of cells: accuracy against epoch, epochs to grok, and survival."""
 
 import math
 from typing import Any
@@ -32,9 +32,9 @@ from experiments.report.page import Picture
 from experiments.report.series import series
 
 CURVES = (
-    "Accuracy after each epoch: training solid, validation dashed; one seed thin, the median at "
-    "the epochs that all seeds reached thick. Marks are at the median epochs over finished "
-    "trainings, unless beyond the budget. {begun} trainings started, {finished} finished."
+    "Accuracy after each epoch: training solid, validation dashed. Thin lines are single seeds, "
+    "thick lines the median over the epochs that all seeds reached. Marks show median epochs over "
+    "finished trainings, if within the budget. {begun} trainings started, {finished} finished."
 )
 EPOCHS = (
     "Sustained grokking epoch of every finished training. A line spans an optimizer's range, a bar "
@@ -43,20 +43,20 @@ EPOCHS = (
     "epochs."
 )
 SURVIVAL = (
-    "Kaplan–Meier estimate of the share of trainings that have not reached sustained grokking "
+    "Kaplan–Meier estimate of the fraction of trainings that have not reached sustained grokking "
     "by each epoch, over all tasks and output functions."
 )
 
 
 def many_arms(run: Run) -> bool:
-    """Whether the run compares more optimizers than one panel can tell apart."""
+    """Returns whether the run has more optimizers than can be distinguished in one panel."""
     return len(run.optimizers()) > FEW_OPTIMIZERS
 
 
 def curves_figure(run: Run) -> Figure:
-    """Accuracy against epoch, a panel per task, softmax and setting.
+    """Draws accuracy against epoch, with one panel for each task, output function and setting.
 
-    Where there are many optimizers, a panel for each of them, beside the baseline.
+    With many optimizers, each of them has panels of its own, in which it is beside the baseline.
     """
     everywhere, many = run.optimizers(), many_arms(run)
     panels = run.panels() or [Panel("no cell", "begun")]
@@ -96,7 +96,7 @@ def curves_figure(run: Run) -> Figure:
 
 
 def _draw_accuracy(axes: Axes, run: Run, panel: Panel, name: str, arm: Arm | None) -> None:
-    """Every training thin, the medians emphasised, and where these memorise and grok."""
+    """Draws every training thin, the medians thick, and marks at memorised and grokking epochs."""
     own = [
         trace for cell, trace in run.traces.items() if (cell.panel, cell.optimizer) == (panel, name)
     ]
@@ -121,9 +121,10 @@ def _title(panel: Panel) -> str:
 
 
 def epochs_figure(run: Run) -> Figure:
-    """A row per arm, a panel per task and output function; of a sweep a row per setting, by arm.
+    """Draws grokking epochs, with one row per arm and one panel per task and output function.
 
-    Of many optimizers the fastest is above.
+    For a sweep there is one row per setting and one panel per arm. Many optimizers are sorted, the
+    fastest at the top.
     """
     panels: dict[str, list[Arm]] = {}
     for arm in aggregate(run.rows, run.budget):
@@ -148,7 +149,7 @@ def epochs_figure(run: Run) -> Figure:
 
 
 def _row(run: Run, arm: Arm) -> Final:
-    """A setting's values without their names, as "0.01, 1", or the optimizer's name."""
+    """Returns an arm's line. In a sweep its label is the setting's values, such as "0.01, 1"."""
     values = ", ".join(p.rpartition("=")[2] for p in arm.panel.point.split()) or "the run's"
     epochs = [cell["grok_epoch_sustained"] or math.inf for cell in arm.cells]
     median = math.inf if arm.median().at_least else arm.median().value
@@ -158,7 +159,7 @@ def _row(run: Run, arm: Arm) -> Final:
 
 
 def survival_figure(run: Run) -> Figure:
-    """Share of cells that have not grokked, against epoch: a curve for each optimizer."""
+    """Draws the fraction of cells that have not grokked against epoch, for each optimizer."""
     figure = new_figure(6.6, 3.6)
     axes = figure.subplots()
     handles = []
@@ -175,7 +176,7 @@ def survival_figure(run: Run) -> Figure:
 
 
 def pictures(run: Run) -> list[Picture]:
-    """Of a run's cells: curves where there is a log, epochs, and survival of few optimizers."""
+    """Returns the figures: curves if there is a log, epochs, and survival if few optimizers."""
     censored, finished = sum(row["censored"] for row in run.rows), len(run.rows)
     curves = CURVES.format(begun=len(run.cells), finished=finished)
     epochs = EPOCHS.format(censored=censored, budget=run.budget)
@@ -184,8 +185,8 @@ def pictures(run: Run) -> list[Picture]:
             "curves",
             lambda: curves_figure(run),
             curves,
-            "Training and validation accuracy against epoch, a panel for each task and output "
-            "function, a colour for each optimizer.",
+            "Training and validation accuracy against epoch, with one panel for each task and "
+            "output function and one colour for each optimizer.",
         ),
         Picture(
             "grok_epochs",
@@ -198,7 +199,7 @@ def pictures(run: Run) -> list[Picture]:
             "survival",
             lambda: survival_figure(run),
             SURVIVAL,
-            "Share of trainings that have not grokked against epoch, a curve for each optimizer.",
+            "Fraction of trainings that have not grokked against epoch, one curve per optimizer.",
         ),
     ]
     return found[not run.traces : 2 if many_arms(run) else 3]

@@ -1,4 +1,4 @@
-"""The report's looks inside the models: figures of what `experiments.grok.probes` recorded."""
+"""Figures of the diagnostics that `experiments.grok.probes` recorded."""
 
 import functools
 import statistics
@@ -33,13 +33,13 @@ from experiments.report.text import number
 
 MOST_PANELS = 8
 
-Record = Mapping[str, Any]  # of `probes.record`, and its epoch
-Looks = Mapping[str, Mapping[Cell, Sequence[Record]]]  # by optimizer and cell, epochs ascending
-Grokked = Mapping[Cell, float | None]  # the sustained epoch, None where it was not reached
+Record = Mapping[str, Any]  # the value of `probes.record`, and its epoch
+Diagnostics = Mapping[str, Mapping[Cell, Sequence[Record]]]  # by optimizer and cell, in epoch order
+Grokked = Mapping[Cell, float | None]  # the sustained grokking epoch, or None
 
 
 class Measure(NamedTuple):
-    """Axes of the figure: a measure drawn solid and maybe one drawn dashed, with their names."""
+    """A panel of the figure, with a measure drawn solid and perhaps another drawn dashed."""
 
     title: str
     label: str
@@ -80,37 +80,40 @@ MEASURES = (
         ("hidden matrices", "update_rms_hidden"), ("embedding", "update_rms_embedding"), log=True,
     ),
 )  # fmt: skip
-# What the caption has in numbers.
-TOLD = {"logit_gini": "Gini of the logits", "weight_stable_rank": "stable rank of the weights"}
+# The measures whose last values the caption states.
+STATED = {"logit_gini": "Gini of the logits", "weight_stable_rank": "stable rank of the weights"}
 
 MEASURES_CAPTION = (
-    "One seed thin; the median at the epochs that all seeds reached thick; diamond: median "
-    "sustained grokking epoch. Gini: inequality of the Fourier components, near 1 if one remains. "
-    "Restricted loss: with only the constant and the five strongest frequencies of the logits; "
-    "excluded: on training examples without these (Nanda et al., 2301.05217, here chosen at each "
-    "diagnostic and for other operations too). Stable rank ‖W‖_F² / ‖W‖₂²; effective rank: "
-    "exponential of the entropy of the singular values. Updates include decay. Softmax collapse: "
-    "training examples where float32 absorbs all but the largest logit (2501.04697)."
+    "Thin lines are single seeds, thick lines the median over the epochs that all seeds reached. "
+    "Diamonds mark the median sustained grokking epoch. Gini coefficient: inequality of the "
+    "Fourier components, near 1 if only one remains. Restricted loss: the loss with only the "
+    "constant and the five strongest frequencies of the logits. Excluded loss: the loss of "
+    "training examples without these five (Nanda et al., 2301.05217; here they are chosen anew at "
+    "each diagnostic, and for other operations too). Stable rank: ‖W‖_F² / ‖W‖₂². Effective rank: "
+    "exponential of the entropy of the singular values. Updates include weight decay. Softmax "
+    "collapse: fraction of training examples for which float32 absorbs all but the largest logit "
+    "(2501.04697)."
 )
 POWER_CAPTION = (
-    "Share of power at each frequency, first seed of each optimizer: of the number tokens' "
-    "embeddings along the residues (for mul, div and exp by discrete logarithm to base 5), and of "
-    "the logits along the answer; equal frequencies have 2 % each. Dashed: grokking epoch."
+    "Fraction of Fourier power at each frequency, for the first seed of each optimizer. Embedding: "
+    "power of the number tokens over the residues, which mul, div and exp order by discrete "
+    "logarithm to base 5. Logits: power over the answers. With equal power, each frequency would "
+    "have 2 %. The dashed line is the grokking epoch."
 )
 SPECTRA_CAPTION = (
-    "Singular values of the first of the largest matrices and of its change in one step, divided "
-    "by the largest, for the first seed of each optimizer, from the first diagnostic (pale) to the "
-    "last. Values below a thousandth of the largest are not accurate."
+    "Singular values, divided by the largest, of the first of the largest matrices and of its "
+    "change in one step, for the first seed of each optimizer. Lines range from the first "
+    "diagnostic (pale) to the last. Values below a thousandth of the largest are not accurate."
 )
 
 
 def figures(run: Run) -> list[Picture]:
-    """Of each panel with looks inside: the measures, the spectra and, but for parity, the power.
+    """Returns figures of measures, spectra and, except for parity, Fourier power of each panel.
 
-    The first eight panels; metrics.jsonl has them all.
+    Only the first eight panels with diagnostics are drawn; metrics.jsonl has all of them.
 
     Args:
-        run: its epochs' lines may have a "probe".
+        run: The run, whose records of epochs may have diagnostics under "probe".
     """
     found: dict[Panel, dict[str, dict[Cell, list[Record]]]] = {}
     for cell, trace in run.traces.items():
@@ -118,20 +121,20 @@ def figures(run: Run) -> list[Picture]:
             found.setdefault(cell.panel, {}).setdefault(cell.optimizer, {})[cell] = own
     grokked = {Cell.of(row): row["grok_epoch_sustained"] for row in run.rows}
     drawn = []
-    for place, (panel, looks) in enumerate([*found.items()][:MOST_PANELS], start=1):
+    for place, (panel, diagnostics) in enumerate([*found.items()][:MOST_PANELS], start=1):
         more = "" if len(found) <= MOST_PANELS else f" Panel {place} of {len(found)}."
-        measures = " ".join(filter(None, [last_values(looks), MEASURES_CAPTION]))
+        measures = " ".join(filter(None, [last_values(diagnostics), MEASURES_CAPTION]))
         kinds: dict[str, tuple[str, Callable[..., Figure]]] = {
             "measures": (measures, measures_figure),
             "spectra": (SPECTRA_CAPTION, spectra_figure),
         }
-        if _powers(looks):
+        if _powers(diagnostics):
             kinds["power"] = (POWER_CAPTION, power_figure)
         alt = f"Diagnostics of the models over training, on {panel}."
         drawn += [
             Picture(
                 f"inside_{place}_{kind}",
-                functools.partial(draw, looks, grokked),
+                functools.partial(draw, diagnostics, grokked),
                 f"{panel}: {caption}{more}",
                 alt,
             )
@@ -140,43 +143,50 @@ def figures(run: Run) -> list[Picture]:
     return drawn
 
 
-def last_values(looks: Looks) -> str:
-    """A sentence: medians over the seeds of what `TOLD` names, at each cell's last look."""
+def last_values(diagnostics: Diagnostics) -> str:
+    """Returns a sentence on the measures in `STATED`: medians over seeds at the last diagnostic."""
     clauses = []
-    for key, words in TOLD.items():
+    for key, words in STATED.items():
         medians = []
-        for name, of in looks.items():
+        for name, of in diagnostics.items():
             values = [v for cell in of for v in _series(of[cell][-1:], key).values()]
             if values:
                 medians.append(f"{optimizer_label(name)} {number(statistics.median(values))}")
         if medians:
             clauses.append(f"{words} {', '.join(medians)}")
-    told = [f"At the last diagnostic, median over seeds: {'; '.join(clauses)}."] if clauses else []
+    sentences = (
+        [f"At the last diagnostic, median over seeds: {'; '.join(clauses)}."] if clauses else []
+    )
     shares = [
-        x for of in looks.values() for c in of for x in _series(of[c], "collapse_share").values()
+        x
+        for of in diagnostics.values()
+        for c in of
+        for x in _series(of[c], "collapse_share").values()
     ]
-    told += ["No training example is in softmax collapse."] if shares and not any(shares) else []
-    return " ".join(told)
+    sentences += (
+        ["No training example is in softmax collapse."] if shares and not any(shares) else []
+    )
+    return " ".join(sentences)
 
 
-def measures_figure(looks: Looks, grokked: Grokked) -> Figure:
-    """What was measured against the epoch: axes for each of `MEASURES` that has values.
+def measures_figure(diagnostics: Diagnostics, grokked: Grokked) -> Figure:
+    """Draws measures against the epoch, with one panel for each of `MEASURES` that has values.
 
     Args:
-        looks: of one panel, at least one.
-        grokked: epochs to mark.
+        diagnostics: The diagnostics of one panel, at least one.
+        grokked: The epochs to mark.
     """
-    records = [own for of in looks.values() for own in of.values()]
+    records = [own for of in diagnostics.values() for own in of.values()]
     shown = [
         measure
         for measure in MEASURES
         if (values := [x for own in records for x in _series(own, measure.solid[1]).values()])
-        and (any(values) or not measure.percent)  # what is 0 throughout is told in the caption
+        and (any(values) or not measure.percent)  # if all are 0, the caption says so
     ]
     figure, panels = grid_of(len(shown), 2, 3.3, 2.05, sharex=True)
     marked = False
     for axes, measure in zip(panels, shown, strict=True):
-        for name, of in looks.items():
+        for name, of in diagnostics.items():
             mark = _median_epoch([grokked.get(cell) for cell in of])
             marked |= _draw(axes, measure, list(of.values()), optimizer_color(name), mark)
         axes.set_title(measure.title, loc="left")
@@ -194,22 +204,22 @@ def measures_figure(looks: Looks, grokked: Grokked) -> Figure:
         axes.set_ylabel(measure.label)
     others = [legend_line("median", lw=1.8), legend_line("one seed", lw=0.7, alpha=0.7)]
     others += [legend_line("grokked (sustained)", **GROKKED_MARK)] if marked else []
-    legend(figure, looks, *others, columns=5)
+    legend(figure, diagnostics, *others, columns=5)
     return figure
 
 
-def spectra_figure(looks: Looks, grokked: Grokked) -> Figure:
-    """Singular values of weights and updates, a line for each of some looks.
+def spectra_figure(diagnostics: Diagnostics, grokked: Grokked) -> Figure:
+    """Draws singular values of weights and updates, with one line for each of four diagnostics.
 
     Args:
-        looks: of one panel; the first cell of each optimizer is drawn.
-        grokked: not drawn here.
+        diagnostics: Those of one panel, of which the first cell of each optimizer is drawn.
+        grokked: The grokking epochs, which this figure does not show.
     """
     figure = new_figure(6.6, 2.9)
     both = figure.subplots(1, 2, sharey=True)
     for axes, kind in zip(both, ("weight", "update"), strict=True):
         key = f"{kind}_singular_values"
-        for name, of in looks.items():
+        for name, of in diagnostics.items():
             records = [r for r in next(iter(of.values())) if _known(r.get(key))]
             shown = sorted({*np.linspace(0, len(records) - 1, 4).round().astype(int).tolist()})
             for place in shown if records else []:
@@ -225,13 +235,13 @@ def spectra_figure(looks: Looks, grokked: Grokked) -> Figure:
         axes.set_ylim(1e-3, 1.5)
     both[0].set_ylabel("singular value / largest")
     others = [legend_line("first diagnostic", alpha=0.3), legend_line("last diagnostic")]
-    legend(figure, looks, *others, columns=5)
+    legend(figure, diagnostics, *others, columns=5)
     return figure
 
 
-def _powers(looks: Looks) -> list[tuple[str, str]]:
-    """The kinds of power that there are, and their keys; none of a task without frequencies."""
-    records = [record for of in looks.values() for record in next(iter(of.values()))]
+def _powers(diagnostics: Diagnostics) -> list[tuple[str, str]]:
+    """Returns labels and keys of the recorded kinds of power; none without frequencies."""
+    records = [record for of in diagnostics.values() for record in next(iter(of.values()))]
     return [
         (label, key)
         for label, key in (("embedding", "embedding_power"), ("logits", "logit_power"))
@@ -239,20 +249,20 @@ def _powers(looks: Looks) -> list[tuple[str, str]]:
     ]
 
 
-def power_figure(looks: Looks, grokked: Grokked) -> Figure:
-    """Power by frequency and epoch, of embedding and logits: a row of images per optimizer.
+def power_figure(diagnostics: Diagnostics, grokked: Grokked) -> Figure:
+    """Draws the power of embedding and logits by frequency and epoch, in one row per optimizer.
 
     Args:
-        looks: of one panel; the first cell of each optimizer is drawn.
-        grokked: epochs to mark.
+        diagnostics: Those of one panel, of which the first cell of each optimizer is drawn.
+        grokked: The epochs to mark.
     """
-    cells = {name: next(iter(of.items())) for name, of in looks.items()}
-    kinds = _powers(looks)
+    cells = {name: next(iter(of.items())) for name, of in diagnostics.items()}
+    kinds = _powers(diagnostics)
     high = 1.75 if len(cells) <= 4 else 1.2
     figure = new_figure(6.6 if len(kinds) > 1 else 4.2, high * len(cells) + 0.6)
     grid = figure.subplots(len(cells), len(kinds), squeeze=False, sharex=True, sharey=True)
     shares = (x for _, of in cells.values() for r in of for _, k in kinds for x in r.get(k) or [0])
-    # The root, so that noise's even power is seen beside a line of one frequency.
+    # A square-root scale keeps the small power of noise visible beside that of one frequency.
     scale = PowerNorm(0.5, vmin=0, vmax=100 * max(filter(None, shares), default=0.3))
     shades = ScalarMappable(scale, "Greys")
     for line, (name, (cell, records)) in zip(grid, cells.items(), strict=True):
@@ -281,7 +291,7 @@ def _known(value: Any) -> bool:
 
 
 def _series(records: Sequence[Record], name: str) -> dict[int, float]:
-    """A measure by epoch; of one that has a value for each matrix, the median."""
+    """Returns a measure by epoch: its value, or the median if it has one value per matrix."""
     found = {}
     for record in records:
         value = record.get(name)
@@ -295,10 +305,10 @@ def _series(records: Sequence[Record], name: str) -> dict[int, float]:
 def _draw(
     axes: Axes, measure: Measure, cells: list[Sequence[Record]], color: str, mark: float | None
 ) -> bool:
-    """One optimizer's cells, and a diamond on the solid median at the marked epoch, if looked at.
+    """Draws the cells of one optimizer, and a diamond on the solid median at the marked epoch.
 
     Returns:
-        whether there is a diamond.
+        Whether a diamond was drawn. It is omitted if the epoch is outside of the diagnostics.
     """
     marked = False
     for name, dashes, width in ((measure.solid[1], "-", 1.8), (measure.dashed[1], DASHES, 1.3)):
@@ -325,13 +335,13 @@ def _array(found: Mapping[int, float]) -> Series:
 
 
 def _median_epoch(epochs: list[float | None]) -> float | None:
-    """The median, None where it is censored."""
+    """Returns the median, or None if it is censored."""
     middle = statistics.median(np.inf if epoch is None else epoch for epoch in epochs)
     return middle if np.isfinite(middle) else None
 
 
 def _borders(epochs: Sequence[int]) -> np.ndarray:
-    """Of an image's columns, in the middle between epochs as a log axis shows them."""
+    """Returns the borders of an image's columns, midway between epochs on a log axis."""
     logs = np.log(epochs)
     steps = np.diff(logs) / 2 if len(logs) > 1 else np.array([0.1])
     return np.exp([logs[0], *logs[:-1] + steps[: len(logs) - 1], logs[-1] + steps[-1]])

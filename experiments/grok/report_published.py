@@ -1,4 +1,4 @@
-"""The run beside "Muon Optimizer Accelerates Grokking" (Tveit et al., 2504.16041)."""
+"""Compares a run with "Muon Optimizer Accelerates Grokking" (Tveit et al., 2504.16041)."""
 
 import statistics
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from experiments.report.text import number, p_text, plural
 
 PAPER_MEAN: dict[str, Any] = {"marker": "D", "ms": 6, "mfc": "white", "mew": 1.2, "ls": "none"}
 MEANS = {"adamw": 153.09, "muon": 102.89}
-# Read off the paper's box plot: quartiles, median, and the farthest outlier.
+# Quartiles, median and most extreme outlier, read off the paper's box plot.
 BOXES = {
     "adamw": {"q1": 60, "med": 103, "q3": 152, "fliers": [872]},
     "muon": {"q1": 40, "med": 79, "q3": 106, "fliers": [1000]},
@@ -35,22 +35,22 @@ BOXES = {
 PUBLISHED = (
     "“Muon Optimizer Accelerates Grokking” (Tveit et al., arXiv 2504.16041) reports mean grokking "
     "epochs of 153.09 with AdamW and 102.89 with Muon, a ratio of 1.49, pooled over its tasks and "
-    "output functions, without its layers, width, rates, decay or seeds. This run covers {} and "
-    "{}, with settings of its own."
+    "output functions. It does not state layers, width, learning rates, weight decay or seeds. "
+    "This run covers {} and {}, with our own settings."
 )
 BESIDE = (
-    "Left: quartiles, medians and most extreme outliers, read off the paper's figure, and its "
-    "means. Right: first grokking epochs of this run; censored trainings are counted at the budget "
-    "of {budget} epochs, and whiskers end where trainings grokked."
+    "Left: the paper's quartiles, medians and most extreme outliers, read off its figure, and its "
+    "means. Right: first grokking epochs of this run. Censored trainings count at the budget of "
+    "{budget} epochs; whiskers include only trainings that grokked."
 )
 SLIP = (
-    "The paper's p ≈ 6.33e-8 at t ≈ 5.0175 seems to be a typing error: no two-sided p there is "
-    "below 5.2e-7, and with 880 degrees of freedom, of 882 trainings, it is 6.33e-7. Such a "
-    "p takes tasks for repetitions of one experiment, so it is not a target."
+    "The paper's p ≈ 6.33e-8 at t ≈ 5.0175 seems to be a typing error. No two-sided p at this t is "
+    "below 5.2e-7, and with 880 degrees of freedom, from 882 trainings, it is 6.33e-7. This p "
+    "value treats tasks as repetitions of one experiment, so we do not try to reproduce it."
 )
 DOUBT = (
-    "Essential AI (“Muon Doesn't Clearly Grok Faster”, June 2025) sees the advantage disappear "
-    "over a wider range of hyperparameters and model sizes."
+    "Essential AI (“Muon Doesn't Clearly Grok Faster”, June 2025) reports that the advantage "
+    "disappears over a wider range of hyperparameters and model sizes."
 )
 COLUMNS = (
     "optimizer", "paper's mean epoch", "mean epoch of the trainings that grokked", "grokked",
@@ -60,12 +60,12 @@ COLUMNS = (
 
 
 def pooled(run: Run, name: str) -> list[int | None]:
-    """First grokking epochs, as the paper's, of all finished cells of an optimizer."""
+    """Returns the first grokking epochs, the paper's criterion, of all cells of an optimizer."""
     return [row["grok_epoch"] for row in run.of(None, name)]
 
 
 def table(run: Run) -> list[list[str]]:
-    """Rows in the order of `COLUMNS`."""
+    """Returns the rows of the table, in the order of `COLUMNS`."""
     rows, means = [], {}
     for name in run.optimizers():
         if not (epochs := pooled(run, name)):
@@ -92,7 +92,7 @@ def table(run: Run) -> list[list[str]]:
 
 
 def figure(run: Run) -> Figure:
-    """The paper's boxes beside this run's, of all tasks and output functions together."""
+    """Draws the paper's boxes beside this run's, over all tasks and output functions."""
     names = run.optimizers()
     figure = new_figure(max(6.0, 1.5 * len(names) + 3.2), 3.6)
     ratio = [2, max(2, 1.4 * len(names))]
@@ -125,7 +125,7 @@ def figure(run: Run) -> Figure:
 def _draw_trainings(
     axes: Axes, place: int, color: str, epochs: Sequence[int | None], budget: int
 ) -> None:
-    """Every epoch, their quartiles with censored ones at the budget, and how many these are."""
+    """Draws all epochs, their quartiles, and the number of censored trainings at the budget."""
     known = [epoch for epoch in epochs if epoch is not None]
     counted = [*known, *[budget] * (len(epochs) - len(known))]
     if not counted:
@@ -142,7 +142,7 @@ def _draw_trainings(
 
 
 def _draw_quartiles(axes: Axes, place: float, color: str, box: dict[str, Any]) -> None:
-    """A box with its median; whiskers where they have ends other than its edges."""
+    """Draws a box with its median, and whiskers if `box` has their ends."""
     line = {"color": color, "linewidth": 1}
     axes.bxp(
         [{"whislo": box["q1"], "whishi": box["q3"]} | box],
@@ -160,7 +160,7 @@ def _draw_quartiles(axes: Axes, place: float, color: str, box: dict[str, Any]) -
 
 
 def items(run: Run) -> list[object]:
-    """The paper beside the run, where this has its kind of grid."""
+    """Returns the comparison with the paper, or nothing for sweeps and for many optimizers."""
     if run.is_sweep or many_arms(run):
         return []
     facts = named("task", run.config["tasks"]), named("output function", run.config["softmax"])
@@ -176,5 +176,5 @@ def items(run: Run) -> list[object]:
 
 
 def named(noun: str, names: Sequence[str]) -> str:
-    """As "2 tasks (add, mul)"."""
+    """Returns names with their number, such as "2 tasks (add, mul)"."""
     return f"{plural(len(names), noun)} ({', '.join(names)})"

@@ -1,4 +1,4 @@
-"""The report of a sweep: what a setting does to grokking, and who leads at its best setting."""
+"""The report of a sweep: the effect of settings on grokking, and optimizers at their best ones."""
 
 import math
 import statistics
@@ -34,23 +34,27 @@ from experiments.report.text import number, p_text
 
 BEST = (
     "The setting at which each optimizer has its lowest median cost of sustained grokking, for "
-    "each unit of cost that ranks trainings differently. It favours optimizers that were tried at "
-    "more settings; the interval covers seeds only. “–”: XLA does not count the optimizer's FLOPs."
+    "each unit of cost that ranks trainings differently. This favours optimizers that were tried "
+    "at more settings. The interval covers variation over seeds only. “–” means that XLA does not "
+    "count the optimizer's FLOPs."
 )
 TRENDS = (
     "Spearman's rank correlation between the setting and the cost of sustained grokking. If all "
-    "trainings have the same budget, censored ones rank last; if not, as in steps when the batch "
-    "varies, values with a censored training are excluded. Words have no order and no correlation."
+    "trainings have the same budget, censored ones rank last. Otherwise, as for steps when the "
+    "batch size varies, values with a censored training are excluded. Settings that are not "
+    "numbers have no correlation."
 )
 SWEEP = (
-    "Cost of sustained grokking against the setting: a point is a training that grokked, a line "
-    "the median where it is known, an open triangle the n trainings (×n) of an optimizer that had "
-    "not grokked within {budget} epochs, at the median cost of these. FLOPs are counted by XLA, "
-    "which omits decompositions and repetitions of loops (–). Seconds are this machine's."
+    "Cost of sustained grokking against the setting. A point is a training that grokked, a line "
+    "the median if it is known. An open triangle marks n trainings (×n) of an optimizer that had "
+    "not grokked within {budget} epochs, at their median cost. FLOPs are counted by XLA; "
+    "optimizers with decompositions or loops, which it does not count fully, are omitted (–). "
+    "Seconds are those of the machine below."
 )
 HEAT = (
-    "Median cost of sustained grokking over seeds and, of several, the range, or the number of "
-    "trainings censored at {budget} epochs. Grey: only a lower bound is known (>), or nothing (–)."
+    "Median cost of sustained grokking over seeds. With several seeds, the second line is the "
+    "range, or the number of trainings censored at {budget} epochs. Grey fields have only a lower "
+    "bound (>) or no value (–)."
 )
 BEST_COLUMNS = (
     "unit", "optimizer", "settings tried", "best setting", "n", "memorised (epoch)",
@@ -59,7 +63,7 @@ BEST_COLUMNS = (
 
 
 class Best(NamedTuple):
-    """An optimizer's setting with the lowest median cost on one axis, and that cost."""
+    """The setting of an optimizer with the lowest median cost in one unit, and that cost."""
 
     arm: Arm
     tried: int
@@ -68,12 +72,12 @@ class Best(NamedTuple):
 
 
 def plain_point(point: str) -> str:
-    """A point for readers, as "learning rate 0.01, weight decay 1"."""
+    """Returns the display text of a point, such as "learning rate 0.01, weight decay 1"."""
     return ", ".join(f"{plain(k)} {v}" for k, _, v in (p.partition("=") for p in point.split()))
 
 
 def axes_apart(run: Run) -> list[str]:
-    """The units in which cells can rank otherwise than in epochs, and epochs."""
+    """Returns epochs and the units in which cells may rank differently than in epochs."""
     costs = {
         unit: [of(row) for row in run.rows if known(row["optimizer"], unit)]
         for unit, of in UNITS.items()
@@ -82,16 +86,16 @@ def axes_apart(run: Run) -> list[str]:
 
 
 def best(run: Run, unit: str = "epochs") -> list[Best]:
-    """Each optimizer whose cost is known at the best of its settings.
+    """Returns each optimizer whose cost is known, at the best of its settings.
 
-    A run of one task and output function.
+    The run must have only one task and output function.
     """
     arms: dict[str, list[Arm]] = {name: [] for name in run.optimizers()}
     for arm in aggregate(run.rows, run.budget):
         arms[arm.optimizer] += [arm] if known(arm.optimizer, unit) else []
 
     def order(arm: Arm) -> tuple[float, float]:
-        """A bound behind every median, and means break ties."""
+        """Sorts by median, with bounds last and means to break ties."""
         median = arm.median(unit)
         mean = statistics.fmean(cost(run, row, unit) for row in arm.cells)
         return math.inf if median.at_least else median.value, mean
@@ -110,20 +114,22 @@ def best(run: Run, unit: str = "epochs") -> list[Best]:
 
 
 def _ratio(run: Run, slow: Sequence[Row], fast: Sequence[Row], unit: str) -> tests.Ratio | None:
-    """Of costs, paired by seed. Budgets differ from cell to cell, so each counts as its own."""
+    """Returns the ratio of costs, paired by seed. A censored cell counts at its own budget."""
     pairs = [(a, b) for a in slow for b in fast if a["seed"] == b["seed"]]
-    told = [(a, b) for a, b in pairs if not (a["censored"] and b["censored"])]
-    over, under = ({pair[i]["seed"]: cost(run, pair[i], unit) for pair in told} for i in (0, 1))
+    informative = [(a, b) for a, b in pairs if not (a["censored"] and b["censored"])]
+    over, under = (
+        {pair[i]["seed"]: cost(run, pair[i], unit) for pair in informative} for i in (0, 1)
+    )
     found = tests.ratio([(over, under)], math.inf)
     return found and found._replace(
-        at_least=sum(a["censored"] for a, _ in told),
-        at_most=sum(b["censored"] for _, b in told),
-        untold=len(pairs) - len(told),
+        at_least=sum(a["censored"] for a, _ in informative),
+        at_most=sum(b["censored"] for _, b in informative),
+        untold=len(pairs) - len(informative),
     )
 
 
 def best_table(run: Run) -> list[list[str]]:
-    """Rows of the table of best settings, in the order of `BEST_COLUMNS`."""
+    """Returns the rows of the table of best settings, in the order of `BEST_COLUMNS`."""
     names = [found.arm.optimizer for found in best(run)]
     table = []
     for unit in axes_apart(run):
@@ -149,9 +155,9 @@ class Trend(NamedTuple):
     """Spearman's rank correlation of a setting with the cost to grok.
 
     Attributes:
-        rho, p: of it.
-        values: of the setting, that it is over.
-        left_out: other values, with a censored cell.
+        rho, p: The correlation and its p value.
+        values: The number of values of the setting that are included.
+        left_out: The number of excluded values, which have a censored cell.
     """
 
     rho: float
@@ -161,11 +167,11 @@ class Trend(NamedTuple):
 
 
 def trend(run: Run, optimizer: str, setting: str, unit: str) -> Trend | None:
-    """How a setting goes with the cost to grok.
+    """Returns the correlation of a setting with the cost to grok, or None if there is none.
 
-    Where all cells have one budget, a censored one ranks behind all others. Where they have not, as
-    in steps over batches, its place is unknown, and its value of the setting is left out. Words
-    have no order, and so no trend.
+    If all cells have the same budget, censored ones rank last. Otherwise, as for steps over batch
+    sizes, the rank of a censored cell is unknown, and its value of the setting is excluded.
+    Settings that are not numbers have no order and hence no trend.
     """
     rows = [row for row in run.rows if row["optimizer"] == optimizer]
     rows = [row for row in rows if setting in grid.values(row["point"])]
@@ -174,7 +180,7 @@ def trend(run: Run, optimizer: str, setting: str, unit: str) -> Trend | None:
     if not (known(optimizer, unit) and numeric(at)):
         return None
     out = {x for x, row in zip(at, rows, strict=True) if row["censored"] and not one_budget}
-    unit = "epochs" if one_budget else unit  # so that what XLA folds breaks no ties
+    unit = "epochs" if one_budget else unit  # keeps ties that XLA's constant folding would break
     pairs = [(x, cost(run, row, unit)) for x, row in zip(at, rows, strict=True) if x not in out]
     values = {x for x, _ in pairs}
     if len(values) < 3 or len({y for _, y in pairs}) < 2:
@@ -184,7 +190,7 @@ def trend(run: Run, optimizer: str, setting: str, unit: str) -> Trend | None:
 
 
 def trends(run: Run) -> list[list[str]]:
-    """Rows of the table of trends: optimizer, setting, and a cell for each unit."""
+    """Returns the rows of the table of trends: optimizer, setting, and the trend in each unit."""
 
     def text(found: Trend | None) -> str:
         if found is None:
@@ -202,7 +208,7 @@ def trends(run: Run) -> list[list[str]]:
 
 
 def sentences(run: Run) -> list[str]:
-    """The sweep in plain sentences, every number computed from the run."""
+    """Returns the results of a sweep in sentences whose numbers are computed from the run."""
     clauses = []
     for found in best(run):
         point = found.arm.panel.point
@@ -218,8 +224,8 @@ def sentences(run: Run) -> list[str]:
             if (ratio := found.ratio) is not None:
                 ratios.setdefault(found.arm.label, []).append(f"{ratio.text} in {unit}")
     for name, found_ratios in ratios.items():
-        of = f"AdamW over {name}"
-        result.append(f"Each at its best setting, {of}, 95 % interval: {'; '.join(found_ratios)}.")
+        of = f"AdamW over {name}, each at its best setting, with 95 % interval"
+        result.append(f"Ratio of costs, {of}: {'; '.join(found_ratios)}.")
     result += [text for text in (uncounted(run),) if text] + _edges(run)
     for setting in dict.fromkeys(s for settings in swept(run).values() for s in settings):
         directions: dict[str, list[str]] = {}
@@ -229,19 +235,19 @@ def sentences(run: Run) -> list[str]:
                     over = f" over the {at.values} values without a censored training"
                     words = f"{_direction(at)}{over if at.left_out else ''}"
                     directions.setdefault(f"{optimizer_label(name)}'s {words}", []).append(unit)
-        told = [f"{who} ({', '.join(units)})" for who, units in directions.items()]
-        if told:
-            result.append(f"Cost of grokking with larger {plain(setting)}: {'; '.join(told)}.")
+        clauses = [f"{who} ({', '.join(units)})" for who, units in directions.items()]
+        if clauses:
+            result.append(f"Cost of grokking with larger {plain(setting)}: {'; '.join(clauses)}.")
     return result
 
 
 def _is_tuned(setting: str) -> bool:
-    """Whether there is a best value to look for, as of a rate, and not a trend."""
+    """Returns whether a setting has a best value, as a learning rate has, instead of a trend."""
     return setting.startswith(("adamw.", "muon."))
 
 
 def _edges(run: Run) -> list[str]:
-    """Which tuned settings, as rates and decays, are best at the end of their grid; a sentence."""
+    """Returns a sentence on tuned settings, such as rates, that are best at an end of the grid."""
     tuned, ends = False, []
     for found in best(run):
         arm = found.arm
@@ -255,7 +261,7 @@ def _edges(run: Run) -> list[str]:
                 word = "lowest" if value == min(values) else "highest"
                 ends.append(f"{arm.label}'s {plain(setting)} is the {word} tried")
     if ends:
-        return [f"{'; '.join(ends)}, so a better one may lie beyond."]
+        return [f"{'; '.join(ends)}, so that a value outside the grid may be better."]
     return ["No best setting is the lowest or highest of its grid."] if tuned else []
 
 
@@ -266,12 +272,12 @@ def _direction(trend: Trend) -> str:
 
 
 def pictures(run: Run) -> list[Picture]:
-    """Lines over the one setting that is swept; heat maps where an optimizer has two."""
+    """Returns a figure of lines if one setting is swept, and heat maps if an optimizer has two."""
     widths = {len(settings) for settings in swept(run).values()}
     named = {plain(s) for settings in swept(run).values() for s in settings}
     found = []
     if run.rows and max(widths, default=0) == 1 and len(named) == 1:
-        alt = "Cost to grok against the swept setting, a panel for each unit."
+        alt = "Cost to grok against the swept setting, with one panel for each unit."
         caption = SWEEP.format(budget=run.budget)
         found.append(Picture("sweep", lambda: lines_figure(run), caption, alt))
     if run.rows and 2 in widths:
@@ -281,7 +287,7 @@ def pictures(run: Run) -> list[Picture]:
 
 
 def items(run: Run) -> list[object]:
-    """Tables and figures of a sweep; nothing of another run."""
+    """Returns the tables and figures of a sweep, or nothing for another run."""
     if not run.is_sweep or not (best := best_table(run)):
         return []
     found: list[object] = [BEST, Table.of_texts(BEST_COLUMNS, best, names=2)]

@@ -1,4 +1,4 @@
-"""The figures of a sweep: lines over one setting, heat maps over two."""
+"""The figures of a sweep: lines over one setting and heat maps over two."""
 
 import statistics
 import textwrap
@@ -41,15 +41,15 @@ from experiments.report.figures import (
 from experiments.report.text import number
 
 Value = float | str
-"""Of a setting."""
+"""The value of a setting."""
 HEAT_COLORS = "viridis_r"
 
 
 def lines_figure(run: Run) -> Figure:
-    """Cost to grok against the one setting that is swept, a panel for each unit."""
+    """Draws the cost to grok against the swept setting, with one panel for each unit."""
     (setting,) = {plain(s) for settings in swept(run).values() for s in settings}
     ticks = ordered(x for cell in run.cells for x in grid.values(cell.point).values())
-    # Words, and numbers that begin at 0, have no logarithms: they lie side by side in their order.
+    # Words and 0 have no logarithm. Settings with such values are placed side by side in order.
     log = numeric(ticks) and ticks[0] > 0
     places = {x: float(x) if log else float(i) for i, x in enumerate(ticks)}
     figure = new_figure(8.4, 5.0)
@@ -67,13 +67,13 @@ def lines_figure(run: Run) -> Figure:
         tilt = 45 if len(ticks) > 5 or not numeric(ticks) else 0
         axes.set_xticks([*places.values()], [*map(_label, places)], rotation=tilt)
         axes.set_yscale("log")
-        axes.margins(0.05, 0.15)  # for what stands above a triangle
+        axes.margins(0.05, 0.15)  # leaves room for text above triangles
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.yaxis.set_minor_formatter(NullFormatter())
     notes.set_axis_off()
-    told = [textwrap.fill(text, 40) for text in (counts(run), uncounted(run)) if text]
-    notes.text(0, 1, "\n\n".join(told), va="top", fontsize=8, transform=notes.transAxes)
+    texts = [textwrap.fill(text, 40) for text in (counts(run), uncounted(run)) if text]
+    notes.text(0, 1, "\n\n".join(texts), va="top", fontsize=8, transform=notes.transAxes)
     others = [
         legend_line("median, where known", lw=2),
         legend_line("one cell", **POINT_MARK),
@@ -86,7 +86,7 @@ def lines_figure(run: Run) -> Figure:
 
 
 def settings(run: Run, name: str) -> list[Arm]:
-    """An optimizer's cells by the settings that are swept, where they have any."""
+    """Returns an optimizer's cells by swept settings, without cells that have none."""
     arms = aggregate(run.of(None, name), run.budget)
     return [arm for arm in arms if arm.panel.point]
 
@@ -105,14 +105,14 @@ def _draw_lines(axes: Axes, run: Run, places: Mapping[Value, float], unit: str) 
         color = optimizer_color(name)
         if not own:
             level = Arm.of(run, rows).median(unit)
-            # Lines that coincide take turns: each begins its dashes where another one's end.
+            # The dashes of lines that coincide alternate, so that all lines are visible.
             turn = (5 * unswept.index(name), (5, 5 * len(unswept) - 5 or 3))
             ends = [min(places.values()), max(places.values())]
             style = ":" if level.at_least else turn
             axes.plot(ends, [level.value] * 2, color=color, lw=1.6, ls=style)
             continue
         arms = {grid.values(of.panel.point)[own[0]]: of for of in settings(run, name)}
-        # A line through bounds would show the budget's course, which falls in steps over batches.
+        # A line through lower bounds would show the budget, not the cost.
         medians = {places[x]: arms[x].median(unit) for x in places if x in arms}
         line = {at: median.value for at, median in medians.items() if not median.at_least}
         axes.plot([*line], [*line.values()], color=color, lw=2)
@@ -130,9 +130,9 @@ def _draw_lines(axes: Axes, run: Run, places: Mapping[Value, float], unit: str) 
 def _draw_censored(
     axes: Axes, place: float, costs: Mapping[str, Sequence[float]], room: float
 ) -> None:
-    """A triangle for each optimizer's censored cells at a value, side by side within `room` points.
+    """Draws a triangle for each optimizer's censored cells, side by side within `room` points.
 
-    Their budgets cost the same, but for seconds; where a step does too, so do all optimizers'.
+    Side by side, since the budgets of several optimizers often have the same cost.
     """
     step = min(11, room / len(costs))
     for i, (name, budgets) in enumerate(costs.items()):
@@ -140,7 +140,7 @@ def _draw_censored(
         where = offset_copy(axes.transData, axes.figure, x=aside, units="points")
         style = BEYOND | {"color": optimizer_color(name)}
         at = statistics.median(budgets)
-        axes.update_datalim([(place, at)])  # which an offset marker does not do
+        axes.update_datalim([(place, at)])  # plotting with an offset does not update it
         axes.plot(place, at, transform=where, zorder=3, clip_on=False, **style)
         if len(budgets) > 1:
             above = offset_copy(where, axes.figure, y=4.5, units="points")
@@ -149,7 +149,7 @@ def _draw_censored(
 
 
 def heat_figure(run: Run) -> Figure:
-    """The median cost to grok over two settings, a heat map for each optimizer and unit."""
+    """Draws the median cost to grok over two settings, one heat map per optimizer and unit."""
     names = [name for name, settings in swept(run).items() if len(settings) == 2]
     units = _units(run, names)
     arms = {name: [a for a in settings(run, name) if " " in a.panel.point] for name in names}
@@ -183,7 +183,7 @@ def heat_figure(run: Run) -> Figure:
 
 
 def _units(run: Run, names: Sequence[str]) -> list[str]:
-    """Epochs, and those in which an epoch of an optimizer costs more at some settings."""
+    """Returns epochs and the units in which the cost of an epoch depends on the setting."""
     rows = {name: run.of(None, name) for name in names}
     return ["epochs"] + [
         unit
@@ -193,7 +193,7 @@ def _units(run: Run, names: Sequence[str]) -> list[str]:
 
 
 def _values(run: Run, arm: Arm) -> list[Value]:
-    """Of the two settings."""
+    """Returns an arm's values of the two settings."""
     return [grid.values(arm.panel.point)[setting] for setting in swept(run)[arm.optimizer]]
 
 
@@ -215,7 +215,7 @@ def _draw_heat(
             elif arm.n > 1:
                 costs = [value(row, unit) for row in arm.cells]
                 text += f"\n{_amount(min(costs))} to {_amount(max(costs))}"
-            # A bound has no colour: in steps a large batch's budget is small, and no cost.
+            # A lower bound gets no colour. In steps, the budget of a large batch would look cheap.
             if not median.at_least:
                 colors[i, j] = median.value
                 color = "w" if scale(median.value) > 0.5 else "k"

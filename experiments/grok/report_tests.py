@@ -1,4 +1,4 @@
-"""The report's comparisons with AdamW: memorising, delay and grokking apart, and their tests."""
+"""Comparisons with AdamW, separately for memorising, delay and grokking, and their tests."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,7 +20,7 @@ from experiments.report.text import number, p_text, plural
 
 SUSTAINED = "grok, sustained"
 DELAY = "delay + 1"
-# What of a training is compared, by its name.
+# The fields of a training that are compared, by their names in the report.
 CRITERIA = {
     "memorised": "memorized_epoch",
     DELAY: "delay",
@@ -49,10 +49,10 @@ COLUMNS = (
 )  # fmt: skip
 
 DELAY_TEXT = (
-    "Grokking is generalising long after memorising. A training groks strictly here if its "
-    "grokking epoch is at least twice its memorised one, so that the delay is as long as "
-    "memorising took; one that generalises within 5 epochs of memorising shows no grokking. "
-    "Counts are of trainings that grokked by the definition below; medians are of all."
+    "Grokking means generalising long after memorising. A training groks strictly if its grokking "
+    "epoch is at least twice its memorised epoch, so that the delay is at least as long as "
+    "memorising took. A training that generalises within 5 epochs of memorising shows no grokking. "
+    "Counts include only trainings that grokked by the definition below; medians include all."
 )
 TESTS = (
     "Ratio: AdamW's epochs over the optimizer's, paired by training, as a geometric mean with its "
@@ -65,17 +65,17 @@ TESTS = (
     "Holm's correction, and the log-rank test, as Welch's t in the published study, takes tasks "
     "for repetitions of one experiment."
 )
-OTHERWISE = "The same ratio over all trainings by other definitions of the epoch:"
+OTHERWISE = "The same ratio over all trainings, for each definition of the epoch:"
 
 Pair = tuple[dict[int, float | None], dict[int, float | None]]
 Pairs = Mapping[Panel, Pair]
 
 
 def pairs(run: Run, optimizer: str, criterion: str = SUSTAINED) -> dict[Panel, Pair]:
-    """By panel, epochs by seed of AdamW and of an optimizer, where there are both.
+    """Returns the epochs by seed of AdamW and of an optimizer, for each panel that has both.
 
-    Where a setting is swept that does not concern AdamW, its cells are those without it. Of delays,
-    only trainings that grokked have one.
+    If the swept setting does not concern AdamW, its cells without the setting are used. Only
+    trainings that grokked have a delay.
     """
     what, found = CRITERIA[criterion], {}
     for panel in run.panels():
@@ -94,7 +94,7 @@ def pairs(run: Run, optimizer: str, criterion: str = SUSTAINED) -> dict[Panel, P
 
 
 def ratio(run: Run, found: Pairs, panels: Sequence[Panel] | None = None) -> statistics.Ratio | None:
-    """AdamW's epochs over an optimizer's by what `pairs` found, in some panels or in all."""
+    """Returns the ratio of AdamW's epochs to an optimizer's, over some panels of `found` or all."""
     there = [panel for panel in found if panels is None or panel in panels]
     tasks = [panel.task for panel in there]
     return statistics.ratio([found[panel] for panel in there], run.budget, tasks)
@@ -109,37 +109,37 @@ def _detectable(found: statistics.Ratio | None) -> str:
 
 
 def _others(run: Run) -> list[str]:
-    """The optimizers that are compared with AdamW; none without its cells."""
+    """Returns the optimizers to compare with AdamW; none if the run has no cells of AdamW."""
     names = run.optimizers()
     return [name for name in names if name != BASELINE] if BASELINE in names else []
 
 
 def pooled(run: Run) -> list[Arm]:
-    """All cells of each optimizer together."""
+    """Returns one arm with all cells for each optimizer."""
     return [Arm.of(run, cells) for name in run.optimizers() if (cells := run.of(None, name))]
 
 
 def strictly(run: Run) -> list[str]:
-    """How many of the trainings that grokked did so in the strict sense; a sentence, or none."""
+    """Returns sentences on how many trainings grokked strictly; nothing if none grokked."""
     arms = {arm.label: arm for arm in pooled(run) if arm.grokked}
     if len(arms) > FEW_OPTIMIZERS:
         arms = {"all": Arm.of(run, run.rows)}
     strict = "; ".join(f"{name} {arm.strict} of {arm.grokked}" for name, arm in arms.items())
     soon = "; ".join(f"{name} {arm.soon} of {arm.grokked}" for name, arm in arms.items())
-    told = (
-        f"Trainings that grokked strictly, not before twice the memorised epoch: {strict}; within "
-        f"{SOON} epochs of memorising: {soon}."
+    sentence = (
+        f"Trainings that grokked strictly, not before twice the memorised epoch: {strict}. "
+        f"Trainings that grokked within {SOON} epochs of memorising: {soon}."
     )
-    return [told] if arms else []
+    return [sentence] if arms else []
 
 
 def sentences(run: Run) -> list[str]:
-    """The ratios of memorising, delay and grokking, a sentence for each optimizer."""
+    """Returns a sentence for each optimizer with its ratios of memorising, delay and grokking."""
     return [text for name in _others(run) if (text := _compared(run, name))]
 
 
 def _compared(run: Run, optimizer: str) -> str:
-    """The ratios of an optimizer in one sentence; "" where it shares no cell with AdamW."""
+    """Returns a sentence with an optimizer's ratios, or "" if it shares no panel with AdamW."""
     names = f"{optimizer_label(BASELINE)} over {optimizer_label(optimizer)}"
     both = pairs(run, optimizer)
     found = ratio(run, both)
@@ -148,22 +148,22 @@ def _compared(run: Run, optimizer: str) -> str:
     several = len({panel.task for panel in both}) > 1
     noun = "task" if several else "output function" if len(both) > 1 else "seed"
     text = (
-        f"Ratio of grokking epochs, {names}, paired by training: {found.text} "
+        f"Ratio of grokking epochs, {names}, paired by training, with 95 % interval: {found.text} "
         f"(n = {plural(found.observations, noun)}"
     )
     if found.bounded:
         text += f"; {plural(found.bounded, 'pair')} with a censored training at the budget"
     text += ")"
-    for words, key in (("to memorise", "memorised"), ("of the delay", DELAY)):
+    for words, key in (("of epochs to memorise", "memorised"), ("of delay + 1", DELAY)):
         own = ratio(run, pairs(run, optimizer, key))
         text += f"; {words} {own.text}" if own else ""
     return f"{text}."
 
 
 def tests(run: Run) -> list[list[str]]:
-    """Rows of the table of tests, in the order of `COLUMNS`; none without AdamW.
+    """Returns the rows of the table of tests, in the order of `COLUMNS`; none without AdamW.
 
-    First all panels pooled, then those of a task, those of an output function, and each panel.
+    They cover first all panels together, then each task, each output function and each panel.
     """
     keys = "memorised", DELAY, SUSTAINED
     of = {name: {key: pairs(run, name, key) for key in keys} for name in _others(run)}
@@ -180,7 +180,7 @@ def tests(run: Run) -> list[list[str]]:
         whole = len(panels) > 1 and panels == run.panels() and not any(p.point for p in panels)
         for name, found in of.items():
             there = [panel for panel in panels if panel in found[SUSTAINED]]
-            # Cells of AdamW that are not swept count once, not for each setting of the other.
+            # Unswept cells of AdamW count only once, so panels that share them are not pooled.
             if not there or len({_anchor(run, panel) for panel in there}) < len(there):
                 continue
             ratios = [ratio(run, found[key], there) for key in keys]
@@ -203,12 +203,12 @@ def tests(run: Run) -> list[list[str]]:
 
 
 def _anchor(run: Run, panel: Panel) -> Panel:
-    """Where the cells of AdamW are that a panel is compared with."""
+    """Returns the panel of the AdamW cells with which a panel is compared."""
     return panel if run.of(panel, BASELINE) else panel._replace(point="")
 
 
 def _signed_ranks(run: Run, of: Mapping[str, Pairs]) -> dict[str, float]:
-    """Of each optimizer over all tasks, after Holm."""
+    """Returns signed-rank p values over all tasks by optimizer, with Holm's correction."""
     found = {
         name: statistics.signed_rank([*own.values()], run.budget, [p.task for p in own])
         for name, own in of.items()
@@ -217,7 +217,7 @@ def _signed_ranks(run: Run, of: Mapping[str, Pairs]) -> dict[str, float]:
 
 
 def groups(run: Run) -> dict[str, list[Panel]]:
-    """The panels that are looked at together, by what they are called."""
+    """Returns groups of panels that are tested together, by their names in the table."""
     panels = run.panels()
     tasks = list(dict.fromkeys(panel.task for panel in panels))
     kinds = list(dict.fromkeys(panel.softmax for panel in panels))
@@ -230,7 +230,7 @@ def groups(run: Run) -> dict[str, list[Panel]]:
 
 
 def criteria(run: Run) -> list[list[str]]:
-    """Per optimizer the ratio over all panels, by each of `CRITERIA`; none without AdamW."""
+    """Returns each optimizer's ratios over all panels by `CRITERIA`; none without AdamW."""
     return [
         [optimizer_label(name), *(_text(ratio(run, pairs(run, name, key))) for key in CRITERIA)]
         for name in _others(run)
@@ -238,7 +238,7 @@ def criteria(run: Run) -> list[list[str]]:
 
 
 def _medians(run: Run, found: Sequence[Pair]) -> list[str]:
-    """The median epoch of either optimizer, and how many of its cells are censored."""
+    """Returns the median epoch of both optimizers, and the numbers of censored cells."""
     texts = []
     for which in (0, 1):
         values = [epoch for pair in found for epoch in pair[which].values()]
@@ -254,7 +254,7 @@ def _log_rank(run: Run, fast: str) -> float | None:
 
 
 def items(run: Run) -> list[object]:
-    """The tests, and of a run without a sweep the ratios by other criteria."""
+    """Returns the tests and, for a run without a sweep, the ratios by other criteria."""
     if not (rows := tests(run)):
         return []
     found: list[object] = [TESTS, Table.of_texts(COLUMNS, rows, names=2)]

@@ -1,7 +1,8 @@
-"""`python -m experiments.grok.speed`: our loop beside an equal PyTorch loop and optax's Muon.
+"""`python -m experiments.grok.speed` times our training loop, PyTorch's and one with optax's Muon.
 
-All train the same transformer on `mul`, without dropout, to 95 %. They take turns, an epoch each,
-so that a noisy machine disturbs all; what counts are the ratios.
+All train the same transformer on `mul`, without dropout, to 95 % validation accuracy. They take
+turns, one epoch each, so that a noisy machine affects all alike. Only ratios of times are
+comparable between machines.
 """
 
 from experiments.huge_pages import restart_with_huge_pages
@@ -36,7 +37,7 @@ TASK: tasks.TaskName = "mul"
 
 
 def torch_model(vocabulary: int, config: Config) -> Any:
-    """The grokking transformer in PyTorch, as its users would write it.
+    """Returns the grokking transformer in idiomatic PyTorch.
 
     Raises:
         ImportError: PyTorch is not installed.
@@ -100,7 +101,7 @@ def torch_model(vocabulary: int, config: Config) -> Any:
 
 
 def torch_optimizer(model: Any, adamw: AdamW) -> Any:
-    """AdamW with the study's settings."""
+    """Returns PyTorch's AdamW with the study's settings."""
     import torch
 
     return torch.optim.AdamW(
@@ -113,12 +114,12 @@ def torch_optimizer(model: Any, adamw: AdamW) -> Any:
 
 
 class Loop(NamedTuple):
-    """A training loop under test.
+    """A training loop that is timed.
 
     Attributes:
-        epoch: trains one, and waits for it.
-        accuracy: on the validation rows.
-        steps: an epoch.
+        epoch: A function that trains one epoch and waits for it.
+        accuracy: A function that returns the validation accuracy.
+        steps: The number of steps per epoch.
     """
 
     epoch: Callable[[], Any]
@@ -127,7 +128,7 @@ class Loop(NamedTuple):
 
 
 def torch_loop(config: Config) -> Loop:
-    """PyTorch's, with AdamW."""
+    """Returns PyTorch's loop with AdamW."""
     import torch
     from torch.nn import functional as F
 
@@ -160,7 +161,7 @@ def torch_loop(config: Config) -> Loop:
 
 
 def our_loop(config: Config, optimizer: OptimizerName) -> Loop:
-    """Ours, with any optimizer."""
+    """Returns our loop with any optimizer."""
     cell = Cell(TASK, "softmax", optimizer, 0)
     program = compile_arm(config, cell, 1, jax.local_devices()[0])
     rows = split(config, cell)
@@ -184,7 +185,7 @@ def our_loop(config: Config, optimizer: OptimizerName) -> Loop:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Times training in PyTorch, with muon_jax and with optax.contrib.muon, in turns."""
+    """Times training with PyTorch, muon_jax and optax.contrib.muon, which alternate by epochs."""
 
     layers: Count = 2
     """Number of layers."""
@@ -193,10 +194,11 @@ class Command:
     batch: Count = 512
     """Global batch size, in sequences."""
     rounds: Annotated[int, at_least(2)] = 9
-    """Timed rounds, whose median is reported. A round is an epoch; the first is not counted."""
+    """Timed rounds, whose median is reported. A round is one epoch of each loop; the first is a
+    warm-up and not counted."""
     epochs: Count = 300
-    """Passes over the training data. A loop ends earlier at 95 % validation accuracy; at least
-    --rounds."""
+    """Largest number of passes over the training data; at least --rounds. A loop stops earlier at
+    95 % validation accuracy."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -208,7 +210,7 @@ class Command:
         self.config()
 
     def config(self) -> Config:
-        """What all loops train."""
+        """Returns the settings that all loops share."""
         return Config(
             layers=self.layers,
             width=self.width,
@@ -245,13 +247,13 @@ def _compare(command: Command) -> int:
             if name in reached and number > rounds:
                 continue
             times[name].append(seconds_of(loop.epoch))
-            # PyTorch's threads spin for a while after their work, and would slow the next loop.
+            # PyTorch's threads spin for a while after their work, which would slow the next loop.
             time.sleep(0.2 if number <= rounds else 0)
             if name not in reached and loop.accuracy() >= GROKKED_ACCURACY:
                 reached[name] = number
         if len(reached) == len(loops) and number >= rounds:
             break
-    # The rounds that all took part in, but for the first, which warms up.
+    # Only rounds in which all loops took part count, without the first, which is a warm-up.
     median = {
         name: statistics.median(times[name][1:rounds]) / loop.steps for name, loop in loops.items()
     }
@@ -274,8 +276,8 @@ def _compare(command: Command) -> int:
         )
     Console().print(table)
     Console().print(
-        f"Median of {rounds - 1} alternating epochs. Seconds: training time at that speed until "
-        "95 % validation accuracy."
+        f"Speeds are medians of {rounds - 1} alternating epochs. “seconds” is the training time to "
+        "95 % validation accuracy at that speed."
     )
     return 0
 

@@ -1,9 +1,9 @@
-"""Two optimizers' grokking epochs: tests, the interval of their ratio, survival.
+"""Statistics of two optimizers' grokking epochs: ratios with intervals, tests and survival.
 
-An epoch is None where a cell had not grokked within the budget: it is censored there. Cells of one
-task and output function are a panel. What differs between tasks says nothing of the optimizers, and
-panels of one task are no repetitions of each other: of several tasks a task is one observation, of
-several panels of one task a panel, and of one panel a seed.
+An epoch is None if a cell has not grokked within the budget; the cell is then censored. Cells of
+one task and output function form a panel. Differences between tasks say nothing about the
+optimizers, and panels of one task are not independent repetitions. Therefore the observations are
+tasks if there are several, otherwise panels if there are several, otherwise seeds.
 """
 
 import math
@@ -18,24 +18,24 @@ from experiments.differences import student_t
 CONFIDENCE = 0.95
 _RESAMPLES = 9999
 _POWER = 0.8
-# Of fewer observations no signed-rank p can be below 0.05.
+# With fewer observations, no signed-rank p value can be below 0.05.
 _FEWEST = 6
 
 Epochs = Mapping[int, float | None]
-"""Grokking epoch by seed."""
+"""Grokking epochs by seed."""
 
 
 class Ratio(NamedTuple):
     """A geometric mean of ratios of epochs, with its 95 % interval.
 
     Attributes:
-        value: slow over fast.
-        low, high: of the interval; NaN for one observation alone.
-        observations: seeds, panels or tasks.
-        deviation: of the logarithms of the observations; NaN for one alone.
-        at_least: cells of the slow one that count at the budget, as they are censored.
-        at_most: such cells of the fast one.
-        untold: cells left out, where both are.
+        value: The mean of the slow optimizer's epochs over the fast one's.
+        low, high: The ends of the interval; NaN for a single observation.
+        observations: The number of observations, which are seeds, panels or tasks.
+        deviation: The standard deviation of their logarithms; NaN for a single observation.
+        at_least: The number of censored cells of the slow optimizer, which count at the budget.
+        at_most: The number of censored cells of the fast optimizer, which count at the budget.
+        untold: The number of pairs that are excluded, since both cells are censored.
     """
 
     value: float
@@ -48,14 +48,14 @@ class Ratio(NamedTuple):
     untold: int
 
     def __str__(self) -> str:
-        """The value, and what is known of the true one where censored cells count."""
+        """Returns the value, marked as a bound if censored cells count at the budget."""
         signs = {(True, False): "≥ ", (False, True): "≤ "}
         both = " (bounds)" if self.at_least and self.at_most else ""
         return signs.get((self.at_least > 0, self.at_most > 0), "") + f"{self.value:.2f}{both}"
 
     @property
     def text(self) -> str:
-        """With its interval, as "≥ 2.48 [1.99, 3.08]"."""
+        """The value with its interval, such as "≥ 2.48 [1.99, 3.08]"."""
         if math.isnan(self.low):
             return str(self)
         high = f"{self.high:.2f}" if self.high < 1000 else "> 1000"
@@ -63,20 +63,20 @@ class Ratio(NamedTuple):
 
     @property
     def bounded(self) -> int:
-        """Pairs of cells of which one counts at the budget."""
+        """The number of pairs of which one cell counts at the budget."""
         return self.at_least + self.at_most
 
     @property
     def detectable(self) -> float:
-        """The ratio that so many observations, which deviate as these do, show in 80 % of studies.
+        """The ratio that 80 % of studies with these numbers and deviations would detect.
 
-        NaN for one observation alone.
+        NaN for a single observation.
         """
         return detectable(self.deviation, self.observations)
 
 
 class Welch(NamedTuple):
-    """Welch's t test, two-sided, and the degrees of freedom it has."""
+    """The result of Welch's two-sided t test, with its degrees of freedom."""
 
     t: float
     p: float
@@ -88,18 +88,18 @@ def ratio(
     budget: float,
     tasks: Sequence[Hashable] | None = None,
 ) -> Ratio | None:
-    """How many times the epochs of the fast optimizer the slow one takes, paired by cell.
+    """Returns the ratio of the slow optimizer's epochs to the fast one's, paired by cell.
 
-    The log ratios of the seeds are averaged in each panel, and the panels in each task; the module
-    says which of these are the observations. The interval is Student's.
+    Log ratios are averaged over the seeds of each panel and over the panels of each task. The
+    module's docstring says which of these are the observations. The interval is Student's t.
 
     Args:
-        panels: epochs of the slow and of the fast optimizer, a pair for each panel.
-        budget: what a censored epoch exceeds, and counts as.
-        tasks: of the panels; by default each has its own.
+        panels: The epochs of the slow and of the fast optimizer, for each panel.
+        budget: The number of epochs that a censored epoch exceeds, and as which it counts.
+        tasks: The task of each panel. By default every panel has its own.
 
     Returns:
-        None where no cell tells anything.
+        The ratio, or None if no pair has an uncensored cell.
 
     Example:
         >>> found = ratio([({0: 40, 1: 80}, {0: 20, 1: 20})], budget=100)
@@ -122,10 +122,12 @@ def signed_rank(
     budget: float,
     tasks: Sequence[Hashable] | None = None,
 ) -> float | None:
-    """Two-sided p of Wilcoxon's signed-rank test that the log ratios center at 0.
+    """Returns the two-sided p value of Wilcoxon's signed-rank test of the log ratios.
+
+    None with fewer than six observations.
 
     Args:
-        panels, budget, tasks: as `ratio` takes them; None with fewer than six observations.
+        panels, budget, tasks: As in `ratio`.
 
     Example:
         >>> signed_rank([({0: 40 + i}, {0: 20}) for i in range(6)], budget=100)
@@ -138,11 +140,11 @@ def signed_rank(
 
 
 def detectable(deviation: float, observations: int) -> float:
-    """The smallest true ratio that a paired t test at p < 0.05 finds in 80 % of studies.
+    """Returns the smallest true ratio that a paired t test at p < 0.05 finds in 80 % of studies.
 
     Args:
-        deviation: of the logarithms of the ratios.
-        observations: how many ratios.
+        deviation: The standard deviation of the logarithms of the ratios.
+        observations: The number of ratios.
 
     Example:
         >>> [round(detectable(0.2, n), 2) for n in (3, 10)]
@@ -162,7 +164,7 @@ def detectable(deviation: float, observations: int) -> float:
 def _observations(
     panels: Sequence[tuple[Epochs, Epochs]], budget: float, tasks: Sequence[Hashable] | None
 ) -> tuple[list[float], tuple[int, int, int]]:
-    """The log ratio of each observation, and the last three fields of a `Ratio`."""
+    """Returns the log ratio of each observation, and the last three fields of a `Ratio`."""
     logs: dict[Hashable, dict[int, list[float]]] = {}
     at_least = at_most = untold = 0
     for place, (slow, fast) in enumerate(panels):
@@ -185,10 +187,10 @@ def _observations(
 
 
 def mann_whitney(slow: Epochs, fast: Epochs) -> float | None:
-    """Two-sided p that the epochs of a panel have one distribution; censored ones rank last.
+    """Returns the two-sided Mann-Whitney p value of a panel. Censored epochs rank last.
 
-    It is that of permutations, ties and all, so that of three cells against three it is 0.1 at
-    least; None with fewer than two on either side, or where all are equal.
+    It comes from permutations, since epochs have ties, so with three cells each it is at least 0.1.
+    None with fewer than two cells of either optimizer, or if all epochs are equal.
 
     Example:
         >>> mann_whitney({0: 40, 1: 50, 2: None}, {0: 9, 1: 10, 2: 10})
@@ -206,10 +208,10 @@ def mann_whitney(slow: Epochs, fast: Epochs) -> float | None:
 
 
 def welch(slow: Sequence[float | None], fast: Sequence[float | None]) -> Welch | None:
-    """As the published study tests: over all cells that grokked, whatever their panel.
+    """Returns the test of the published study: over all cells that grokked, of any panel.
 
-    That takes tasks for repetitions and leaves censored cells out, which flatters the slower
-    optimizer; it is there to be compared with the paper, and for nothing else.
+    It treats tasks as repetitions and excludes censored cells, which favours the slower optimizer.
+    It only serves to compare a run with the paper.
     """
     grokked = [[epoch for epoch in of if epoch is not None] for of in (slow, fast)]
     if min(map(len, grokked)) < 2:
@@ -221,7 +223,7 @@ def welch(slow: Sequence[float | None], fast: Sequence[float | None]) -> Welch |
 def log_rank(
     slow: Sequence[float | None], fast: Sequence[float | None], budget: float
 ) -> float | None:
-    """Two-sided p that both have one survival curve; None where no cell of theirs grokked."""
+    """Returns the two-sided p value of the log-rank test, or None if no cell grokked."""
     if not (slow and fast) or all(epoch is None for epoch in (*slow, *fast)):
         return None
     found = stats.logrank(_censored(slow, budget), _censored(fast, budget))
@@ -229,7 +231,7 @@ def log_rank(
 
 
 def survival(epochs: Sequence[float | None], budget: float) -> tuple[list[float], list[float]]:
-    """Kaplan and Meier's curve: the share that has not grokked, from epoch 0 to the budget.
+    """Returns the Kaplan-Meier curve: epochs from 0 to the budget, and fractions not grokked.
 
     Example:
         >>> survival([10, 20, None, 20], budget=50)

@@ -1,4 +1,4 @@
-"""Named studies; `--suite NAME`; explicit options override it."""
+"""The studies that `--suite NAME` selects. Explicit options override their settings."""
 
 from collections.abc import Sequence
 
@@ -6,14 +6,14 @@ from experiments.grok.config import Config, SuiteName
 from experiments.optimizers import ARMS
 from experiments.settings import fitting_divisor, given, given_text, replaced
 
-# Muon with its own decay, and with AdamW's by either reading of "equal".
+# Muon with its own weight decay, with AdamW's, and with AdamW's learning rate × weight decay.
 _DECAYS = ("adamw", "muon", "muon_equal_decay", "muon_equal_shrink")
 _PARTS = ("orthogonal", "spectral", "muon_one_step", "polar")
 _TUNED = ("adamw_tuned", "orthogonal_gradient", "grokfast")
 _FAMILY = tuple(name for name, arm in ARMS.items() if arm.member and name not in ("adamw", "muon"))
 
 SUITES: dict[SuiteName, Config] = {
-    # Tveit et al., 2504.16041, and subtraction, which only the code they cite has.
+    # The tasks of Tveit et al., 2504.16041, and subtraction, which is only in the code they cite.
     "paper": Config(
         suite="paper",
         tasks=("add", "sub", "mul", "div", "exp", "gcd", "parity"),
@@ -33,7 +33,7 @@ SUITES: dict[SuiteName, Config] = {
     ),
 }
 
-# Essential AI, 2025: division, half of the table.
+# Essential AI, 2025: division, trained on half of its equations.
 _DIVISION = {
     "tasks": ("div",),
     "train_fraction": 0.5,
@@ -65,10 +65,10 @@ SUITES |= {
 
 
 def defaults(arguments: Sequence[str]) -> Config:
-    """What the options that a command line does not give are."""
+    """Returns the defaults of a command line: those of its --suite, with heads that fit --width."""
     suite = given_text(arguments, "--suite", SUITES)
     config = SUITES[suite] if suite else Config()
-    # Heads divide the width in even parts, unless the command line names them.
+    # Unless the command line gives --heads, they must divide the width into even parts.
     width = given(arguments, "--width", config.width)
     heads = fitting_divisor(config.heads, width // 2)
     return replaced(config, width=width, heads=heads)

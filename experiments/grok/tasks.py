@@ -1,4 +1,4 @@
-"""The seven tasks: every row of an operation's table as tokens and an answer, and its split."""
+"""The seven tasks: tables of equations as tokens and answers, and their random splits."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ PARITY_BITS = 10
 
 TaskName = Literal["add", "sub", "mul", "div", "exp", "gcd", "parity"]
 
-# The shares of arXiv 2504.16041; it has no subtraction, which takes addition's.
+# The fractions of arXiv 2504.16041. It has no subtraction, which gets the fraction of addition.
 TRAIN_FRACTION: dict[TaskName, float] = {
     "add": 0.8,
     "sub": 0.8,
@@ -34,12 +34,13 @@ _OPERATIONS: dict[str, Callable[[int, int], int]] = {
 
 
 class Table(NamedTuple):
-    """All rows of a task.
+    """The equations of a task.
 
     Attributes:
-        tokens: `(rows, positions)` int32; the answer is read off the last position.
-        answers: `(rows,)` int32, tokens too.
-        vocabulary: number of tokens.
+        tokens: The tokens before the answer, `(rows, positions)` int32. The model predicts the
+            answer at the last position.
+        answers: The token of each answer, `(rows,)` int32.
+        vocabulary: The number of different tokens.
     """
 
     tokens: np.ndarray
@@ -48,7 +49,7 @@ class Table(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Row numbers of a random split of a table, int32."""
+    """A random split of a table: row indices, int32."""
 
     train: np.ndarray
     validation: np.ndarray
@@ -56,9 +57,9 @@ class Split(NamedTuple):
 
 @functools.cache
 def table(task: TaskName) -> Table:
-    """The whole table: `a op b =` modulo 97, or ten bits and `=`.
+    """Returns the table of a task: `a op b =` modulo 97, or ten bits and `=`.
 
-    Division leaves b = 0 out; 0 ** 0 is 1, and gcd(0, 0) is 0.
+    Division excludes b = 0. Exponentiation has 0 ** 0 = 1, and gcd(0, 0) is 0.
     """
     if task == "parity":
         numbers = np.arange(2**PARITY_BITS)
@@ -75,10 +76,10 @@ def table(task: TaskName) -> Table:
 
 
 def split(rows: int, train_fraction: float, seed: int) -> Split:
-    """A random permutation of the rows, cut once.
+    """Splits the rows randomly into training and validation rows.
 
     Raises:
-        ValueError: the fraction leaves no row on one side.
+        ValueError: The fraction leaves no row for training or for validation.
     """
     cut = round(rows * train_fraction)
     if not 0 < cut < rows:

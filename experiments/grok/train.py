@@ -1,4 +1,4 @@
-"""Training of one cell: an epoch is one compiled scan, evaluation one compiled map."""
+"""Trains cells: each epoch is one compiled scan, each evaluation one compiled map."""
 
 import functools
 import hashlib
@@ -31,16 +31,18 @@ _EVALUATION_BATCH = 512
 
 
 class State(NamedTuple):
-    """What a training step carries on."""
+    """The state that a training step updates."""
 
     params: Any
     opt_state: Any
 
 
 class Epoch(NamedTuple):
-    """An epoch's results.
+    """The results of an epoch.
 
-    `seconds` are of training alone, since the cell's start; `probe` is there where one was due.
+    `seconds` is the training time since the cell's start, without evaluation. `clipped` is the
+    share of the steps in which QK-clip acted, for optimizers that have it. `probe` holds the
+    diagnostics if they were due.
     """
 
     epoch: int
@@ -50,28 +52,31 @@ class Epoch(NamedTuple):
     train_accuracy: float
     validation_loss: float
     validation_accuracy: float
+    clipped: float | None = None
     probe: dict[str, Any] | None = None
 
 
 class Outcome(NamedTuple):
-    """Of a cell: every epoch's results, and its row of the summary."""
+    """The outcome of a cell: the results of every epoch, and its row of the summary."""
 
     history: list[Epoch]
     row: dict[str, Any]
 
 
 class Program(NamedTuple):
-    """The compiled parts of an arm, for some seeds together: all arrays lead with a seed axis.
+    """The compiled functions of an arm for several seeds. All arrays have a leading seed axis.
 
     Attributes:
-        start: `seeds -> State`.
-        epoch: `(state, train rows, seeds, epochs) -> (state, mean losses)`.
-        evaluate: `(state, rows) -> (losses, correct)`, one entry a row.
-        probe: `(state, train rows) -> measures`, see `probes.measure`; None where none is wanted.
-        place: puts arrays where the others take them.
-        steps: steps an epoch.
-        step_flops: of one step of one seed, from XLA's cost model.
-        parameters: of the model.
+        start: A function `seeds -> State`.
+        epoch: A function `(state, train rows, seeds, epochs) -> (state, means)`, where the
+            means over the steps have names.
+        evaluate: A function `(state, rows) -> (losses, correct)`, with one entry for each row.
+        probe: A function `(state, train rows) -> measures`, as `probes.measure` returns them. None
+            if no diagnostics are wanted.
+        place: A function that moves arrays to the program's device.
+        steps: The number of steps per epoch.
+        step_flops: The FLOPs of one step of one seed, from XLA's cost model.
+        parameters: The number of parameters of the model.
     """
 
     start: Callable
@@ -85,21 +90,21 @@ class Program(NamedTuple):
 
 
 def split(config: Config, cell: Cell) -> tasks.Split:
-    """The cell's training and validation rows."""
+    """Returns the training and validation rows of a cell."""
     rows = len(tasks.table(cell.task).tokens)
     return tasks.split(rows, config.fraction(cell.task), cell.seed)
 
 
-# Each arm's programs map some 1600 pieces of memory on a CPU, and Linux gives a process 65 530.
+# On a CPU each arm's programs need about 1600 memory maps, and Linux allows a process 65 530.
 @once(keep=24)
 def compile_arm(config: Config, cell: Cell, seeds: int, device: jax.Device) -> Program:
-    """Compiles the program of cells that differ in their seed alone.
+    """Compiles the program of cells that differ only in their seeds.
 
     Args:
-        config: the cells' settings, `Config.at` its point.
-        cell: any of them; neither its seed nor its point matters, so give 0 and "".
-        seeds: how many train together.
-        device: to run on.
+        config: The settings of the cells, as returned by `Config.at`.
+        cell: One of the cells. Its seed and point must be 0 and "", so that all share one program.
+        seeds: The number of seeds that train together.
+        device: The device to run on.
     """
     table = tasks.table(cell.task)
     rows = split(config, cell)
@@ -115,11 +120,12 @@ def compile_arm(config: Config, cell: Cell, seeds: int, device: jax.Device) -> P
         layers=config.layers,
         heads=config.heads,
         dropout=config.dropout,
+        norm=config.norm,
     )
     graph, shapes, _ = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), nnx.Param, ...)
 
     def forward(params, batch_rows, dropout_key=None):
-        """The logits, and the largest attention logits, which cost nothing where nobody asks."""
+        """Returns the logits and the largest attention logits, which XLA drops if unused."""
         return prefixes.logits(
             nnx.merge(graph, params),
             tree,
@@ -130,13 +136,14 @@ def compile_arm(config: Config, cell: Cell, seeds: int, device: jax.Device) -> P
         )
 
     def plain(params, tokens):
-        """The model without `prefixes`, whose products of parameters hide what a kernel reads."""
+        """Applies the model without `prefixes`, so that routing can trace how kernels are used."""
         return nnx.merge(graph, params)(tokens)
 
     windows = jax.ShapeDtypeStruct((batch, tokens.shape[1]), tokens.dtype)
     routing = muon_jax.trace_routing(plain, shapes, windows)
     warmup = schedules.warmup(config.warmup)
     tx = optimizers.build(cell.optimizer, config, warmup, routing=routing)
+    threshold = optimizers.clip_threshold(cell.optimizer, config)
 
     def start(seed):
         params = nnx.state(make(rngs=nnx.Rngs(params=jax.random.key(seed))), nnx.Param)
@@ -152,15 +159,19 @@ def compile_arm(config: Config, cell: Cell, seeds: int, device: jax.Device) -> P
 
         (loss, max_logits), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, max_logits=max_logits)
-        return State(optax.apply_updates(state.params, updates), opt_state), loss
+        measured = {"loss": loss}
+        if threshold is not None:
+            largest = jnp.stack([logits.max() for logits in max_logits.values()]).max()
+            measured["clipped"] = (largest > threshold).astype(jnp.float32)
+        return State(optax.apply_updates(state.params, updates), opt_state), measured
 
     def epoch(state, train_rows, seed, number):
         key = jax.random.fold_in(jax.random.key(seed), number)
         order_key, dropout_key = jax.random.split(key)
         order = jax.random.permutation(order_key, train_rows)[: steps * batch]
         scanned = order.reshape(steps, batch), jax.random.split(dropout_key, steps)
-        state, losses = jax.lax.scan(step, state, scanned)
-        return state, losses.mean()
+        state, measured = jax.lax.scan(step, state, scanned)
+        return state, jax.tree.map(jnp.mean, measured)
 
     def evaluate(state, eval_rows):
         params = optimizers.ARMS[cell.optimizer].eval_params(state.opt_state, state.params)
@@ -179,13 +190,13 @@ def compile_arm(config: Config, cell: Cell, seeds: int, device: jax.Device) -> P
         logits = _in_chunks(lambda chunk_rows: forward(state.params, chunk_rows)[0], everything)
         return probes.measure(cell.task, cell.softmax, state.params, updates, logits, train_rows)
 
-    # A mesh, so that the optimizer knows whose program this is: the device may not be of JAX's
-    # default platform, and not even be here.
+    # The mesh tells the optimizer the device of the program, which may differ from JAX's default
+    # platform or be absent.
     mesh = one_device(device)
     place = jax.NamedSharding(mesh, jax.P())
 
     def compiled(f: Callable, *arguments: Any, **options: Any) -> Callable:
-        """`f`, of one seed's arrays as `arguments` are, for all seeds."""
+        """Compiles `f`, a function of one seed's arrays like `arguments`, for all seeds."""
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((seeds, *x.shape), x.dtype, sharding=place), arguments
         )
@@ -210,7 +221,7 @@ def compile_arm(config: Config, cell: Cell, seeds: int, device: jax.Device) -> P
 
 
 def _in_chunks(f: Callable, rows: jax.Array) -> Any:
-    """`f` of all rows, some at a time."""
+    """Returns `f(rows)`, computed in chunks of rows."""
     chunks = math.ceil(len(rows) / _EVALUATION_BATCH)
     padded = jnp.resize(rows, (chunks, math.ceil(len(rows) / chunks)))
     found = jax.lax.map(f, padded)
@@ -218,18 +229,18 @@ def _in_chunks(f: Callable, rows: jax.Array) -> Any:
 
 
 def _together(f: Callable, seeds: int) -> Callable:
-    """`f` for each seed along the leading axis of all arrays."""
+    """Returns a function that applies `f` to each seed along the leading axis of all arrays."""
 
     def alone(*arguments: Any) -> Any:
         found = f(*jax.tree.map(lambda x: x[0], arguments))
         return jax.tree.map(lambda x: x[None], found)
 
-    # Under vmap both branches of a condition run, as of an arm that works now and then.
+    # One seed does not use vmap, under which both branches of a condition would run in every step.
     return jax.vmap(f) if seeds > 1 else alone
 
 
 def evaluation_rows(rows: tasks.Split) -> np.ndarray:
-    """A fixed sample of the training rows, then all validation rows."""
+    """Returns a fixed sample of the training rows, followed by all validation rows."""
     return np.concatenate(
         [rows.train[:: math.ceil(len(rows.train) / TRAIN_SAMPLE)], rows.validation]
     )
@@ -241,16 +252,16 @@ def train_cells(
     on_epoch: Callable[[Cell, Epoch], None] = lambda cell, epoch: None,
     device: jax.Device | None = None,
 ) -> list[Outcome]:
-    """Trains cells that differ in their seed alone to their ends, together.
+    """Trains cells that differ only in their seeds, all together.
 
-    A cell ends when it has grokked for good, when its budget is spent, or when its loss is no
-    longer finite; its row says which. It is a pure function of the config and the cell.
+    A cell ends when it has grokked stably, when its budget of epochs is used up, or when its loss
+    is NaN or infinite. Its row says which. The result depends only on the config and the cell.
 
     Args:
-        config: of the run.
-        cells: one or more.
-        on_epoch: called with every epoch of every cell that has not ended.
-        device: to train on; by default the first.
+        config: The settings of the run.
+        cells: The cells, at least one.
+        on_epoch: A function that is called after every epoch of each cell that has not ended.
+        device: The device to train on, by default the first.
     """
     settings = config.at(cells[0])
     arm = cells[0]._replace(seed=0, point="")
@@ -271,7 +282,7 @@ def train_cells(
         state, means = jax.block_until_ready(program.epoch(state, train_rows, seeds, numbers))
         seconds += time.perf_counter() - began
         losses, correct = map(np.asarray, program.evaluate(state, eval_rows))
-        looks = _look(program, state, train_rows) if _due(settings, number) else None
+        diagnostics = _diagnostics(program, state, train_rows) if _due(settings, number) else None
         for i in range(len(cells)):
             if i in rows:
                 continue
@@ -279,10 +290,11 @@ def train_cells(
                 epoch=number,
                 step=number * program.steps,
                 seconds=seconds,
-                train_loss=float(means[i]),
+                train_loss=float(means["loss"][i]),
                 train_accuracy=float(correct[i, :sample].mean()),
                 validation_loss=float(losses[i, sample:].mean(dtype=np.float64)),
                 validation_accuracy=float(correct[i, sample:].mean()),
+                clipped=float(means["clipped"][i]) if "clipped" in means else None,
             )
             finite = math.isfinite(epoch.train_loss) and math.isfinite(epoch.validation_loss)
             seen = [*histories[i], epoch] if finite else histories[i]
@@ -290,10 +302,10 @@ def train_cells(
             spent = number == settings.epochs
             ends = spent or not finite or (grokked and not settings.full_length)
             if finite:
-                if looks is None and ends and program.probe is not None:
-                    looks = _look(program, state, train_rows)
-                if looks is not None:
-                    epoch = epoch._replace(probe=looks[i])
+                if diagnostics is None and ends and program.probe is not None:
+                    diagnostics = _diagnostics(program, state, train_rows)
+                if diagnostics is not None:
+                    epoch = epoch._replace(probe=diagnostics[i])
                 histories[i].append(epoch)
                 on_epoch(cells[i], epoch)
             if ends:
@@ -310,8 +322,8 @@ def _due(settings: Config, number: int) -> bool:
     return every > 0 and (number == 1 or number % every == 0)
 
 
-def _look(program: Program, state: State, train_rows: jax.Array) -> list[dict[str, Any]]:
-    """Of each seed, what `probes.record` makes of its measures."""
+def _diagnostics(program: Program, state: State, train_rows: jax.Array) -> list[dict[str, Any]]:
+    """Returns the diagnostics of each seed, as `probes.record` formats them."""
     assert program.probe is not None
     measured = jax.tree.map(np.asarray, program.probe(state, train_rows))
     seeds = len(train_rows)
@@ -319,12 +331,13 @@ def _look(program: Program, state: State, train_rows: jax.Array) -> list[dict[st
 
 
 def milestones(history: list[Epoch]) -> dict[str, int | None]:
-    """When a cell memorised, generalised by four criteria, and lost it again.
+    """Returns the epochs at which a cell memorised, generalised, and lost its accuracy again.
 
-    `first_crossing_epoch`, of 95 % on validation, counts as it comes. The grokking epochs count
-    from the memorised epoch on: the first crossing then; `sustained`, the first of five evaluations
-    in a row; and `near_best`, the first within 1 % of the highest of the run (Essential AI, 2025).
-    `collapse_epoch` is the first of five evaluations in a row below 95 % after those.
+    `first_crossing_epoch` is the first epoch with 95 % validation accuracy. The grokking epochs are
+    at or after the memorised epoch: `grok_epoch` is the first with 95 %; `sustained` the first of
+    five evaluations in a row with 95 %; `near_best` the first that is also within 1 % of the run's
+    highest accuracy (Essential AI, 2025). `collapse_epoch` is the first of five evaluations in a
+    row below 95 % after sustained grokking.
     """
     accuracy = np.array([epoch.validation_accuracy for epoch in history])
     memorized = _first(np.array([e.train_accuracy for e in history]) >= MEMORIZED_ACCURACY)
@@ -344,12 +357,12 @@ def milestones(history: list[Epoch]) -> dict[str, int | None]:
 
 
 def _first(holds: np.ndarray) -> int | None:
-    """The first epoch, counted from 1, at which something holds."""
+    """Returns the first epoch, counted from 1, at which a condition holds."""
     return int(holds.argmax()) + 1 if holds.any() else None
 
 
 def _sustained(holds: np.ndarray) -> np.ndarray:
-    """Where something holds at this evaluation and at the next four, all of them made."""
+    """Returns at which evaluations a condition holds, and at the next four too, if all exist."""
     padded = np.append(holds, np.zeros(SUSTAINED_EVALUATIONS, bool))
     windows = np.lib.stride_tricks.sliding_window_view(padded, SUSTAINED_EVALUATIONS)
     return windows[:-1].all(axis=1)
@@ -369,6 +382,7 @@ def _row(
     epochs = len(history) + diverged
     positions = tasks.table(cell.task).tokens.shape[1]
     batch = min(settings.batch, len(split(settings, cell).train))
+    clipped = [epoch.clipped for epoch in history if epoch.clipped is not None]
 
     return {
         **cell._asdict(),
@@ -387,13 +401,14 @@ def _row(
         "tokens_per_epoch": program.steps * batch * positions,
         "step_flops": program.step_flops,
         "parameters": program.parameters,
+        **({"clipped_share": float(np.mean(clipped))} if clipped else {}),
         "together": together,
         "params_sha256": _digest(params),
     }
 
 
 def after_grokking(history: list[Epoch], grokked: int | None) -> dict[str, int]:
-    """How many evaluations there are later, and how many of these are below 95 %."""
+    """Returns the number of evaluations after grokking, and of those with less than 95 %."""
     later = history[grokked:] if grokked else []
     below = sum(epoch.validation_accuracy < GROKKED_ACCURACY for epoch in later)
     return {"evaluations_after_grok": len(later), "below_after_grok": below}

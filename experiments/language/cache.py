@@ -1,4 +1,4 @@
-"""Folders that are made once, by one process, and are there whole or not at all."""
+"""Cached folders: each is made by one process, once, and is complete or absent."""
 
 import contextlib
 import fcntl
@@ -17,22 +17,22 @@ _POLL = 0.1  # seconds
 
 
 def home(study: str) -> Path:
-    """What a study can make again is kept in muon_jax/STUDY of $XDG_CACHE_HOME or ~/.cache."""
+    """Returns a study's cache folder, muon_jax/STUDY in $XDG_CACHE_HOME or ~/.cache."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return caches / "muon_jax" / study
 
 
 @contextlib.contextmanager
 def alone(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Keeps this host's other processes from a path, which need not exist; waits for its turn.
+    """Locks a path against other processes of this host, and waits until it is free.
 
     Args:
-        path: to have alone.
-        on_wait: called again and again while another process has it; it may raise to give up.
+        path: The path to lock. It need not exist.
+        on_wait: Called repeatedly while another process holds the lock. It may raise to give up.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        # A wait in the system's call would hear neither Ctrl-C nor SIGTERM.
+        # A blocking system call would not react to Ctrl-C or SIGTERM.
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -44,9 +44,9 @@ def alone(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[No
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What `make` recorded of the folder, with the `sha256` of each file as `files`.
+    """Returns the record that `make` stored, with the `sha256` of each file under `files`.
 
-    None unless all of it is as it was made.
+    Returns None unless every file is unchanged since then.
     """
     try:
         meta = read_json(folder / _META)
@@ -60,14 +60,14 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def make(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Makes the folder, in the place of a damaged one; to be called `alone`.
+    """Makes the folder, and replaces a damaged one. Call it while holding the lock of `alone`.
 
     Args:
-        folder: where it is to be.
-        write: writes the files into the folder that it is given, and returns what to record.
+        folder: The path of the folder.
+        write: Writes the files into the folder that it is given, and returns the record to store.
 
     Returns:
-        What `read` will return.
+        The record, as `read` returns it.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -86,7 +86,7 @@ def make(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what processes that were killed have left half-made: nobody holds its lock."""
+    """Removes unfinished folders of killed processes, which are those that nobody has locked."""
     for partial in folder.glob(".*.partial"):
         with contextlib.suppress(OSError), open(f"{partial.with_suffix('')}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

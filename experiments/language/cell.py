@@ -1,4 +1,4 @@
-"""A training in memory: to its last step, with evaluations, and without a folder."""
+"""Trains one cell of a suite in memory, with evaluations but without files."""
 
 import json
 import math
@@ -10,14 +10,15 @@ from experiments.language.trainer import Metrics
 
 
 class Trained(NamedTuple):
-    """A cell that was trained.
+    """The result of training a cell.
 
     Attributes:
-        state: after the last step.
-        history: the evaluations, with `step`, the `seconds` of training until then, `train_loss`,
-            `validation_loss` and what else a study has. What is not finite is None.
-        outcome: whether it `diverged`, the numbers of the last evaluation (None if it did), and
-            what its steps took.
+        state: The state after the last step.
+        history: The evaluations, each with `step`, the `seconds` of training until then,
+            `train_loss`, `validation_loss` and further metrics. Values that are not finite are
+            None.
+        outcome: Whether the cell `diverged`, the values of the last evaluation (None if it did),
+            and the time of its steps.
     """
 
     state: Any
@@ -35,20 +36,19 @@ def train_in_memory(
     *,
     first: bool = False,
 ) -> Trained:
-    """Trains to the end.
+    """Trains to the last step, or until a loss is not finite.
 
-    It ends early when a loss is no longer finite. It is a pure function, but for the clock, where
-    `advance` and `evaluate` are.
+    Apart from the times, the result depends only on the arguments.
 
     Args:
-        state: before the first step.
-        steps: of the whole training.
-        every: steps between evaluations.
-        advance: `(state, first, until) -> (state, metrics)` of the steps from `first` to before
-            `until`, when they are done; the metrics have `train_loss`.
-        evaluate: of a state; `validation_loss` and more.
-        on_evaluation: called as it goes; it may raise to stop the cell.
-        first: whether to evaluate before the first step, too.
+        state: The state before the first step.
+        steps: The number of steps.
+        every: The number of steps between evaluations.
+        advance: Runs the steps from `first` up to but without `until`, and waits for them:
+            `(state, first, until) -> (state, metrics)`. The metrics have `train_loss`.
+        evaluate: Returns the metrics of a state, with `validation_loss`.
+        on_evaluation: Called after each evaluation. It may raise to stop the cell.
+        first: Whether to evaluate before the first step, too.
     """
     history: list[Metrics] = []
     seconds, step, diverged = 0.0, 0, False
@@ -56,15 +56,15 @@ def train_in_memory(
         began = time.perf_counter()
         state, metrics = advance(state, step, until)
         seconds, step = seconds + time.perf_counter() - began, until
-        found = metrics | evaluate(state)
-        losses = found["train_loss"], found["validation_loss"]
+        evaluation = metrics | evaluate(state)
+        losses = evaluation["train_loss"], evaluation["validation_loss"]
         diverged = not all(math.isfinite(loss) for loss in losses if loss is not None)
         if diverged:
             break
-        record = {"step": step, "seconds": seconds} | found
+        record = {"step": step, "seconds": seconds} | evaluation
         history.append(json.loads(json.dumps(record), parse_constant=lambda constant: None))
         on_evaluation(history[-1])
-    numbers = {name: x for name, x in found.items() if not isinstance(x, list | dict)}
+    numbers = {name: x for name, x in evaluation.items() if not isinstance(x, list | dict)}
     return Trained(
         state,
         history,

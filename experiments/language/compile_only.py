@@ -1,7 +1,7 @@
-"""`--compile-only`: the step compiled for devices that are not here, and what it takes there.
+"""`--compile-only`: compiles the step ahead of time for other devices, and prints its cost there.
 
-Every figure is read from the compiled program, but for the FLOPs of attention's kernels on TPUs,
-which do not tell theirs, and those of the model.
+Every figure is read from the compiled program, except the FLOPs of the model and those of attention
+kernels on TPUs, which the program does not contain.
 """
 
 import time
@@ -27,14 +27,14 @@ _GIB = 2**30
 
 
 class NewtonSchulzShare(NamedTuple):
-    """The optimizer's update, compiled alone.
+    """The cost of the optimizer's update, compiled by itself.
 
     Attributes:
-        flops: of a device.
-        ideal_flops: of a device, if each matrix were orthogonalised once, as on a device alone, and
-            all devices did the same share.
-        collectives: of the whole update.
-        expert_collectives: of the routed experts' update, compiled alone.
+        flops: FLOPs per device.
+        ideal_flops: FLOPs per device if each matrix were orthogonalised once, and devices shared
+            this work equally.
+        collectives: The collectives of the whole update.
+        expert_collectives: The collectives of the routed experts' update, compiled by itself.
     """
 
     flops: int
@@ -44,21 +44,21 @@ class NewtonSchulzShare(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """1 where nothing is computed twice and no device waits."""
+        """FLOPs over ideal FLOPs: 1 if nothing is computed twice and no device waits."""
         return self.flops / self.ideal_flops
 
 
 class Report(NamedTuple):
-    """What one step takes of one device.
+    """The cost of one step on one device.
 
     Attributes:
-        program: compiled; what it computes twice counts twice, a branch as if it were taken.
-        kept_bytes: of outputs that take no argument's place.
-        code_bytes: of the program itself.
-        model_flops: of the model alone.
-        newton_schulz: None for an optimizer without.
-        seconds: to compile the step.
-        estimate: how long the step takes at best; None for devices of a kind that is not known.
+        program: The compiled program. Recomputation counts, and branches count as taken.
+        kept_bytes: Bytes of outputs that do not reuse a donated argument.
+        code_bytes: Bytes of the program itself.
+        model_flops: FLOPs of the model alone.
+        newton_schulz: The cost of the update; None for an optimizer without Newton-Schulz.
+        seconds: The time to compile the step.
+        estimate: The least time of the step by the roofline; None for unknown devices.
     """
 
     program: Program
@@ -82,18 +82,18 @@ def compile_only(
     cases_on: Callable[[jax.sharding.Mesh], Sequence[Case]],
     console: Console,
 ) -> None:
-    """Compiles the step with each optimizer, and prints what they take.
+    """Compiles the step with each optimizer, and prints its cost.
 
     Args:
-        planning: with a topology.
-        mesh: sizes of its axes.
-        cases_on: the trainings on a mesh.
-        console: to print on.
+        planning: The options, with a topology.
+        mesh: The sizes of the mesh axes.
+        cases_on: Returns the trainings on a mesh.
+        console: The console to print to.
 
     Raises:
-        TopologyError: the compiler is missing, or knows no such topology.
-        TooLarge: a step does not fit, by its plan or when it is compiled.
-        ValueError: an axis that the mesh does not divide.
+        TopologyError: If the compiler is missing, or does not support the topology.
+        TooLarge: If a step does not fit, by its plan or after compilation.
+        ValueError: If the mesh does not divide an axis.
     """
     devices = topology_devices(planning.topology or "")
     placed = make_mesh(mesh.sizes, devices)
@@ -118,10 +118,10 @@ def compile_only(
 
 
 def compile_case(case: Case) -> Report:
-    """A step compiled for the devices of its mesh.
+    """Compiles a step for the devices of its mesh.
 
     Raises:
-        TooLarge: the compiler refuses it.
+        TooLarge: If the compiler reports that the step does not fit.
     """
     began = time.perf_counter()
     try:
@@ -147,7 +147,7 @@ def compile_case(case: Case) -> Report:
 
 
 def newton_schulz_share(case: Case) -> NewtonSchulzShare:
-    """What the update of the optimizer takes of a device."""
+    """Returns the cost of the optimizer's update on a device."""
     plan = case.newton_schulz(mesh=one_device(case.mesh.devices.flat[0]))
     whole, *experts = (_update_alone(case, *update) for update in case.updates())
     of_experts = experts[0].collectives if experts else {}
@@ -156,14 +156,14 @@ def newton_schulz_share(case: Case) -> NewtonSchulzShare:
 
 
 def _update_alone(case: Case, tx: Any, params: Any, specs: Any) -> Program:
-    """An optimizer's update of some params, compiled where they lie."""
+    """Compiles an optimizer's update of some params with their sharding."""
     mesh = case.mesh
     state = jax.eval_shape(tx.init, params)
     shardings = sharding.shardings(sharding.state_specs(state, params, specs), mesh)
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
     )
-    # What every device has whole needs a place on the mesh, too: GPUs refuse it without.
+    # Replicated arguments need a sharding on the mesh, too; GPUs reject them otherwise.
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     max_logits = {
         f"{name}/attention": jax.ShapeDtypeStruct(
@@ -185,15 +185,15 @@ def _update_alone(case: Case, tx: Any, params: Any, specs: Any) -> Program:
 def print_reports(
     reports: Mapping[str, Report], limit: int | None, kind: str, console: Console
 ) -> None:
-    """One column a report, by optimizer, then the dearest kernels of each.
+    """Prints a table with a column for each optimizer, then the costliest kernels of each.
 
     Args:
-        reports: all of devices of one kind.
-        limit: bytes that such a device has; None where nobody knows.
-        kind: of the devices.
-        console: to print on.
+        reports: The reports by optimizer, all of one kind of device.
+        limit: Bytes available on a device; None if unknown.
+        kind: The kind of device.
+        console: The console to print to.
     """
-    table = table_of(reports, "of a device")
+    table = table_of(reports, "per device")
     kinds = sorted({kind for report in reports.values() for kind in report.program.collectives})
     columns = [_column(report, limit, kinds) for report in reports.values()]
     for name in columns[0]:
@@ -212,19 +212,19 @@ def _column(report: Report, limit: int | None, kinds: Sequence[str]) -> dict[str
     program, alone = report.program, report.newton_schulz
     return {
         "params, state, batch": _memory(program.argument_bytes),
-        "outputs beside them": _memory(report.kept_bytes),
+        "other outputs": _memory(report.kept_bytes),
         "temporaries": _memory(program.temp_bytes),
         "program": _memory(report.code_bytes),
         "memory": _memory(report.total_bytes),
         "available": "unknown" if limit is None else _memory(limit),
         "FLOPs": flop(program.flops),
-        "FLOPs ÷ the model's": f"{program.flops / report.model_flops:.2f}",
+        "FLOPs / model FLOPs": f"{program.flops / report.model_flops:.2f}",
         **(report.estimate.figures() if report.estimate else {}),
         **{kind: exchange_text(program.collectives.get(kind)) for kind in kinds},
-        "the update's FLOPs": flop(alone and alone.flops),
-        "÷ ideal share": form(alone and alone.ratio, ".2f"),
-        "the update's collectives": _count(alone and alone.collectives),
-        "of these the experts'": _count(alone and alone.expert_collectives),
+        "update: FLOPs": flop(alone and alone.flops),
+        "update: FLOPs / ideal share": form(alone and alone.ratio, ".2f"),
+        "update: collectives": _count(alone and alone.collectives),
+        "update of experts: collectives": _count(alone and alone.expert_collectives),
         "seconds to compile": f"{report.seconds:.0f}",
     }
 

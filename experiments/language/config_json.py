@@ -1,4 +1,4 @@
-"""`config.json` of a Hugging Face model: which families are supported, and what it may say."""
+"""Reads and writes the `config.json` of Hugging Face models of the supported families."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,13 @@ class Family(NamedTuple):
     """What all supported models of a `model_type` have in common.
 
     Attributes:
-        name: of the class in transformers.
-        fixed: beyond `_FIXED`; a config.json that leaves one out means the same.
-        stated: what it may not leave out, since its default is another.
-        qk_norm: RMSNorm of each query and key head.
-        qkv_bias: of the projections to queries, keys and values.
-        inferred: sizes that may be left out: of the hidden size each head has an equal share, and
-            each query head has a key head.
+        name: The name of the class in transformers.
+        fixed: Required settings, beside `_FIXED`. If config.json omits one, it has this value.
+        stated: Required settings that config.json must state, since their default differs.
+        qk_norm: Whether each query and key head has an RMSNorm.
+        qkv_bias: Whether the projections to queries, keys and values have biases.
+        inferred: Sizes that may be omitted. By default there are as many key heads as query heads,
+            and the heads divide the hidden size equally.
     """
 
     name: str
@@ -53,7 +53,7 @@ FAMILIES = {
     "qwen2": Family(
         "Qwen2ForCausalLM",
         fixed={"use_sliding_window": False},
-        qkv_bias=True,  # which no setting changes
+        qkv_bias=True,  # always, in this family
         inferred=("head_dim",),
     ),
     "qwen3": Family(
@@ -62,7 +62,7 @@ FAMILIES = {
         qk_norm=True,
     ),
 }
-# Of all of them.
+# Required settings of all families.
 _FIXED = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
@@ -73,9 +73,9 @@ _SCALING = "rope_scaling"
 
 
 def to_json(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What `config.json` says of a model, for transformers 4 and 5.
+    """Returns the content of a model's `config.json`, for transformers 4 and 5.
 
-    The former reads `rope_theta` and `rope_scaling`, the latter `rope_parameters`.
+    Version 4 reads `rope_theta` and `rope_scaling`, version 5 reads `rope_parameters`.
     """
     rope: dict[str, Any] = {"rope_type": "default"}
     if scaling := fields.get(_SCALING):
@@ -94,17 +94,17 @@ def to_json(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 def read(
     path: Path, model: type, fields: Mapping[str, Mapping[str, str]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a model's `config.json` says: all of it, and the fields by our names.
+    """Returns all of a model's `config.json`, and its fields under our names.
 
     Args:
-        path: of the file.
-        model: dataclass, of whose fields' types the values are; others are whole numbers.
-        fields: our names of them and theirs, by the families that are supported; those with
-            `rope_scaling` may have Llama 3's.
+        path: The path of the file.
+        model: A dataclass whose field types the values must have. Others must be integers.
+        fields: For each supported family, the fields' names: ours, and those in the file. A family
+            with `rope_scaling` may have Llama 3's scaling.
 
     Raises:
-        ValueError: it is damaged, lacks a field, or tells of a model that is not supported.
-        OSError: it cannot be read.
+        ValueError: If the file is damaged, lacks a field, or is of a model that is not supported.
+        OSError: If it cannot be read.
     """
     try:
         given = read_json(path)
@@ -129,16 +129,16 @@ def read(
         raise _unknown(path, "layer_types", other, "'full_attention'")
     types = get_type_hints(model)
     rope_theta, scaling = _rope(path, given, _SCALING in fields[kind].values())
-    said = {"tie_word_embeddings": False, **given, "rope_theta": rope_theta, _SCALING: scaling}
+    settings = {"tie_word_embeddings": False, **given, "rope_theta": rope_theta, _SCALING: scaling}
     if family.inferred:
         heads, width = (
             checked(path, name, given.get(name), int)
             for name in ("num_attention_heads", "hidden_size")
         )
         sizes = {"num_key_value_heads": heads, "head_dim": width // max(heads, 1)}
-        said |= {name: sizes[name] for name in family.inferred if given.get(name) is None}
+        settings |= {name: sizes[name] for name in family.inferred if given.get(name) is None}
     return given, {
-        ours: checked(path, theirs, said.get(theirs), types.get(ours, int))
+        ours: checked(path, theirs, settings.get(theirs), types.get(ours, int))
         for ours, theirs in fields[kind].items()
     }
 
@@ -146,17 +146,17 @@ def read(
 def require(
     path: Path, given: Mapping[str, Any], only: Mapping[str, Any], otherwise: Any = None
 ) -> None:
-    """Raises a ValueError where a field has another value; left out, it has this or `otherwise`."""
+    """Checks that fields have these values. A missing field counts as `otherwise`, if given."""
     for name, value in only.items():
-        found = given.get(name, value if otherwise is None else otherwise)
-        if found != value:
-            raise _unknown(path, name, found, repr(value))
+        stated = given.get(name, value if otherwise is None else otherwise)
+        if stated != value:
+            raise _unknown(path, name, stated, repr(value))
 
 
 def _rope(path: Path, given: dict[str, Any], scaled: bool) -> tuple[float, RopeScaling | None]:
-    """RoPE's base and Llama 3's scaling, which is refused unless the model may be `scaled`.
+    """Returns RoPE's base and Llama 3's scaling, which is an error unless `scaled` allows it.
 
-    Transformers 4 has the base beside `rope_scaling`, 5 both in `rope_parameters`.
+    Transformers 4 has `rope_theta` and `rope_scaling`; version 5 has both in `rope_parameters`.
     """
     bases, scalings = set(), set()
     if given.get("rope_theta") is not None:
@@ -170,8 +170,8 @@ def _rope(path: Path, given: dict[str, Any], scaled: bool) -> tuple[float, RopeS
         if rope:
             scalings.add(_scaling(path, field, rope, scaled))
     if len(bases) != 1:
-        found = " and ".join(map(str, sorted(bases, key=str))) or "missing"
-        raise ValueError(f"{path}: rope_theta is {found} but must be one number.")
+        described = " and ".join(map(str, sorted(bases, key=str))) or "missing"
+        raise ValueError(f"{path}: rope_theta is {described} but must be one number.")
     if len(scalings) > 1:
         raise ValueError(
             f"{path}: rope_parameters and rope_scaling differ. Remove the one that is wrong."
@@ -180,7 +180,7 @@ def _rope(path: Path, given: dict[str, Any], scaled: bool) -> tuple[float, RopeS
 
 
 def _scaling(path: Path, field: str, rope: dict[str, Any], scaled: bool) -> RopeScaling | None:
-    """That of one field, whose settings must all be supported."""
+    """Returns the scaling in one field, and checks that all of its settings are supported."""
     kinds = ["default", "llama3"] if scaled else ["default"]
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in kinds:
@@ -203,7 +203,7 @@ def _scaling(path: Path, field: str, rope: dict[str, Any], scaled: bool) -> Rope
 
 
 def checked(path: Path, name: str, value: Any, kind: Any) -> Any:
-    """A field's value; a ValueError where it has another type."""
+    """Checks the type of a field's value, and returns it, lists as tuples."""
     if kind == Ids:
         if isinstance(value, list):
             return tuple(checked(path, name, one, int) for one in value)

@@ -1,4 +1,4 @@
-"""What a run learns: documents, tokenised once and kept, or shards that are tokens already."""
+"""The training text as tokens: documents, tokenised once and cached, or tokenised shards."""
 
 import contextlib
 import dataclasses
@@ -24,13 +24,13 @@ _TOKENIZER = "tokenizer.json"
 _SIDES = "train.bin", "validation.bin"
 _HELD_OUT = {"val", "valid", "validation", "test"}  # words of the names of shards
 
-# What is under way, how much of it is done, and of how much. It may raise to stop the work.
+# Takes a description, the amount done, and the total amount. It may raise to stop the work.
 OnProgress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The text, and how it becomes tokens."""
+    """Settings of the text and its tokenisation."""
 
     files: tuple[str, ...] = ()
     """Globs of text or token files, which may be in gs:// or s3://. Text: .txt (one document each),
@@ -47,7 +47,7 @@ class Data:
     """Path of a tokenizer.json, or of a Hugging Face folder with one, whose eos_token and size are
     then the defaults of the next two. By default a byte-level BPE is trained on the text."""
     vocabulary: Count = 2048
-    """Vocabulary size of the trained tokenizer, or of --data.files that hold tokens."""
+    """Vocabulary size of the tokenizer to train, or of the token files in --data.files."""
     end_of_text: str = "<|endoftext|>"
     """The special token that ends a document."""
     cache: Path | None = None
@@ -63,7 +63,7 @@ class Data:
             )
 
     def folder(self) -> Path:
-        """The cache."""
+        """Returns the folder of the token cache."""
         return self.cache or cache.home("pretrain")
 
 
@@ -128,14 +128,14 @@ def fitted(default: Data, path: str, sized: bool) -> Data:
 
 
 def prepare(config: Data, on_progress: OnProgress = lambda what, done, total: None) -> Tokens:
-    """The configured text as tokens, from the cache if it has them whole.
+    """Returns the configured text as tokens, from the cache if they are in it.
 
-    One process of a host does the work, and others wait for it; a kill leaves nothing that is
-    taken for whole.
+    One process of each host does the work, and the others wait. A kill leaves no incomplete cache.
 
     Raises:
-        ValueError: files are missing, damaged or of unknown kinds, or have nothing for one side.
-        OSError: files cannot be read, or the cache cannot be written.
+        ValueError: If files are missing, damaged or of unknown types, or nothing is left to train
+            on or to hold out.
+        OSError: If files cannot be read, or the cache cannot be written.
     """
     given = None
     if config.tokenizer is not None:
@@ -244,7 +244,7 @@ def _from_texts(
 
 
 class _Piece(NamedTuple):
-    """A part of a document that is tokenised by itself."""
+    """A part of a document that is tokenised separately."""
 
     text: str
     held_out: bool
@@ -257,7 +257,7 @@ def _tokenise(
     folder: Path,
     on_progress: OnProgress,
 ) -> dict[str, Any]:
-    """Writes the tokens of both sides; returns their type, and whether they tell their bytes."""
+    """Writes the training and held-out tokens; returns their dtype and if their bytes are known."""
     dtype = np.dtype("<u2" if vocabulary.size <= 1 << 16 else "<u4")
     end = np.array(vocabulary.end_of_text, dtype).tobytes()
     exact = vocabulary.bytes_per_token is not None
@@ -279,8 +279,8 @@ def _tokenise(
         for side in (train, validation):
             if not side.tell():
                 raise ValueError(
-                    "--data.files has too little text: none is left to "
-                    f"{'train on' if side is train else 'hold out'}."
+                    "--data.files has too little text: nothing is left to "
+                    f"{'train on' if side is train else 'hold out'}. Give more text."
                 )
     return {"dtype": dtype.str, "exact": exact}
 
@@ -320,9 +320,8 @@ def _from_shards(
     names = [[file for file in files if _is_held_out(file) is side] for side in (False, True)]
     if not names[0]:
         raise ValueError(
-            f"--data.files has only held-out files, such as {files[0].name}; none is left to "
-            f"train on. Files are held out if {', '.join(sorted(_HELD_OUT))} is a word of their "
-            "name."
+            f"--data.files has only held-out files, such as {files[0].name}; give others to train "
+            f"on. Files are held out if {', '.join(sorted(_HELD_OUT))} is a word of their name."
         )
     tokens = {}
     for done, file in enumerate(files):
@@ -349,7 +348,7 @@ def _from_shards(
 
 
 def _is_held_out(shard: epath.Path) -> bool:
-    """Whether a whole word of its name says so: "fineweb_val_0.bin", but not "interval_0.bin"."""
+    """Returns if a word of a name marks it held out: "fineweb_val_0.bin", not "interval_0.bin"."""
     return not _HELD_OUT.isdisjoint(re.findall("[a-z]+", shard.name.lower()))
 
 

@@ -1,7 +1,7 @@
-"""Documents: the running Python's standard library, or files that globs name, here or in a bucket.
+"""Documents to train on: Python's standard library, or local or remote files given by globs.
 
-About one document in ten of the standard library is held out, as in `experiments.corpus`, and of
-other texts one in a hundred; a document's name, or its text, alone decides.
+About one document in ten of the standard library is held out, as in `experiments.corpus`, and one
+in a hundred of other texts. The choice depends only on a document's name or its text.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from experiments import corpus
 from experiments.json_files import loads
 from experiments.language import table_reader
 
-HELD_OUT_SHARE = 100  # one document of the user's in so many
-# Bytes of a line at most, of what a file may unpack to in any case, and how many times its size.
+HELD_OUT_SHARE = 100  # one in this many of the user's documents
+# Maximum bytes of a line; a file may unpack to _UNPACKED bytes or _RATIO times its size.
 _LINE, _UNPACKED, _RATIO = 1 << 26, 1 << 26, 100
 _TOO_MUCH = (
     f"{{}} unpacks to more than {_RATIO} times its size, which is not plausible for text. If it "
@@ -38,7 +38,7 @@ _DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
 class Document(NamedTuple):
-    """A text that ends with an end-of-text token; held out for validation, or trained on."""
+    """A text to train on or to hold out. An end-of-text token follows it."""
 
     text: str
     held_out: bool
@@ -49,20 +49,20 @@ class Documents:
     """Documents in a fixed order.
 
     Attributes:
-        files: that hold them.
-        divide: gives a file's text its side; it may cut a text in two documents.
+        files: The files that contain them.
+        divide: Decides whether a file's text is held out. It may cut the text into two documents.
     """
 
     files: tuple[epath.Path, ...]
     divide: Callable[[epath.Path, str], list[Document]]
 
     def of(self, file: epath.Path) -> Iterator[Document]:
-        """A file's documents, without empty ones."""
+        """Yields the non-empty documents of a file."""
         for text in _texts(file):
             yield from (document for document in self.divide(file, text) if document.text)
 
     def sample(self, characters: int) -> Iterator[str]:
-        """Texts of documents to train on, so many characters at most, from all files alike."""
+        """Yields training texts with at most `characters` in all, evenly from all files."""
         budget = 0
         for file in self.files:
             budget += characters // len(self.files)
@@ -75,15 +75,15 @@ class Documents:
 
 
 def library_name() -> str:
-    """Of the text that `standard_library` has."""
+    """Returns the name of the text that `standard_library` returns."""
     return f"standard library of Python {platform.python_version()}"
 
 
 def standard_library() -> Documents:
-    """The files of the running Python's standard library, each a document.
+    """Returns the source files of the running Python's standard library, each as a document.
 
     Raises:
-        ValueError: this Python came without them.
+        ValueError: If this Python installation has no source files.
     """
     root = epath.Path(sysconfig.get_path("stdlib"))
     held_out = {root / name: side for name, side in corpus.library_files(Path(root))}
@@ -95,14 +95,14 @@ def standard_library() -> Documents:
 
 
 def from_files(files: tuple[epath.Path, ...]) -> Documents:
-    """The documents of text files; reads them until it is sure that some are for each side.
+    """Returns the documents of text files, of which some are held out and some are not.
 
-    Where a text's hash holds none out, or all, the smallest hash is held out; the end of the text
-    where there is but one.
+    The hash of a text decides. If that would hold out no text or all of them, the text with the
+    smallest hash is held out; if there is only one text, its end is.
 
     Raises:
-        ValueError: there is no text in them, or one is damaged.
-        OSError: one cannot be read.
+        ValueError: If the files contain no text, or one is damaged.
+        OSError: If a file cannot be read.
     """
     hashes: set[int] = set()
     sides: set[bool] = set()
@@ -112,7 +112,7 @@ def from_files(files: tuple[epath.Path, ...]) -> Documents:
         if len(sides) == 2:
             return Documents(files, lambda _, text: [Document(text, _is_held_out(text))])
     if not hashes:
-        raise ValueError(f"The files of --data.files, {files[0]} first, contain no text.")
+        raise ValueError(f"The files of --data.files, {files[0]} first, must contain text.")
     if len(hashes) == 1:
         return Documents(files, lambda _, text: _cut(text))
     smallest = min(hashes)
@@ -128,52 +128,53 @@ def _is_held_out(text: str) -> bool:
 
 
 def _cut(text: str) -> list[Document]:
-    """The text, and its last tenth, from a line's start where one is near."""
+    """Cuts off the last tenth of a text as held out, at the start of a line if there is one."""
     tenth = len(text) - len(text) // corpus.VALIDATION_SHARE
     cut = text.find("\n", tenth, len(text) - 1) + 1 or tenth
     return [Document(text[:cut], False), Document(text[cut:], True)]
 
 
 def matching(patterns: tuple[str, ...], suffixes: tuple[str, ...]) -> tuple[epath.Path, ...]:
-    """Files that globs name, each once; those of a glob in the order of their names.
+    """Returns the files that match globs, without repetition, sorted by name within a glob.
 
     Raises:
-        ValueError: a glob names none, or one without such a suffix, or needs a package.
+        ValueError: If a glob matches no file, matches a file without one of the suffixes, or
+            requires a package that is not installed.
     """
-    found: dict[epath.Path, None] = {}
+    matched: dict[epath.Path, None] = {}
     for pattern in patterns:
         path = epath.Path(pattern).expanduser()
         try:
             files = [path] if path.exists() else sorted(path.parent.glob(path.name))
         except (ImportError, NotImplementedError) as error:
-            raise ValueError(f"--data.files {pattern} cannot be listed: {error}") from None
+            raise ValueError(f"--data.files {pattern} cannot be listed: {error}.") from None
         if not files:
-            raise ValueError(f"--data.files {pattern} matches no file.")
-        found.update(dict.fromkeys(files))
-    for file in found:
+            raise ValueError(f"--data.files {pattern} matches no file; give other paths.")
+        matched.update(dict.fromkeys(files))
+    for file in matched:
         if not file.name.endswith(suffixes):
             raise ValueError(
                 f"--data.files names {file}, which must end in one of {', '.join(suffixes)}."
             )
-    return tuple(found)
+    return tuple(matched)
 
 
 def fingerprint(file: epath.Path) -> str:
-    """Another one when the file is another: made of its path, size, times, or its bucket's tag.
+    """Returns a text that changes with a file, made of its path, size and times or its remote tag.
 
-    Of a link it is that of the file that it leads to.
+    A link has the fingerprint of the file that it points to.
     """
     system, path = fsspec.url_to_fs(str(file if "://" in str(file) else file.resolve()))
     return system.ukey(path)
 
 
 def _texts(file: epath.Path) -> Iterator[str]:
-    """A file's texts that are not empty."""
+    """Yields the non-empty texts of a file."""
     read = next(read for suffix, read in _READERS.items() if file.name.endswith(suffix))
     try:
         yield from filter(None, read(file))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error.reason} at {error.start}.") from None
+        raise ValueError(f"{file} must be UTF-8: {error.reason} at byte {error.start}.") from None
 
 
 def _whole(file: epath.Path) -> Iterator[str]:
@@ -181,12 +182,12 @@ def _whole(file: epath.Path) -> Iterator[str]:
 
 
 def lines(file: epath.Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a .jsonl or .jsonl.gz that are not blank, each with its number.
+    """Yields the numbers and contents of the non-blank lines of a .jsonl or .jsonl.gz file.
 
     Raises:
-        ValueError: the file is damaged, has a line that is too long for one document, or unpacks to
-            so many times its size that it is no text.
-        OSError: it cannot be read.
+        ValueError: If the file is damaged, has a line that is too long, or unpacks to implausibly
+            many bytes.
+        OSError: If it cannot be read.
     """
     packed = file.suffix == ".gz"
     left = max(_UNPACKED, _RATIO * file.stat().length)
@@ -197,21 +198,21 @@ def lines(file: epath.Path) -> Iterator[tuple[int, bytes]]:
                 if not line:
                     return
                 if len(line) > _LINE:
-                    raise ValueError(f"{file}:{number} has more than {_LINE >> 20} MB.")
+                    raise ValueError(f"{file}:{number} exceeds {_LINE >> 20} MB; split it.")
                 left -= len(line)
                 if packed and left < 0:
                     raise ValueError(_TOO_MUCH.format(file, "unpack it and give the .jsonl"))
                 if line.strip():
                     yield number, line
     except _DAMAGE as error:
-        raise ValueError(f"{file} is damaged: {error}.") from None
+        raise ValueError(f"{file} is damaged ({error}); write or download it again.") from None
 
 
 def _lines(file: epath.Path) -> Iterator[str]:
     for number, line in lines(file):
         try:
             text = loads(line)["text"]
-            text.encode()  # JSON may spell half a character, which is no text
+            text.encode()  # JSON can contain half a surrogate pair, which is not valid text
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(
                 f'{file}:{number} must be a JSON object whose "text" is Unicode text.'
@@ -220,11 +221,10 @@ def _lines(file: epath.Path) -> Iterator[str]:
 
 
 def table(file: epath.Path, columns: Set[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a .parquet, with those of the columns that it has.
+    """Yields the rows of a .parquet file, with those of the columns that it has.
 
     Raises:
-        ValueError: it is damaged, has none of the columns, or expands to so much that it is no
-            text.
+        ValueError: If it is damaged, has none of the columns, or expands to implausibly many bytes.
     """
     left = max(_UNPACKED, _RATIO * file.stat().length)
     with (
@@ -244,7 +244,7 @@ def table(file: epath.Path, columns: Set[str]) -> Iterator[dict[str, Any]]:
                 whole = len(header) == table_reader.LENGTH.size
                 size = table_reader.LENGTH.unpack(header)[0] if whole else 0
                 if size > _LINE:
-                    raise ValueError(f"{file}: row {number} has more than {_LINE >> 20} MB.")
+                    raise ValueError(f"{file}: row {number} exceeds {_LINE >> 20} MB; split it.")
                 left -= size
                 if left < 0:
                     raise ValueError(_TOO_MUCH.format(file, "write it as .jsonl"))
@@ -254,7 +254,7 @@ def table(file: epath.Path, columns: Set[str]) -> Iterator[dict[str, Any]]:
                         f"{file} cannot be read: row {number} is damaged, or requires more than "
                         f"{table_reader.MEMORY >> 20} MB."
                     )
-                row = pickle.loads(packed)  # of our own process
+                row = pickle.loads(packed)  # trusted, since our own process wrote it
                 if isinstance(row, str):
                     raise ValueError(f"{file} {row.removesuffix('.')}.")
                 yield row
@@ -264,7 +264,7 @@ def table(file: epath.Path, columns: Set[str]) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _copied_here(file: epath.Path) -> Iterator[Path]:
-    """A file of a bucket is copied to one that is deleted in the end; another is itself."""
+    """Gives the path of a local file, or of a temporary copy of a remote one."""
     if "://" not in str(file):
         yield Path(file)
         return
@@ -278,7 +278,7 @@ def _copied_here(file: epath.Path) -> Iterator[Path]:
 def _column(file: epath.Path) -> Iterator[str]:
     for row in table(file, {"text"}):
         if not isinstance(row["text"], str):
-            raise ValueError(f'{file} has {row["text"]!r} in its column "text".')
+            raise ValueError(f'{file}: the column "text" must contain texts; got {row["text"]!r}.')
         yield row["text"]
 
 

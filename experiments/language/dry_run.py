@@ -1,4 +1,4 @@
-"""`--dry-run`: what a training is and what a step takes, from shapes alone: nothing is trained."""
+"""`--dry-run`: prints the plan of a training, computed from shapes without training."""
 
 import math
 import re
@@ -19,7 +19,7 @@ from experiments.report.text import flop, readable
 
 
 def table_of(optimizers: Iterable[str], corner: str = "") -> Table:
-    """A column of names, and one for each optimizer."""
+    """Returns a table with a column of names and a column for each optimizer."""
     table = Table(corner, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for name in optimizers:
         table.add_column(optimizer_label(name), justify="right")
@@ -29,13 +29,13 @@ def table_of(optimizers: Iterable[str], corner: str = "") -> Table:
 def show_memory(
     cases: Sequence[Case], limit: int | None, console: Console, where: str | None = None
 ) -> None:
-    """Prints what a device needs, a column for each optimizer, beside what it has.
+    """Prints the memory that each optimizer needs per device, and the memory available.
 
     Args:
-        cases: of one model and one config.
-        limit: bytes that a device has; None where nobody knows.
-        console: to print on.
-        where: which devices train; by default those of the mesh.
+        cases: Trainings of one model with one config.
+        limit: Bytes available on a device; None if unknown.
+        console: The console to print to.
+        where: A description of the devices. By default, that of the mesh.
     """
     first, config = cases[0], cases[0].config
     trained, frozen = (
@@ -50,16 +50,16 @@ def show_memory(
         soft_wrap=True,
     )
     table = table_of(case.name for case in cases)
-    phases = ("held", ""), ("backward", "in the passes: "), ("update", "in the update: ")
+    phases = ("held", ""), ("backward", "forward, backward: "), ("update", "optimizer update: ")
     for phase, prefix in phases:
         columns = [getattr(case.memory, phase) for case in cases]
         for part in dict.fromkeys(part for column in columns for part in column):
             sizes = [column.get(part, 0) for column in columns]
             table.add_row(prefix + part, *(readable(size) if size else "–" for size in sizes))
     totals = [readable(case.memory.total) for case in cases]
-    table.add_row("together, at most at a time", *totals, style="bold")
+    table.add_row("peak", *totals, style="bold")
     has = "unknown" if limit is None else readable(limit)
-    table.add_row("the device has", *[has] * len(cases))
+    table.add_row("available", *[has] * len(cases))
     console.print(table, soft_wrap=True)
 
 
@@ -70,14 +70,14 @@ def dry_run(
     where: str | None = None,
     schedule: str | None = None,
 ) -> None:
-    """Prints the plan of a training; reads no text and compiles nothing.
+    """Prints the plan of a training, without reading its text or compiling its step.
 
     Args:
-        cases, limit, console, where: as `show_memory` takes them.
-        schedule: rates and steps, in words.
+        cases, limit, console, where: As for `show_memory`.
+        schedule: A description of the learning rates and steps.
 
     Raises:
-        TooLarge: one does not fit.
+        TooLarge: If a training does not fit the device's memory.
     """
     first, names = cases[0], {case.name for case in cases}
     muon = next((case for case in cases if case.muon is not None), None)
@@ -88,8 +88,8 @@ def dry_run(
             console.print(part, highlight=False, markup=False, soft_wrap=True)
         console.print()
 
-    show("Params by optimizer", _routing(first.params, names))
-    show("Axes and what splits them", _axes_table(first.params, first.mesh))
+    show("Optimizer of each parameter", _routing(first.params, names))
+    show("Sharding of the parameters", _axes_table(first.params, first.mesh))
     show("Parameters", _parameters_text(first))
     console.print(Text("Memory", style="bold"))
     show_memory(cases, limit, console, where)
@@ -102,7 +102,7 @@ def dry_run(
     if muon is not None:
         config = first.config
         tokens = config.batch * config.context
-        active = round(muon.flops / (6 * tokens))  # the model has those of attention, too
+        active = round(muon.flops / (6 * tokens))  # counts attention's FLOPs as those of parameters
         plan = muon.newton_schulz(
             mesh=muon.mesh,
             shardings=muon.trainer.specs,
@@ -117,9 +117,9 @@ def dry_run(
 
 
 def _routing(params: Any, names: set[str]) -> str:
-    """Which param goes to which optimizer."""
+    """Returns a table of the optimizer of each parameter."""
     if names == {"adamw"}:
-        return "AdamW takes all."
+        return "AdamW trains all parameters."
     note = "AdamW itself trains all parameters; the other optimizers train those labelled muon.\n"
     return note * ("adamw" in names) + muon_jax.routing_table(params)
 
@@ -130,7 +130,7 @@ def _paths(params: Any) -> dict[str, Any]:
 
 
 def _axes_table(params: Any, mesh: jax.sharding.Mesh) -> Table:
-    """The logical axes of each kind of leaf, and the mesh axes that share them out."""
+    """Returns a table of each leaf's logical axes, and of the mesh axes that split them."""
     table = Table(
         "leaves", "logical axes", "split over", box=None, padding=(0, 2, 0, 0), pad_edge=False
     )
@@ -146,7 +146,7 @@ def _axes_table(params: Any, mesh: jax.sharding.Mesh) -> Table:
                 if axis and math.prod(mesh.shape[a] for a in sharding.RULES[axis]) > 1
             ]
             logical = ", ".join(axis or "–" for axis in axes)
-            table.add_row(", ".join(names), logical, ", ".join(over) or "whole")
+            table.add_row(", ".join(names), logical, ", ".join(over) or "not split")
     return table
 
 
@@ -163,6 +163,6 @@ def _parameters_text(case: Case) -> str:
 
 
 def many(count: int, name: str) -> str:
-    """A count and its noun."""
+    """Returns a count with its noun in the singular or plural."""
     plural = name + ("es" if name.endswith("ch") else "s")
     return f"{count:,} {name if count == 1 else plural}"

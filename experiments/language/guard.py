@@ -1,4 +1,4 @@
-"""Steps that are to change nothing: without a finite loss and gradient, or with a spike of it."""
+"""Skipping of steps whose loss or gradient is not finite, or whose gradient norm spikes."""
 
 import functools
 from typing import Any, NamedTuple
@@ -6,18 +6,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# The recent mean of the gradient's norm: its memory, and steps before it is trusted.
+# Decay rate of the mean gradient norm, and the number of steps before it is used.
 _MEMORY, _SETTLED = 0.95, 20
 
 
 class Guard(NamedTuple):
-    """What is known of bad steps.
+    """The state of the skipping rule.
 
     Attributes:
-        skipped: steps so far that changed nothing.
-        in_a_row: the last of them without a finite loss and gradient.
-        norm: recent mean of the gradient's norm, to which a skipped spike counts as the largest
-            norm that would have been taken: so a norm that stays large is taken after a while.
+        skipped: The number of steps skipped so far.
+        in_a_row: The number of latest consecutive steps without a finite loss and gradient.
+        norm: The running mean of the gradient norm. A skipped spike enters it with the largest norm
+            that is not skipped, so that a norm that stays large is accepted after a while.
     """
 
     skipped: jax.Array
@@ -26,7 +26,7 @@ class Guard(NamedTuple):
 
 
 def begin() -> Guard:
-    """Before the first step."""
+    """Returns the state before the first step."""
     zero = jnp.zeros([], jnp.int32)
     return Guard(zero, zero, jnp.zeros([]))
 
@@ -34,15 +34,15 @@ def begin() -> Guard:
 def judge(
     guard: Guard, updates: jax.Array, loss: jax.Array, norm: jax.Array, spike: float | None = None
 ) -> tuple[jax.Array, Guard]:
-    """Whether a step is to be taken, and what is known after it.
+    """Returns whether to take a step, and the new state.
 
     Args:
-        guard: before the step.
-        updates: steps that were taken before it.
-        loss: of the step.
-        norm: of its gradient.
-        spike: a norm that is so many times its recent mean, more than 1, is skipped, too; None for
-            none.
+        guard: The state before the step.
+        updates: The number of steps taken before it.
+        loss: The loss of the step.
+        norm: The norm of its gradient.
+        spike: Skip a step whose norm exceeds this multiple (above 1) of the running mean. None
+            never does.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     taken, counted = finite, norm
@@ -59,5 +59,5 @@ def judge(
 
 
 def choose(taken: jax.Array, new: Any, old: Any) -> Any:
-    """The new tree if the step is taken, else the old one."""
+    """Returns the new tree if the step is taken, else the old one."""
     return jax.tree.map(functools.partial(jnp.where, taken), new, old)

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face models: tensors in one safetensors file, or several with an index."""
+"""Reads and writes folders of Hugging Face models, with one or several safetensors files."""
 
 import contextlib
 import fcntl
@@ -17,11 +17,11 @@ from safetensors.numpy import save_file
 from experiments.json_files import read_json, write_json
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-SHARD = 5 * 10**9  # bytes of a file of tensors at most
+SHARD = 5 * 10**9  # maximum bytes of a tensor file
 
 
 class File(NamedTuple):
-    """A safetensors file, and where it is."""
+    """An open safetensors file and its path."""
 
     path: Path
     opened: Any
@@ -29,12 +29,12 @@ class File(NamedTuple):
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which then takes its place: it is there whole, or not at all.
+    """Gives a temporary folder to fill, which is renamed to `folder` at the end.
 
-    One process at a time fills it; what a killed one has left is removed.
+    One process at a time may fill it. What a killed process has left is removed.
 
     Raises:
-        ValueError: there is something in the folder already, or another process fills it.
+        ValueError: If `folder` is not empty, or another process is filling it.
     """
     _check_empty(folder)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -71,15 +71,15 @@ def _check_empty(folder: Path) -> None:
 def write_tensors(
     folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard: int = SHARD
 ) -> None:
-    """Into one file, or several with an index; one of them is in memory at a time.
+    """Writes tensors to one file, or to several with an index. One file is in memory at a time.
 
     Args:
-        folder: to write into.
-        tensors: names and arrays.
-        shard: bytes of a file at most, unless one tensor has more.
+        folder: The folder to write to.
+        tensors: Names and arrays.
+        shard: Maximum bytes of a file, unless a single tensor is larger.
 
     Raises:
-        OSError: the disk is full.
+        OSError: If the disk is full.
     """
     weight_map: dict[str, int] = {}
     pending: dict[str, np.ndarray] = {}
@@ -108,40 +108,40 @@ def write_tensors(
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
     for i, name in enumerate(final):
         written = (folder / f"{i}.safetensors").rename(folder / name)
-        written.chmod(0o644)  # the library's are for their maker alone
+        written.chmod(0o644)  # the library makes files that only their owner can read
 
 
 @contextlib.contextmanager
 def open_tensors(folder: Path, layers: int) -> Iterator[dict[str, File]]:
-    """The open file of each tensor, by its name.
+    """Opens a model's tensor files, and gives the file of each tensor by the tensor's name.
 
     Args:
-        folder: of the model.
-        layers: that its config has; each has a tensor, at least.
+        folder: The model's folder.
+        layers: The number of layers in its config. Each has at least one tensor.
 
     Raises:
-        ValueError: a file is damaged, there are two sets of weights, or fewer tensors than layers.
-        OSError: one is missing.
+        ValueError: If a file is damaged, there are two models, or fewer tensors than layers.
+        OSError: If a file is missing.
     """
     with contextlib.ExitStack() as stack:
-        found: dict[str, File] = {}
+        opened: dict[str, File] = {}
         for name in _files(folder):
             path = folder / name
             try:
                 file = stack.enter_context(safe_open(path, "np"))
             except SafetensorError as error:
                 raise ValueError(f"{path} is damaged ({error}); download it again.") from None
-            found |= dict.fromkeys(file.keys(), File(path, file))
-        if layers > len(found):
+            opened |= dict.fromkeys(file.keys(), File(path, file))
+        if layers > len(opened):
             raise ValueError(
-                f"{folder / CONFIG} has {layers} layers, but there are {len(found)} tensors: the "
+                f"{folder / CONFIG} has {layers} layers, but there are {len(opened)} tensors: the "
                 "files are not of that model. Download them again."
             )
-        yield found
+        yield opened
 
 
 def _files(folder: Path) -> list[str]:
-    """The names of a folder's files of tensors, all of which are there."""
+    """Returns the names of a folder's tensor files, and checks that all of them exist."""
     single = (folder / WEIGHTS).exists()
     if not (folder / INDEX).exists():
         if single:
@@ -160,7 +160,7 @@ def _files(folder: Path) -> list[str]:
             "tensors and their files; download it again."
         )
     for tensor, name in weight_map.items():
-        # A link may lead elsewhere, as those of a hub's cache do; a name may not.
+        # A link may lead out of the folder, as in the Hub's cache, but a name may not.
         if not isinstance(name, str) or {"..", "/"} & {*Path(name).parts} or not Path(name).name:
             raise ValueError(
                 f"{folder / INDEX}: the file of {short(tensor)} is {short(name)} but must name "
@@ -181,10 +181,10 @@ def _files(folder: Path) -> list[str]:
 
 
 def read_files(folder: Path) -> list[Path]:
-    """The files of a model's folder that are read: its config, tensors and tokenizer.
+    """Returns the files of a model's folder that are read: config, tensors and tokenizer.
 
     Raises:
-        ValueError, OSError: as `open_tensors`.
+        ValueError, OSError: As for `open_tensors`.
     """
     others = [path for path in folder.iterdir() if path.suffix in (".json", ".jinja", ".txt")]
     tensors = (folder / name for name in _files(folder))
@@ -192,7 +192,7 @@ def read_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """The model's name, and a digest of all its files that are read."""
+    """Returns the model's name, with a digest of all its files that are read."""
     digest = hashlib.sha256()
     for path in read_files(folder):
         with path.open("rb") as file:

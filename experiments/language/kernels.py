@@ -1,4 +1,4 @@
-"""FLOPs of attention's kernels on TPUs, whose programs do not tell them."""
+"""FLOPs of attention kernels on TPUs, which compiled programs do not report."""
 
 import dataclasses
 import math
@@ -8,20 +8,20 @@ from typing import NamedTuple
 from experiments.compiled import Kernel, Program
 from experiments.language import attention
 
-# Products that each kernel computes for a pair of blocks: over the columns of a key head, and over
-# those of a value head.
+# Matrix products that each kernel computes for a pair of blocks: over the dimensions of a key
+# head, and over those of a value head.
 _PRODUCTS = {"splash_mha_fwd": (1, 1), "splash_mha_dq": (2, 1), "splash_mha_dkv": (2, 2)}
 
 
 class Shape(NamedTuple):
-    """What one run of a kernel attends to, on one device.
+    """The shape of the attention that one kernel launch computes on one device.
 
     Attributes:
-        sequences: how many.
-        heads: of queries.
-        length: of a sequence.
-        key: columns of a head's queries and keys.
-        value: columns of its values.
+        sequences: The number of sequences.
+        heads: The number of query heads.
+        length: The length of a sequence.
+        key: The dimensions of a head's queries and keys.
+        value: The dimensions of a head's values.
     """
 
     sequences: int
@@ -32,7 +32,7 @@ class Shape(NamedTuple):
 
 
 def kernel_flops(name: str, shape: Shape) -> int | None:
-    """Of one run: the blocks on and below the diagonal. None if the kernel is another one.
+    """Returns the FLOPs of one launch, which skips blocks above the diagonal; None if unknown.
 
     >>> kernel_flops("splash_mha_fwd_residuals", Shape(1, 1, 1024, 64, 64)) == 3 * 2 * 512**2 * 128
     True
@@ -47,14 +47,14 @@ def kernel_flops(name: str, shape: Shape) -> int | None:
 
 
 def with_attention(program: Program, shape: Shape) -> Program:
-    """The program with the FLOPs of its kernels of attention, which then are not `unread`."""
-    found = {name: kernel_flops(name, shape) for name in program.unread}
+    """Adds the FLOPs of the attention kernels to a program, and removes them from `unread`."""
+    known = {name: kernel_flops(name, shape) for name in program.unread}
 
-    def told(kernel: Kernel) -> Kernel:
-        flops = found.get(re.sub(r"[.\d]+$", "", kernel.name))
+    def with_flops(kernel: Kernel) -> Kernel:
+        flops = known.get(re.sub(r"[.\d]+$", "", kernel.name))
         return kernel if flops is None else dataclasses.replace(kernel, flops=flops)
 
-    kernels = tuple(map(told, program.kernels))
-    more = sum(program.unread[name] * flops for name, flops in found.items() if flops is not None)
-    others = {name: runs for name, runs in program.unread.items() if found[name] is None}
+    kernels = tuple(map(with_flops, program.kernels))
+    more = sum(program.unread[name] * flops for name, flops in known.items() if flops is not None)
+    others = {name: runs for name, runs in program.unread.items() if known[name] is None}
     return dataclasses.replace(program, flops=program.flops + more, unread=others, kernels=kernels)

@@ -1,4 +1,4 @@
-"""How the commands that train language models begin, claim folders and show what they do."""
+"""How the commands that train language models start, claim folders and show progress."""
 
 import contextlib
 import math
@@ -26,7 +26,7 @@ OnProgress = Callable[[str, int, int | None], None]
 def launch(
     parse: Callable[[list[str]], Command], run: Callable[[Command, threading.Event, Console], int]
 ) -> int:
-    """Does what the command line asks for; of several processes the first one prints.
+    """Parses and runs a command, and returns its exit code. Only the first process prints.
 
     Args:
         parse: reads the command line; the command has `topology`, `processes` and `hours`.
@@ -76,7 +76,7 @@ def _time_limit(hours: float | None, stop: threading.Event) -> Iterator[Callable
 
 
 def check_alone(which: str, out: str | None) -> None:
-    """Raises ValueError where a suite cannot keep its cells: several processes, or a far folder."""
+    """Checks that a suite runs in one process and writes to a local folder."""
     if jax.process_count() > 1 or "://" in str(out):
         raise ValueError(
             f"--suite {which} requires one process and a local folder; got {jax.process_count()} "
@@ -86,7 +86,7 @@ def check_alone(which: str, out: str | None) -> None:
 
 @contextlib.contextmanager
 def preparing(what: str, stop: threading.Event, console: Console) -> Iterator[OnProgress]:
-    """Shows what is prepared; what it yields raises KeyboardInterrupt once `stop` is set."""
+    """Shows progress, and gives its callback, which raises KeyboardInterrupt once `stop` is set."""
     with progress_bar(console) as bar:
         task = bar.add_task(what, total=None)
 
@@ -100,9 +100,9 @@ def preparing(what: str, stop: threading.Event, console: Console) -> Iterator[On
 
 @contextlib.contextmanager
 def claimed(folder: epath.Path, settings: dict[str, Any]) -> Iterator[None]:
-    """Within it a run's folder is this process's own, if it is the one that writes.
+    """Claims a run's folder, in the process that writes, while the context lasts.
 
-    A start that fails leaves a folder free that was free before.
+    If the start fails, a folder that was free before is free again.
     """
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
@@ -115,7 +115,7 @@ def claimed(folder: epath.Path, settings: dict[str, Any]) -> Iterator[None]:
 
 
 def showing(name: str, bar: Bar, steps: int) -> OnStep:
-    """Shows a training's steps on a line of its own."""
+    """Shows the steps of a training on one line of a progress bar."""
     task = bar.add_task(f"{name}: compiling", total=steps)
 
     def show(progress: Progress) -> None:

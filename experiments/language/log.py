@@ -1,4 +1,4 @@
-"""What a run tells on its way: `metrics.jsonl`, and the same for TensorBoard."""
+"""The log of a run: `metrics.jsonl`, and the same values for TensorBoard."""
 
 import itertools
 import math
@@ -13,45 +13,45 @@ from experiments.json_files import write_bytes
 
 
 class Log:
-    """Records of a run by step, in a log of `experiments.sealed` that any kill leaves readable.
+    """The records of a run by step, in a log of `experiments.sealed`, which survives any kill.
 
-    Records are sealed by `flush`. A damaged line stays in the file as it is: it is told, and its
-    record is not read.
+    `flush` seals records. A damaged line stays in the file, is reported in `damage`, and its record
+    is not read.
 
     Args:
-        folder: the run's; in gs:// or s3://, where nothing can be appended, `flush` writes all.
-        step: records of later steps are cut away: they come again.
-        config: the run's settings, for the seals.
+        folder: The run's folder. In gs:// and s3://, which cannot append, `flush` rewrites it all.
+        step: Records of later steps are removed, since the run computes them again.
+        config: The run's settings, for the seals.
 
     Attributes:
-        records: what the file has.
-        damage: what is wrong with it, in words.
+        records: The records in the file.
+        damage: A description of what is wrong with the file.
     """
 
     def __init__(self, folder: epath.Path, step: int, config: dict[str, Any] | None = None):
         self._path = folder / "metrics.jsonl"
         self._remote = "://" in str(folder)
         self._config = config
-        found = sealed.read(self._path)
-        blocks = [*itertools.takewhile(lambda block: block.seal["step"] <= step, found.blocks)]
-        later = [block.begin for block in found.blocks[len(blocks) :]]
-        later += [line for line, record in found.tail if record["step"] > step]
-        kept = found.text[: min(later, default=len(found.text))] if step >= 0 else []
+        stored = sealed.read(self._path)
+        blocks = [*itertools.takewhile(lambda block: block.seal["step"] <= step, stored.blocks)]
+        later = [block.begin for block in stored.blocks[len(blocks) :]]
+        later += [line for line, record in stored.tail if record["step"] > step]
+        kept = stored.text[: min(later, default=len(stored.text))] if step >= 0 else []
         self._lines = [line + b"\n" for line in kept]
         self._sealed = blocks[-1].until if blocks else 0
         self.records = [record for block in blocks for record in block.records]
-        self.damage = found.damage if step >= 0 else []
+        self.damage = stored.damage if step >= 0 else []
         last = blocks[-1].seal["step"] if blocks else -1
         if last < step:
             self.damage = [*self.damage, f"the records of steps {last + 1} to {step} are missing"]
         self._pending: list[str] = []
-        if len(self._lines) < len(found.text) or found.torn or not self._path.exists():
+        if len(self._lines) < len(stored.text) or stored.torn or not self._path.exists():
             self._write_all()
         self._file = None if self._remote else open(self._path, "a", encoding="utf-8")  # noqa: SIM115
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def add(self, step: int, **values: Any) -> None:
-        """Adds a record: numbers, lists or dicts of these, None for what is not finite."""
+        """Adds a record of numbers, lists or dicts. Values that are not finite become None."""
         record = {"step": step} | {key: _finite(value) for key, value in values.items()}
         self.records.append(record)
         self._pending.append(sealed.record_line(record))
@@ -60,10 +60,10 @@ class Log:
             self._board.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Seals the records; to be called before a checkpoint says that these steps are done."""
+        """Seals the records. Call it before saving a checkpoint of these steps."""
         if self._pending:
-            said = {"step": self.records[-1]["step"], "config": self._config}
-            self._append(sealed.seal_line(self._pending, self._sealed, **said))
+            facts = {"step": self.records[-1]["step"], "config": self._config}
+            self._append(sealed.seal_line(self._pending, self._sealed, **facts))
             self._sealed, self._pending = self._sealed + len(self._pending), []
         if self._file:
             os.fsync(self._file.fileno())
@@ -88,10 +88,10 @@ class Log:
 
 
 def read(folder: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The records of a run, and what is wrong with its log; a line that a kill cut is no damage."""
-    found = sealed.read(folder / "metrics.jsonl")
-    sure = [record for block in found.blocks for record in block.records]
-    return sure + [record for _, record in found.tail], found.damage
+    """Returns a run's records and the damage of its log; a last line cut by a kill is no damage."""
+    stored = sealed.read(folder / "metrics.jsonl")
+    sure = [record for block in stored.blocks for record in block.records]
+    return sure + [record for _, record in stored.tail], stored.damage
 
 
 def _finite(value: Any) -> Any:
@@ -103,10 +103,10 @@ def _finite(value: Any) -> Any:
 
 
 def _scalars(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    found = []
+    scalars = []
     for key, value in record.items():
         if isinstance(value, dict):
-            found += _scalars(value, f"{prefix}{key}/")
+            scalars += _scalars(value, f"{prefix}{key}/")
         elif isinstance(value, (int, float)) and key != "step":
-            found.append((prefix + key, float(value)))
-    return found
+            scalars.append((prefix + key, float(value)))
+    return scalars

@@ -1,4 +1,4 @@
-"""A folder's files as they were written: sizes and digests, in a manifest that makes it count."""
+"""Manifests with the sizes and digests of a folder's files, which mark a checkpoint as complete."""
 
 import concurrent.futures
 import errno
@@ -15,11 +15,11 @@ from experiments.json_files import digest, file_digest, read_json, write_json
 
 NAME = "manifest.json"
 STEP = r"step_(\d+)"  # names of checkpoints
-_READERS = 4  # threads that hash; hashlib lets go of the GIL
+_READERS = 4  # threads that compute digests; hashlib releases the GIL
 
 
 def seal(path: epath.Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest, when all that it names is on disk."""
+    """Writes the manifest of a folder, once all of its files are on disk."""
     local = "://" not in os.fspath(path)
     sizes = dict(_sizes(path))
     if local:
@@ -36,12 +36,12 @@ def seal(path: epath.Path, manifest: dict[str, Any]) -> None:
         write_json(Path(path / NAME), manifest)
         _sync(path)
         _sync(path.parent)
-    else:  # an object appears whole or not at all
+    else:  # object stores write atomically
         (path / NAME).write_text(json.dumps(manifest, indent=2))
 
 
 def read(path: epath.Path) -> dict[str, Any]:
-    """The manifest, or an empty one where it is missing or damaged."""
+    """Returns the manifest, or an empty one if it is missing or damaged."""
     try:
         manifest = read_json(path / NAME)
         whole = manifest["sha256"] == _digest(manifest) and f"step_{manifest['step']}" == path.name
@@ -51,7 +51,7 @@ def read(path: epath.Path) -> dict[str, Any]:
 
 
 def newest_meta(folder: epath.PathLike) -> dict[str, Any]:
-    """What was saved beside the newest checkpoint whose manifest is whole; of none nothing."""
+    """Returns the `meta` of the newest checkpoint with a valid manifest; empty if there is none."""
     folder = epath.Path(folder)
     if not folder.exists():
         return {}
@@ -61,28 +61,28 @@ def newest_meta(folder: epath.PathLike) -> dict[str, Any]:
 
 
 def problems(path: epath.Path, manifest: dict[str, Any]) -> list[str]:
-    """What is wrong with the folder's files, by name; nothing where all are as they were sealed."""
+    """Returns a description of each file that does not match the manifest."""
     if not manifest:
         return [f"{NAME} is damaged"]
     files, sizes = manifest["files"], dict(_sizes(path))
-    found = [f"{name} is missing" for name in files.keys() - sizes.keys()]
-    found += [f"{name} was added" for name in sizes.keys() - files.keys()]
-    found += [
+    faults = [f"{name} is missing" for name in files.keys() - sizes.keys()]
+    faults += [f"{name} was added" for name in sizes.keys() - files.keys()]
+    faults += [
         f"{name} has {sizes[name]} bytes instead of {size}"
         for name, (size, _) in files.items()
         if sizes.get(name, size) != size
     ]
-    if not found:
-        found = [
-            f"{name} has other contents than were written"
+    if not faults:
+        faults = [
+            f"{name} has changed since it was written"
             for name, same in _in_threads(lambda name: _has(path / name, files[name][1]), files)
             if not same
         ]
-    return sorted(found)
+    return sorted(faults)
 
 
 def _sizes(folder: epath.Path, inside: str = "") -> Iterator[tuple[str, int]]:
-    """Each file's name below the checkpoint's folder and its bytes, without the manifest."""
+    """Yields the name and the bytes of each file of a checkpoint, except the manifest."""
     for path in sorted(folder.iterdir()):
         name, stat = inside + path.name, path.stat()
         if stat.is_directory:
@@ -100,7 +100,7 @@ def _has(path: epath.Path, sha256: str) -> bool:
     try:
         return file_digest(path) == sha256
     except OSError as error:
-        if error.errno == errno.EIO:  # a bad sector
+        if error.errno == errno.EIO:  # an unreadable sector
             return False
         raise
 

@@ -1,4 +1,4 @@
-"""How devices share the work: four axes, their sizes on the command line, and the mesh of these."""
+"""The device mesh of a training: its four axes and their sizes on the command line."""
 
 import dataclasses
 import math
@@ -25,17 +25,17 @@ Axis = Annotated[
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """How devices share the work; one size may be -1, which is what the others leave."""
+    """Sizes of the mesh axes. One of them may be -1, for all devices that the others leave."""
 
     data: Axis = 1
-    """Devices along the axis of data parallelism, which splits the batch."""
+    """Number of data-parallel devices, which split the batch."""
     fsdp: Axis = -1
-    """Devices along the axis that splits parameters, optimizer state and batch. -1 takes all that
-    the other axes leave."""
+    """Number of devices that split the parameters, optimizer state and batch. -1 means all devices
+    that the other axes leave."""
     expert: Axis = 1
-    """Devices along the axis of expert parallelism, which splits experts and batch."""
+    """Number of expert-parallel devices, which split the experts and the batch."""
     tensor: Axis = 1
-    """Devices along the axis of tensor parallelism, which splits heads and hidden sizes."""
+    """Number of tensor-parallel devices, which split the attention heads and hidden sizes."""
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -43,10 +43,10 @@ class Mesh:
 
 
 def make_mesh(sizes: Sequence[int], devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh of these sizes of `MESH_AXES`, of which one may be -1: what is left.
+    """Returns a mesh with the axes `MESH_AXES` of these sizes; one may be -1, for what is left.
 
     Raises:
-        ValueError: the sizes do not make up the devices.
+        ValueError: If the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     named = ", ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
@@ -55,31 +55,31 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[Any] | None = None) -> jax
     if any(size < 1 and size != -1 for size in sizes) or open_axes > 1 or len(devices) % known:
         raise ValueError(
             f"The mesh ({named}) does not fit {len(devices)} devices. Sizes must be positive, at "
-            "most one may be -1 for all that the others leave, and their product must be the "
-            "number of devices."
+            "most one may be -1 (all devices that the other axes leave), and their product "
+            "must be the number of devices."
         )
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
         raise ValueError(
             f"The mesh ({named}) uses {math.prod(sizes)} of {len(devices)} devices. Give one "
-            "axis -1 to use all that the others leave."
+            "axis the size -1 to use all of them."
         )
     auto = (AxisType.Auto,) * len(MESH_AXES)
     return jax.sharding.Mesh(arrange_devices(sizes, devices), MESH_AXES, axis_types=auto)
 
 
 def one_device(device: Any = None) -> jax.sharding.Mesh:
-    """A mesh of one, by default the first."""
+    """Returns a mesh of a single device, by default the first one."""
     return make_mesh((1, 1, 1, 1), [jax.devices()[0] if device is None else device])
 
 
 def mesh_of_config(mesh: Mesh) -> jax.sharding.Mesh:
-    """The configured mesh; with stand-ins if it is not one of this machine's devices.
+    """Returns the configured mesh, with stand-ins for the devices if it does not fit this machine.
 
-    Then an axis of -1 has one device. Shapes and shardings can be had of it, and no program.
+    In that case an axis of -1 has size 1, and the mesh serves for shapes and shardings only.
 
     Raises:
-        ValueError: no number of devices makes up such a mesh.
+        ValueError: If a size is less than 1 and not -1, or several are -1.
     """
     try:
         return make_mesh(mesh.sizes)
@@ -93,7 +93,7 @@ def mesh_of_config(mesh: Mesh) -> jax.sharding.Mesh:
 
 
 def mesh_text(mesh: jax.sharding.Mesh) -> str:
-    """The sizes of its axes."""
+    """Returns the sizes of a mesh's axes as text."""
     sizes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     text = f"{sizes} = {mesh.size:,} {'device' if mesh.size == 1 else 'devices'}"
     if mesh.size == jax.device_count():

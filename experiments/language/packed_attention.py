@@ -1,12 +1,12 @@
-"""Causal attention on a GPU, of rows that hold several texts one after another: Pallas kernels.
+"""Pallas kernels for causal attention on GPUs, in rows that contain several texts.
 
-A block of queries meets the blocks of keys from where the first of its texts begins, and no other:
-the work is that of the texts, not of the row, and no mask lies in memory. The kernels are those of
-FlashAttention-2 (Dao, 2307.08691); beside the mixed values they tell each query's largest logit.
-They take rows of one text, too, and heads that are wider than cuDNN's.
+A block of queries visits only the blocks of keys from the beginning of its first text, so that the
+work depends on the texts' lengths, not on the row's, and no mask is stored. The kernels are those
+of FlashAttention-2 (Dao, 2307.08691), and also return each query's largest logit. They also serve
+rows with a single text, and heads that are too wide for cuDNN.
 
-Shapes: B rows, T positions, N query heads, K key heads, H columns of a query or key head, V of a
-value.
+Shapes: B rows, T positions, N query heads, K key heads, H dimensions of a query or key head, V of
+a value head.
 """
 
 import functools
@@ -18,14 +18,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from experiments.experimental import pallas, triton
 
-# Positions of a block of queries, and of keys.
+# Number of positions in a block of queries or keys.
 BLOCK = 64
-# Columns of the smallest product.
+# Smallest number of columns in a matrix product.
 _LEAST = 16
-# The name of what the gradient needs of a kernel's results, for `jax.checkpoint`.
+# Name, for `jax.checkpoint`, of the results that the backward pass needs.
 KEPT = "attention kernel"
-_UNSEEN = -1e30  # finite, so that a block of which a query sees nothing makes no NaN
-_TO_BITS = math.log2(math.e)  # a GPU's exponential has base 2
+_UNSEEN = -1e30  # finite, so that a block without any key for a query gives no NaN
+_TO_BITS = math.log2(math.e)  # GPUs compute exponentials in base 2
 
 
 def attend(
@@ -35,17 +35,18 @@ def attend(
     segments: jax.Array | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention of each position to itself and those before it in its text.
+    """Computes softmax attention of each position to itself and earlier ones in its text.
 
     Args:
-        q: `(B, T, N, H)`.
-        k, v: `(B, T, K, H)` and `(B, T, K, V)`; K divides N.
-        segments: `(B, T)` int32; neighbours with one number are one text. None is one in each row.
-        interpret: runs the kernels in Python, on any platform.
+        q: The queries, `(B, T, N, H)`.
+        k, v: The keys `(B, T, K, H)` and values `(B, T, K, V)`. K must divide N.
+        segments: `(B, T)` int32. Neighbouring positions with equal numbers are one text. None means
+            one text per row.
+        interpret: Whether to run the kernels in Python, on any platform.
 
     Returns:
-        The mixed values `(B, T, N, V)`, and each query's largest logit `(B, N, T)`, float32, which
-        has no gradient.
+        The outputs `(B, T, N, V)`, and each query's largest logit `(B, N, T)`, float32, without
+        gradient.
     """
     length, scale, columns = q.shape[1], q.shape[-1] ** -0.5, v.shape[-1]
     size = -(-length // BLOCK) * BLOCK
@@ -55,7 +56,7 @@ def attend(
     else:
         rest = jnp.pad(segments, ((0, 0), (0, size - length)), constant_values=-1)
         same = rest[:, :, None] == rest[:, None]
-        # XLA holds no T × T of this.
+        # XLA fuses this, so that no T × T array is stored.
         starts = jnp.min(jnp.where(same, jnp.arange(size)[None, None], size), axis=2)
     known = segments is None
     mixed, largest = _attend(q, k, v, starts.astype(jnp.int32), scale, known, interpret)
@@ -63,13 +64,13 @@ def attend(
 
 
 def _padded(x: jax.Array, length: int) -> jax.Array:
-    """With whole blocks of positions, and columns that `_parts` shares out."""
+    """Pads to whole blocks of positions, and to a number of columns that suits `_parts`."""
     columns = -x.shape[3] % _LEAST
     return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, columns)))
 
 
 def _parts(columns: int) -> list[slice]:
-    """Columns of a head in powers of two, which all arrays in a kernel have.
+    """Splits the columns of a head into powers of two, since Triton's arrays need such sizes.
 
     >>> _parts(192)
     [slice(0, 128, None), slice(128, 192, None)]
@@ -83,16 +84,16 @@ def _parts(columns: int) -> list[slice]:
 
 
 def _call(kernel, q, v, products, known, interpret, **options):
-    """A `pallas_call` with an instance for each block of positions, row and head.
+    """Returns a `pallas_call` with an instance for each block of positions, row and head.
 
-    `products` are those of two blocks: over the columns of a key, and over those of a value. If it
-    is known that each row is one text, their FLOPs are told to who reads the compiled program.
+    `products` are the numbers of matrix products for a pair of blocks: over key and over value
+    columns. If every row is `known` to be one text, the compiled program states their FLOPs.
     """
     batch, length, heads, _ = q.shape
     blocks = length // BLOCK
     columns = products[0] * q.shape[3] + products[1] * v.shape[3]
     flops = batch * heads * (blocks * (blocks + 1) // 2) * 2 * BLOCK**2 * columns
-    warps = 4 if q.shape[3] + v.shape[3] <= 256 else 8  # what they accumulate fills registers
+    warps = 4 if q.shape[3] + v.shape[3] <= 256 else 8  # the accumulators fill the registers
     return pallas.pallas_call(
         kernel,
         grid=(blocks, batch, heads),
@@ -138,7 +139,7 @@ def _attend_backward(scale, known, interpret, saved, g):
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         name="packed_attention_of_q",
     )(q, k, v, starts, g, logsumexp, along)
-    # Where the queries end that see some key of a block: texts begin in order.
+    # The end of the queries that see a key of each block, since texts begin in order.
     last = jnp.arange(1, length // BLOCK + 1) * BLOCK - 1
     ends = jnp.sum(starts[:, None] <= last[None, :, None], axis=2).astype(jnp.int32)
     heads_row = pallas.BlockSpec((None, None, length), lambda i, b, n: (b, n, 0))
@@ -164,12 +165,12 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _block(x, groups=1):
-    """What one instance has of positions and heads: a block of one head."""
+    """Returns the spec of an instance's block of positions of one head."""
     return pallas.BlockSpec((None, BLOCK, None, x.shape[3]), lambda i, b, n: (b, i, n // groups, 0))
 
 
 def _whole(x, groups=1):
-    """A head in all its positions."""
+    """Returns the spec of all positions of one head."""
     shape = (None, x.shape[1], None, x.shape[3])
     return pallas.BlockSpec(shape, lambda i, b, n: (b, 0, n // groups, 0))
 
@@ -183,13 +184,13 @@ def _part():
 
 
 def _seen(queries, keys, starts):
-    """Which keys each query sees, of blocks that begin there."""
+    """Returns which keys each query sees, for blocks that begin at these positions."""
     queries, keys = (x + jnp.arange(BLOCK) for x in (queries, keys))
     return (keys[None] <= queries[:, None]) & (keys[None] >= starts[:, None])
 
 
 def _read(ref, begin=None):
-    """A block of positions in the parts of its columns; without `begin` the only one."""
+    """Reads the block of positions at `begin`, split by `_parts`. None reads all positions."""
     rows = slice(None) if begin is None else pallas.ds(begin, BLOCK)
     return [ref[rows, part] for part in _parts(ref.shape[1])]
 
@@ -200,24 +201,24 @@ def _write(ref, values):
 
 
 def _zeros(ref):
-    """To sum up what `_write` writes."""
+    """Returns float32 accumulators for the values that `_write` writes."""
     shapes = ((BLOCK, part.stop - part.start) for part in _parts(ref.shape[1]))
     return [jnp.zeros(shape, jnp.float32) for shape in shapes]
 
 
 def _against(a, b):
-    """`a @ b.T` of what was read in parts."""
+    """Returns `a @ b.T` of two arrays that are split into parts."""
     return sum(_product(x, y.T) for x, y in zip(a, b, strict=True))
 
 
 def _added(sums, weights, values):
-    """`weights @ values`, in the values' dtype, added to each part's sum."""
+    """Adds `weights @ values`, computed in the values' dtype, to the sums of the parts."""
     weights = weights.astype(values[0].dtype)
     return [x + _product(weights, y) for x, y in zip(sums, values, strict=True)]
 
 
 def _logits(q, k, seen, scale):
-    """In bits."""
+    """Returns the logits in base 2."""
     return jnp.where(seen, _TO_BITS * scale * _against(q, k), _UNSEEN)
 
 

@@ -1,7 +1,7 @@
-"""What a training takes, from shapes alone and before anything is allocated; and whether it fits.
+"""Plans the memory and cost of a training from shapes, before anything is allocated.
 
-Params, gradient and optimizer state are exact. What a step has beside them is an estimate of the
-study's; once a step is compiled, here or ahead of time, the compiler knows it.
+The memory of params, gradient and optimizer state is exact. The rest of a step is the study's
+estimate, until the step is compiled, here or ahead of time, and the compiler reports it.
 """
 
 import dataclasses
@@ -28,18 +28,19 @@ _RANK = 16  # of LoRA, where it is advised
 
 @dataclasses.dataclass(frozen=True)
 class Planning:
-    """What a command plans in place of training."""
+    """Options that print a plan or compile a step instead of training."""
 
     dry_run: bool = False
-    """Train nothing, and print what a step would cost. What does not fit the device is an error."""
+    """Print the memory and cost of a step instead of training. It is an error if they exceed the
+    device's memory."""
     compile_only: bool = False
-    """Train nothing, compile the step for --topology, and print what it would cost there."""
+    """Compile the step for --topology and print its cost there instead of training."""
     topology: str | None = None
-    """Accelerators to compile for, which need not be present. TPUs: v5e:16x16 or v5p:8x8x8. GPUs:
-    h100:8, h200:8, b200:8, or h100:8x8 for hosts × devices. Requires --compile-only, and the extra
-    `tpu` or `gpu-compile`."""
+    """Accelerators to compile for; they need not be present. TPUs: for example v5e:16x16 or
+    v5p:8x8x8. GPUs: h100:8, h200:8, b200:8, or h100:8x8 for 8 hosts of 8 devices. Requires
+    --compile-only and the extra `tpu` or `gpu-compile`."""
     device_memory: Positive | None = None
-    """Memory of a device, in gigabytes. By default what the device reports."""
+    """Memory of one device, in gigabytes. By default, the amount that the device reports."""
 
     def __post_init__(self) -> None:
         if self.compile_only != (self.topology is not None) or (self.dry_run and self.topology):
@@ -49,9 +50,9 @@ class Planning:
             )
 
     def limit(self, mesh: jax.sharding.Mesh, sharing: int = 1) -> int | None:
-        """Bytes that a device of the mesh lets JAX have; None where nobody knows.
+        """Returns the bytes available on a device of the mesh; None if unknown.
 
-        That of a CPU is the machine's, shared by so many trainings.
+        For a CPU this is the machine's memory divided by the number of trainings that share it.
         """
         device = mesh.devices.flat[0]
         if self.device_memory is not None:
@@ -68,7 +69,7 @@ class Planning:
 
 
 def warn_of_context(context: int, known: int, console: Console) -> None:
-    """Says that sequences are longer than those that a model was made for."""
+    """Warns if sequences are longer than the model's context length."""
     if context > known:
         console.print(
             f"[yellow]warning:[/yellow] --context {context:,} exceeds the model's "
@@ -79,12 +80,12 @@ def warn_of_context(context: int, known: int, console: Console) -> None:
 
 
 class Memory(NamedTuple):
-    """Bytes of one device, by part.
+    """Bytes on one device, by part.
 
     Attributes:
-        held: from step to step, and the gradient.
-        backward: what the forward and backward passes have beside that.
-        update: what the update has beside it.
+        held: The state that is kept from step to step, and the gradient.
+        backward: Further memory during the forward and backward passes.
+        update: Further memory during the optimizer update.
     """
 
     held: dict[str, int]
@@ -93,18 +94,18 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """At most at a time: the passes' own are gone when the update begins."""
+        """The peak. The memory of the passes is free again when the update begins."""
         own = max(sum(self.backward.values()), sum(self.update.values()))
         return sum(self.held.values()) + own
 
 
 class TooLarge(ValueError):
-    """A training that the device has no memory for; the message says what to change."""
+    """Raised for a training that exceeds the device's memory. The message has the remedies."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A training with one optimizer, as shapes; its devices may be those of another machine.
+    """A training with one optimizer, as shapes. Its devices need not be present.
 
     Attributes:
         config: of the training.
@@ -158,14 +159,14 @@ class Case:
 
     @property
     def attention(self) -> Shape:
-        """What a kernel of attention has to do on one device."""
+        """The shape of the attention kernels on one device."""
         heads, key, value = self.heads
         ways = math.prod(self.mesh.shape[axis] for axis in sharding.RULES["batch"])
         own = heads // self.mesh.shape["tensor"]
         return Shape(self.microbatch // ways, own, self.config.context, key, value)
 
     def newton_schulz(self, **where: Any) -> muon_jax.Plan:
-        """Of an optimizer that has it; on one device where nothing else is said."""
+        """Returns the plan of Newton-Schulz, by default on one device."""
         coeffs, dtype = self.muon.ns_coeffs, self.muon.ns_dtype
         return muon_jax.plan(
             self.params, routing=self.routing, ns_coeffs=coeffs, ns_dtype=dtype, **where
@@ -173,7 +174,7 @@ class Case:
 
     @functools.cached_property
     def memory(self) -> Memory:
-        """Of one device."""
+        """The memory on one device."""
         state = self.trainer.abstract
         held = {
             "params, float32": on_device(state.params),
@@ -195,7 +196,7 @@ class Case:
 
 
 def compiled_bytes(program: jax.stages.Compiled) -> int:
-    """Bytes of one device that a compiled step takes, arguments, outputs and code too."""
+    """Returns the bytes that a compiled step needs per device, with arguments, outputs and code."""
     found: Any = program.memory_analysis()
     kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return kept + found.temp_size_in_bytes + found.generated_code_size_in_bytes
@@ -208,34 +209,34 @@ def check(
     choice: Sequence[str] | None = None,
     shared: bool = True,
 ) -> None:
-    """Refuses what does not fit.
+    """Checks that a training fits the device's memory.
 
     Args:
-        case: of the training.
-        limit: bytes that a device has; None where nobody knows.
-        needed: bytes, if the compiler told them; else those of the plan.
-        choice: optimizers that may be advised in its place; by default the study's.
-        shared: whether it may be advised to share the training among devices.
+        case: The training.
+        limit: Bytes available on a device; None if unknown.
+        needed: Bytes that the compiler reported. By default, those of the plan.
+        choice: Other optimizers that may be recommended. By default, all of the study.
+        shared: Whether more devices may be recommended.
 
     Raises:
-        TooLarge: it does not fit.
+        TooLarge: If it does not fit.
     """
     planned = case.memory.total
     total = planned if needed is None else needed
     if limit is None or total <= limit:
         return
-    what = "The compiled step" if needed is not None else "By the plan a step"
+    what = "The compiled step" if needed is not None else "The planned step"
     raise TooLarge(
         f"{what} of {case.name} requires {readable(total)} of memory, and the device has "
         f"{readable(limit)}. " + remedies(case, limit - max(total - planned, 0), choice, shared)
-        # What the compiler takes beyond the plan it takes after a change, too.
+        # The compiler's excess over the plan is assumed to stay the same after a change.
     )
 
 
 def remedies(
     case: Case, limit: int, choice: Sequence[str] | None = None, shared: bool = True
 ) -> str:
-    """What to change for a plan to fit; a size is named only if its plan does."""
+    """Returns the changes that would make a plan fit. Sizes are named only if they would."""
     config, mesh = case.config, case.mesh
 
     def fits(name: Any = case.name, mesh: Any = mesh, **changes: Any) -> bool:
@@ -278,7 +279,7 @@ def remedies(
 
 
 def _sharing(case: Case, fits: Callable[..., bool]) -> str:
-    """The least --mesh.fsdp that fits, if one does."""
+    """Returns the advice to use the least --mesh.fsdp that fits, or that none does."""
     sizes = dict(case.mesh.shape)
     others = case.mesh.size // sizes["fsdp"]
     for fsdp in _divisors(case.microbatch):

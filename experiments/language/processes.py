@@ -1,4 +1,4 @@
-"""Many processes as one run: finding each other, agreeing, sharing a batch, arrays on hosts."""
+"""Runs with several processes: how they connect, agree, share a batch and gather arrays."""
 
 import dataclasses
 import hashlib
@@ -15,11 +15,11 @@ from experiments.settings import Count, Whole
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """A run of many processes, one a host."""
+    """Settings of a run with several processes, one per host."""
 
     enabled: bool = False
-    """Run as one of several processes. Slurm, GKE, Open MPI and TPU VMs tell which; elsewhere, give
-    the next three options."""
+    """Run as one of several processes. Under Slurm, GKE, Open MPI and on TPU VMs the processes find
+    each other; elsewhere, give the next three options."""
     coordinator: str | None = None
     """HOST:PORT of the first process."""
     count: Count | None = None
@@ -28,25 +28,25 @@ class Processes:
     """Index of this process, from 0."""
 
     def join(self) -> None:
-        """To be called before anything else of JAX.
+        """Connects the processes; must be called before any other use of JAX.
 
         Raises:
-            ValueError: nothing tells who the processes are.
+            ValueError: If only some of the three options are given.
         """
-        told = (self.coordinator, self.count, self.index)
-        if not (self.enabled or any(value is not None for value in told)):
+        options = (self.coordinator, self.count, self.index)
+        if not (self.enabled or any(value is not None for value in options)):
             return
-        if None in told and any(value is not None for value in told):
+        if None in options and any(value is not None for value in options):
             raise ValueError(
                 "--processes.coordinator, --processes.count and --processes.index require each "
                 "other. Give all three, or only --processes.enabled under Slurm, on GKE or on a "
                 "TPU VM."
             )
-        jax.distributed.initialize(*told)
+        jax.distributed.initialize(*options)
 
 
 class Agreement:
-    """Whether any process wants to stop: the same answer to all of them, a step later."""
+    """Tells all processes whether any of them wants to stop, with a delay of one step."""
 
     def __init__(self, mesh: jax.sharding.Mesh) -> None:
         self._flags = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
@@ -54,7 +54,7 @@ class Agreement:
         self._asked = jnp.zeros([], bool)
 
     def any(self, mine: bool) -> bool:
-        """To be called once a step by every process."""
+        """Returns whether any process passed True a step ago. All must call it once a step."""
         if jax.process_count() == 1:
             return mine
         answer = bool(self._asked)
@@ -68,20 +68,20 @@ class Agreement:
 
 
 class Share:
-    """The rows of a step's batch that this process loads, and how they become its array.
+    """The rows of a step's batch that this process loads.
 
-    They are those that its devices read, which follows from where the batch lies. Devices of
-    several processes read the same rows where an axis of the mesh that does not split the batch
-    spans these processes. So a step's batch is the same, whatever the processes and the mesh.
+    They are the rows that its devices read, which follow from the batch's sharding. Several
+    processes load the same rows if a mesh axis that does not split the batch spans these processes.
+    So a step's batch does not depend on the number of processes or on the mesh.
 
     Args:
-        sharding: of `(microbatches, rows, ...)`, split along the rows at most.
-        microbatches: of a step.
-        rows: of a microbatch.
-        devices: that read; by default those of this process.
+        sharding: The sharding of the batch `(microbatches, rows, ...)`; only rows may be split.
+        microbatches: The number of microbatches in a step.
+        rows: The number of rows in a microbatch.
+        devices: The devices that read. By default, the devices of this process.
 
     Attributes:
-        rows: places in the batch, ascending: `microbatch * rows + row`.
+        rows: The rows' indices in the batch, `microbatch * rows + row`, ascending.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Share:
         self.rows = np.unique(np.concatenate([self._places[read[d][:2]].ravel() for d in here]))
 
     def place(self, local: np.ndarray) -> jax.Array:
-        """This process's rows `(len(rows), ...)` as a part of `(microbatches, rows, ...)`."""
+        """Returns the global array `(microbatches, rows, ...)` from this process's rows."""
         shape = (*self._places.shape, *local.shape[1:])
         return jax.make_array_from_callback(
             shape,
@@ -108,15 +108,15 @@ class Share:
 
 
 def place_whole(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array that every process has whole, of which each places what its devices read."""
+    """Returns a sharded array from an array of which every process has all entries."""
     return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
 
 
 def check_same(facts: dict[str, Any]) -> None:
-    """To be called by every process with JSON-able facts, under the same names.
+    """Checks that JSON-able facts are equal in all processes, all of which must call it.
 
     Raises:
-        ValueError: processes have different ones; those names.
+        ValueError: If facts differ between processes. The message has their names.
     """
     if jax.process_count() == 1:
         return
@@ -132,14 +132,14 @@ def check_same(facts: dict[str, Any]) -> None:
 
 
 def on_host(x: jax.Array | np.ndarray) -> np.ndarray:
-    """The whole array; of one that lies over several processes they all must call."""
+    """Returns the whole array. If it is sharded over several processes, all of them must call."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         return _replicated(x)
     return np.asarray(x)
 
 
 def from_every_process(x: np.ndarray) -> np.ndarray:
-    """What each process gives, all of one shape and dtype: `(processes, *x.shape)` in each."""
+    """Stacks the processes' arrays, of one shape and dtype, to `(processes, *x.shape)`."""
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     grid = np.reshape(np.asarray(devices, dtype=object), (jax.process_count(), -1))
     rows = jax.NamedSharding(jax.sharding.Mesh(grid, ("process", "device")), jax.P("process"))

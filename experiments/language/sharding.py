@@ -1,4 +1,4 @@
-"""Where params and activations lie: the logical axes of each, and the mesh axes of these."""
+"""Shardings of params and activations: the logical axes of each array, and their mesh axes."""
 
 import math
 import re
@@ -8,20 +8,20 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-# Which mesh axes share out a logical axis; others are whole on every device.
+# The mesh axes that split each logical axis. Other logical axes are not split.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "width": ("fsdp",),
     "heads": ("tensor",),
     "hidden": ("tensor",),
     "vocabulary": ("tensor",),
-    # Stored whole over both, so that Newton-Schulz of the experts needs no collective; for the
-    # forward pass those of a group are gathered along fsdp.
+    # Each device stores whole experts, so that Newton-Schulz of the experts needs no collective.
+    # The forward pass gathers the experts of a group along fsdp.
     "experts": ("expert", "fsdp"),
 }
 
-# Logical axes of the leaves, counted from the last; the axis of the layers, where there is one, is
-# never split. The first pattern that matches a path holds.
+# Logical axes of the leaves, aligned to the last array axis. A leading axis of layers is never
+# split. The first pattern that matches a leaf's path applies.
 LEAVES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"experts/(gate|up)$", ("experts", None, None, "hidden")),
     (r"experts/down$", ("experts", None, "hidden", None)),
@@ -45,15 +45,15 @@ LEAVES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def spec(*logical: str | None) -> PartitionSpec:
-    """Of an array with these logical axes; None is an axis that is never split."""
+    """Returns the spec of an array with these logical axes. An axis None is never split."""
     return PartitionSpec(*(RULES[axis] if axis else None for axis in logical))
 
 
 def param_specs(params: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """The tree of specs of `params`, nested dicts of arrays or shapes.
+    """Returns the tree of specs of `params`, which are nested dicts of arrays or shapes.
 
     Raises:
-        ValueError: a leaf of which no rule tells, or an axis that its mesh axes do not divide.
+        ValueError: If `LEAVES` has no rule for a leaf, or the mesh axes do not divide an axis.
     """
 
     def of(path: Any, leaf: Any) -> PartitionSpec:
@@ -77,31 +77,31 @@ def _check(
         if size % ways:
             meshed = " × ".join(f"{a} {mesh.shape[a]}" for a in names)
             raise ValueError(
-                f"{name}: axis {position} ({axis}) has {size} entries, which the mesh axes "
-                f"{meshed} = {ways} do not divide. Change --mesh or the size of the model."
+                f"{name}: axis {position} ({axis}) must be a multiple of the mesh axes {meshed} = "
+                f"{ways}; got {size}. Change --mesh or the size of the model."
             )
 
 
 def check_heads(mesh: Mesh | AbstractMesh, **heads: int) -> None:
-    """Raises a ValueError where the devices that share out heads do not divide their number.
+    """Checks that the devices that split attention heads divide the number of heads.
 
-    Their columns may divide where they do not; then devices would have parts of heads.
+    Otherwise a device could hold a part of a head, since the heads' columns may still divide.
     """
     ways = math.prod(mesh.shape[axis] for axis in RULES["heads"])
     for name, count in heads.items():
         if count % ways:
             fit = [str(n) for n in range(1, count + 1) if count % n == 0]
             raise ValueError(
-                f"{name}: {count} attention heads, which --mesh.tensor {ways} does not divide. "
+                f"--mesh.tensor must divide the model's {name}, {count}; got {ways}. "
                 f"Use --mesh.tensor {', '.join(fit)}."
             )
 
 
 def state_specs(state: Any, params: Any, specs: Any) -> Any:
-    """Specs of a tree whose leaves mirror params, as an optimizer's state; the rest is replicated.
+    """Returns specs of a tree whose leaves mirror params, such as an optimizer state.
 
-    A leaf belongs to the param whose path is part of its own. Axes that it keeps as they are in the
-    param are split as there; reduced ones are whole.
+    A leaf belongs to the param whose path is part of its own. Axes of the param's size are split
+    like the param's, other axes are not. Leaves that belong to no param are replicated.
     """
     known = dict(jax.tree_util.tree_leaves_with_path(params))
     by_path = dict(
@@ -121,19 +121,19 @@ def state_specs(state: Any, params: Any, specs: Any) -> Any:
 
 
 def shardings(specs: Any, mesh: Mesh) -> Any:
-    """A tree of specs as NamedShardings."""
+    """Converts a tree of specs to NamedShardings."""
     return jax.tree.map(
         lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
     )
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Pins an activation to its place on the mesh of the context."""
+    """Constrains the sharding of an activation on the mesh of the context."""
     return jax.lax.with_sharding_constraint(x, spec(*logical))
 
 
 def on_device(tree: Any) -> int:
-    """Bytes of the leaves' shards on one device."""
+    """Returns the bytes of all leaves' shards on one device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -141,16 +141,16 @@ def on_device(tree: Any) -> int:
 
 
 def platform() -> str:
-    """Of the devices of the context's mesh: "cpu", "gpu" or "tpu"."""
+    """Returns the platform of the context's mesh: "cpu", "gpu" or "tpu"."""
     return jax.sharding.get_abstract_mesh().abstract_device.platform
 
 
 def gather(x: jax.Array, axis: str) -> jax.Array:
-    """Inside of `shard_map`: all parts along a mesh axis, one after another on the leading axis.
+    """Gathers all parts along a mesh axis, concatenated on the leading axis, inside `shard_map`.
 
-    The gradient's parts are summed where they belong, by reduce-scatters. If the axis has all
-    devices of a TPU slice, XLA would make all-reduces of both, which move twice as much; not so
-    of lines of the torus, and then of what is at the same place of each line.
+    The gradient is a reduce-scatter. If the axis has all devices of a TPU slice, XLA would turn
+    both into all-reduces, which move twice as many bytes. It does not do so if the gathering runs
+    first along the lines of the torus and then across them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     line, count = _line(mesh, axis), mesh.shape[axis]
@@ -163,7 +163,7 @@ def gather(x: jax.Array, axis: str) -> jax.Array:
 
 
 def _line(mesh: AbstractMesh, axis: str) -> int:
-    """Devices of a torus of equal sides that follow each other; 1 where nobody has to know."""
+    """Returns how many devices are in a line of a torus of equal sides; 1 if it does not matter."""
     device, count = mesh.abstract_device, mesh.shape[axis]
     if device.platform != "tpu" or count < mesh.size:
         return 1

@@ -1,4 +1,4 @@
-"""Tokenised shards: files of token ids that another program wrote."""
+"""Reads tokenised shards, which are files of token ids written by other programs."""
 
 import hashlib
 import shutil
@@ -17,18 +17,18 @@ _MAGIC, _VERSION = 20240520, 1
 
 
 def load(path: Path) -> np.ndarray:
-    """A shard, memory-mapped: `(tokens,)` uint16 or uint32.
+    """Returns a shard as a memory-mapped array `(tokens,)`, uint16 or uint32.
 
-    `.npy` holds one such array. `.bin` holds uint16, after the header of modded-nanogpt's shards
-    (256 int32: a magic number, version 1, the number of tokens) or from its beginning.
+    A `.npy` file holds one such array. A `.bin` file holds uint16, optionally after the header of
+    modded-nanogpt's shards (256 int32: a magic number, version 1, the number of tokens).
 
     Raises:
-        ValueError: it is empty or damaged, or has another type, shape or version.
-        OSError: it cannot be read.
+        ValueError: If the file is empty or damaged, or has another type, shape or version.
+        OSError: If it cannot be read.
     """
     tokens = _npy(path) if path.suffix == ".npy" else _bin(path)
     if not tokens.size:
-        raise ValueError(f"{path} has no tokens.")
+        raise ValueError(f"{path} has no tokens; remove it from --data.files.")
     return tokens
 
 
@@ -36,11 +36,11 @@ def _npy(path: Path) -> np.ndarray:
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not a complete .npy file: {error}.") from None
+        raise ValueError(f"{path} is not a complete .npy file ({error}); write it again.") from None
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
         raise ValueError(
-            f"{path} has {tokens.dtype} of shape {tokens.shape}; tokens must have one axis and "
-            "be uint16 or uint32."
+            f"{path} must have one axis of uint16 or uint32; got {tokens.dtype} of shape "
+            f"{tokens.shape}."
         )
     return tokens
 
@@ -49,8 +49,8 @@ def _bin(path: Path) -> np.ndarray:
     size = path.stat().st_size
     if not size or size % 2:
         raise ValueError(
-            f"{path} has {size} bytes, which must be an even number greater than 0 for uint16 "
-            "tokens."
+            f"{path} must have an even number of bytes, greater than 0, for uint16 tokens; got "
+            f"{size}."
         )
     header = np.fromfile(path, *_HEADER)
     if _MAGIC not in header[:1]:
@@ -62,33 +62,33 @@ def _bin(path: Path) -> np.ndarray:
     if size != whole or not count:
         raise ValueError(
             f"{path} is damaged or empty: its header promises {count} tokens, which are {whole} "
-            f"bytes, but it has {size}."
+            f"bytes, but it has {size}. Download it again, or remove it from --data.files."
         )
     return np.memmap(path, "<u2", "r", offset=header.nbytes)
 
 
 def check(tokens: np.ndarray, vocabulary: int, file: epath.Path) -> str:
-    """The digest of a shard's tokens.
+    """Checks that a shard's tokens are less than `vocabulary`, and returns their digest.
 
     Raises:
-        ValueError: one of them is not less than `vocabulary`.
+        ValueError: If a token is not less than `vocabulary`.
     """
     largest = int(tokens.max())
     if largest >= vocabulary:
         raise ValueError(
-            f"{file} has the token {largest}, which must be less than --data.vocabulary "
-            f"{vocabulary}. Give the size of its vocabulary, or its --data.tokenizer."
+            f"Tokens of {file} must be less than --data.vocabulary {vocabulary}; got {largest}. "
+            "Give the size of its vocabulary, or its --data.tokenizer."
         )
     return hashlib.sha256(tokens).hexdigest()
 
 
 def fetch(file: epath.Path, folder: Path, on_wait: Callable[[], None] = lambda: None) -> Path:
-    """The file itself where it is on this machine, else a whole copy of it in `folder`.
+    """Returns the path of a local file, or of a complete copy in `folder` of a remote one.
 
-    While another process fetches it, `on_wait` is called; it may raise to give up.
+    While another process downloads it, `on_wait` is called repeatedly. It may raise to give up.
 
     Raises:
-        OSError: it cannot be read or written.
+        OSError: If the file cannot be read, or the copy cannot be written.
     """
     if "://" not in str(file):
         return Path(file)

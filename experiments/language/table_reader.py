@@ -1,9 +1,9 @@
-"""Reads the rows of one .parquet, in a process of its own whose memory is bounded.
+"""Reads the rows of a .parquet file, in a separate process with bounded memory.
 
-A file from elsewhere may expand to anything: a page names a long string by its number, or by how
-much of the last one it repeats, as often as it likes. `experiments.language.documents` runs this
-file, which imports nothing of ours, and reads pickles: a row, after its length in eight bytes, or a
-text that says what is wrong.
+An untrusted file may expand to any size, since its encodings can repeat a long string any number of
+times. `experiments.language.documents` runs this file as a script and reads pickles from its
+output, each after its length in eight bytes: a row, or a text that says what is wrong. The script
+imports nothing else of this repository.
 """
 
 import pickle
@@ -18,28 +18,28 @@ from pyarrow import parquet
 
 MEMORY = 4 << 30  # bytes
 LENGTH = struct.Struct("<Q")
-_ROWS, _BUFFER = 16, 1 << 20  # that are decoded at a time, and bytes that are read
+_ROWS, _BUFFER = 16, 1 << 20  # rows decoded at a time, and bytes read at a time
 
 
 def _rows(file: str, columns: list[str]) -> Iterator[dict[str, Any] | str]:
     try:
         with parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False) as rows:
             names = rows.schema_arrow.names
-            found = [name for name in names if name in columns]
-            if not found:
+            known = [name for name in names if name in columns]
+            if not known:
                 wanted = " or ".join(f'"{name}"' for name in columns)
                 yield f"has no column {wanted}, but {', '.join(names)}"
                 return
-            for batch in rows.iter_batches(_ROWS, columns=found, use_threads=False):
+            for batch in rows.iter_batches(_ROWS, columns=known, use_threads=False):
                 yield from batch.to_pylist()
-    except MemoryError:  # pyarrow's own is one, too
+    except MemoryError:  # includes pyarrow's own
         yield f"takes more than {MEMORY >> 20} MB to read; convert it to .jsonl"
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         yield f"cannot be read: {error}"
 
 
 def main() -> None:
-    """Writes the rows of the file and columns that are its arguments."""
+    """Writes the rows of the file and columns that are given as command-line arguments."""
     file, *columns = sys.argv[1:]
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for row in _rows(file, columns):

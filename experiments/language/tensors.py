@@ -1,8 +1,8 @@
-"""The params of a model as the tensors of its Hugging Face folder: one table, read in both ways.
+"""Conversion between a model's params and the tensors of its Hugging Face folder.
 
-A row of `NAMES` has the path of a leaf, in its layer if it is of one, and the name of its tensor.
-A leaf that is stacked has a tensor in each layer, and one of the experts' in each of these for
-every expert. Kernels are `(fan_in, fan_out)` here and `(fan_out, fan_in)` in the files.
+The table `NAMES` maps the path of a leaf (within its layer, if it belongs to one) to the name of
+its tensor. A leaf that stacks layers has one tensor for each layer, and a leaf of routed experts
+has one for each layer and expert. Kernels are `(fan_in, fan_out)` here and transposed in the files.
 """
 
 import collections
@@ -26,13 +26,13 @@ from experiments.language.processes import on_host
 Params = dict[str, Any]
 Dtype = Literal["float32", "bfloat16"]
 
-# In the order of the files; which rows a model has, its params say.
+# In the order of the files. A model has the rows of the params that it has.
 NAMES = {
     "embedding/embedding": "model.embed_tokens.weight",
-    # Of each layer; after `model.layers.NUMBER.`:
+    # For each layer, after the prefix `model.layers.NUMBER.`:
     "attention_norm/scale": "input_layernorm.weight",
     "feed_forward_norm/scale": "post_attention_layernorm.weight",
-    # Llama, Qwen2 with biases, and Qwen3 with norms.
+    # Llama; Qwen2, which has biases; and Qwen3, which has norms.
     "attention/query/kernel": "self_attn.q_proj.weight",
     "attention/query/bias": "self_attn.q_proj.bias",
     "attention/query_norm/scale": "self_attn.q_norm.weight",
@@ -41,7 +41,7 @@ NAMES = {
     "attention/key_norm/scale": "self_attn.k_norm.weight",
     "attention/value/kernel": "self_attn.v_proj.weight",
     "attention/value/bias": "self_attn.v_proj.bias",
-    # DeepSeek-V3 and Moonlight, without compression of queries.
+    # DeepSeek-V3 and Moonlight, without query compression.
     "attention/latent/kernel": "self_attn.kv_a_proj_with_mqa.weight",
     "attention/latent_norm/scale": "self_attn.kv_a_layernorm.weight",
     "attention/key_value/kernel": "self_attn.kv_b_proj.weight",
@@ -63,10 +63,10 @@ NAMES = {
 }
 EMBEDDING, HEAD = NAMES["embedding/embedding"], NAMES["head/kernel"]
 _STACKS = ("layers", "dense_layers", "moe_layers")
-# Entries of the vocabulary that are compared at once.
+# Number of vocabulary entries that are compared at once.
 _COMPARED = 4096
 
-# By row of NAMES: which column of our kernel each column of the files' is.
+# For rows of NAMES: the index of our kernel's column for each column in the files.
 Columns = Mapping[str, np.ndarray]
 
 
@@ -74,11 +74,11 @@ class Tensor(NamedTuple):
     """One tensor of the files.
 
     Attributes:
-        name: in the files.
-        row: of `NAMES`.
-        path: of the leaf that it is a part of.
-        index: along the leaf's leading axes: of its layer, or of its expert and layer, or none.
-        shape: in the files.
+        name: The name in the files.
+        row: The row of `NAMES`.
+        path: The path of the leaf that contains it.
+        index: The index along the leaf's leading axes: (layer,), (expert, layer) or ().
+        shape: The shape in the files.
     """
 
     name: str
@@ -89,15 +89,15 @@ class Tensor(NamedTuple):
 
 
 def tensors(shapes: Params) -> list[Tensor]:
-    """Those of a model, layer after layer; `shapes` are of its params, or the params themselves.
+    """Returns the tensors of a model with these params or shapes, layer after layer.
 
     Raises:
-        ValueError: a leaf that is not in `NAMES`.
+        ValueError: If a leaf is not in `NAMES`.
     """
     rows = {row: number for number, row in enumerate(NAMES)}
     dense = shapes.get("dense_layers")
     first = {"moe_layers": dense["attention_norm"]["scale"].shape[0] if dense else 0}
-    found = []
+    keyed = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         path = tuple(key.key for key in keys)
         row = "/".join(path[path[0] in _STACKS :])
@@ -109,16 +109,15 @@ def tensors(shapes: Params) -> list[Tensor]:
                 layer = first.get(path[0], 0) + index[-1]
                 name = f"model.layers.{layer}.{name.format(*index)}"
             shape = _of_one(path, leaf.shape)
-            found.append(((layer, rows[row], index), Tensor(name, row, path, index, shape)))
-    return [tensor for _, tensor in sorted(found)]
+            keyed.append(((layer, rows[row], index), Tensor(name, row, path, index, shape)))
+    return [tensor for _, tensor in sorted(keyed)]
 
 
 def check(folder: Path, files: Mapping[str, File], shapes: Params) -> list[Tensor]:
-    """The tensors of a model, all of which a folder has, and no other; reads their headers alone.
+    """Checks the headers of a folder's tensors, and returns the tensors of the model.
 
     Raises:
-        ValueError: the folder lacks a tensor or has one too many, or one has another shape or
-            dtype.
+        ValueError: If a tensor is missing, superfluous, or of another shape or dtype.
     """
     wanted = tensors(shapes)
     expected = {tensor.name: tensor.shape for tensor in wanted}
@@ -133,10 +132,10 @@ def check(folder: Path, files: Mapping[str, File], shapes: Params) -> list[Tenso
             )
     for name, shape in expected.items():
         header = files[name].opened.get_slice(name)
-        found, dtype = tuple(header.get_shape()), header.get_dtype()
-        if found != shape or dtype not in ("F32", "BF16", "F16"):
+        actual, dtype = tuple(header.get_shape()), header.get_dtype()
+        if actual != shape or dtype not in ("F32", "BF16", "F16"):
             raise ValueError(
-                f"{files[name].path}: {name} is {dtype} {found}; the model in {CONFIG} has F32, "
+                f"{files[name].path}: {name} is {dtype} {actual}; the model in {CONFIG} has F32, "
                 f"BF16 or F16 {shape}. Download both files again, of one model and in one of these "
                 "dtypes."
             )
@@ -150,20 +149,20 @@ def read(
     places: Params,
     columns: Columns = types.MappingProxyType({}),
 ) -> Params:
-    """The params in a folder, float32, and where they are to lie.
+    """Reads the params in a folder, as float32 arrays with the given shardings.
 
-    One tensor is read at a time, in its file's dtype, and a few are in the host's memory.
+    Tensors are read one at a time, in their file's dtype, and few are in host memory at once.
 
     Args:
-        folder: of the model.
-        files: of `hugging_face.open_tensors`.
-        shapes: of the params.
-        places: a sharding of each.
-        columns: where the files have those of a kernel in another order.
+        folder: The model's folder.
+        files: The files, from `hugging_face.open_tensors`.
+        shapes: The shapes of the params.
+        places: The shardings of the params.
+        columns: The columns' order of kernels whose columns are in another order in the files.
 
     Raises:
-        ValueError: as `check`, or a tensor has values that are not finite, or the model is tied and
-            the files have a head that is not its embedding.
+        ValueError: As for `check`; or if a tensor has NaN or infinity, or the model is tied and the
+            files have a head that differs from the embedding.
     """
     parts = collections.defaultdict(list)
     for tensor in check(folder, files, shapes):
@@ -176,25 +175,25 @@ def read(
         lies = NamedSharding(place.mesh, PartitionSpec(*_of_one(path, tuple(place.spec))))
         insert = _insertion(_is_kernel(path), place)
         stack = _leading(path)
-        made: Any = jnp.zeros(wanted.shape, jnp.float32, device=place) if stack else None
+        array: Any = jnp.zeros(wanted.shape, jnp.float32, device=place) if stack else None
         for tensor in parts[path]:
             file, order = files[tensor.name], columns.get(tensor.row)
             x = file.opened.get_tensor(tensor.name)
             x = x if order is None else x[np.argsort(order)]
             x = jax.make_array_from_callback(tensor.shape, lies, x.__getitem__)
-            made, finite = insert(made, x, tensor.index)
-            if not finite:  # which also waits, so that tensors do not pile up
+            array, finite = insert(array, x, tensor.index)
+            if not finite:  # this also waits, so that tensors do not pile up in memory
                 raise ValueError(
                     f"{file.path}: {tensor.name} contains NaN or Inf; download it again."
                 )
-        return made
+        return array
 
     return jax.tree_util.tree_map_with_path(leaf, shapes, places)
 
 
 @functools.cache
 def _insertion(transposed: bool, place: NamedSharding) -> Callable[..., tuple[jax.Array, Any]]:
-    """(leaf or None, a tensor of a file, index) -> the leaf with it, and whether it is finite."""
+    """Returns `(leaf or None, tensor, index) -> (leaf with the tensor, whether it is finite)`."""
 
     def insert(leaf: Any, x: jax.Array, index: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
         finite = jnp.all(jnp.isfinite(x))
@@ -206,14 +205,14 @@ def _insertion(transposed: bool, place: NamedSharding) -> Callable[..., tuple[ja
 
 
 def _check_tied(folder: Path, files: Mapping[str, File]) -> None:
-    """A head in the files of a tied model must be the embedding once more."""
+    """Checks that the output head in the files of a tied model equals the embedding."""
     embedding, head = (files[name].opened.get_slice(name) for name in (EMBEDDING, HEAD))
     entries, _ = embedding.get_shape()
     parts = (slice(i, min(i + _COMPARED, entries)) for i in range(0, entries, _COMPARED))
     if any((embedding[part] != head[part]).any() for part in parts):
         raise ValueError(
-            f"{folder}: {CONFIG} has tie_word_embeddings true, and {HEAD} differs from "
-            f"{EMBEDDING}. One of the two is wrong."
+            f"{folder}: {HEAD} must equal {EMBEDDING}, since {CONFIG} has tie_word_embeddings "
+            "true, but they differ. Download the model again, or correct the setting."
         )
 
 
@@ -229,26 +228,23 @@ def write(
     beside: Callable[[Path], None] = lambda partial: None,
     order: Callable[[Tensor], Any] = lambda tensor: 0,
 ) -> None:
-    """Makes a folder of a model.
-
-    Of several processes all must call, and the first one writes.
+    """Writes a model's folder. All processes must call it; the first one writes.
 
     Args:
-        folder: new or empty; it is there whole, or not at all.
-        params: of the model; they may lie on a mesh.
-        shapes: that they must have.
-        config: for `config.json`.
-        dtype: of the files; routers stay float32.
-        columns: as `read` takes them.
-        shard: bytes of a file of tensors at most, unless one tensor has more; so many are in the
-            host's memory at a time.
-        beside: writes what else belongs into the folder.
-        order: what to sort the tensors by; by default layers follow each other.
+        folder: A new or empty folder. It appears when it is complete.
+        params: The model's params, which may be sharded.
+        shapes: The shapes that the params must have.
+        config: The content of `config.json`.
+        dtype: The dtype of the files. Routers stay float32.
+        columns: As for `read`.
+        shard: Maximum bytes of a tensor file, unless a single tensor is larger. This much is in
+            host memory at a time.
+        beside: Writes the other files into the folder.
+        order: Sort key of the tensors. By default they are sorted by layer.
 
     Raises:
-        ValueError: these are not the model's params, or some are not finite, or the folder has
-            something in it.
-        OSError: the folder cannot be written.
+        ValueError: If the params are not the model's or not finite, or the folder is not empty.
+        OSError: If the folder cannot be written.
     """
     _check_params(params, shapes)
 
@@ -256,7 +252,7 @@ def write(
         for tensor in sorted(tensors(shapes), key=order):
             leaf = functools.reduce(lambda tree, key: tree[key], tensor.path, params)
             one = jnp.asarray(leaf[tensor.index] if tensor.index else leaf)
-            # A rounded router would choose other experts.
+            # Rounding a router would change which experts it chooses.
             one = one.astype("float32" if "router" in tensor.path else dtype)
             x = on_host(one.T if _is_kernel(tensor.path) else one)
             if not np.isfinite(x).all():
@@ -265,7 +261,7 @@ def write(
             yield tensor.name, np.ascontiguousarray(x if permuted is None else x[permuted])
 
     if jax.process_index() > 0:
-        collections.deque(one_by_one(), maxlen=0)  # its part in gathering them
+        collections.deque(one_by_one(), maxlen=0)  # takes part in gathering the arrays
         return
     with hugging_face.new_folder(folder) as partial:
         beside(partial)
@@ -292,11 +288,11 @@ def _is_kernel(path: tuple[str, ...]) -> bool:
 
 
 def _leading(path: tuple[str, ...]) -> int:
-    """How many axes of a leaf come before those of its matrix or vector: experts and layers."""
+    """Returns the number of leading axes of a leaf: those of experts and layers."""
     return (path[0] in _STACKS) + ("experts" in path)
 
 
 def _of_one(path: tuple[str, ...], axes: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Of a leaf's sizes, or its axes' names, those of one tensor in the files."""
+    """Returns the sizes (or names) of the axes of one tensor, from those of its leaf."""
     one = axes[_leading(path) :]
     return one[::-1] if _is_kernel(path) else one

@@ -1,4 +1,4 @@
-"""Byte-level BPE: trained on text or read from a file, and how many bytes each token stands for."""
+"""Tokenizers: byte-level BPE trained on text, or any that is read from a file."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -14,14 +14,14 @@ _BYTES = pre_tokenizers.ByteLevel.alphabet()
 
 
 class Vocabulary(NamedTuple):
-    """A tokenizer, and what is to be known of its tokens.
+    """A tokenizer and facts about its tokens.
 
     Attributes:
-        tokenizer: takes all text as plain text, also what spells a special token.
-        size: all ids are less than it.
-        end_of_text: the id that ends a document.
-        bytes_per_token: `(size,)` int32, bytes of text that each token stands for, 0 for special
-            ones; None for a tokenizer that is not byte-level.
+        tokenizer: The tokenizer. It reads the spelling of a special token as plain text.
+        size: The vocabulary size; all ids are less.
+        end_of_text: The id of the token that ends a document.
+        bytes_per_token: `(size,)` int32, the bytes of text that each token stands for, 0 for
+            special tokens. None for a tokenizer that is not byte-level.
     """
 
     tokenizer: Tokenizer
@@ -31,18 +31,18 @@ class Vocabulary(NamedTuple):
 
 
 def train(texts: Iterable[str], size: int, end_of_text: str) -> bytes:
-    """A byte-level BPE of the texts, the same on every run and for any number of threads.
+    """Trains a byte-level BPE. The result does not depend on the run or the number of threads.
 
     Args:
-        texts: to count the pairs of.
-        size: tokens at most; small texts have fewer pairs to merge.
-        end_of_text: the one special token; its id is 0.
+        texts: The texts to train on.
+        size: The maximum number of tokens. Small texts result in fewer.
+        end_of_text: The only special token, with id 0.
 
     Returns:
         The content of a `tokenizer.json`.
 
     Raises:
-        ValueError: so few tokens are not all bytes and `end_of_text`.
+        ValueError: If `size` is too small for all bytes and `end_of_text`.
     """
     if size <= len(_BYTES):
         raise ValueError(
@@ -63,16 +63,16 @@ def train(texts: Iterable[str], size: int, end_of_text: str) -> bytes:
 
 
 def load(source: bytes, name: str, end_of_text: str, size: int = 0) -> Vocabulary:
-    """The vocabulary of a `tokenizer.json`.
+    """Returns the vocabulary of a `tokenizer.json`.
 
     Args:
-        source: its content.
-        name: for errors.
-        end_of_text: how the token that ends a document is spelt.
-        size: of the vocabulary, if it has no more tokens; the ids that it lacks are never met.
+        source: The content of the file.
+        name: The name of the file, for error messages.
+        end_of_text: The spelling of the token that ends a document.
+        size: The least vocabulary size to report. Ids without a token never occur.
 
     Raises:
-        ValueError: it is damaged, or has no token `end_of_text`.
+        ValueError: If the content is damaged, or has no token `end_of_text`.
     """
     tokenizer = read(source, name)
     end = tokenizer.token_to_id(end_of_text)
@@ -117,14 +117,14 @@ def read(source: bytes, name: str) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`, which neither cuts nor pads.
 
     Raises:
-        ValueError: it is damaged; the message gives its name.
+        ValueError: If the content is damaged. The message has the file's name.
     """
     try:
         tokenizer = Tokenizer.from_buffer(source)
         largest = max(tokenizer.get_vocab().values(), default=-1)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library has no narrower one, and panics are none of those
+    except BaseException as error:  # the library raises plain Exceptions and panics
         raise ValueError(f"{name} is not a valid tokenizer.json: {error}.") from None
     if not 0 <= largest < _LARGEST:
         found = "no tokens" if largest < 0 else f"the token {largest}"
@@ -138,7 +138,7 @@ def read(source: bytes, name: str) -> Tokenizer:
 
 
 def _bytes_per_token(tokenizer: Tokenizer, size: int) -> np.ndarray | None:
-    """A byte-level token is spelt with one character a byte, also where it is part of one."""
+    """Returns the bytes per token, since byte-level BPE spells each byte as one character."""
     if not isinstance(tokenizer.decoder, decoders.ByteLevel):
         return None
     counts = np.zeros(size, np.int32)

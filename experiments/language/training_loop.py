@@ -43,16 +43,16 @@ OnMessage = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Keeping:
-    """How a run is kept and watched, which changes nothing of what it trains."""
+    """Settings of checkpoints, evaluations and logs, which do not affect the training."""
 
     save_every: Count = 100
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
     max_checkpoints: Count = 3
     """Number of checkpoints to keep; older ones are deleted."""
     evaluate_every: Count = 50
-    """Steps between evaluations."""
+    """Number of steps between evaluations."""
     evaluation_tokens: Count = 32_768
-    """Held-out tokens to evaluate on, the same every time."""
+    """Number of held-out tokens to evaluate on, the same ones every time."""
     log_every: Count = 10
     """Steps between records in metrics.jsonl."""
     hours: Positive | None = None
@@ -60,7 +60,7 @@ class Keeping:
     again; the same command continues from there. Leave some minutes of the queue's limit for the
     step at hand, its evaluation and its checkpoint. By default it trains to the end."""
     profile: tuple[int, int] | None = None
-    """First step to profile, and the step to stop before."""
+    """Steps to profile, as FIRST END: from FIRST to the step before END. By default none."""
 
     def __post_init__(self) -> None:
         check(self)

@@ -1,6 +1,6 @@
-"""What has the size of the vocabulary: embeddings of tokens, and the cross-entropy of logits.
+"""Token embeddings, and the cross-entropy of the output logits.
 
-Both run on a mesh with the axes of `sharding`: its table is split over "tensor" and "fsdp".
+Both run on a mesh with the axes of `sharding`, with tables split over "tensor" and "fsdp".
 """
 
 import jax
@@ -8,17 +8,17 @@ import jax.numpy as jnp
 
 from experiments.language.sharding import gather, platform, spec
 
-# Tokens of a device whose logits are held at once; on a GPU, where each run of a kernel costs, as
-# many more as this memory of logits holds.
+# Number of a device's tokens whose logits are in memory at once. On a GPU, where kernel launches
+# cost time, as many more as fit into this many bytes of logits.
 LOSS_TOKENS = 2048
 _GPU_LOGITS = 2 << 30
 
 
 def look_up(table: jax.Array, tokens_BxT: jax.Array, dtype: str) -> jax.Array:
-    """Embeddings `(B, T, D)`. Each device finds all tokens' entries in its part of the table.
+    """Returns the embeddings of tokens, `(B, T, D)`. Each device reads its part of the table.
 
-    So tokens and embeddings travel, and neither the table nor its gradient, which adds up in the
-    table's own dtype.
+    So devices exchange tokens and embeddings, but neither the table nor its gradient, which is
+    accumulated in the table's dtype.
     """
 
     def local(table, tokens):
@@ -38,26 +38,26 @@ def look_up(table: jax.Array, tokens_BxT: jax.Array, dtype: str) -> jax.Array:
 
 
 def loss_tokens(count: int, vocabulary: int, platform: str) -> int:
-    """Of how many of its tokens a device holds the logits, of its part of the vocabulary, at once.
+    """Returns the number of a device's tokens whose logits are in memory at once.
 
-    All chunks have as many, and the last one is filled up.
+    All chunks have this number of tokens; the last one is padded.
     """
     most = max(LOSS_TOKENS, _GPU_LOGITS // (4 * vocabulary) if platform == "gpu" else 0)
     return -(-count // -(-count // most))
 
 
 def logits(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
-    """Of `(width, vocabulary)` and `(..., width)`, float32 whatever the dtype of these."""
+    """Returns the logits of a kernel `(width, vocabulary)` and `(..., width)`, always float32."""
     return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
 
 def cross_entropy(
     kernel: jax.Array, hidden: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Of each target, `(B, T)`: its loss in nats, and whether it is the argmax of the logits.
+    """Returns each target's loss in nats and whether it is the logits' argmax, `(B, T)` each.
 
-    Few logits exist at a time. A device gathers the kernel once for all its tokens, adds up its
-    gradient in float32 and scatters it once.
+    Only a chunk of logits is in memory at a time. A device gathers the kernel once for all of its
+    tokens, accumulates the kernel's gradient in float32, and scatters it once.
     """
 
     def local(kernel, hidden, targets):
@@ -73,10 +73,10 @@ def cross_entropy(
         flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
         tokens = loss_tokens(targets.size, kernel.shape[1], platform())
         if targets.size == tokens:
-            found = jax.vmap(loss)(flat)
+            results = jax.vmap(loss)(flat)
         else:
-            found = jax.lax.map(jax.checkpoint(loss), flat, batch_size=tokens)
-        return tuple(x.reshape(targets.shape) for x in found)
+            results = jax.lax.map(jax.checkpoint(loss), flat, batch_size=tokens)
+        return tuple(x.reshape(targets.shape) for x in results)
 
     return jax.shard_map(
         local,
@@ -89,13 +89,13 @@ def cross_entropy(
 def weighted_loss(
     kernel: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array, *, tied: bool
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The sum of weight × loss, to be differentiated, and what `cross_entropy` returns.
+    """Returns the sum of weight × loss, to be differentiated, and the results of `cross_entropy`.
 
-    With its gradient it takes three products of the size of the logits, where `cross_entropy` takes
-    four: the weights are there when the logits are, so that these become their own gradient at
-    once, in the dtype of the products, and are not made again. `tied` tells that the kernel is the
-    embedding, transposed: XLA for TPUs lays its gradient out as that of the embedding, and would
-    make all-reduces of both stages of `gather`, where one is beside computation.
+    With its gradient this takes three products of the size of the logits, where `cross_entropy`
+    takes four: since the weights are known, the forward pass turns the logits into their gradient,
+    in the products' dtype, and the backward pass need not compute them again. `tied` means that the
+    kernel is the transposed embedding. It is then gathered in one stage, since XLA for TPUs lays
+    out its gradient like the embedding's and would turn both stages of `gather` into all-reduces.
     """
 
     def local(kernel, hidden, targets, weights):
@@ -106,22 +106,22 @@ def weighted_loss(
         whole = whole.astype(hidden.dtype)
         first = jax.lax.axis_index("tensor") * kernel.shape[1]
         flat = hidden.reshape(-1, hidden.shape[-1]), targets.ravel() - first, weights.ravel()
-        total, found = _weighted_loss(whole, *flat)
-        return total[None], tuple(x.reshape(targets.shape) for x in found)
+        total, results = _weighted_loss(whole, *flat)
+        return total[None], tuple(x.reshape(targets.shape) for x in results)
 
     batch = spec("batch", None)
-    totals, found = jax.shard_map(
+    totals, results = jax.shard_map(
         local,
         in_specs=(spec("width", "vocabulary"), spec("batch", None, None), batch, batch),
         out_specs=(spec("batch"), (batch, batch)),
         check_vma=False,
     )(kernel, hidden, targets, weights)
-    return jnp.sum(totals), found
+    return jnp.sum(totals), results
 
 
 @jax.custom_vjp
 def _weighted_loss(kernel, hidden, targets, weights):
-    """Of a device's tokens `(T, D)` and, along "tensor", its part of the vocabulary."""
+    """Computes `weighted_loss` for a device's tokens `(T, D)` and its part of the vocabulary."""
     return _weighted_loss_forward(kernel, hidden, targets, weights)[0]
 
 
@@ -130,16 +130,16 @@ def _weighted_loss_forward(kernel, hidden, targets, weights):
     count = -(-len(targets) // size)
 
     def cut(x):
-        """`(T, ...)` as `(chunks, t, ...)`, filled up with zeros."""
+        """Reshapes `(T, ...)` to `(chunks, t, ...)`, padded with zeros."""
         rest = ((0, count * size - len(x)), *((0, 0),) * (x.ndim - 1))
         return jnp.pad(x, rest).reshape(count, size, *x.shape[1:])
 
     def add(of_kernel, chunk):
         hidden, targets, weights = chunk
-        made = logits(kernel, hidden)
-        normalisers, first = jax.vmap(_read)(made)
-        losses = normalisers - jax.vmap(_own)(made, targets)
-        of_logits = jax.vmap(_token_loss_gradient)(made, normalisers, targets, weights)
+        chunk_logits = logits(kernel, hidden)
+        normalisers, first = jax.vmap(_read)(chunk_logits)
+        losses = normalisers - jax.vmap(_own)(chunk_logits, targets)
+        of_logits = jax.vmap(_token_loss_gradient)(chunk_logits, normalisers, targets, weights)
         of_logits = of_logits.astype(hidden.dtype)
         of_kernel += jax.lax.dot_general(
             hidden, of_logits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
@@ -147,8 +147,8 @@ def _weighted_loss_forward(kernel, hidden, targets, weights):
         return of_kernel, (losses, first == targets, of_logits @ kernel.T)
 
     zeros = jnp.zeros(kernel.shape, jnp.float32)
-    of_kernel, found = jax.lax.scan(add, zeros, tuple(map(cut, (hidden, targets, weights))))
-    losses, correct, of_hidden = (x.reshape(-1, *x.shape[2:])[: len(targets)] for x in found)
+    of_kernel, results = jax.lax.scan(add, zeros, tuple(map(cut, (hidden, targets, weights))))
+    losses, correct, of_hidden = (x.reshape(-1, *x.shape[2:])[: len(targets)] for x in results)
     gradients = of_kernel.astype(kernel.dtype), of_hidden
     return (jnp.sum(weights * losses), (losses, correct)), gradients
 
@@ -163,9 +163,9 @@ _weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
 
 @jax.custom_vjp
 def token_loss(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """Cross-entropy of one token; along "tensor" each device has some of the vocabulary's logits.
+    """Returns the cross-entropy of one token, whose logits are split over the axis "tensor".
 
-    Its own derivative, `softmax - one_hot`, takes one pass where that of its parts takes several.
+    The custom derivative, `softmax - one_hot`, takes one pass over the logits, not several.
     """
     return _token_loss_forward(logits, target)[0]
 
@@ -190,13 +190,13 @@ token_loss.defvjp(_token_loss_forward, _token_loss_backward)
 
 
 def _own(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """The target's logit."""
+    """Returns the target's logit."""
     here = (target >= 0) & (target < logits.size)
     return jax.lax.psum(jnp.where(here, logits[target], 0), "tensor")
 
 
 def _read(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A token's log-sum-exp, and which of its largest logits is first, as targets are counted."""
+    """Returns a token's log-sum-exp and the global index of its first largest logit."""
     read = {"gpu": _in_one_pass, "tpu": _in_two_passes}.get(platform(), _in_passes)
     largest, total, place = read(logits)
     of_all = jax.lax.pmax(largest, "tensor")
@@ -207,14 +207,14 @@ def _read(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _in_passes(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The largest logit, the sum of exponentials below it, and where it is first."""
+    """Returns the largest logit, the sum of exponentials relative to it, and its first index."""
     largest = jnp.max(logits)
     places = jnp.where(logits == largest, jnp.arange(logits.size), logits.size)
     return largest, jnp.sum(jnp.exp(logits - largest)), jnp.min(places)
 
 
 def _in_two_passes(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same; the compiler of TPUs would read once more for the place of the largest."""
+    """Does the same in two passes; the TPU compiler would add a pass for the index."""
     largest = jnp.max(logits)
     places = jnp.where(logits == largest, jnp.arange(logits.size), logits.size)
 
@@ -227,7 +227,7 @@ def _in_two_passes(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _in_one_pass(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same; a CPU takes longer to do it at once than to read thrice."""
+    """Does the same in one pass, which is slower than three passes on a CPU."""
 
     def join(a, b):
         (largest, total, place), (other, more, its) = a, b

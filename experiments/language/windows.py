@@ -1,4 +1,4 @@
-"""Windows of tokens: a step's batch of shuffled ones to train on, fixed ones to validate on."""
+"""Windows of tokens: shuffled batches to train on, and fixed windows to evaluate on."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,13 +9,13 @@ import numpy as np
 
 from experiments.language.data import Tokens
 
-_READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # batches
+_READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # in batches
 
 
 def batches(
     tokens: Tokens, *, batch: int, context: int, seed: int, rows: Sequence[int] | None = None
 ) -> grain.MapDataset:
-    """The windows that each step trains on, or those of them that this process loads.
+    """Returns the batches of windows to train on, or the part that this process loads.
 
     Documents follow each other, and every `context` tokens a window begins: each token but the
     first is a target once an epoch. Every epoch has its own order, and the windows of an epoch that
@@ -24,18 +24,18 @@ def batches(
     that `batches(...)[step]` is all that it takes to go on from any step.
 
     Args:
-        tokens: to cut.
-        batch: windows a step, over all processes.
-        context: targets of a window.
-        seed: of the order; not negative.
-        rows: places in the batch of the windows to load, as `processes.Share` tells them; by
-            default all.
+        tokens: The tokens.
+        batch: The number of windows in a step, over all processes.
+        context: The number of targets in a window.
+        seed: The seed of the order, not negative.
+        rows: The indices in the batch of the windows to load, as in `processes.Share`. By default
+            all.
 
     Returns:
         An endless data set, indexed by step: `(rows, context + 1)` int32.
 
     Raises:
-        ValueError: there is no whole window, or the seed is negative.
+        ValueError: If there is no whole window, or the seed is negative.
     """
     if seed < 0:
         raise ValueError(f"--seed must be at least 0; got {seed}.")
@@ -56,36 +56,36 @@ def batches(
 
 
 def from_step(data: grain.MapDataset, step: int) -> Iterator[np.ndarray]:
-    """The batches from a step on, read ahead in the background; `close()` ends that."""
+    """Returns the batches from a step on, prefetched in the background until `close()`."""
     return iter(data[step:].to_iter_dataset(_READ))
 
 
 class HeldOut(NamedTuple):
-    """Windows to validate on.
+    """Windows to evaluate on.
 
     Attributes:
-        windows: `(windows, context + 1)` int32; each token but a window's first is a target.
-        bytes: of text that the targets stand for, in all; None if that is unknown.
+        windows: `(windows, context + 1)` int32. Each token but the first of a window is a target.
+        bytes: The bytes of text that all targets stand for; None if unknown.
     """
 
     windows: np.ndarray
     bytes: int | None
 
     def bits_per_byte(self, loss: float) -> float | None:
-        """Of a mean loss in nats a target; a document's end costs bits and has no bytes."""
+        """Converts a loss in nats per target. Ends of documents count bits but have no bytes."""
         if not self.bytes:
             return None
         return loss * self.windows[:, 1:].size / (math.log(2) * self.bytes)
 
 
 def held_out(tokens: Tokens, context: int, limit: int) -> HeldOut:
-    """Windows of the validation tokens, evenly spread, with `limit` targets at most.
+    """Returns evenly spaced windows of the held-out tokens, with at most `limit` targets.
 
     Raises:
-        ValueError: there is no whole window, or the limit is below one.
+        ValueError: If there is no whole window, or `limit` is less than one window.
     """
     if limit < context:
-        raise ValueError(f"{limit} tokens to validate on are fewer than one --context {context}.")
+        raise ValueError(f"--evaluation-tokens must be at least --context {context}; got {limit}.")
     windows = _Windows(tokens.validation, context, "held out")
     count = min(limit // context, len(windows))
     chosen = np.stack([windows[i * len(windows) // count] for i in range(count)])
@@ -94,7 +94,7 @@ def held_out(tokens: Tokens, context: int, limit: int) -> HeldOut:
 
 
 class _Steps:
-    """`(places, context + 1)` of each step: the windows at these places of its batch."""
+    """The windows `(places, context + 1)` at these places of each step's batch."""
 
     def __init__(self, windows: grain.MapDataset, batch: int, places: Sequence[int]):
         self._windows, self._batch, self._places = windows, batch, places
@@ -107,7 +107,7 @@ class _Steps:
 
 
 class _Windows:
-    """`(context + 1,)` int32 from every `context` tokens of shards that follow each other."""
+    """Windows `(context + 1,)` int32, one every `context` tokens of concatenated shards."""
 
     def __init__(self, shards: Sequence[np.ndarray], context: int, purpose: str):
         self._shards = shards
@@ -115,8 +115,8 @@ class _Windows:
         self._ends = np.cumsum([len(shard) for shard in shards])
         if len(self) < 1:
             raise ValueError(
-                f"The text has {self._ends[-1]} tokens {purpose}, fewer than the {context + 1} "
-                "of one sequence; give more text or a shorter --context."
+                f"The text must have at least {context + 1} tokens {purpose} (one sequence); got "
+                f"{self._ends[-1]}. Give more text or a shorter --context."
             )
 
     def __len__(self) -> int:

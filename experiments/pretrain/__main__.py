@@ -1,4 +1,4 @@
-"""`python -m experiments.pretrain`: trains, resumes, compares, and plans what is too large."""
+"""`python -m experiments.pretrain`: trains, resumes, compares and plans language models."""
 
 from experiments.huge_pages import restart_with_huge_pages
 
@@ -41,27 +41,28 @@ from experiments.settings import check_different, given, given_text
 
 @dataclasses.dataclass(frozen=True)
 class Command(Suite, Planning, Running, Training):
-    """Pretrains a mixture-of-experts language model, with Muon and with AdamW.
+    """Pretrains a mixture-of-experts language model with AdamW and with Muon.
 
-    Without options it trains a small model on the source of Python's standard library with both
-    optimizers, in some minutes on two CPU cores, and writes a report with loss curves in bits per
-    byte and texts that the models write. `--preset` takes larger models, `--data.files` other text,
-    and `--suite` compares many trainings. The same command continues a run, bit for bit, after
-    Ctrl-C or SIGTERM (which save a checkpoint and exit with 130), a crash or a kill.
+    Without options, this trains a small model on the source of Python's standard library, once with
+    each optimizer, and writes a report with loss curves in bits per byte and generated samples. It
+    takes a few minutes on two CPU cores. `--preset` selects a larger model, `--data.files` trains
+    on your own text, and `--suite` runs a study of many trainings. Run the same command again to
+    resume, bit for bit, after Ctrl-C or SIGTERM (which save a checkpoint and exit with code 130),
+    a crash or a kill.
     """
 
     preset: PresetName = "tiny"
-    """Named model to begin with; explicit options override its settings. It has a schedule and
-    learning rates, too."""
+    """Named settings. They are those of model, schedule and learning rates; explicit options
+    override them."""
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """Folder with config.json and safetensors of a DeepSeek-V3, Llama or Qwen3 to go on from.
-    The optimizer starts afresh, and the schedule is that of the options."""
+    """Folder of a DeepSeek-V3, Llama or Qwen3 model (config.json and safetensors) to continue
+    pretraining. The optimizer state starts fresh; the options set the schedule."""
     optimizers: tuple[OptimizerName, ...] = ("adamw", "muon")
-    """Optimizers to compare. Each of several has a folder of its own in --out."""
+    """Optimizers to compare. If there are several, each gets its own folder in --out."""
     out: str | None = None
-    """Folder of the run. By default runs/pretrain/PRESET; it may be in gs:// or s3://."""
+    """Folder of the run. It may be in gs:// or s3://. By default runs/pretrain/PRESET."""
     processes: Processes = dataclasses.field(default_factory=Processes)
-    """A run on several hosts."""
+    """Training on several hosts."""
 
     def __post_init__(self) -> None:
         Suite.__post_init__(self)
@@ -86,7 +87,7 @@ class Command(Suite, Planning, Running, Training):
             )
 
     def folder(self, optimizer: OptimizerName | None = None) -> epath.Path:
-        """Of the command, or of the run with one of its optimizers."""
+        """Returns the command's folder, or the folder of the run with one of its optimizers."""
         folder = epath.Path(self.out or Path("runs/pretrain") / self.preset)
         return folder / optimizer if optimizer and len(self.optimizers) > 1 else folder
 
@@ -97,7 +98,7 @@ def main() -> int:
 
 
 def parse(arguments: list[str]) -> Command:
-    """The command line; what it does not say is the preset's."""
+    """Returns the command; options that are not given take the preset's values."""
     name = given_text(arguments, "--preset", PRESETS)
     suite = given_text(arguments, "--suite", get_args(SuiteName))
     origin = given_text(arguments, "--from")
@@ -114,7 +115,7 @@ def parse(arguments: list[str]) -> Command:
         settings
         | vars(fitted(training, arguments))
         | {
-            # One window is held out, at least.
+            # At least one window is held out.
             "evaluation_tokens": max(Running.evaluation_tokens, context)
         }
     )
@@ -123,7 +124,7 @@ def parse(arguments: list[str]) -> Command:
 
 
 def run(command: Command, stop: threading.Event, console: Console) -> int:
-    """Does what the command asks for."""
+    """Trains, plans, compiles or runs a suite, as the command says; returns its exit code."""
     if command.dry_run or command.compile_only:
         return _plan(command, console)
     begin = None
@@ -184,7 +185,7 @@ def _plan(command: Command, console: Console) -> int:
 
 
 def _check_start(command: Command, folder: Path, console: Console) -> None:
-    """Refuses, before any work, a training that cannot go on from a folder, or does not fit."""
+    """Checks, before any work, that the --from model matches the command and fits the device."""
     config, mesh = command.training(), make_mesh(command.mesh.sizes)
     start.check(config, folder, console)
     for name in command.optimizers:
@@ -192,7 +193,7 @@ def _check_start(command: Command, folder: Path, console: Console) -> None:
 
 
 def _check_folder(command: Command) -> None:
-    """Refuses, before any work, an --out with something else in it than runs of this study."""
+    """Checks, before any work, that --out holds nothing but runs of this study."""
     folder = command.folder()
     if command.suite:
         folder = epath.Path(command.out or f"runs/pretrain/suite-{command.suite}")

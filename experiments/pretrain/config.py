@@ -1,4 +1,4 @@
-"""What a pretraining run trains: its model, text, schedule, optimizers and mesh."""
+"""Settings of a pretraining run: its model, text, schedule, optimizers and mesh."""
 
 import dataclasses
 import json
@@ -30,31 +30,32 @@ PresetName = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A transformer: some dense layers first, then layers with experts."""
+    """Sizes of a transformer whose first layers are dense and whose other layers have experts."""
 
     layers: Count = 4
     """Number of layers."""
     dense_layers: Whole = 1
-    """Number of first layers without experts. A dense model has as many as --model.layers."""
+    """Number of layers, from the first, without experts. If equal to --model.layers, the model is
+    dense."""
     width: Count = 128
     """Width of the residual stream."""
     heads: Count = 4
-    """Attention heads."""
+    """Number of attention heads."""
     attention: Literal["latent", "multi-head"] = "latent"
-    """Attention with a shared latent for keys and values (DeepSeek's MLA), or without."""
+    """Type of attention. latent: keys and values come from a shared latent (DeepSeek's MLA)."""
     latent: Count = 64
     """Latent attention: size of the latent."""
     nope: Count = 32
-    """Latent attention: columns of a query or key head without RoPE."""
+    """Latent attention: number of dimensions of a query or key head without RoPE."""
     rope: Count = 16
-    """Latent attention: columns of a query or key head with RoPE."""
+    """Latent attention: number of dimensions of a query or key head with RoPE."""
     value: Count = 32
-    """Latent attention: columns of a value head."""
+    """Latent attention: number of dimensions of a value head."""
     kv_heads: Whole = 0
-    """Multi-head attention: heads of keys and values, of which each serves as many of queries. 0
-    takes as many as --model.heads."""
+    """Multi-head attention: number of key and value heads, a divisor of --model.heads. 0 means
+    --model.heads."""
     head_dim: Whole = 0
-    """Multi-head attention: columns of a head. 0 takes --model.width / --model.heads."""
+    """Multi-head attention: dimensions of a head. 0 means --model.width / --model.heads."""
     qk_norm: bool = False
     """Multi-head attention: normalise queries and keys, as Qwen3 does."""
     rope_base: Annotated[float, above(1)] = 50_000.0
@@ -62,15 +63,15 @@ class Model:
     hidden: Count = 384
     """Hidden size of a dense layer's SwiGLU."""
     experts: Count = 8
-    """Routed experts per layer."""
+    """Number of routed experts per layer."""
     active: Count = 2
-    """Routed experts per token."""
+    """Number of routed experts per token."""
     shared: Whole = 1
-    """Shared experts, which see every token; they are one SwiGLU of their joint size."""
+    """Number of shared experts, which process every token. They are computed as one SwiGLU."""
     expert_hidden: Count = 96
     """Hidden size of an expert."""
     routed_scale: Positive = 2.446
-    """Factor of the routed experts' weights, which sum to 1."""
+    """Factor applied to the routed experts' gate weights, which sum to 1 before it."""
     bias_rate: Decay = 1e-3
     """Update rate of the router biases that balance the experts."""
     balance_loss: Decay = 1e-4
@@ -82,13 +83,13 @@ class Model:
     epsilon: Positive = 1e-5
     """Epsilon of RMSNorm."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the arithmetic. Parameters, router and losses are float32."""
+    """Precision of the forward and backward pass. Parameters, router and losses are float32."""
     remat: Literal["none", "dots", "full"] = "none"
-    """Rematerialisation: what the backward pass recomputes. none: nothing. dots: all but the
-    products with kernels. full: whole layers. Fused attention kernels are never recomputed."""
+    """Parts that the backward pass recomputes to save memory. none: nothing. dots: all except
+    products with weight matrices. full: whole layers. Fused attention is never recomputed."""
     exchange: Literal["gather", "ragged"] | None = None
-    """How tokens reach experts on other devices. By default the faster way that the platform
-    has."""
+    """How tokens reach experts on other devices. gather: every device receives all tokens. ragged:
+    tokens are sent to their experts only. By default, the faster way on this platform."""
 
     def __post_init__(self) -> None:
         check(self, "model")
@@ -120,25 +121,25 @@ class Model:
 
     @property
     def key_columns(self) -> int:
-        """Of a query or key head."""
+        """Number of dimensions of a query or key head."""
         if self.attention == "latent":
             return self.nope + self.rope
         return self.head_dim or self.width // self.heads
 
     @property
     def key_heads(self) -> int:
-        """Heads of keys and values."""
+        """Number of key and value heads."""
         return self.kv_heads or self.heads
 
 
 @dataclasses.dataclass(frozen=True)
 class Training(Settings):
-    """One training of one model, whichever optimizer does it."""
+    """Settings of one training, whichever optimizer it uses."""
 
     adamw: AdamW = dataclasses.field(
         default_factory=lambda: AdamW(learning_rate=4e-3, weight_decay=0.1, b2=0.95)
     )
-    """AdamW, as an optimizer of its own and in the others for embedding, head and gains."""
+    """AdamW, on its own and, within other optimizers, for the embedding, head and gains."""
     muon: Muon = dataclasses.field(
         default_factory=lambda: Muon(learning_rate=8e-3, scale="match_rms_adamw")
     )
@@ -148,7 +149,7 @@ class Training(Settings):
     data: Data = dataclasses.field(default_factory=Data)
     """The text to train on."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
-    """The mesh of devices; at most one axis may be -1, and takes all devices that others leave."""
+    """The device mesh. One axis may be -1: it takes all devices that the other axes leave."""
     context: Count = 256
     """Sequence length, in tokens."""
     isolate_documents: bool = False
@@ -157,9 +158,9 @@ class Training(Settings):
     batch: Count = 8
     """Global batch size, in sequences."""
     accumulate: Count = 1
-    """Gradient-accumulation steps. Must divide --batch; the default does."""
+    """Number of gradient-accumulation steps. Must divide --batch."""
     steps: Count = 400
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     warmup: Whole = 40
     """Steps of linear warm-up. The default is at most a tenth of --steps."""
     decay: Annotated[DecayName, tyro.conf.arg(aliases=["--schedule"])] = "cosine"
@@ -169,19 +170,19 @@ class Training(Settings):
     schedules: Schedules = dataclasses.field(default_factory=Schedules)
     """Schedules of momentum and weight decay, and an average of the parameters to evaluate."""
     cooldown: Whole = 0
-    """Final steps with a linear decay to 0 and fixed router biases. The default is at most a tenth
-    of --steps."""
+    """Number of final steps in which the learning rate falls linearly to 0 and router biases are
+    fixed. By default at most a tenth of --steps."""
     clip: Clip = 1.0
-    """Largest global gradient norm; larger gradients are scaled down to it."""
+    """Maximum global gradient norm. Larger gradients are scaled down to it."""
     spike: Annotated[float, above(1)] | None = None
-    """Skip steps whose gradient norm exceeds this multiple of its recent mean. In the mean, a
-    skipped step counts with that bound. By default no step is skipped."""
+    """Skip a step if its gradient norm exceeds this multiple of the recent mean. A skipped step
+    enters the mean with that bound. By default, no step is skipped for this reason."""
     max_nonfinite_steps: Count = 10
     """Consecutive steps with NaN or Inf in loss or gradient after which the run stops."""
     rollback: Rollback = dataclasses.field(default_factory=Rollback)
     """When a run goes back to its last checkpoint, and leaves out the batches since then."""
     seed: Whole = 0
-    """Random seed. It sets the initial parameters and the order of the text."""
+    """Random seed. It sets the initial parameters and the data order."""
     origin: tyro.conf.Suppress[str | None] = None
     """Name and digest of the model that --from starts with."""
 
@@ -208,7 +209,7 @@ class Training(Settings):
 
     @property
     def microbatch(self) -> int:
-        """Sequences of one."""
+        """Number of sequences in a microbatch."""
         return self.batch // self.accumulate
 
     @property
@@ -216,20 +217,20 @@ class Training(Settings):
         return self.batch * self.context
 
     def training(self) -> "Training":
-        """These settings alone, without those of a command that has more."""
+        """Returns the training's own settings, without the further ones of a command."""
         return Training(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Training)})
 
 
 @dataclasses.dataclass(frozen=True)
 class Running(Keeping):
-    """How a run is kept and watched, which changes nothing of what it trains."""
+    """Settings of checkpoints, logs and samples, which do not affect the training."""
 
     samples: Whole = 3
-    """Number of texts that the trained model writes."""
+    """Number of texts to generate with the trained model."""
 
 
 def as_json(config: Training) -> dict[str, Any]:
-    """What is trained as plain JSON values, without where a machine keeps its text."""
+    """Returns the settings as JSON values, without the machine's path of the token cache."""
     own = {field.name: getattr(config, field.name) for field in dataclasses.fields(Training)}
     settings = {
         name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
@@ -254,7 +255,7 @@ def as_json(config: Training) -> dict[str, Any]:
 
 
 def from_json(kind: Any, value: Any) -> Any:
-    """Undoes `as_json`, for a dataclass or the type of one of its fields."""
+    """Inverts `as_json`, for a dataclass or the type of one of its fields."""
     if dataclasses.is_dataclass(kind):
         types = {field.name: field.type for field in dataclasses.fields(kind)}
         return kind(**{name: from_json(types[name], x) for name, x in value.items()})

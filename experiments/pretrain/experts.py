@@ -1,9 +1,9 @@
 """Routed experts without dropped tokens: gate, dispatch, expert FFN, combine.
 
-Shapes: B sequences, T positions, D width, E experts, K experts a token, F hidden size of an expert.
-A device of the expert axis has E / (size of the axis) experts, and meets all tokens of its group.
-Tokens are put in the order of their experts by a permutation and brought back by its inverse, in
-the backward pass too, so no sum depends on the order in which a scatter adds.
+Shapes: B sequences, T positions, D width, E experts, K experts per token, F hidden size of an
+expert. Each device along the expert axis has E / (size of the axis) experts, and serves the tokens
+of all devices along it. Tokens are sorted by expert with a permutation and restored with its
+inverse, also in the backward pass, so that no sum depends on the order in which a scatter adds.
 """
 
 import functools
@@ -23,14 +23,14 @@ _NOWHERE = 2**30
 
 
 class Gated(NamedTuple):
-    """What the gate decides.
+    """The result of the gate.
 
     Attributes:
         ids: `(B, T, K)` int32, the experts of each token.
-        weights: `(B, T, K)` float32, of their outputs.
-        load: `(E,)` int32, tokens of each expert.
-        balance: scalar, the sequence-wise balance loss before its factor.
-        entropy: scalar, nats: mean over tokens, of the normalised scores.
+        weights: `(B, T, K)` float32, the weights of their outputs.
+        load: `(E,)` int32, the number of tokens of each expert.
+        balance: The sequence-wise balance loss before its factor, a scalar.
+        entropy: The entropy of the normalised scores in nats, mean over tokens, a scalar.
     """
 
     ids: jax.Array
@@ -41,11 +41,11 @@ class Gated(NamedTuple):
 
 
 def gate(logits_BxTxE: jax.Array, bias_E: jax.Array, active: int, scale: float) -> Gated:
-    """Sigmoid gate with selection bias (DeepSeek-V3, 2412.19437, equations 12 to 20).
+    """Computes a sigmoid gate with selection bias (DeepSeek-V3, 2412.19437, equations 12 to 20).
 
-    The bias chooses the top-k, and is no part of the weights nor of the balance loss, whose top-k
-    is of the scores alone (equation 18). Scores are divided by their sum as logarithms: they all
-    may be too small for float32.
+    The bias affects the choice of the top-k, but not the weights or the balance loss, whose top-k
+    is of the scores alone (equation 18). Scores are normalised as logarithms, since all of them may
+    be too small for float32.
     """
     log_scores = jax.nn.log_sigmoid(logits_BxTxE)
     biased = jax.lax.stop_gradient(jnp.exp(log_scores)) + bias_E[None, None]
@@ -63,14 +63,15 @@ def gate(logits_BxTxE: jax.Array, bias_E: jax.Array, active: int, scale: float) 
 
 
 def _count(ids: jax.Array, experts: int) -> jax.Array:
-    """How often each sequence chooses each expert: `(B, T, K)` -> `(B, E)`."""
+    """Counts how often each sequence chooses each expert: `(B, T, K)` -> `(B, E)`."""
     return jnp.sum(jax.nn.one_hot(ids, experts, dtype=jnp.int32), axis=(1, 2))
 
 
 def updated_bias(bias: jax.Array, load: jax.Array, rate: float | jax.Array) -> jax.Array:
-    """The selection bias after a step: `(..., E)` from the load `(..., E)` (2408.15664).
+    """Returns the selection bias `(..., E)` after a step with load `(..., E)` (2408.15664).
 
-    Experts with less than the mean load gain `rate`, others lose it; the mean stays what it was.
+    The bias of experts below the mean load rises by `rate`, that of others falls by it. Then the
+    bias is shifted so that its mean does not change.
     """
     load = load.astype(jnp.float32)
     sign = jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
@@ -78,7 +79,7 @@ def updated_bias(bias: jax.Array, load: jax.Array, rate: float | jax.Array) -> j
 
 
 class Experts(nnx.Module):
-    """SwiGLU kernels of all experts, `(E, D, F)` and `(E, F, D)`."""
+    """Routed experts, with stacked SwiGLU kernels `(E, D, F)` and `(E, F, D)`."""
 
     def __init__(self, experts: int, width: int, hidden: int, *, init, rngs: nnx.Rngs):
         self.gate = nnx.Param(init(rngs.params(), (experts, width, hidden), jnp.float32))
@@ -88,12 +89,12 @@ class Experts(nnx.Module):
     def __call__(
         self, x_BxTxD: jax.Array, ids: jax.Array, weights: jax.Array, exchange: Exchange | None
     ) -> jax.Array:
-        """The weighted sum `(B, T, D)` of each token's experts.
+        """Returns the weighted sum `(B, T, D)` of each token's experts.
 
-        `exchange` is how tokens reach experts of other devices: "gather" brings all tokens of the
-        group to each of them, "ragged" each token to where its experts are, for which a CPU has
-        no collective; None is the one that moves fewer bytes: a token has K copies to send, and
-        there are as many others to gather as devices.
+        `exchange` is how tokens reach experts on other devices. "gather" sends all tokens of the
+        group to each of its devices. "ragged" sends each token only to its experts' devices, which
+        CPUs do not support. None takes the one that moves fewer bytes: "ragged" sends K copies of
+        a token, "gather" as many as the group has devices.
         """
         mesh = jax.sharding.get_abstract_mesh()
         far = mesh.shape["expert"] > ids.shape[-1]
@@ -110,12 +111,12 @@ class Experts(nnx.Module):
 
 
 def _with_gathered_kernels(run, x, ids, weights, *kernels):
-    """Runs with all kernels of the group, of which each device along fsdp has some."""
+    """Calls `run` with the group's kernels, which are gathered along fsdp."""
     return run(x, ids, weights, *(gather(kernel, "fsdp") for kernel in kernels))
 
 
 def _by_gather(x, ids, weights, *kernels):
-    """Every device of the group sees all its tokens, and adds what its own experts make of them."""
+    """Gathers the group's tokens on each device, and sums the outputs of all devices' experts."""
     experts = kernels[0].shape[0]
     everyone = [
         jax.lax.all_gather(a, "expert", axis=0, tiled=True).reshape(-1, a.shape[-1])
@@ -134,9 +135,9 @@ def _by_gather(x, ids, weights, *kernels):
 
 
 def _by_ragged(x, ids, weights, *kernels):
-    """Each token travels to the devices of its experts and back, and nothing else does.
+    """Sends each token to the devices of its experts only, and the results back.
 
-    The buffer of arrivals has room for all tokens of the group: none is dropped.
+    The receive buffer has room for all tokens of the group, so none is dropped.
     """
     experts, devices = kernels[0].shape[0], jax.lax.axis_size("expert")
     me = jax.lax.axis_index("expert")
@@ -146,8 +147,8 @@ def _by_ragged(x, ids, weights, *kernels):
     # sizes[s, d, e]: tokens that device s sends to expert e of device d.
     sizes = jax.lax.all_gather(order.sizes, "expert").reshape(devices, devices, experts)
     to = jnp.sum(sizes, axis=2)
-    before = jnp.cumsum(to, axis=0) - to  # where a sender's tokens begin at the receiver
-    begin = jnp.cumsum(to, axis=1) - to  # and where they begin at the sender
+    before = jnp.cumsum(to, axis=0) - to  # offsets of a sender's tokens at the receiver
+    begin = jnp.cumsum(to, axis=1) - to  # and at the sender
     arrivals = devices * ids.size if devices > 1 else ids.size
     send = dispatch(tokens, order)
     received = jax.lax.ragged_all_to_all(
@@ -156,7 +157,7 @@ def _by_ragged(x, ids, weights, *kernels):
         begin[me], to[me], before[me], to[:, me],
         axis_name="expert",
     )  # fmt: skip
-    # Arrivals are in the order (sender, expert).
+    # Received tokens are sorted by (sender, expert).
     ends = jnp.cumsum(sizes[:, me].reshape(-1))
     segment = jnp.searchsorted(ends, jnp.arange(arrivals), side="right")
     expert = jnp.where(segment < devices * experts, segment % experts, _NOWHERE)
@@ -175,13 +176,13 @@ def _by_ragged(x, ids, weights, *kernels):
 
 
 class Order(NamedTuple):
-    """Pairs (token, expert) sorted by expert, each expert's beginning at a multiple of the block.
+    """Pairs (token, expert) sorted by expert. Each expert's pairs begin at a multiple of a block.
 
     Attributes:
-        position: `(tokens, K)` int32, the place of each pair; out of range for one left out.
-        pair: `(places,)` int32, the pair in each place; out of range for an empty one.
-        sizes: `(experts,)` int32, pairs of each.
-        padded: `(experts,)` int32, places of each.
+        position: `(tokens, K)` int32, the place of each pair; out of range for omitted pairs.
+        pair: `(places,)` int32, the pair in each place; out of range for empty places.
+        sizes: `(experts,)` int32, the number of pairs of each expert.
+        padded: `(experts,)` int32, the number of places of each expert.
     """
 
     position: jax.Array
@@ -191,7 +192,7 @@ class Order(NamedTuple):
 
 
 def sort_by_expert(ids: jax.Array, experts: int, block: int) -> Order:
-    """`ids` is `(tokens, K)`; values from `experts` on are left out."""
+    """Sorts the pairs of `ids`, `(tokens, K)`, and omits those with an id of `experts` or more."""
     flat = jnp.minimum(ids.reshape(-1), experts)
     pairs = flat.size
     places = pairs if block == 1 else (-(-pairs // block) + experts) * block
@@ -208,13 +209,13 @@ def sort_by_expert(ids: jax.Array, experts: int, block: int) -> Order:
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """`x[index]`, zeros where the index is out of range."""
+    """Returns `x[index]`, with zeros where the index is out of range."""
     return x.at[index].get(mode="fill", fill_value=0)
 
 
 @jax.custom_vjp
 def dispatch(tokens: jax.Array, order: Order) -> jax.Array:
-    """`(tokens, D)` -> `(places, D)`, zeros in empty places."""
+    """Copies tokens to their places: `(tokens, D)` -> `(places, D)`, zeros in empty places."""
     return _take(tokens, _token(order))
 
 
@@ -231,7 +232,7 @@ dispatch.defvjp(lambda tokens, order: (dispatch(tokens, order), order), _dispatc
 
 
 def combine(y: jax.Array, order: Order, weights: jax.Array) -> jax.Array:
-    """`(places, D)` and `(tokens, K)` -> `(tokens, D)` float32, summed in the order of the K."""
+    """Sums the weighted outputs of a token's experts in order: `(places, D)` -> `(tokens, D)`."""
     picked = _pick(y, order).astype(jnp.float32)
     return jnp.sum(picked * weights[..., None], axis=1)
 
@@ -257,9 +258,9 @@ def expert_ffn(
     *,
     expected: int,
 ) -> jax.Array:
-    """SwiGLU of each place by its expert: `(places, D)` -> `(places, D)`.
+    """Applies its expert's SwiGLU to each place: `(places, D)` -> `(places, D)`.
 
-    `expected` is how many places are in use where all experts have the same load.
+    `expected` is the number of places in use if all experts have the same load.
     """
     product = functools.partial(
         grouped_product, group_sizes=order.padded, platform=platform(), expected=expected

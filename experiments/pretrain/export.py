@@ -1,7 +1,7 @@
-"""A model as a folder that Hugging Face transformers loads, and such a folder as a model.
+"""Writes and reads models in the format of Hugging Face transformers.
 
-Latent attention is written as DeepSeek-V3 (2412.19437) without query compression, multi-head
-attention as Llama: `config.json`, safetensors, and the tokenizer if there is one.
+The format of models with latent attention is DeepSeek-V3 (2412.19437) without query compression;
+that of models with multi-head attention is Llama, or Qwen3 with QK-norm.
 
 `python -m experiments.pretrain.export RUN_DIR OUT_DIR` writes the newest checkpoint of a run.
 """
@@ -48,7 +48,7 @@ def write(
     shard: int = hugging_face.SHARD,
     card: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Makes a folder for `AutoModelForCausalLM` and, with a tokenizer, for `AutoTokenizer`.
+    """Writes a folder that `AutoModelForCausalLM` and, with a tokenizer, `AutoTokenizer` load.
 
     Args:
         folder, params, dtype, shard: as `tensors.write` takes them.
@@ -60,7 +60,7 @@ def write(
         card: writes `README.md`.
 
     Raises:
-        ValueError, OSError: as `tensors.write`, or the model has multi-head attention and experts.
+        ValueError, OSError: As for `tensors.write`, or for multi-head attention with experts.
     """
     vocabulary = len(params["embedding"]["embedding"])
     ours = export_config.to_json(config, vocabulary) | {
@@ -93,19 +93,19 @@ def write(
 def read(
     folder: Path, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Model, int, Params, jax.Array]:
-    """The model in a folder of `write`, or of `save_pretrained` of a model of these kinds.
+    """Reads a model written by `write`, or by `save_pretrained` from a supported model.
 
     Args:
-        folder: `config.json` and safetensors of bfloat16, float16 or float32.
-        mesh: of `mesh.make_mesh`; None is the first device.
+        folder: The folder, with `config.json` and safetensors of bfloat16, float16 or float32.
+        mesh: The mesh, from `mesh.make_mesh`. None means the first device.
 
     Returns:
-        Its config, with the arithmetic in the dtype of the files; its vocabulary; params and
-        selection biases, float32 and where they are to lie.
+        The config, with the dtype of the files; the vocabulary size; the params and the selection
+        biases, both float32 and sharded over the mesh.
 
     Raises:
-        ValueError, OSError: as `tensors.read`; or the config is none of ours, or the mesh does not
-            divide an axis.
+        ValueError, OSError: As for `tensors.read`, or if the model is not supported, or the mesh
+            does not divide an axis.
     """
     with _opened(folder) as (config, vocabulary, files):
         wanted, mesh = _shapes(config, vocabulary), mesh or one_device()
@@ -119,7 +119,7 @@ def read(
 
 
 def check(folder: Path) -> None:
-    """Raises a ValueError or OSError where a folder's tensors are not its model's, by headers."""
+    """Checks, from the files' headers, that a folder has the tensors of the model in its config."""
     with _opened(folder) as (config, vocabulary, files):
         tensors.check(folder, files, _shapes(config, vocabulary))
 
@@ -127,22 +127,22 @@ def check(folder: Path) -> None:
 @contextlib.contextmanager
 def _opened(folder: Path) -> Iterator[tuple[Model, int, dict[str, hugging_face.File]]]:
     config, vocabulary = export_config.read(folder / CONFIG)
-    # An expert has tensors of its own, as a layer has.
+    # Each expert has its own tensors, as each layer has.
     with hugging_face.open_tensors(folder, max(config.layers, config.experts)) as files:
         yield config, vocabulary, files
 
 
 def _with_bias(params: Params, bias: Any) -> Params:
-    """The params with the selection biases beside the routers' kernels, as the files have them."""
+    """Adds the selection biases beside the routers' kernels, where the files have them."""
     if "moe_layers" not in params:
         return params
-    tree = jax.tree.map(lambda leaf: leaf, params)  # dicts of its own
+    tree = jax.tree.map(lambda leaf: leaf, params)  # copies the dicts
     tree["moe_layers"]["feed_forward"]["router"]["bias"] = bias
     return tree
 
 
 def _shapes(config: Model, vocabulary: int) -> Params:
-    """Of what is written of a model; a ValueError if it has no format."""
+    """Returns the shapes of a model's written params. Raises a ValueError if it has no format."""
     if config.attention == "multi-head" and config.dense_layers < config.layers:
         raise ValueError(
             "A model with experts and --model.attention multi-head has no Hugging Face format: "
@@ -154,9 +154,9 @@ def _shapes(config: Model, vocabulary: int) -> Params:
 
 
 def _columns(config: Model) -> dict[str, np.ndarray]:
-    """Of projections with rotated columns, in the order of DeepSeek-V3.
+    """Returns the order of columns in DeepSeek-V3 for the projections with RoPE.
 
-    RoPE there turns columns (0, 1), (2, 3) and so on; ours each of a half with one of the other.
+    There, RoPE rotates columns (0, 1), (2, 3) and so on; here, each of a half with its other half.
     """
     if config.attention != "latent":
         return {}
@@ -204,14 +204,14 @@ def write_card(folder: Path, loaded: Loaded, summary: Mapping[str, Any]) -> None
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Writes a run's model for Hugging Face transformers."""
+    """Writes the model of a run's newest checkpoint in the format of Hugging Face transformers."""
 
     run: tyro.conf.Positional[str]
-    """Folder of the run. It may be in gs:// or s3://."""
+    """Folder of the run, local or in gs:// or s3://."""
     out: tyro.conf.Positional[Path]
-    """Folder to write."""
+    """New folder to write the model to."""
     dtype: Dtype = "float32"
-    """Precision of the written files. Routers and their biases stay float32."""
+    """Precision of the written tensors. Routers and their biases stay float32."""
 
 
 def main() -> int:

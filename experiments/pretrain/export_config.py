@@ -1,4 +1,4 @@
-"""`config.json` of a Hugging Face model that pretraining has, and the model that one tells."""
+"""Converts between the config of a pretraining model and a Hugging Face `config.json`."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from experiments.language import config_json
 from experiments.pretrain.config import Model
 
-# Our names, which but for the vocabulary are of Model, and those of config.json.
+# Our names (fields of Model, and the vocabulary) and those of config.json.
 _COMMON = {
     "vocabulary": "vocab_size",
     "layers": "num_hidden_layers",
@@ -38,7 +38,7 @@ _FIELDS = {
 
 
 def to_json(config: Model, vocabulary: int) -> dict[str, Any]:
-    """What config.json says of the model itself."""
+    """Returns the fields of config.json that describe the model itself."""
     latent = config.attention == "latent"
     kind = "deepseek_v3" if latent else "qwen3" if config.qk_norm else "llama"
     own, family = vars(config) | {"vocabulary": vocabulary}, config_json.FAMILIES[kind]
@@ -49,10 +49,10 @@ def to_json(config: Model, vocabulary: int) -> dict[str, Any]:
 
 
 def read(path: Path) -> tuple[Model, int]:
-    """The model that a config.json tells, with the arithmetic in its dtype, and its vocabulary.
+    """Returns the model that a config.json describes, with its dtype, and the vocabulary size.
 
     Raises:
-        ValueError, OSError: as `config_json.read`.
+        ValueError, OSError: As for `config_json.read`.
     """
     given, values = config_json.read(path, Model, _FIELDS)
     kind, vocabulary = given["model_type"], values.pop("vocabulary")
@@ -61,8 +61,8 @@ def read(path: Path) -> tuple[Model, int]:
         values["qk_norm"] = kind == "qwen3"
         usual = {"kv_heads": values["heads"], "head_dim": values["width"] // values["heads"]}
         for ours, theirs in (("kv_heads", "num_key_value_heads"), ("head_dim", "head_dim")):
-            found = config_json.checked(path, theirs, given.get(theirs) or usual[ours], int)
-            values[ours] = 0 if found == usual[ours] else found
+            size = config_json.checked(path, theirs, given.get(theirs) or usual[ours], int)
+            values[ours] = 0 if size == usual[ours] else size
     dtype = given.get("dtype", given.get("torch_dtype"))
     try:
         config = Model(dtype="float32" if dtype == "float32" else "bfloat16", **values)

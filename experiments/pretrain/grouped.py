@@ -1,9 +1,9 @@
-"""Products of rows with the kernel of their group, on each platform without waste.
+"""Grouped matrix products, which multiply rows by the kernel of their group.
 
 Rows are `(rows, fan_in)`, kernels `(groups, fan_in, fan_out)`. XLA expands `jax.lax.ragged_dot` for
-CPUs and GPUs to a masked product with every kernel, and its gradient so for TPUs. Here groups begin
-at multiples of a block, so that a block of rows has one kernel. A CPU multiplies each with a copy
-of it; on a GPU each program of a grid looks its kernel up.
+CPUs and GPUs, and its gradient for TPUs, to a masked product with every kernel. To avoid this
+waste, groups here begin at multiples of a block, so that each block of rows has one kernel. A CPU
+multiplies each block by a copy of its kernel; on a GPU each program of a grid looks up its kernel.
 """
 
 import functools
@@ -18,30 +18,30 @@ from experiments.experimental import megablox, pallas, triton
 from experiments.layers import project
 
 _CPU_BLOCK, _GPU_BLOCK = 64, 128
-# Rows that a TPU multiplies with one kernel at a time, and the largest side of a kernel's tile.
+# Number of rows that a TPU multiplies by one kernel at a time, and maximum side of a kernel's tile.
 _TPU_ROWS, _TPU_TILE = 256, 1024
-# On a GPU: the largest and least side of a tile, what a tile costs beside its columns, as columns,
-# and bytes of a row that are added up at a time.
+# On a GPU: maximum and minimum side of a tile, the fixed cost of a tile in units of columns, and
+# the bytes of a row that are summed at a time.
 _GPU_TILE, _GPU_LEAST, _GPU_EXTRA, _GPU_BYTES = 256, 16, 24, 128
 
 
 def block_of(platform: str) -> int:
-    """Rows of a block: groups have to begin at multiples of it."""
+    """Returns the number of rows in a block. Groups must begin at multiples of it."""
     return {"cpu": _CPU_BLOCK, "tpu": 1}.get(platform, _GPU_BLOCK)
 
 
 def grouped_product(
     x: jax.Array, kernels: jax.Array, group_sizes: jax.Array, platform: str, expected: int
 ) -> jax.Array:
-    """`jax.lax.ragged_dot`; what becomes of rows beyond the last group is not defined.
+    """Computes `jax.lax.ragged_dot`. Rows beyond the last group are undefined.
 
     Args:
-        x: `(rows, fan_in)`.
-        kernels: `(groups, fan_in, fan_out)`.
+        x: The rows, `(rows, fan_in)`.
+        kernels: The kernels, `(groups, fan_in, fan_out)`.
         group_sizes: `(groups,)` int32, multiples of `block_of(platform)`.
-        platform: of the devices.
-        expected: how many rows are likely to have a group, which the program tells of a GPU's
-            kernels: these leave the others out.
+        platform: The platform of the devices.
+        expected: The expected number of rows in groups, from which a GPU program states its FLOPs,
+            since its kernels skip other rows.
     """
     if platform == "tpu":
         return (jax.lax.ragged_dot if megablox is None else tpu_product)(x, kernels, group_sizes)
@@ -54,12 +54,12 @@ def grouped_product(
 def blockwise_product(
     x: jax.Array, kernels: jax.Array, group_sizes: jax.Array, block: int
 ) -> jax.Array:
-    """Each block of rows with a copy of its kernel."""
+    """Multiplies each block of rows by a copy of its kernel."""
     blocks = x.reshape(-1, block, x.shape[-1])
-    # Blocks beyond the last group's take any kernel.
+    # Blocks beyond the last group may use any kernel.
     owners = jnp.minimum(_owners(group_sizes, block, len(blocks)), len(kernels) - 1)
 
-    @jax.checkpoint  # each block's copy of a kernel is made again, not kept
+    @jax.checkpoint  # copies of kernels are made again in the backward pass, not stored
     def product(blocks, kernels):
         return jax.vmap(project)(blocks, kernels[owners])
 
@@ -67,7 +67,7 @@ def blockwise_product(
 
 
 def _owners(group_sizes: jax.Array, block: int, blocks: int) -> jax.Array:
-    """The group of each block; the number of groups for one beyond the last."""
+    """Returns the group of each block, and the number of groups for blocks beyond the last."""
     begins = block * jnp.arange(blocks, dtype=jnp.int32)
     ends = jnp.cumsum(group_sizes)
     return jnp.searchsorted(ends, begins, side="right", method="compare_all").astype(jnp.int32)
@@ -76,7 +76,7 @@ def _owners(group_sizes: jax.Array, block: int, blocks: int) -> jax.Array:
 def tpu_product(
     x: jax.Array, kernels: jax.Array, group_sizes: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """By JAX's kernels for TPUs, which write no rows beyond the last group."""
+    """Computes the product by JAX's TPU kernels, which do not write rows beyond the last group."""
     rows = x.shape[0]
     x = jnp.pad(x, ((0, -rows % _TPU_ROWS), (0, 0)))
     return megablox.gmm(x, kernels, group_sizes, x.dtype, _tpu_tiling, interpret=interpret)[:rows]
@@ -84,7 +84,7 @@ def tpu_product(
 
 def _tpu_tiling(rows: int, fan_in: int, fan_out: int) -> tuple[int, int, int]:
     def tile(size: int) -> int:
-        """All of it, or equal parts that are multiples of a TPU's 128 lanes."""
+        """Returns the whole size, or that of equal parts that are multiples of 128 TPU lanes."""
         parts = -(-size // _TPU_TILE)
         return size if parts == 1 else -(-size // (128 * parts)) * 128
 
@@ -99,9 +99,9 @@ def gpu_product(
     expected: int,
     interpret: bool = False,
 ) -> jax.Array:
-    """By kernels in Triton's language, which write no rows beyond the last group.
+    """Computes the product by Triton kernels, which do not write rows beyond the last group.
 
-    Both sides of the kernels are multiples of 16; sums are float32.
+    fan_in and fan_out must be multiples of 16. Sums are float32.
     """
     return _rows(x, kernels, group_sizes, expected, interpret)
 
@@ -127,9 +127,9 @@ def _rows(
     interpret: bool,
     transposed: bool = False,
 ) -> jax.Array:
-    """Each row with its group's kernel, or the transpose; a program makes some columns of a block.
+    """Multiplies rows by their group's kernel or its transpose; a program makes a block's tile.
 
-    A block's programs run side by side, and read it from the cache but for the first.
+    The programs of a block run side by side, so that all but the first read its rows from cache.
     """
     (rows, fan_in), groups = x.shape, len(kernels)
     fan_out = kernels.shape[1 if transposed else 2]
@@ -164,7 +164,7 @@ def _rows(
 def _kernels(
     x: jax.Array, g: jax.Array, group_sizes: jax.Array, expected: int, interpret: bool
 ) -> jax.Array:
-    """Each group's rows of `x`, transposed, with those of `g`; a program makes a group's tile."""
+    """Multiplies each group's transposed rows of `x` by those of `g`; a program makes a tile."""
     (rows, fan_in), (groups, fan_out) = x.shape, (len(group_sizes), g.shape[1])
     height, width = min(_side(fan_in), _GPU_BLOCK), _side(fan_out)
     depth = _GPU_BYTES // x.dtype.itemsize
@@ -193,32 +193,32 @@ def _kernels(
 
 
 def _in_use(expected: int, groups: int, rows: int) -> int:
-    """With the half of each group's last block that is likely to be empty."""
+    """Returns the rows expected to be in use, with half a block of padding per group."""
     return min(expected + groups * _GPU_BLOCK // 2, rows)
 
 
 def _side(size: int) -> int:
-    """Of tiles: one costs its columns, of which the last may be none, and some more."""
+    """Returns the side of tiles of least cost: their columns, with padding, and a fixed cost."""
     sides = [_GPU_TILE >> n for n in range(5)]
     return min(sides, key=lambda side: -(-size // side) * (side + _GPU_EXTRA))
 
 
 def _part(number: jax.Array, side: int, size: int) -> tuple[Any, jax.Array | None]:
-    """A tile's part of an axis, and which of it is there; None if all is."""
+    """Returns a tile's slice of an axis, and a mask of indices within bounds; None if all are."""
     begin = number * side
     inside = None if size % side == 0 else begin + jnp.arange(side) < size
     return pallas.ds(begin, side), inside
 
 
 def _mask(rows: jax.Array | None, columns: jax.Array | None) -> jax.Array | None:
-    """What of a tile is there; of an axis that is None all is."""
+    """Returns the mask of a tile from the masks of its axes. None means that all is in bounds."""
     masks = [rows[:, None]] if rows is not None else []
     masks += [columns[None]] if columns is not None else []
     return functools.reduce(jnp.logical_and, masks) if masks else None
 
 
 def _load(ref: Any, rows: jax.Array | None = None, columns: jax.Array | None = None) -> jax.Array:
-    """A tile, zeros where nothing is."""
+    """Loads a tile, with zeros out of bounds."""
     mask = _mask(rows, columns)
     return ref[...] if mask is None else triton.load(ref, mask=mask, other=0)
 
@@ -226,7 +226,7 @@ def _load(ref: Any, rows: jax.Array | None = None, columns: jax.Array | None = N
 def _launch(
     program: Callable, shape: jax.ShapeDtypeStruct, grid: Sequence[int], flops: int, interpret: bool
 ) -> Callable:
-    """The kernel of these programs; FLOPs are told to whoever reads the compiled text."""
+    """Returns the kernel of these programs. The compiled program's text states its FLOPs."""
     return pallas.pallas_call(
         program,
         out_shape=shape,

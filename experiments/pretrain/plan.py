@@ -1,4 +1,4 @@
-"""What a pretraining is planned from: `language.planning` and its commands ask for it."""
+"""The facts of a pretraining that `language.planning` plans from."""
 
 import functools
 
@@ -17,10 +17,10 @@ from experiments.report.figures import optimizer_label
 
 
 def case(config: Training, optimizer: OptimizerName, mesh: jax.sharding.Mesh) -> Case:
-    """A training; what its passes have beside the state is without activations.
+    """Returns the case of a training. The memory of its passes does not include activations.
 
     Raises:
-        ValueError: an axis that the mesh does not divide.
+        ValueError: If the mesh does not divide an axis.
     """
     trainer, model = Trainer(config, optimizer, mesh, config.data.vocabulary), config.model
     params = trainer.abstract.params
@@ -51,7 +51,7 @@ def case(config: Training, optimizer: OptimizerName, mesh: jax.sharding.Mesh) ->
 
 
 def _experts(params):
-    """The routed experts of a tree, in the place that they have there."""
+    """Returns the subtree of the routed experts, with their paths; empty without experts."""
     if "moe_layers" not in params:
         return {}
     experts = params["moe_layers"]["feed_forward"]["experts"]
@@ -87,7 +87,7 @@ def _updates(trainer: Trainer):
 
 
 def schedule_text(config: Training, names: tuple[OptimizerName, ...]) -> str:
-    """Rates, their course, and the tokens in all."""
+    """Returns a description of the learning rates, the schedule and the number of tokens."""
     rates = ", ".join(f"{optimizer_label(name)} {config.rate(name):g}" for name in names)
     warmup = f"warm-up over {many(config.warmup, 'step')}"
     course = f"{warmup}, then {config.decay}"
@@ -96,7 +96,7 @@ def schedule_text(config: Training, names: tuple[OptimizerName, ...]) -> str:
     if config.cooldown:
         course += f", then linearly to 0 in the last {many(config.cooldown, 'step')}"
     return (
-        f"Learning rates {rates}; of the parameters that the others leave to AdamW, "
+        f"Learning rates: {rates}. Parameters that another optimizer leaves to AdamW: "
         f"{config.adamw.learning_rate:g}.\n"
         f"Schedule: {course}.\n"
         f"{config.steps:,} steps of {config.batch:,} sequences of {config.context:,} tokens, in "

@@ -1,4 +1,4 @@
-"""Named settings; `--preset NAME`; explicit options override it."""
+"""Named settings for `--preset NAME`, which explicit options override."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from experiments.settings import fitting_divisor, given, given_text, replaced, t
 
 
 def _rated(rate: float) -> dict[str, AdamW | Muon]:
-    """Both optimizers at one learning rate, which Muon's scale allows."""
+    """Returns both optimizers with the same learning rate, which Muon's shape scale allows."""
     shared = {"learning_rate": rate, "weight_decay": 0.1}
     muon = Muon(**shared, scale="match_rms_adamw", ns_dtype="bfloat16")
     return {"adamw": AdamW(**shared, b2=0.95), "muon": muon}
@@ -18,10 +18,10 @@ def _rated(rate: float) -> dict[str, AdamW | Muon]:
 def _dense(
     layers: int, width: int, hidden: int, tokens: float, rate: float, batch: int
 ) -> Training:
-    """A row of the scaling ladder of Liu et al., 2502.16982, table 2: heads = layers, 8 K context.
+    """Returns a row of table 2 of Liu et al. (2502.16982), with heads = layers and 8 K context.
 
-    The paper gives no hidden size; these make the params without embeddings those of the table, to
-    3 %.
+    The paper does not give hidden sizes. With those chosen here, the number of parameters without
+    embeddings is that of the table within 3 %.
     """
     context = 8192
     return Training(
@@ -71,7 +71,7 @@ _MOONLIGHT = Training(
 )
 
 PRESETS: dict[str, Training] = {
-    # Rates: the best of 2, 4, 8 and 16e-3 on seed 0, of AdamW first and of Muon beside it.
+    # Learning rates: the best of 2, 4, 8 and 16e-3 on seed 0, first AdamW's, then Muon's beside it.
     "tiny": Training(model=Model(bias_rate=0.02, dtype="float32")),
     "small": Training(
         model=Model(
@@ -127,10 +127,10 @@ PRESETS: dict[str, Training] = {
 
 
 def fitted(default: Training, arguments: Sequence[str]) -> Training:
-    """A command line's defaults: what it does not name follows what it does.
+    """Returns a command's defaults, adjusted to the options that are given.
 
-    Warm-up and cool-down are a tenth of the steps at most, microbatches divide the batch, a dense
-    model stays one, and a token goes to no more experts than there are.
+    Warm-up and cool-down are at most a tenth of the steps, microbatches divide the batch, a dense
+    model stays dense, and a token has at most as many experts as there are.
     """
     model = default.model
     layers = given(arguments, "--model.layers", model.layers)
@@ -156,5 +156,5 @@ def fitted(default: Training, arguments: Sequence[str]) -> Training:
 
 
 def preset_of(arguments: Sequence[str]) -> PresetName:
-    """The --preset of a command line, whose other options begin with that preset's."""
+    """Returns the --preset of a command line, or the default one."""
     return given_text(arguments, "--preset", PRESETS) or "tiny"

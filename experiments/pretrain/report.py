@@ -1,4 +1,4 @@
-"""Report of pretraining runs: one, or one of each of several optimizers."""
+"""Report of one pretraining run, or of runs with several optimizers."""
 
 import functools
 import math
@@ -75,30 +75,30 @@ MEASURED = {
     "Text": "{data[name]}: {data[train_tokens]:,} tokens to train on, {data[validation_tokens]:,} "
     "held out, a vocabulary of {data[vocabulary]:,}. SHA-256 {data[sha256]}.",
     "Held out": "Mean cross-entropy of the same sequences at every evaluation, in nats per "
-    "token, and in bits over the bytes of the text where these are known.",
-    "Seed": "It sets the initial parameters and the order of the text, equally for all optimizers.",
-    "Learning rates": "Each optimizer's own, after warm-up. AdamW trains embedding, head and "
-    "gains at its rate, with every optimizer that leaves them to it.",
-    "Training time, tokens/s, FLOPs/s, MFU": "Time is of steps, compilation included, "
-    "evaluations and checkpoints excluded. Tokens/s and FLOPs/s are medians over logged "
-    "intervals, so compilation does not affect them. FLOPs are the model's alone, forward and "
-    "backward, counted from shapes; MFU is their share of the devices' peak.",
-    "Skipped steps": "Steps without effect, since their loss or gradient had NaN or Inf or "
+    "token, and in bits over the bytes of the text, if their number is known.",
+    "Seed": "Sets the initial parameters and the data order, in the same way for all optimizers.",
+    "Learning rates": "The optimizer's own learning rate after warm-up. Optimizers that leave "
+    "embedding, head and gains to AdamW train them at AdamW's learning rate.",
+    "Training time, tokens/s, FLOPs/s, MFU": "The time includes compilation, but not evaluations "
+    "and checkpoints. Tokens/s and FLOPs/s are medians over logged intervals, so compilation does "
+    "not affect them. FLOPs are those of the model's forward and backward pass, counted from "
+    "shapes; MFU is their share of the devices' peak.",
+    "Skipped steps": "Steps that were not applied, since their loss or gradient had NaN or Inf or "
     "their gradient norm exceeded --spike.",
-    "Newton–Schulz of the FLOPs": "FLOPs of the orthogonalisation over those of the model and it, "
-    "counted from shapes; the share falls with the tokens per step, here {tokens_per_step:,}.",
-    "Params": "Beginning of the SHA-256 of the final float32 parameters; summary.json has all "
-    "of it.",
+    "Newton–Schulz of the FLOPs": "FLOPs of the orthogonalisation as a share of its and the "
+    "model's, counted from shapes. It falls with the tokens per step, here {tokens_per_step:,}.",
+    "Params": "Beginning of the SHA-256 of the final float32 parameters, which summary.json has "
+    "in full.",
 }
 
 
 def table(runs: Sequence[Run]) -> Table:
-    """The runs, with the columns in which any has something to say."""
+    """Returns the table of the runs, without columns that are empty for all of them."""
     return Table(COLUMNS, runs, CAPTION, "Pretraining", NOTE).known()
 
 
 def abstract(runs: Sequence[Run]) -> list[str]:
-    """The result in plain sentences, every number computed from the records."""
+    """Returns sentences with the results, computed from the records."""
     sentences = records.damaged(runs) + [
         f"{run.label} has done {run.steps:,} of {run.whole:,} steps."
         for run in runs
@@ -143,9 +143,9 @@ def abstract(runs: Sequence[Run]) -> list[str]:
 def _comparison(
     first: str, other: str, curves: dict[str, dict[int, float]], end: int, unit: str
 ) -> str:
-    """By how much the first is lower at the end, and where it passes the other one's last value.
+    """Returns a sentence: how much lower the first optimizer is, and when it passes the other.
 
-    Between two evaluations the loss is taken to fall with the logarithm of the tokens.
+    Between two evaluations, the loss is interpolated linearly in the logarithm of the tokens.
     """
     goal = curves[other][end]
     less = goal - curves[first][end]
@@ -164,21 +164,21 @@ def _comparison(
 PICTURES = (
     (
         figures.held_out_figure,
-        "Held-out text in {measure}, against the tokens trained on and against the time that "
-        "these take at the run's median speed. The legend shows the last values; the start is "
-        "not on the log axis.",
+        "Held-out loss in {measure}, against training tokens and against training time at the "
+        "run's median speed. The legend shows the last values. The evaluation before training "
+        "is not on the log axis.",
         "Held-out loss against tokens and against training time, a line for each optimizer.",
     ),
     (
         figures.loss_figure,
-        "Training loss of the logged steps; thick: the mean over 6 % of them, over fewer at the "
+        "Training loss of the logged steps. Thick: the mean over 6 % of them, fewer at the "
         "beginning.",
         "Training loss against tokens, a line for each optimizer.",
     ),
     (
         figures.optimization_figure,
         "The optimizer's own learning rate; the global gradient norm before clipping; the RMS "
-        "of the update, weight decay and learning rate included, of hidden matrices and of all "
+        "of the update, including weight decay and learning rate, of hidden matrices and of all "
         "other parameters; the largest attention logit of all layers.",
         "Learning rate, gradient norm, update RMS and largest attention logit against step.",
     ),
@@ -198,7 +198,7 @@ PICTURES = (
 
 
 def pictures(runs: Sequence[Run]) -> list[Picture]:
-    """What there is to draw: dense models have no router, and a run may have no record yet."""
+    """Returns the figures of the runs: none of routers in dense models, none without records."""
     evaluated = runs if any(r["step"] for run in runs for r in run.records.evaluated) else []
     trained = runs if any(run.records.trained for run in runs) else []
     routed = [run for run in runs if any("load" in record for record in run.records.trained)]
@@ -218,15 +218,15 @@ def pictures(runs: Sequence[Run]) -> list[Picture]:
 
 
 def report(folder: epath.Path, optimizers: Sequence[OptimizerName] = ()) -> Report:
-    """The runs of a folder, which may be unfinished.
+    """Returns the report of the runs in a folder, which may be unfinished.
 
     Args:
-        folder: of the run of one optimizer, or above those of several.
-        optimizers: whose runs to tell of; by default all that there are.
+        folder: The folder of one run, or that of several optimizers' folders.
+        optimizers: The optimizers to report on. By default, all in the folder.
 
     Raises:
-        RunError: there is no such run.
-        ValueError: a file is damaged; the message names it.
+        RunError: If there is no such run.
+        ValueError: If a file is damaged. The message names it.
     """
     runs = load_runs(folder, optimizers)
     facts = {"tokens_per_step": runs[0].tokens_per_step}

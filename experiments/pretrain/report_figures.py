@@ -24,13 +24,13 @@ from experiments.report.figures import (
     plain_log_axis,
 )
 
-# Loads below are drawn here: an expert without a token has none on a log axis.
+# Smaller loads are drawn here, since a log axis cannot show a load of 0.
 _LEAST_LOAD = 1 / 32
 _NOISY = (legend_line("smoothed", lw=1.7), legend_line("one step", lw=0.8, alpha=0.5))
 
 
 def held_out_figure(runs: Sequence[Run]) -> Figure:
-    """The held-out measure against tokens, and against time."""
+    """Draws the held-out measure against tokens and against time."""
     key = measure_of(runs)
     figure = new_figure(10.4, 3.7)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -50,7 +50,7 @@ def held_out_figure(runs: Sequence[Run]) -> Figure:
 
 
 def loss_figure(runs: Sequence[Run]) -> Figure:
-    """Training loss against tokens."""
+    """Draws the training loss against tokens."""
     figure = new_figure(10.4, 3.9)
     axes = figure.subplots()
     lost = []
@@ -70,11 +70,11 @@ def loss_figure(runs: Sequence[Run]) -> Figure:
 
 
 def optimization_figure(runs: Sequence[Run]) -> Figure:
-    """Learning rate, gradient norm, update RMS and largest attention logit against step."""
+    """Draws learning rate, gradient norm, update RMS and largest attention logit against step."""
     figure = new_figure(10.4, 5.6)
     (rate, gradient), (update, logit) = figure.subplots(2, 2)
     for place, run in enumerate(runs):
-        # Equal lines lie on each other: the later ones are thinner.
+        # Later lines are thinner, so that equal ones remain visible.
         width = {"lw": max(3.0 - 1.2 * place, 1.2)}
         rate.plot(*run.series("learning_rate"), **run.style, **width)
         for group, dashes in (("matrices", "-"), ("others", DASHES)):
@@ -107,7 +107,7 @@ def optimization_figure(runs: Sequence[Run]) -> Figure:
 
 
 def router_figure(runs: Sequence[Run]) -> Figure:
-    """The busiest and the idlest expert, and the entropy of the scores, against step."""
+    """Draws the busiest and the idlest expert, and the entropy of the scores, against step."""
     figure = new_figure(10.4, 3.7)
     load, entropy = figure.subplots(1, 2)
     for run in runs:
@@ -136,7 +136,7 @@ def router_figure(runs: Sequence[Run]) -> Figure:
 
 
 def experts_figure(runs: Sequence[Run]) -> Figure:
-    """The load of every expert at the end, layer × expert, a panel for each optimizer."""
+    """Draws the load of every expert at the end, layer × expert, a panel for each optimizer."""
     columns = min(len(runs), 2 if len(runs) < 5 else 3)
     layers = max(len(run.final_load()) for run in runs)
     wide = 10.4 / columns if columns > 1 else 6.4
@@ -166,7 +166,7 @@ def experts_figure(runs: Sequence[Run]) -> Figure:
 
 
 def _load_ticks(axis: Any, low: float, high: float) -> None:
-    """Ticks at powers of two, as 1/4 or 4, and nowhere else."""
+    """Puts ticks at powers of two only, such as 1/4 or 4."""
     powers = [2.0**k for k in range(-5, 8) if low <= 2.0**k <= high]
     axis.set_ticks(powers, [f"{x:g}" if x >= 1 else f"1/{1 / x:g}" for x in powers])
     axis.set_ticks([], minor=True)

@@ -1,8 +1,8 @@
-"""`python -m experiments.pretrain.speed`: tokens per second, beside PyTorch where it is there.
+"""`python -m experiments.pretrain.speed`: training throughput, compared with PyTorch if installed.
 
-All loops train the model from the same params on the same tokens and take turns, so that a noisy
-machine disturbs each of them; what counts is their ratio. PyTorch has a process of its own, where
-neither's threads and memory are in the other's way.
+All loops train the model from the same params on the same tokens and take turns, so that noise of
+the machine affects all of them and their ratio is meaningful. PyTorch runs in its own process, so
+that the two do not compete for threads and memory.
 """
 
 from experiments.huge_pages import restart_with_huge_pages
@@ -43,32 +43,32 @@ from experiments.timing import take_turns
 Loop = Callable[[int], None]
 """Trains some steps and waits until they are done."""
 
-# Seconds for PyTorch's threads to fall asleep, which spin for a while after their turn.
+# Seconds to wait for PyTorch's threads to sleep; they spin for a while after their turn.
 _PAUSE = 0.5
 
 
 @dataclass(frozen=True)
 class Command(Training):
-    """Times training steps of a preset with each optimizer, and those of PyTorch.
+    """Times training steps of a preset with each optimizer, and the same training in PyTorch.
 
-    PyTorch trains Hugging Face's implementation of the same model with fused AdamW, eagerly (no
-    torch.compile), on the CPU, if transformers is installed: pip install -e
-    ".[experiments,parity]". With all its ways to run experts; where there is a GPU or a TPU, our
-    loops run on it alone. All have float32 params, and the arithmetic of --model.dtype.
+    PyTorch trains Hugging Face's implementation of the same model on the CPU, eagerly (no
+    torch.compile), with fused AdamW and with each of its implementations of experts. This requires
+    pip install -e ".[experiments,parity]". On a GPU or TPU, only the JAX loops run. All loops have
+    float32 params and compute in --model.dtype.
     """
 
     preset: PresetName = "tiny"
-    """Named model to begin with; explicit options override its settings."""
+    """Named settings. They are those of the model; explicit options override them."""
     optimizers: tuple[OptimizerName, ...] = ("adamw", "muon")
-    """Optimizers to compare. PyTorch's loops have AdamW."""
+    """Optimizers to compare. PyTorch always uses AdamW."""
     turn: Count = 5
-    """Timed steps of a loop per round."""
+    """Number of timed steps of each loop in a round."""
     rounds: Count = 5
-    """Timed rounds, whose median is reported. One more round comes first and is not counted."""
+    """Timed rounds, whose median is reported. One more round runs first, untimed."""
 
 
 def our_loop(config: Training, optimizer: OptimizerName) -> tuple[Loop, Trainer]:
-    """Our training on all devices."""
+    """Returns the JAX training loop on all devices, and its trainer."""
     mesh = make_mesh(config.mesh.sizes)
     trainer = Trainer(config, optimizer, mesh, config.data.vocabulary)
     state = trainer.start(config.seed)
@@ -80,7 +80,7 @@ def our_loop(config: Training, optimizer: OptimizerName) -> tuple[Loop, Trainer]
         nonlocal state
         for _ in range(steps):
             state, _ = trainer.advance(state, batch, look=False)
-            if jax.default_backend() == "cpu":  # where steps in flight would share its cores
+            if jax.default_backend() == "cpu":  # where concurrent steps would share cores
                 jax.block_until_ready(state)
         jax.block_until_ready(state)
 
@@ -88,11 +88,11 @@ def our_loop(config: Training, optimizer: OptimizerName) -> tuple[Loop, Trainer]
 
 
 def torch_loops(config: Training) -> dict[str, Loop]:
-    """The same training in PyTorch with AdamW, by how it runs the experts.
+    """Returns the training loops in PyTorch with AdamW, by implementation of the experts.
 
     Raises:
-        ImportError: torch or transformers is not installed.
-        ValueError: a model that Hugging Face has not.
+        ImportError: If torch or transformers is not installed.
+        ValueError: If Hugging Face has no such model.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -154,14 +154,14 @@ def _turn(name: str, steps: int) -> None:
 
 
 def tokens(config: Training) -> np.ndarray:
-    """A batch `(batch, context + 1)` int32, the same in every call."""
+    """Returns a batch `(batch, context + 1)` int32, the same in every call."""
     rng = np.random.default_rng(config.seed)
     shape = config.batch, config.context + 1
     return rng.integers(0, config.data.vocabulary, shape, dtype=np.int32)
 
 
 def median_seconds(loops: dict[str, Loop], steps: int, rounds: int) -> dict[str, float]:
-    """Seconds a step of each, in turns; the first step of a turn does not count."""
+    """Returns each loop's median seconds per step, in turns whose first step is not timed."""
 
     def begin(name: str) -> None:
         time.sleep(_PAUSE)
@@ -173,7 +173,7 @@ def median_seconds(loops: dict[str, Loop], steps: int, rounds: int) -> dict[str,
 
 
 def main() -> int:
-    """Prints a table of tokens per second, and what there is to compare."""
+    """Prints a table of throughput; returns the command's exit code."""
     preset = preset_of(sys.argv[1:])
     default = Command(preset=preset, **vars(fitted(PRESETS[preset], sys.argv[1:])))
     prog = "python -m experiments.pretrain.speed"
@@ -212,7 +212,7 @@ def _print(
     table = Table(
         title=f"{command.preset}: {command.tokens_per_step:,} tokens per step, "
         f"{command.model.dtype} arithmetic, {jax.device_count()} × "
-        f"{jax.devices()[0].device_kind}, median of {command.rounds} turns"
+        f"{jax.devices()[0].device_kind}, median of {command.rounds} rounds"
     )
     for heading in ("loop", "s per step", "tokens/s", "× fastest PyTorch", "÷ AdamW step", "MFU"):
         table.add_column(heading, justify="left" if heading == "loop" else "right")
@@ -231,7 +231,7 @@ def _print(
     if unknown := unknown_peak():
         console.print(unknown)
     if missing:
-        console.print(f"Without PyTorch: {', '.join(missing)} is not installed.")
+        console.print(f"PyTorch was not timed: {' and '.join(missing)} must be installed.")
 
 
 if __name__ == "__main__":

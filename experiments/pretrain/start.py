@@ -1,4 +1,4 @@
-"""`--from FOLDER`: a training that goes on from a Hugging Face model, with a fresh optimizer."""
+"""`--from FOLDER`: continues pretraining a Hugging Face model, with a fresh optimizer state."""
 
 import dataclasses
 from pathlib import Path
@@ -20,11 +20,11 @@ from experiments.pretrain.trained import TOKENIZER
 
 
 def fitted(default: Training, folder: Path) -> Training:
-    """Defaults of a training that goes on from a folder: its sizes, vocabulary and tokenizer.
+    """Returns default settings with the sizes, vocabulary and tokenizer of a folder's model.
 
     Raises:
-        ValueError: the folder is damaged, or holds a model that is none of ours.
-        OSError: it cannot be read.
+        ValueError: If the folder is damaged, or its model is not supported.
+        OSError: If it cannot be read.
     """
     model, vocabulary = export_config.read(folder / CONFIG)
     kept = ("bias_rate", "balance_loss", "remat", "exchange")
@@ -40,27 +40,27 @@ def fitted(default: Training, folder: Path) -> Training:
 
 
 def check(config: Training, folder: Path, console: Console) -> None:
-    """Refuses a training that cannot go on from a folder; reads its config and headers alone.
+    """Checks, from a folder's config and headers, that training can continue from its model.
 
     Raises:
-        ValueError: the training is of another model, tensors are not those of the model, or the
-            text would be tokenised otherwise than the model's.
-        OSError: a file is missing, or cannot be read.
+        ValueError: If the settings or the tensors are of another model, or the folder has no
+            tokenizer for the text.
+        OSError: If a file is missing or cannot be read.
     """
     model, vocabulary = export_config.read(folder / CONFIG)
     ours = export_config.to_json(config.model, config.data.vocabulary)
     for name, theirs in export_config.to_json(model, vocabulary).items():
         if ours.get(name) != theirs:
             raise ValueError(
-                f"--from {folder} is a model whose {name} is {theirs!r}; got {ours.get(name)!r}. "
-                "Remove the option of --model or --data.vocabulary that changes it."
+                f"{name} must be {theirs!r}, as in the model of --from {folder}; got "
+                f"{ours.get(name)!r}. Remove the --model or --data.vocabulary option that sets it."
             )
     if config.data.tokenizer is None and not all(
         file.endswith(shards.SUFFIXES) for file in config.data.files or ("",)
     ):
         raise ValueError(
-            f"{folder} has no {TOKENIZER}, so its tokens cannot be told. Give it as "
-            "--data.tokenizer, or --data.files that hold its tokens."
+            f"{folder} has no {TOKENIZER}, which is required to tokenise text. Give it as "
+            "--data.tokenizer, or give --data.files that contain the model's tokens."
         )
     export.check(folder)
     known = read_json(folder / CONFIG).get("max_position_embeddings")
@@ -69,10 +69,10 @@ def check(config: Training, folder: Path, console: Console) -> None:
 
 
 def begin(trainer: Trainer, folder: Path) -> State:
-    """The state before the first step: the folder's params, and a fresh optimizer.
+    """Returns the state before the first step: the folder's params and a fresh optimizer state.
 
     Raises:
-        ValueError, OSError: as `export.read`.
+        ValueError, OSError: As for `export.read`.
     """
     _, _, params, bias = export.read(folder, trainer.mesh)
 

@@ -1,4 +1,4 @@
-"""A run's folder as the model that it has trained."""
+"""Loads the trained model of a run's folder."""
 
 import contextlib
 import hashlib
@@ -23,7 +23,7 @@ TOKENIZER = "tokenizer.json"
 
 
 class Loaded(NamedTuple):
-    """A run as its folder holds it: the newest whole checkpoint."""
+    """A run with the state of its newest complete checkpoint."""
 
     config: Training
     optimizer: OptimizerName
@@ -33,15 +33,15 @@ class Loaded(NamedTuple):
 
 
 def settings_of(optimizer: OptimizerName, config: Training) -> dict[str, Any]:
-    """What says which run it is, as JSON."""
+    """Returns the settings that identify a run, as JSON values."""
     return {"optimizer": optimizer} | as_json(config)
 
 
 def told_by(folder: epath.Path, settings: dict[str, Any]) -> tuple[OptimizerName, Training]:
-    """What `settings_of` made settings of.
+    """Inverts `settings_of`: returns the optimizer and the config.
 
     Raises:
-        ValueError: they are of no run of this study.
+        ValueError: If the settings are not those of a run of this study.
     """
     try:
         own = {key: value for key, value in settings.items() if key != "optimizer"}
@@ -58,15 +58,16 @@ def told_by(folder: epath.Path, settings: dict[str, Any]) -> tuple[OptimizerName
 
 
 def load_run(folder: epath.PathLike, on_message: Callable[[str], None] = print_warning) -> Loaded:
-    """Reads a run's folder: on its own mesh where these are as many devices, or on the first one.
+    """Reads a run's folder, on the run's mesh if it fits this machine, else on the first device.
 
     Args:
-        folder: of the run.
-        on_message: told which checkpoint was passed over, and why; by default on stderr.
+        folder: The folder of the run.
+        on_message: Called with a message for each damaged checkpoint. By default it is printed to
+            stderr.
 
     Raises:
-        RunError: the folder has no run, no checkpoint that is whole, or one whose params are not
-            finite; or its settings or its tokenizer are not those that were saved.
+        RunError: If the folder has no run, no complete checkpoint, or params that are not finite,
+            or its settings or tokenizer have changed.
     """
     folder = epath.Path(folder)
     optimizer, config = told_by(folder, known_settings(folder))
@@ -95,7 +96,7 @@ def load_run(folder: epath.PathLike, on_message: Callable[[str], None] = print_w
 
 
 def digest_of(tokenizer: str) -> str:
-    """Of a `tokenizer.json`."""
+    """Returns the digest of a `tokenizer.json`."""
     return hashlib.sha256(tokenizer.encode()).hexdigest()
 
 

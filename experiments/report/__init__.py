@@ -1,4 +1,5 @@
-"""One report for every study: a tidy table of results, sections and one page.
+"""Reports, in one form for every study: a tidy table of results, sections and one page.
 
-A study's module has `report(folder)`, which turns the folder's files into a `page.Report`.
+The report module of a study has `report(folder)`, which turns the files of a folder into a
+`page.Report`.
 """

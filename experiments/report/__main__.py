@@ -1,4 +1,4 @@
-"""`python -m experiments.report FOLDER`: draws the report of any run or suite again."""
+"""`python -m experiments.report FOLDER` writes the report of any run or suite from its files."""
 
 import tyro
 from rich.console import Console
@@ -8,11 +8,11 @@ from experiments.report.studies import show
 
 
 def main(folder: tyro.conf.Positional[str]) -> None:
-    """Write the report of a run, a suite or stored results from their files; nothing is trained.
+    """Writes the report of a run, a suite or stored results from their files, without training.
 
     Args:
-        folder: The run's, e.g. runs/grok/NAME, runs/pretrain/tiny or runs/finetune/controlled, or
-            one of experiments/*/results.
+        folder: Folder of a run or suite, e.g. runs/grok/NAME, runs/pretrain/tiny or
+            runs/finetune/controlled, or of stored results, e.g. experiments/grok/results/paper.
     """
     with reporting(folder):
         show(folder, Console())

@@ -1,4 +1,4 @@
-"""The tidy table of a sweep: a row for each arm, with its best rate, as summary.json keeps it."""
+"""Reports of sweeps: a tidy table with one row for each arm, which summary.json stores too."""
 
 import dataclasses
 import math
@@ -24,18 +24,20 @@ from experiments.sweep import Best, Files, Row, best, chosen_by, load_run, losse
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
-    """What the cells of one arm did.
+    """The results of the cells of one arm.
 
     Attributes:
-        optimizer: its name, or what else is swept.
-        losses: mean final loss by rate, over the seeds that choose it; infinite where one diverged.
-        best: the rate that they chose, and the final loss of every seed there.
-        cells: how many finished.
-        diverged: how many of them diverged.
-        points: rate and final loss of every cell; none of stored results.
-        histories: evaluations of the cells at the best rate; none of stored results.
-        difference: of the final losses to the baseline's, paired by seed; None without two pairs.
-        p: of the paired t test, after Holm's correction for all arms.
+        optimizer: The optimizer's name, or the name of whatever else is swept.
+        losses: The mean final loss at each rate, over the seeds that choose the rate. Infinite if
+            one of them diverged.
+        best: The chosen rate, and the final loss of every seed at it.
+        cells: The number of finished cells.
+        diverged: The number of finished cells that diverged.
+        points: The rate and the final loss of every cell. Empty for stored results.
+        histories: The evaluations of the cells at the best rate. Empty for stored results.
+        difference: The mean difference of final losses to the baseline's, paired by seed. None with
+            fewer than two pairs.
+        p: The p value of the paired t test, after Holm's correction for all arms.
     """
 
     optimizer: str
@@ -54,7 +56,7 @@ class Arm:
 
     @property
     def loss(self) -> float:
-        """Mean final loss at the best rate."""
+        """The mean final loss at the best rate."""
         return self.best.mean
 
     @property
@@ -64,7 +66,7 @@ class Arm:
 
     @property
     def choosing(self) -> int:
-        """Over how many of the seeds `losses` are means."""
+        """The number of seeds that `losses` averages, which choose the rate."""
         seeds = [x for _, x in sorted(self.best.losses.items())]
         chosen = self.losses.get(self.best.rate, math.nan)
         means = (math.isclose(statistics.fmean(seeds[:n]), chosen) for n in range(1, len(seeds)))
@@ -72,26 +74,26 @@ class Arm:
 
     @property
     def mark(self) -> tuple[float, float]:
-        """Where a figure marks the best rate."""
+        """The point at which a figure marks the best rate: the rate and its loss."""
         return self.best.rate, self.losses.get(self.best.rate, math.inf)
 
     @property
     def spread(self) -> float | None:
-        """Sample standard deviation over the seeds; None with one, or where one diverged."""
+        """The sample standard deviation over seeds. None with one seed, or if any diverged."""
         losses = [*self.best.losses.values()]
         if len(losses) < 2 or not all(map(math.isfinite, losses)):
             return None
         return statistics.stdev(losses)
 
     def loss_text(self, digits: int = 3) -> str:
-        """The final loss with its spread, e.g. "1.652 ± 0.004"."""
+        """Returns the final loss with its standard deviation, e.g. "1.652 ± 0.004"."""
         if not math.isfinite(self.loss):
             return "diverged"
         spread = "" if self.spread is None else f" ± {self.spread:.{digits}f}"
         return f"{self.loss:.{digits}f}{spread}"
 
     def as_json(self) -> dict[str, Any]:
-        """Its row of summary.json; None where a number is not finite."""
+        """Returns the arm's row of summary.json, with None for numbers that are not finite."""
         return {
             "optimizer": self.optimizer,
             "best_rate": self.best.rate,
@@ -117,7 +119,7 @@ def finite(value: float) -> float | None:
 
 
 def of_cells(rows: Sequence[Row], histories: Sequence[Any] = (), swept: int | None = None) -> dict:
-    """Fields of an `Arm`, but for its name, by the rows of its cells and their histories."""
+    """Returns the fields of an `Arm`, except its name, from the rows and histories of its cells."""
     top = best(rows, swept)
     chosen = [place for place, row in enumerate(rows) if row["rate"] == top.rate]
     return {
@@ -133,7 +135,7 @@ def of_cells(rows: Sequence[Row], histories: Sequence[Any] = (), swept: int | No
 
 
 def of_json(stored: Mapping[str, Any]) -> dict:
-    """The same by a row of summary.json."""
+    """Returns the fields of an `Arm`, except its name, from its row of summary.json."""
 
     def known(values: Mapping[str, float | None], kind: type) -> dict[Any, float]:
         return {kind(key): math.inf if x is None else x for key, x in values.items()}
@@ -151,7 +153,7 @@ def of_json(stored: Mapping[str, Any]) -> dict:
 
 
 def grouped(files: Files, *keys: str) -> dict[tuple, tuple[list[Row], list[Any]]]:
-    """The cells that have the same values of some keys: their rows and their histories."""
+    """Groups cells by their values of some keys. Returns the rows and histories of each group."""
     found: dict[tuple, tuple[list[Row], list[Any]]] = {}
     for row, history in zip(files.rows, files.histories or [()] * len(files.rows), strict=True):
         rows, histories = found.setdefault(tuple(row[key] for key in keys), ([], []))
@@ -161,11 +163,11 @@ def grouped(files: Files, *keys: str) -> dict[tuple, tuple[list[Row], list[Any]]
 
 
 def load(folder: Path) -> Files:
-    """A sweep's files; of stored results, which have no log, the summary, and what else there is.
+    """Reads the files of a sweep, or of stored results, which consist of a summary without a log.
 
     Raises:
-        FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is not what it should be; the message names it.
+        FileNotFoundError: The folder or one of its files is missing.
+        ValueError: A file has the wrong content; the message names the file.
     """
     config, summary = folder / "config.json", folder / "summary.json"
     if (folder / "metrics.jsonl").exists() or not summary.is_file():
@@ -178,7 +180,7 @@ def baseline_of(found: Iterable[AnyArm], name: str = "adamw") -> AnyArm | None:
 
 
 def compared(found: Sequence[AnyArm]) -> list[AnyArm]:
-    """The arms with what they are beside AdamW."""
+    """Returns the arms with `difference` and `p`, which compare them with AdamW."""
     base = baseline_of(found)
     if base is None:
         return list(found)
@@ -228,7 +230,7 @@ def _loss(row: Row, key: str) -> str:
 
 
 def cells_table(rows: Sequence[Row]) -> Table | None:
-    """Every finished cell of a sweep; None without any."""
+    """Returns a table of the finished cells of a sweep, or None if there are none."""
     if not rows:
         return None
     columns = [column for key, column in _CELL.items() if key in rows[0]]
@@ -236,13 +238,13 @@ def cells_table(rows: Sequence[Row]) -> Table | None:
     return Table(
         columns,
         rows,
-        "One row per finished training. “–”: its loss was NaN or Inf.",
+        "One row per finished training. “–” marks a training whose loss became NaN or Inf.",
         names=min(names, 3),
     )
 
 
 def finished(files: Files) -> str:
-    """How many cells there are, and how many there will be."""
+    """Returns, in words, how many of a sweep's cells are finished."""
     stored = files.summary.get("arms", files.summary.get("groups", []))
     total = files.summary["cells_total"]
     count = len(files.rows) or sum(row["cells"] for row in stored) or total
@@ -250,14 +252,14 @@ def finished(files: Files) -> str:
 
 
 def progress(files: Files) -> list[str]:
-    """That there are cells to go, in a sentence."""
+    """Returns a sentence about an unfinished sweep; an empty list if it is finished."""
     done = len(files.rows)
     whole = not done or done >= files.summary["cells_total"]
     return [] if whole else [f"{finished(files)} so far."]
 
 
 def lowest(found: Sequence[Arm]) -> str:
-    """Which arm is the lowest."""
+    """Returns a clause that names the first arm, which has the lowest loss."""
     return (
         f"{found[0].label} has the lowest mean held-out loss at its best rate, "
         f"{found[0].loss_text()} nats"
@@ -265,12 +267,12 @@ def lowest(found: Sequence[Arm]) -> str:
 
 
 def caveats(found: Sequence[Arm], name: Any = lambda arm: arm.label) -> list[str]:
-    """Whose best rate lies at the edge of those tried, and how many cells diverged."""
+    """Returns sentences about arms whose best rate is at an edge, and about diverged cells."""
     sentences = []
     if edge := ", ".join(name(arm) for arm in found if arm.at_edge):
         sentences.append(
-            "Best at the highest or lowest learning rate tried, so a better one may lie beyond: "
-            f"{edge}."
+            "Best at the highest or lowest learning rate tried, so that a rate outside the sweep "
+            f"may be better: {edge}."
         )
     if diverged := sum(arm.diverged for arm in found):
         sentences.append(f"{plural(diverged, 'training')} diverged.")
@@ -283,22 +285,22 @@ def rates(
     panels: Mapping[str, Sequence[Arm]] | None = None,
     **how: Any,
 ) -> Picture:
-    """Final loss against learning rate, a panel for each optimizer, or those given."""
+    """Returns a figure of final loss against rate, with one panel per optimizer or `panels`."""
     base = None if panels else baseline_of(found)
     reference = base.mark[1] if base else math.inf
     shown = panels or {arm.label: [arm] for arm in found}
     return Picture(
         "rates",
         lambda: rates_figure(shown, reference=reference, unit=unit, **how),
-        "Final held-out loss against learning rate. A diverged training counts as infinite; "
-        "triangles lie beyond the axis.",
-        "Final held-out loss against learning rate, a panel for each of "
+        "Final held-out loss against learning rate. The loss of a diverged training counts as "
+        "infinite. Triangles mark losses above the upper end of the axis.",
+        "Final held-out loss against learning rate, with one panel for each of "
         f"{', '.join(map(str.lower, shown)) if panels else 'the optimizers'}.",
     )
 
 
 def finals(found: Sequence[Arm], unit: str) -> Picture:
-    """Final loss of every seed at the best rates; those far above most at the axis's end."""
+    """Returns a figure of every seed's final loss at the best rates. The axis omits far losses."""
     base = baseline_of(found)
     known = [arm for arm in found if math.isfinite(arm.loss)]
     reference = ("AdamW, mean", base.loss) if base and math.isfinite(base.loss) else None
@@ -317,14 +319,14 @@ def finals(found: Sequence[Arm], unit: str) -> Picture:
             reference,
             limit=limit,
         ),
-        "Final validation loss at each optimizer's best rate; triangles lie beyond the axis, with "
-        "the mean beside the name.",
-        "Final validation loss of every seed, a line for each optimizer.",
+        "Final validation loss at each optimizer's best rate. Triangles mark losses beyond the end "
+        "of the axis; the mean is then printed beside the optimizer's name.",
+        "Final validation loss of every seed, with one line for each optimizer.",
     )
 
 
 def about(found: Iterable[Arm], entries: Mapping[str, Any]) -> dict[str, str]:
-    """What each arm is, by an entry with `about`."""
+    """Returns the description of each arm, by its label. `entries` have the field `about`."""
     known = {arm.optimizer: arm.label for arm in found if arm.optimizer in entries}
     return {label: f"{entries[name].about}." for name, label in known.items()}
 
@@ -344,18 +346,18 @@ def report(
     measured: Mapping[str, str] | None = None,
     **summary: Any,
 ) -> Report:
-    """The report of a sweep, which ends with all of its cells.
+    """Returns the report of a sweep. Its last section lists all cells.
 
     Args:
-        study: the heading.
-        folder: of the sweep.
-        files: in it.
-        cell: what a cell is a training of.
-        abstract, table, figures: of the page.
-        before, beside: sections before the table, and after it.
-        limits: sentences.
-        measured: definitions.
-        **summary: what summary.json is to have beside what it has; stored results stay as they are.
+        study: The heading of the page.
+        folder: The folder of the sweep.
+        files: The contents of its files.
+        cell: What a training has, which completes "each with ...".
+        abstract, table, figures: As in `page.Report`.
+        before, beside: Sections before the table, and after it.
+        limits: Sentences about the limits of the study.
+        measured: Definitions of what was measured, by term.
+        **summary: Further entries of summary.json. Stored results are not changed.
     """
     left_out = ("text", "suite", "clips")
     sections = [
@@ -369,7 +371,7 @@ def report(
     ]
     return Report(
         study,
-        f"{folder.resolve().name} · {finished(files)} · each is {cell}",
+        f"{folder.resolve().name} · {finished(files)}, each with {cell}",
         abstract,
         table,
         sections,

@@ -1,4 +1,4 @@
-"""What the figures of all studies share: colours and style, and the kinds of figures they draw."""
+"""Colours, style and kinds of figures that all studies share."""
 
 import io
 import math
@@ -19,8 +19,8 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullForma
 
 from experiments.report.series import NOTHING, Series, middle, smoothed
 
-# Each arm that a study knows has its own: Okabe and Ito's for the first two, then each the farthest
-# from all before it, and from white, in CIELAB; so those that come early are told apart best.
+# Every arm of the studies has its own colour. The first two are Okabe and Ito's; each later one has
+# the largest CIELAB distance from white and all earlier ones, so early ones are most distinct.
 COLORS = {
     "adamw": "#0072B2",
     "muon": "#D55E00",
@@ -66,13 +66,19 @@ COLORS = {
     "normuonh": "#AA6677",
     "muon_sphere": "#00EE88",
     "spel": "#667700",
+    "muon_rest": "#FFBB99",
+    "muon_int4": "#7799EE",
+    "adamw_rest": "#5599AA",
+    "adamw_hidden": "#BB8899",
 }
-# For any other name, after Tol's muted scheme.
+# The colours of other names, after Tol's muted scheme.
 OTHER_COLORS = ("#332288", "#117733", "#882255", "#999933", "#661100", "#777777")
 
 LABELS = {
     "adamuon": "AdaMuon",
     "adamw": "AdamW",
+    "adamw_hidden": "AdamW, hidden swept",
+    "adamw_rest": "AdamW, rest swept",
     "adamw_tuned": "AdamW, 0.01 × 4",
     "low_rank": "Rank k, SVD",
     "low_rank_subspace": "Rank k, subspace",
@@ -83,11 +89,13 @@ LABELS = {
     "muon_equal_decay": "Muon, equal decay",
     "muon_equal_shrink": "Muon, equal lr × decay",
     "muon_frozen1d": "Muon, gains frozen",
+    "muon_int4": "Muon, int4 state",
     "muon_int8": "Muon, int8 state",
     "muon_lion": "Muon + Lion",
     "muon_one_step": "Muon, 1 step",
     "muon_only": "Muon alone",
     "muon_plus": "Muon+",
+    "muon_rest": "Muon, rest swept",
     "muon_sgd": "Muon + SGD",
     "muon_sphere": "MuonSphere",
     "muon_squared": "Muon²",
@@ -143,38 +151,38 @@ STYLE: Any = {
     "legend.frameon": False,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
-    # Names come from the data: a "$" in one must not be read as mathematics.
+    # Names come from data, so a "$" in a name must not be read as mathematics.
     "text.parse_math": False,
 }
 
 
 def optimizer_color(name: str) -> str:
-    """The hex colour of an optimizer, the same for a name in every figure and every run."""
+    """Returns the hex colour of an optimizer, the same in every figure and every run."""
     if name in COLORS:
         return COLORS[name]
-    # crc32, since hash() differs from one Python process to the next.
+    # crc32 is used, since hash() differs between Python processes.
     return OTHER_COLORS[zlib.crc32(name.encode()) % len(OTHER_COLORS)]
 
 
 def optimizer_label(name: str) -> str:
-    """An optimizer's name for readers: "AdamW" for "adamw", "Muon" for "muon"."""
+    """Returns an optimizer's display name: "AdamW" for "adamw", "Muon" for "muon"."""
     return LABELS.get(name, name[:1].upper() + name[1:])
 
 
 def optimizer_style(name: str) -> dict[str, Any]:
-    """Of an optimizer's lines."""
+    """Returns the style of an optimizer's lines."""
     return {"color": optimizer_color(name)}
 
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """Draw and save figures in the studies' style within a `with` block."""
+    """A context in which figures are drawn and saved in the studies' style."""
     with matplotlib.rc_context(STYLE):
         yield
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of so many inches with constrained layout: no pyplot, no display."""
+    """Returns a figure of a size in inches with constrained layout, without pyplot or display."""
     layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.07, hspace=0.03, wspace=0.02)
     figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
@@ -182,43 +190,43 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_png(figure: Figure, path: Path, dpi: int = 200) -> None:
-    """Save a figure as PNG; a file that is there is replaced."""
-    image = io.BytesIO()  # an object store takes whole files
+    """Saves a figure as PNG and replaces an existing file."""
+    image = io.BytesIO()  # an object store accepts only complete files
     figure.savefig(image, format="png", dpi=dpi)
     path.write_bytes(image.getvalue())
 
 
 def plain_log_axis(axes: Axes, which: str) -> None:
-    """Make an axis logarithmic, its ticks plain numbers (10, 100) and not powers (10¹, 10²)."""
+    """Makes an axis logarithmic, with plain numbers (10, 100) as ticks, not powers (10¹, 10²)."""
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = sorted(axis.get_view_interval())
-    # Over less than three decades the powers of ten alone would label two or three places.
+    # Over less than three decades, powers of ten would give only two or three ticks.
     axis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 1000 else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
 def log_if_positive(axes: Axes, which: str) -> None:
-    """A log axis, if anything is drawn that has a place on it."""
+    """Makes an axis logarithmic if any value drawn on it is positive."""
     drawn = (line.get_xdata() if which == "x" else line.get_ydata() for line in axes.lines)
     if any(np.any(np.asarray(values, float) > 0) for values in drawn):
         plain_log_axis(axes, which)
 
 
 def engineering_axis(axes: Axes, which: str) -> None:
-    """Make an axis logarithmic, its ticks as 20 k or 5 M."""
+    """Makes an axis logarithmic, with ticks such as 20 k or 5 M."""
     log_if_positive(axes, which)
     (axes.xaxis if which == "x" else axes.yaxis).set_major_formatter(EngFormatter())
 
 
 def legend_line(label: str, color: str = "#555555", **style: Any) -> Line2D:
-    """A line or marker for a legend."""
+    """Returns a line or marker for a legend."""
     return Line2D([], [], label=label, **{"color": color} | style)
 
 
 def legend(figure: Figure, names: Iterable[str], *others: Line2D, columns: int = 6) -> None:
-    """A legend below the figure: a thick line for each optimizer, and what else it explains."""
+    """Adds a legend below the figure: a thick line for each optimizer, then the other handles."""
     handles = [legend_line(optimizer_label(n), optimizer_color(n), lw=4) for n in names]
     handles += others
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), columns))
@@ -227,7 +235,7 @@ def legend(figure: Figure, names: Iterable[str], *others: Line2D, columns: int =
 def grid_of(
     count: int, columns: int, wide: float, high: float, *, least: float = 0.0, **shared: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels of a size, each with a legend's place below."""
+    """Returns a figure of `count` panels of `wide` × `high` inches, with room for a legend."""
     columns = max(min(count, columns), 1)
     lines = max(math.ceil(count / columns), 1)
     figure = new_figure(max(least, wide * columns), high * lines + 0.7)
@@ -238,7 +246,7 @@ def grid_of(
 
 
 def name_axes(grid: Sequence[Axes], x: str, y: str) -> None:
-    """Names the vertical axes at the left, and the horizontal ones of the last in each column."""
+    """Labels the vertical axes of the first column and the horizontal axes of each last panel."""
     for axes in grid:
         place = axes.get_subplotspec()
         columns = place.get_gridspec().ncols
@@ -250,9 +258,10 @@ def name_axes(grid: Sequence[Axes], x: str, y: str) -> None:
 
 
 def legible(losses: Sequence[float], reference: float, times: float) -> float:
-    """Where an axis of losses may end: some times as far as most of them, or a reference, reach.
+    """Returns an upper end for an axis of losses that keeps most of them legible.
 
-    Infinite without a spread.
+    The axis spans `times` the distance from the lowest loss to the third quartile, or to a higher
+    reference. Infinite if that distance is 0.
 
     >>> legible([1.0, 1.1, 1.2, 1.4, 9.0], reference=2.0, times=2)
     3.0
@@ -263,7 +272,7 @@ def legible(losses: Sequence[float], reference: float, times: float) -> float:
 
 
 def ceiling(arms: Sequence[Any], reference: float = math.inf) -> float:
-    """Where the axis of the losses ends: the best rates and what is near them stay legible."""
+    """Returns an upper end for an axis of losses that keeps those near the best rates legible."""
     best = [arm.loss for arm in arms if math.isfinite(arm.loss)] or [1.0]
     every = [x for arm in arms for x in arm.losses.values() if math.isfinite(x)] or [1.0]
     span = max(best) - min(best)
@@ -281,15 +290,16 @@ def rates_figure(
     width: float = 2.2,
     unit: str = "nats per token",
 ) -> Figure:
-    """Final loss against learning rate, a line for each of a panel's `arms.Arm`.
+    """Draws final loss against learning rate, with one line for each `arms.Arm` of a panel.
 
     Args:
-        panels: by their titles; where one has several arms, the legend names these.
-        style, label: of an arm's `optimizer`.
-        reference: a loss to draw a line at, AdamW's.
-        shared: whether all panels have one vertical axis.
-        width: of a panel.
-        unit: of the losses.
+        panels: The arms of each panel, by its title. The legend names the arms if a panel has
+            several.
+        style, label: Functions that return the line style and the label of an arm's `optimizer`.
+        reference: The loss of AdamW, at which a line is drawn if it is finite.
+        shared: Whether all panels share one vertical axis.
+        width: The width of a panel, in inches.
+        unit: The unit of the losses.
     """
     alone = shared and all(len(own) == 1 for own in panels.values())
     high = 1.9 if len(panels) > 5 else max(2.6, 0.65 * width)
@@ -298,7 +308,7 @@ def rates_figure(
     beyond = False
     for (title, own), axes in zip(panels.items(), grid, strict=True):
         top = ceiling(every, reference) if shared else ceiling(own)
-        # Equal marks lie on each other: the earlier ones are larger.
+        # Equal marks cover each other, so earlier ones are drawn larger.
         for place, arm in enumerate(own):
             its = style(arm.optimizer)
             mark = {"color": its["color"], "clip_on": False, "zorder": 4}
@@ -336,12 +346,15 @@ def rates_figure(
 
 
 class Final(NamedTuple):
-    """A line of a figure of final values, with a value of each seed.
+    """One line of a figure of final values, with one value for each seed.
 
     Attributes:
-        middle: the mean or median, that a bar marks.
-        interval: of it; without one the line spans the values.
-        lost: values to mark by a cross.
+        label: The label of the line.
+        color: The colour of the line.
+        values: The value of each seed.
+        middle: The mean or median, which a bar marks.
+        interval: The confidence interval of `middle`. Without one, a line spans the values.
+        lost: The values marked with a cross.
     """
 
     label: str
@@ -364,18 +377,19 @@ def finals_figure(
     beyond: str = "beyond the axis",
     log: bool = False,
 ) -> Figure:
-    """Every seed's value, a line for each arm, the first on top; an interval, or else the range.
+    """Draws the value of every seed, with one line for each arm and its interval or range.
 
     Args:
-        panels: one below the other, or in several columns, by their titles.
-        name: of the horizontal axis.
-        reference: a line's name, "" to leave it out of the legend, and where it is.
-        width: of the figure, if it has one column.
-        columns: of panels with the same lines.
-        middle: what a bar marks.
-        limit: where larger values are drawn, as triangles that can be counted.
-        beyond: what these are.
-        log: whether the horizontal axis is logarithmic.
+        panels: The lines of each panel, by its title. The first line is at the top.
+        name: The label of the horizontal axis.
+        reference: The name and the position of a reference line. The name "" keeps it out of the
+            legend.
+        width: The width of the figure in inches, if it has one column.
+        columns: The number of columns of panels. Panels in one row have the same lines.
+        middle: The legend's name of what a bar marks.
+        limit: The position at which larger values are drawn, as one triangle for each.
+        beyond: The legend's name of these triangles.
+        log: Whether the horizontal axis is logarithmic.
     """
     sizes = [len(own) + 0.6 for own in panels.values()][::columns] or [1.6]
     figure = new_figure(
@@ -415,7 +429,7 @@ def finals_figure(
 def _draw_final(axes: Axes, place: float, final: Final, limit: float) -> None:
     color: dict[str, Any] = {"color": final.color, "zorder": 4}
     inside = [x for x in final.values if x <= limit]
-    if final.interval:  # below the points, which would hide a short one
+    if final.interval:  # drawn lower than the points, which would hide a short interval
         axes.plot(final.interval, [place + 0.3] * 2, **INTERVAL_MARK | {"color": final.color})
     elif final.values:
         ends = [min([*inside, limit]), min(max(final.values), limit)]
@@ -445,28 +459,28 @@ def draw_series(
     smooth: bool = True,
     statistic: Callable[[list[float]], Any] = np.mean,
 ) -> Series:
-    """Every training thin, and their mean thick, over 6 % of the records.
+    """Draws each training as a thin line, and their smoothed mean as a thick one.
 
     Args:
-        axes: the panel.
-        trainings: of one arm.
-        style: of its lines; `lw` is the mean's.
-        thin: whether to draw each of them.
-        scale: factor of the values.
-        positive: leave out what has no place on a log axis.
-        marked: mark the points, if they are few.
-        gaps: break a line where a value is not known, or else go on.
-        smooth: whether the thick line is smoothed.
-        statistic: in place of the mean.
+        axes: The panel.
+        trainings: The series of one arm.
+        style: The style of its lines. `lw` is the width of the mean's.
+        thin: Whether to draw the thin lines.
+        scale: A factor of the values.
+        positive: Whether to omit values that are not positive, for a logarithmic axis.
+        marked: Whether to mark the points of the mean, if there are fewer than 50.
+        gaps: Whether a missing value breaks a line. If not, the line connects its neighbours.
+        smooth: Whether the mean is smoothed, over 6 % of the records.
+        statistic: The statistic to draw instead of the mean.
 
     Returns:
-        The thick line.
+        The series of the thick line.
     """
 
     def line(places: np.ndarray, values: np.ndarray, **its: Any) -> None:
         shown = np.where(values > 0, values, np.nan) if positive else scale * values
         known = np.isfinite(shown)
-        if known.any():  # the updates of frozen params are 0
+        if known.any():  # none may be known: updates of frozen parameters are 0
             drawn = slice(None) if gaps else known
             axes.plot(places[drawn], shown[drawn], **its)
 

@@ -1,4 +1,4 @@
-"""A report's parts, and its two forms: one HTML page, and a table for the terminal."""
+"""The parts of a report, and its two forms: an HTML page and a table in the terminal."""
 
 import base64
 import json
@@ -16,19 +16,19 @@ from experiments.json_files import write_json
 from experiments.report.figures import figure_style, save_png
 
 Column = tuple[str, str, Callable[[Any], str]]
-"""Heading on the page, heading in the terminal ("" to leave it out), and the text of a row."""
+"""The heading on the page, the heading in the terminal ("" omits it), and the text of a row."""
 
 
 class Table(NamedTuple):
-    """A table of rows of any kind.
+    """A table of rows of any type.
 
     Attributes:
-        columns: what it has of each row.
-        rows: a line each.
-        caption: above it on the page.
-        title: in the terminal.
-        note: below it in the terminal.
-        names: how many of the first columns are names, which begin at the left.
+        columns: The columns, which turn a row into text.
+        rows: The rows, one for each line.
+        caption: The text above the table on the page.
+        title: The title in the terminal.
+        note: The text below the table in the terminal.
+        names: The number of first columns that hold names, which are aligned to the left.
     """
 
     columns: Sequence[Column]
@@ -42,11 +42,11 @@ class Table(NamedTuple):
     def of_texts(
         cls, headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", **more: Any
     ) -> "Table":
-        """Of rows that are text already."""
+        """Returns a table of rows that are already text."""
         return cls([(h, h, itemgetter(i)) for i, h in enumerate(headings)], rows, caption, **more)
 
     def known(self) -> "Table":
-        """Without the columns that have nothing to say of any row."""
+        """Returns the table without columns that are “–” in every row."""
         columns = [c for c in self.columns if any(c[2](row) != "–" for row in self.rows)]
         return self._replace(columns=columns if self.rows else self.columns)
 
@@ -79,7 +79,7 @@ class Table(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A figure: its file's name, what draws it, what is below it, and what it shows in words."""
+    """A figure: the name of its file, a function that draws it, its caption and its alt text."""
 
     name: str
     draw: Callable[[], Figure]
@@ -88,18 +88,18 @@ class Picture(NamedTuple):
 
 
 class Code(NamedTuple):
-    """Text as it is, under a heading."""
+    """Preformatted text under a heading."""
 
     heading: str
     text: str
 
 
 class Section(NamedTuple):
-    """A heading and what is under it; without anything it is left out.
+    """A heading and the items under it. A section without items is omitted.
 
-    Items are a paragraph (str), a `Table`, a `Picture`, `Code`, bullets (a list of str),
+    An item is a paragraph (str), a `Table`, a `Picture`, `Code`, bullets (a list of str),
     definitions (a dict) or verdicts (a list of objects with `claim`, `measured`, `verdict` and
-    `seeds`). An item that is empty is left out.
+    `seeds`). Empty items are omitted.
     """
 
     id: str
@@ -108,17 +108,17 @@ class Section(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a study tells of a folder.
+    """The report of a folder.
 
     Attributes:
-        study: the page's heading.
-        subtitle: below it.
-        abstract: sentences.
-        table: what the terminal shows; or anything else that rich prints.
-        sections: of the page.
-        config, machine: shown at the end.
-        version: of the package.
-        summary: what summary.json is to have; None to leave it as it is.
+        study: The heading of the page.
+        subtitle: The line below the heading.
+        abstract: The sentences of the abstract.
+        table: The table in the terminal, or anything else that rich can print.
+        sections: The sections of the page.
+        config, machine: The settings and the machine, shown at the end of the page.
+        version: The version of the package that made the results.
+        summary: The new contents of summary.json. None leaves the file as it is.
     """
 
     study: str
@@ -133,7 +133,7 @@ class Report(NamedTuple):
 
 
 def write(report: Report, folder: Path) -> Path:
-    """Writes the figures, report.html, which needs no second file, and summary.json."""
+    """Writes summary.json, the figures, and report.html with all of them, and returns its path."""
     if report.summary is not None:
         write_json(folder / "summary.json", report.summary)
     with figure_style():
@@ -166,7 +166,7 @@ def _drawn(item: Any, folder: Path) -> Any:
     figure, path = item.draw(), folder / f"{item.name}.png"
     save_png(figure, path)
     source = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-    # 96 CSS pixels to the inch: the page then shows the type at the size it was set in.
+    # At 96 CSS pixels per inch the page shows the figure's text at its intended size.
     return {"picture": item, "src": source, "width": round(96 * figure.get_figwidth())}
 
 
@@ -177,7 +177,7 @@ def _setting(value: object) -> str:
 
 
 def together(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Settings of several by name: once what all have in common, and the rest for each."""
+    """Merges the settings of several runs: a value that they share once, others by run name."""
     values: dict[str, dict[str, Any]] = {}
     for name, own in settings.items():
         for key, value in own.items():

@@ -1,4 +1,4 @@
-"""The folder of a language model's run, read back, and the report of several."""
+"""Reads the folders of language-model runs, and makes the report of several runs."""
 
 import importlib.metadata
 from collections.abc import Iterable, Sequence
@@ -13,13 +13,14 @@ from experiments.runs import flat, known_settings, read_json
 
 
 class Records(NamedTuple):
-    """The files of a language model's run, which may be unfinished.
+    """The contents of a language-model run, which may be unfinished.
 
     Attributes:
-        trained: records of training steps, oldest first.
-        evaluated: records of evaluations.
-        summary: empty until it is finished.
-        damage: what is wrong with its log, in words.
+        settings: The settings of the run.
+        trained: The records of training steps, oldest first.
+        evaluated: The records of evaluations, oldest first.
+        summary: The contents of summary.json. Empty until the run is finished.
+        damage: Descriptions of the damage to the log.
     """
 
     settings: dict[str, Any]
@@ -33,8 +34,8 @@ def read(folder: epath.Path) -> Records:
     """Reads a run's folder.
 
     Raises:
-        RunError: it holds no run.
-        ValueError: a file is damaged; the message names it.
+        RunError: The folder holds no run.
+        ValueError: A file is damaged; the message names the file.
     """
     settings = known_settings(folder)
     records, damage = log.read(folder)
@@ -49,7 +50,7 @@ def read(folder: epath.Path) -> Records:
 
 
 def damaged(runs: Iterable[Any]) -> list[str]:
-    """What is wrong with the logs of runs that have a `label` and `records`, in sentences."""
+    """Returns a sentence for each damage to the logs of runs, which have `label` and `records`."""
     return [
         f"The log of {run.label} is damaged: {damage}."
         for run in runs
@@ -58,7 +59,7 @@ def damaged(runs: Iterable[Any]) -> list[str]:
 
 
 def differing(runs: Iterable[Any], but: str) -> list[str]:
-    """Names of settings, but for one, in which runs differ."""
+    """Returns the names of the settings, except `but`, in which runs differ."""
     settings = [flat(run.records.settings | {but: None}) for run in runs]
     names = dict.fromkeys(name for own in settings for name in own)
     first = settings[0]
@@ -74,7 +75,7 @@ def report(
     sections: Sequence[Section],
     summary: dict[str, Any] | None,
 ) -> Report:
-    """The report of runs that have a `label` and `records`; what is wrong with them is told."""
+    """Returns the report of runs, which have `label` and `records`. Warns of damaged logs."""
     for text in damaged(runs):
         print_warning(text)
     named = {run.label: run.records for run in runs}

@@ -1,4 +1,4 @@
-"""Records as series: the values of a key against steps, and what several have in common."""
+"""Series of values against steps, read from records, and the mean of several series."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 Series = tuple[np.ndarray, np.ndarray]
-"""Places, ascending, and the values there; NaN where one is not known or not finite."""
+"""Ascending steps and the values at them. NaN marks values that are missing or not finite."""
 
 NOTHING: Series = (np.empty(0), np.empty(0))
 
 
 def series(records: Iterable[Mapping[str, Any]], *path: str, at: str = "step") -> Series:
-    """The values of a key, or of one in another."""
+    """Returns the series of a key, or of nested keys, in records. `at` is the key of the step."""
 
     def value(record: Any) -> float | None:
         for key in path:
@@ -25,14 +25,14 @@ def series(records: Iterable[Mapping[str, Any]], *path: str, at: str = "step") -
 
 
 def array(values: Iterable[float | None]) -> np.ndarray:
-    """Numbers, NaN for None."""
+    """Returns numbers as an array, with NaN for None."""
     return np.array([math.nan if x is None else x for x in values], float)
 
 
 def middle(found: Sequence[Series], statistic: Callable[[list[float]], Any] = np.mean) -> Series:
-    """The mean, or another statistic, of several series at the places that all of them have.
+    """Returns the mean, or another statistic, of several series at the steps that all have.
 
-    Beyond those it would be of whichever went on, which are no fair sample.
+    At later steps the trainings that had not ended yet would be a biased sample.
     """
     if not found:
         return NOTHING
@@ -42,7 +42,7 @@ def middle(found: Sequence[Series], statistic: Callable[[list[float]], Any] = np
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Means over the 6 % of the records about each, over fewer where the curve is steep."""
+    """Returns a moving average over 6 % of the records, and over fewer near the steep start."""
     reach = round(0.03 * len(values))
     means = np.array(values)
     for i in np.flatnonzero(np.isfinite(values)):

@@ -1,4 +1,4 @@
-"""Which study a folder is of, and its report: drawn after a run, or again from its files."""
+"""Finds the study to which a folder belongs, and writes and prints the folder's report."""
 
 import importlib
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ FINETUNE = "experiments.finetune.report"
 SUITES = "experiments.finetune.suites.report"
 BENCH = "experiments.bench.report"
 
-# What config.json of a run, or summary.json of stored results, has in each study; the first counts.
+# Keys that identify a study, in a run's config.json or a stored summary.json. The first counts.
 _CONFIG = {"tasks": GROK, "scales": WIDTHS, "head_size": FAMILY, "arm": FINETUNE}
 _SUITES = {"optimizers": OPTIMIZERS, "scaling": SCALING}
 _SUMMARY = {
@@ -41,15 +41,15 @@ _SUMMARY = {
 
 
 def study_of(folder: Any) -> str:
-    """The module that knows a folder.
+    """Returns the name of the module that reports on a folder.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        RunError: it holds nothing of any study.
-        ValueError: its config.json or summary.json is damaged.
+        FileNotFoundError: There is no such folder.
+        RunError: The folder holds no results of any study.
+        ValueError: Its config.json or summary.json is damaged.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder")
+        raise FileNotFoundError(f"{folder} is not a folder. Give the folder of a run or suite.")
     return next(_names(folder), "") or _of_groups(folder)
 
 
@@ -67,32 +67,35 @@ def _names(folder: Any) -> Iterator[str]:
 
 
 def _of_groups(folder: Any) -> str:
-    """Of a folder that has one for each optimizer."""
+    """Returns the study of a folder that contains one run folder for each optimizer."""
     for path in sorted(folder.iterdir()):
         if path.is_dir() and holds_run(path):
             return next(_names(path))
-    raise RunError(f"{folder} holds no run: neither it nor a folder in it has a config.json.")
+    raise RunError(
+        f"{folder} holds no run: neither it nor a folder in it has a config.json. Give the folder "
+        "of a run or suite."
+    )
 
 
 def report_of(folder: Any, **options: Any) -> page.Report:
-    """What the study that a folder is of tells of it; `options` are of its `report`.
+    """Returns the report of a folder. `options` are passed to the `report` of its study.
 
     Raises:
-        FileNotFoundError: the folder or one of its files is missing.
-        RunError: it holds nothing of any study.
-        ValueError: a file is not what it should be; the message names it.
+        FileNotFoundError: The folder or one of its files is missing.
+        RunError: The folder holds no results of any study.
+        ValueError: A file has the wrong content; the message names the file.
     """
     return importlib.import_module(study_of(folder)).report(folder, **options)
 
 
 def show(folder: Any, console: Console, *, table: bool = True, **options: Any) -> None:
-    """Writes a folder's report, and prints its table, its abstract and where it is.
+    """Writes the report of a folder, and prints its table, its abstract and its path.
 
     Args:
-        folder: of a run, a suite or stored results; in gs:// or s3://, too.
-        console: to print on.
-        table: whether to print the table and the abstract.
-        options: of the study's `report`.
+        folder: The folder of a run, a suite or stored results. It may be in gs:// or s3://.
+        console: The console to print on.
+        table: Whether to print the table and the abstract.
+        options: Arguments of the study's `report`.
     """
     folder = epath.Path(folder) if "://" in str(folder) else Path(folder)
     found = report_of(folder, **options)

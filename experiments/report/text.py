@@ -1,4 +1,4 @@
-"""Numbers as text, the same in tables, sentences and figures."""
+"""Formats numbers as text, alike in tables, sentences and figures."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from experiments.differences import Interval
 
 
 def number(value: float | None) -> str:
-    """A number to three significant digits, whole numbers in full; "–" for none."""
+    """Returns a number with three significant digits, or all digits if whole; "–" for None."""
     if value is None or math.isnan(value):
         return "–"
     whole = float(value).is_integer() or abs(value) >= 1000
@@ -16,7 +16,7 @@ def number(value: float | None) -> str:
 
 
 def flop(value: float | None) -> str:
-    """A count of floating-point operations with its unit, e.g. "1.2 TFLOP"."""
+    """Returns a number of floating-point operations with its unit, e.g. "1.2 TFLOP"."""
     if value is None or math.isnan(value):
         return "–"
     units = (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
@@ -25,7 +25,7 @@ def flop(value: float | None) -> str:
 
 
 def readable(count: float) -> str:
-    """Bytes, as text."""
+    """Returns a number of bytes with its unit, e.g. "1.20 MB"."""
     unit, size = next(
         (pair for pair in (("GB", 1e9), ("MB", 1e6)) if count >= pair[1]), ("kB", 1e3)
     )
@@ -33,19 +33,19 @@ def readable(count: float) -> str:
 
 
 def form(value: float | None, spec: str) -> str:
-    """A number in a format, as ".4f" or ".1%"; "–" for none and what is not finite."""
+    """Returns a number in a format such as ".4f" or ".1%"; "–" if it is None or not finite."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:{spec}}".replace("%", " %")
 
 
 def signed(value: float, digits: int) -> str:
-    """A difference, e.g. "−0.25"; zero has a plus."""
+    """Returns a difference with its sign, e.g. "−0.25". The sign of zero is plus."""
     return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")
 
 
 def interval_text(found: Interval | None) -> str:
-    """A difference with its interval, e.g. "−0.25 [−0.26, −0.23]"."""
+    """Returns a difference with its interval, e.g. "−0.25 [−0.26, −0.23]"; "–" for None."""
     if found is None:
         return "–"
     mean, low, high = (signed(value, 3) for value in found)
@@ -53,17 +53,17 @@ def interval_text(found: Interval | None) -> str:
 
 
 def p_text(value: float | None) -> str:
-    """A p value to three places."""
+    """Returns a p value with three decimal places; "–" for None."""
     return "–" if value is None else "< 0.001" if value < 1e-3 else f"{value:.3f}"
 
 
 def plural(count: int, noun: str) -> str:
-    """As "1 cell" and "2 cells"."""
+    """Returns a count with its noun, as in "1 cell" and "2 cells"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def told(template: str, facts: Mapping[str, Any]) -> str:
-    """A template with facts in its places; "" where one of them is not known.
+    """Returns a template with facts filled in, or "" if one of the facts is missing.
 
     >>> told("{config[steps]} steps", {"config": {"steps": 9}}), told("{seeds} seeds", {})
     ('9 steps', '')
@@ -75,5 +75,5 @@ def told(template: str, facts: Mapping[str, Any]) -> str:
 
 
 def all_told(templates: Mapping[str, str], facts: Mapping[str, Any]) -> dict[str, str]:
-    """Definitions with facts in their places, without those of which one is not known."""
+    """Returns definitions with facts filled in, without those for which a fact is missing."""
     return {term: text for term, of in templates.items() if (text := told(of, facts))}

@@ -1,5 +1,6 @@
-"""A leaf and its matrices: stacks, heads, fused projections and blocks, and what is done to each.
+"""The matrices of a leaf (stacks, heads, fused projections, blocks) and operations on them.
 
-`parts` splits a leaf into matrices of one shape and merges them again; `stages` applies momentum,
-orthogonalisation and shape scale to them, for Muon and every variant.
+`parts` splits a leaf into matrices of one shape and merges them again. `stages` applies momentum,
+orthogonalisation and shape scale to them, for Muon and every variant. `hooks` are user functions
+that run between the stages.
 """

@@ -1,7 +1,8 @@
-"""Hooks: functions of matrices at a place of Muon's chain, which combine.
+"""Hooks: functions of matrices that run at certain places of Muon's chain and can be combined.
 
-`before` and `after` orthogonalisation they are arguments of `scale_by_muon`; a `Constraint` has one
-of the update and one of the weights, and goes with every optimizer of the family.
+The arguments `before` and `after` of `scale_by_muon` are hooks around orthogonalisation. A
+`Constraint` has one hook for the update and one for the weights, and works with every optimizer
+that `hybrid` makes.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,14 +21,14 @@ Arrays = list[jax.Array]
 
 
 class Step(NamedTuple):
-    """What a hook may read.
+    """The values of the current step that a hook may read.
 
     Attributes:
-        matrices: norms and sums of each matrix, on any mesh.
-        updates: the tree that came in: gradients, or in a constraint what is made of them.
-        params: the weights before the step; None where `update` was called without.
-        momentum: the average to orthogonalise, before any hook; in a constraint empty.
-        count: steps taken with this one, int32; in a constraint None.
+        matrices: Methods for norms and sums of each matrix, on any mesh.
+        updates: The input tree: the gradients, or in a constraint the updates.
+        params: The weights before the step; None if `update` was called without params.
+        momentum: The average to orthogonalise, before any hook; empty in a constraint.
+        count: The number of steps including this one, an int32 scalar; None in a constraint.
     """
 
     matrices: "Matrices"
@@ -37,14 +38,14 @@ class Step(NamedTuple):
     count: Any = None
 
     def gradients(self) -> Arrays:
-        """In float32 or wider."""
+        """Returns the parts of `updates` in float32 or wider."""
         return [widen(g) for g in self.matrices.split(self.updates)]
 
     def weights(self, name: str) -> Arrays:
-        """The params in float32 or wider.
+        """Returns the parts of `params` in float32 or wider.
 
         Raises:
-            ValueError: `update` was called without them; the message has the hook's name.
+            ValueError: `update` was called without params; the message has the hook's name.
         """
         if self.params is None:
             raise ValueError(f"{name} needs the params: call update(updates, state, params).")
@@ -55,7 +56,7 @@ class HookState(NamedTuple):
     """State of a hook.
 
     Attributes:
-        value: a tree like the params, with what is kept for each of their matrices.
+        value: A tree like the params, with the state of each of their matrices.
     """
 
     value: Any
@@ -65,16 +66,16 @@ class Hook(NamedTuple):
     """A function of matrices, with or without state.
 
     Attributes:
-        update: `(arrays, state, step) -> (arrays, state)`; arrays are in float32 or wider, and the
-            state is a list with a tree of arrays for each matrix part.
-        init: `(matrices, params) -> state`; None where there is none.
-        entrywise: the state is a float32 number for each entry, zero at first, and stored as the
-            leaf is; `init` is then not called.
-        products: it multiplies matrices, which XLA may spread over the mesh as it likes, also one
-            with Explicit axes.
+        update: A function `(arrays, state, step) -> (arrays, state)`. Arrays are in float32 or
+            wider, and the state is a list with a tree of arrays for each part.
+        init: A function `(matrices, params) -> state`; None if the hook has no state.
+        entrywise: Whether the state is a float32 number for each entry, initially zero and sharded
+            like the leaf. `init` is then not called.
+        products: Whether the hook multiplies matrices. XLA then chooses how to distribute the
+            products over the mesh, even with Explicit axes.
 
     Example:
-        Every orthogonal factor clipped at its largest entry but a tenth:
+        This hook clips every orthogonal factor at nine tenths of its largest entry:
 
         >>> import jax.numpy as jnp, muon_jax
         >>> def clip(factors, state, step):
@@ -92,36 +93,36 @@ class Hook(NamedTuple):
 
 
 def stateless(function: Callable[[Arrays, Step], Arrays]) -> Hook:
-    """A hook from a function of the arrays alone."""
+    """Returns a hook without state from a function `(arrays, step) -> arrays`."""
     return Hook(lambda arrays, state, step: (function(arrays, step), state))
 
 
 def entrywise(update: Callable[[Arrays, Arrays, Step], tuple[Arrays, Arrays]]) -> Hook:
-    """A hook whose state is a number for each entry, zero at first, such as an average."""
+    """Returns a hook whose state is one number per entry, initially zero, such as an average."""
     return Hook(update, lambda matrices, params: [], entrywise=True)
 
 
 def as_hooks(name: str, given: Any) -> tuple[Hook, ...]:
-    """None, one hook or several as a tuple.
+    """Converts None, one hook or several hooks to a tuple.
 
     Raises:
-        TypeError: something else; the message names the argument.
+        TypeError: `given` is anything else; the message names the argument.
     """
     if given is None or isinstance(given, Hook):
         return () if given is None else (given,)
     hooks = tuple(given) if isinstance(given, (list, tuple)) else (given,)
     for hook in hooks:
         if not isinstance(hook, Hook):
-            called = " It makes a hook: call it." if callable(hook) else ""
+            hint = " Call this function to make a hook." if callable(hook) else ""
             raise TypeError(
                 f"{name} must be a hook, such as muon_jax.equilibrate(), or a list of hooks; got "
-                f"{getattr(hook, '__name__', repr(hook))}.{called}"
+                f"{getattr(hook, '__name__', repr(hook))}.{hint}"
             )
     return hooks
 
 
 def init_hooks(hooks: Sequence[Hook], matrices: "Matrices", params: Any) -> list[Any]:
-    """The states of those that have one, each a tree like the params."""
+    """Returns the states of the hooks that have one, each a tree like the params."""
 
     def init(hook: Hook) -> Any:
         if hook.entrywise:
@@ -135,9 +136,10 @@ def init_hooks(hooks: Sequence[Hook], matrices: "Matrices", params: Any) -> list
 def run_hooks(
     hooks: Sequence[Hook], arrays: Arrays, states: Sequence[Any], step: Step
 ) -> tuple[Arrays, list[Any]]:
-    """The arrays after all hooks, in float32 or wider where there are any, and the new states.
+    """Applies all hooks in order and returns the arrays and the new states.
 
-    `states` are those of `init_hooks`, for the hooks that have one.
+    `states` has an entry for each hook with state, as in `init_hooks`. The arrays are widened to at
+    least float32 if there is a hook.
     """
     if not hooks:
         return arrays, []

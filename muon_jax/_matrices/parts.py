@@ -1,4 +1,4 @@
-"""Parts of a leaf, such as heads and fused projections, each a matrix of its own; and back."""
+"""Splits a leaf into parts, such as heads or fused projections, and merges them again."""
 
 import itertools
 import math
@@ -15,13 +15,13 @@ from muon_jax._sharding.layout import Layout
 
 
 class Slices(NamedTuple):
-    """Equal slices of an axis that follow each other; in a part, a new axis in front of it.
+    """Consecutive slices of an axis with equal sizes, which become a new axis before it in a part.
 
     Attributes:
-        axis: of the leaf.
-        start: where they begin.
-        number, size: how many, and how long each is.
-        whole: they are all of the axis.
+        axis: The axis of the leaf.
+        start: The index at which the slices begin.
+        number, size: The number of slices, and the size of each.
+        whole: Whether the slices cover the whole axis.
     """
 
     axis: int
@@ -32,7 +32,7 @@ class Slices(NamedTuple):
 
 
 class Rounds(NamedTuple):
-    """An axis of a leaf as `(rounds, size)`, where parts take turns."""
+    """An axis of a leaf that is reshaped to `(rounds, size)`, because its parts are interleaved."""
 
     axis: int
     size: int
@@ -51,11 +51,11 @@ class Part(NamedTuple):
     """Matrices of one shape within a leaf.
 
     Attributes:
-        along_in, along_out: the slices of either fan; `None` where it is not split.
-        axes: of the array that `split` gives.
-        shape: of that array, where the leaf is whole.
-        layout: the mesh axes along its axes, where those along the leaf's are known.
-        rounds: axes of the leaf that are split in rounds before all else.
+        along_in, along_out: The slices of fan_in and fan_out; `None` for a fan that is not split.
+        axes: The matrix axes of the array that `split` returns.
+        shape: The shape of that array if the leaf is complete.
+        layout: The mesh axes along the axes of that array; `None` if the leaf's are unknown.
+        rounds: The axes of the leaf that are first split into rounds.
     """
 
     along_in: Slices | None
@@ -70,7 +70,7 @@ class Part(NamedTuple):
         return sorted(each for each in (self.along_in, self.along_out) if each is not None)
 
     def cuts(self) -> list[tuple[int, int, bool]]:
-        """`(axis of the leaf, size, whole)` of all rounds and slices, but those within a round."""
+        """Returns `(axis of the leaf, size, whole)` of all rounds, and of slices outside rounds."""
         cuts = [(r.axis, r.size, True, i) for i, r in enumerate(self.rounds)]
         cuts += [(s.axis, s.size, s.whole, len(self.rounds)) for s in self.slices]
         of_leaf = []
@@ -90,7 +90,7 @@ class Part(NamedTuple):
         return fan_in, fan_out
 
     def split(self, x: jax.Array) -> jax.Array:
-        """The part of a leaf; inside `shard_map`, what this device holds of it."""
+        """Returns this part of a leaf, or inside `shard_map` the device's shard of the part."""
         for rounds in self.rounds:
             x = rounds.split(x)
         for axis, start, number, size, whole in reversed(self.slices):
@@ -103,7 +103,7 @@ class Part(NamedTuple):
         return x
 
     def merge(self, y: jax.Array) -> jax.Array:
-        """Undoes `split`, but for the rounds, which parts have together."""
+        """Inverts `split`, except for the rounds, which are common to all parts of a leaf."""
         for axis, *_ in self.slices:
             y = y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
         return y
@@ -115,16 +115,16 @@ def split_into_parts(
     layout: Layout | None = None,
     sizes: Mapping[str, int] | None = None,
 ) -> list[Part]:
-    """The parts of a leaf: those along fan_out, for each along fan_in.
+    """Returns the parts of a leaf, ordered by fan_in and then by fan_out.
 
     Args:
-        shape: of the whole leaf.
-        axes: its matrix axes, with their parts.
-        layout: the mesh axes along each axis of the leaf, where they are known.
-        sizes: of these mesh axes.
+        shape: The shape of the whole leaf.
+        axes: Its matrix axes, including the description of the parts.
+        layout: The mesh axes along each axis of the leaf; `None` if they are unknown.
+        sizes: The sizes of these mesh axes.
 
     Raises:
-        ValueError: parts that do not add up to the axis.
+        ValueError: The parts do not add up to the axis.
     """
     for side in ("fan_in", "fan_out"):
         if isinstance(getattr(axes, f"split_{side}"), Interleaved):
@@ -162,15 +162,15 @@ def _split_rounds(
     layout: Layout | None,
     sizes: Mapping[str, int] | None,
 ) -> list[Part]:
-    """The parts of a leaf whose fan is interleaved: of its view with an axis of rounds more."""
+    """Returns the parts of a leaf with an interleaved fan, whose axis becomes `(rounds, size)`."""
     turns = getattr(axes, f"split_{side}")
     _, *fans = axes.split(shape)
     (axis, *_) = fan = fans[0 if side == "fan_in" else 1]
     size = sum(turns.sizes)
     if not turns.sizes or size < 1 or shape[axis] % size:
         raise ValueError(
-            f"Axis {axis} of a leaf of shape {shape} is not a number of rounds of {turns.sizes}, "
-            f"which have {size} entries."
+            f"Axis {axis} of a leaf of shape {shape} must consist of whole rounds of the sizes "
+            f"{turns.sizes}, which have {size} entries."
         )
     count = shape[axis] // size
     along = layout[axis] if layout is not None else ()
@@ -183,8 +183,8 @@ def _split_rounds(
         return tuple(a + (a > axis) for a in fan)
 
     others = {"fan_in": moved(fans[0]), "fan_out": moved(fans[1])}
-    # The axis of turns comes first, since parts are of the first axis; the order of rows or columns
-    # does not matter to an orthogonal factor.
+    # The axis within a round comes first, since the first axis of a fan is split into parts. That
+    # reorders rows or columns, with which the orthogonal factor is equivariant.
     own = (axis + 1, axis, *moved(fan)[1:]) if turns.together else (axis + 1, *moved(fan)[1:])
     view = axes._replace(**others | {side: own, f"split_{side}": tuple(turns.sizes)})
     parts = split_into_parts((*shape[:axis], count, size, *shape[axis + 1 :]), view, layout, sizes)
@@ -192,7 +192,7 @@ def _split_rounds(
 
 
 def merge_parts(parts: Sequence[Part], arrays: Sequence[jax.Array]) -> jax.Array:
-    """The leaf of which these are the parts."""
+    """Merges the parts of a leaf into the leaf."""
     merged = list(zip(parts, map(Part.merge, parts, arrays), strict=True))
     bands = []
     for along_in, band in itertools.groupby(merged, key=lambda pair: pair[0].along_in):
@@ -216,8 +216,8 @@ def _slices(axis: int, shape: tuple[int, ...], parts: Any) -> list[Slices | None
     listed = tuple(parts) if isinstance(parts, Sequence) else (parts,)
     if not listed or any(not isinstance(n, (int, np.integer)) or n < 1 for n in listed):
         raise ValueError(
-            f"Parts must be a number of equal parts or a tuple of sizes, positive integers; got "
-            f"{parts!r} for axis {axis} of a leaf of shape {shape}."
+            "Parts must be given as a positive number of equal parts or a tuple of positive sizes; "
+            f"got {parts!r} for axis {axis} of a leaf of shape {shape}."
         )
     if not isinstance(parts, Sequence):
         if parts == 1:
@@ -251,7 +251,7 @@ def _in_whole_slices(x: jax.Array, axis: int, count: int) -> bool:
 
 
 def _gathered(x: jax.Array, axis: int) -> jax.Array:
-    """`x`, gathered along `axis` if Explicit axes split it there."""
+    """Gathers `x` along `axis` if Explicit axes split it there."""
     spec = list(_spec(x))
     if axis >= len(spec) or spec[axis] is None:
         return x
@@ -260,5 +260,5 @@ def _gathered(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _spec(x: jax.Array) -> PartitionSpec:
-    """Over Explicit axes; empty over others."""
+    """Returns the spec of `x` over Explicit axes, which is empty over others."""
     return getattr(jax.typeof(x).sharding, "spec", PartitionSpec())

@@ -1,8 +1,7 @@
 """The stages that Muon and its variants share: momentum, orthogonalisation, shape scale.
 
-A variant is an update that calls them and adds its own formula in between. Between the stages a
-tree is a list of arrays, one for each part of a leaf: `(*batch, fan_in, fan_out)` up to the order
-of axes.
+A variant calls these stages and adds its own formula in between. Between the stages a tree is a
+list with an array for each part of each leaf, `(*batch, fan_in, fan_out)` up to the order of axes.
 """
 
 import dataclasses
@@ -39,7 +38,7 @@ Orthogonalizer = Callable[[jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """The settings of the stages, checked; see `scale_by_muon` for each."""
+    """The settings of the stages, which `scale_by_muon` documents, with checks of their values."""
 
     beta: Any = 0.95
     nesterov: bool = True
@@ -57,7 +56,8 @@ class Stages:
     def __post_init__(self) -> None:
         check_number("beta", self.beta, at_least=0, below=1, schedule=True)
         if self.momentum not in MOMENTA:
-            raise ValueError(f"Unknown momentum {self.momentum!r}. Known: {', '.join(MOMENTA)}.")
+            known = ", ".join(MOMENTA)
+            raise ValueError(f"momentum must be one of {known}; got {self.momentum!r}.")
         check_mesh(self.mesh)
         if self.chunk_size is not None:
             check_integer("chunk_size", self.chunk_size, at_least=1)
@@ -69,28 +69,28 @@ class Stages:
         object.__setattr__(self, "scale", as_shape_scale(self.scale))
 
     def init_momentum(self, params: optax.Params) -> Any:
-        """The momentum before the first step."""
+        """Returns the initial momentum."""
         return init_momentum(params, self.mu_dtype)
 
     def average(
         self, updates: optax.Updates, mu: Any, count: jax.Array
     ) -> tuple[optax.Updates, Any]:
-        """The average to orthogonalise at step `count`, from 1, and the new momentum."""
+        """Returns the average to orthogonalise at step `count`, from 1, and the new momentum."""
         beta = self.beta(count - 1) if callable(self.beta) else self.beta
         return update_momentum(
             updates, mu, beta=beta, nesterov=self.nesterov, kind=self.momentum, count=count
         )
 
     def matrices(self, tree: Any, axes: Any = None) -> "Matrices":
-        """The leaves of a tree as matrices, and their layouts."""
+        """Returns the leaves of a tree as matrices with their layouts."""
         return Matrices(tree, self, axes)
 
 
 class Matrices:
-    """The leaves of a tree as lists of arrays, one for each part; empty leaves have none.
+    """The leaves of a tree as a list of parts; leaves without entries have none.
 
     Attributes:
-        parts: all of them, in the tree's order.
+        parts: The parts of all leaves, in the tree's order.
     """
 
     def __init__(self, tree: Any, stages: Stages, axes: Any = None):
@@ -113,10 +113,12 @@ class Matrices:
         self.parts = [part for parts in self._parts.values() for part in parts]
 
     def in_blocks(self, blocks: tuple[int, int] | None) -> "Matrices":
-        """The same leaves with every matrix in blocks; `None` is one for each device that has some.
+        """Returns the same leaves with every matrix split into `blocks` along each fan.
+
+        With `None`, each device's shard of a matrix is a block.
 
         Raises:
-            ValueError: the sharding of a leaf is unknown.
+            ValueError: `blocks` is None and the sharding of a leaf is unknown.
         """
 
         def parts(path: KeyPath, x: jax.Array) -> MatrixAxes:
@@ -143,12 +145,12 @@ class Matrices:
         return Matrices(self._tree, self._stages, axes)
 
     def split(self, tree: Any) -> list[jax.Array]:
-        """The parts of a tree whose leaves have the same shapes."""
+        """Splits a tree whose leaves have the same shapes into its parts."""
         leaves = dict(jax.tree_util.tree_leaves_with_path(tree))
         return [p.split(leaves[path]) for path, parts in self._parts.items() for p in parts]
 
     def merge(self, arrays: Sequence[jax.Array], tree: Any) -> Any:
-        """A tree from its parts, with the dtypes and shardings of `tree` and its empty leaves."""
+        """Merges parts into a tree with the dtypes, shardings and empty leaves of `tree`."""
         remaining = iter(arrays)
 
         def leaf(path, x):
@@ -163,7 +165,7 @@ class Matrices:
         return jax.tree_util.tree_map_with_path(leaf, tree)
 
     def pack(self, arrays: Sequence[Any]) -> Any:
-        """What is kept for each part as a tree of the leaves; a tuple where a leaf has several."""
+        """Returns a tree of the leaves with the value of each part; a tuple for several parts."""
         remaining = iter(arrays)
 
         def leaf(path, x):
@@ -173,7 +175,7 @@ class Matrices:
         return jax.tree_util.tree_map_with_path(leaf, self._tree)
 
     def unpack(self, packed: Any) -> list[Any]:
-        """Undoes `pack`."""
+        """Inverts `pack`."""
         kept: list[Any] = []
 
         def leaf(path, _, value):
@@ -186,9 +188,9 @@ class Matrices:
     def orthogonalize(
         self, arrays: Iterable[jax.Array], like: Any, orthogonalizer: Orthogonalizer | None = None
     ) -> list[jax.Array]:
-        """The parts orthogonalised, each matrix once, on any mesh.
+        """Orthogonalises the parts, each matrix only once on any mesh.
 
-        `like` is a tree with the shardings of the leaves: the momentum.
+        `like` is a tree with the shardings of the leaves, namely the momentum.
         """
         return orthogonalize_leaves(
             list(arrays),
@@ -201,7 +203,7 @@ class Matrices:
         )
 
     def scale(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-        """Times the shape scale of each part's fan_in and fan_out."""
+        """Multiplies each part by the shape scale of its fan_in and fan_out."""
         return [self._scaled(part, x) for part, x in zip(self.parts, arrays, strict=True)]
 
     def _scaled(self, part: Part, x: jax.Array) -> jax.Array:
@@ -212,7 +214,7 @@ class Matrices:
         return (jnp.asarray(factor, jnp.finfo(wide).dtype) * x.astype(wide)).astype(x.dtype)
 
     def sum(self, arrays: Iterable[jax.Array], over: str) -> list[jax.Array]:
-        """Sums in float32 over `"fan_in"`, `"fan_out"` or `"matrix"`; the axes stay, of size 1."""
+        """Sums in float32 or wider over `"fan_in"`, `"fan_out"` or `"matrix"`, keeping the axes."""
         return [self._sum(part, x, over) for part, x in zip(self.parts, arrays, strict=True)]
 
     def _sum(self, part: Part, x: jax.Array, over: str) -> jax.Array:
@@ -223,12 +225,12 @@ class Matrices:
         return jax.lax.psum(total, tuple(names)) if names else total
 
     def relative(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-        """In float32 or wider, each matrix with a largest entry of 1: its square is finite."""
+        """Divides each matrix by its largest entry, in float32 or wider, so squares are finite."""
         roots = (jax.lax.rsqrt(jnp.where(x == 0, 1, x)) for x in self.largest(arrays))
         return [x * root * root for x, root in zip(arrays, roots, strict=True)]
 
     def largest(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-        """The largest entry of each matrix by size, in float32 or wider; the axes stay."""
+        """Returns the largest absolute entry of each matrix, in float32 or wider, keeping axes."""
         sizes = []
         for part, x in zip(self.parts, arrays, strict=True):
             x = x.astype(accumulator(x.dtype))
@@ -239,20 +241,20 @@ class Matrices:
         return sizes
 
     def norms(self, arrays: Sequence[jax.Array], over: str = "matrix") -> list[jax.Array]:
-        """Norms of the matrices (Frobenius), or over one of their axes, in float32 or wider."""
+        """Returns Frobenius norms, or norms over one of the fans, in float32 or wider."""
         wide = [x.astype(accumulator(x.dtype)) for x in arrays]
         squares = [jnp.real(x * jnp.conj(x)) for x in wide]
         return [jnp.sqrt(total) for total in self.sum(squares, over)]
 
     def safe_norms(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-        """Frobenius norms where the squares of entries may be too large or too small."""
+        """Returns Frobenius norms without overflow or underflow of the squares of entries."""
         norms = zip(self.norms(self.relative(arrays)), self.largest(arrays), strict=True)
         return [norm * largest for norm, largest in norms]
 
     def with_norms(
         self, arrays: Sequence[jax.Array], norms: Iterable[Any], over: str = "matrix"
     ) -> list[jax.Array]:
-        """Scaled to other norms, over the same axes; zeros stay zeros."""
+        """Scales arrays to the given norms over the same axes; zeros stay zeros."""
         own = self.norms(arrays, over)
         return [
             x * (new / jnp.where(old == 0, 1, old))
@@ -260,7 +262,7 @@ class Matrices:
         ]
 
     def whole(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-        """Pieces as `(*batch, fan_in, fan_out)`; inside `shard_map` gathered along their fans."""
+        """Returns parts as `(*batch, fan_in, fan_out)`, in `shard_map` gathered along the fans."""
         matrices = []
         for part, x in zip(self.parts, arrays, strict=True):
             for axis, names in self._split_fans(part):
@@ -269,7 +271,7 @@ class Matrices:
         return matrices
 
     def local(self, matrices: Sequence[jax.Array]) -> list[jax.Array]:
-        """Undoes `whole`."""
+        """Inverts `whole`."""
         arrays = []
         for part, y in zip(self.parts, matrices, strict=True):
             batch, *_ = part.axes.split(part.shape)
@@ -284,7 +286,7 @@ class Matrices:
         return arrays
 
     def own_batch(self, part: Part, x: jax.Array) -> jax.Array:
-        """Of `(*batch, ...)` for the whole leaf, this device's shard inside `shard_map`."""
+        """Returns this device's shard of `(*batch, ...)`, inside `shard_map`; elsewhere `x`."""
         if self._placing.available_axes or part.layout is None:
             return x
         batch, *_ = part.axes.split(part.shape)
@@ -296,14 +298,14 @@ class Matrices:
         return x
 
     def _split_fans(self, part: Part) -> list[tuple[int, Axes]]:
-        """The fan axes that an enclosing `shard_map` splits, with their mesh axes."""
+        """Returns the fan axes that an enclosing `shard_map` splits, with their mesh axes."""
         if self._placing.available_axes or part.layout is None:
             return []
         _, fan_in, fan_out = part.axes.split(part.shape)
         return [(axis, part.layout[axis]) for axis in fan_in + fan_out if part.layout[axis]]
 
     def ways(self, part: Part) -> tuple[int, int]:
-        """Into how many shards the mesh splits fan_in and fan_out; 1 where that is unknown."""
+        """Returns into how many shards the mesh splits fan_in and fan_out; 1 if that is unknown."""
         layout = self._whole_layout(part)
         size = dict(self._placing.sizes)
         fans = layout[-2:] if layout is not None else ((), ())
@@ -311,7 +313,7 @@ class Matrices:
         return fan_in, fan_out
 
     def _whole_layout(self, part: Part) -> Layout | None:
-        """Of `(*batch, fan_in, fan_out)`, as `whole` gives them; None where it is unknown."""
+        """Returns the layout of the matrices that `whole` returns, or None if it is unknown."""
         if part.layout is None:
             return None
         batch, *fans = part.axes.split(part.shape)
@@ -325,10 +327,10 @@ class Matrices:
     def map_distributed(
         self, matrices: Iterable[Any], function: Orthogonalizer, split: bool = False
     ) -> list[Any]:
-        """`function` of a stack `(*batch, m, n)` for each part, every matrix on one device.
+        """Applies `function` to a stack `(*batch, m, n)` for each part, each matrix on one device.
 
-        A part may have None. With `split` the stacks lie as `whole` matrices do, m and n included;
-        without, XLA chooses.
+        Parts with None are skipped. With `split` the stacks have the shardings of `whole` matrices,
+        including those of m and n; without it XLA chooses them.
         """
         matrices = list(matrices)
 
@@ -352,12 +354,12 @@ class Matrices:
 
 
 def _check_slices(path: str, shape: tuple[int, ...], layout: Layout, parts: Sequence[Part]) -> None:
-    """Inside `shard_map` leaves are split without moving data: a device must hold whole parts."""
+    """Checks that devices hold whole parts, since inside `shard_map` splitting moves no data."""
     for part in parts:
         for axis, size, whole in part.cuts():
             if layout[axis] and (shape[axis] % size or not whole):
                 raise ValueError(
                     f"Inside shard_map each device must hold whole parts of {path!r}; it has "
                     f"{shape[axis]} entries of axis {axis}, in parts of {size}. Split the axis "
-                    "into equal parts whose number its mesh axes divide."
+                    "into equal parts, a multiple of the number of devices along it."
                 )

@@ -1,6 +1,6 @@
 """The orthogonal factor of a matrix.
 
-`newton_schulz` chooses a form and has `iteration` apply the odd polynomials of `coefficients`, with
-the products of `symmetric` where a result is symmetric; `decompositions` are the exact ones, by
-LAPACK.
+`newton_schulz` chooses a form from `forms`, and `iteration` applies the odd polynomials of
+`coefficients`, with the products of `symmetric` for symmetric results. `devices` predicts the time
+of each form. `decompositions` applies exact decompositions to stacks.
 """

@@ -1,4 +1,4 @@
-"""The named Newton-Schulz schedules: which odd quintic is applied at which step."""
+"""The named Newton-Schulz schedules, which give the odd quintic polynomial of each step."""
 
 import dataclasses
 import numbers
@@ -20,18 +20,20 @@ class Schedule:
     r"""A Newton-Schulz schedule: row $k$ maps $\sigma \mapsto a\sigma + b\sigma^3 + c\sigma^5$.
 
     Attributes:
-        rows: one `(a, b, c)` per step.
-        tail: the row repeated after `rows` for as long as more steps are asked for; `None` means
-            that the schedule has exactly `len(rows)` steps.
-        steps: the number of steps when none is asked for; defaults to `len(rows)`.
-        normalization: how singular values are brought into (0, 1] first. `"frobenius"` divides by
-            the Frobenius norm, `"schatten"` by the Schatten-4 norm, which is at most that and at
-            least the largest singular value (Grishina et al., 2506.10935), `"spectral"` by the
-            largest singular value itself, at the price of a decomposition of XXᵀ; `"aol"` rescales
-            along the short side, of square matrices along the first (Boissin et al., 2512.04632).
-        safety: the normalised matrix is divided by this too, to leave room for rounding.
-        low_precision_slack: in bfloat16 and float16 every fitted row is evaluated at
-            `sigma / low_precision_slack`, for rows that diverge just outside their interval.
+        rows: One `(a, b, c)` per step.
+        tail: The row that is repeated after `rows` if more steps are requested. `None` means that
+            the schedule has exactly `len(rows)` steps.
+        steps: The default number of steps. `None` means `len(rows)`.
+        normalization: How singular values are first scaled into (0, 1]. `"frobenius"` divides by
+            the Frobenius norm. `"schatten"` divides by the Schatten-4 norm, which is between the
+            largest singular value and the Frobenius norm (Grishina et al., 2506.10935).
+            `"spectral"` divides by the largest singular value, which needs a decomposition of XXᵀ.
+            `"aol"` rescales along the short side, of square matrices along the first (Boissin et
+            al., 2512.04632).
+        safety: A number by which the normalised matrix is divided as well, as a margin for
+            rounding.
+        low_precision_slack: A margin for rows that diverge just outside their interval. In bfloat16
+            and float16 every fitted row is evaluated at `sigma / low_precision_slack`.
 
     Example:
         >>> from muon_jax import Schedule
@@ -56,7 +58,7 @@ class Schedule:
         if self.tail is not None:
             object.__setattr__(self, "tail", _checked_row("Schedule.tail", self.tail))
         if not self.rows and self.tail is None:
-            raise ValueError("Schedule needs at least one (a, b, c) row, got none.")
+            raise ValueError("Schedule needs at least one (a, b, c) row; got none.")
         if self.steps is not None:
             check_integer("Schedule.steps", self.steps, at_least=1)
         check_number("Schedule.safety", self.safety, above=0)
@@ -65,30 +67,30 @@ class Schedule:
     def resolve(
         self, steps: int | None = None, dtype: jax.typing.DTypeLike = jnp.float32
     ) -> tuple[Row, ...]:
-        """The rows of a run of `steps` steps in `dtype`.
+        """Returns the rows of `steps` steps in `dtype`.
 
         Raises:
-            TypeError: `steps` is no static Python int.
-            ValueError: `steps` is below 1, or disagrees with a schedule of fixed length.
+            TypeError: `steps` is not a static Python int.
+            ValueError: `steps` is below 1, or differs from the length of a schedule without tail.
         """
         if steps is None:
             steps = self.steps or len(self.rows)
         if isinstance(steps, bool) or not isinstance(steps, numbers.Integral):
             raise TypeError(
-                f"Newton-Schulz steps must be a static Python int, got {type(steps).__name__}. "
-                "Under optax.inject_hyperparams name it in static_args."
+                f"Newton-Schulz steps must be a static Python int; got {type(steps).__name__}. "
+                "With optax.inject_hyperparams, add it to static_args."
             )
         steps, rows = int(steps), self.rows
         if self.low_precision_slack != 1 and jnp.finfo(dtype).bits < 32:
             rows = _slack(rows, self.low_precision_slack)
         if steps < 1:
-            raise ValueError(f"Newton-Schulz needs at least 1 step, got steps={steps}.")
+            raise ValueError(f"Newton-Schulz needs at least 1 step; got steps={steps}.")
         if self.tail is not None:
             return (rows + (self.tail,) * steps)[:steps]
         if steps != len(rows):
             raise ValueError(
-                f"This schedule has {len(rows)} coefficient rows, one a step, but "
-                f"steps={steps}. Leave steps out, or give {steps} rows."
+                f"This schedule has {len(rows)} coefficient rows, one per step, but "
+                f"steps={steps}. Omit steps, or pass {steps} rows."
             )
         return rows
 
@@ -97,7 +99,7 @@ _RULE = "{} must be {}a triple of numbers (a, b, c), or a sequence of such tripl
 
 
 def _refuse(name: str, value: Any) -> NoReturn:
-    names = "a schedule's name, " if name == "coeffs" else ""
+    names = "the name of a schedule, " if name == "coeffs" else ""
     raise ValueError(f"{_RULE.format(name, names)}; got {value!r}.")
 
 
@@ -119,7 +121,7 @@ def _checked_row(name: str, row: Any) -> Row:
 
 
 def _length(value: Any) -> int | None:
-    """Of a sequence, or of an array with axes; None of anything else, and of what is traced."""
+    """Returns the length of a sequence or an array with axes, and None for tracers and the rest."""
     if isinstance(value, (str, bytes, jax.core.Tracer)) or getattr(value, "ndim", 1) == 0:
         return None
     return len(value) if hasattr(value, "__len__") else None
@@ -130,7 +132,7 @@ _EXACT = (2.0, -1.5, 0.5)
 
 
 def _slack(rows: tuple[Row, ...], safety: float) -> tuple[Row, ...]:
-    """p(sigma) -> p(sigma / safety), so that rounding above 1 stays inside the fitted interval."""
+    """Maps p(sigma) to p(sigma / safety), so that values rounded above 1 stay in the interval."""
     return tuple((a / safety, b / safety**3, c / safety**5) for a, b, c in rows)
 
 
@@ -147,7 +149,7 @@ SCHEDULES: dict[str, Schedule] = {
             (2.8366, -3.0525, 1.2012),
         )
     ),
-    # Amsel et al. (2505.16932): greedily minimax-optimal, so every prefix is optimal as well; the
+    # Amsel et al. (2505.16932): greedily minimax-optimal, so every prefix is optimal as well. The
     # tail is the fifth-order Newton-Schulz polynomial, and each fitted row has slack 1.05.
     "polar_express": Schedule(
         _slack(
@@ -163,7 +165,7 @@ SCHEDULES: dict[str, Schedule] = {
         tail=(1.875, -1.25, 0.375),
         steps=5,
     ),
-    # The same method refitted with slack 1.02 inside the rows; the input is scaled by it too.
+    # The same method refitted with slack 1.02, which is part of the rows and of the normalisation.
     "polar_express_1.02": Schedule(
         (
             (8.156555, -22.483293, 15.878770),
@@ -174,8 +176,8 @@ SCHEDULES: dict[str, Schedule] = {
         ),
         safety=1.02,
     ),
-    # Grishina et al. (2506.10935): Chebyshev-optimal rows, without slack: in bfloat16 a rounding
-    # error above the interval's end is blown up to infinity by the rows as published.
+    # Grishina et al. (2506.10935): Chebyshev-optimal rows. The published rows have no slack, so in
+    # bfloat16 a rounding error above the end of the interval would grow to infinity.
     "cans": Schedule(
         (
             (8.4703, -25.1081, 18.6293),
@@ -186,7 +188,7 @@ SCHEDULES: dict[str, Schedule] = {
         ),
         low_precision_slack=1.05,
     ),
-    # Boissin et al. (2512.04632), Turbo-Muon: a tighter start saves one step.
+    # Boissin et al. (2512.04632), Turbo-Muon: the tighter normalisation saves one step.
     "aol": Schedule(
         (
             (4.0098, -7.0585, 2.4635),
@@ -196,32 +198,32 @@ SCHEDULES: dict[str, Schedule] = {
         ),
         normalization="aol",
     ),
-    # DeepSeek-V4: eight steep steps, then two that settle at 1.
+    # DeepSeek-V4: eight steep steps, then two that converge to 1.
     "deepseek_v4": Schedule((_JORDAN,) * 8 + (_EXACT,) * 2),
     # Converges to the true polar factor: each step doubles a small singular value.
     "exact": Schedule((), tail=_EXACT, steps=30),
-    # Newton-Schulz as it was before Muon (Higham, 2008, eq. 8.20): a step costs one product less,
-    # and raises a small singular value by 1.5.
+    # The classical Newton-Schulz iteration (Higham, 2008, eq. 8.20): a step needs one product less,
+    # and multiplies a small singular value by 1.5.
     "cubic": Schedule((), tail=(1.5, -0.5, 0.0), steps=15),
 }
 
 
 def as_schedule(coeffs: "str | Schedule | Row | Sequence[Row]") -> Schedule:
-    """A name, one `(a, b, c)` repeated five times, or one row a step -> `Schedule`.
+    """Returns the schedule of a name, of one `(a, b, c)` for five steps, or of one row per step.
 
     Raises:
-        ValueError: an unknown name, or rows that are not triples of finite numbers.
-        TypeError: a coefficient that is no static number.
+        ValueError: The name is unknown, or the rows are not triples of finite numbers.
+        TypeError: A coefficient is not a static number.
     """
     if isinstance(coeffs, Schedule):
         return coeffs
     if isinstance(coeffs, str):
         if coeffs not in SCHEDULES:
-            meant = _NAMES_ELSEWHERE.get(coeffs)
+            same = _NAMES_ELSEWHERE.get(coeffs)
             raise ValueError(
-                f"Unknown Newton-Schulz schedule {coeffs!r}. "
-                + (f"What others call so is {meant!r} here. " if meant else "")
-                + f"Known: {', '.join(SCHEDULES)}; or pass (a, b, c), or one (a, b, c) a step."
+                f"A Newton-Schulz schedule must be one of {', '.join(SCHEDULES)}, or (a, b, c), or "
+                f"one (a, b, c) per step; got {coeffs!r}."
+                + (f" Its name here is {same!r}." if same else "")
             )
         return SCHEDULES[coeffs]
     single = _length(coeffs) == 3 and all(_length(value) is None for value in coeffs)
@@ -233,5 +235,5 @@ def as_schedule(coeffs: "str | Schedule | Row | Sequence[Row]") -> Schedule:
     return Schedule(rows)
 
 
-# optax.contrib.muon's names, and what its documentation and users call its default.
+# Names in optax.contrib.muon, and names of its default in its documentation and among users.
 _NAMES_ELSEWHERE = {"standard": "jordan", "muon": "jordan", "quintic": "jordan", "dion": "you"}

@@ -1,4 +1,4 @@
-"""Decompositions of stacks of matrices that do not stall on a CPU."""
+"""Applies decompositions to stacks of matrices without stalling on a CPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,17 +7,17 @@ import jax
 
 
 def each_matrix(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
-    """`function` of a stack `(..., m, n)`, on a CPU of one matrix after another.
+    """Applies `function` to a stack `(..., m, n)`, on a CPU to one matrix after another.
 
-    XLA hands the matrices of a stack to its threads and waits for them in one of these, so that a
-    few stacks at once wait for each other for ever: seen with `eigh` on two cores.
+    XLA:CPU distributes the matrices of a stack over its threads and waits for them in one of these
+    threads, so several stacks at once can deadlock. This was observed with `eigh` on two cores.
 
     Args:
-        function: takes `(..., m, n)`, as `jnp.linalg.eigh` does.
-        x: the stack.
+        function: A function of `(..., m, n)`, such as `jnp.linalg.eigh`.
+        x: The stack.
 
     Returns:
-        What `function` returns.
+        The result of `function`.
     """
 
     def one_by_one(x: jax.Array) -> Any:

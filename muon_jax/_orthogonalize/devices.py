@@ -1,4 +1,4 @@
-"""How long work takes a processor: what a device is taken to do in a second."""
+"""The predicted time of work on a device, from its assumed rates."""
 
 import math
 from collections.abc import Iterable
@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 
 class Kernel(NamedTuple):
-    """What a device runs as one piece.
+    """The work of one kernel launch.
 
     Attributes:
-        flops: of its matrix products.
-        numbers: that it reads and writes.
+        flops: The FLOPs of its matrix products.
+        numbers: The number of entries that it reads and writes.
     """
 
     flops: int
@@ -21,17 +21,18 @@ class Kernel(NamedTuple):
 
 
 class Device(NamedTuple):
-    """What is assumed of a device.
+    """The assumed rates of a device.
 
     Attributes:
-        name: of the kind, as JAX calls it.
-        launch: seconds that each kernel takes beside its work.
-        bandwidth: of its memory, in bytes a second.
-        flops: a second, of products of bfloat16 or float16, as they reach it.
-        wide_flops: the same of float32, at the highest precision.
-        narrowest: bytes of the narrowest number that it computes with beside products.
-        on_chip: whether products find their operands in the chip's own memory, and take along the
-            arithmetic between them, so that it is no kernel of its own.
+        name: The name of the device kind in JAX.
+        launch: The overhead of each kernel launch, in seconds.
+        bandwidth: The memory bandwidth, in bytes per second.
+        flops: The achieved FLOP/s of products in bfloat16 or float16.
+        wide_flops: The achieved FLOP/s of products in float32, at the highest precision.
+        narrowest: The size of the narrowest number in elementwise arithmetic, in bytes.
+        on_chip: Whether operands of products are in on-chip memory, and the arithmetic between
+            products is fused with them.
+        decomposing: The achieved FLOP/s of eigendecompositions, SVDs and QRs; infinite if unknown.
     """
 
     name: str
@@ -41,16 +42,17 @@ class Device(NamedTuple):
     wide_flops: float
     narrowest: int = 1
     on_chip: bool = False
+    decomposing: float = math.inf
 
     def seconds(
         self, kernels: Iterable[Kernel], dtype: jax.typing.DTypeLike, *, launches: bool = True
     ) -> float:
-        """Of kernels one after another: of each its launch, and the longer of products and traffic.
+        """Returns the time of kernels in sequence, each the longer of products and traffic.
 
         Args:
-            kernels: what runs.
-            dtype: of their numbers.
-            launches: whether those count.
+            kernels: The kernels.
+            dtype: The dtype of their entries.
+            launches: Whether to include the overhead of launches.
         """
         size = jnp.dtype(dtype).itemsize
         rate = self.flops if size <= 2 else self.wide_flops
@@ -62,31 +64,32 @@ class Device(NamedTuple):
         return total
 
     def assumptions(self) -> str:
-        """In a sentence."""
+        """Returns the assumptions of a predicted time as a sentence."""
         rates = f"{self.flops / 1e12:.3g} TFLOP/s, {self.wide_flops / 1e12:.3g} in float32"
         if math.isinf(self.bandwidth):
             work = f"products alone, at {rates}"
         else:
             launch, bandwidth = 1e6 * self.launch, self.bandwidth / 1e12
             work = f"{launch:g} µs per kernel, {bandwidth:.3g} TB/s, {rates}; kernels in sequence"
-        return f"Time predicted for {self.name}: {work}, network not counted."
+        left = "network" if self.decomposing < math.inf else "network and decompositions"
+        return f"Time predicted for {self.name}: {work}, {left} not counted."
 
 
-# By platform; neither the H100's nor the v5e's times are measured.
+# Devices by platform. The times of the H100 and the v5e are not measured.
 DEVICES = {
-    # Large products on two cores, as measured. Nothing is measured of launches and traffic: without
-    # them forms are chosen by their FLOPs.
-    "cpu": Device("2 CPU cores", 0, math.inf, 750e9, 360e9),
-    # An H100 SXM by NVIDIA's data sheet: products at 70 % of the peak of 989 TFLOP/s, and of 67 in
-    # float32, which is exact without tensor cores.
+    # Measured rates of large products on two cores, and of decompositions on one thread. Launches
+    # and traffic are not measured; without them, forms are chosen by their FLOPs.
+    "cpu": Device("2 CPU cores", 0, math.inf, 750e9, 360e9, decomposing=20e9),
+    # An H100 SXM according to NVIDIA's data sheet: products at 70 % of the peak of 989 TFLOP/s, and
+    # of 67 TFLOP/s in float32, which is exact without tensor cores.
     "gpu": Device("NVIDIA H100 80GB HBM3", 2e-6, 3.35e12, 700e12, 47e12),
-    # A v5e by Google's data sheet: products at 55 % of the peak of 197 TFLOP/s, as the compiler's
-    # estimated cycles at 0.94 GHz have them, six for an exact one of float32. Its vector unit knows
-    # no bfloat16.
+    # A v5e according to Google's data sheet: products at 55 % of the peak of 197 TFLOP/s, as the
+    # compiler's estimated cycles at 0.94 GHz imply, with six products for an exact one in float32.
+    # Its vector unit does not support bfloat16.
     "tpu": Device("TPU v5 lite", 1e-6, 0.819e12, 108e12, 18e12, narrowest=4, on_chip=True),
 }
 
 
 def device_of(platform: str) -> Device:
-    """That of a platform; of one that is not known, a GPU."""
+    """Returns the device of a platform, or a GPU if the platform is unknown."""
     return DEVICES.get(platform, DEVICES["gpu"])

@@ -1,10 +1,10 @@
 """Matrix products whose result is symmetric, computed on and below the diagonal and mirrored.
 
-Of complex matrices the result is Hermitian: every transpose below conjugates too. A symmetric
-n × n matrix is held as `Panels`: its rows split into consecutive slices. Only the blocks
-on and below the diagonal are computed: two panels take 75 % of the FLOPs of the plain product,
-four 62.5 %, with ordinary matrix products on every backend. Panels and not whole matrices travel
-from product to product, since panels are what the next one reads.
+For complex matrices the result is Hermitian, and every transpose below is a conjugate transpose. A
+symmetric n × n matrix is stored as `Panels`, which are consecutive slices of its rows. Only the
+blocks on and below the diagonal are computed, with ordinary matrix products on every backend: two
+panels take 75 % of the FLOPs of the plain product, four 62.5 %. Panels are passed from product to
+product without concatenation, since the next product reads panels.
 """
 
 import functools
@@ -21,40 +21,41 @@ Panels = tuple[jax.Array, ...]
 
 
 def panel_count(n: int, dtype: jax.typing.DTypeLike, platform: str) -> int:
-    """How many panels pay for a symmetric `n × n` matrix of operands of `dtype`: 1, 2 or 4."""
+    """Returns the fastest number of panels for a symmetric `n × n` product: 1, 2 or 4."""
     if platform == "cpu":
-        # Measured on two cores, float32 and bfloat16, Newton-Schulz as a whole: two panels cost
-        # 5 to 20 % at 128 to 256, nothing at 384, and gain 10 to 20 % from 768; four gain another
-        # 5 to 10 % from 2048, for twice the time to compile.
+        # Measured for Newton-Schulz as a whole on two cores, in float32 and bfloat16: two panels
+        # take 5 to 20 % more time at 128 to 256, no more at 384, and 10 to 20 % less from 768; four
+        # save another 5 to 10 % from 2048, but take twice as long to compile.
         return 1 if n < 512 else 2 if n < 2048 else 4
     if platform == "tpu":
-        # As XLA estimates cycles for a v5e: in float32 two save 5 to 8 % at 1024 to 2048, and four
-        # 12 % at 1536 but cost 10 % at 2048. In bfloat16 two cost 36 % at 2048, 2 % at 8192.
+        # XLA's estimated cycles for a v5e: in float32 two panels save 5 to 8 % at 1024 to 2048;
+        # four save 12 % at 1536 but cost 10 % at 2048. In bfloat16 two cost 36 % at 2048 and 2 % at
+        # 8192.
         return 2 if n >= 1024 and jnp.dtype(dtype).itemsize >= 4 else 1
     device = device_of(platform)
     one, two = (
         device.seconds(symmetric_kernels(1, n, n, 2 * n**2, count), dtype) for count in (1, 2)
     )
-    return 2 if two < one else 1  # four would gain little, and take long to compile
+    return 2 if two < one else 1  # four would save little time, and take long to compile
 
 
 def panel_stops(n: int, count: int) -> tuple[int, ...]:
-    """The last row, exclusive, of each of at most `count` panels of `n` rows."""
-    tile = 128 if n >= 1024 else 16  # a TPU's matrix unit, where it is a small part; a CPU's vector
+    """Returns the last row, exclusive, of each of at most `count` panels of `n` rows."""
+    tile = 128 if n >= 1024 else 16  # a TPU's matrix unit for large matrices, or a CPU's vector
     height = -(-n // (count * tile)) * tile if count > 1 else max(n, 1)
     return tuple(min(start + height, n) for start in range(0, n, height))
 
 
 def symmetric_kernels(matrices: int, n: int, k: int, read: int, count: int) -> list[Kernel]:
-    """Those of `gram` on `(matrices, n, k)`, and of `product` where `k` is `n`.
+    """Returns the kernels of `gram` on `(matrices, n, k)`, or of `product` if `k` is `n`.
 
-    An accelerator multiplies each panel in a kernel, and mirrors the blocks of two in three more,
-    which make five passes over the result, as compiled for an H100 and a v5e.
+    An accelerator multiplies each panel in one kernel. Mirroring the blocks of two panels takes
+    three more, which make five passes over the result, as compiled for an H100 and a v5e.
 
     Args:
-        matrices, n, k: the shape.
-        read: how many numbers the operands have.
-        count: of the panels, at most.
+        matrices, n, k: The shape.
+        read: The number of entries of the operands.
+        count: The largest number of panels.
     """
     stops = panel_stops(n, count)
     result = matrices * n**2
@@ -68,24 +69,24 @@ def symmetric_kernels(matrices: int, n: int, k: int, read: int, count: int) -> l
 
 
 def gram(x: jax.Array, count: int, dtype: jax.typing.DTypeLike | None = None) -> Panels:
-    """XXᵀ of `(..., n, k)`: at most `count` panels of `(..., n, n)`; `dtype` as of `matmul`."""
+    """Returns XXᵀ of `(..., n, k)` as at most `count` panels; `dtype` is as in `matmul`."""
     panels = split_panels(x, count)
     return _mirror(_lower_blocks(panels, panels, dtype), x.dtype)
 
 
 def square(p: Panels, dtype: jax.typing.DTypeLike | None = None) -> Panels:
-    """PP of a symmetric matrix; `dtype` as of `matmul`."""
+    """Returns PP of a symmetric matrix; `dtype` is as in `matmul`."""
     if len(p) == 1:
         return (matmul(p[0], p[0], dtype=dtype),)
     return _mirror(_lower_blocks(p, p, dtype), p[0].dtype)
 
 
 def product(p: Panels, q: Panels, dtype: jax.typing.DTypeLike | None = None) -> Panels:
-    """PQ of symmetric matrices that commute, so that it is symmetric too.
+    """Returns PQ of symmetric matrices that commute, which is symmetric too.
 
     Args:
-        p, q: panels of `(..., n, n)`, of one dtype.
-        dtype: as of `matmul`.
+        p, q: The panels of `(..., n, n)`, with one dtype.
+        dtype: As in `matmul`.
 
     Returns:
         Panels of `(..., n, n)`.
@@ -96,13 +97,13 @@ def product(p: Panels, q: Panels, dtype: jax.typing.DTypeLike | None = None) -> 
 
 
 def split_panels(x: jax.Array, count: int) -> Panels:
-    """The rows of `(..., n, k)` as the panels of a symmetric `n × n` matrix."""
+    """Splits the rows of `(..., n, k)` like the panels of a symmetric `n × n` matrix."""
     stops = panel_stops(x.shape[-2], count)
     return tuple(x[..., start:stop, :] for start, stop in itertools.pairwise((0, *stops)))
 
 
 def join_panels(panels: Panels) -> jax.Array:
-    """The panels as one matrix."""
+    """Concatenates panels to a matrix."""
     return joined(panels, axis=-2)
 
 
@@ -117,11 +118,11 @@ def matmul(
     transposed: bool = False,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
-    """XY, or XYᴴ if `transposed`, in `dtype`: by default that in which its sums are formed.
+    """Returns XY, or XYᴴ if `transposed`, in `dtype`, by default that of `accumulator`.
 
-    The transpose is part of the product: XLA:CPU runs bfloat16 products with an operand that was
-    transposed before in float32, at half the rate. Its bfloat16 kernels are fast where the result
-    is float32.
+    The transpose is part of the product, because XLA:CPU computes bfloat16 products with a
+    previously transposed operand in float32, at half the rate. Its bfloat16 kernels are fast if the
+    result is float32.
     """
     y = jnp.conj(y) if transposed else y
     batch = tuple(range(x.ndim - 2))
@@ -136,12 +137,12 @@ def matmul(
 
 
 def accumulator(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """The dtype in which sums of `dtype` are formed: float32, or a wider one of its own."""
+    """Returns the dtype of sums of `dtype`, which is float32, or `dtype` itself if it is wider."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def _lower_blocks(p: Panels, q: Panels, dtype: jax.typing.DTypeLike | None) -> Panels:
-    """Blocks (0, 0), (1, 0), (1, 1), (2, 0), ... of PQᵀ."""
+    """Returns the blocks (0, 0), (1, 0), (1, 1), (2, 0), ... of PQᵀ."""
     return tuple(
         matmul(p[i], q[j], transposed=True, dtype=dtype)
         for i in range(len(p))
@@ -150,10 +151,11 @@ def _lower_blocks(p: Panels, q: Panels, dtype: jax.typing.DTypeLike | None) -> P
 
 
 def _mirror(blocks: Panels, dtype: jnp.dtype, *, exactly: bool = False) -> Panels:
-    """The panels whose blocks on and below the diagonal these are.
+    """Returns the panels of a symmetric matrix from its blocks on and below the diagonal.
 
-    `exactly`: the diagonal blocks are made symmetric too. They are PQᵀ, and where Q is symmetric up
-    to rounding only, PQᵀ turns the sign of what is not: an iteration would amplify that.
+    With `exactly`, the diagonal blocks are made symmetric too. They are blocks of PQᵀ, and Q is
+    symmetric only up to rounding. Its antisymmetric part changes sign in PQᵀ, which an iteration
+    would amplify.
     """
     if len(blocks) == 1:
         return blocks
@@ -171,11 +173,11 @@ def _mirror(blocks: Panels, dtype: jnp.dtype, *, exactly: bool = False) -> Panel
 
 
 def _beside(blocks: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
-    """The blocks as one row of blocks, on their way to products in `dtype`.
+    """Joins blocks side by side, as operands of products in `dtype`.
 
     XLA:CPU fuses a sum of padded arrays, or a stack, with the arithmetic around it, but not a
-    concatenation: half of the kernels to compile. Padding costs a few per cent in the low
-    precisions, where the cast comes in between.
+    concatenation, so that only half as many kernels are compiled. In low precision padding is a few
+    per cent slower, because of the cast in between.
     """
     if dtype.itemsize < 4 and len({block.shape for block in blocks}) == 1:
         return jnp.stack(blocks, axis=-2).reshape(*blocks[0].shape[:-1], -1)

@@ -1,6 +1,6 @@
 """Which optimizer takes which leaf, and along which axes a leaf is a matrix.
 
-The user's rules decide first (`rules`), then what the model does with a leaf, where it was traced
-(`use`, and `trace` for the interpreter of its jaxpr), then the words of its path (`names`), the
-axes of its kernel (`axes`), and what only the whole tree shows (`survey`, `ends`).
+The user's rules decide first (`rules`). If the model was traced, its use of a leaf decides next
+(`use`, with the interpreter of the jaxpr in `trace`). Otherwise the words of the leaf's path
+(`names`), the axes of its kernel (`axes`) and the rest of the tree (`survey`, `ends`) decide.
 """

@@ -1,4 +1,4 @@
-"""The axes of a hidden kernel: which are fan_in and fan_out, by its name and what is beside it."""
+"""The fan_in and fan_out axes of a hidden kernel, inferred from its name and its neighbours."""
 
 import math
 import re
@@ -18,8 +18,8 @@ from muon_jax._routing.names import (
 )
 from muon_jax._routing.survey import Survey, is_expert
 
-# Kernels that read the residual stream, and kernels that write to it: with the width known from
-# the norms, this tells (fan_in, fan_out) from (fan_out, fan_in).
+# Kernels that read the residual stream, and kernels that write to it. With the width, known from
+# the norms, this distinguishes (fan_in, fan_out) from (fan_out, fan_in).
 _READS = re.compile(
     r"(w_?)?(q|k|v|qkv|kv)([_\d]|$)|query|key|value|c_attn|c_fc|up|gat|router|wi|fc1|in_proj|w[13]$"
 )
@@ -27,14 +27,14 @@ _WRITES = re.compile(r"(o|out|output)([_\d]|$)|attn_vec|c_proj|down|wo|fc2|w2$")
 _LARGEST_WINDOW = 11
 _LARGEST_PATCH = 32
 
-STACK = "its leading axes are read as a stack of matrices"
+STACK = "its leading axes are assumed to be a stack of matrices"
 HEADS = "an attention kernel split into heads"
 CONV_KERNEL = "a conv kernel"
 EXPERT_STACK = "an expert stack"
 
 
 def read_hidden(name: LeafName, tree: Survey) -> tuple[MatrixAxes, Reading]:
-    """The matrix axes of a hidden kernel, and why they are read so."""
+    """Returns the matrix axes of a hidden kernel, and the reason for them."""
     core = tree.core(name)
     if len(core) < 2:
         core = tuple(range(len(name.shape)))
@@ -47,7 +47,7 @@ def read_hidden(name: LeafName, tree: Survey) -> tuple[MatrixAxes, Reading]:
 
 
 def sides(axes: MatrixAxes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """fan_in and fan_out as tuples."""
+    """Returns fan_in and fan_out as tuples."""
     fan_in, fan_out = axes.fan_in, axes.fan_out
     return (
         (fan_in,) if isinstance(fan_in, int) else tuple(fan_in),
@@ -57,26 +57,28 @@ def sides(axes: MatrixAxes) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _read_core(name: LeafName, core: tuple[int, ...], tree: Survey) -> tuple[MatrixAxes, Reading]:
     if name.within(LORA):
-        return _lora_axes(name, core, tree), Reading("a LoRA factor: its product is the matrix")
+        return _lora_axes(name, core, tree), Reading("a LoRA factor")
     if window_axes := read_window(name, core, tree):
-        told = name.within(CONV) or tree.bias(name)
-        return window_axes, Reading(CONV_KERNEL, "" if told else "could be a stack of matrices")
+        certain = name.within(CONV) or tree.bias(name)
+        return window_axes, Reading(CONV_KERNEL, "" if certain else "could be a stack of matrices")
     attention = len(core) >= 3 and _is_attention(name)
     by_bias = axes_by_bias(name, core, tree)
     if by_bias and len(core) >= 3:
-        return by_bias, Reading(HEADS if attention else "a kernel of many axes, told by its bias")
+        why = HEADS if attention else "a kernel of several axes, identified by its bias"
+        return by_bias, Reading(why)
     if attention:
         doubt = ""
         if not tree.scans.get(name.path) and not tree.widths & {name.shape[axis] for axis in core}:
-            doubt = "could be a stack of 2-D kernels, one a layer: no norm beside it tells"
+            doubt = "could be a stack of 2-D kernels, one per layer, since no norm is beside it"
         return _attention_axes(name, core, tree), Reading(HEADS, doubt)
     if len(core) >= 3 and (split := _split_axes(name, core, tree)):
-        return split, Reading("a kernel whose input or output is split", STACK + ", or not")
+        doubt = "its leading axes could be a stack of matrices"
+        return split, Reading("a kernel whose input or output has several axes", doubt)
     axes = by_bias or _plain_axes(name, core[-2:], tree)
     order = "(fan_out, fan_in)" if core[-2] in sides(axes)[1] else "(fan_in, fan_out)"
     if not name.is_known:
         doubt = "its name is unknown; could be an embedding or a head"
-        return axes, Reading("a matrix by shape", doubt)
+        return axes, Reading("a matrix according to its shape", doubt)
     if len(core) == 2:
         return axes, Reading(f"a kernel {order}")
     if is_expert(name) or tree.counts_experts(name, name.shape[core[0]]):
@@ -86,7 +88,7 @@ def _read_core(name: LeafName, core: tuple[int, ...], tree: Survey) -> tuple[Mat
 
 
 def axes_by_bias(name: LeafName, core: tuple[int, ...], tree: Survey) -> MatrixAxes | None:
-    """A bias is as long as its kernel's output, which then lies at one end of the kernel."""
+    """Returns the axes of a kernel whose first or last axes have the shape of its bias, or None."""
     bias = tree.bias(name)
     shape = tuple(name.shape[axis] for axis in core)
     first = shape[: len(bias)] == bias
@@ -102,7 +104,7 @@ def axes_by_bias(name: LeafName, core: tuple[int, ...], tree: Survey) -> MatrixA
 
 
 def read_window(name: LeafName, core: tuple[int, ...], tree: Survey) -> MatrixAxes | None:
-    """A conv kernel: window and input channels are fan_in, so the window never is batch."""
+    """Returns the axes of a conv kernel, or None. Window and input channels form the fan_in."""
     if len(core) < 3:
         return None
     window = core[2:] if name.output_first else core[:-2]
@@ -121,7 +123,7 @@ def read_window(name: LeafName, core: tuple[int, ...], tree: Survey) -> MatrixAx
             return MatrixAxes((first, *window), second)
         return MatrixAxes(core[1:], first)
     *_, second, last = core
-    # Haiku's and Keras's transposed convolutions are (window, out, in); Flax's are not.
+    # The kernels of transposed convolutions are (window, out, in) in Haiku and Keras, not in Flax.
     raw = name.owner.rpartition("/")[2].lower()
     transposed = re.search(r"\dd?_?d?.*transpose", raw) is not None
     if len(bias) == 1 and name.shape[second] != name.shape[last]:
@@ -132,7 +134,7 @@ def read_window(name: LeafName, core: tuple[int, ...], tree: Survey) -> MatrixAx
 
 
 def _lora_axes(name: LeafName, core: tuple[int, ...], tree: Survey) -> MatrixAxes:
-    """Of a product A·B: A is (in, rank) and B (rank, out), each with axes of heads or a stack."""
+    """Returns the axes of A (in, rank) or B (rank, out), which may also have heads or a stack."""
     second = bool(re.search(r"(^|_)b(_|$)", name.leaf) or has("b|up", name.module))
     if name.output_first:
         return MatrixAxes(core[1:], core[0])
@@ -150,7 +152,7 @@ def _lora_axes(name: LeafName, core: tuple[int, ...], tree: Survey) -> MatrixAxe
 
 
 def _is_attention(name: LeafName) -> bool:
-    """Heads and head_dim are two axes (Flax DenseGeneral, MaxText, Levanter, Gemma)."""
+    """Whether heads and head_dim may be two axes (Flax DenseGeneral, MaxText, Levanter, Gemma)."""
     inside = name.within(ATTENTION)
     named = has(f"{QKV}|{OUT}", name.module) or name.module == "c_attn"
     if not (named or (name.module == "c_proj" and inside)):
@@ -176,7 +178,7 @@ def _attention_axes(name: LeafName, core: tuple[int, ...], tree: Survey) -> Matr
 
 
 def _split_axes(name: LeafName, core: tuple[int, ...], tree: Survey) -> MatrixAxes | None:
-    """A kernel (in, heads, head_dim) or (heads, head_dim, in) of no name that says so."""
+    """Returns the axes of a kernel (in, heads, head_dim) or (heads, head_dim, out), or None."""
     if tree.scans.get(name.path) or name.within(f"{EXPERT}|{FEED_FORWARD}") or name.output_first:
         return None
     if tree.counts_experts(name, name.shape[core[0]]):
@@ -191,7 +193,7 @@ def _split_axes(name: LeafName, core: tuple[int, ...], tree: Survey) -> MatrixAx
 
 
 def _plain_axes(name: LeafName, pair: tuple[int, ...], tree: Survey) -> MatrixAxes:
-    """A 2-D kernel: which of its axes is the input, by name and width, else by convention."""
+    """Returns the axes of a 2-D kernel by its name and the model's widths, else by convention."""
     first, last = pair
     wide = [axis for axis in pair if name.shape[axis] in tree.widths]
     raw = name.owner.rpartition("/")[2].lower()

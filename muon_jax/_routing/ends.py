@@ -1,4 +1,4 @@
-"""Where a tree begins and ends: matrices that no name tells, by the sizes that others read."""
+"""The first and last matrices of a model, recognised by their sizes if not by their names."""
 
 import math
 from collections import defaultdict
@@ -24,25 +24,25 @@ from muon_jax._routing.names import (
 )
 from muon_jax._routing.survey import Survey, survey
 
-# A matrix whose name says nothing and whose long side is this many times the short one is taken
-# for a table of vectors; feed-forward kernels reach 8.
+# A matrix of unknown name whose long side is at least this many times the short one is taken for
+# a table of vectors. The ratio of feed-forward kernels reaches 8.
 _TABLE_ASPECT = 16
 _IMAGE_CHANNELS = 3
 _FEWEST = 3
-"""Matrices that a tree needs for a first and a last one among them."""
+"""The number of matrices that a tree must have before a first and a last one are looked for."""
 _HIDDEN = "could be a hidden matrix"
-_FIRST = Reading("the model's first matrix: no other's output is as wide as its input", _HIDDEN)
-_LAST = Reading("the model's last matrix: no other's input is as wide as its output", _HIDDEN)
+_FIRST = Reading("the first matrix: no other matrix has an output of its input's width", _HIDDEN)
+_LAST = Reading("the last matrix: no other matrix has an input of its output's width", _HIDDEN)
 
 
 def read_tree(names: Sequence[LeafName]) -> Survey:
-    """The survey of a tree, with what a matrix's place in it tells."""
+    """Returns the survey of a tree, including its first and last matrices."""
     tree = survey(names)
     return tree._replace(ends=_ends(names, tree))
 
 
 def reason_for_other(name: LeafName, tree: Survey) -> Reading | None:
-    """Why a leaf is no hidden matrix; None if it is one."""
+    """Returns the reason why a leaf is not a hidden matrix, or None if it is one."""
     if reading := _by_words(name, tree) or _by_shape(name, tree):
         return reading
     place = tree.ends.get(name.path)
@@ -54,14 +54,14 @@ def _by_words(name: LeafName, tree: Survey) -> Reading | None:
     core = tree.core_shape(name)
     if reading is None:
         return Reading(HEAD) if len(core) == 2 and _ends_a_head(name, tree) else None
-    # A head may be the values of an attention, or a connector.
+    # A name like a head's may belong to the values of an attention, or to a connector.
     values = has(CRITIC, name.module) and tree.is_beside(name, QKV)
     inside = reading.why == HEAD and (values or _is_connector(name, tree))
     return None if inside else reading
 
 
 def _ends_a_head(name: LeafName, tree: Survey) -> bool:
-    """Whether it is `class_head/Dense_0`, or the last of several."""
+    """Whether the leaf is the only or the last matrix of a head, such as `class_head/Dense_0`."""
     if not (name.above and has(HEADS, name.above[-1]) and has(GENERIC, name.module)):
         return False
     beside = tree.beside(name)
@@ -71,7 +71,7 @@ def _ends_a_head(name: LeafName, tree: Survey) -> bool:
 
 
 def _is_connector(name: LeafName, tree: Survey) -> bool:
-    """Whether it leads from one tower's width to another's, though it is called `head`."""
+    """Whether a matrix called `head` maps from the width of one tower to that of another."""
     core = tree.core_shape(name)
     between = len(core) == 2 and core[0] != core[1] and set(core) <= tree.widths
     return between and name.module == "head" and bool(name.above)
@@ -80,7 +80,7 @@ def _is_connector(name: LeafName, tree: Survey) -> bool:
 def _by_shape(name: LeafName, tree: Survey) -> Reading | None:
     core, shape = tree.core(name), tree.core_shape(name)
     if sum(size != 1 for size in shape) < 2:
-        return Reading(VECTOR + (" a layer" if len(core) < len(name.shape) else ""))
+        return Reading(VECTOR + (" per layer" if len(core) < len(name.shape) else ""))
     if len(shape) >= 3 and not name.within(LORA) and (axes := read_window(name, core, tree)):
         fan_in, fan_out = sides(axes)
         ordered = fan_in[1:] + fan_in[:1] if name.output_first else fan_in
@@ -93,13 +93,13 @@ def _by_shape(name: LeafName, tree: Survey) -> Reading | None:
         if outputs == _IMAGE_CHANNELS and max(window) > 1:
             return Reading("a conv kernel that writes an image", _HIDDEN)
     elif name.is_nameless and tree.follows_its_kernel(name):
-        return Reading(BIAS + " by its place", "its name is unknown")
+        return Reading(BIAS + " according to its position", "its name is unknown")
     elif not name.is_known and not name.is_nameless:
         short, long = sorted(shape[-2:])
         if long >= _TABLE_ASPECT * max(short, 1):
             return Reading(
-                "shaped like a table, by no known name",
-                f"{_HIDDEN}; send it to 'muon' by a rule if it is",
+                "shaped like a table, and its name is unknown",
+                f"{_HIDDEN}; in that case send it to 'muon' by a rule",
             )
     return None
 
@@ -111,14 +111,15 @@ class _Kernel(NamedTuple):
 
 
 def _ends(names: Sequence[LeafName], tree: Survey) -> dict[str, Reading]:
-    """Matrices of names such as `Dense_3` that read the model's input or write its output.
+    """Finds the matrices with names such as `Dense_3` that read the input or write the output.
 
-    A hidden matrix reads what another one writes: its fan_in is another's fan_out, or a width of
-    norms or embeddings. If nothing in the tree has its fan_in it is the first, and if nothing has
-    its fan_out the last. In between stand sizes that only one other leaf has, or a part of it.
+    The input of a hidden matrix is the output of another: its fan_in equals another's fan_out, or a
+    width of norms or embeddings. If no leaf of the tree has its fan_in, it is the first matrix; if
+    none has its fan_out, the last. If only one other leaf has that size, or a part of a leaf, the
+    result is a doubt.
     """
     words = {name: _by_words(name, tree) for name in names}
-    # Heads, stems and critics are no hidden matrices, but they read and write.
+    # Heads, stems and critics are not hidden matrices, but their inputs and outputs count.
     kernels = [
         _kernel(name, tree)
         for name, reading in words.items()
@@ -127,7 +128,7 @@ def _ends(names: Sequence[LeafName], tree: Survey) -> dict[str, Reading]:
     inner = [
         kernel for kernel in kernels if not (words[kernel.name] or _by_shape(kernel.name, tree))
     ]
-    connector = Reading("", "called a head, but as wide as what could read it")
+    connector = Reading("", "called a head, but its output is as wide as another module's input")
     ends = {kernel.name.path: connector for kernel in inner if _is_connector(kernel.name, tree)}
     if len(kernels) < _FEWEST:
         return ends
@@ -163,14 +164,14 @@ def _end(
     if max(core[:-2], default=1) > 1 and {2, 4} & {kernel.fan_in, kernel.fan_out}:
         return Reading("", "could read or write an image of so few channels")
     pointwise = len(core) == 2 or (len(core) > 3 and core[:-2] == (1,) * len(core[:-2]))
-    told = has(ROLE, name.module) or name.within(f"{ATTENTION}|{LORA}")
-    if not pointwise or told or _is_recurrent(name):
+    inside = has(ROLE, name.module) or name.within(f"{ATTENTION}|{LORA}")
+    if not pointwise or inside or _is_recurrent(name):
         return None
     readers = [other for other in reads.get(kernel.fan_out, ()) if other.owner != name.owner]
     writers = [other for other in writes.get(kernel.fan_in, ()) if other.owner != name.owner]
     series = [other for other in readers + writers if other.series == name.series]
     doubt = ""
-    # What is repeated, layer by layer, is neither the first nor the last of a model.
+    # A matrix that is repeated in every layer is neither the first nor the last of a model.
     alike = [x for x in tree.beside(name) if (x.series, x.shape) == (name.series, name.shape)]
     gates = has("in_proj|w_in", name.module) or _is_recurrent_input(name)
     if not (readers or writers or {kernel.fan_in, kernel.fan_out} & known or gates):
@@ -180,16 +181,15 @@ def _end(
         later |= any((head := other.read()) and head.why == HEAD for other in readers)
         if not readers and not alike:
             alone = not any(other.series == name.series for other in tree.beside(name))
-            told = not name.above and has("^(fc|linear)$", name.module) and alone
-            return Reading(HEAD) if told else _LAST
+            named = not name.above and has("^(fc|linear)$", name.module) and alone
+            return Reading(HEAD) if named else _LAST
         many = len(writes.get(kernel.fan_out, ())) > 1 or kernel.fan_in in known
         if not later and not (readers and many):
             doubt = "could be the model's last matrix"
     if len(core) == 2 and kernel.fan_in not in known:
+        # A multiple of an output's width may be several outputs concatenated, or a flattened image.
         several = any(size >= 8 and kernel.fan_in % size == 0 for size in writes)
-        if (
-            not writers and not several and not alike
-        ):  # several outputs side by side, or a flattened image
+        if not writers and not several and not alike:
             return _FIRST
         earlier = any(other.number < name.number for other in series)
         many = len(writers) > 1 or kernel.fan_out in known
@@ -208,12 +208,12 @@ def _kernel(name: LeafName, tree: Survey) -> _Kernel:
 
 
 def _is_recurrent(name: LeafName) -> bool:
-    """Whether it reads the state that its cell writes."""
+    """Whether the matrix reads the recurrent state of its cell."""
     return has("^(recurrent_kernel|weight_hh)$", name.leaf)
 
 
 def _is_recurrent_input(name: LeafName) -> bool:
-    """Whether it reads the input of a recurrent cell, into gates that no other matrix reads."""
+    """Whether the matrix maps the input of a recurrent cell to its gates."""
     cell = has(r"[a-z]*(lstm|gru|rnn|cell)[a-z]*", "_".join((*name.above, name.module)))
     named = has("i[figorzn]|linear|[a-z]*cell", name.module) and not _is_recurrent(name)
     return has("^weight_ih$", name.leaf) or (cell and named)

@@ -1,4 +1,4 @@
-"""What the words of a leaf's path tell: a table of the leaves that are no hidden matrices."""
+"""Leaves that are not hidden matrices, recognised by the words of their paths from a table."""
 
 import functools
 import re
@@ -12,29 +12,29 @@ HEAD = "an output head"
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 # The digits of `conv2d`, `h_2` and of irreps such as `16x0e`, with the letter that belongs to them.
 _NUMBER = re.compile(r"\d+x?\d*[a-z]?(?![A-Za-z])")
-# Components that stand between the root of a tree and its model.
+# Components of paths that may precede the model itself.
 _WRAPPERS = ("params", "model", "module", "")
 
 
 class Reading(NamedTuple):
-    """Why a leaf is read so, and what speaks for another reading."""
+    """The reason for the interpretation of a leaf, and a doubt if another is possible."""
 
     why: str
     doubt: str = ""
 
 
 class LeafName(NamedTuple):
-    """A leaf's path in words.
+    """A leaf's path, split into words.
 
     Attributes:
-        path: as in `layers/0/attn/q_proj/kernel`.
-        shape: of the leaf.
-        leaf: the words of the last component: `kernel`.
-        module: the words of what the array belongs to: `q_proj`.
-        above: those of each component above the module, from the root.
-        owner: the path of the module.
-        series: the owner without the module's number: `mlp/Dense` of `mlp/Dense_1/kernel`.
-        number: that number, if there is one; of a path of numbers only, all of them.
+        path: The path, such as `layers/0/attn/q_proj/kernel`.
+        shape: The shape of the leaf.
+        leaf: The words of the last component, such as `kernel`.
+        module: The words of the module that the array belongs to, such as `q_proj`.
+        above: The words of each component above the module, from the root.
+        owner: The path of the module.
+        series: The owner without the module's number: `mlp/Dense` for `mlp/Dense_1/kernel`.
+        number: That number, if there is one. If the path has only numbers, all of them.
     """
 
     path: str
@@ -58,7 +58,7 @@ class LeafName(NamedTuple):
         owned = len(named) > 1 and has(ARRAY, words[-1]) and not numbered
         at, end = (named[-2], named[-1]) if owned else (named[-1], len(components))
         stem = re.sub(r"_?\d+$", "", components[at])
-        found = re.findall(r"\d+$", components[at]) + components[at + 1 : end]
+        digits = re.findall(r"\d+$", components[at]) + components[at + 1 : end]
         return cls(
             path,
             tuple(shape),
@@ -67,7 +67,7 @@ class LeafName(NamedTuple):
             tuple(part for part in words[: -2 if owned else -1] if part not in _WRAPPERS),
             "/".join(components[:end]),
             "/".join([*components[:at], stem]),
-            tuple(int(number) for number in found[-1:]),
+            tuple(int(number) for number in digits[-1:]),
         )
 
     @property
@@ -84,7 +84,7 @@ class LeafName(NamedTuple):
 
     @property
     def is_known(self) -> bool:
-        """Whether its name is one of a matrix."""
+        """Whether its name is a known name of matrices."""
         return self.is_array_name or has(HIDDEN, self.module) or self.within(LORA)
 
     @property
@@ -93,15 +93,15 @@ class LeafName(NamedTuple):
 
     @property
     def output_first(self) -> bool:
-        """torch, Equinox and Haliax call it `weight`, and put the output first; Flax does not."""
+        """Whether the output axis comes first, as in the `weight` of torch, Equinox and Haliax."""
         return has(r"weight(_ih|_hh|_v)?$", self.leaf)
 
     def within(self, pattern: str) -> bool:
-        """Whether any component has these words."""
+        """Whether the pattern matches the words of any component."""
         return any(has(pattern, part) for part in (*self.above, self.module, self.leaf))
 
     def read(self) -> Reading | None:
-        """Why its words say that it is no hidden matrix; None if they do not."""
+        """Returns the reason why it is not a hidden matrix by its words, or None."""
         return self._read(_BIASES + _GAINS + _OTHERS)
 
     def _read(self, rows: "Sequence[Row]") -> Reading | None:
@@ -109,23 +109,25 @@ class LeafName(NamedTuple):
 
 
 def _words(component: str) -> str:
-    found = _WORD.findall(_NUMBER.sub("_", component))
-    return "_".join(word.lower() for word in found)
+    words = _WORD.findall(_NUMBER.sub("_", component))
+    return "_".join(word.lower() for word in words)
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def has(pattern: str, words: str) -> bool:
-    """Whether the pattern is found in the words, from the beginning of one to the end of one."""
+    """Whether the pattern matches one or more whole words."""
     return not pattern or re.search(rf"(?:^|_)(?:{pattern})(?:_|$)", words) is not None
 
 
 class Row(NamedTuple):
-    """What the words of a leaf must have, each a pattern as in `has`, to be read so.
+    """A row of the table: patterns that the words of a leaf must match (see `has`), and the reason.
 
     Attributes:
-        name: in the module or in the last component.
-        unless: nowhere in the path.
-        at_root: nothing is above the module.
+        why, doubt: The reason, and another possible interpretation, as in `Reading`.
+        name: A pattern for the module or the last component.
+        leaf, module, parent: Patterns for the last component, the module and the one above it.
+        unless: A pattern that no component may match.
+        at_root: Whether the module must be at the root.
     """
 
     why: str
@@ -148,7 +150,7 @@ class Row(NamedTuple):
         )
 
 
-# The last component of a path may only say that this is an array; then the one above names it.
+# Names of arrays. If the last component is one of them, the component above names the matrix.
 ARRAY = (
     r"^(kernel|weights?|w|embeddings?|table|scale|bias|b|g|offset|data_array)$|(gain|gamma|ls)$"
     r"|^(recurrent|depthwise|pointwise)_kernel|^weight_(ih|hh|v|g)$|kernel_lora|scale$"
@@ -166,19 +168,19 @@ HIDDEN = (
     rf"{QKV}|{OUT}|{EXPERT}|{ATTENTION}|{FEED_FORWARD}|{CONV}|{LORA}|kernel|weights?|w|wi|dense"
     "|proj|projection|linear|fc|up|down|gate|router|einsum|hidden|in|x|receptance|pooler"
 )
-# Hidden whatever their sizes; of recurrent cells, what reads the state.
+# Names that imply a hidden matrix whatever its size, including those that read a recurrent state.
 ROLE = (
     rf"{QKV}|{EXPERT}|{LORA}|wi|up|gate|router|einsum|c_attn|c_fc|c_proj|x_proj|dt_proj|wo|down"
     "|^(o|out|output)_proj$|altup[a-z_]*|h[figorzn]"
 )
-# Matrices of which the place in their parent tells more than the name.
+# Names so general that the position of the matrix in its parent is more informative.
 GENERIC = "^(dense|linear|fc|lin|layers?|hidden|mlp|proj|projection|out|output|out_proj)$"
 
 _TABLE = r"wte|wpe|vocab|codebook|lookup|[a-z]*emb|(?!un)[a-z]*embed[a-z]*|hash_table"
 _BIASES = (
     Row(BIAS, name="bias|biases"),
     Row(BIAS, leaf="^(b|beta)$", unless=LORA),
-    # Such as TransformerLens's `b_Q`; and `fc_b`, but MLA's `kv_b` is a matrix.
+    # Examples are TransformerLens's `b_Q`, and `fc_b`. MLA's `kv_b` is a matrix.
     Row(BIAS, leaf=r"^b_(?!proj|re|im|norm)[a-z]+$|^(?!w?[qkv]+_b$).*_b$", unless=LORA),
 )
 _GAINS = (

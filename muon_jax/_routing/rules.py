@@ -1,4 +1,4 @@
-"""Which optimizer takes which leaf: rules by path and shape, and the table that explains them."""
+"""Which optimizer takes which leaf: the user's rules, then rules by path and shape."""
 
 import numbers
 import re
@@ -29,7 +29,7 @@ from muon_jax._trees import (
 )
 
 MUON, OTHER, FROZEN = LABELS = ("muon", "other", "frozen")
-ALIASES = {"adamw": OTHER}  # as the label was called before; still accepted in rules
+ALIASES = {"adamw": OTHER}  # the old name of the label, still accepted in rules
 EMBEDDING, VECTOR, CONV, MATRIX = "embedding", "vector", "conv", "matrix"
 
 Choice = str | MatrixAxes
@@ -43,15 +43,15 @@ Routing = (
 
 
 class Route(NamedTuple):
-    """Where one leaf goes.
+    """The label of one leaf, with the reason for it.
 
     Attributes:
-        path: as in `layers/0/attn/kernel`.
-        shape: of the leaf.
+        path: The path of the leaf, such as `layers/0/attn/kernel`.
+        shape: The shape of the leaf.
         label: `"muon"`, `"other"` or `"frozen"`.
-        axes: its matrix axes if it goes to Muon.
-        why: the rule that decided.
-        doubt: what another reading of the shape would be; empty where there is none.
+        axes: The matrix axes of the leaf if its label is `"muon"`.
+        why: The rule that decided.
+        doubt: Another possible interpretation of the leaf; empty if there is none.
         kind: `"embedding"`, `"vector"`, `"conv"`, or `"matrix"` for all others.
     """
 
@@ -65,13 +65,13 @@ class Route(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What the user's rules say of a leaf.
+    """The choice of the user's rules for one leaf.
 
     Attributes:
-        choice: as in `label_params`; `None` leaves it to the built-in rules.
-        why: what decided, or what is said before the built-in rules' reason.
-        doubt: as in `Route`.
-        kind: as in `Route`; `None` leaves it to the leaf's name.
+        choice: The choice, as in `label_params`. `None` leaves it to the built-in rules.
+        why: The rule that decided, or a text to put before the reason of the built-in rules.
+        doubt: As in `Route`.
+        kind: As in `Route`. `None` leaves it to the leaf's name.
     """
 
     choice: Choice | None
@@ -81,36 +81,39 @@ class Decision(NamedTuple):
 
 
 def label_params(params: Any, rules: Routing = None) -> Any:
-    """A tree like `params` of `"muon"`, `"other"` or `"frozen"`, for `optax.multi_transform`.
+    """Labels each leaf `"muon"`, `"other"` or `"frozen"`, for `optax.multi_transform`.
 
-    The built-in rules read names first and shapes second: embeddings, heads, norms, gains and
-    biases (scan-stacked ones too) are `"other"`, the matrices between them `"muon"`, complex ones
-    too. They know the names of Flax NNX and Linen, Equinox, Haiku, Hugging Face, MaxText and
-    Levanter. Where they guess, such as at the ends of an MLP, `routing_table` says so and the
-    optimizer's `init` warns. Leaves of integers or bools have no built-in rule: filter them out,
-    or send them to `"frozen"`.
+    The built-in rules use names first and shapes second: embeddings, heads, norms, gains and
+    biases are `"other"`, and the matrices between them are `"muon"`. Scan-stacked and complex
+    leaves are recognised as well. The rules know the names of Flax NNX and Linen, Equinox, Haiku,
+    Hugging Face, MaxText and Levanter. If they have to guess, for example for the first and last
+    matrix of an MLP, `routing_table` says so and the optimizer's `init` warns. There is no
+    built-in rule for leaves of integers or bools: filter them out, or label them `"frozen"`.
 
     Args:
-        params: arrays or `jax.ShapeDtypeStruct`s.
-        rules: what decides in place of the built-in rules; its type decides how it is read. A
-            choice is one of the three labels (`"adamw"` is an old name of `"other"`), or
-            `MatrixAxes`: Muon along these axes.
+        params: Arrays or `jax.ShapeDtypeStruct`s.
+        rules: Rules that override the built-in ones, in one of the forms below. A choice is one of
+            the three labels (`"adamw"` is an old name of `"other"`) or `MatrixAxes`, which means
+            Muon along these axes.
 
-            - A list or tuple of `(regex, choice)` pairs: of those found in a leaf's path
-              (`re.search`), the first decides, and a leaf in which none is found is left to the
-              built-in rules. Each pair must decide some leaf: one that is found nowhere, or only
-              where earlier ones have decided, is an error. Put the narrow rules first.
+            - A list or tuple of `(regex, choice)` pairs. The first regex that is found in a leaf's
+              path (`re.search`) decides. Leaves without a match are left to the built-in rules. A
+              pair that decides no leaf, because it has no match or earlier pairs have decided all
+              its matches, is an error. Put specific rules first.
             - A callable `(path, leaf) -> choice`; `None` leaves the leaf to the built-in rules.
-            - What `trace_routing` returns: choices read from how a function uses each leaf.
-            - A dict, or any other tree of choices: a choice for each leaf, or for each subtree,
-              which must decide every leaf. It is matched by name, so a tree of NNX variables or of
-              Linen's partitioned params fits a tree of plain arrays, and the reverse. Where
-              `params` are a list, a list that holds only choices is such a tree.
+            - The result of `trace_routing`, which takes choices from how a function uses each leaf.
+            - A dict, or any other tree, with a choice for each leaf or subtree. It must decide
+              every leaf. It is matched by name, so a tree of plain arrays fits a tree of NNX
+              variables or of Linen's partitioned params, and vice versa. If `params` is a list, a
+              list that holds only choices is such a tree.
+
+    Returns:
+        A tree like `params` with the label of each leaf.
 
     Raises:
-        ValueError: rules of any other kind, a bad regex, a rule that decides no leaf, a leaf that
-            the tree has no choice for, an unknown choice, Muon for a leaf that is no matrix, axes
-            or parts that do not fit it, or a leaf that is no array. The message has the path.
+        ValueError: The rules have another form, a regex is invalid, a rule decides no leaf, a tree
+            has no choice for a leaf, a choice is unknown, a leaf for Muon is not a matrix, axes or
+            parts do not fit a leaf, or a leaf is not an array. The message names the path.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax
@@ -123,7 +126,7 @@ def label_params(params: Any, rules: Routing = None) -> Any:
 
 
 def warn_of_guesses(routes: Mapping[KeyPath, Route]) -> None:
-    """One warning that names the leaves whose route is a guess, since who trains reads no table."""
+    """Warns about leaves whose label is a guess, since users may not look at `routing_table`."""
     guesses = [
         f"{leaf.path or '(root)'} ({leaf.label}: {leaf.doubt})"
         for leaf in routes.values()
@@ -132,16 +135,16 @@ def warn_of_guesses(routes: Mapping[KeyPath, Route]) -> None:
     if guesses:
         warnings.warn(
             f"The routes of these leaves are guesses from their names and shapes: {some(guesses)}. "
-            "See muon_jax.routing_table, and give routing=: rules for these leaves, or what "
-            "muon_jax.trace_routing reads from the model itself.",
+            "See muon_jax.routing_table, and pass routing= with rules for these leaves, or with "
+            "the result of muon_jax.trace_routing, which examines the model itself.",
             stacklevel=4,
         )
 
 
 def route(params: Any, rules: Routing = None, matrix_axes: Any = None) -> dict[KeyPath, Route]:
-    """The route of every leaf, by key path; see `label_params`.
+    """Returns the route of every leaf, by key path; see `label_params`.
 
-    `matrix_axes`, as in `hybrid`, are the axes of those Muon leaves that it has a value for.
+    The Muon leaves for which `matrix_axes` has a value (see `hybrid`) get these axes.
     """
     strings = path_strings(params)
     leaves = {
@@ -172,13 +175,13 @@ def _check_array(path: str, leaf: Any) -> None:
         leaf, numbers.Number
     ):
         raise ValueError(
-            f"Leaf {path!r} is no array but {leaf!r}. Give only the arrays that are trained: of an "
-            "Equinox module, eqx.filter(model, eqx.is_inexact_array)."
+            f"Leaf {path!r} must be an array; got {leaf!r}. Pass only the arrays to train, for an "
+            "Equinox module eqx.filter(model, eqx.is_inexact_array)."
         )
 
 
 def _check_axes(axes: MatrixAxes, shape: tuple[int, ...]) -> None:
-    """Inside `shard_map` a leaf may be a part of one, so its parts are checked elsewhere."""
+    """Checks that axes fit a leaf; parts only outside `shard_map`, where the leaf is complete."""
     axes.split(shape)
     if not find_placing(None, ()).manual_axes:
         split_into_parts(shape, axes)
@@ -192,17 +195,17 @@ def _route_leaf(name: LeafName, leaf: Any, tree: Survey, decision: Decision) -> 
         return named._replace(why=f"{why}; by name {named.why}", doubt=doubt or named.doubt)
     if choice is not None and not is_matrix_axes(choice) and not _is_label(choice):
         raise ValueError(
-            f"{why} sends {name.path!r} to {choice!r}; known are {', '.join(LABELS)}, or "
-            "MatrixAxes for Muon along these axes."
+            f"{why} sends {name.path!r} to {choice!r}. A choice must be one of "
+            f"{', '.join(LABELS)}, or MatrixAxes for Muon along these axes."
         )
     if choice == FROZEN:
         return Route(name.path, name.shape, FROZEN, None, why, doubt)
     dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
-        sent = "No rule takes" if choice is None else f"{why} sends to {choice!r} the leaf"
+        sent = "" if choice is None else f"{why} sends {name.path!r} to {choice!r}. "
         raise ValueError(
-            f"{sent} {name.path!r}, whose dtype is {dtype}: only real or complex floating point is "
-            "optimised. Filter it out of the params, or send it to 'frozen' by a rule."
+            f"{sent}Leaf {name.path!r} has dtype {dtype}, but only real or complex floating point "
+            "can be optimised. Filter it out of the params, or send it to 'frozen' by a rule."
         )
     against = reason_for_other(name, tree)
     kind = kind or _kind(name, tree, against)
@@ -214,17 +217,17 @@ def _route_leaf(name: LeafName, leaf: Any, tree: Survey, decision: Decision) -> 
         return Route(name.path, name.shape, OTHER, None, against.why, against.doubt, kind)
     if len(name.shape) < 2:
         raise ValueError(
-            f"{why} sends {name.path!r} to 'muon', but its shape {name.shape} is no matrix. Send "
-            "it to 'other' or 'frozen'."
+            f"{why} sends {name.path!r} to 'muon', but its shape {name.shape} is not that of a "
+            "matrix. Send it to 'other' or 'frozen'."
         )
     axes, reading = read_hidden(name, tree)
-    # Whoever sends a leaf to Muon knows that it is a matrix, but of which axes is read here.
+    # A user's rule says that the leaf is a matrix, but its axes are still inferred here.
     guess = reading.doubt if choice is None or len(name.shape) > 2 else ""
     return Route(name.path, name.shape, MUON, axes, why or reading.why, doubt or guess, kind)
 
 
 def _kind(name: LeafName, tree: Survey, against: Reading | None) -> str:
-    """What its name and shape tell of a leaf; `against` is why it is no hidden matrix."""
+    """Returns the kind of a leaf; `against` is the reason why it is not a hidden matrix, if any."""
     if against is None:
         return CONV if read_hidden(name, tree)[1].why.startswith(CONV_KERNEL) else MATRIX
     if len(name.shape) < 2 or against.why.startswith(VECTORS):
@@ -233,7 +236,7 @@ def _kind(name: LeafName, tree: Survey, against: Reading | None) -> str:
 
 
 def _overrides(params: Any, leaves: dict[KeyPath, Any], rules: Routing) -> dict[KeyPath, Decision]:
-    """What the user's rules say, by key path."""
+    """Returns the decisions of the user's rules, by key path."""
     if rules is None or (isinstance(rules, (list, tuple, dict)) and not rules):
         return {}
     if is_rules(rules, params, lambda x: _is_label(x) or is_matrix_axes(x)):
@@ -247,8 +250,8 @@ def _overrides(params: Any, leaves: dict[KeyPath, Any], rules: Routing) -> dict[
             what="The label tree",
             kind=f"one of {', '.join(LABELS)} or MatrixAxes",
             is_value=is_choice,
-            remedy="A tree has a choice for every leaf or subtree, by its keys. Rules by regex are "
-            "a list of pairs, such as [('head', 'other')]."
+            remedy="A tree must have a choice for every leaf or subtree. To give rules by regex, "
+            "pass a list of pairs, such as [('head', 'other')]."
             if isinstance(rules, Mapping)
             else "",
         )
@@ -266,13 +269,13 @@ def _overrides(params: Any, leaves: dict[KeyPath, Any], rules: Routing) -> dict[
             for path, answer in answers.items()
         }
     raise ValueError(
-        "Routing rules must be (regex, label) pairs, a callable (path, leaf) -> label, or a tree "
-        f"of labels; got {rules!r}."
+        "routing must be (regex, label) pairs, a callable (path, leaf) -> label, or a tree of "
+        f"labels; got {rules!r}."
     )
 
 
 def is_rules(given: Any, params: Any, is_value: Callable[[Any], bool]) -> TypeGuard[Sequence]:
-    """Whether it is a list or tuple to be read as rules, and no tree of values for a list."""
+    """Whether `given` is a list or tuple of rules, rather than a tree of values for a list."""
     if not isinstance(given, (list, tuple)) or hasattr(given, "_fields"):
         return False
     like = isinstance(params, (list, tuple))
@@ -282,10 +285,10 @@ def is_rules(given: Any, params: Any, is_value: Callable[[Any], bool]) -> TypeGu
 def as_rules(
     rules: Sequence, what: str, kind: str, is_value: Callable[[Any], bool]
 ) -> list[tuple[str, Any]]:
-    """The rules as pairs.
+    """Returns the rules as pairs.
 
     Raises:
-        ValueError: one that is no pair of a regex and a value.
+        ValueError: A rule is not a pair of a regex and a value.
     """
     for i, rule in enumerate(rules):
         pair = isinstance(rule, (tuple, list)) and len(rule) == 2
@@ -297,16 +300,16 @@ def as_rules(
 def match_rules(
     pairs: Sequence[tuple[str, Any]], params: Any, leaves: Iterable[KeyPath]
 ) -> dict[KeyPath, tuple[Any, str]]:
-    """What the first regex found in a leaf's path gives it, and the name of that rule.
+    """Returns the value of the first rule whose regex is found in each path, and the rule's name.
 
     Raises:
-        ValueError: a bad regex, or one that decides no leaf: it is found in none, or only where
-            earlier ones are.
+        ValueError: A regex is invalid, or it decides no leaf because it has no match or earlier
+            rules have decided all its matches.
     """
     strings = path_strings(params)
     decided: dict[KeyPath, tuple[Any, str]] = {}
     for regex, choice in pairs:
-        matched = [path for path, string in strings.items() if _found(regex, string)]
+        matched = [path for path, string in strings.items() if _matches(regex, string)]
         free = [path for path in matched if path not in decided]
         if strings and not matched:
             raise ValueError(
@@ -315,18 +318,18 @@ def match_rules(
         if strings and not free:
             before = dict.fromkeys(decided[path][1] for path in matched)
             raise ValueError(
-                f"The rule {regex!r} decides no leaf: all that it matches are decided before, by "
-                f"{' and '.join(before)}. Put it in front of that, or leave it out."
+                f"The rule {regex!r} decides no leaf, because all leaves that it matches are "
+                f"already decided by {' and '.join(before)}. Put it first, or remove it."
             )
         decided |= dict.fromkeys(free, (choice, f"rule {regex!r}"))
     return {path: decided[path] for path in leaves if path in decided}
 
 
-def _found(regex: str, string: str) -> bool:
+def _matches(regex: str, string: str) -> bool:
     try:
         return re.search(regex, string) is not None
     except re.error as error:
-        raise ValueError(f"The rule {regex!r} is no regular expression: {error}.") from None
+        raise ValueError(f"The rule {regex!r} is not a regular expression: {error}.") from None
 
 
 def _is_label(x: Any) -> bool:

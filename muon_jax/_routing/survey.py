@@ -1,4 +1,4 @@
-"""What only the whole tree shows: scanned layers, the model's widths, a leaf's neighbours."""
+"""Facts that need the whole tree: scanned layers, the model's widths, and a leaf's neighbours."""
 
 import re
 from collections import defaultdict
@@ -12,15 +12,16 @@ _ROUTER = "router|gate|switch|gating"
 
 
 class Survey(NamedTuple):
-    """What is known of a tree.
+    """Facts about a whole tree.
 
     Attributes:
-        names: by path.
-        scans: path -> the axes along which scans stacked the layers.
-        widths: the lengths of the gains of norms: what the residual stream is as wide as.
-        parents: path -> the leaves of the modules right below it.
-        experts: of each router, the path of what has it and the sizes that may count experts.
-        ends: path -> what its place in the tree tells; see `_name_ends`.
+        names: The names of the leaves, by path.
+        scans: The axes along which scans stacked the layers, by path.
+        widths: The lengths of the gains of norms, which are the widths of the residual stream.
+        parents: The leaves of the modules directly below a path, by that path.
+        experts: For each router, the path of its parent and the sizes that may be the number of
+            experts.
+        ends: The readings of leaves that may be the model's first or last matrix, by path.
     """
 
     names: dict[str, LeafName]
@@ -31,7 +32,7 @@ class Survey(NamedTuple):
     ends: dict[str, Reading]
 
     def core(self, name: LeafName) -> tuple[int, ...]:
-        """The leaf's axes without those of scans."""
+        """Returns the leaf's axes without those of scans."""
         scanned = self.scans.get(name.path, ())
         return tuple(axis for axis in range(len(name.shape)) if axis not in scanned)
 
@@ -39,7 +40,7 @@ class Survey(NamedTuple):
         return tuple(name.shape[axis] for axis in self.core(name))
 
     def bias(self, name: LeafName) -> tuple[int, ...]:
-        """The shape of the bias beside a kernel, without axes of length 1; empty without one."""
+        """Returns the shape of a kernel's bias without axes of size 1, or () if it has none."""
         for path in _bias_paths(name):
             if (bias := self.names.get(path)) and (bias.is_bias or bias.is_nameless):
                 shape = tuple(size for size in self.core_shape(bias) if size != 1)
@@ -48,23 +49,23 @@ class Survey(NamedTuple):
         return ()
 
     def is_beside(self, name: LeafName, pattern: str) -> bool:
-        """Whether another module of the same parent has these words."""
+        """Whether the name of another module of the same parent matches `pattern`."""
         return any(has(pattern, other.module) for other in self.beside(name))
 
     def follows_its_kernel(self, name: LeafName) -> bool:
-        """Whether, in a tree without names, the leaf before ends in this one's shape."""
+        """Whether, in a tree without names, this leaf has the shape of the previous one's bias."""
         before, slash, last = key(name.path).rpartition("/")
         number = int(last) if last.isdigit() else 0
         kernel = self.names.get(f"{before}{slash}{number - 1}")
         return kernel is not None and self.bias(kernel) == name.shape
 
     def beside(self, name: LeafName) -> list[LeafName]:
-        """The leaves of the other modules of the same parent."""
-        found = self.parents[name.owner.rpartition("/")[0]]
-        return [other for other in found if other.owner != name.owner]
+        """Returns the leaves of the other modules of the same parent."""
+        siblings = self.parents[name.owner.rpartition("/")[0]]
+        return [other for other in siblings if other.owner != name.owner]
 
     def counts_experts(self, name: LeafName, size: int) -> bool:
-        """Whether a router beside it, or beside a module that has it, chooses among so many."""
+        """Whether a router next to the leaf, or to a module that has it, has `size` choices."""
         return any(
             size in sizes and (not above or key(name.path).startswith(f"{above}/"))
             for above, sizes in self.experts
@@ -72,12 +73,12 @@ class Survey(NamedTuple):
 
 
 def is_expert(name: LeafName) -> bool:
-    """`moe_layers/attention` is an attention, and `moe/experts/attention` too."""
+    """Whether the leaf belongs to experts; `moe/experts/attention` counts as attention."""
     return name.within(EXPERT) and not name.within(ATTENTION)
 
 
 def key(path: str) -> str:
-    """A path with one kind of separator."""
+    """Returns a path with `/` as its only separator."""
     return path.replace(".", "/")
 
 
@@ -103,7 +104,7 @@ def survey(names: Sequence[LeafName]) -> Survey:
     widths = {
         size
         for name in names
-        # The gain of queries, of keys or of each head is as long as a head is wide.
+        # The gains of queries, keys and heads are as long as a head, so they are not widths.
         if name.is_gain and not has(rf"{QKV}|heads?|per_dim_scale", name.module)
         for size in tree.core_shape(name)
         if len(tree.core_shape(name)) == 1
@@ -118,25 +119,25 @@ def survey(names: Sequence[LeafName]) -> Survey:
 
 
 def _scans(names: Sequence[LeafName]) -> dict[str, tuple[int, ...]]:
-    """A subtree is scanned along an axis if all its leaves agree on its size.
+    """Returns the axes of each leaf along which a scan stacked its layers, by path.
 
-    It is the first axis, or the second in MaxText. The witness is a norm or bias, a vector by name,
-    that has an axis more than it should and fits the kernels beside it. Scans may be nested: each
-    round finds one axis.
+    A subtree is scanned along its first axis (in MaxText the second) if all its leaves agree on
+    its size, and if a norm or bias, a vector by its name, has one axis too many and fits the
+    kernels beside it. Scans may be nested, and each round finds one axis.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    scanned: dict[str, tuple[int, ...]] = {}
     rest = list(names)
     while rest:
-        axes = _scan_axes(rest, found)
+        axes = _scan_axes(rest, scanned)
         for path, axis in axes.items():
-            found[path] = (*found.get(path, ()), axis)
+            scanned[path] = (*scanned.get(path, ()), axis)
         rest = [name for name in rest if name.path in axes]
-    return found
+    return scanned
 
 
-def _scan_axes(names: Sequence[LeafName], found: dict[str, tuple[int, ...]]) -> dict[str, int]:
+def _scan_axes(names: Sequence[LeafName], known: dict[str, tuple[int, ...]]) -> dict[str, int]:
     cores = {
-        name.path: tuple(a for a in range(len(name.shape)) if a not in found.get(name.path, ()))
+        name.path: tuple(a for a in range(len(name.shape)) if a not in known.get(name.path, ()))
         for name in names
     }
     subtrees = defaultdict(list)
@@ -152,7 +153,7 @@ def _scan_axes(names: Sequence[LeafName], found: dict[str, tuple[int, ...]]) -> 
         if any(len(cores[leaf.path]) < 2 for leaf in leaves):
             continue
         stacks = {leaf.path for leaf in leaves if is_expert(leaf) and len(cores[leaf.path]) >= 4}
-        # The axis of experts may lie in front of that of layers.
+        # The axis of experts may precede the axis of layers.
         for at, of_stacks in ((0, 0), (1, 1), *([(0, 1)] if stacks else [])):
             axes = {
                 path: cores[path][of_stacks if path in stacks else at]
@@ -170,8 +171,8 @@ def _scan_axes(names: Sequence[LeafName], found: dict[str, tuple[int, ...]]) -> 
 
 
 def _is_scan(leaves: Sequence[LeafName], rests: dict[str, tuple[int, ...]], at: int) -> bool:
-    """Whether the leaves, without the axis `at`, are those of one layer."""
-    # Queries' and keys' vectors can be (heads, head_dim).
+    """Whether the leaves, without the axis `at`, form a single layer."""
+    # The vectors of queries and keys may have the shape (heads, head_dim).
     plain = [leaf for leaf in leaves if not has(QKV, leaf.module)]
     kernels = [leaf for leaf in leaves if not (leaf.is_bias or leaf.is_gain)]
     kernels = [leaf for leaf in kernels if len(rests[leaf.path]) >= 2]
@@ -183,8 +184,8 @@ def _is_scan(leaves: Sequence[LeafName], rests: dict[str, tuple[int, ...]], at: 
             rest = rests[leaf.path]
             if vector and len(rest) <= 2 and rest[-1] in sizes:
                 return True
-    # Without a witness: kernels of known names and unlike shapes. The windows of a bias-free
-    # convolutional net agree on their first axis too.
+    # Without such a vector the kernels must have known names and different shapes. Convolutions
+    # are excluded, since their windows agree on the first axis too.
     stacks = [leaf for leaf in plain if len(leaf.shape) == 3 and not leaf.within(CONV)]
     known = all(has(HIDDEN, leaf.module) and not leaf.within(CONV) for leaf in leaves)
     unlike = len({leaf.shape for leaf in leaves}) > 1

@@ -1,4 +1,4 @@
-"""The routes of a tree as a table of text, with the reason for each."""
+"""A table of the routes of a tree, with the reason for each."""
 
 import math
 from typing import Any
@@ -8,13 +8,17 @@ from muon_jax._routing.rules import LABELS, Route, Routing, route
 
 
 def routing_table(params: Any, rules: Routing = None) -> str:
-    """`label_params` as text: path, shape, batch × (fan_in × fan_out), label, and why.
+    """Returns a table of the label of each leaf, its matrices, and the reason.
 
-    The matrices are those that are orthogonalised: a leaf in equal parts shows how many and of
-    which shape, and one in parts of several sizes shows each size.
+    Its columns are path, shape, matrices, label and why. The matrices are those that are
+    orthogonalised, as `batch × (fan_in × fan_out)`; if a leaf is split into parts of several
+    sizes, each size is shown.
 
-    Ends with the number of parameters per label, and with one line for each shape that could be
-    read in another way.
+    Below the table are the number of parameters per label, and one line for each leaf that could be
+    interpreted differently.
+
+    Args:
+        params, rules: As in `label_params`.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax
@@ -52,7 +56,7 @@ def routing_table(params: Any, rules: Routing = None) -> str:
 
 
 def _matrices(leaf: Route) -> str:
-    """Matrices of each shape, with their batch in front."""
+    """Formats the matrices of a leaf, each shape with its batch in front."""
     if leaf.axes is None:
         return "-"
     parts = split_into_parts(leaf.shape, leaf.axes)

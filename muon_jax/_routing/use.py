@@ -1,4 +1,4 @@
-"""Routing by use: what a function does with each parameter tells where it goes."""
+"""Routing by use: how a traced function uses each parameter decides its label."""
 
 import dataclasses
 import functools
@@ -35,30 +35,30 @@ from muon_jax._routing.trace.tracer import Tracer, captured
 from muon_jax._routing.trace.values import INPUT, MATRICES, Use
 from muon_jax._trees import leaf_names, path_strings, positions, some
 
-# Layers of these libraries are called from where a model is written.
+# Frames in these libraries are skipped, so that the line of the user's model is shown.
 _LIBRARIES = ("jax", "jaxlib", "flax", "haiku", "equinox", "optax", "penzai", "haliax", "keras")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TracedRouting:
-    """What `trace_routing` returns: a routing, which prints as `routing_table`.
+    """The result of `trace_routing`, a routing whose `str` is its `routing_table`.
 
     Attributes:
-        leaves: shape and dtype of each leaf that was traced, by its path.
-        decisions: what its use says, by its path.
+        leaves: The shape and dtype of each leaf that was traced, by path.
+        decisions: The decision for each leaf according to its use, by path.
     """
 
     leaves: OrderedDict[str, jax.ShapeDtypeStruct]
     decisions: dict[str, Decision]
 
     def __call__(self, path: str, leaf: Any) -> Decision:
-        """The decision for a leaf of the params, or of a part of them with the same paths."""
+        """Returns the decision for a leaf of the params, or of a subset with the same paths."""
         if path in self.decisions:
             return self.decisions[path]
-        if not hasattr(leaf, "shape"):  # a setting among the arrays of a module
+        if not hasattr(leaf, "shape"):  # a setting in a module, not an array
             return Decision(None)
         raise ValueError(
-            f"The routing was traced without a leaf {path!r}. Trace the function again, with these "
+            f"The routing was traced without a leaf {path!r}. Trace the function again with these "
             "params."
         )
 
@@ -74,36 +74,37 @@ def trace_routing(
     first: str = OTHER,
     last: str = OTHER,
 ) -> TracedRouting:
-    """A routing read from how a function uses each parameter, not from its name.
+    """Returns a routing based on how a function uses each parameter, not on the parameter's name.
 
-    The function is traced, not run: nothing is computed and nothing allocated. What is contracted
-    with activations is a matrix; its contracted axes are fan_in, its free ones fan_out, batch and
-    scanned ones a stack. What is looked up by rows is an embedding; what is added to or multiplied
-    with activations entry by entry is a vector, whatever its shape. These, depthwise convolutions,
-    the first matrices (which read the function's inputs) and the last ones (whose output no other
-    matrix reads) are `"other"`, all other matrices `"muon"`.
+    The function is traced but not run: nothing is computed or allocated. A parameter that is
+    contracted with activations is a matrix: its contracted axes are fan_in, its free axes fan_out,
+    and batch or scanned axes make it a stack. A parameter whose rows are looked up is an embedding.
+    One that is added to activations or multiplied with them elementwise is a vector, whatever its
+    shape. Embeddings, vectors, depthwise convolutions, the first matrices (which read the
+    function's inputs) and the last ones (whose output no other matrix reads) are `"other"`; all
+    other matrices are `"muon"`.
 
     Args:
-        function: `function(params, *args)`, a forward pass or a loss, with all that it returns. Or
-            a Flax NNX module, with its inputs as the arguments that follow.
-        params: arrays or `jax.ShapeDtypeStruct`s, in any tree: plain, of Linen, Haiku or Equinox,
-            or a Flax NNX module, of which the `nnx.Param`s are the params. What is no array stays
-            as it is.
-        *args: other arguments: trees of arrays, `jax.ShapeDtypeStruct`s and static values. A tree
-            with arrays in the same modules as the params, such as the frozen model of an adapter,
-            is a part of the model; all others are its inputs.
-        rules: `(regex, choice)` pairs as in `label_params`, which go before what the trace says.
-        first: where the first matrices go: `"other"`, `"muon"` or `"frozen"`.
-        last: where the last matrices go.
+        function: A forward pass or loss `function(params, *args)`; all its outputs count. It may
+            also be a Flax NNX module, followed by its inputs.
+        params: Arrays or `jax.ShapeDtypeStruct`s in any tree, such as those of Linen, Haiku and
+            Equinox, or a Flax NNX module, whose `nnx.Param`s are then the params. Values that are
+            not arrays are passed on unchanged.
+        *args: The other arguments: trees of arrays, `jax.ShapeDtypeStruct`s and static values. A
+            tree with arrays in the same modules as the params, such as the frozen model below an
+            adapter, is part of the model; all others are its inputs.
+        rules: `(regex, choice)` pairs as in `label_params`, which override the trace.
+        first: The label of the first matrices: `"other"`, `"muon"` or `"frozen"`.
+        last: The label of the last matrices.
 
     Returns:
         A routing, for `routing=` of any optimizer here, `label_params`, `routing_table` or `plan`.
-        It fits all trees with the same paths, and parts of them. `str` of it is the table of
+        It fits all trees with the same paths, and subsets of them. Its `str` is the table of
         routes, with the source line of each use. A leaf that the function does not use, or that
-        passes through an unknown operation, is left to the name rules, and the table says so.
+        passes through an unknown operation, is left to the rules by name, and the table says so.
 
     Raises:
-        ValueError: an unknown choice, or a rule that decides no leaf.
+        ValueError: A choice is unknown, or a rule decides no leaf.
 
     Example:
         >>> import jax, jax.numpy as jnp, muon_jax
@@ -162,7 +163,7 @@ def _is_nnx_module(x: Any) -> bool:
 def _functional(
     function: Callable[..., Any], module: Any, args: tuple[Any, ...]
 ) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
-    """The same function of the module's params and of the rest of its state."""
+    """Returns the function with the module's params and the rest of its state as arguments."""
     nnx = sys.modules["flax.nnx"]
     graph, params, rest = nnx.split(module, nnx.Param, ...)
 
@@ -173,7 +174,7 @@ def _functional(
 
 
 def _trace(function: Callable[..., Any], params: Any, args: Any) -> tuple[Tracer, frozenset[int]]:
-    """The leaves' uses, and the leaves whose product the outputs are made of."""
+    """Returns a tracer with the leaves' uses, and the leaves whose products are the outputs."""
     given, treedef = jax.tree.flatten((params, args))
     arrays = [i for i, x in enumerate(given) if _is_array(x)]
     count = sum(map(_is_array, jax.tree.leaves(params)))
@@ -203,7 +204,7 @@ def _trace(function: Callable[..., Any], params: Any, args: Any) -> tuple[Tracer
 
 
 def _is_rest(arg: Any, params: Any) -> bool:
-    """Whether an argument has arrays beside the params, as the frozen base of an adapter has."""
+    """Whether an argument shares modules with the params, as the frozen base of an adapter does."""
     modules = [{name[:-1] for name in leaf_names(tree).values()} - {()} for tree in (arg, params)]
     return bool(modules[0] & modules[1])
 
@@ -223,9 +224,9 @@ def _decide(
     first: str,
     last: str | None,
 ) -> Decision:
-    """Where a leaf goes; `last` is None where another matrix reads what it is multiplied into."""
+    """Returns the decision for a leaf; `last` is None if another matrix reads its output."""
     if not _is_trained(leaf):
-        return Decision(FROZEN, f"{leaf.dtype}: quantised, or no weight")
+        return Decision(FROZEN, f"{leaf.dtype}: quantised, or not a weight")
     vector = len(leaf.shape) < 2
     if not uses:
         doubt = "the traced function does not use it, so its name decides"
@@ -233,7 +234,7 @@ def _decide(
     uses = [use for use in uses if use.how != "statistic"] or uses
     if unknown := [use for use in uses if use.how == "unknown"]:
         passed = ", ".join(sorted(frozenset().union(*(use.names for use in unknown))))
-        doubt = f"it passes through {passed}, which is not known, so its name decides"
+        doubt = f"it passes through {passed}, an unknown operation, so its name decides"
         why = f"passes through {passed}" + lines[unknown[0].place]
         return Decision(None, why, "" if vector else doubt)
     if any(use.how == "mixed" for use in uses):
@@ -246,18 +247,18 @@ def _decide(
         tied = "tied: " if hows - {"rows", "elementwise"} else ""
         return Decision(OTHER, tied + why, kind=EMBEDDING)
     if "taken" in hows:
-        doubt = "constants take some of its entries several times; it could be a matrix"
+        doubt = "constant indices select some entries more than once; it could be a matrix"
         return Decision(OTHER, why, doubt, MATRIX)
     if not hows & set(MATRICES):
         summed = hows == {"statistic"} and any(use.fan_in for use in ways)
         doubt = "only a norm or a sum of it is contracted; it could be a matrix" if summed else ""
         if not vector and any(use.how == "elementwise" and use.partners for use in ways):
-            doubt = "its product with other leaves is used entry by entry; it could be a matrix"
+            doubt = "its product with other leaves is used elementwise; it could be a matrix"
         kind = MATRIX if doubt or "depthwise" in hows else VECTOR
         return Decision(OTHER, why, doubt, kind)
-    fans = {frozenset((use.fan_in, use.fan_out)) for use in ways}  # a transposed use is the same
+    fans = {frozenset((use.fan_in, use.fan_out)) for use in ways}  # transposed uses are equal
     if not hows <= set(MATRICES) or len(fans) > 1:
-        doubt = "it is used in several ways, of which Muon fits one at most"
+        doubt = "it is used in several ways, and Muon fits at most one of them"
         return Decision(OTHER, why, doubt, MATRIX)
     use = ways[0]
     choice: Choice = MatrixAxes(use.fan_in, use.fan_out, *use.parts)
@@ -274,7 +275,7 @@ _WORDS = {
     "convolution": "convolved over",
     "vector": "contracted as a vector over",
     "rows": "looked up along",
-    "taken": "contracted after its entries were taken by constants along",
+    "taken": "contracted after its entries were selected by constant indices along",
     "elementwise": "elementwise with activations",
     "depthwise": "a depthwise convolution",
     "statistic": "used through a norm or a sum",
@@ -290,24 +291,24 @@ def _words(use: Use, names: Sequence[str]) -> str:
     return _WORDS[use.how] + axes + product
 
 
-# --- Where in the source ---
+# --- Source lines ---
 
 
 def _line(sources: Sequence[tuple[Any, Any]]) -> str:
-    """The line of the model that the use is on, as in ` · model.py:57`; else nothing."""
+    """Returns the line of a use in the model's source, such as ` · model.py:57`, or ""."""
     line = None
     for eqn, info in sources:
         frames = _frames(eqn)
         program = getattr(info, "func_src_info", None) or ""
-        # What a library's own function does is where it is called from, unless it was traced
-        # there: its program may be that of an earlier call.
+        # A library's function counts as used on the line that calls it. If it was traced elsewhere,
+        # its cached program may have the line of an earlier call.
         if frames and (line is None or line in frames or not _in_library(program)):
             line = frames[0]
     return f" · {Path(line[0]).name}:{line[1]}" if line else ""
 
 
 def _frames(eqn: Any) -> list[tuple[str, int]]:
-    """The lines outside of the libraries that led to an equation, the innermost first."""
+    """Returns the lines outside of libraries that led to an equation, the innermost first."""
     traceback = getattr(eqn.source_info, "traceback", None)
     frames = traceback.frames if traceback else []
     return [(x.file_name, x.line_num) for x in frames if not _in_library(x.file_name)]

@@ -1,4 +1,4 @@
-"""Which device orthogonalises which matrix: decided from shapes and mesh, before anything runs."""
+"""Decides which device orthogonalises which matrix, from the shapes and the mesh."""
 
 import functools
 import itertools
@@ -14,12 +14,12 @@ from muon_jax._orthogonalize.forms import Form
 from muon_jax._orthogonalize.newton_schulz import SMALL, NewtonSchulz
 from muon_jax._sharding.buckets import Axes, Bucket, Sizes, Span, Stack, by_call, call_seconds
 
-# Up to this many shapes the choice of which to split is exhaustive.
+# Up to this many shapes, all choices of which ones to split are compared.
 _EXHAUSTIVE = 8
 
-# On one device a GPU takes 2 µs to begin a kernel, and a TPU its time to fill its matrix units and
-# to empty them: matrices of several leaves are worth one call, which costs their memory once more,
-# until a product takes so many FLOPs, 0.2 ms of an H100. A CPU is as fast without.
+# A GPU takes 2 µs to launch a kernel, and a TPU takes time to fill and empty its matrix units.
+# Matrices of several leaves are therefore copied into one call, until a product takes this many
+# FLOPs, 0.2 ms on an H100. A CPU is as fast without.
 _STACK_FLOPS = 2**37
 
 
@@ -27,14 +27,15 @@ _STACK_FLOPS = 2**37
 def plan_buckets(
     stacks: tuple[Stack, ...], sizes: Sizes, newton_schulz: NewtonSchulz | None, platform: str
 ) -> tuple[Bucket, ...]:
-    """The buckets of these stacks on a mesh with axes of these sizes.
+    """Returns the buckets of these stacks on a mesh with axes of these sizes.
 
     Args:
-        stacks: one an array.
+        stacks: One stack for each array.
         sizes: `(name, size)` of the mesh axes, major first.
-        newton_schulz: its FLOPs are known and its matrices may be cut; `None` is any other
-            orthogonalizer, whose matrices stay whole and keep their orientation.
-        platform: of the devices: `"cpu"`, `"gpu"`, `"tpu"`.
+        newton_schulz: The orthogonalizer if it is Newton-Schulz, whose FLOPs are known and which
+            can split matrices into tiles. `None` means any other orthogonalizer; matrices then stay
+            whole and keep their orientation.
+        platform: The platform of the devices: `"cpu"`, `"gpu"` or `"tpu"`.
     """
     groups: dict[Any, list[int]] = defaultdict(list)
     whole: list[int] = []
@@ -53,7 +54,7 @@ def plan_buckets(
 def _local(
     stacks: Sequence[Stack], whole: Iterable[int], newton_schulz: NewtonSchulz | None, platform: str
 ) -> list[Bucket]:
-    """Of the matrices of each short side the buckets that take least time."""
+    """Returns the buckets of local matrices with the least predicted time for each short side."""
     calls = itertools.count(1)
     same_side: dict[Any, list[int]] = defaultdict(list)
     for index in whole:
@@ -81,10 +82,10 @@ def _local(
 def _choices(
     stacks: Sequence[Stack], newton_schulz: NewtonSchulz, platform: str
 ) -> list[Callable[[Stack], Form]]:
-    """Ways to choose a form for each array's matrices, all of which have one short side.
+    """Returns ways to choose a form for each stack, all of which have the same short side.
 
-    Few matrices take the time of their launches, of which the calls that shapes share have less:
-    those of the Gram form, and of one padded shape.
+    The time of few matrices is that of their kernel launches. Shapes that share a call have fewer,
+    which the Gram form and a common padded shape allow.
     """
 
     def by_time(stack: Stack) -> Form:
@@ -110,12 +111,13 @@ def _in_calls(
     platform: str,
     calls: Iterator[int],
 ) -> list[Bucket]:
-    """A bucket for each shape in each call, which small matrices of one Gram or padded form share.
+    """Returns a bucket for each shape in each call, which small matrices of one form may share.
 
-    The standard form returns to every shape in each step, and has no products worth sharing.
+    Only the Gram and the padded form are shared; in the standard form each product depends on the
+    shape.
     """
     most = 0 if platform == "cpu" else _STACK_FLOPS
-    last: dict[Any, tuple[int, int]] = {}  # of those that may share one: the last, and its room
+    last: dict[Any, tuple[int, int]] = {}  # the last call of each kind, and the FLOPs left in it
     spans_of: dict[Any, list[Span]] = defaultdict(list)
     for index in members:
         stack = stacks[index]
@@ -160,7 +162,7 @@ class _Alike(NamedTuple):
         return min(self.lead, self.other)
 
     def turned(self, newton_schulz: NewtonSchulz) -> "_Alike":
-        """The same with the long side leading, or fan_out where both are equal and it matters."""
+        """Returns the same with the long side leading, or fan_out for oriented square matrices."""
         if newton_schulz.is_oriented(self.lead, self.other):
             turn = not self.spans[0].flip
         else:
@@ -187,7 +189,7 @@ class _Assignment(NamedTuple):
         return self._product(self.axes)
 
     def buckets(self, stacks: Sequence[Stack], members: Iterable[int]) -> list[Bucket]:
-        """Full rounds of whole matrices; the remainder whole or cut, whichever is cheaper."""
+        """Returns full rounds of whole matrices, and the remainder whole or split, if cheaper."""
         buckets, remainders = [], defaultdict(list)
         for shape in self._group_alike(stacks, members):
             full = shape.matrices - shape.matrices % self.devices
@@ -208,7 +210,7 @@ class _Assignment(NamedTuple):
                 continue
             fans = [(stack.fan_in, stack.in_axes), (stack.fan_out, stack.out_axes)]
             (lead, lead_axes), (other, other_axes) = reversed(fans) if stack.flip else fans
-            # Any other orthogonalizer may treat fan_in and fan_out differently.
+            # Orthogonalizers other than Newton-Schulz may treat fan_in and fan_out differently.
             oriented = self.newton_schulz is None or self.newton_schulz.is_oriented(lead, other)
             orientation = stack.flip if oriented else None
             span = Span(index, 0, stack.matrices, stack.flip)
@@ -219,7 +221,7 @@ class _Assignment(NamedTuple):
         ]
 
     def _place_remainders(self, shapes: list[tuple[_Alike, _Alike]]) -> list[Bucket]:
-        """Of each shape `(full rounds, remainder)`: a padded round more, or cut and merged."""
+        """Places each `(full rounds, remainder)` with one padded round more, or in tiles."""
         padded = [self._whole(_join(rounds, rest)) for rounds, rest in shapes]
         if self.newton_schulz is None or self.newton_schulz.method == "standard":
             return padded
@@ -260,10 +262,10 @@ class _Assignment(NamedTuple):
         )
 
     def _cut(self, shapes: tuple[_Alike, ...]) -> Bucket:
-        """The cheapest bucket that takes all of these, which have one short side.
+        """Returns the cheapest bucket of tiles for all these matrices, which have one short side.
 
-        Every matrix is first split along its long side over all devices; a tile takes `piece` rows
-        of each device's share.
+        Every matrix is first split along its long side over all devices. A tile then consists of
+        `piece` rows of each device's share.
         """
         assert self.newton_schulz is not None
         shapes = tuple(shape.turned(self.newton_schulz) for shape in shapes)
@@ -311,7 +313,7 @@ class _Assignment(NamedTuple):
         return best
 
     def _share(self, shape: _Alike) -> int:
-        """A device's share of the long side once that alone is split over all devices."""
+        """Returns a device's share of the long side if all devices split that side only."""
         ways = self._product(shape.lead_axes)
         held = -(-shape.lead // ways)
         return -(-held // (self.devices // ways))
@@ -329,7 +331,7 @@ class _Assignment(NamedTuple):
 
 
 def _divide(shape: _Alike, at: int) -> tuple[_Alike, _Alike]:
-    """The first `at` matrices, and the others."""
+    """Splits the matrices into the first `at` and the others."""
     first, second = [], []
     for span in shape.spans:
         here = min(span.matrices, at)

@@ -1,8 +1,8 @@
-"""Leaves under Auto axes: only XLA knows their sharding, so they are moved to a known one.
+"""Moves leaves under Auto axes, whose shardings only XLA knows, to known shardings.
 
-Matrices of one shape are stacked. Full rounds of them go whole to the devices that will
-orthogonalise them; the remainder is split along its long side over all devices. XLA moves them one
-mesh axis at a time, since it would replicate them for a direct move over two axes.
+Matrices of one shape are stacked. Full rounds of whole matrices are moved to the devices that will
+orthogonalise them, and the remainder is split along its long side over all devices. XLA moves them
+over one mesh axis at a time, since it would replicate them for a direct move over two axes.
 """
 
 from collections import defaultdict
@@ -29,10 +29,10 @@ def assume_layouts(
     newton_schulz: NewtonSchulz | None,
     placing: Placing,
 ) -> list[Any]:
-    """All leaves, each in one group.
+    """Returns groups of leaves such that each leaf is in one group.
 
-    A group has the indices of its `members`, the `arrays` that take their place in the exchange,
-    how these are `placed`, and `restore(results)`: the members' updates from those of `arrays`.
+    A group has the indices of its `members`, the `arrays` that replace them in the exchange, how
+    these are `placed`, and a function `restore` from the results of `arrays` to the members'.
     """
     shared: dict[tuple, list[int]] = defaultdict(list)
     stacked: dict[tuple, list[int]] = defaultdict(list)
@@ -52,10 +52,11 @@ def assume_layouts(
 
 
 def _shared_batch_axis(shape: tuple[int, ...], axes: MatrixAxes, placing: Placing) -> int | None:
-    """The batch axis that probably carries the whole mesh already: that of the experts.
+    """Returns the batch axis that is probably split over the whole mesh already, such as experts.
 
-    Of several that the devices divide, the largest, and the first of equals. With one batch axis
-    and a mesh of several axes, layers with sharded matrices are likelier.
+    Of several axes whose sizes are multiples of the number of devices it is the largest, and of
+    equal ones the first. With one batch axis and several mesh axes there is none, because the leaf
+    is more likely a stack of layers with sharded matrices.
     """
     batch, _, _ = axes.split(shape)
     if len(batch) < 2 and len(placing.available_axes) > 1:
@@ -65,7 +66,7 @@ def _shared_batch_axis(shape: tuple[int, ...], axes: MatrixAxes, placing: Placin
 
 
 class _SharedBatch:
-    """Equal leaves whose batch axis `at` the whole mesh splits, stacked along a new first axis."""
+    """Leaves of one shape whose batch axis `at` is split over the whole mesh, stacked."""
 
     def __init__(self, members, leaves, axes: MatrixAxes, at: int, dtype, placing: Placing):
         self.members = members
@@ -83,10 +84,10 @@ class _SharedBatch:
 
 
 class _SameShape:
-    """Matrices of one shape: full rounds whole on their devices, the others split on the long side.
+    """Matrices of one shape: full rounds of whole matrices, the others split on the long side.
 
-    With `fill_up` zeros are appended to a long side that the devices do not divide; without it,
-    whole matrices of zeros complete a round.
+    With `fill_up` a long side that is not divisible by the number of devices is padded with zeros;
+    without it the round is padded with matrices of zeros.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class _SameShape:
             self._enter(jnp.pad(left, widths), at)
 
     def _enter(self, stack: jax.Array, at: int) -> None:
-        """Moves `(matrices, fan_in, fan_out)` so that the whole mesh splits axis `at`."""
+        """Moves `(matrices, fan_in, fan_out)` so that axis `at` is split over the whole mesh."""
         mesh_axes = self.placing.available_axes
         for end in range(1, len(mesh_axes) + 1):
             stack = self._constrain(stack, at, end)

@@ -1,9 +1,9 @@
 """Stacks of matrices on a mesh, and the buckets that assign them to devices.
 
-A bucket takes matrices that move over the same mesh axes: those that do not split their batch
-already. It assigns tiles to devices: a tile is a whole matrix, or some of its columns where there
-are fewer matrices than devices. Every device has the same number of slots for tiles of one size, so
-one program serves all.
+The matrices of a bucket move over the same mesh axes, namely those that do not split their batch
+already. A bucket assigns tiles to devices. A tile is a whole matrix or, if there are fewer matrices
+than devices, some of its columns. Every device has the same number of slots for tiles of one size,
+so that all devices run one program.
 """
 
 import math
@@ -21,8 +21,8 @@ from muon_jax._orthogonalize.symmetric import accumulator
 Axes = tuple[str, ...]
 Sizes = tuple[tuple[str, int], ...]
 
-# FLOPs that a device does while one byte crosses the network: between 500 and 4000 on the TPUs and
-# GPUs of today. It only breaks ties between spreading a matrix thinner and moving less.
+# The FLOPs of a device in the time that one byte takes on the network: between 500 and 4000 on
+# current TPUs and GPUs. It only decides between using more devices for a matrix and moving less.
 FLOPS_PER_BYTE = 1000
 
 
@@ -30,11 +30,11 @@ class Stack(NamedTuple):
     """The matrices of one array.
 
     Attributes:
-        matrices: on one device: the product of the batch axes there.
-        fan_in, fan_out: of the whole matrix.
-        batch_axes, in_axes, out_axes: the mesh axes along the batch and along each fan, major
-            first; along all others the array is replicated.
-        dtype: of the exchange.
+        matrices: The number of matrices on one device, the product of its batch axes there.
+        fan_in, fan_out: The sides of the whole matrix.
+        batch_axes, in_axes, out_axes: The mesh axes along the batch and along each fan, major
+            first. Along all other mesh axes the array is replicated.
+        dtype: The dtype of the exchange.
     """
 
     matrices: int
@@ -47,10 +47,10 @@ class Stack(NamedTuple):
 
     @property
     def flip(self) -> bool:
-        """Whether fan_out leads: the side that more mesh axes split.
+        """Whether fan_out is the leading side, which is the one that more mesh axes split.
 
-        Of equals the order of the axes' names decides, and then the longer side, so that a matrix
-        leads like its transpose of the same layout.
+        If both are split equally often, the order of the axes' names decides, and then the longer
+        side, so that a matrix and its transpose with the same layout have the same leading side.
         """
         in_, out = (
             (len(axes), axes, fan)
@@ -63,8 +63,9 @@ class Span(NamedTuple):
     """The matrices `start:stop` of a stack.
 
     Attributes:
-        flip: they are transposed, so that fan_out leads.
-        tiles: how many each matrix is cut into.
+        stack: The index of the stack.
+        flip: Whether the matrices are transposed, so that fan_out is the leading side.
+        tiles: The number of tiles that each matrix is split into.
     """
 
     stack: int
@@ -81,25 +82,25 @@ class Span(NamedTuple):
 class Bucket(NamedTuple):
     """Tiles `(lead, other)` of one shape, assigned to the devices along `axes`.
 
-    The shards of a tile are put together along its leading side, which is a mere reshape.
+    The shards of a tile are concatenated along its leading side, which is only a reshape.
 
     Attributes:
-        axes: mesh axes of the exchange, in mesh order; none for matrices that are already
+        axes: The mesh axes of the exchange, in mesh order; empty for matrices that are already
             local to a device, which are not moved.
-        devices: the product of their sizes.
-        spans: the matrices.
-        lead, other: the sides of a tile. Of matrices that are cut, `other` is the short side and
-            `lead` a part of the long one, or more than it where zeros fill it up.
-        slots: how many tiles a device takes.
-        form: the arithmetic; `None` leaves it to the orthogonalizer.
-        lead_axes, other_axes: the mesh axes that split the shards before the exchange.
-        width: devices in a group; a matrix of several tiles stays within one group.
-        cut: whether matrices may be cut into several tiles, which only the Gram form can take.
-        dtype: of the exchange.
-        alignment: numbers that collectives bring to a device so that matrices to be cut are split
-            along their long side first, and back.
-        call: buckets with the same one, not 0, share a call of the orthogonalizer: their matrices
-            have one short side.
+        devices: The product of the sizes of these axes.
+        spans: The matrices.
+        lead, other: The sides of a tile. If matrices are split into tiles, `other` is the short
+            side and `lead` a part of the long one, including padding.
+        slots: The number of tiles that a device takes.
+        form: The form of Newton-Schulz; `None` for other orthogonalizers.
+        lead_axes, other_axes: The mesh axes that split the shards before the exchange.
+        width: The number of devices in a group; the tiles of a matrix stay within one group.
+        cut: Whether matrices may be split into several tiles, which only the Gram form supports.
+        dtype: The dtype of the exchange.
+        alignment: The numbers that a device receives when matrices to be split into tiles are
+            first split along their long side, and on the way back.
+        call: Buckets with the same nonzero number share a call of the orthogonalizer. Their
+            matrices have the same short side.
     """
 
     axes: Axes
@@ -131,22 +132,22 @@ class Bucket(NamedTuple):
 
     @property
     def resident(self) -> bool:
-        """Whether every device already holds its tile of every matrix, so that none moves."""
+        """Whether every device already holds its tile of every matrix, so that no tile moves."""
         return self.width == self.devices and all(span.tiles == self.width for span in self.spans)
 
     @property
     def reductions(self) -> int:
-        """How often XXᵀ is summed within groups."""
+        """The number of times that XXᵀ is summed within groups."""
         return len(self.form.restarts) + 1 if self.form is not None and self.width > 1 else 0
 
     def flops(self, newton_schulz: NewtonSchulz | None) -> int:
-        """FLOPs of the matrix products on each device; a guess for other orthogonalizers."""
+        """Returns the FLOPs of each device's products, an estimate for other orthogonalizers."""
         form = self.form or Form("standard")
         rows = (newton_schulz or NewtonSchulz()).rows(self.dtype)
         return self.slots * form.flops(self.short, self.long, rows)
 
     def exchanged_bytes(self, sizes: Sizes) -> int:
-        """Bytes that the collectives of the bucket bring to each device."""
+        """Returns the bytes that each device receives from the bucket's collectives."""
         if not self.axes:
             return 0
         size = dict(sizes)
@@ -166,9 +167,9 @@ class Bucket(NamedTuple):
         return self.flops(newton_schulz) + FLOPS_PER_BYTE * self.exchanged_bytes(sizes)
 
     def assign_slots(self) -> tuple[np.ndarray, np.ndarray]:
-        """The tile in each slot of each device, -1 if none, and whether its matrix is shared.
+        """Returns the tile in each slot of each device, or -1, and whether its matrix is shared.
 
-        Both `(devices, slots)`; tiles are counted through the spans, matrix by matrix.
+        Both arrays are `(devices, slots)`. Tiles are numbered across the spans, matrix by matrix.
         """
         groups = self.devices // self.width
         table = np.full((groups * self.slots, self.width), -1)
@@ -195,7 +196,7 @@ class Bucket(NamedTuple):
 
 
 def by_call(buckets: Sequence[Bucket]) -> list[list[Bucket]]:
-    """Those that share a call of the orthogonalizer together, in the order of the first."""
+    """Groups the buckets by the call of the orthogonalizer, in the order of their first bucket."""
     calls: dict[int, list[Bucket]] = {}
     for index, bucket in enumerate(buckets):
         calls.setdefault(bucket.call or -1 - index, []).append(bucket)
@@ -203,16 +204,16 @@ def by_call(buckets: Sequence[Bucket]) -> list[list[Bucket]]:
 
 
 def call_seconds(buckets: Sequence[Bucket], newton_schulz: NewtonSchulz, device: Device) -> float:
-    """Predicted of the buckets that share a call, collectives aside."""
+    """Returns the predicted time of the buckets that share a call, without collectives."""
     first = buckets[0]
     form = first.form or Form("standard")
     stacks = [(bucket.slots, bucket.long) for bucket in buckets]
     kernels = form.kernels(first.short, stacks, newton_schulz.rows(first.dtype), device)
     for bucket in buckets:
-        if form.padded:  # arrays keep what the stack is made of, and tall ones are turned with it
+        if form.padded:  # arrays are copied into the stack, and tall ones are transposed for it
             array = Kernel(0, 2 * bucket.slots * bucket.short * bucket.long // len(bucket.spans))
             kernels += [array] * len(bucket.spans) * (7 if bucket.lead > bucket.other else 1)
-        if bucket.axes:  # shards are put together, and taken apart
+        if bucket.axes:  # shards are concatenated to tiles, and tiles are split again
             kernels += [Kernel(0, 2 * bucket.slots * bucket.lead * bucket.other)] * 2
         triangles = Kernel(0, bucket.slots * bucket.short**2)  # packed, summed and unpacked
         kernels += [triangles] * 5 * bucket.reductions
@@ -220,9 +221,9 @@ def call_seconds(buckets: Sequence[Bucket], newton_schulz: NewtonSchulz, device:
 
 
 def exchange_dtype(dtype, newton_schulz: NewtonSchulz | None) -> np.dtype:
-    """The dtype in which updates cross the network: bfloat16 if that is what is orthogonalised."""
+    """Returns the dtype of the exchange: bfloat16 if the updates are orthogonalised in it."""
     dtype = jnp.dtype(dtype)
     is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
     if newton_schulz is None or newton_schulz.dtype != jnp.bfloat16 or is_complex:
-        return dtype  # float16 would overflow before it is normalised
+        return dtype  # float16 could overflow, since updates are not normalised yet
     return jnp.dtype(jnp.bfloat16) if dtype.itemsize > 2 else dtype

@@ -29,13 +29,13 @@ def orthogonalize_local(
     orthogonalizer: Orthogonalizer,
     chunk: int | None = None,
 ) -> list[jax.Array]:
-    """Orthogonalises the matrices of every stack, each of them on one device or one group.
+    """Orthogonalises the matrices of every stack, each on one device or one group of devices.
 
     Args:
-        arrays: a stack each, `(count, local fan_in, local fan_out)`.
-        stacks, buckets, sizes: what `plan_buckets` took and gave.
-        orthogonalizer: `(..., fan_in, fan_out) -> (..., fan_in, fan_out)`.
-        chunk: how many tiles of a bucket a device holds at once; `None` is all.
+        arrays: The local array of each stack, `(count, local fan_in, local fan_out)`.
+        stacks, buckets, sizes: The arguments and the result of `plan_buckets`.
+        orthogonalizer: A function `(..., fan_in, fan_out) -> (..., fan_in, fan_out)`.
+        chunk: The number of tiles of a bucket that a device holds at once; `None` means all.
 
     Returns:
         Arrays like `arrays`.
@@ -61,7 +61,7 @@ def orthogonalize_local(
 
 
 class _Exchange:
-    """What one device does for a bucket, or for those that share its call."""
+    """The work of one device for a bucket, or for several buckets that share a call."""
 
     def __init__(self, bucket: Bucket, size: dict[str, int], orthogonalizer, chunk: int | None):
         self.bucket = bucket
@@ -73,7 +73,7 @@ class _Exchange:
         self.still = tuple(a for a in bucket.axes if a not in split_axes)
 
     def in_place(self, shards: list[jax.Array]) -> list[jax.Array]:
-        """Matrices that are whole on this device: those of several arrays in one call."""
+        """Orthogonalises matrices that are whole on this device, in one call for all arrays."""
         form, run = self.bucket.form, self.orthogonalizer
         if len(shards) > 1:
             shards = [shard.astype(self.bucket.dtype) for shard in shards]
@@ -82,12 +82,12 @@ class _Exchange:
             run = functools.partial(run.together, form=form)
             return orthogonalize_together(run, shards, self.chunk)
         run = functools.partial(run, form=form) if form is not None else run
-        if self.bucket.slots == 1:  # a loop over matrices needs none
+        if self.bucket.slots == 1:  # a single matrix needs no batch axis
             return [jnp.expand_dims(apply_checked(run, jnp.squeeze(shards[0], 0)), 0)]
         return [orthogonalize_chunks(run, shards[0], self.chunk)]
 
     def over_devices(self, shards: list[jax.Array], stacks: Sequence[Stack]) -> list[jax.Array]:
-        """Matrices whose shards are moved to the devices that orthogonalise them, and back."""
+        """Moves shards to the devices that orthogonalise their matrices, and the results back."""
         bucket = self.bucket
         shards_of_tiles = [
             self._to_tiles(shard.astype(bucket.dtype), span, stacks[span.stack])
@@ -118,13 +118,13 @@ class _Exchange:
         return updates
 
     def _round(self, tiles: jax.Array, table: np.ndarray, shared: np.ndarray) -> jax.Array:
-        """Shards `(tiles, ...)` -> orthogonalised `(devices, slots, ...)`, slot by slot."""
+        """Maps the shards `(tiles, ...)` to orthogonalised shards `(devices, slots, ...)`."""
         shards = _take(tiles, table.ravel()).reshape(*table.shape, *tiles.shape[1:])
         x = self._orthogonalize(self._gather(shards), shared)
         return self._scatter(x, shards.shape)
 
     def _orthogonalize(self, x: jax.Array, shared: np.ndarray) -> jax.Array:
-        """Tiles `(slots, lead, other)`."""
+        """Orthogonalises the tiles `(slots, lead, other)`."""
         bucket, run = self.bucket, self.orthogonalizer
         if bucket.cut:
             y = run(x.mT, form=bucket.form, share=self._share(shared)).mT
@@ -135,8 +135,8 @@ class _Exchange:
             y = apply_checked(run, x.mT).mT if turn else apply_checked(run, x)
         return y.astype(bucket.dtype)
 
-    # Shards to tiles and back. `shards` is (devices, slots, lead here, other here): what this
-    # device holds of every tile; a tile is (lead, other).
+    # From shards to tiles and back. `shards` is (devices, slots, local lead, local other), this
+    # device's shard of every tile; a tile is (lead, other).
 
     def _gather(self, shards: jax.Array) -> jax.Array:
         moving = self.moving
@@ -166,7 +166,7 @@ class _Exchange:
         return self._restore_replicas(x)
 
     def _drop_replicas(self, shards: jax.Array) -> jax.Array:
-        """Of the tiles, those for devices whose place along the replicated axes is this one's."""
+        """Keeps the tiles for devices with this device's position along the replicated axes."""
         if not self.still:
             return shards
         x = shards.reshape(*(self.size[a] for a in self.bucket.axes), *shards.shape[1:])
@@ -186,10 +186,10 @@ class _Exchange:
         rest = range(len(order), y.ndim)
         return y.transpose(*order, *rest).reshape(self.bucket.devices, *x.shape[1:])
 
-    # What this device holds of matrices to what it holds of their tiles, and back.
+    # From this device's shards of matrices to its shards of tiles, and back.
 
     def _to_tiles(self, shard: jax.Array, span: Span, stack: Stack) -> jax.Array:
-        """`(matrices, local fan_in, local fan_out)` -> `(tiles, lead here, other here)`."""
+        """Maps `(matrices, local fan_in, local fan_out)` to `(tiles, local lead, local other)`."""
         x = shard.mT if span.flip else shard
         if not self.bucket.cut:
             return x
@@ -209,7 +209,7 @@ class _Exchange:
         return x.mT if span.flip else x
 
     def _align(self, x: jax.Array, span: Span, stack: Stack) -> jax.Array:
-        """Moves `(matrices, lead, other)` so that all axes of the exchange split lead."""
+        """Moves `(matrices, lead, other)` so that lead is split over all axes of the exchange."""
         over_other, still, share = self._alignment(span, stack, x.shape[1])
         x = _pad(x, share * math.prod(self.size[a] for a in over_other + still))
         if over_other:
@@ -234,7 +234,7 @@ class _Exchange:
         return over_other, still, -(-lead // math.prod(self.size[a] for a in over_other + still))
 
     def _share(self, shared: np.ndarray) -> Share:
-        """Sums over the devices that hold tiles of the same matrix."""
+        """Returns a function that sums over the devices that hold tiles of the same matrix."""
         bucket = self.bucket
         if bucket.width == 1:
             return ALONE
@@ -254,9 +254,9 @@ class _Exchange:
 def orthogonalize_chunks(
     orthogonalizer: Orthogonalizer, x: jax.Array, chunk: int | None
 ) -> jax.Array:
-    """`(*batch, fan_in, fan_out)` orthogonalised, at most `chunk` matrices at once; `None` is all.
+    """Orthogonalises `(*batch, fan_in, fan_out)`, at most `chunk` matrices at once; `None` is all.
 
-    Batch axes are not merged: what is split over a mesh would be put together.
+    Batch axes are not merged, because that would gather axes that are split over a mesh.
     """
     previous = None
 
@@ -278,7 +278,7 @@ def orthogonalize_chunks(
 def orthogonalize_together(
     run: Callable[[Any], Sequence[jax.Array]], shards: list[jax.Array], chunk: int | None
 ) -> list[jax.Array]:
-    """Stacks `(count, m, n)` orthogonalised, at most `chunk` matrices at once; `None` is all."""
+    """Orthogonalises stacks `(count, m, n)`, at most `chunk` matrices at once; `None` is all."""
     most = chunk or sum(map(len, shards))
     rounds: list[list[tuple[int, jax.Array]]] = []
     room = 0
@@ -302,29 +302,29 @@ def orthogonalize_together(
 
 
 def _after(previous: jax.Array | None, x: Any) -> Any:
-    """`x`, not before `previous`: XLA would run both at once, and need the memory of both."""
+    """Delays `x` until after `previous`, so that XLA does not need the memory of both at once."""
     return x if previous is None else lax.optimization_barrier((x, previous))[0]
 
 
 def _stacked(orthogonalizer: Orthogonalizer, xs: list[jax.Array]) -> Sequence[jax.Array]:
-    """Arrays of one shape as one."""
+    """Concatenates arrays of one matrix shape, orthogonalises them and splits the result."""
     y = apply_checked(orthogonalizer, jnp.concatenate(xs))
     return jnp.split(y, np.cumsum([len(x) for x in xs])[:-1])
 
 
 def apply_checked(orthogonalizer: Orthogonalizer, x: jax.Array) -> jax.Array:
-    """`orthogonalizer(x)`, which must have the shape of `x`.
+    """Returns `orthogonalizer(x)` and checks that it has the shape of `x`.
 
     Raises:
-        ValueError: it has another one, or none.
+        ValueError: The result has another shape, or is not an array.
     """
     y = orthogonalizer(x)
     shape = getattr(y, "shape", None)
     if shape != x.shape:
         returned = f"an array of shape {shape}" if shape is not None else type(y).__name__
         raise ValueError(
-            "An orthogonalizer must return an array of its argument's shape, (..., fan_in, "
-            f"fan_out); for {x.shape} it returned {returned}."
+            "An orthogonalizer must return an array of the same shape as its argument, (..., "
+            f"fan_in, fan_out); for shape {x.shape} it returned {returned}."
         )
     return y
 
@@ -334,7 +334,7 @@ def _pad(x: jax.Array, lead: int) -> jax.Array:
 
 
 def _take(x: jax.Array, index: np.ndarray) -> jax.Array:
-    """Rows of `x` by index, zeros where it is negative."""
+    """Returns the rows of `x` with these indices, and zeros for negative indices."""
     empty = int((index < 0).sum())
     full = len(index) - empty
     if np.array_equal(index[:full], np.arange(full)) and full == len(x):
@@ -350,10 +350,10 @@ def _undo_take(x: jax.Array, index: np.ndarray, count: int) -> jax.Array:
 
 
 def _pack_symmetric(x: jax.Array) -> jax.Array:
-    """`(..., n, n)` Hermitian -> `(..., n + 1, n / 2)`, every number once; odd n stays.
+    """Packs Hermitian `(..., n, n)` into `(..., n + 1, n / 2)` without repetition; odd n is kept.
 
-    Rectangular full packed storage: the two diagonal blocks share one square, one as its lower and
-    the other as its upper triangle.
+    This is rectangular full packed storage: the two diagonal blocks share one square, one as its
+    lower and the other as its upper triangle.
     """
     n = x.shape[-1]
     if n % 2:

@@ -1,4 +1,4 @@
-"""Updates whose products XLA may spread as it likes, on meshes with Explicit axes too."""
+"""Lets XLA distribute the products of an update, even on meshes with Explicit axes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 
 
 def over_auto_axes(update: Callable, updates: Any, state: Any, *read: Any) -> Any:
-    """`update(updates, state, *read)`, whose results have the shardings of the first two."""
+    """Calls `update(updates, state, *read)`; the results have the shardings of the first two."""
     mesh = next(
         (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(updates) if _is_explicit(x)), None
     )

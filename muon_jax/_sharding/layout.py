@@ -20,10 +20,10 @@ class Placing(NamedTuple):
     """The mesh that an update runs on.
 
     Attributes:
-        mesh: `None` for one device, or where no mesh is known.
-        inherited: it is the context's (`jax.set_mesh`, `shard_map`).
-        available_axes: its axes that no enclosing `shard_map` uses, without those of one device.
-        manual_axes: those that one uses.
+        mesh: The mesh; `None` on a single device, or if no mesh is known.
+        inherited: Whether it is the mesh of the context (`jax.set_mesh`, `shard_map`).
+        available_axes: The mesh axes that no enclosing `shard_map` uses, without axes of size 1.
+        manual_axes: The mesh axes that an enclosing `shard_map` uses.
     """
 
     mesh: AnyMesh | None
@@ -39,9 +39,9 @@ class Placing(NamedTuple):
 
     @property
     def local(self) -> set[str]:
-        """Those that the exchange's `shard_map` takes: all that are left, of one device too.
+        """The axes of the exchange's `shard_map`: all that are not manual, even those of size 1.
 
-        Where axes stay out of it, XLA's CPU compiler aborts on bfloat16 sums.
+        If an axis is left out, XLA's CPU compiler aborts on bfloat16 sums.
         """
         if self.mesh is None:
             return set()
@@ -54,7 +54,7 @@ class Placing(NamedTuple):
 
     @property
     def platform(self) -> str:
-        """Of the mesh's devices, `"cpu"`, `"gpu"` or `"tpu"`, or else of JAX's default ones."""
+        """The platform of the mesh, or else of JAX's default devices: `"cpu"`, `"gpu"`, `"tpu"`."""
         if isinstance(self.mesh, Mesh):
             return self.mesh.devices.flat[0].platform
         device = self.mesh.abstract_device if self.mesh is not None else None
@@ -62,12 +62,12 @@ class Placing(NamedTuple):
 
 
 class PlacedArray(NamedTuple):
-    """An array before the exchange, with its layout.
+    """The shape and layout of an array before the exchange.
 
     Attributes:
-        shape, dtype: of the whole array.
-        layout: the mesh axes along each of its axes.
-        axes: which of its axes make the matrix.
+        shape, dtype: The shape and dtype of the whole array.
+        layout: The mesh axes along each of its axes.
+        axes: Its matrix axes.
     """
 
     shape: tuple[int, ...]
@@ -80,7 +80,7 @@ class PlacedArray(NamedTuple):
         return PartitionSpec(*(names or None for names in self.layout))
 
     def stack(self, sizes: Sizes, dtype: np.dtype) -> Stack:
-        """Its matrices, as each device holds them; `dtype` is that of the exchange."""
+        """Returns the stack of its matrices on each device; `dtype` is that of the exchange."""
         batch, fan_in, fan_out = (
             tuple(name for axis in group for name in self.layout[axis])
             for group in self.axes.split(self.shape)
@@ -92,10 +92,10 @@ class PlacedArray(NamedTuple):
 
 
 def find_placing(mesh: AnyMesh | None, leaves: Sequence[jax.Array]) -> Placing:
-    """The mesh of the context, or else the one given, or else that of the leaves.
+    """Returns the placing on the mesh of the context, else on `mesh`, else on the leaves' mesh.
 
     Raises:
-        ValueError: the one given is not the context's.
+        ValueError: `mesh` differs from the mesh of the context.
     """
     context: Any = jax.sharding.get_abstract_mesh()
     if not context.empty:
@@ -110,7 +110,7 @@ def find_placing(mesh: AnyMesh | None, leaves: Sequence[jax.Array]) -> Placing:
     if mesh is None:
         return Placing(None, False, (), ())
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    # Explicit axes are part of an array's type even where one device is all they have.
+    # Explicit axes are part of an array's type even if their size is 1.
     names = [a for a in mesh.axis_names if mesh.shape[a] > 1 or types[a] == AxisType.Explicit]
     available_axes = tuple(name for name in names if types[name] != AxisType.Manual)
     manual_axes = tuple(name for name in names if types[name] == AxisType.Manual)
@@ -126,10 +126,9 @@ def _mesh_of(x: Any) -> AnyMesh | None:
 
 
 def layout_of(x: Any, placing: Placing) -> Layout | None:
-    """The layout of an array, or of a tracer over Explicit axes; `None` where only XLA knows.
+    """Returns the layout of an array, or of a tracer over Explicit axes; `None` if only XLA knows.
 
-    On a mesh with both kinds a tracer's Explicit axes are known, and it counts as whole along
-    others.
+    On a mesh with Explicit and Auto axes, a tracer counts as replicated over the Auto axes.
     """
     assert placing.mesh is not None
     if isinstance(x, jax.core.Tracer):
@@ -144,7 +143,7 @@ def layout_of(x: Any, placing: Placing) -> Layout | None:
 
 
 def whole_shape(shape: tuple[int, ...], layout: Layout, placing: Placing) -> tuple[int, ...]:
-    """The shape of the whole array; inside `shard_map` a device sees a part of it."""
+    """Returns the shape of the whole array, of which a device sees a shard inside `shard_map`."""
     if placing.available_axes:
         return shape
     size = dict(placing.sizes)
@@ -154,7 +153,7 @@ def whole_shape(shape: tuple[int, ...], layout: Layout, placing: Placing) -> tup
 
 
 def as_layout(spec: PartitionSpec, ndim: int, placing: Placing) -> Layout:
-    """The mesh axes along each axis of an array, without those of one device."""
+    """Returns the mesh axes along each axis of an array, without mesh axes of size 1."""
     size = dict(placing.sizes)
     named = [(part,) if isinstance(part, str) else tuple(part or ()) for part in spec]
     named += [()] * (ndim - len(named))
@@ -164,31 +163,31 @@ def as_layout(spec: PartitionSpec, ndim: int, placing: Placing) -> Layout:
 def layout_from_sharding(
     sharding: Any, shape: tuple[int, ...], placing: Placing, path: str
 ) -> Layout:
-    """The layout of a leaf from a user's `NamedSharding` or `PartitionSpec`.
+    """Returns the layout of a leaf from a user's `NamedSharding` or `PartitionSpec`.
 
     Raises:
-        TypeError: neither of the two.
-        ValueError: it does not fit the leaf or the mesh.
+        TypeError: `sharding` is neither.
+        ValueError: `sharding` does not fit the leaf or the mesh.
     """
     if not is_sharding(sharding):
         raise TypeError(
-            f"shardings= takes NamedSharding or PartitionSpec for a leaf; got {sharding!r}."
+            f"shardings= must have a NamedSharding or PartitionSpec for a leaf; got {sharding!r}."
         )
     spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
     if len(spec) > len(shape):
         raise ValueError(
-            f"shardings= has {len(spec)} axes for {path!r}, which has {len(shape)}: {spec}."
+            f"shardings= has {len(spec)} axes for {path!r}, which has {len(shape)}; got {spec}."
         )
     names = [name for part in spec for name in ((part,) if isinstance(part, str) else part or ())]
     assert placing.mesh is not None
     for name in names:
         if name not in placing.mesh.axis_names:
             raise ValueError(
-                f"shardings= names the mesh axis {name!r} for {path!r}; the mesh has "
+                f"shardings= names the mesh axis {name!r} for {path!r}, but the mesh has only "
                 f"{', '.join(placing.mesh.axis_names)}."
             )
     if len(set(names)) != len(names):
-        raise ValueError(f"shardings= uses a mesh axis twice for {path!r}: {spec}.")
+        raise ValueError(f"shardings= uses a mesh axis twice for {path!r}; got {spec}.")
     layout = as_layout(spec, len(shape), placing)
     size = dict(placing.sizes)
     for axis, along in enumerate(layout):
@@ -196,13 +195,13 @@ def layout_from_sharding(
         if placing.available_axes and shape[axis] % parts:
             raise ValueError(
                 f"shardings= splits axis {axis} of {path!r}, of size {shape[axis]}, over the mesh "
-                f"axes {along} of {parts} devices, which do not divide it."
+                f"axes {along} of {parts} devices. The size must be a multiple of that number."
             )
     return layout
 
 
 def layouts_by_path(shardings: Any, tree: Any, placing: Placing) -> dict[KeyPath, Layout]:
-    """The layouts of the leaves of `tree` from a user's `shardings`, by key path."""
+    """Returns the layouts of the leaves of `tree` from a user's `shardings`, by key path."""
     if shardings is None or placing.mesh is None:
         return {}
     given = broadcast_prefix(

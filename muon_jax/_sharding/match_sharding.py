@@ -1,4 +1,4 @@
-"""Two arrays that XLA must shard alike, where it chooses the sharding."""
+"""Makes XLA give two arrays the same sharding, where it chooses the sharding."""
 
 import itertools
 
@@ -10,11 +10,12 @@ from jax.interpreters import ad, batching, mlir
 
 
 def match_sharding(x: jax.Array, like: jax.Array) -> jax.Array:
-    """`x`, sharded as the compiler shards `like`, an array of the same shape.
+    """Returns `x` with the sharding that the compiler gives to `like`, an array of the same shape.
 
-    Under Auto axes shardings propagate from operation to operation, and where two meet the compiler
-    takes either. Both arrays become one of Shardy's sharding groups, whose members have one
-    sharding. With the older partitioner (`jax_use_shardy_partitioner=False`) nothing is asked for.
+    Under Auto axes shardings propagate from operation to operation, and the compiler may choose
+    either of two that meet. Both arrays become members of one of Shardy's sharding groups, whose
+    members share one sharding. The older partitioner (`jax_use_shardy_partitioner=False`) is free
+    to choose.
 
     Example:
         >>> import jax, jax.numpy as jnp

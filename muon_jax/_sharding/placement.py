@@ -1,4 +1,4 @@
-"""Every matrix of a tree orthogonalised once, on any mesh: layouts → exchange → results."""
+"""Orthogonalises every matrix of a tree only once, on any mesh: layouts → exchange → results."""
 
 import functools
 from collections.abc import Sequence
@@ -26,19 +26,20 @@ def orthogonalize_leaves(
     like: Sequence[jax.Array],
     chunk_size: int | None = None,
 ) -> list[jax.Array]:
-    """Orthogonalises every matrix of every leaf once, on any mesh.
+    """Orthogonalises every matrix of every leaf only once, on any mesh.
 
     Args:
-        leaves: arrays or tracers.
-        axes: the matrix axes of each.
-        orthogonalizer: `(..., fan_in, fan_out) -> (..., fan_in, fan_out)`.
-        placing: the mesh.
-        layouts: the mesh axes along each axis of a leaf, or `None` where the caller has none.
-        like: arrays with the sharding that the leaves have and the results must have.
-        chunk_size: how many matrices of a bucket a device holds at once; `None` is all.
+        leaves: Arrays or tracers.
+        axes: The matrix axes of each leaf.
+        orthogonalizer: A function `(..., fan_in, fan_out) -> (..., fan_in, fan_out)`.
+        placing: The mesh.
+        layouts: The mesh axes along each axis of a leaf, or `None` if the caller does not know.
+        like: Arrays with the sharding that the leaves have and the results must have.
+        chunk_size: The number of matrices of a bucket that a device holds at once; `None` means
+            all.
 
     Returns:
-        Arrays like `leaves`, sharded like them.
+        Arrays with the shapes, dtypes and shardings of `leaves`.
     """
     if placing.mesh is None and jax.device_count() > 1:
         return [
@@ -46,7 +47,7 @@ def orthogonalize_leaves(
             for x, a in zip(leaves, axes, strict=True)
         ]
     if not placing.available_axes and not any(layouts):
-        placing = placing._replace(manual_axes=())  # leaves are whole inside `shard_map`
+        placing = placing._replace(manual_axes=())  # leaves are not split inside `shard_map`
     known: dict[int, Layout] = {}
     for i, (x, layout) in enumerate(zip(leaves, layouts, strict=True)):
         if layout is None:
@@ -83,7 +84,7 @@ def orthogonalize_leaves(
 
 
 def _match_auto_sharding(x: jax.Array, like: jax.Array, placing: Placing) -> jax.Array:
-    """`x`, sharded as XLA shards `like`, where the sharding is XLA's to choose."""
+    """Gives `x` the sharding of `like` if XLA chooses the sharding."""
     traced = bool(placing.available_axes) and isinstance(x, jax.core.Tracer)
     return match_sharding(x, like) if traced and layout_of(x, placing) is None else x
 
@@ -95,7 +96,7 @@ def _orthogonalize_here(
     platform: str,
     chunk_size: int | None,
 ) -> jax.Array:
-    """A leaf whose sharding is left to XLA: batch axes are not merged."""
+    """Orthogonalises a leaf whose sharding is left to XLA; batch axes are not merged."""
     matrices = axes.to_matrices(x)
     newton_schulz = newton_schulz_or_none(orthogonalizer)
     if newton_schulz is not None:
@@ -107,7 +108,7 @@ def _orthogonalize_here(
 
 
 def _program(placed, placing, orthogonalizer, chunk_size):
-    """The exchange as a function of arrays, the same object for the same arguments."""
+    """Returns the exchange as a function of arrays, the same object for the same arguments."""
     try:
         return _cached_program(placed, placing, orthogonalizer, chunk_size)
     except TypeError as error:
@@ -161,12 +162,12 @@ def plan_exchange(
     newton_schulz: NewtonSchulz | None,
     platform: str | None = None,
 ) -> tuple[tuple[Stack, ...], tuple[Bucket, ...]]:
-    """The stacks of these arrays, and the buckets that they fall into on `platform`."""
+    """Returns the stacks of these arrays and their buckets on `platform`."""
     sizes = placing.sizes
     stacks = tuple(item.stack(sizes, exchange_dtype(item.dtype, newton_schulz)) for item in placed)
     return stacks, plan_buckets(stacks, sizes, newton_schulz, platform or placing.platform)
 
 
 def newton_schulz_or_none(orthogonalizer: Orthogonalizer) -> NewtonSchulz | None:
-    """The orthogonalizer if it is `NewtonSchulz`, whose cost is known which may cut matrices."""
+    """Returns the orthogonalizer if it is `NewtonSchulz`, whose cost is known, else None."""
     return orthogonalizer if isinstance(orthogonalizer, NewtonSchulz) else None

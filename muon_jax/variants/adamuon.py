@@ -1,4 +1,4 @@
-"""AdaMuon: the sign of the momentum, orthogonalised, then an elementwise second moment."""
+"""AdaMuon: orthogonalises the sign of the momentum, then applies an elementwise second moment."""
 
 import functools
 import math
@@ -21,9 +21,9 @@ class AdaMuonState(NamedTuple):
     """State of `scale_by_adamuon`.
 
     Attributes:
-        count: steps taken, int32 scalar.
-        mu: momentum, shaped like the params.
-        nu: average square of the orthogonal factor, shaped like the params, float32.
+        count: The number of steps taken, an int32 scalar.
+        mu: The momentum, shaped like the params.
+        nu: The average square of the orthogonal factor, float32, shaped like the params.
     """
 
     count: chex.Array
@@ -39,18 +39,18 @@ def scale_by_adamuon(
     scale: str | ShapeScale | None = "match_rms_adamw",
     **options: Any,
 ) -> optax.GradientTransformation:
-    r"""Muon with Adam's adaptive step on the orthogonal factor, for trees of matrix stacks.
+    r"""Adds Adam's elementwise step size to the orthogonal factor, for trees of matrix stacks.
 
-    $O = NS(\mathrm{sign}(u))$, $V \leftarrow \beta_2 V + (1-\beta_2) O^2$,
-    $\hat O = O / (\sqrt V + \epsilon)$, brought to the Frobenius norm of a semi-orthogonal matrix;
-    then the shape scale. With the default one the RMS of every update is 0.2, AdamW's, whose rate
-    can be reused.
+    $O = NS(\mathrm{sign}(u))$, $V \leftarrow \beta_2 V + (1-\beta_2) O^2$ and
+    $\hat O = O / (\sqrt V + \epsilon)$. The result is scaled to the Frobenius norm of a
+    semi-orthogonal matrix and multiplied by the shape scale. With the default shape scale the RMS
+    of every update is 0.2, like AdamW's, so that its learning rate can be reused.
 
     Args:
-        beta2: decay of the second moment, from 0 to 1.
-        eps: added to its root, and to the norm.
-        scale: as in `scale_by_muon`.
-        options: those of `scale_by_muon`.
+        beta2: The decay of the second moment, from 0 to 1.
+        eps: A number added to the square root of the second moment, and to the norm.
+        scale: As in `scale_by_muon`.
+        options: The options of `scale_by_muon`.
 
     Returns:
         A transformation whose state is `AdaMuonState`.
@@ -78,7 +78,20 @@ def scale_by_adamuon(
 
 
 def entry_norm(beta2: float | jax.Array = 0.95, eps: float | jax.Array = 1e-8) -> Hook:
-    """AdaMuon's second moment, a hook after orthogonalisation; see `scale_by_adamuon`."""
+    """Returns AdaMuon's second moment as a hook for `after=`; see `scale_by_adamuon`.
+
+    Args:
+        beta2, eps: As in `scale_by_adamuon`.
+
+    Returns:
+        A hook, for `after=` of `muon`, `scale_by_muon` and their variants.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.scale_by_muon(after=muon_jax.entry_norm())
+        >>> params = {"kernel": jnp.ones((4, 8))}
+        >>> updates, state = tx.update(params, tx.init(params))
+    """
     check_number("beta2", beta2, at_least=0, at_most=1)
     check_number("eps", eps, at_least=0)
 
@@ -100,12 +113,22 @@ def adamuon(
     scale: str | ShapeScale | None = "match_rms_adamw",
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_adamuon` for the hidden matrices, AdamW for the other leaves.
+    """Updates the hidden matrices with AdaMuon and all other leaves with AdamW.
+
+    AdaMuon is Muon followed by Adam's second moment; see `scale_by_adamuon`. Its state is twice as
+    large as Muon's.
 
     Args:
-        learning_rate: of the hidden matrices; a number or a schedule. AdamW's size, not Muon's.
-        beta2, eps, scale: as in `scale_by_adamuon`.
-        options: those of `muon`.
+        learning_rate: The learning rate of the hidden matrices, a number or a schedule. Use AdamW's
+            rate rather than Muon's.
+        beta2, eps, scale: As in `scale_by_adamuon`.
+        options: The options of `muon`.
+
+    Returns:
+        A transformation that requires `params` in `update`.
+
+    References:
+        Si et al., 2025, AdaMuon, arXiv 2507.11005.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

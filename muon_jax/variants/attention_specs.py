@@ -1,4 +1,4 @@
-"""Where an attention module holds its query and key heads, and which of them QK-clip scales."""
+"""Descriptions of attention modules: where their query and key heads are, for QK-clip."""
 
 import dataclasses
 import re
@@ -16,13 +16,13 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 class AttentionSpec(Protocol):
-    """How the attention modules of a model hold their heads.
+    """The positions of the heads in the attention modules of a model.
 
     Attributes:
-        heads: query heads.
-        head_axis: the axis of the heads in a leaf of one layer.
-        most_axes: of a leaf of one layer; one with more is a stack.
-        scaled: names of what is scaled for the queries, and for the keys.
+        heads: The number of query heads.
+        head_axis: The axis of the heads in a leaf of one layer.
+        most_axes: The largest number of axes of a leaf of one layer; a leaf with more is a stack.
+        scaled: The names of the leaves or modules to scale, for the queries and for the keys.
     """
 
     @property
@@ -35,37 +35,37 @@ class AttentionSpec(Protocol):
     def scaled(self) -> tuple[Names, Names]: ...
 
     def factors(self, gamma: jax.Array, alpha: Any) -> tuple[jax.Array, jax.Array]:
-        """Of gamma `(..., heads)` what multiplies `scaled`: `(..., heads there, columns or 1)`."""
+        """Returns the factors of `scaled`, `(..., their heads, columns or 1)`, from gamma."""
 
     def check(self, module: str, names: Sequence[str]) -> None:
-        """Refuses a module, with the `names` below it, where these factors would change nothing."""
+        """Checks that the factors have an effect in a module, which has these `names` below it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupedQuery:
     """Multi-head, grouped-query or multi-query attention, for `qk_clip`.
 
-    A key head takes the smallest gamma of the query heads that read it: query head `n` reads key
-    head `n // (heads // kv_heads)`.
+    The factor of a key head is the smallest gamma of the query heads that read it. Query head `n`
+    reads key head `n // (heads // kv_heads)`.
 
     Attributes:
-        heads: query heads.
-        kv_heads: key heads; `None` is `heads`.
-        query: a leaf or module below the attention module, or several; all leaves there are scaled,
-            biases too, so that the logits scale exactly.
-        key: the same for the keys.
-        head_axis: the axis of the heads in a leaf of one layer: either the heads alone, as in
-            `(fan_in, heads, head_dim)`, -2, or heads × head_dim merged, as in
-            `(fan_in, heads * head_dim)`, -1, and torch's `(heads * head_dim, fan_in)`, 0.
-        qk_norm: what to do where queries and keys are normalised after their projections, so that
-            no scale of a projection reaches the logits: `"refuse"`; the names of the two norms, as
-            in `("q_norm", "k_norm")`, whose gains are then scaled in place of the projections, by
-            the smallest gamma of the heads, which share them; or `"ignore"`, for norms that only
-            look like these.
+        heads: The number of query heads.
+        kv_heads: The number of key heads; `None` means `heads`.
+        query: The name of a leaf or module below the attention module, or several names. All leaves
+            there are scaled, including biases, so that the logits scale exactly.
+        key: The same for the keys.
+        head_axis: The axis of the heads in a leaf of one layer. It is either an axis of the heads
+            alone, such as -2 for `(fan_in, heads, head_dim)`, or an axis of heads × head_dim, such
+            as -1 for `(fan_in, heads * head_dim)` and 0 for torch's `(heads * head_dim, fan_in)`.
+        qk_norm: What to do if queries and keys are normalised after their projections, so that
+            scaling a projection does not change the logits. `"refuse"` raises an error. The names
+            of the two norms, such as `("q_norm", "k_norm")`, scale their gains instead of the
+            projections, by the smallest gamma of the heads, which share them. `"ignore"` is for
+            norms that only have such a name.
 
     Raises:
-        TypeError: a number that is no static integer, or a name that is no string.
-        ValueError: numbers of heads that do not divide, or another `qk_norm`.
+        TypeError: A number is not a static integer, or a name is not a string.
+        ValueError: `kv_heads` does not divide `heads`, or `qk_norm` is unknown.
 
     Example:
         >>> GroupedQuery(heads=16, kv_heads=8, query="q_proj", key="k_proj", head_axis=0).factors(
@@ -87,8 +87,8 @@ class GroupedQuery:
             check_integer("kv_heads", self.kv_heads, at_least=1)
             if self.heads % self.kv_heads:
                 raise ValueError(
-                    "kv_heads must divide heads, since each key head serves equally many query "
-                    f"heads; got heads={self.heads}, kv_heads={self.kv_heads}."
+                    "kv_heads must divide heads, since each key head is read by the same number of "
+                    f"query heads; got heads={self.heads}, kv_heads={self.kv_heads}."
                 )
         named = (
             isinstance(self.qk_norm, tuple)
@@ -122,8 +122,8 @@ class GroupedQuery:
             pair = tuple(norms) if len(norms) == 2 else ("<queries' norm>", "<keys' norm>")
             raise ValueError(
                 f"{module!r} normalises its queries and keys ({', '.join(norms)}), which cancels "
-                "any scale of W_q and W_k: clipping them would change no logit. Scale the gains of "
-                f"the norms in their place, qk_norm={pair!r}, or give "
+                "any scale of W_q and W_k, so clipping them would not change the logits. Pass "
+                f"qk_norm={pair!r} to scale the gains of the norms instead, or pass "
                 'qk_norm="ignore" if these norms come before the projections.'
             )
 
@@ -132,23 +132,24 @@ class GroupedQuery:
 class MultiHeadLatent:
     """Multi-head latent attention (DeepSeek), for `qk_clip`.
 
-    The heads share one rotary key, so the rotary queries take all of gamma: with `nope` columns of
-    queries and keys scaled by `gamma ** alpha` and `gamma ** (1 - alpha)` and `rope` columns of the
-    queries by gamma, both parts of a logit scale by gamma. Shared key and values stay as they are.
+    All heads share one rotary key, so only the rotary queries are scaled, by gamma. The `nope`
+    columns of queries and keys are scaled by `gamma ** alpha` and `gamma ** (1 - alpha)`. Both
+    terms of a logit are then scaled by gamma. The shared key and the values are not changed.
 
     Attributes:
-        heads: of queries, keys and values.
-        query: the leaf or module below the attention module that makes the queries, each head
+        heads: The number of heads of queries, keys and values.
+        query: The leaf or module below the attention module that computes the queries, each head
             `[nope | rope]`.
-        key: the one that makes keys and values from the latent, each head `[nope | value]`.
-        nope: columns of a head without position.
-        rope: columns of a head that are rotated.
-        value: columns of a head's value.
-        head_axis: as in `GroupedQuery`.
+        key: The leaf or module that computes keys and values from the latent, each head
+            `[nope | value]`.
+        nope: The number of columns of a head without position encoding.
+        rope: The number of rotated columns of a head.
+        value: The number of columns of a head's value.
+        head_axis: As in `GroupedQuery`.
 
     Raises:
-        TypeError: a number that is no static integer, or a name that is no string.
-        ValueError: a number out of range.
+        TypeError: A number is not a static integer, or a name is not a string.
+        ValueError: A number is out of range.
 
     Example:
         >>> spec = MultiHeadLatent(heads=4, query="q", key="kv_b", nope=8, rope=4, value=8)
@@ -186,7 +187,7 @@ class MultiHeadLatent:
         return of_queries, columns((gamma ** (1 - alpha), self.nope), (gamma**0, self.value))
 
     def check(self, module: str, names: Sequence[str]) -> None:
-        """The norms of latent attention are of the latents, before the projections scaled here."""
+        """Accepts all norms: they normalise the latents, before the projections that are scaled."""
 
 
 def _check_heads(spec: GroupedQuery | MultiHeadLatent) -> None:
@@ -201,7 +202,7 @@ def _check_heads(spec: GroupedQuery | MultiHeadLatent) -> None:
 
 
 def _find_norm(name: str) -> str | None:
-    """The norm of queries or keys in a leaf's name, as in `q_norm` of `q_norm/scale`."""
+    """Returns the norm of queries or keys in a leaf's name, such as `q_norm` in `q_norm/scale`."""
     parts = name.split("/")
     for stop in range(1, len(parts) + 1):
         norm = "/".join(parts[:stop])

@@ -1,4 +1,4 @@
-"""Dion: a low-rank orthogonal update by one warm power iteration, with error feedback."""
+"""Dion: a low-rank orthogonal update from one warm-started power iteration, with error feedback."""
 
 import functools
 from typing import Any, NamedTuple, Unpack
@@ -25,9 +25,9 @@ class DionState(NamedTuple):
     """State of `scale_by_dion`.
 
     Attributes:
-        count: steps taken, int32 scalar.
-        mu: what the updates have left over, shaped like the params.
-        q: the last right factor, `(*batch, fan_in, rank)`, float32; columns of length 1.
+        count: The number of steps taken, an int32 scalar.
+        mu: The momentum that the updates have not used yet, shaped like the params.
+        q: The last right factor, `(*batch, fan_in, rank)`, float32, with columns of norm 1.
     """
 
     count: chex.Array
@@ -47,35 +47,36 @@ def scale_by_dion(
     eps: float | jax.Array = 1e-8,
     **options: Any,
 ) -> optax.GradientTransformation:
-    r"""Updates of rank r for trees of matrix stacks, without an iteration on whole matrices.
+    r"""Returns updates of rank r for trees of matrix stacks, without iterating on whole matrices.
 
     For $M \leftarrow M + G$ of shape fan_out × fan_in: $P = \mathrm{qr}(MQ)$, $R = M^\top P$,
-    $M \leftarrow M - (1-\beta) P R^\top$, $Q$ = R with columns of length 1, update $PQ^\top$. What
-    the update leaves out stays in $M$.
+    $M \leftarrow M - (1-\beta) P R^\top$; $Q$ is R with columns scaled to norm 1, and the update is
+    $PQ^\top$. The part of $M$ that the update does not use remains in $M$.
 
-    Where $M$ has fewer than r directions, those that QR makes up from rounding noise are left out:
-    a column of R that is shorter than 3.5e-4 of $\|M\|_F$ (the root of float32's rounding) gives
-    nothing to the update, takes nothing from $M$, and keeps its column of Q. So a zero $M$ gives a
-    zero update, and neurons without a gradient move by float32's rounding at most.
+    If the rank of $M$ is less than r, the directions that QR produces from rounding noise are
+    ignored: a column of R whose norm is below 3.5e-4 of $\|M\|_F$ (the square root of float32's
+    rounding) is left out of the update, is not subtracted from $M$, and keeps its column of Q. A
+    zero $M$ therefore gives a zero update, and neurons without a gradient move at most by float32's
+    rounding.
 
-    Safe on every finite gradient: $M$, which grows up to 1 / (1 - beta) gradients long, is scaled
-    down as a whole where its largest entry would pass half of what `mu_dtype` can hold.
+    Every finite gradient is safe: $M$, which grows up to 1 / (1 - beta) times a gradient, is scaled
+    down as a whole if its largest entry would exceed half of the largest number of `mu_dtype`.
 
     Args:
-        rank: r, or a share of the short side in (0, 1] as a float, rounded up to whole directions.
-        beta: what is kept of the part that was used, from 0 to 1.
-        scale, mu_dtype, matrix_axes, mesh, shardings, chunk_size: as in `scale_by_muon`. Each QR is
-            done once, on one device; the products are spread by XLA, and inside `shard_map` a leaf
-            that is a part is gathered for them.
-        seed: of the first Q, Gaussian.
-        eps: added to the lengths of R's columns, which are shares of $\|M\|_F$.
+        rank: r, or a float in (0, 1] for a fraction of the short side, rounded up to an integer.
+        beta: The fraction of the used part that stays in the momentum, from 0 to 1.
+        scale, mu_dtype, matrix_axes, mesh, shardings, chunk_size: As in `scale_by_muon`. Each QR is
+            computed once, on one device. XLA distributes the products; inside `shard_map` a sharded
+            leaf is gathered for them.
+        seed: The seed of the first Q, which is Gaussian.
+        eps: A number added to the norms of R's columns, which are relative to $\|M\|_F$.
 
     Returns:
         A transformation whose state is `DionState`.
 
     Raises:
-        TypeError: an argument of another type, or an array where the program depends on it.
-        ValueError: a number out of range, an unknown name, or axes that do not fit a leaf.
+        TypeError: An argument has the wrong type, or is an array but decides what is compiled.
+        ValueError: A number is out of range, a name is unknown, or the axes do not fit a leaf.
 
     References:
         Ahn et al., 2025, Dion, arXiv 2504.05295, algorithm 1, with P on the side of fan_out as in
@@ -151,12 +152,21 @@ def dion(
     eps: float | jax.Array = 1e-8,
     **options: Unpack[HybridOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_dion` for the hidden matrices, AdamW for the other leaves.
+    """Updates the hidden matrices with Dion and all other leaves with AdamW.
+
+    Dion makes low-rank updates with error feedback; see `scale_by_dion`. Its authors consider it
+    superseded by `dion2`.
 
     Args:
-        learning_rate: of the hidden matrices; a number or a schedule.
-        rank, beta, scale, seed, eps: as in `scale_by_dion`.
-        options: those of `hybrid`.
+        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
+        rank, beta, scale, seed, eps: As in `scale_by_dion`.
+        options: The options of `hybrid`.
+
+    Returns:
+        A transformation that requires `params` in `update`.
+
+    References:
+        Ahn et al., 2025, Dion, arXiv 2504.05295.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax
@@ -171,19 +181,19 @@ def dion(
 
 
 def _half_sum(m: jax.Array, g: jax.Array) -> jax.Array:
-    """(m + g) / 2, finite where they are: the barrier keeps XLA from halving their sum."""
+    """Returns (m + g) / 2 without overflow. The barrier keeps XLA from adding before halving."""
     return 0.5 * widen(m) + jax.lax.optimization_barrier(0.5 * widen(g))
 
 
 def _unit(half: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Matrices of Frobenius norm 1, and that of twice `half` as two factors: it may overflow."""
+    """Scales `half` to norm 1; returns the norm of `2 * half` too, as two finite factors."""
     m, largest = relative(half)
     norm = jnp.linalg.norm(m, axis=(-2, -1), keepdims=True)
     return m / jnp.where(norm == 0, 1, norm), (2 * norm, largest)
 
 
 def _sized(m: jax.Array, size: tuple[jax.Array, jax.Array], limit: float) -> jax.Array:
-    """`m` times its size, or as much of it as no entry passes the limit."""
+    """Returns `m` times its size, or less if an entry would otherwise exceed the limit."""
     norm, largest = size
     m = m * norm
     top = jnp.max(jnp.abs(m), axis=(-2, -1), keepdims=True)
@@ -191,25 +201,25 @@ def _sized(m: jax.Array, size: tuple[jax.Array, jax.Array], limit: float) -> jax
 
 
 def _orthonormal(y: jax.Array) -> jax.Array:
-    """An orthonormal P with the span of `y`, whose columns are of length 1 at most."""
+    """Returns an orthonormal basis of the span of `y`, whose columns have norms of at most 1."""
     return each_matrix(_ranked_qr, y)
 
 
 def _ranked_qr(y: jax.Array) -> jax.Array:
-    """P of a QR in which columns without a direction of their own come last.
+    """Returns the first factor of a QR in which linearly dependent columns come last.
 
-    For such a column QR makes one up from rounding noise, and takes it from the columns behind it.
+    For such a column QR produces a direction from rounding noise, which later columns then lack.
     """
     p, r = jnp.linalg.qr(y)
     own = jnp.abs(jnp.diagonal(r, axis1=-2, axis2=-1))
-    # Measured on random M of rank 1 to 255 and Frobenius norm 1, with columns of Q of length 1:
-    # noise is 0.2 to 12 of these, and more in one of a hundred.
-    made_up = own <= 64 * jnp.finfo(own.dtype).eps
+    # Measured on random M of rank 1 to 255 and Frobenius norm 1, with columns of Q of norm 1: the
+    # noise is 0.2 to 12 times this epsilon, and more in one case of a hundred.
+    is_noise = own <= 64 * jnp.finfo(own.dtype).eps
 
     def again(y):
-        incomplete = jnp.any(made_up, axis=-1, keepdims=True)
+        incomplete = jnp.any(is_noise, axis=-1, keepdims=True)
         order = jnp.argsort(jnp.where(incomplete, -own, 0), axis=-1)[..., None, :]
         last, _ = jnp.linalg.qr(jnp.take_along_axis(y, order, axis=-1))
         return jnp.take_along_axis(last, jnp.argsort(order, axis=-1), axis=-1)
 
-    return jax.lax.cond(jnp.any(made_up), again, lambda _: p, y)
+    return jax.lax.cond(jnp.any(is_noise), again, lambda _: p, y)

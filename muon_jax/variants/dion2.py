@@ -1,4 +1,4 @@
-"""Dion2 and Dion3: the largest rows of the momentum orthogonalised, the others kept for later."""
+"""Dion2 and Dion3: orthogonalise the largest rows of the momentum and keep the others."""
 
 import functools
 import math
@@ -26,10 +26,10 @@ class Dion2State(NamedTuple):
     """State of `scale_by_dion2`.
 
     Attributes:
-        count: steps taken, int32 scalar.
-        mu: the sum of gradients that waits to be used, shaped like the params.
-        nu: of Dion3, the mean square of the orthogonal factor of each selected row, float32; else
-            empty.
+        count: The number of steps taken, an int32 scalar.
+        mu: The sum of the gradients that have not been used yet, shaped like the params.
+        nu: For Dion3 the mean square of the orthogonal factor of each selected row, float32; empty
+            for Dion2.
     """
 
     count: chex.Array
@@ -47,32 +47,33 @@ def scale_by_dion2(
     eps: float | jax.Array = 1e-10,
     **options: Any,
 ) -> optax.GradientTransformation:
-    r"""A share of each matrix's rows orthogonalised in a step, for trees of matrix stacks.
+    r"""Orthogonalises a fraction of each matrix's rows per step, for trees of matrix stacks.
 
-    $M \leftarrow M + G$; S are the rows of M with the largest sum of absolute values, a share
-    `fraction` of them; $U_S = \mathrm{NS}(M_S)$, and the other rows of U are zero;
-    $M_S \leftarrow \beta M_S$. A row that is not chosen keeps its whole sum for a later step (error
-    feedback). The shape scale is that of the whole matrix.
+    $M \leftarrow M + G$. S is the given `fraction` of the rows of M, those with the largest sums of
+    absolute values. $U_S = \mathrm{NS}(M_S)$, the other rows of U are zero, and
+    $M_S \leftarrow \beta M_S$. A row that is not selected keeps its whole sum for a later step
+    (error feedback). The shape scale is that of the whole matrix.
 
-    Newton-Schulz costs the square of `fraction` on the short side. On a mesh the selected rows
-    alone are exchanged. Where the mesh splits the side that rows are chosen from, each device
-    chooses among its own, so that the choice depends on how many devices there are.
+    On the short side the cost of Newton-Schulz falls with the square of `fraction`. On a mesh only
+    the selected rows are exchanged. If the mesh splits the side whose rows are selected, each
+    device selects among its own rows, so that the selection depends on the number of devices.
 
     Args:
-        fraction: of the rows, above 0 and at most 1; rounded up.
-        beta: what is kept of a row that was used, from 0 to 1.
-        side: whose rows are chosen: `"short"`, `"fan_in"` or `"fan_out"` (torch's rows); of square
-            matrices short is fan_out.
-        beta2: decay of NorMuon's second moment over the chosen rows, which makes it Dion3; None is
-            Dion2.
-        eps: added to its root.
-        options: those of `scale_by_muon`.
+        fraction: The fraction of the rows, greater than 0 and at most 1; their number is rounded
+            up.
+        beta: The fraction of a used row that is kept, from 0 to 1.
+        side: The side whose rows are selected: `"short"`, `"fan_in"` or `"fan_out"` (torch's rows).
+            For square matrices the short side is fan_out.
+        beta2: The decay of NorMuon's second moment of the selected rows, which makes this Dion3.
+            `None` means Dion2.
+        eps: A number added to the square root of the second moment.
+        options: The options of `scale_by_muon`.
 
     Returns:
         A transformation whose state is `Dion2State`.
 
     Raises:
-        ValueError: a number out of range, or an unknown side.
+        ValueError: A number is out of range, or the side is unknown.
 
     References:
         Ahn et al., 2025, Dion2, arXiv 2512.16928, and microsoft/dion, whose `selection_scope`
@@ -147,12 +148,20 @@ def dion2(
     side: str = "short",
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_dion2` for the hidden matrices, AdamW for the other leaves.
+    """Updates the hidden matrices with Dion2 and all other leaves with AdamW.
+
+    Dion2 orthogonalises a fraction of each matrix's rows per step; see `scale_by_dion2`.
 
     Args:
-        learning_rate: of the hidden matrices; a number or a schedule.
-        fraction, beta, side: as in `scale_by_dion2`.
-        options: those of `muon`.
+        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
+        fraction, beta, side: As in `scale_by_dion2`.
+        options: The options of `muon`.
+
+    Returns:
+        A transformation that requires `params` in `update`.
+
+    References:
+        Ahn et al., 2025, Dion2, arXiv 2512.16928.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax
@@ -174,12 +183,18 @@ def dion3(
     side: str = "short",
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Dion2 with NorMuon's second moment of the chosen rows.
+    """Updates the hidden matrices with Dion3, which is Dion2 with NorMuon's second moment.
 
     Args:
-        learning_rate: of the hidden matrices; a number or a schedule.
-        fraction, beta, beta2, side: as in `scale_by_dion2`.
-        options: those of `muon`.
+        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
+        fraction, beta, beta2, side: As in `scale_by_dion2`.
+        options: The options of `muon`.
+
+    Returns:
+        A transformation that requires `params` in `update`.
+
+    References:
+        microsoft/dion; Ahn et al., 2025, Dion2, arXiv 2512.16928.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax
@@ -194,9 +209,9 @@ def dion3(
 
 
 class _Rows:
-    """The rows of a part's matrices `(*batch, fan_in, fan_out)`: those of one of the sides.
+    """Selects rows along one side of a part's matrices `(*batch, fan_in, fan_out)`.
 
-    Where the mesh splits that side, as many are chosen of each device's.
+    If the mesh splits that side, the same number of rows is selected on each device.
     """
 
     def __init__(self, part: Part, *, side: str, fraction: float, ways: tuple[int, int] = (1, 1)):
@@ -205,11 +220,11 @@ class _Rows:
         self.side = 0 if self.of_fan_in else 1
         self.groups = ways[self.side]
         each = (m, n)[self.side] // self.groups
-        # Rounding of the product is no row: 0.07 * 100 is 7.000000000000001.
+        # Rounding must not add a row: 0.07 * 100 is 7.000000000000001.
         self.count = max(1, math.ceil(round(fraction * each, 9)))
 
     def first(self, w: jax.Array) -> jax.Array:
-        """`(*batch, rows, the other side)`; undoes itself."""
+        """Returns `(*batch, rows, other side)`; this function is its own inverse."""
         return w if self.of_fan_in else w.mT
 
     def _grouped(self, w: jax.Array) -> jax.Array:
@@ -222,18 +237,18 @@ class _Rows:
         return self.first(x.reshape(*batch, groups * n, other))
 
     def largest(self, w: jax.Array) -> jax.Array:
-        """Where the rows with the largest sums are, in order, `(*batch, groups, count, 1)`."""
-        # Shares of the largest entry: the sum of a row is a number then.
+        """Returns the sorted indices of the largest rows, `(*batch, groups, count, 1)`."""
+        # Entries are divided by the largest one, so that the sum of a row cannot overflow.
         shares, _ = relative(w)
         sums = jnp.sum(jnp.abs(self._grouped(shares)), axis=-1)
         return jnp.sort(jax.lax.top_k(sums, self.count)[1], axis=-1)[..., None]
 
     def take(self, w: jax.Array, at: jax.Array) -> jax.Array:
-        """These rows, of matrices as they lie."""
+        """Returns matrices with only the rows at these indices."""
         return self._merged(jnp.take_along_axis(self._grouped(w), at, axis=-2))
 
     def put(self, w: jax.Array, at: jax.Array, rows: jax.Array) -> jax.Array:
-        """`w` with these rows in the place of its own."""
+        """Returns `w` with the rows at these indices replaced."""
         old, new = self._grouped(w), self._grouped(rows)
         row = jax.lax.broadcasted_iota(at.dtype, (*old.shape[:-1], self.count), old.ndim - 2)
         chosen = jnp.any(at.mT == row, axis=-1, keepdims=True)
@@ -244,7 +259,7 @@ class _Rows:
     def even(
         self, o: jax.Array, nu: jax.Array, beta2: Any, eps: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """NorMuon's step for rows that are not zero: `(o, nu)`."""
+        """Applies NorMuon's second moment to nonzero rows, and returns `(o, nu)`."""
         rows = self.first(o)
         squares = jnp.mean(rows * rows, axis=-1)
         nu = jnp.where(squares == 0, nu, beta2 * nu + (1 - beta2) * squares).astype(nu.dtype)
@@ -254,6 +269,6 @@ class _Rows:
 
 
 def _sum(m: jax.Array, g: jax.Array) -> jax.Array:
-    """m + g in float32 or wider; the largest number where they are finite and their sum is not."""
+    """Returns m + g in float32 or wider; sums of finite numbers that overflow are clipped."""
     m, g = widen(m), widen(g)
     return clipped(m + g, jnp.isfinite(m) & jnp.isfinite(g), m.dtype)

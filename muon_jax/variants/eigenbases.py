@@ -1,4 +1,4 @@
-"""Shampoo's eigenbases of both sides of every matrix, which SPlus and SOAP work in."""
+"""Shampoo's eigenbases of both sides of every matrix, which SPlus and SOAP use."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from muon_jax._orthogonalize.decompositions import each_matrix
 from muon_jax._precision import widen
 from muon_jax.variants.low_rank import product, relative
 
-# Of the entries of gradients in the second moments: the squares of 2^23 of them are a number.
+# The largest entry of gradients in the second moments: the sum of 2^23 squares of it is finite.
 _LARGEST = 2.0**52
 
 
 class Sides(NamedTuple):
-    """Square matrices of the two sides of a part, `(*batch, fan, fan)`; `None` where too long."""
+    """Square matrices `(*batch, fan, fan)` of the two sides of a part; `None` for long sides."""
 
     fan_in: Any
     fan_out: Any
@@ -26,12 +26,12 @@ class Sides(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Eigenbases:
-    """Averages of G Gᵀ and Gᵀ G, and their eigenvectors, renewed now and then.
+    """Averages of G Gᵀ and Gᵀ G, and their eigenvectors, which are renewed every few steps.
 
     Attributes:
-        b2: decay of the averages.
-        every: steps between eigendecompositions; the first step has one.
-        max_dim: a side this long keeps the identity as its basis.
+        b2: The decay of the averages.
+        every: The number of steps between eigendecompositions; the first step has one.
+        max_dim: A side of at least this size keeps the identity as its basis.
     """
 
     b2: Any
@@ -44,7 +44,7 @@ class Eigenbases:
         check_integer("max_dim", self.max_dim, at_least=1)
 
     def init(self, matrices: Matrices) -> tuple[list[Sides], list[Sides]]:
-        """Averages of zeros, and identities."""
+        """Returns zeros as averages and identities as bases."""
 
         def zeros(batch: Any, n: int) -> jax.Array:
             return jnp.zeros((*batch, n, n), jnp.float32)
@@ -55,7 +55,7 @@ class Eigenbases:
         return self._sides(matrices, zeros), self._sides(matrices, identity)
 
     def _sides(self, matrices: Matrices, square: Callable) -> list[Sides]:
-        """`square(batch, size)` for the sides of every part that are short enough."""
+        """Returns `square(batch, size)` for the sides of every part that are short enough."""
         pairs = []
         for part in matrices.parts:
             batch, *fans = part.axes.matrix_shape(part.shape)
@@ -67,7 +67,7 @@ class Eigenbases:
         return pairs
 
     def average(self, second: list[Sides], gradients: list[jax.Array]) -> list[Sides]:
-        """The averages with whole gradients `(*batch, fan_in, fan_out)`, `bounded`."""
+        """Updates the averages with `bounded` whole gradients `(*batch, fan_in, fan_out)`."""
         return [
             Sides(
                 self._averaged(old.fan_in, lambda g=g: product(g, g.mT)),
@@ -84,7 +84,7 @@ class Eigenbases:
     def renew(
         self, matrices: Matrices, second: list[Sides], bases: list[Sides], count: jax.Array
     ) -> list[Sides]:
-        """The bases after step `count`, from 1; each decomposition is done once, on one device."""
+        """Returns the bases after step `count`, from 1, decomposing each matrix on one device."""
 
         def fresh(second: list[Sides]) -> list[Sides]:
             halves = [
@@ -97,7 +97,7 @@ class Eigenbases:
 
 
 def bounded(g: jax.Array) -> jax.Array:
-    """In float32, a matrix scaled down to a largest entry whose square is a number."""
+    """Scales a matrix down until the squares of its entries are finite, in float32."""
     g = widen(g)
     largest = jnp.max(jnp.abs(g), axis=(-2, -1), keepdims=True)
     root = jnp.sqrt(_LARGEST) * jax.lax.rsqrt(jnp.maximum(largest, _LARGEST))
@@ -105,14 +105,14 @@ def bounded(g: jax.Array) -> jax.Array:
 
 
 def into(m: jax.Array, bases: Sides) -> jax.Array:
-    """Matrices in the coordinates of the bases."""
+    """Transforms matrices to the coordinates of the bases."""
     left, right = bases
     m = m if left is None else product(left.mT, m)
     return m if right is None else product(m, right)
 
 
 def out_of(m: jax.Array, bases: Sides) -> jax.Array:
-    """Undoes `into`."""
+    """Inverts `into`."""
     left, right = bases
     m = m if left is None else product(left, m)
     return m if right is None else product(m, right.mT)

@@ -1,4 +1,4 @@
-"""Row equilibration before orthogonalisation: MuonEq."""
+"""MuonEq: row equilibration before orthogonalisation."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from muon_jax._options import takes_options_of
 
 
 def equilibrate() -> Hook:
-    r"""Brings the rows of the momentum to their mean norm, before orthogonalisation.
+    r"""Scales the rows of the momentum to equal norms, before orthogonalisation.
 
-    $M_i \leftarrow M_i \sqrt{\mathrm{mean}_j \|M_j\|^2} / \|M_i\|$ for each output neuron i; a
-    row of zeros stays so. Newton-Schulz then starts with more even singular values.
+    $M_i \leftarrow M_i \sqrt{\mathrm{mean}_j \|M_j\|^2} / \|M_i\|$ for each output neuron i; rows
+    of zeros stay zero. Newton-Schulz then starts with more uniform singular values.
 
     Returns:
-        A hook, for `before=` of `muon`, `scale_by_muon` and their relatives.
+        A hook, for `before=` of `muon`, `scale_by_muon` and their variants.
 
     References:
         MuonEq, 2026, arXiv 2603.28254.
@@ -42,11 +42,19 @@ def equilibrate() -> Hook:
 def muon_eq(
     learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """MuonEq: `muon(learning_rate, before=equilibrate())`.
+    """Returns MuonEq, which is Muon with equal row norms of the momentum and no additional state.
+
+    It is `muon(learning_rate, before=equilibrate())`.
 
     Args:
-        learning_rate: of the hidden matrices; a number or a schedule.
-        options: those of `muon`.
+        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
+        options: The options of `muon`.
+
+    Returns:
+        A transformation that requires `params` in `update`.
+
+    References:
+        MuonEq, 2026, arXiv 2603.28254.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

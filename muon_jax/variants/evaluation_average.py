@@ -1,4 +1,4 @@
-"""An average of the params to evaluate at, as the last link of a chain."""
+"""An average of the params for evaluation, as the last link of a chain."""
 
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ class EvaluationAverageState(NamedTuple):
     """State of `evaluation_average`.
 
     Attributes:
-        weight: what the averaged params weigh in all, 1 - decay^steps; float32 scalar.
-        mean: moving average of the params from zero, shaped like them, in float32 or wider.
+        weight: The total weight of the averaged params, 1 - decay^steps, a float32 scalar.
+        mean: The moving average of the params, starting from zero, in float32 or wider.
     """
 
     weight: chex.Array
@@ -24,20 +24,20 @@ class EvaluationAverageState(NamedTuple):
 
 
 def evaluation_average(decay: float | jax.Array = 0.999) -> optax.GradientTransformation:
-    """Averages what the params become; the last link of a chain, whose updates it leaves alone.
+    """Averages the new params, as the last link of a chain. Updates are not changed.
 
-    The average is of the params that `optax.apply_updates` gives, rounded to their dtype, and is
-    itself held in float32.
+    The params are averaged as `optax.apply_updates` returns them, rounded to their dtype. The
+    average itself is stored in float32.
 
     Args:
-        decay: of the exponential moving average; at least 0 and less than 1.
+        decay: The decay of the exponential moving average, at least 0 and less than 1.
 
     Returns:
-        A transformation that needs `params` in `update`, and whose average `evaluation_params`
-        finds in the state of any chain around it.
+        A transformation that requires `params` in `update`. `evaluation_params` finds its average
+        in the state of any chain around it.
 
     Raises:
-        ValueError: `update` without params, or a decay out of range.
+        ValueError: `update` is called without params, or the decay is out of range.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax, optax
@@ -55,8 +55,10 @@ def evaluation_average(decay: float | jax.Array = 0.999) -> optax.GradientTransf
 
     def update(updates, state, params=None):
         if params is None:
-            raise ValueError("evaluation_average averages params: give them to update().")
-        # XLA drops a rounding with float32 arithmetic on both sides, unless there is a barrier.
+            raise ValueError(
+                "evaluation_average needs the params: call update(updates, state, params)."
+            )
+        # Without a barrier, XLA would omit a rounding between two float32 operations.
         params = only_updated(params, updates)
         after = jax.lax.optimization_barrier(optax.apply_updates(params, updates))
 
@@ -72,26 +74,27 @@ def evaluation_average(decay: float | jax.Array = 0.999) -> optax.GradientTransf
 def evaluation_params(
     state: Any, params: optax.Params, share: float | jax.Array = 1.0
 ) -> optax.Params:
-    """The average in an optimizer's state, corrected for its start, in the params' dtypes.
+    """Returns the average in an optimizer's state, bias-corrected, in the params' dtypes.
 
     Args:
-        state: of a chain with `evaluation_average` in it, `splus` for one.
-        params: the present ones, returned where no step has been taken yet.
-        share: of the average; the rest is of the present params. 0.6 is the tail readout of
-            KellerJordan/modded-nanogpt, track 3 (2026-06-11), with a decay of 1 - 1/150.
+        state: The state of a chain that contains `evaluation_average`, such as `splus`.
+        params: The current params, which are returned before the first step.
+        share: The weight of the average; the current params have the remaining weight. 0.6 is the
+            tail readout of KellerJordan/modded-nanogpt, track 3 (2026-06-11), with a decay of
+            1 - 1/150.
 
     Raises:
-        ValueError: the state has no average, or several, or a share outside of 0 to 1.
+        ValueError: The state has no average or several, or `share` is not between 0 and 1.
     """
     check_number("share", share, at_least=0, at_most=1)
     weight, mean = only_state(
         state,
         EvaluationAverageState,
-        "averages of the params, where one is needed: end the chain with evaluation_average().",
+        "averages of the params but needs exactly one: end the chain with evaluation_average().",
     )
 
     def corrected(average, param):
-        if average is None:  # what is not trained, such as an activation of an Equinox module
+        if average is None:  # leaves that are not trained, such as activations in Equinox
             return param
         average = average / jnp.where(weight == 0, 1, weight)
         mixed = share * average + (1 - share) * param.astype(average.dtype)

@@ -1,4 +1,4 @@
-"""Gluon: Scion's oracles, with the step that layer-wise smoothness gives."""
+"""Gluon: Scion's oracles, with step sizes from layer-wise smoothness constants."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from muon_jax._options import takes_options_of
 from muon_jax._routing.rules import match_rules
 from muon_jax.variants.lmo import (
     DEFAULT_BALLS,
+    REFUSED,
     Layer,
     balls_of,
     by_layer,
@@ -19,7 +20,7 @@ from muon_jax.variants.lmo import (
 from muon_jax.variants.oracles import Ball, Oracle, checked_ball
 
 
-@takes_options_of(by_layer)
+@takes_options_of(by_layer, refused=REFUSED)
 def gluon(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,
@@ -27,27 +28,26 @@ def gluon(
     oracles: Sequence[tuple[str, str | Oracle]] = (),
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scion's oracles with the step that layer-wise smoothness gives each matrix.
+    r"""Updates each leaf along Scion's oracle with a step size from its smoothness constants.
 
-    $t = \|d\|_* / (L_0 + L_1 \|d\|_*)$ where
-    $\|\nabla f(w) - \nabla f(v)\|_* \le (L_0 + L_1 \|\nabla f(w)\|_*) \|w - v\|$; $L_0 = 0$ is
-    Scion with radius $1 / L_1$. No step is longer than $1 / L_1$; with $L_1 = 0$ it is as long as
-    the gradient is large, without a limit.
+    The step size is $t = \|d\|_* / (L_0 + L_1 \|d\|_*)$, where
+    $\|\nabla f(w) - \nabla f(v)\|_* \le (L_0 + L_1 \|\nabla f(w)\|_*) \|w - v\|$. With $L_0 = 0$
+    this is Scion with radius $1 / L_1$. No step is longer than $1 / L_1$; with $L_1 = 0$ the step
+    is proportional to the norm of the gradient, without a limit.
 
     Args:
-        learning_rate: factor of the steps; a number or a schedule.
+        learning_rate: A factor of all steps, a number or a schedule.
         smoothness: $(L_0, L_1)$ of all layers, or `(regex, (L0, L1))` pairs that cover every leaf.
-        oracles: `(regex, oracle)` pairs in place of Scion's choice of them.
-        options: those of `scion`.
+        oracles: `(regex, oracle)` pairs that override Scion's oracles.
+        options: The options of `scion`.
 
     Raises:
-        TypeError: an argument of another type, or an array where the program depends on it.
-        ValueError: a leaf that no smoothness covers, a rule that matches no leaf, or a number out
-            of range.
+        TypeError: An argument has the wrong type, or is an array but decides what is compiled.
+        ValueError: A leaf has no smoothness, a rule matches no leaf, or a number is out of range.
 
     References:
-        Riabinin et al., 2025, Gluon, arXiv 2505.13416, theorem 1, which is of full gradients and
-        without momentum; with `alpha` below 1 the norm is that of the average.
+        Riabinin et al., 2025, Gluon, arXiv 2505.13416, theorem 1, which is for full gradients
+        without momentum. With `alpha` below 1 the norm is that of the average.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax
@@ -72,8 +72,8 @@ def gluon(
         for path, ball in balls_of(tree, routes, rules).items():
             if path not in smooth:
                 raise ValueError(
-                    f"No smoothness covers {routes[path].path!r}: add a rule for it, or "
-                    '("", (L0, L1)) at the end for all others.'
+                    f"smoothness has no rule for {routes[path].path!r}. Add a rule for it, or "
+                    '("", (L0, L1)) at the end for all other leaves.'
                 )
             chosen[path] = Layer(ball, smooth[path][0])
         return chosen

@@ -1,4 +1,4 @@
-"""Hyperball: every matrix keeps its first Frobenius norm, and the update is a share of it."""
+"""Hyperball: every matrix keeps its initial Frobenius norm, and updates are relative to it."""
 
 import warnings
 from typing import Any
@@ -14,20 +14,20 @@ from muon_jax._options import takes_options_of
 
 
 def hyperball() -> Constraint:
-    r"""Weights on a sphere: $W \leftarrow R\,n(W - \eta R\,n(U))$, $n(X) = X / \|X\|_F$.
+    r"""Keeps weights on a sphere: $W \leftarrow R\,n(W - \eta R\,n(U))$ with $n(X) = X / \|X\|_F$.
 
-    R is the norm that each matrix had at `init`. The learning rate is then the share of its norm
-    that a matrix moves by, whatever its size, and the shape scale does nothing. No weight decay.
+    R is the norm of each matrix at `init`. The learning rate is then the distance that a matrix
+    moves relative to its norm, and the shape scale has no effect. The method has no weight decay.
 
-    A matrix is one of a stack: each layer and each expert has a norm of its own, whole wherever the
-    mesh has split it. One that is zero at first has no direction to keep: it is updated without the
-    constraint, with a warning.
+    Each matrix of a stack, such as a layer or an expert, has its own norm, computed over all
+    devices that have a shard of it. A matrix that is zero at `init` has no direction to keep, so it
+    is updated without the constraint, and a warning says so.
 
     Returns:
-        A constraint, for `constraint=` of `muon` and its relatives.
+        A constraint, for `constraint=` of `muon` and its variants.
 
     References:
-        Wen et al., 2026, arXiv 2606.16899. Its JAX code in marin has summed over experts.
+        Wen et al., 2026, arXiv 2606.16899. Its JAX code in marin sums over experts.
 
     Example:
         >>> import jax.numpy as jnp, optax, muon_jax
@@ -62,12 +62,21 @@ def hyperball() -> Constraint:
 def muonh(
     learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """MuonH: `muon` on the hyperball, `muon(learning_rate, constraint=hyperball())`.
+    """Returns MuonH, which is Muon with weights that keep their initial norm.
+
+    It is `muon(learning_rate, constraint=hyperball())`, without weight decay, which the constraint
+    would undo.
 
     Args:
-        learning_rate: the share of its norm that a matrix moves by; 0.02 or so. A number or a
-            schedule.
-        options: those of `muon`.
+        learning_rate: The distance that a matrix moves relative to its norm, about 0.02; a number
+            or a schedule.
+        options: The options of `muon`.
+
+    Returns:
+        A transformation that requires `params` in `update`.
+
+    References:
+        Wen et al., 2026, arXiv 2606.16899.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax
@@ -79,11 +88,11 @@ def muonh(
 
 
 def _warn_of_zeros(norms: Arrays) -> None:
-    """Where they can be seen: not under a transformation, nor on the devices of others."""
+    """Warns about zero matrices, unless arrays are traced or on devices of other processes."""
     seen = [x for x in norms if not isinstance(x, jax.core.Tracer) and x.is_fully_addressable]
     if any(bool((x == 0).any()) for x in seen):
         warnings.warn(
-            "hyperball: a matrix is zero at first, and has no norm to keep; it is updated without "
-            "the constraint. Initialise it otherwise, or route it to the other optimizer.",
+            "hyperball: a matrix is zero at init, so it has no norm to keep and is updated without "
+            "the constraint. Initialise it differently, or route it to the other optimizer.",
             stacklevel=2,
         )

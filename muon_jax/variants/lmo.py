@@ -1,4 +1,4 @@
-"""Steps along linear minimisation oracles, each leaf in a ball of its own: of Scion and Gluon."""
+"""Steps along linear minimisation oracles, with a ball for each leaf, for Scion and Gluon."""
 
 import dataclasses
 import functools
@@ -35,14 +35,14 @@ from muon_jax._sharding.layout import SHARDING, AnyMesh, is_sharding
 from muon_jax._trees import KeyPath, broadcast_prefix, map_paths
 from muon_jax.variants.oracles import Ball, as_oracle, checked_ball
 
-# The setting of the authors' nanoGPT runs; their gains and biases have none.
+# The settings of the authors' nanoGPT runs, which have no gains or biases.
 HIDDEN, CONV = Ball("spectral", 50.0), Ball("spectral_conv", 50.0)
 TABLE, VECTOR = Ball("sign", 3000.0), Ball("bias_rms", 1.0)
 DEFAULT_BALLS = (HIDDEN, CONV, TABLE, VECTOR)
 
 
 class Layer(NamedTuple):
-    """What decides the steps of a leaf."""
+    """The ball of a leaf, and its smoothness constants if the step sizes are Gluon's."""
 
     ball: Ball
     smoothness: tuple[float, float] | None = None
@@ -52,12 +52,22 @@ class LmoState(NamedTuple):
     """State of `scale_by_lmo`.
 
     Attributes:
-        count: steps taken, int32 scalar.
-        mu: average gradient, shaped like the params.
+        count: The number of steps taken, an int32 scalar.
+        mu: The average gradient, shaped like the params.
     """
 
     count: chex.Array
     mu: optax.Updates
+
+
+# Options of other optimizers, with the reason why Scion and Gluon do not have them.
+REFUSED = {
+    "constraint": (
+        "the balls are this optimizer's own. scion(constrained=True) keeps every weight in its "
+        "ball, whose radius balls= gives; a norm held at another length would contradict it. muon "
+        "takes constraints."
+    )
+}
 
 
 @takes_options_of(
@@ -71,28 +81,27 @@ def scale_by_lmo(
     orthogonalizer: Orthogonalizer | None = None,
     **options: Any,
 ) -> optax.GradientTransformation:
-    r"""The oracle of the average gradient, for trees whose leaves share one ball.
+    r"""Applies a ball's oracle to the average gradient, for trees whose leaves share one ball.
 
     $d \leftarrow (1-\alpha) d + \alpha g$; the update is $\rho L(d)$ with the ball's oracle $L$ and
     radius $\rho$.
 
     Args:
-        ball: oracle and radius.
-        alpha: weight of the new gradient, greater than 0 and at most 1.
-        smoothness: Gluon's $(L_0, L_1)$: the update is $t L(d)$ then, with
+        ball: The oracle and the radius.
+        alpha: The weight of the new gradient, greater than 0 and at most 1.
+        smoothness: Gluon's $(L_0, L_1)$. The update is then $t L(d)$ with
             $t = \|d\|_* / (L_0 + L_1 \|d\|_*)$, where $\|d\|_* = \langle d, L(d)\rangle$.
-        orthogonalizer: of the spectral oracles; default `newton_schulz`.
-        mu_dtype, mesh, shardings, chunk_size: as in `scale_by_muon`.
-        matrix_axes: as in `scale_by_muon`; not for `"bias_rms"`, whose leaves are vectors along
-            their last axis.
+        orthogonalizer: The orthogonalizer of the spectral oracles. `None` means `newton_schulz`.
+        mu_dtype, mesh, shardings, chunk_size: As in `scale_by_muon`.
+        matrix_axes: As in `scale_by_muon`. It is not used for `"bias_rms"`, whose leaves are
+            vectors along their last axis.
 
     Returns:
         A transformation whose state is `LmoState`.
 
     Raises:
-        TypeError: an argument of another type, or an array where the program depends on it.
-        ValueError: an unknown oracle, one whose result has another shape than its argument, or a
-            number out of range.
+        TypeError: An argument has the wrong type, or is an array but decides what is compiled.
+        ValueError: The oracle is unknown or returns another shape, or a number is out of range.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax
@@ -117,11 +126,11 @@ def scale_by_lmo(
         return LmoState(jnp.zeros([], jnp.int32), stages.init_momentum(params))
 
     def lengths(matrices, steps, d):
-        """Gluon's step for each matrix."""
+        """Returns Gluon's step size for each matrix."""
         assert smoothness is not None
         l0, l1 = smoothness
         sizes = []
-        # The dual norm as a share of the largest entry of d: the norm itself may be no number.
+        # The dual norm is divided by the largest entry of d, since the norm itself may overflow.
         shares, largest = matrices.relative(d), matrices.largest(d)
         products = [x * y for x, y in zip(steps, shares, strict=True)]
         for total, size in zip(matrices.sum(products, over="matrix"), largest, strict=True):
@@ -153,7 +162,7 @@ def scale_by_lmo(
 
 
 def check_smoothness(pair: Any) -> None:
-    """Refuses what is no (L0, L1)."""
+    """Checks that `pair` is a valid (L0, L1)."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(f"smoothness must be (L0, L1); got {pair!r}.")
     for name, value in zip(("L0", "L1"), pair, strict=True):
@@ -164,17 +173,15 @@ def check_smoothness(pair: Any) -> None:
 
 
 def check_pairs(name: str, what: str, pairs: Any) -> list[tuple[str, Any]]:
-    """A list of `(regex, value)` pairs as it is; `what` are the values, for errors."""
-    rule = (
-        f"{name} must be a list of (regex, {what}) pairs, of which the first that matches decides"
-    )
+    """Checks and returns a list of `(regex, value)` pairs; `what` names the values in messages."""
+    rule = f"{name} must be a list of (regex, {what}) pairs, of which the first match decides"
     if isinstance(pairs, (str, Mapping)) or not isinstance(pairs, Iterable):
-        remedy = ": give list(rules.items())" if isinstance(pairs, Mapping) else ""
-        raise TypeError(f"{rule}{remedy}; got {pairs!r}.")
+        remedy = " Pass list(rules.items())." if isinstance(pairs, Mapping) else ""
+        raise TypeError(f"{rule}; got {pairs!r}.{remedy}")
     for pair in (pairs := list(pairs)):
         plain = isinstance(pair, (tuple, list)) and not hasattr(pair, "_fields")
         if not plain or len(pair) != 2 or not isinstance(pair[0], str):
-            raise TypeError(f"{rule}; got {pair!r} among them.")
+            raise TypeError(f"{rule}; got {pair!r} as a pair.")
     return pairs
 
 
@@ -183,7 +190,7 @@ def _as_row(x: jax.Array) -> jax.Array:
 
 
 def _row_shardings(shardings: Any, rows: Any) -> Any:
-    """The shardings of the vectors, for the rows that `_as_row` makes of them."""
+    """Converts the shardings of vectors to those of the rows that `_as_row` returns."""
     if shardings is None:
         return None
     given = broadcast_prefix(
@@ -219,9 +226,9 @@ def by_layer(
     shardings: Any = None,
     chunk_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_lmo`, decay and rate for every leaf with the ball that `layers_of` gives it.
+    """Updates every leaf with `scale_by_lmo`, decay and rate, and its own ball from `layers_of`.
 
-    `layers` are all that there may be: the state has a part for each, whatever the tree.
+    `layers` lists all possible layers, since the state has a part for each, whatever the tree.
     """
     names = {
         layer: f"{n} {getattr(layer.ball.oracle, '__name__', layer.ball.oracle)}"
@@ -230,7 +237,7 @@ def by_layer(
     orthogonalizer = configured(orthogonalizer, ns_coeffs, ns_steps, ns_dtype)
     check_number("learning_rate", learning_rate, at_least=0, schedule=True)
     check_number("weight_decay", weight_decay, at_least=0, schedule=True)
-    for layer in names:  # at once, and not in the first step
+    for layer in names:  # errors are raised here rather than at the first step
         scale_by_lmo(layer.ball, alpha=alpha, smoothness=layer.smoothness, mu_dtype=mu_dtype)
 
     def routed(tree):
@@ -285,7 +292,7 @@ def _ball_of(leaf: Route) -> Ball:
 
 
 def _axes_of(leaf: Route) -> MatrixAxes:
-    """Of a table, the width of the model is fan_in: the last axis of an embedding."""
+    """Returns the matrix axes; the fan_in of an embedding is its last axis, the model's width."""
     if leaf.axes is not None:
         return leaf.axes
     return MatrixAxes(-1, -2) if leaf.kind == _routing.EMBEDDING else MatrixAxes()

@@ -1,4 +1,4 @@
-"""Gradients taken ahead of the params, along an average of their moves: EMA-Nesterov."""
+"""EMA-Nesterov: gradients at a point ahead of the params, along the average of their steps."""
 
 from typing import Any, NamedTuple
 
@@ -16,10 +16,10 @@ class LookaheadState(NamedTuple):
     """State of `lookahead`.
 
     Attributes:
-        count: steps taken, int32 scalar.
-        factor: of the average in the next look ahead, float32 scalar; 0 before the first step,
-            where nothing is averaged yet.
-        mean: moving average of the params' moves, shaped like them, in float32 or wider.
+        count: The number of steps taken, an int32 scalar.
+        factor: The factor of the average in the next look-ahead, a float32 scalar. It is 0 before
+            the first step, when there is no average yet.
+        mean: The moving average of the params' steps, in float32 or wider.
     """
 
     count: chex.Array
@@ -30,26 +30,26 @@ class LookaheadState(NamedTuple):
 def lookahead(
     factor: optax.ScalarOrSchedule = 0.3, *, decay: float | jax.Array = 0.99
 ) -> optax.GradientTransformation:
-    r"""Averages the moves of the params; the last link of a chain, whose updates it leaves alone.
+    r"""Averages the steps of the params, as the last link of a chain. Updates are not changed.
 
-    $\Delta_t = w_{t+1} - w_t$, $m \leftarrow d\,m + (1-d)\,\Delta_t$. The training step takes its
-    gradient, and its step, at $w + f m$, which `lookahead_params` gives: Nesterov's momentum around
-    any optimizer.
+    $\Delta_t = w_{t+1} - w_t$, $m \leftarrow d\,m + (1-d)\,\Delta_t$. The training loop computes
+    the gradient, and applies the updates, at $w + f m$, which `lookahead_params` returns. This is
+    Nesterov momentum around any optimizer.
 
     Args:
-        factor: f, of the average; a number or a schedule. At 0 nothing is ahead.
-        decay: d, at least 0 and less than 1.
+        factor: The factor f of the average, a number or a schedule. 0 means no look-ahead.
+        decay: The decay d of the average, at least 0 and less than 1.
 
     Returns:
         A transformation whose state is `LookaheadState`.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: A number is out of range.
 
     References:
-        EMA-Nesterov, 2026, arXiv 2605.25395; the defaults, and a factor that falls with the rate
-        and is 0 for the first 300 and the last 950 of some 3 000 steps, are those of
-        KellerJordan/modded-nanogpt, track 3, 2026-05-25.
+        EMA-Nesterov, 2026, arXiv 2605.25395. The defaults are those of KellerJordan/modded-nanogpt,
+        track 3, 2026-05-25, where the factor falls with the rate and is 0 for the first 300 and the
+        last 950 of about 3 000 steps.
 
     Example:
         >>> import jax, jax.numpy as jnp, muon_jax, optax
@@ -87,22 +87,22 @@ def lookahead(
 
 
 def lookahead_params(state: Any, params: optax.Params) -> optax.Params:
-    """Where to take the next gradient, and the next step from: see `lookahead`.
+    """Returns the params at which to compute the next gradient and apply the next updates.
 
     Args:
-        state: of a chain with `lookahead` in it.
-        params: the present ones.
+        state: The state of a chain that contains `lookahead`.
+        params: The current params.
 
     Returns:
-        The params ahead, in their dtypes.
+        The params ahead, in their dtypes; see `lookahead`.
 
     Raises:
-        ValueError: the state has no `LookaheadState`, or several.
+        ValueError: The state has no `LookaheadState`, or several.
     """
     _, factor, mean = only_state(
         state,
         LookaheadState,
-        "looks ahead, where one is needed: end the chain with lookahead().",
+        "look-ahead states but needs exactly one: end the chain with lookahead().",
     )
 
     def ahead(m: Any, w: Any) -> Any:

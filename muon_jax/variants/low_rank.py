@@ -1,4 +1,4 @@
-"""Orthogonalizers by singular values: the exact polar factor, and that of the top k triplets."""
+"""Orthogonalizers from singular value decompositions: the polar factor, exact or of rank k."""
 
 import dataclasses
 import math
@@ -14,20 +14,21 @@ from muon_jax._options import takes_options_of
 from muon_jax._orthogonalize.decompositions import each_matrix
 from muon_jax._precision import widen
 
-# Directions beyond the rank that the iteration carries, so that the last wanted ones converge.
+# The iteration uses this many more directions than the rank, so that the last ones converge too.
 _OVERSAMPLING = 8
 
 
 def polar_factor(x: jax.Array) -> jax.Array:
-    r"""The polar factor $UV^\top$ of $x = U \Sigma V^\top$ by SVD: what Newton-Schulz approximates.
+    r"""Returns the polar factor $UV^\top$ of $x = U \Sigma V^\top$ by SVD, exact to rounding.
 
-    Null directions stay zero, so a zero matrix gives zeros.
+    This is the matrix that Newton-Schulz approximates. Null directions stay zero, so a zero matrix
+    gives zeros.
 
     Args:
-        x: `(..., m, n)`, floating point.
+        x: An array `(..., m, n)` of floating-point numbers.
 
     Returns:
-        `(..., m, n)` in `x.dtype`; computed in float32 or wider.
+        An array `(..., m, n)` in `x.dtype`, computed in float32 or wider.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax
@@ -41,19 +42,20 @@ def polar_factor(x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class TruncatedPolar:
-    r"""The orthogonalizer $U_k V_k^\top$ of the top k singular triplets.
+    r"""An orthogonalizer that returns $U_k V_k^\top$ from the top k singular triplets.
 
     Attributes:
-        rank: k, or a share of the short side in (0, 1] as a float, rounded up to whole directions
-            (0.07 of 100 are 7, of 101 are 8). More than the short side is the short side, which is
-            the polar factor.
-        method: `"svd"`, exact, or `"subspace"`: block power iteration from a fixed random start,
-            whose cost grows with k, and whose error with the ratio of the singular values around k.
-        iterations: of `"subspace"`, each two products with `x` and a QR.
+        rank: k, or a float in (0, 1] for a fraction of the short side, rounded up to an integer
+            (0.07 of 100 is 7, of 101 is 8). If k is at least the short side, the result is the
+            polar factor.
+        method: `"svd"` is exact. `"subspace"` is block power iteration from a fixed random start;
+            its cost grows with k, and its error with the ratio of the singular values around k.
+        iterations: The number of iterations of `"subspace"`, each of which takes two products with
+            `x` and a QR.
 
     Raises:
-        TypeError: an array, or a number of another type.
-        ValueError: an unknown method, or a rank or a number of iterations below 1.
+        TypeError: A number is an array or has the wrong type.
+        ValueError: The method is unknown, or the rank or the number of iterations is below 1.
 
     References:
         Essential AI, 2025, the rank study; Halko et al., 2011, arXiv 0909.4061, algorithm 4.4.
@@ -90,7 +92,7 @@ class TruncatedPolar:
         for _ in range(self.iterations):
             p, _ = each_matrix(jnp.linalg.qr, product(wide, q))
             q, r = each_matrix(jnp.linalg.qr, product(wide.mT, p))
-        # p qᵀ-coordinates of x: x ≈ p rᵀ qᵀ, whose SVD is that of the small r.
+        # x ≈ p rᵀ qᵀ, whose SVD follows from that of the small r.
         left, values, right = each_matrix(_svd, r.mT)
         kept = _kept(values, rank)
         p, q = product(p, left[..., :rank] * kept), product(q, right.mT[..., :rank])
@@ -107,12 +109,12 @@ def low_rank(
     iterations: int = 2,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`muon` whose update is `TruncatedPolar`: the k strongest directions of the momentum.
+    """Returns `muon` with `TruncatedPolar`, which keeps the k strongest directions of the momentum.
 
     Args:
-        learning_rate: of the hidden matrices; a number or a schedule.
-        rank, method, iterations: as in `TruncatedPolar`.
-        options: those of `muon`, but for the orthogonalizer.
+        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
+        rank, method, iterations: As in `TruncatedPolar`.
+        options: The options of `muon` except the orthogonalizer and its settings.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax
@@ -125,23 +127,23 @@ def low_rank(
 
 
 def rank_of(rank: int | float, m: int, n: int) -> int:
-    """A rank, or a share of the short side, for `m × n` matrices.
+    """Returns a rank from an integer or a fraction of the short side, for `m × n` matrices.
 
     Raises:
-        TypeError: an array, or no number.
-        ValueError: neither an integer from 1 nor a float in (0, 1].
+        TypeError: `rank` is an array or not a number.
+        ValueError: `rank` is neither an integer of at least 1 nor a float in (0, 1].
     """
     check_static("rank", rank)
     check_number("rank", rank)
     short = min(m, n)
     if isinstance(rank, float) and 0 < rank <= 1:
-        # Rounding of the product is no direction: 0.07 * 100 is 7.000000000000001.
+        # Rounding must not add a direction: 0.07 * 100 is 7.000000000000001.
         return max(1, math.ceil(round(rank * short, 9)))
     if isinstance(rank, int) and rank >= 1:
         return min(rank, short)
     raise ValueError(
-        "rank must be an integer of at least 1, or a share of the short side as a float in (0, 1]; "
-        f"got {rank!r}."
+        "rank must be an integer of at least 1, or a float in (0, 1] as a fraction of the short "
+        f"side; got {rank!r}."
     )
 
 
@@ -159,7 +161,7 @@ def _truncated(x: jax.Array, rank: int) -> jax.Array:
 
 
 def relative(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`x` with a largest entry of 1, in float32 or wider, and what it was."""
+    """Divides `x` by its largest absolute entry, in float32 or wider, and returns both."""
     x = widen(x)
     largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
     root = jax.lax.rsqrt(jnp.where(largest == 0, 1, largest))
@@ -167,7 +169,7 @@ def relative(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _kept(values: jax.Array, rank: int) -> jax.Array:
-    """`(..., 1, rank)`: 1 for singular values above rounding, 0 for those below."""
+    """Returns `(..., 1, rank)`: 1 for singular values above the rounding error, 0 for others."""
     noise = values[..., :1] * values.shape[-1] * jnp.finfo(values.dtype).eps
     values = values[..., :rank]
     kept = jnp.where(jnp.isnan(values), values, (values > noise).astype(values.dtype))
@@ -175,5 +177,5 @@ def _kept(values: jax.Array, rank: int) -> jax.Array:
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`a @ b`, with float32 meaning float32 on every platform."""
+    """Returns `a @ b`, in full float32 precision on every platform."""
     return jnp.matmul(a, b, precision="highest")

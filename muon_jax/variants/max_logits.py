@@ -1,4 +1,4 @@
-"""The largest attention logit of every head, beside an attention that never shows its logits."""
+"""The largest attention logit of every head, for attention that does not return its logits."""
 
 import jax
 import jax.numpy as jnp
@@ -18,36 +18,37 @@ def max_attention_logits(
     threshold: float | jax.Array | None = None,
     block_size: int = 128,
 ) -> jax.Array:
-    """Per-head maximum of `scale * q · k` over batch and positions, for `qk_clip`.
+    """Returns the maximum of `scale * q · k` over batch and positions for each head.
 
-    Computed by blocks of query positions, so that no `T × S` array exists. The cost is that of the
-    attention's first product, which `threshold` saves: blocks of which a cheap bound shows that no
-    head exceeds it are skipped. The bound is the attention's log-sum-exp where that is given, which
-    is at most log S above the maximum, and else the product of the largest norms, which costs no
-    product of queries and keys but is much looser.
+    `qk_clip` needs these. They are computed in blocks of query positions, so that no `T × S` array
+    exists. The cost is that of the attention's first product. A `threshold` reduces it: a block is
+    skipped if a cheap bound shows that no head exceeds the threshold. The bound is the attention's
+    log-sum-exp if it is given, which is at most log S above the maximum. Otherwise it is the
+    product of the largest norms, which needs no product of queries and keys but is much looser.
 
-    No gradient flows. On a mesh with Auto or Explicit axes the maximum is the global one; inside
-    `shard_map` it is the device's own, for the caller's `jax.lax.pmax`. Under `vmap` with
+    Gradients are stopped. On a mesh with Auto or Explicit axes the maximum is global. Inside
+    `shard_map` it is the device's own, and the caller applies `jax.lax.pmax`. Under `vmap` with
     `threshold`, every block is computed.
 
     Args:
-        query: `(B, T, N, H)`, as the attention multiplies them: normalised and rotated.
-        key: `(B, S, K, H)`; query head `n` reads key head `n // (N // K)`.
-        scale: of the logits; `None` is `1 / sqrt(H)`.
-        is_causal: query position `t` sees key positions up to `t`.
-        mask: bool, broadcastable to `(B, N, T, S)`; `False` is not seen.
-        logsumexp: `(B, T, N)`, the second result of
-            `jax.nn.dot_product_attention(..., return_residual=True)` of the same logits.
-        threshold: up to here an upper bound will do.
-        block_size: query positions at a time; `(B, N, block_size, S)` float32 is what is held.
+        query: The queries `(B, T, N, H)` as the attention multiplies them, normalised and rotated.
+        key: The keys `(B, S, K, H)`. Query head `n` reads key head `n // (N // K)`.
+        scale: The scale of the logits. `None` means `1 / sqrt(H)`.
+        is_causal: Whether query position `t` attends only to key positions up to `t`.
+        mask: A bool array that broadcasts to `(B, N, T, S)`. `False` means no attention.
+        logsumexp: An array `(B, T, N)`, the second result of
+            `jax.nn.dot_product_attention(..., return_residual=True)` for the same logits.
+        threshold: Maxima up to this value may be replaced by upper bounds. `None` means never.
+        block_size: The number of query positions in a block. The memory needed is that of
+            `(B, N, block_size, S)` in float32.
 
     Returns:
         `(N,)` float32, accumulated in float32. With `threshold`, values above it are the maxima,
-        and others are upper bounds of them. A head that sees nothing has `-inf`, or such a bound.
+        and others are upper bounds of them. A head that attends to nothing has `-inf` or a bound.
 
     Raises:
-        TypeError: a number of another type.
-        ValueError: shapes that do not fit, or a number out of range.
+        TypeError: A number has the wrong type.
+        ValueError: Shapes do not fit, or a number is out of range.
 
     Example:
         >>> import jax
@@ -63,14 +64,14 @@ def max_attention_logits(
     scale = query.shape[-1] ** -0.5 if scale is None else jax.lax.stop_gradient(scale)
     (batch, length, heads, _), (_, keys, kv_heads, _) = query.shape, key.shape
     block_size = min(block_size, length)
-    # The last block overlaps the one before it, which no maximum minds.
+    # The last block may overlap the one before it, which does not change a maximum.
     starts = np.minimum(np.arange(0, length, block_size), length - block_size)
 
     def by_key_head(x):
         return x.reshape(*x.shape[:2], kv_heads, heads // kv_heads, *x.shape[3:])
 
     def largest(start):
-        """The maxima of the block that begins at `start`, `(B, N)`."""
+        """Returns the maxima `(B, N)` of the block that begins at `start`."""
         block = jax.lax.dynamic_slice_in_dim(query, start, block_size, axis=1)
         logits = scale * jnp.einsum(
             "btkgh,bskh->bkgts", by_key_head(block), key, preferred_element_type=jnp.float32
@@ -87,7 +88,7 @@ def max_attention_logits(
             logits = jnp.where(seen, logits, -jnp.inf)
         return jnp.max(logits, axis=(2, 3))
 
-    # The batch is reduced last: on a mesh, once for all blocks.
+    # The batch is reduced last, so that a mesh needs one reduction for all blocks.
     if threshold is None:
         return jnp.max(jax.lax.map(largest, starts), axis=(0, 1))
 
@@ -96,7 +97,7 @@ def max_attention_logits(
         bounds = jnp.abs(scale) * norms.reshape(batch, length, heads)
     else:
         bounds = jax.lax.stop_gradient(logsumexp).astype(jnp.float32)
-        # It was rounded to its dtype; where nothing is seen it is -inf.
+        # It was rounded to its dtype, and is -inf for positions that attend to nothing.
         bounds *= 1 + jnp.sign(bounds) * jnp.finfo(logsumexp.dtype).eps
     padding = len(starts) * block_size - length
     bounds = jnp.pad(bounds, ((0, 0), (0, padding), (0, 0)), constant_values=-jnp.inf)
@@ -112,7 +113,7 @@ def max_attention_logits(
 
 
 def _norm(x: jax.Array) -> jax.Array:
-    """Length of the last axis, rounded up: at least that of any product's float32 sum."""
+    """Returns norms along the last axis, rounded up to bound the rounding of products as well."""
     x = x.astype(jnp.float32)
     return jnp.sqrt(jnp.sum(x * x, axis=-1)) * (1 + x.shape[-1] * jnp.finfo(jnp.float32).eps)
 
@@ -120,15 +121,16 @@ def _norm(x: jax.Array) -> jax.Array:
 def _check_shapes(query, key, mask, logsumexp) -> None:
     shapes = f"query {query.shape}, key {key.shape}"
     if not (query.ndim == key.ndim == 4):
-        raise ValueError(f"query is (B, T, N, H) and key (B, S, K, H); got {shapes}.")
+        raise ValueError(f"query must be (B, T, N, H) and key (B, S, K, H); got {shapes}.")
     if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
-        raise ValueError(f"query and key share batch and head size; got {shapes}.")
+        raise ValueError(f"query and key must have the same B and H; got {shapes}.")
     if query.shape[2] % key.shape[2]:
-        raise ValueError(f"The key heads divide the query heads, K of N; got {shapes}.")
+        raise ValueError(f"The number N of query heads must be a multiple of K; got {shapes}.")
     whole = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
     if mask is not None and (
         mask.ndim != 4 or any(a not in (1, b) for a, b in zip(mask.shape, whole, strict=True))
     ):
-        raise ValueError(f"mask is broadcastable to (B, N, T, S) = {whole}; got {mask.shape}.")
+        raise ValueError(f"mask must broadcast to (B, N, T, S) = {whole}; got {mask.shape}.")
     if logsumexp is not None and logsumexp.shape != query.shape[:3]:
-        raise ValueError(f"logsumexp is (B, T, N) = {query.shape[:3]}; got {logsumexp.shape}.")
+        expected = query.shape[:3]
+        raise ValueError(f"logsumexp must be (B, T, N) = {expected}; got {logsumexp.shape}.")

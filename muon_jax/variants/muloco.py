@@ -1,4 +1,4 @@
-"""MuLoCo: groups of devices take many steps alone, and an outer Nesterov step joins them."""
+"""MuLoCo: workers take many steps independently, and an outer Nesterov step combines them."""
 
 from typing import NamedTuple
 
@@ -16,10 +16,10 @@ class MulocoState(NamedTuple):
     """State of `muloco`.
 
     Attributes:
-        count: steps taken, int32 scalar.
-        inner: state of the optimizer within.
-        anchor: the params after the last outer step, in float32 or wider.
-        velocity: momentum of the outer steps, likewise.
+        count: The number of steps taken, an int32 scalar.
+        inner: The state of the inner optimizer.
+        anchor: The params after the last outer step, in float32 or wider.
+        velocity: The momentum of the outer steps, in float32 or wider.
     """
 
     count: chex.Array
@@ -36,26 +36,27 @@ def muloco(
     momentum: float | jax.Array = 0.5,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Nesterov SGD over groups of `every` steps of another optimizer, averaged over workers.
+    r"""Applies Nesterov SGD to the average of several workers after every `every` inner steps.
 
     After `every` steps, $\delta = a - \mathrm{mean}(w)$ from the last anchor a; $v \leftarrow
-    \mu v + \alpha \delta$; $a \leftarrow a - \mu v - \alpha \delta$, and all workers go on from a.
-    In between they exchange nothing: the slow axis of a mesh carries the params once in `every`
-    steps, where data parallelism carries the gradients in each.
+    \mu v + \alpha \delta$; $a \leftarrow a - \mu v - \alpha \delta$. All workers continue from a.
+    Between outer steps they exchange nothing: the params cross the slow axis of a mesh once in
+    `every` steps, whereas with data parallelism the gradients cross it in every step.
 
     Args:
-        inner: the optimizer of the workers, `muon(...)` for one. Its state stays with its worker.
-        every: steps between two outer ones.
-        learning_rate, momentum: of the outer steps.
-        axis_name: of the workers, which hold params of their own: of `jax.vmap`, or the slow axis
-            of a mesh, which `jax.shard_map(..., axis_names={"pod"})` around the training step
-            makes one, while the axes within a pod stay XLA's. None is one worker.
+        inner: The optimizer of the workers, such as `muon(...)`. Each worker has its own state.
+        every: The number of inner steps per outer step.
+        learning_rate, momentum: The settings of the outer steps.
+        axis_name: The name of the axis of workers, each of which has its own params. It is an axis
+            of `jax.vmap`, or the slow axis of a mesh, with
+            `jax.shard_map(..., axis_names={"pod"})` around the training step; the axes within a pod
+            are then still XLA's. `None` means a single worker.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     Raises:
-        ValueError: a number out of range, or `update` without params.
+        ValueError: A number is out of range, or `update` is called without params.
 
     References:
         Thérien et al., 2025, MuLoCo, arXiv 2505.23725, algorithm 1; the defaults are those of

@@ -1,4 +1,4 @@
-"""MuonBP: the blocks that devices hold are orthogonalised, and whole matrices now and then."""
+"""MuonBP: orthogonalises each device's block of a matrix, and periodically whole matrices."""
 
 import functools
 from typing import Any, Unpack
@@ -22,26 +22,26 @@ def scale_by_muonbp(
     blocks: tuple[int, int] | None = None,
     **options: Any,
 ) -> optax.GradientTransformation:
-    """Muon that orthogonalises blocks, and whole matrices every `period` steps, from the first on.
+    """Orthogonalises blocks of matrices, but whole matrices once in `period` steps.
 
-    Between these steps no matrix is moved: on a mesh the blocks are what the devices hold. The
-    shape scale is that of the block.
+    Whole matrices are orthogonalised in the first step. In steps with blocks no matrix is moved,
+    since on a mesh the blocks are the devices' shards. The shape scale is that of the block.
 
     Args:
-        period: 1 is Muon.
-        block_ratio: factor of the updates of the other steps, for the second rate of the paper.
-        blocks: `(along fan_in, along fan_out)`, into how many blocks every matrix is split, on any
-            mesh. `None` is one for each shard; under Auto axes inside `jit` that needs
-            `shardings=`. Leaves with parts of their own (`MatrixAxes`) keep these.
-        options: those of `scale_by_muon`.
+        period: The number of steps between orthogonalisations of whole matrices. 1 means Muon.
+        block_ratio: A factor of the updates in all other steps, for the second rate of the paper.
+        blocks: The numbers of blocks `(along fan_in, along fan_out)` of every matrix, on any mesh.
+            `None` means one block for each shard; under Auto axes inside `jit` that needs
+            `shardings=`. Leaves that `MatrixAxes` splits into parts keep these parts.
+        options: The options of `scale_by_muon`.
 
     Returns:
         A transformation whose state is `MuonState`.
 
     Raises:
-        TypeError: an argument of another type, or an array where the program depends on it.
-        ValueError: a period below 1, blocks that do not divide a matrix, or leaves of unknown
-            sharding.
+        TypeError: An argument has the wrong type, or is an array but decides what is compiled.
+        ValueError: The period is below 1, the blocks do not divide a matrix, or the sharding of a
+            leaf is unknown.
 
     References:
         Khaled et al., 2025, MuonBP, arXiv 2510.16981, algorithm 1.
@@ -99,12 +99,21 @@ def muonbp(
     blocks: tuple[int, int] | None = None,
     **options: Unpack[StageOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_muonbp` for the hidden matrices, AdamW for the other leaves.
+    """Updates the hidden matrices with MuonBP and all other leaves with AdamW.
+
+    MuonBP orthogonalises blocks in most steps and whole matrices in some; see `scale_by_muonbp`. On
+    a mesh the blocks are the devices' shards, so that most steps move no matrix.
 
     Args:
-        learning_rate: of the hidden matrices; a number or a schedule.
-        period, block_ratio, blocks: as in `scale_by_muonbp`.
-        options: those of `muon`.
+        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
+        period, block_ratio, blocks: As in `scale_by_muonbp`.
+        options: The options of `muon`.
+
+    Returns:
+        A transformation that requires `params` in `update`.
+
+    References:
+        Khaled et al., 2025, MuonBP, arXiv 2510.16981.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

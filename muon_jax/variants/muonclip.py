@@ -1,4 +1,4 @@
-"""MuonClip: Muon, and QK-clip after it."""
+"""MuonClip: Muon followed by QK-clip."""
 
 from typing import Any
 
@@ -22,23 +22,23 @@ def muonclip(
     weight_decay: optax.ScalarOrSchedule = 0.1,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon with Moonlight's scale and weight decay, followed by `qk_clip`: Kimi K2's optimizer.
+    """Returns Kimi K2's optimizer: Muon with Moonlight's scale and decay, followed by `qk_clip`.
 
-    Attention logits above the threshold are brought back to it after the step that has seen them.
-    The next step may exceed it again, by what `qk_clip` says.
+    Attention logits above the threshold are scaled back to it after the step that computed them.
+    The next forward pass may exceed it again, as `qk_clip` explains.
 
     Args:
-        learning_rate, scale: of `muon`.
-        weight_decay: of `muon`; 0.1 by default, Moonlight's, where `muon` has 0.0.
-        specs, threshold, alpha: of `qk_clip`.
-        options: those of `muon`.
+        learning_rate, scale: As in `muon`.
+        weight_decay: As in `muon`, but the default is Moonlight's 0.1 instead of 0.0.
+        specs, threshold, alpha: As in `qk_clip`.
+        options: The options of `muon`.
 
     Returns:
-        A transformation that takes (and needs) `params` and `max_logits` in `update`, as `qk_clip`
-        does; `max_logits=None` is a step without a clip.
+        A transformation that requires `params` and `max_logits` in `update`, like `qk_clip`;
+        `max_logits=None` means a step without clipping.
 
     Raises:
-        TypeError, ValueError: as `muon` and `qk_clip` do.
+        TypeError, ValueError: As in `muon` and `qk_clip`.
 
     References:
         Kimi Team, 2025, "Kimi K2", arXiv 2507.20534; Liu et al., 2025, arXiv 2502.16982.

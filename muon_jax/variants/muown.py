@@ -1,4 +1,4 @@
-"""Muown: every output neuron has a norm of its own, on Adam, and a direction, on Muon."""
+"""Muown: Adam updates the norm of every output neuron, and Muon its direction."""
 
 import functools
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from muon_jax._orthogonalize.newton_schulz import configured
 from muon_jax._partition import partition
 from muon_jax._precision import widen
 
-# Of a neuron of zeros, as in Emerging-Optimizers: it has a direction after its first step.
+# The length of a neuron of zeros, as in Emerging-Optimizers; its first step gives it a direction.
 _LEAST = 1e-12
 
 
@@ -24,11 +24,12 @@ class MuownState(NamedTuple):
     """State of the hidden matrices under `muown`.
 
     Attributes:
-        norms: g, of each output neuron, float32; shaped like the params with fan_in axes of 1.
-        lengths: |v| of the same, which grow as the directions move.
-        direction: state of `scale_by_muon`, on the gradient of v.
-        moments: Adam's, on the gradient of g.
-        decay, rate: states of the last links.
+        norms: The norm g of each output neuron, float32, shaped like the params with fan_in axes of
+            size 1.
+        lengths: The length |v| of each output neuron, which grows as the direction changes.
+        direction: The state of `scale_by_muon` for the gradient of v.
+        moments: The state of Adam for the gradient of g.
+        decay, rate: The states of the last two links.
     """
 
     norms: optax.Updates
@@ -39,7 +40,14 @@ class MuownState(NamedTuple):
     rate: optax.OptState
 
 
-@takes_options_of(muon, without=("constraint", "cautious_weight_decay"))
+@takes_options_of(
+    muon,
+    without=("constraint", "cautious_weight_decay"),
+    refused={
+        "constraint": "the norms of neurons are parameters of their own here, and Adam moves them. "
+        "muon takes constraints."
+    },
+)
 def muown(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -53,21 +61,21 @@ def muown(
     orthogonalizer: Any = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Muon on the directions of output neurons, Adam on their norms.
+    r"""Updates the directions of output neurons with Muon, and their norms with Adam.
 
-    $W = g\,u$ with $u = v / \|v\|$ for each output neuron, and the gradients are those of g and v:
-    $G_g = \langle G, u \rangle$ and $G_v = (G - G_g\,u)\,g / \|v\|$. Both take steps of the rate,
-    $v \leftarrow v - \eta\,\mathrm{Muon}(G_v)$ and $g \leftarrow g - \eta\,(\mathrm{Adam}(G_g) +
-    \lambda g)$: the decay is that of the norms.
+    $W = g\,u$ with $u = v / \|v\|$ for each output neuron. The gradients of g and v are
+    $G_g = \langle G, u \rangle$ and $G_v = (G - G_g\,u)\,g / \|v\|$. The steps of both have the
+    same rate, $v \leftarrow v - \eta\,\mathrm{Muon}(G_v)$ and
+    $g \leftarrow g - \eta\,(\mathrm{Adam}(G_g) + \lambda g)$. The decay applies to the norms only.
 
     Args:
-        learning_rate: of directions and norms; a number or a schedule.
-        b1, b2, eps: Adam's, for the norms.
-        nesterov, ns_coeffs, ns_steps, ns_dtype, orthogonalizer: as in `muon`.
-        options: those of `muon`.
+        learning_rate: The learning rate of directions and norms, a number or a schedule.
+        b1, b2, eps: The settings of Adam for the norms.
+        nesterov, ns_coeffs, ns_steps, ns_dtype, orthogonalizer: As in `muon`.
+        options: The options of `muon`.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     References:
         Muown, 2026, arXiv 2605.10797, as in NVIDIA Emerging-Optimizers.

@@ -1,4 +1,4 @@
-"""One adaptive scalar for each matrix: NAMO."""
+"""NAMO: one adaptive scalar for each matrix."""
 
 from typing import Any
 
@@ -14,18 +14,19 @@ from muon_jax.variants.second_moment import root_mean_squares
 
 
 def noise_scale(beta2: float | jax.Array = 0.95, eps: float | jax.Array = 1e-8) -> Hook:
-    r"""Scales each orthogonal factor by how much of its gradients the momentum keeps.
+    r"""Scales each orthogonal factor by the norm of the momentum relative to that of the gradients.
 
     $v \leftarrow \beta_2 v + (1-\beta_2) \|G\|_F^2$, $O \leftarrow O\,\|M\|_F / (\sqrt v +
-    \epsilon)$: about 1 where gradients agree from step to step, and less where they are noise.
+    \epsilon)$. The factor is about 1 if gradients agree from step to step, and less if they are
+    noisy.
 
     Args:
-        beta2: decay of the second moment, from 0 to 1.
-        eps: added to its root.
+        beta2: The decay of the second moment, from 0 to 1.
+        eps: A number added to the square root of the second moment.
 
     Returns:
-        A hook, for `after=` of `muon`, `scale_by_muon` and their relatives; its state is the root
-        of v, a float32 number for each matrix.
+        A hook, for `after=` of `muon`, `scale_by_muon` and their variants. Its state is the square
+        root of v, a float32 number for each matrix.
 
     References:
         NAMO, 2026, arXiv 2602.17080, without a bias correction, as in NVIDIA Emerging-Optimizers.
@@ -64,12 +65,21 @@ def namo(
     eps: float | jax.Array = 1e-8,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """NAMO: `muon(learning_rate, after=noise_scale(beta2, eps))`.
+    """Returns NAMO, which is Muon with an adaptive step size for each matrix.
+
+    The step is shorter if gradients are noisy. NAMO is
+    `muon(learning_rate, after=noise_scale(beta2, eps))`.
 
     Args:
-        learning_rate: of the hidden matrices; a number or a schedule.
-        beta2, eps: as in `noise_scale`.
-        options: those of `muon`.
+        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
+        beta2, eps: As in `noise_scale`.
+        options: The options of `muon`.
+
+    Returns:
+        A transformation that requires `params` in `update`.
+
+    References:
+        NAMO, 2026, arXiv 2602.17080.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

@@ -1,4 +1,4 @@
-"""NorMuon: Muon, then a second moment for each output neuron."""
+"""NorMuon: Muon followed by a second moment for each output neuron."""
 
 import functools
 from typing import Any, NamedTuple, Unpack
@@ -19,10 +19,10 @@ class NorMuonState(NamedTuple):
     """State of `scale_by_normuon`.
 
     Attributes:
-        count: steps taken, int32 scalar.
-        mu: momentum, shaped like the params.
-        nu: mean square of the orthogonal factor for each output neuron, float32; shaped like the
-            params with fan_in axes of 1.
+        count: The number of steps taken, an int32 scalar.
+        mu: The momentum, shaped like the params.
+        nu: The mean square of the orthogonal factor for each output neuron, float32, shaped like
+            the params with fan_in axes of size 1.
     """
 
     count: chex.Array
@@ -37,22 +37,23 @@ def scale_by_normuon(
     eps: float | jax.Array = 1e-10,
     **options: Any,
 ) -> optax.GradientTransformation:
-    r"""Muon whose output neurons get steps of equal size, for trees of matrix stacks.
+    r"""Gives all output neurons steps of about equal size, for trees of matrix stacks.
 
-    $O = NS(u)$, $v \leftarrow \beta_2 v + (1-\beta_2)\,\mathrm{mean}_{fan\_in}(O^2)$,
-    $\hat O = O / (\sqrt v + \epsilon)$, brought back to $\|O\|_F$; then the shape scale.
+    $O = NS(u)$, $v \leftarrow \beta_2 v + (1-\beta_2)\,\mathrm{mean}_{fan\_in}(O^2)$ and
+    $\hat O = O / (\sqrt v + \epsilon)$, which is scaled to the norm $\|O\|_F$ and multiplied by the
+    shape scale.
 
     Args:
-        beta2: decay of the second moment, from 0 to 1.
-        eps: added to its root.
-        options: those of `scale_by_muon`.
+        beta2: The decay of the second moment, from 0 to 1.
+        eps: A number added to the square root of the second moment.
+        options: The options of `scale_by_muon`.
 
     Returns:
         A transformation whose state is `NorMuonState`.
 
     References:
-        Li et al., 2025, NorMuon, arXiv 2510.05491, algorithm 1; the norm as in its code (the
-        paper's 0.2 · sqrt(fan_in · fan_out) is `scale="match_rms_adamw"`, for full-rank O).
+        Li et al., 2025, NorMuon, arXiv 2510.05491, algorithm 1, with the norm of its code. The
+        paper's 0.2 · sqrt(fan_in · fan_out) is `scale="match_rms_adamw"` if O has full rank.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax
@@ -66,7 +67,20 @@ def scale_by_normuon(
 
 
 def neuron_norm(beta2: float | jax.Array = 0.95, eps: float | jax.Array = 1e-10) -> Hook:
-    """NorMuon's second moment, a hook after orthogonalisation; see `scale_by_normuon`."""
+    """Returns NorMuon's second moment as a hook for `after=`; see `scale_by_normuon`.
+
+    Args:
+        beta2, eps: As in `scale_by_normuon`.
+
+    Returns:
+        A hook, for `after=` of `muon`, `scale_by_muon` and their variants.
+
+    Example:
+        >>> import jax.numpy as jnp, muon_jax
+        >>> tx = muon_jax.scale_by_muon(after=muon_jax.neuron_norm())
+        >>> params = {"kernel": jnp.ones((4, 8))}
+        >>> updates, state = tx.update(params, tx.init(params))
+    """
     check_number("beta2", beta2, at_least=0, at_most=1)
     check_number("eps", eps, at_least=0)
 
@@ -95,12 +109,21 @@ def normuon(
     eps: float | jax.Array = 1e-10,
     **options: Unpack[MuonOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_normuon` for the hidden matrices, AdamW for the other leaves.
+    """Updates the hidden matrices with NorMuon and all other leaves with AdamW.
+
+    NorMuon gives all output neurons steps of about equal size; see `scale_by_normuon`. In addition
+    to Muon's, its state has one number for each output neuron.
 
     Args:
-        learning_rate: of the hidden matrices; a number or a schedule.
-        beta2, eps: as in `scale_by_normuon`.
-        options: those of `muon`.
+        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
+        beta2, eps: As in `scale_by_normuon`.
+        options: The options of `muon`.
+
+    Returns:
+        A transformation that requires `params` in `update`.
+
+    References:
+        Li et al., 2025, NorMuon, arXiv 2510.05491.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

@@ -1,4 +1,4 @@
-"""Steepest descent in the spectral norm: PolarGrad."""
+"""PolarGrad: steepest descent in the spectral norm."""
 
 from typing import Any
 
@@ -13,12 +13,12 @@ from muon_jax._options import takes_options_of
 def nuclear_scale() -> Hook:
     r"""Multiplies each orthogonal factor by the nuclear norm of the momentum.
 
-    $O \leftarrow \langle O, M \rangle\,O$: the inner product with the polar factor is the sum of
-    singular values. Steps then shrink with the gradient, as gradient descent's do; entries of the
-    momentum beyond 2^100 count as that.
+    $O \leftarrow \langle O, M \rangle\,O$, since the inner product with the polar factor is the sum
+    of the singular values. Steps then shrink with the gradient, as in gradient descent. Entries of
+    the momentum are clipped at 2^100.
 
     Returns:
-        A hook, for `after=` of `muon`, `scale_by_muon` and their relatives.
+        A hook, for `after=` of `muon`, `scale_by_muon` and their variants.
 
     References:
         Lau et al., 2025, PolarGrad, arXiv 2505.21799.
@@ -45,12 +45,20 @@ def nuclear_scale() -> Hook:
 def polargrad(
     learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """PolarGrad: `muon(learning_rate, after=nuclear_scale())`.
+    """Returns PolarGrad, which is Muon with steps proportional to the nuclear norm of the momentum.
+
+    It is `muon(learning_rate, after=nuclear_scale())`.
 
     Args:
-        learning_rate: of the hidden matrices; a number or a schedule. Its size is that of SGD's,
-            not of Muon's: the update grows with the gradient.
-        options: those of `muon`.
+        learning_rate: The learning rate of the hidden matrices, a number or a schedule. Use a rate
+            like SGD's rather than Muon's, because the update grows with the gradient.
+        options: The options of `muon`.
+
+    Returns:
+        A transformation that requires `params` in `update`.
+
+    References:
+        Lau et al., 2025, PolarGrad, arXiv 2505.21799.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

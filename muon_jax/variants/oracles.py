@@ -1,4 +1,4 @@
-"""Linear minimisation oracles: the steepest point of a unit ball, by name or as a function."""
+"""Linear minimisation oracles, which return the steepest point of a unit ball."""
 
 import dataclasses
 import math
@@ -16,12 +16,12 @@ Oracle = Callable[[jax.Array], jax.Array]
 
 
 class Ball(NamedTuple):
-    """The ball whose oracle directs the steps of a layer, and its radius.
+    """The ball of a layer: its oracle, which gives the direction of steps, and its radius.
 
     Attributes:
-        oracle: a name of `ORACLES`, or any `(..., fan_in, fan_out) -> (..., fan_in, fan_out)` that
-            takes a direction to the point of the unit ball that is furthest along it.
-        radius: of the ball; greater than 0.
+        oracle: A name in `ORACLES`, or a function `(..., fan_in, fan_out) -> (..., fan_in,
+            fan_out)` that maps a direction to the point of the unit ball furthest along it.
+        radius: The radius of the ball, greater than 0.
     """
 
     oracle: str | Oracle = "spectral"
@@ -29,15 +29,15 @@ class Ball(NamedTuple):
 
 
 def checked_ball(ball: Any) -> Ball:
-    """A `Ball` from itself or its fields.
+    """Returns a checked `Ball` from a `Ball` or a tuple of its fields.
 
     Raises:
-        TypeError: something else, or a radius that is no static number.
-        ValueError: an unknown oracle, or a radius out of range.
+        TypeError: `ball` is neither, or the radius is not a static number.
+        ValueError: The oracle is unknown, or the radius is out of range.
     """
     fields = ball if isinstance(ball, (tuple, list)) else None
     if fields is None or not 1 <= len(fields) <= 2:
-        raise TypeError(f"A ball must be Ball(oracle, radius); got {ball!r}.")
+        raise TypeError(f"A ball must be a muon_jax.Ball(oracle, radius); got {ball!r}.")
     ball = Ball(*fields)
     as_oracle(ball.oracle)
     check_static("radius", ball.radius)
@@ -46,7 +46,7 @@ def checked_ball(ball: Any) -> Ball:
 
 
 def spectral(matrices: Matrices, d: Sequence[jax.Array], like) -> list[jax.Array]:
-    """RMS to RMS operator norm: sqrt(fan_out / fan_in) U Vᵀ."""
+    """Returns sqrt(fan_out / fan_in) U Vᵀ, the oracle of the RMS-to-RMS operator norm."""
     return [
         math.sqrt(fan_out / fan_in) * widen(x)
         for x, (fan_in, fan_out) in zip(
@@ -56,7 +56,7 @@ def spectral(matrices: Matrices, d: Sequence[jax.Array], like) -> list[jax.Array
 
 
 def spectral_conv(matrices: Matrices, d: Sequence[jax.Array], like) -> list[jax.Array]:
-    """The same for a convolution, whose window is all axes of fan_in but the last."""
+    """Returns the same for a convolution, whose window is all axes of fan_in except the last."""
     areas = []
     for part in matrices.parts:
         _, fan_in, _ = part.axes.split(part.shape)
@@ -65,20 +65,20 @@ def spectral_conv(matrices: Matrices, d: Sequence[jax.Array], like) -> list[jax.
 
 
 def sign(matrices: Matrices, d: Sequence[jax.Array], like) -> list[jax.Array]:
-    """Largest entry, times fan_in: sign / fan_in."""
+    """Returns sign(d) / fan_in, the oracle of fan_in times the largest absolute entry."""
     del like
     return [jnp.sign(widen(x)) / part.fans[0] for part, x in zip(matrices.parts, d, strict=True)]
 
 
 def row_norm(matrices: Matrices, d: Sequence[jax.Array], like) -> list[jax.Array]:
-    """Each output neuron's weights of length 1 / sqrt(fan_in)."""
+    """Scales each output neuron's weights to norm 1 / sqrt(fan_in)."""
     del like
     unit = _unit(matrices, d, over="fan_in")
     return [x / math.sqrt(part.fans[0]) for part, x in zip(matrices.parts, unit, strict=True)]
 
 
 def col_norm(matrices: Matrices, d: Sequence[jax.Array], like) -> list[jax.Array]:
-    """Each input's weights of root mean square 1."""
+    """Scales each input's weights to root mean square 1."""
     del like
     unit = _unit(matrices, d, over="fan_out")
     return [x * math.sqrt(part.fans[1]) for part, x in zip(matrices.parts, unit, strict=True)]
@@ -90,23 +90,23 @@ def _unit(matrices: Matrices, d: Sequence[jax.Array], over: str) -> list[jax.Arr
     return [x / jnp.where(n == 0, 1, n) for x, n in zip(d, lengths, strict=True)]
 
 
-# Pethick et al. (2502.07529), tables 2 to 4; rows and columns are torch's, of (out, in).
+# Pethick et al. (2502.07529), tables 2 to 4. Rows and columns are those of torch's (out, in).
 ORACLES = {
     "spectral": spectral,
     "spectral_conv": spectral_conv,
     "sign": sign,
     "row_norm": row_norm,
     "col_norm": col_norm,
-    # For vectors, one an entry of the leading axes: b / rms(b), which is col_norm with fan_in 1.
+    # For vectors along the last axis: b / rms(b), which is col_norm with a fan_in of 1.
     "bias_rms": col_norm,
 }
 
 
 def as_oracle(oracle: str | Oracle):
-    """`(matrices, parts, like) -> parts` for a name or a user's function.
+    """Returns the function `(matrices, parts, like) -> parts` of a name or a user's function.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: The name is unknown.
     """
     if callable(oracle):
         checked = _SameShape(oracle)
@@ -121,7 +121,7 @@ def as_oracle(oracle: str | Oracle):
 
 @dataclasses.dataclass(frozen=True)
 class _SameShape:
-    """A user's oracle, whose results are checked."""
+    """A user's oracle with a check of the shape of its result."""
 
     oracle: Oracle
 
@@ -130,7 +130,7 @@ class _SameShape:
         if jnp.shape(y) != x.shape:
             name = getattr(self.oracle, "__name__", self.oracle)
             raise ValueError(
-                f"The oracle {name!r} must return an array of the shape that it is given, "
+                f"The oracle {name!r} must return an array with the shape of its argument, "
                 f"{x.shape}; got {jnp.shape(y)}."
             )
         return y

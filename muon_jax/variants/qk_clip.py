@@ -1,13 +1,13 @@
-"""QK-clip: the query and key weights of a head shrink where its attention logits grew too large.
+"""QK-clip: scales down the query and key weights of heads whose attention logits are too large.
 
-After the optimizer's step, for a head whose largest logit S of that step's forward pass is above
-the threshold: gamma = threshold / S, `W_q *= gamma ** alpha`, `W_k *= gamma ** (1 - alpha)`. Where
-each query head has a key head of its own, that head's logits are then gamma times what they would
-be, and no other head changes. A key head that several query heads read takes the smallest gamma of
-theirs, so the logits of all of them shrink.
+After the optimizer's step, each head whose largest logit S in that step's forward pass is above the
+threshold is scaled: gamma = threshold / S, `W_q *= gamma ** alpha`, `W_k *= gamma ** (1 - alpha)`.
+If each query head has its own key head, this multiplies that head's logits by gamma and changes no
+other head. The factor of a key head that several query heads read is their smallest gamma, so the
+logits of all of them shrink.
 
-No logit is cut off: S is of the params before the step, gamma brings it back to the threshold, and
-what the step itself and the clips of the layers below add to the next forward pass comes on top.
+Logits are not bounded: S belongs to the params before the step. Gamma scales S back to the
+threshold, but the step itself and the clipping of earlier layers change the next logits as well.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,42 +30,44 @@ _MISSING: Any = object()
 def qk_clip(
     specs: Specs, *, threshold: float | jax.Array = 100.0, alpha: float | jax.Array = 0.5
 ) -> optax.GradientTransformationExtraArgs:
-    """The last link of a chain: changes the updates so that the new params are clipped.
+    """Changes updates, as the last link of a chain, such that the new params are clipped.
 
     `update(updates, state, params, max_logits=...)` takes the largest attention logits of the
-    forward pass that made the gradients: a tree whose paths are those of the attention modules, as
-    in `{"blocks/0/attention": x}` or the same nested, with `x` of `(heads,)`, or `(layers, heads)`
-    where the params are stacked `(layers, ...)`. They are the maxima over all of the step's batch:
-    over its shards, and over its microbatches, of which `optax.MultiSteps` hands on the last one's
-    only. A head whose largest logit is not finite, or not above the threshold, keeps its update.
-    `max_logits` must be given; `None` leaves the updates as they are. Inside `shard_map` heads are
-    the device's own.
+    forward pass that computed the gradients. They are a tree with the paths of the attention
+    modules, such as `{"blocks/0/attention": x}` or the same nested, where `x` has the shape
+    `(heads,)`, or `(layers, heads)` if the params are stacked as `(layers, ...)`. They must be the
+    maxima over the whole batch of the step, that is, over its shards and its microbatches;
+    `optax.MultiSteps` passes on only those of the last microbatch. A head whose largest logit is
+    not finite, or not above the threshold, keeps its update. `max_logits` is required; `None`
+    leaves all updates unchanged. Inside `shard_map` the heads are the device's own.
 
-    The threshold is no bound of the next forward pass, which exceeds it by what one step adds to
-    the logits: the growth of W_q and W_k themselves, and other inputs from the layers below, which
-    have moved and been clipped too. Measured in 400 steps of `muonclip` on a transformer of two
-    layers and width 64, with thresholds of 2 and 5: by up to 6 % at a rate of 0.001 and 30 % at
-    0.01. Where a logit has a hard limit, set the threshold that much lower.
+    The threshold does not bound the next forward pass, which may exceed it by the effect of one
+    step on the logits: the growth of W_q and W_k themselves, and different inputs from earlier
+    layers. In 400 steps of `muonclip` on a transformer of two layers and width 64, with thresholds
+    of 2 and 5, it was exceeded by up to 6 % at a learning rate of 0.001 and 30 % at 0.01. If logits
+    have a hard limit, choose a threshold that much lower.
 
-    Where params are kept in low precision too, the float32 master weights are what to clip: in
-    bfloat16 a factor within 0.2 % of 1 is rounded away, so that with alpha = 0.5 logits up to 0.4 %
-    above the threshold are not clipped.
+    If params are also kept in low precision, clip the float32 master weights: in bfloat16 a factor
+    within 0.2 % of 1 is rounded to 1, so that with alpha = 0.5 logits up to 0.4 % above the
+    threshold are not clipped.
 
     Args:
-        specs: `GroupedQuery` or `MultiHeadLatent`, or several; each holds for all modules that
-            have its leaves.
-        threshold: largest logit that is left alone; greater than 0, and infinity never clips.
-        alpha: the queries' share of the factor, in its exponent, from 0 to 1; the keys' is
+        specs: `GroupedQuery` or `MultiHeadLatent`, or a list of them. Each applies to all modules
+            that have its leaves.
+        threshold: The largest logit that is not clipped, greater than 0. Infinity disables
+            clipping.
+        alpha: The exponent of gamma for the queries, from 0 to 1. The exponent for the keys is
             `1 - alpha`.
 
     Returns:
-        A stateless transformation that takes (and needs) `params` and `max_logits` in `update`.
+        A stateless transformation that requires `params` and `max_logits` in `update`.
 
     Raises:
-        TypeError: `update` without `max_logits`, specs that are none, or a number of another type.
-        ValueError: a number out of range, a spec that fits no module, `max_logits` for no module, a
-            module without `max_logits`, shapes that do not fit, or a norm after the projections.
-            Norms, and specs that fit nothing, are noticed in `init`.
+        TypeError: `update` is called without `max_logits`, `specs` is of another type, or a number
+            has the wrong type.
+        ValueError: A number is out of range, a spec fits no module, `max_logits` has no module or a
+            module has no `max_logits`, shapes do not fit, or a norm follows the projections. Norms
+            and specs without a module are errors of `init`.
 
     References:
         Kimi Team, 2025, "Kimi K2", arXiv 2507.20534, algorithm 1.
@@ -96,7 +98,7 @@ def qk_clip(
         if max_logits is None:
             return updates, state
         if params is None:
-            raise ValueError("qk_clip clips params + updates: give update the params.")
+            raise ValueError("qk_clip needs the params: call update(updates, state, params, ...).")
         factors = _find_factors(updates, max_logits, specs, threshold, alpha)
         before = dict(jax.tree_util.tree_leaves_with_path(params))
         names = _names(updates)
@@ -105,7 +107,7 @@ def qk_clip(
             factor = factors.get(names[path])
             if factor is None:
                 return u
-            # (params + u) * factor - params, in the order that is u itself where the factor is 1.
+            # This is (params + u) * factor - params, in an order that gives exactly u for factor 1.
             clipped = _widen(u) * factor + _widen(before[path]) * (factor - 1)
             return clipped.astype(u.dtype)
 
@@ -122,18 +124,19 @@ def clip_qk(
     threshold: float | jax.Array = 100.0,
     alpha: float | jax.Array = 0.5,
 ) -> optax.Params:
-    """What `qk_clip` does, as a function of params; for master weights that Optax does not hold.
+    """Clips params like `qk_clip`, but as a function, for master weights outside of Optax.
 
     Args:
-        params: after the optimizer's step.
-        max_logits: of the forward pass before it, by attention module, as in `qk_clip`.
-        specs, threshold, alpha: as in `qk_clip`.
+        params: The params after the optimizer's step.
+        max_logits: The largest logits of the forward pass before it, by attention module, as in
+            `qk_clip`.
+        specs, threshold, alpha: As in `qk_clip`.
 
     Returns:
-        The params, scaled in float32 or better and rounded to their own dtype.
+        The params, scaled in float32 or wider and rounded to their own dtype.
 
     Raises:
-        ValueError: as `qk_clip` does.
+        ValueError: As in `qk_clip`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -163,8 +166,8 @@ def _check_arguments(specs: Specs, threshold: Any, alpha: Any) -> tuple[Attentio
     listed = tuple(specs) if isinstance(specs, (tuple, list)) else (specs,)
     if not listed or not all(hasattr(spec, "factors") for spec in listed):
         raise TypeError(
-            "specs must be GroupedQuery(...), MultiHeadLatent(...) or a list of them, which say "
-            f"where the heads are; got {specs!r}."
+            "specs must be GroupedQuery(...), MultiHeadLatent(...) or a list of them, which "
+            f"describe the attention heads; got {specs!r}."
         )
     return listed
 
@@ -172,53 +175,54 @@ def _check_arguments(specs: Specs, threshold: Any, alpha: Any) -> tuple[Attentio
 def _find_factors(
     tree: Any, max_logits: Any, specs: Sequence[AttentionSpec], threshold: Any, alpha: Any
 ) -> dict[str, jax.Array]:
-    """What the leaves of attention modules are multiplied by, by name, broadcastable to them."""
+    """Returns the factors of the leaves of attention modules, by name, in broadcastable shapes."""
     shapes = {name: jnp.shape(x) for name, x in _by_name(tree).items()}
     given = _by_name(max_logits)
     modules = _find_modules(list(shapes), specs)
     if unknown := given.keys() - {module for module, _ in modules}:
         raise ValueError(
             f"max_logits has {_some(unknown)}, where no spec finds an attention module. Its paths "
-            f"are the modules': {_some(module for module, _ in modules)}."
+            f"must be those of the modules: {_some(module for module, _ in modules)}."
         )
-    found: dict[str, jax.Array] = {}
+    factors: dict[str, jax.Array] = {}
     for module, spec in modules:
         if module not in given:
             raise ValueError(
-                f"max_logits has no entry for {module!r}, only for {_some(given)}. Give it for "
-                "every module that a spec finds; zeros never clip."
+                f"max_logits has no entry for {module!r}, only for {_some(given)}. Pass an entry "
+                "for every module that a spec finds; zeros disable clipping."
             )
         gamma = _gamma(given[module], threshold, spec, module)
         head_dims = {}
         for parts, factor in zip(spec.scaled, spec.factors(gamma, alpha), strict=True):
             leaves = [n for n in shapes for part in _each(parts) if _module_of(n, part) == module]
             for name in leaves:
-                if name in found:
+                if name in factors:
                     raise ValueError(
                         f"{name!r} would be scaled twice, the second time by {spec}. Queries and "
-                        "keys are leaves of their own, and a module has one spec."
+                        "keys must be different leaves, and a module must have only one spec."
                     )
-                found[name] = _fit(factor, shapes[name], spec, name)
+                factors[name] = _fit(factor, shapes[name], spec, name)
                 if factor.shape[-2] > 1:
-                    head_dims[name] = found[name].size // factor.size
+                    head_dims[name] = factors[name].size // factor.size
         if len(set(head_dims.values())) > 1:
             raise ValueError(
-                f"Queries and keys have heads of one size; along head_axis={spec.head_axis} these "
-                f"have {head_dims}. Correct the axis or the numbers of heads in {spec}."
+                "Queries and keys must have heads of one size, but along "
+                f"head_axis={spec.head_axis} their sizes are {head_dims}. Correct the axis or the "
+                f"numbers of heads in {spec}."
             )
-    return found
+    return factors
 
 
 def _find_modules(
     names: Sequence[str], specs: Sequence[AttentionSpec]
 ) -> list[tuple[str, AttentionSpec]]:
-    """The attention modules: whatever has all the leaves that a spec names."""
+    """Returns the attention modules, which are those with all the leaves that a spec names."""
     found = []
     for spec in specs:
         wanted = [part for parts in spec.scaled for part in _each(parts)]
         holders = [{_module_of(name, part) for name in names} for part in wanted]
         modules = sorted(m for m in set.intersection(*holders) if m is not None)
-        # Without leaves it is the stand-in for params of optax.tree_map_params.
+        # A tree without leaves is the placeholder for params of optax.tree_map_params.
         if names and not modules:
             raise ValueError(
                 f"{spec} fits no attention module: none has all of {_some(wanted)}. The leaves "
@@ -232,13 +236,13 @@ def _find_modules(
 
 
 def _gamma(max_logits: Any, threshold: Any, spec: AttentionSpec, module: str) -> jax.Array:
-    """By how much the logits of every head shrink; 1 where nothing is to be clipped."""
+    """Returns the factor of the logits of every head, which is 1 if it is not clipped."""
     max_logits = jnp.asarray(max_logits, jnp.float32)
     if max_logits.shape[-1:] != (spec.heads,):
         raise ValueError(
-            f"max_logits has one number a head, ({spec.heads},), or (layers, {spec.heads}) for "
-            f"stacked layers; at {module!r} it has the shape {max_logits.shape}. Reduce it, or "
-            f"correct heads in {spec}."
+            f"max_logits must have one number per head, ({spec.heads},), or (layers, {spec.heads}) "
+            f"for stacked layers; at {module!r} it has the shape {max_logits.shape}. Take the "
+            f"maximum over other axes, or correct heads in {spec}."
         )
     if any((sharding := jax.typeof(max_logits).sharding).spec):
         max_logits = jax.reshard(max_logits, NamedSharding(sharding.mesh, PartitionSpec()))
@@ -247,13 +251,13 @@ def _gamma(max_logits: Any, threshold: Any, spec: AttentionSpec, module: str) ->
 
 
 def _fit(factor: jax.Array, shape: tuple[int, ...], spec: AttentionSpec, name: str) -> jax.Array:
-    """Factors `(*layers, heads, columns)` along the axes of a leaf, broadcastable to it."""
+    """Reshapes factors `(*layers, heads, columns)` such that they broadcast to a leaf."""
     *layers, heads, columns = factor.shape
     one = shape[len(layers) :]
     if shape[: len(layers)] != tuple(layers):
         raise ValueError(
-            f"The leading axes of max_logits are those of stacked leaves; got {tuple(layers)} for "
-            f"{name!r} of shape {shape}."
+            "The leading axes of max_logits must be those of the stacked leaves; got "
+            f"{tuple(layers)} for {name!r} of shape {shape}."
         )
     if heads == columns == 1 and len(one) <= spec.most_axes:
         return factor.reshape(*layers, *(1,) * len(one))
@@ -267,15 +271,15 @@ def _fit(factor: jax.Array, shape: tuple[int, ...], spec: AttentionSpec, name: s
         merged = jnp.broadcast_to(factor, (*layers, heads, size // heads))
         return merged.reshape(*layers, *(1,) * axis, size, *(1,) * len(rest))
     raise ValueError(
-        f"{name!r} has the shape {one} in each layer; head_axis={spec.head_axis} of at most "
-        f"{spec.most_axes} axes is to hold {heads} heads, or of at most 2 axes {heads} × "
-        f"{columns if columns > 1 else 'head_dim'}. Correct {spec}, or give max_logits of shape "
-        "(layers, heads) if layers are stacked."
+        f"{name!r} has the shape {one} in each layer, but head_axis={spec.head_axis} must have the "
+        f"size {heads}, with at most {spec.most_axes} axes, or {heads} × "
+        f"{columns if columns > 1 else 'head_dim'}, with at most 2 axes. Correct {spec}, or pass "
+        "max_logits of shape (layers, heads) if layers are stacked."
     )
 
 
 def _names(tree: Any) -> dict[Any, str]:
-    """The name of each leaf by key path; keys such as `model.layers.0` are paths too."""
+    """Returns the name of each leaf by key path; keys such as `model.layers.0` are split too."""
     return {path: string.replace(".", "/") for path, string in path_strings(tree).items()}
 
 
@@ -289,7 +293,7 @@ def _each(names: Names) -> tuple[str, ...]:
 
 
 def _module_of(name: str, part: str) -> str | None:
-    """The path above `part` in a leaf's name: `attn` for `query` in `attn/query/kernel`."""
+    """Returns the path above `part` in a leaf's name: `attn` for `query` in `attn/query/kernel`."""
     module, found, _ = f"/{name}/".rpartition(f"/{part}/")
     return module[1:] if found else None
 

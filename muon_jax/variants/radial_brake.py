@@ -1,4 +1,4 @@
-"""The radial brake: a step may turn a matrix, and grow it by a part of what it would."""
+"""The radial brake: limits how much a step changes the norm of a matrix."""
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +9,16 @@ from muon_jax._matrices.hooks import Arrays, Step, stateless
 
 
 def radial_brake(outward: float | jax.Array = 0.5, inward: float | jax.Array = 1.0) -> Constraint:
-    r"""Keeps a part of the change of each matrix's Frobenius norm.
+    r"""Keeps only a fraction of the change of each matrix's Frobenius norm.
 
     $\|W'\| = \|W\| + s\,(\|W + U\| - \|W\|)$, in the direction of $W + U$, where s is `outward` if
-    the norm grows and `inward` if it shrinks; the decay counts as part of the update U.
+    the norm grows and `inward` if it shrinks. The update U includes the decay.
 
     Args:
-        outward, inward: from 0, which keeps the norm, to 1, which leaves the step as it is.
+        outward, inward: Fractions from 0, which keeps the norm, to 1, which keeps the step.
 
     Returns:
-        A constraint, for `constraint=` of `muon` and its relatives.
+        A constraint, for `constraint=` of `muon` and its variants.
 
     References:
         NVIDIA Emerging-Optimizers, `RadialBrakeHook`; KellerJordan/modded-nanogpt, track 3.

@@ -1,4 +1,4 @@
-"""Scion: every layer steps to the steepest point of a ball of its own."""
+"""Scion: every layer steps towards the steepest point of its own ball."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,11 +7,11 @@ import jax
 import optax
 
 from muon_jax._options import takes_options_of
-from muon_jax.variants.lmo import DEFAULT_BALLS, Layer, balls_of, by_layer, check_pairs
+from muon_jax.variants.lmo import DEFAULT_BALLS, REFUSED, Layer, balls_of, by_layer, check_pairs
 from muon_jax.variants.oracles import Ball, checked_ball
 
 
-@takes_options_of(by_layer)
+@takes_options_of(by_layer, refused=REFUSED)
 def scion(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -20,32 +20,33 @@ def scion(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Every leaf steps to the steepest point of its ball: no AdamW, one state, one rate.
+    r"""Steps towards the steepest point of each leaf's ball, with one state and rate and no AdamW.
 
-    $w \leftarrow w - \gamma \rho L(d)$, or constrained
+    $w \leftarrow w - \gamma \rho L(d)$, or, if `constrained`,
     $w \leftarrow (1-\gamma) w - \gamma \rho L(d)$, which keeps $w$ in its ball. Hidden matrices
     have `Ball("spectral", 50)` (`"spectral_conv"` for convolutions), embeddings and heads
-    `Ball("sign", 3000)`, vectors `Ball("bias_rms", 1)`.
+    `Ball("sign", 3000)`, and vectors `Ball("bias_rms", 1)`.
 
     Args:
-        learning_rate: $\gamma$; a number or a schedule; about 2^-12 with these balls.
-        balls: `(regex, Ball)` pairs in place of these: the first regex found in a leaf's path
-            decides, and each must match some leaf.
-        constrained: in place of a weight decay.
-        weight_decay: as in `hybrid`.
+        learning_rate: The learning rate $\gamma$, a number or a schedule; about 2^-12 with these
+            balls.
+        balls: `(regex, Ball)` pairs that override these balls. The first regex that is found in a
+            leaf's path decides, and each must match some leaf.
+        constrained: Whether to keep weights in their balls, which replaces weight decay.
+        weight_decay: As in `hybrid`.
         options: `alpha`, the weight of the new gradient in the average; `ns_coeffs`, `ns_steps`,
-            `ns_dtype` and `orthogonalizer` of the spectral oracles as in `muon`;
+            `ns_dtype` and `orthogonalizer` for the spectral oracles as in `muon`;
             `weight_decay_mask`, `cautious_weight_decay`, `mu_dtype`, `matrix_axes`, `mesh`,
             `shardings` and `chunk_size` as in `hybrid`; `routing`, whose labels only choose the
-            ball here, but for `"frozen"`.
+            ball here, except for `"frozen"`.
 
     Returns:
-        A transformation that takes (and needs) `params` in `update`.
+        A transformation that requires `params` in `update`.
 
     Raises:
-        TypeError: an argument of another type, or an array where the program depends on it.
-        ValueError: an unknown oracle, a number out of range, a rule that matches no leaf, or both
-            `constrained` and a weight decay.
+        TypeError: An argument has the wrong type, or is an array but decides what is compiled.
+        ValueError: An oracle is unknown, a number is out of range, a rule matches no leaf, or
+            `constrained` is combined with a weight decay.
 
     References:
         Pethick et al., 2025, arXiv 2502.07529, algorithms 1 and 2.
@@ -59,8 +60,8 @@ def scion(
     traced = isinstance(weight_decay, jax.core.Tracer)
     if constrained and not traced and (callable(weight_decay) or weight_decay != 0):
         raise ValueError(
-            "constrained=True shrinks the weights by the learning rate itself: leave weight_decay "
-            f"at 0; got {weight_decay!r}."
+            "constrained=True shrinks the weights by the learning rate itself, so weight_decay "
+            f"must be 0; got {weight_decay!r}."
         )
     pairs = check_pairs("balls", "Ball", balls)
     rules = [(regex, checked_ball(ball)) for regex, ball in pairs]

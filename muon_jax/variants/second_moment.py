@@ -1,4 +1,4 @@
-"""Adam's second moment before orthogonalisation: Muon²."""
+"""Muon²: Adam's second moment before orthogonalisation."""
 
 from typing import Any
 
@@ -15,16 +15,16 @@ from muon_jax._options import takes_options_of
 def second_moment(beta2: float | jax.Array = 0.95, eps: float | jax.Array = 1e-10) -> Hook:
     r"""Divides the momentum by the root of the gradient's second moment, before orthogonalisation.
 
-    $V \leftarrow \beta_2 V + (1-\beta_2) G^2$, $M \leftarrow M / (\sqrt V + \epsilon)$, entry by
-    entry. The spectrum becomes flatter, so that fewer steps of Newton-Schulz do. What is stored is
-    the root of V, which is a number for gradients of any size.
+    $V \leftarrow \beta_2 V + (1-\beta_2) G^2$, $M \leftarrow M / (\sqrt V + \epsilon)$ elementwise.
+    This makes the spectrum flatter, so that fewer steps of Newton-Schulz suffice. The state is the
+    square root of V, which does not overflow for any gradient.
 
     Args:
-        beta2: decay of the second moment, from 0 to 1.
-        eps: added to its root.
+        beta2: The decay of the second moment, from 0 to 1.
+        eps: A number added to the square root of the second moment.
 
     Returns:
-        A hook, for `before=` of `muon`, `scale_by_muon` and their relatives.
+        A hook, for `before=` of `muon`, `scale_by_muon` and their variants.
 
     References:
         Muon², 2026, arXiv 2604.09967; beta2 and eps as in KellerJordan/modded-nanogpt, track 3.
@@ -55,12 +55,21 @@ def muon_squared(
     eps: float | jax.Array = 1e-10,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon²: `muon(learning_rate, before=second_moment(beta2, eps))`.
+    """Returns Muon², which divides the momentum by the root of a second moment, as in Adam.
+
+    It is `muon(learning_rate, before=second_moment(beta2, eps))`. In addition to Muon's, its state
+    has a float32 number per entry.
 
     Args:
-        learning_rate: of the hidden matrices; a number or a schedule.
-        beta2, eps: as in `second_moment`.
-        options: those of `muon`; `ns_steps=3` is the paper's saving.
+        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
+        beta2, eps: As in `second_moment`.
+        options: The options of `muon`. The paper saves time with `ns_steps=3`.
+
+    Returns:
+        A transformation that requires `params` in `update`.
+
+    References:
+        Muon², 2026, arXiv 2604.09967.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax
@@ -72,7 +81,7 @@ def muon_squared(
 
 
 def root_mean_squares(roots: Arrays, xs: Arrays, beta2: float | jax.Array) -> Arrays:
-    """The roots of `beta2 * root**2 + (1 - beta2) * x**2`, where a square may be no number."""
+    """Returns the square root of `beta2 * root**2 + (1 - beta2) * x**2` without overflow."""
     kept, added = jnp.sqrt(beta2), jnp.sqrt(1 - beta2)
 
     def root(r: jax.Array, x: jax.Array) -> jax.Array:

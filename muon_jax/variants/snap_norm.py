@@ -1,4 +1,4 @@
-"""The norm of the orthogonal factor set to what an exact one has: Muon+."""
+"""Muon+: sets the norm of the orthogonal factor to that of an exact one."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from muon_jax._options import takes_options_of
 def snap_norm() -> Hook:
     r"""Sets the Frobenius norm of each orthogonal factor to $\sqrt{\min(m, n)}$.
 
-    That is the norm of a semi-orthogonal matrix of full rank; five steps of Newton-Schulz leave
-    0.7 to 1.2 of it, and less where the momentum has a low rank.
+    That is the norm of a semi-orthogonal matrix of full rank. After five steps of Newton-Schulz the
+    norm is 0.7 to 1.2 times that, and less if the momentum has a low rank.
 
     Returns:
-        A hook, for `after=` of `muon`, `scale_by_muon` and their relatives.
+        A hook, for `after=` of `muon`, `scale_by_muon` and their variants.
 
     References:
         Muon+, 2026, arXiv 2602.21545.
@@ -41,11 +41,19 @@ def snap_norm() -> Hook:
 def muon_plus(
     learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon+: `muon(learning_rate, after=snap_norm())`.
+    """Returns Muon+, which is Muon with orthogonal factors scaled to a fixed Frobenius norm.
+
+    It is `muon(learning_rate, after=snap_norm())`.
 
     Args:
-        learning_rate: of the hidden matrices; a number or a schedule.
-        options: those of `muon`.
+        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
+        options: The options of `muon`.
+
+    Returns:
+        A transformation that requires `params` in `update`.
+
+    References:
+        Muon+, 2026, arXiv 2602.21545.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

@@ -1,4 +1,4 @@
-"""Adam's second moment in Shampoo's eigenbases: SOAP, and before orthogonalisation SOAP-Muon."""
+"""SOAP, which is Adam in Shampoo's eigenbases, and SOAP-Muon, which orthogonalises its result."""
 
 from typing import Any, NamedTuple
 
@@ -15,12 +15,12 @@ from muon_jax.variants.second_moment import root_mean_squares
 
 
 class EigenbasisState(NamedTuple):
-    """What `eigenbasis` keeps for a matrix, in float32.
+    """State of `eigenbasis` for a matrix, in float32.
 
     Attributes:
-        second: averages of G Gᵀ and Gᵀ G.
-        bases: their eigenvectors when they were last computed.
-        root: of the average square of the gradient in these bases, `(*batch, fan_in, fan_out)`.
+        second: The averages of G Gᵀ and Gᵀ G.
+        bases: Their eigenvectors when they were last computed.
+        root: The root mean square of the gradient in these bases, `(*batch, fan_in, fan_out)`.
     """
 
     second: Sides
@@ -35,28 +35,29 @@ def eigenbasis(
     max_dim: int = 10_000,
     eps: float | jax.Array = 1e-8,
 ) -> Hook:
-    r"""Adam's denominator in the eigenbases of the gradient's second moments, a hook before.
+    r"""Applies Adam's denominator in the eigenbases of the gradient's second moments.
 
     $V \leftarrow b_2 V + (1-b_2)(Q_L^\top G\,Q_R)^2$, $M \leftarrow Q_L \left(
     \frac{Q_L^\top M\,Q_R}{\sqrt{\hat V} + \epsilon}\right) Q_R^\top$ with the bias-corrected
-    $\hat V$ and the bases of earlier steps, identities at first; then $L, R \leftarrow
-    \mathrm{EMA}(GG^\top, G^\top G; b_2)$, whose eigenvectors are the new bases on the first and
-    every `every`-th step. V is not turned with them: it goes by the rank of the eigenvalues.
+    $\hat V$ and the bases of earlier steps, initially identities. Then $L, R \leftarrow
+    \mathrm{EMA}(GG^\top, G^\top G; b_2)$, whose eigenvectors are the new bases in the first and
+    every `every`-th step. V is not transformed to the new bases: each entry stays with the
+    eigenvalues of the same rank.
 
-    What `scale_by_splus` says of repeated eigenvalues holds here.
+    The remark on repeated eigenvalues in `scale_by_splus` applies here as well.
 
     Args:
-        b2: decay of V, L and R.
-        every: steps between eigendecompositions.
-        max_dim: a side this long keeps the identity as its basis.
-        eps: added to the root.
+        b2: The decay of V, L and R.
+        every: The number of steps between eigendecompositions.
+        max_dim: A side of at least this size keeps the identity as its basis.
+        eps: A number added to the square root of V.
 
     Returns:
-        A hook, for `before=` of `muon`, `scale_by_muon` and their relatives.
+        A hook, for `before=` of `muon`, `scale_by_muon` and their variants.
 
     References:
-        Vyas et al., 2024, SOAP, arXiv 2409.11321, whose code skips the first step, and renews the
-        bases by a power iteration and QR, where this takes eigenvectors.
+        Vyas et al., 2024, SOAP, arXiv 2409.11321. Its code skips the first step and renews the
+        bases by a power iteration and QR; this function computes eigenvectors.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax
@@ -113,17 +114,24 @@ def soap(
     nesterov: bool = False,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """SOAP for the hidden matrices, AdamW for the other leaves: Adam in Shampoo's eigenbases.
+    """Updates the hidden matrices with SOAP and all other leaves with AdamW.
 
-    `muon` without orthogonalisation or shape scale, whose momentum has Adam's bias correction, and
-    `before=eigenbasis(b2, ...)`.
+    SOAP is Adam in Shampoo's eigenbases: `muon` without orthogonalisation or shape scale, with
+    Adam's bias correction of the momentum and `before=eigenbasis(b2, ...)`.
 
     Args:
-        learning_rate: of AdamW's size, 3e-3 or so; a number or a schedule.
-        beta: decay of the momentum.
-        b2, every, max_dim, eps: as in `eigenbasis`.
-        nesterov: as in `muon`.
-        options: those of `muon`.
+        learning_rate: The learning rate of the hidden matrices, a number or a schedule, similar to
+            AdamW's, about 3e-3.
+        beta: The decay of the momentum.
+        b2, every, max_dim, eps: As in `eigenbasis`.
+        nesterov: As in `muon`.
+        options: The options of `muon`.
+
+    Returns:
+        A transformation that requires `params` in `update`.
+
+    References:
+        Vyas et al., 2024, SOAP, arXiv 2409.11321.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax
@@ -154,12 +162,12 @@ def soap_muon(
     eps: float | jax.Array = 1e-8,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """SOAP-Muon: `muon(learning_rate, before=eigenbasis(b2, ...))`.
+    """Returns SOAP-Muon: `muon(learning_rate, before=eigenbasis(b2, ...))`.
 
     Args:
-        learning_rate: of the hidden matrices; a number or a schedule.
-        b2, every, max_dim, eps: as in `eigenbasis`.
-        options: those of `muon`.
+        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
+        b2, every, max_dim, eps: As in `eigenbasis`.
+        options: The options of `muon`.
 
     References:
         KellerJordan/modded-nanogpt, track 3, 2026-06-09.

@@ -1,4 +1,4 @@
-"""Constraints of the weights' spectral norm: a sphere (MuonSphere) and a cap."""
+"""Constraints on the spectral norm of the weights: a sphere (MuonSphere) and a cap."""
 
 from typing import Any
 
@@ -13,23 +13,23 @@ from muon_jax._muon import muon
 from muon_jax._options import takes_options_of
 from muon_jax._scale import SHAPE_SCALES
 
-_FIRST = 20  # power iterations on the weights that training begins with
+_FIRST = 20  # power iterations on the initial weights
 
 
 def spectral_sphere(radius: float | jax.Array = 1.0, *, iterations: int = 1) -> Constraint:
-    r"""Weights whose spectral norm is $c \sqrt{\mathrm{fan\_out} / \mathrm{fan\_in}}$, always.
+    r"""Keeps the spectral norm of weights at $c \sqrt{\mathrm{fan\_out} / \mathrm{fan\_in}}$.
 
-    After every step a matrix is scaled as a whole; one of zeros stays so. With updates of that
-    norm, `scale="mup"` times c, this is MuonSphere: the spectral sphere optimizer without its
+    Every matrix is scaled after every step; zero matrices stay zero. With updates of that norm,
+    `scale="mup"` times c, this is MuonSphere, which is the spectral sphere optimizer without its
     solver for tangent updates.
 
     Args:
-        radius: c, positive.
-        iterations: of the power iteration in a step, from the vector of the step before; that
-            vector, one for each matrix, is the state.
+        radius: The positive constant c.
+        iterations: The number of power iterations per step, which start from the vector of the
+            previous step. The state is that vector for each matrix.
 
     Returns:
-        A constraint, for `constraint=` of `muon` and its relatives.
+        A constraint, for `constraint=` of `muon` and its variants.
 
     References:
         Spectral Sphere Optimizer, 2026, arXiv 2601.08393.
@@ -48,16 +48,16 @@ def spectral_sphere(radius: float | jax.Array = 1.0, *, iterations: int = 1) -> 
 
 
 def spectral_cap(bound: float | jax.Array, *, iterations: int = 1) -> Constraint:
-    r"""Weights of the spectral norm $c \sqrt{\mathrm{fan\_out} / \mathrm{fan\_in}}$ at most.
+    r"""Limits the spectral norm of weights to $c \sqrt{\mathrm{fan\_out} / \mathrm{fan\_in}}$.
 
-    A matrix beyond it is scaled back as a whole; others are left alone.
+    A matrix with a larger norm is scaled down; others are not changed.
 
     Args:
-        bound: c, positive.
-        iterations: as in `spectral_sphere`.
+        bound: The positive constant c.
+        iterations: As in `spectral_sphere`.
 
     Returns:
-        A constraint, for `constraint=` of `muon` and its relatives.
+        A constraint, for `constraint=` of `muon` and its variants.
 
     Example:
         >>> import jax.numpy as jnp, optax, muon_jax
@@ -80,15 +80,21 @@ def spectral_cap(bound: float | jax.Array, *, iterations: int = 1) -> Constraint
 def muon_sphere(
     learning_rate: optax.ScalarOrSchedule, *, radius: float = 1.0, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """MuonSphere: updates and weights of one spectral norm.
+    """Returns MuonSphere, whose updates and weights have the same spectral norm.
 
-    `muon(learning_rate, scale=..., constraint=spectral_sphere(radius))` with the shape scale
+    It is `muon(learning_rate, scale=..., constraint=spectral_sphere(radius))` with the shape scale
     `radius * sqrt(fan_out / fan_in)`.
 
     Args:
-        learning_rate: the share of the weights' spectral norm that a step has.
-        radius: as in `spectral_sphere`.
-        options: those of `muon`.
+        learning_rate: The spectral norm of a step relative to that of the weights.
+        radius: As in `spectral_sphere`.
+        options: The options of `muon`.
+
+    Returns:
+        A transformation that requires `params` in `update`.
+
+    References:
+        Spectral Sphere Optimizer, 2026, arXiv 2601.08393.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax
@@ -104,11 +110,11 @@ def muon_sphere(
 
 
 def _scaled(iterations: int, factor: Any) -> Constraint:
-    """Weights times `factor(their spectral norm, fan_in, fan_out)`."""
+    """Returns a constraint that multiplies weights by `factor(spectral norm, fan_in, fan_out)`."""
     check_integer("iterations", iterations, at_least=1)
 
     def init(matrices: Any, params: Arrays) -> Arrays:
-        # Large columns have a large part in the first singular vector; no entry is left out.
+        # Large columns contribute much to the first singular vector; all entries start positive.
         start = matrices.sum([jnp.abs(w) for w in params], over="fan_in")
         vectors = matrices.with_norms([x + jnp.max(x) + 1 for x in start], [1.0] * len(start))
         for _ in range(_FIRST):
@@ -128,7 +134,7 @@ def _scaled(iterations: int, factor: Any) -> Constraint:
 
 
 def _power(matrices: Any, weights: Arrays, vectors: Arrays) -> tuple[Arrays, Arrays]:
-    """The norms of W v, and W'W v of norm 1, for the right vectors of norm 1 along fan_out."""
+    """Returns the norms of W v, and W'W v scaled to norm 1, for unit vectors v along fan_out."""
     left = matrices.sum([w * v for w, v in zip(weights, vectors, strict=True)], over="fan_out")
     norms = matrices.norms(left, over="fan_in")
     left = [u / jnp.where(norm == 0, 1, norm) for u, norm in zip(left, norms, strict=True)]

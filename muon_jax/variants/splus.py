@@ -1,4 +1,4 @@
-"""SPlus: the sign of the momentum in the eigenbases of Shampoo, evaluated at an average."""
+"""SPlus: the sign of the momentum in Shampoo's eigenbases, with an average for evaluation."""
 
 import functools
 from typing import Any, NamedTuple
@@ -23,10 +23,10 @@ class SPlusState(NamedTuple):
     """State of `scale_by_splus`.
 
     Attributes:
-        count: steps taken, int32 scalar.
-        mu: momentum, shaped like the params.
-        second: averages of G Gᵀ and Gᵀ G, `Sides` in float32.
-        bases: their eigenvectors when they were last computed, `Sides` in float32.
+        count: The number of steps taken, an int32 scalar.
+        mu: The momentum, shaped like the params.
+        second: The averages of G Gᵀ and Gᵀ G, `Sides` in float32.
+        bases: Their eigenvectors when they were last computed, `Sides` in float32.
     """
 
     count: chex.Array
@@ -47,37 +47,37 @@ def scale_by_splus(
     max_dim: int = 10_000,
     **options: Any,
 ) -> optax.GradientTransformation:
-    r"""Stable whitening of the momentum, for trees of matrix stacks.
+    r"""Returns a stable whitening of the momentum, for trees of matrix stacks.
 
     $m \leftarrow \mathrm{EMA}(g; b_1)$; $u = Q_L\,\mathrm{sign}(Q_L^\top m Q_R)\,Q_R^\top$ with the
-    bases of earlier steps (the identity at first), times 2 / (fan_in + fan_out); then
-    $L, R \leftarrow \mathrm{EMA}(gg^\top, g^\top g; b_2)$, whose eigenvectors are the new bases on
+    bases of earlier steps (initially the identity), times 2 / (fan_in + fan_out). Then
+    $L, R \leftarrow \mathrm{EMA}(gg^\top, g^\top g; b_2)$, whose eigenvectors are the new bases in
     the first and every `every`-th step.
 
-    Safe on every finite gradient: what the second moments take of a matrix is scaled down to a
-    largest entry of 2^52, since its square must be a number. Entries below 1e-19 have none: bases
-    that know of no others are the identity.
+    Every finite gradient is safe: for the second moments a matrix is scaled down to a largest entry
+    of 2^52, so that its square is finite. The squares of entries below 1e-19 are zero; if all are,
+    the bases are the identity.
 
-    Where L or R has an eigenvalue several times, any basis of its eigenvectors is as good, and
-    rounding chooses: after k gradients of rank r that is so of a side longer than k r, with zeros.
-    Steps of such a matrix on a mesh and on one device, or on two platforms, then differ by up to
-    their own length (0.5 of it was seen), until both sides have full rank.
+    If L or R has a repeated eigenvalue, any basis of its eigenspace is valid, and rounding errors
+    decide. After k gradients of rank r this is the case for the eigenvalue zero of every side
+    longer than k r. The steps of such a matrix on a mesh and on one device, or on two platforms,
+    then differ by up to their own norm (0.5 of it was observed), until both sides have full rank.
 
     Args:
-        b1, b2: decays of the momentum and of the second moments.
-        every: steps between eigendecompositions.
-        max_dim: a side this long keeps the identity as its basis, and its matrix the scale 0.001,
-            which the authors' code gives to what is no matrix.
-        mu_dtype, matrix_axes, mesh, shardings, chunk_size: as in `scale_by_muon`. Each
-            eigendecomposition is done once, on one device; the products are spread by XLA, and
-            inside `shard_map` a leaf that is a part is gathered for them.
+        b1, b2: The decays of the momentum and of the second moments.
+        every: The number of steps between eigendecompositions.
+        max_dim: A side of at least this size keeps the identity as its basis. The scale of its
+            matrix is then 0.001, which the authors' code uses for leaves that are not matrices.
+        mu_dtype, matrix_axes, mesh, shardings, chunk_size: As in `scale_by_muon`. Each
+            eigendecomposition is computed once, on one device. XLA distributes the products; inside
+            `shard_map` a sharded leaf is gathered for them.
 
     Returns:
         A transformation whose state is `SPlusState`.
 
     Raises:
-        TypeError: an argument of another type, or an array where the program depends on it.
-        ValueError: a number out of range, or axes that do not fit a leaf.
+        TypeError: An argument has the wrong type, or is an array but decides what is compiled.
+        ValueError: A number is out of range, or the axes do not fit a leaf.
 
     References:
         Frans et al., 2025, arXiv 2506.07254, algorithm 2, with the bases as in kvfrans/splus.
@@ -136,18 +136,24 @@ def splus(
     other_optimizer: str | optax.GradientTransformation = "sign",
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_splus` for the hidden matrices, sign momentum for the others, and an average.
+    """Updates hidden matrices with `scale_by_splus`, other leaves with sign momentum, and averages.
 
-    Evaluate at `evaluation_params(state, params)`: the step is large, and the average is what the
-    method is about.
+    Evaluate the model at `evaluation_params(state, params)`: steps are large, so the method relies
+    on the average.
 
     Args:
-        learning_rate: a number or a schedule; about 0.2.
-        b1, b2, every, max_dim: as in `scale_by_splus`.
-        average: decay of the average of the params.
-        other_optimizer: as in `hybrid`.
-        options: those of `hybrid`. Its decay is `learning_rate * weight_decay * w`; that of the
-            authors' code is 2 / (fan_in + fan_out) of it.
+        learning_rate: The learning rate, a number or a schedule; about 0.2.
+        b1, b2, every, max_dim: As in `scale_by_splus`.
+        average: The decay of the average of the params.
+        other_optimizer: As in `hybrid`.
+        options: The options of `hybrid`. Its decay is `learning_rate * weight_decay * w`; the
+            authors' code multiplies this by 2 / (fan_in + fan_out).
+
+    Returns:
+        A transformation that requires `params` in `update`.
+
+    References:
+        Frans et al., 2025, arXiv 2506.07254.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

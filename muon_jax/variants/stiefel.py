@@ -1,4 +1,4 @@
-"""Weights with orthonormal rows or columns: SPEL."""
+"""SPEL: keeps the rows or columns of weights orthonormal."""
 
 from typing import Any
 
@@ -19,17 +19,18 @@ def stiefel(
 ) -> Constraint:
     r"""Replaces the weights after every step by $r$ times their orthogonal factor.
 
-    $W \leftarrow r\,\mathrm{msign}(W + U)$: every singular value is r. The first step brings
-    weights that are not so onto the manifold, however far that is: begin with orthogonal ones.
+    $W \leftarrow r\,\mathrm{msign}(W + U)$, so every singular value is r. The first step projects
+    the initial weights onto this manifold, however far away they are, so initialise them as
+    orthogonal matrices.
 
     Args:
-        radius: r, positive.
-        orthogonalizer: of the weights; `None` is `newton_schulz` with eight steps of
-            `"polar_express"`, whose factor is exact to 1e-3. Muon's own five steps are too rough
-            here: each of their 30 % would be in the weights.
+        radius: The positive number r.
+        orthogonalizer: The orthogonalizer of the weights. `None` means `newton_schulz` with eight
+            steps of `"polar_express"`, which is accurate to 1e-3. Muon's own five steps are not
+            accurate enough here, since their errors of up to 30 % would be in the weights.
 
     Returns:
-        A constraint, for `constraint=` of `muon` and its relatives.
+        A constraint, for `constraint=` of `muon` and its variants.
 
     References:
         Manifold constrained steepest descent, 2026, arXiv 2601.21487 (SPEL).
@@ -58,11 +59,20 @@ def stiefel(
 def spel(
     learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """SPEL: `muon(learning_rate, scale="none", constraint=stiefel())`.
+    """Returns SPEL, which is Muon with weights whose rows or columns stay orthonormal.
+
+    It is `muon(learning_rate, scale="none", constraint=stiefel())`, without weight decay, which the
+    constraint would undo.
 
     Args:
-        learning_rate: of the hidden matrices; a number or a schedule.
-        options: those of `muon`.
+        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
+        options: The options of `muon`.
+
+    Returns:
+        A transformation that requires `params` in `update`.
+
+    References:
+        Manifold constrained steepest descent, 2026, arXiv 2601.21487.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

@@ -1,4 +1,4 @@
-"""A polar factor whose rows have equal norms, for rectangles: Aurora."""
+"""Aurora: a polar factor of rectangular matrices whose rows have about equal norms."""
 
 import dataclasses
 from typing import Any
@@ -17,22 +17,23 @@ from muon_jax.variants.low_rank import relative
 
 @dataclasses.dataclass(frozen=True)
 class UniformPolar:
-    r"""The orthogonalizer $U = \mathrm{polar}(DX)$ with D such that the rows of U are alike.
+    r"""An orthogonalizer $U = \mathrm{polar}(DX)$ with a diagonal D that makes row norms equal.
 
-    The rows are those of the longer side, n against m: where $U$ has orthonormal columns, each row
-    then has the norm $\sqrt{m/n}$. Row norms of the plain polar factor differ, so that some neurons
-    hardly move. Square matrices have nothing to even out, and get their plain factor.
+    The rows are those of the longer side, of size n; the other has size m. If $U$ has orthonormal
+    columns, the norm of each row is then $\sqrt{m/n}$. The row norms of the plain polar factor
+    differ, so that some neurons hardly move. Square matrices get their plain polar factor, whose
+    rows already have equal norms.
 
     Attributes:
-        iterations: polar factors that are computed; after each but the last
-            $D_i \leftarrow D_i \left(\frac{m/n}{\|U_i\|^2}\right)^{p}$, from $D_i = 1/\|X_i\|$. One
-            is MuonEq on the longer side.
-        power: p, from 0 to 1.
-        orthogonalizer: of the scaled matrices; `None` is `newton_schulz`.
+        iterations: The number of polar factors to compute. After each except the last,
+            $D_i \leftarrow D_i \left(\frac{m/n}{\|U_i\|^2}\right)^{p}$, starting from
+            $D_i = 1/\|X_i\|$. One iteration is MuonEq on the longer side.
+        power: The exponent p, from 0 to 1.
+        orthogonalizer: The orthogonalizer of the scaled matrices. `None` means `newton_schulz`.
 
     Raises:
-        TypeError: an argument of another type.
-        ValueError: a number out of range.
+        TypeError: An argument has the wrong type.
+        ValueError: A number is out of range.
 
     References:
         Aurora: KellerJordan/modded-nanogpt, track 3, 2026-05-05 (2 iterations, power 0.5).
@@ -82,13 +83,21 @@ def aurora(
     ns_dtype: jax.typing.DTypeLike | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Aurora: `muon(learning_rate, orthogonalizer=UniformPolar(iterations, power))`.
+    """Returns Aurora, which is Muon with equal row norms of rectangular orthogonal factors.
+
+    It is `muon(learning_rate, orthogonalizer=UniformPolar(iterations, power))`.
 
     Args:
-        learning_rate: of the hidden matrices; a number or a schedule.
-        iterations, power: as in `UniformPolar`; each iteration costs what Muon does.
-        ns_coeffs, ns_steps, ns_dtype: as in `muon`.
-        options: those of `muon`.
+        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
+        iterations, power: As in `UniformPolar`. Each iteration costs as much as Muon.
+        ns_coeffs, ns_steps, ns_dtype: As in `muon`.
+        options: The options of `muon`.
+
+    Returns:
+        A transformation that requires `params` in `update`.
+
+    References:
+        KellerJordan/modded-nanogpt, track 3, 2026-05-05.
 
     Example:
         >>> import jax.numpy as jnp, muon_jax
@@ -101,6 +110,6 @@ def aurora(
 
 
 def _row_norms(x: jax.Array) -> jax.Array:
-    """With 1 for rows of zeros, which stay so."""
+    """Returns the norms of rows, and 1 for rows of zeros, which thus stay zero."""
     norms = jnp.linalg.norm(x, axis=-1, keepdims=True)
     return jnp.where(norms == 0, 1, norms)

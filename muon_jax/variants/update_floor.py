@@ -1,4 +1,4 @@
-"""The floor of the update: no matrix, or neuron, moves by less than a share of its weights."""
+"""A floor of the update: every matrix or neuron moves at least by a fraction of its norm."""
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +9,17 @@ from muon_jax._matrices.hooks import Arrays, Step, stateless
 
 
 def update_floor(share: float | jax.Array = 0.35, *, over: str = "matrix") -> Constraint:
-    r"""Raises the norm of an update to at least `share` times that of the weights: u/w floor.
+    r"""Raises the norm of an update to at least `share` times that of the weights (u/w floor).
 
-    $U \leftarrow U \max(1, c\,\|W\| / \|U\|)$, before decay and rate: a step then moves a matrix by
-    the rate times `share` of its norm, or more. An update of zeros stays so.
+    $U \leftarrow U \max(1, c\,\|W\| / \|U\|)$, before decay and rate. A step then moves a matrix at
+    least by the learning rate times `share` times its norm. Zero updates stay zero.
 
     Args:
-        share: c; at least 0.
-        over: of what the norms are: `"matrix"`, or `"fan_in"` for those of each output neuron.
+        share: The constant c, at least 0.
+        over: The axes of the norms: `"matrix"`, or `"fan_in"` for a norm of each output neuron.
 
     Returns:
-        A constraint, for `constraint=` of `muon` and its relatives.
+        A constraint, for `constraint=` of `muon` and its variants.
 
     References:
         KellerJordan/modded-nanogpt, track 3: 0.35 (record 11), 0.3825 by neuron (record 46).

@@ -1,4 +1,4 @@
-"""What the suites answer beside the post's claims: mismatched optimizers, and what QK-clip does."""
+"""Claims of the suites `mismatch` and `qk`: mismatched optimizers, and effects of QK-clip."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,12 +10,12 @@ from experiments.report.text import number
 
 Clips = Mapping[str, Mapping[str, float]]
 
-_SAME = 1e-3  # a change below this share is none
-_NEAR = 1.2  # of the threshold: whereto a clip that acts brings the largest logit; layers interact
+_SAME = 1e-3  # relative changes below this count as none
+_NEAR = 1.2  # an effective clip brings the largest logit below this × threshold; layers interact
 
 
 def mismatch(found: Sequence[Contrast]) -> list[Judged]:
-    """Whether Muon degrades what AdamW pretrained, as 2605.10468 has it, for each arm of Muon."""
+    """Tests, for each arm of Muon, whether it degrades AdamW-pretrained models (2605.10468)."""
     judged = []
     for arm in dict.fromkeys(of.arm for of in found):
         label = optimizer_label(arm)
@@ -44,16 +44,16 @@ def _of(found: Sequence[Contrast], family: str, name: str) -> Contrast | None:
 
 
 def mismatch_sentences(found: Sequence[Contrast], text: Callable[[Contrast], str]) -> list[str]:
-    """What came out for each arm of Muon, and what that says of 2605.10468."""
+    """Returns sentences with the result of each arm of Muon, and a summary."""
     sentences = []
     for arm in dict.fromkeys(of.arm for of in found):
         label = optimizer_label(arm)
         sides = [
             (base, _of(found, TO_ADAMW_BY_BASE, f"{label}, {base}")) for base in PRETRAINED.values()
         ]
-        told = [f"{text(of)} from the {base}" for base, of in sides if of and of.gaps]
-        if told:
-            sentences.append(f"{label} minus AdamW: {', '.join(told)}.")
+        differences = [f"{text(of)} from the {base}" for base, of in sides if of and of.gaps]
+        if differences:
+            sentences.append(f"{label} minus AdamW: {', '.join(differences)}.")
     crossed = [of for of in found if of.family == BY_BASE and of.p is not None]
     if crossed:
         worse, better = (sum(of.sign == sign for of in crossed) for sign in (1, -1))
@@ -67,8 +67,8 @@ def mismatch_sentences(found: Sequence[Contrast], text: Callable[[Contrast], str
 
 
 def clip(clips: Clips) -> list[Judged]:
-    """Whether one clip does what is expected of it, by the models that the cells begin with."""
-    found = []
+    """Tests whether one clip of the initial models has the expected effects."""
+    judged = []
     for name, claim, inert in _EXPECTED:
         if of := clips.get(name):
             same = (
@@ -76,10 +76,10 @@ def clip(clips: Clips) -> list[Judged]:
                 and of["change"] <= _SAME * of["logits"]
             )
             acts = of["after"] <= _NEAR * of["threshold"]
-            told: dict[bool, Verdict] = {True: "agrees", False: "disagrees"}
-            verdict = told[same if inert else acts] if same or acts else "cannot tell"
-            found.append(Judged(claim, _clipped(of), verdict, 0))
-    return found
+            verdicts: dict[bool, Verdict] = {True: "agrees", False: "disagrees"}
+            verdict = verdicts[same if inert else acts] if same or acts else "cannot tell"
+            judged.append(Judged(claim, _clipped(of), verdict, 0))
+    return judged
 
 
 _EXPECTED = (
@@ -92,8 +92,8 @@ _EXPECTED = (
 def _clipped(of: Mapping[str, float]) -> str:
     return (
         f"Clipped at {of['threshold']:g}, the largest attention logit changes from "
-        f"{of['before']:.4g} to {of['after']:.4g}, and the output logits, up to "
-        f"{of['logits']:.3g}, by {of['change']:.2g} at most."
+        f"{of['before']:.4g} to {of['after']:.4g}, and the output logits (at most "
+        f"{of['logits']:.3g}) change by at most {of['change']:.2g}."
     )
 
 
@@ -103,26 +103,26 @@ def clip_sentences(
     found: Sequence[Contrast],
     text: Callable[[Contrast], str],
 ) -> list[str]:
-    """What one clip changes, and what training with it comes to."""
+    """Returns sentences on the effects of one clip, and on training with it."""
     sentences = [
         f"{of.claim.rstrip('.')}: this run {of.verdict}. {of.measured}" for of in clip(clips)
     ]
     for norm in (QK_NORM, NO_QK_NORM):
         own = [of for of in groups if of.variant.startswith(f"{norm}, ")]
-        at = clips.get(f"{norm}, {PROJECTIONS}", {}).get("threshold")
-        if own and at and all(of.trained for of in own):
+        threshold = clips.get(f"{norm}, {PROJECTIONS}", {}).get("threshold")
+        if own and threshold and all(of.trained for of in own):
             logits = _each(norm, own, Group.last_logit)
             norms = _each(norm, own, Group.gradient_norm)
             sentences.append(
-                f"Trained with the clip at {at:g}, {norm}: largest attention logit of the last "
-                f"steps {logits}; median norm of the gradient {norms}."
+                f"Trained with the clip at {threshold:g}, {norm}: largest attention logit of the "
+                f"last steps {logits}; median gradient norm {norms}."
             )
     sentences += [f"Final loss, {of.name} minus no clip: {text(of)}." for of in found if of.gaps]
     return sentences
 
 
 def _each(norm: str, groups: Sequence[Group], value: Callable[[Group], float]) -> str:
-    """A value of every group, as "9.2 with no clip, 4.3 with gains clipped"."""
+    """Formats a value of every group, as "9.2 with no clip, 4.3 with gains clipped"."""
     return ", ".join(
         f"{number(value(of))} with {of.variant.removeprefix(f'{norm}, ')}" for of in groups
     )
@@ -133,13 +133,13 @@ CLIP = (
     "threshold",
     "largest attention logit before",
     "after",
-    "largest change of a prediction's logit",
-    "largest such logit",
+    "largest change of an output logit",
+    "largest output logit",
 )
 
 
 def clip_rows(clips: Clips) -> list[list[str]]:
-    """The table of what one clip changes."""
+    """Returns the rows of the table of the effects of one clip."""
     return [
         [
             name,

@@ -1,4 +1,4 @@
-"""What one QK-clip changes: the largest attention logit, and what the model predicts."""
+"""Measures the effect of one QK-clip on the largest attention logit and on the predictions."""
 
 import dataclasses
 import functools
@@ -16,13 +16,13 @@ from muon_jax import clip_qk
 
 
 class Clipped(NamedTuple):
-    """Of a model, before and after its queries and keys are scaled.
+    """The effect of one QK-clip on a model.
 
     Attributes:
-        threshold: of the clip.
-        before, after: largest attention logit.
-        logits: largest absolute logit of the predictions, before.
-        change: largest absolute difference of these.
+        threshold: The threshold of the clip.
+        before, after: The largest attention logit before and after it.
+        logits: The largest absolute output logit before it.
+        change: The largest absolute change of an output logit.
     """
 
     threshold: float
@@ -35,13 +35,13 @@ class Clipped(NamedTuple):
 def measure(
     architecture: Architecture, params: Params, batch: Batch, share: float, projections: bool
 ) -> Clipped:
-    """Clips at a share of the largest attention logit of a batch, and looks at the batch again.
+    """Clips at a share of a batch's largest attention logit, and compares the model's outputs.
 
     Args:
-        architecture, params: the model, in float32.
-        batch: `(windows, context)`.
-        share: of the logit; the threshold is that to three digits, so that it can be written.
-        projections: scale W_q and W_k even where they are normalised, and not the norms' gains.
+        architecture, params: The model, in float32.
+        batch: The batch, `(windows, context)`.
+        share: The threshold as a fraction of the largest logit. It is rounded to three digits.
+        projections: Whether to scale W_q and W_k in models with QK-norm, not the norms' gains.
     """
     spec = model.attention_spec(architecture)
     if projections:

@@ -1,4 +1,4 @@
-"""What the suites train: variants of a fine-tuning, each with several arms."""
+"""Settings of the suites: variants of a fine-tuning, each with several optimizers."""
 
 import dataclasses
 from typing import Annotated, Any, Literal, NamedTuple
@@ -16,7 +16,7 @@ PRETRAINED = {"adamw": "AdamW base", "muon": "Muon base"}  # by the optimizer th
 QK_NORM, NO_QK_NORM = "QK-norm", "no QK-norm"
 UNCLIPPED, PROJECTIONS, GAINS = "no clip", "W_q and W_k clipped", "gains clipped"
 
-# Which arms each quirk changes beside the others; SGD's params do not decay in any case.
+# Which arms each quirk changes when added to the others. SGD's params never decay.
 _CONCERNS: dict[QuirkName, tuple[ArmName, ...]] = {
     "warmup_of_muonclip_alone": ("adamw", "muon_frozen1d", "muon_adamw"),
     "decay_apart": ("adamw", "muon_frozen1d", "muon_adamw"),
@@ -34,19 +34,19 @@ _CLIPPED = Rule(
 
 @dataclasses.dataclass(frozen=True)
 class Suite(Seeded):
-    """A study of many small trainings; its folder keeps those that are finished."""
+    """Settings of a study of many small trainings. Its folder keeps the finished ones."""
 
     suite: SuiteName | None = None
     """Named study to run; explicit options override its settings.
-    as_published: the quirks of the released code. controlled: all optimizers on equal terms, each
-    at its best learning rate. mismatch: models pretrained by AdamW and by Muon. qk: QK-clip with
-    QK-norm and without."""
+    as_published: reproduce the peculiarities of the published study's code. controlled: compare
+    all optimizers on equal terms, each at its best learning rate. mismatch: fine-tune models
+    pretrained with AdamW and with Muon. qk: QK-clip with and without QK-norm."""
     clip_share: Annotated[float, _CLIPPED] = 0.5
     """--suite qk: clipping threshold, as a fraction of the model's largest attention logit."""
 
 
 class Cell(NamedTuple):
-    """One training."""
+    """One training of a suite."""
 
     variant: str
     arm: ArmName
@@ -58,12 +58,12 @@ class Cell(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """What arms train in a suite, besides their rates.
+    """One training setup of a suite, which several arms share.
 
     Attributes:
-        base: the model; None is --model.
-        training: without its number of steps.
-        arms: in their order.
+        base: The model to fine-tune. None means --model.
+        training: The settings, without the number of steps.
+        arms: The arms to train, in order.
     """
 
     base: Base | None
@@ -72,14 +72,14 @@ class Variant(NamedTuple):
 
 
 def variants(command: Any, which: SuiteName) -> dict[str, Variant]:
-    """Those of a suite, by name.
+    """Returns the variants of a suite by name.
 
     Args:
-        command: a `Training` with `arms`, `base` and `model`.
-        which: suite.
+        command: A `Training` with `arms`, `base` and `model`.
+        which: The suite.
 
     Raises:
-        ValueError: a `model` where the suite pretrains its own.
+        ValueError: If a `model` is given to a suite that pretrains its own.
     """
     training, arms = command.training(), tuple(command.optimizers)
     base = None if command.model else command.base
@@ -127,16 +127,16 @@ def _with(training: Training, **changes: Any) -> Training:
 
 
 def with_threshold(training: Training, threshold: float) -> Training:
-    """The same training, whose MuonClip clips above so much."""
+    """Returns the settings with another clipping threshold of MuonClip."""
     return _with(training, clip_threshold=threshold)
 
 
-# One rate: what is asked is not which is best.
+# A single learning rate, since these suites do not ask which rate is best.
 _ONE_RATE = Sweep(reach=0, limit=0)
 
 
 def defaults(which: SuiteName) -> dict[str, Any]:
-    """The command's settings where nothing else is said, those that are a suite's own."""
+    """Returns the suite's own default settings of the command."""
     own: dict[str, Any] = {"suite": which, "out": f"runs/finetune/{which}"}
     if which == "as_published":
         own |= {"optimizer": AS_PUBLISHED, "sweep": _ONE_RATE}

@@ -1,4 +1,4 @@
-"""Report of a suite of fine-tunings: every arm at its best rate, and what the suite asks."""
+"""Report of a suite of fine-tunings: each arm at its best rate, and the suite's own questions."""
 
 import functools
 import math
@@ -39,7 +39,7 @@ from experiments.report.page import Column, Picture, Report, Section, Table
 from experiments.report.text import all_told, form, number, p_text, plural, told
 from experiments.sweep import Files
 
-# The quirks of the released code in a few words.
+# Short names of the quirks of the released code.
 QUIRK_NAMES = {
     "decay_apart": "unequal decay",
     "frozen_in_norm": "frozen gradients in the norm",
@@ -56,12 +56,12 @@ TITLES: dict[SuiteName, str] = {
     "mismatch": "Fine-tuning models pretrained by AdamW and by Muon",
     "qk": "QK-clip in fine-tuning, with QK-norm and without",
 }
-# How many effects of quirks the abstract tells, the largest ones.
+# Number of quirks' effects in the abstract, the largest first.
 TOLD = 6
 
 
 class Results(NamedTuple):
-    """A suite's folder, read."""
+    """The contents of a suite's folder."""
 
     which: SuiteName
     files: Files
@@ -71,12 +71,12 @@ class Results(NamedTuple):
 
     @property
     def variant(self) -> str | None:
-        """Whose arms the post's claims are about; None where the suite asks something else."""
+        """The variant that the post's claims are about; None if the suite does not test them."""
         return {"controlled": CONTROLLED, "as_published": PUBLISHED}.get(self.which)
 
     @property
     def verdicts(self) -> list[Judged]:
-        """The claims that the suite answers; of stored results as they were judged."""
+        """The claims that the suite tests; for stored results, as they were judged then."""
         if not self.files.rows:
             return [Judged(**stored) for stored in self.files.summary.get("claims", [])]
         if self.variant:
@@ -90,13 +90,15 @@ def load(folder: Path) -> Results:
     """Reads a suite's folder.
 
     Raises:
-        FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is not what it should be; the message names it.
+        FileNotFoundError: If the folder or one of its files is missing.
+        ValueError: If a file is damaged or not of this study. The message names it.
     """
     files = arms.load(folder)
     which = files.config.get("suite")
     if which not in TITLES:
-        raise ValueError(f"{folder / 'config.json'} is not of a suite of this study: {which!r}.")
+        raise ValueError(
+            f"{folder / 'config.json'} is not of a suite of this study; its suite is {which!r}."
+        )
     found = groups(files)
     return Results(which, files, found, contrasts(which, found), files.config["clips"])
 
@@ -131,25 +133,25 @@ COLUMNS: tuple[Column, ...] = (
 )
 CAPTION = (
     "Held-out loss after {config[steps]} steps, mean ± standard deviation over the seeds at the "
-    "best rate. Token accuracy: of the training examples, mean over the first and last quarter "
+    "best rate. Token accuracy: on the training examples, mean over the first and last quarter "
     "of the steps. Gradient norm: before clipping, after warm-up. “(edge)”: the best rate is "
     "the highest or lowest tried."
 )
 MATRIX = (
-    "Final held-out loss, mean ± standard deviation over seeds, of each pretrained model, "
-    "fine-tuned by each optimizer at its best rate; the difference to AdamW from the same base, "
-    "with its 95 % interval and p after Holm's correction; and how much worse an optimizer is "
-    "relative to AdamW from the AdamW base than from the Muon base."
+    "Final held-out loss of each pretrained model (base), fine-tuned with each optimizer at its "
+    "best rate, mean ± standard deviation over seeds; the difference to AdamW from the same base, "
+    "with its 95 % interval and p after Holm's correction; and the difference of these two "
+    "differences, AdamW base minus Muon base."
 )
 CLIPS = (
-    "QK-clip of the models before fine-tuning, at {config[clip_share]} of their largest "
-    "attention logit on one batch, in float32. Fine-tuning clips above the same threshold."
+    "One QK-clip of the models before fine-tuning, with a threshold of {config[clip_share]} times "
+    "their largest attention logit on one batch, in float32. Fine-tuning has the same threshold."
 )
 DIFFERENCES = (
-    "Paired by seed, Student's t. p is of the paired t test with Holm's correction for all rows "
-    "with the same heading; neither accounts for the choice of the rate."
+    "Paired by seed, with Student's t. p is that of the paired t test with Holm's correction for "
+    "all rows of the same difference. Neither accounts for the choice of the learning rate."
 )
-# By the suite: the heading of its claims, and whose they are.
+# For each suite, the heading of its claims and their source.
 ASKED = {
     "mismatch": (
         "Muon after AdamW (2605.10468), and this run",
@@ -159,16 +161,16 @@ ASKED = {
     "qk": (
         "What QK-clip should do, and this run",
         "RMSNorm of queries and keys cancels any scale of W_q and W_k, up to its ε. “Changes "
-        "nothing” means less than a thousandth of the logits.",
+        "nothing” means by less than a thousandth of the logits.",
     ),
 }
 LIMITS = (
     "The post's model has 4 B parameters and was pretrained on trillions of tokens; without "
     "--model, the model here has thousands of times fewer, and optimizers may rank differently.",
-    "Only the learning rate is swept, which hybrids use for both of their optimizers.",
-    "{config[sweep_seeds]} of {config[seeds]} seeds choose the rate, and are among those that "
-    "judge it; so few cannot distinguish small differences from zero. A seed is an order of the "
-    "examples; all trainings begin with the same model, so intervals cover no other models.",
+    "Only the learning rate is swept. Hybrids use it for both of their optimizers.",
+    "{config[sweep_seeds]} of {config[seeds]} seeds choose the learning rate and are also among "
+    "those that evaluate it. So few seeds cannot distinguish small differences from zero. A seed "
+    "sets the order of the examples only, so intervals do not cover other pretrained models.",
 )
 LIMITS_OF = {
     "mismatch": "Each optimizer pretrained one model, at one rate and with one seed; the two "
@@ -178,34 +180,34 @@ LIMITS_OF = {
     "affected.",
 }
 MEASURED = {
-    "Rows": "{corpus[name]}: {corpus[rows]:,}, of these {corpus[held_out_rows]:,} held out by "
-    "group. SHA-256 {corpus[sha256]}.",
+    "Examples": "{corpus[name]}: {corpus[rows]:,}, of which {corpus[held_out_rows]:,} are held out "
+    "by group. SHA-256 {corpus[sha256]}.",
     "Models": "{models}.",
     "Learning rates": "{rates}",
     "Mean token accuracy": "As in trl: the share of trained-on tokens that have the largest "
     "logit, averaged over microbatches.",
 }
 _SWEPT = (
-    "Swept by factors of {sweep[factor]:g} around {optimizer[learning_rate]}, and extended "
-    "until the best one has a neighbour on each side, by at most {sweep[limit]} rates."
+    "Swept by factors of {sweep[factor]:g} around {optimizer[learning_rate]}, and extended until "
+    "the best one has a neighbour on each side, by at most {sweep[limit]} learning rates."
 )
 
 
 def plain(name: str) -> str:
-    """A variant's or a difference's name for readers, a quirk in words."""
+    """Returns the name of a variant or difference with quirks in words."""
     for quirk, words in QUIRK_NAMES.items():
         name = name.replace(f"without {quirk}", f"without {words}")
     return name
 
 
 def contrast_text(of: Contrast) -> str:
-    """A difference with its interval and p, e.g. "−0.0123 nats [−0.0200, −0.0046], p 0.012"."""
+    """Formats a difference, e.g. as "−0.0123 nats [−0.0200, −0.0046], p 0.012"."""
     text = difference_text(MEASURES["validation_loss"], of.mean, of.interval)
     return text if of.p is None else f"{text}, p {p_text(of.p)}"
 
 
 def abstract(results: Results) -> list[str]:
-    """The result in plain sentences, every number computed from the run."""
+    """Returns sentences with the results, computed from the run."""
     found, files = results.groups, results.files
     if not found:
         return ["No training has finished yet."]
@@ -225,7 +227,7 @@ def abstract(results: Results) -> list[str]:
 
 
 def _arms(results: Results) -> list[str]:
-    """Which arm is the lowest, and which differ from AdamW."""
+    """Returns sentences on the best arm and on the arms' differences from AdamW."""
     own = [of for of in results.groups if of.variant == results.variant]
     ranked = sorted((of for of in own if math.isfinite(of.loss)), key=lambda of: of.loss)
     if not ranked:
@@ -260,13 +262,13 @@ def _removals(found: Sequence[Contrast]) -> list[str]:
         at_most = MEASURES["validation_loss"].text(abs(rest[0].mean))
         names.append(f"the other {len(rest)} by at most {at_most}")
     return [
-        f"Of {len(tested)} removals of one quirk, {len(told)} change the final loss at p < 0.05 "
-        f"after Holm's correction{': ' if told else ''}{'; '.join(names)}."
+        f"Of {len(tested)} removals of one quirk, {len(told)} change the final loss at "
+        f"p < 0.05 after Holm's correction{': ' if told else ''}{'; '.join(names)}."
     ]
 
 
 def matrix(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Base × arm: columns and rows of the table of the mismatch suite."""
+    """Returns the columns and rows of the table base × arm of the suite `mismatch`."""
     by_name = {(of.family, of.name): contrast_text(of) for of in results.contrasts}
     losses = {(of.variant, of.arm): of.loss_text() for of in results.groups}
     columns = ["fine-tuned with"]
@@ -283,7 +285,7 @@ def matrix(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def curves(which: SuiteName, found: Sequence[Group]) -> dict[str, dict[str, Sequence[Trained]]]:
-    """What is drawn against step, by a title: of a variant its arms, or of qk its clips."""
+    """Returns the trainings to draw against step, by title: a variant's arms, or qk's clips."""
     if which == "qk":
         return {
             norm: {
@@ -301,7 +303,7 @@ def curves(which: SuiteName, found: Sequence[Group]) -> dict[str, dict[str, Sequ
 
 
 def drawn_differences(told: Sequence[Contrast]) -> Figure:
-    """Mean difference with its interval and every seed, a line each and a panel for each family."""
+    """Draws differences with intervals and single seeds, a line each, a panel for each family."""
     panels: dict[str, list[Final]] = {}
     for of in told:
         span = of.interval and (of.interval.low, of.interval.high)
@@ -311,9 +313,9 @@ def drawn_differences(told: Sequence[Contrast]) -> Figure:
 
 
 def rates(found: Sequence[Group]) -> Picture:
-    """Final loss against learning rate, a line for each arm and a panel for each variant.
+    """Draws final loss against learning rate, a line for each arm, a panel for each variant.
 
-    No shared axis: a variant may have a base of its own, whose losses lie elsewhere.
+    The panels do not share an axis, since variants may have different bases and so other losses.
     """
     panels: dict[str, list[Group]] = {}
     for of in found:
@@ -322,14 +324,14 @@ def rates(found: Sequence[Group]) -> Picture:
 
 
 def figures(results: Results) -> list[Picture]:
-    """What there is to draw."""
+    """Returns the figures of a suite."""
     found, pairs = results.groups, [of for of in results.contrasts if of.gaps]
     several = any(len(of.losses) > 1 for of in found)
     differences = Picture(
         "differences",
         lambda: drawn_differences(pairs),
-        "Differences of the final held-out loss per token, paired by seed, with their 95 % "
-        "intervals; below 0 is better.",
+        "Differences of the final held-out loss per token, paired by seed, with 95 % intervals. "
+        "Below 0 is better.",
         "Differences of the final held-out loss, with every seed.",
     )
     return [
@@ -344,7 +346,7 @@ def figures(results: Results) -> list[Picture]:
 
 
 def report(folder: Path) -> Report:
-    """Every arm at its best rate, and the suite's answers."""
+    """Returns the report of a suite."""
     results = load(folder)
     files, found, which = results.files, results.groups, results.which
     config, verdicts = files.config, results.verdicts

@@ -1,4 +1,4 @@
-"""What the report knows of a suite: the cells of each arm of a variant, and how groups differ."""
+"""Results of a suite for its report: cells grouped by variant and arm, and their differences."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ Losses = Mapping[int, float]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group(arms.Arm):
-    """What the cells of one arm of a variant did; `optimizer` is the arm.
+    """The cells of one arm of a variant; `optimizer` is the arm.
 
     Attributes:
         trained: the cells at the best rate; none of stored results, which have `max_logit` and
@@ -51,29 +51,29 @@ class Group(arms.Arm):
 
     @property
     def at_edge(self) -> bool:
-        """Whether a sweep ended where a further rate might be better."""
+        """Whether the best rate is the highest or lowest of a sweep."""
         return self.best.at_edge and len(self.losses) > 1
 
     def loss_text(self, digits: int = 4) -> str:
         return super().loss_text(digits)
 
     def mean(self, name: str) -> float:
-        """Of `Trained.values()`, over the seeds; NaN where none has it."""
+        """Returns the mean of one of `Trained.values()` over the seeds; NaN if none has it."""
         return _known(trained.values()[name] for trained in self.trained)
 
     def largest_logit(self) -> float:
-        """Attention logit, of the whole training, mean over seeds."""
+        """Returns the largest attention logit of the whole training, mean over seeds."""
         if not self.trained:
             return math.nan if self.max_logit is None else self.max_logit
         logits = [of.series.get("max_logit", NOTHING)[1] for of in self.trained]
         return _known(np.nanmax(x) for x in logits if np.isfinite(x).any())
 
     def last_logit(self) -> float:
-        """Largest attention logit since the evaluation before the last, mean over seeds."""
+        """Returns the largest logit between the last two evaluations, mean over seeds."""
         return _known(of.last("max_logit") for of in self.trained)
 
     def gradient_norm(self) -> float:
-        """Median after warm-up, before clipping, mean over seeds."""
+        """Returns the median gradient norm after warm-up, before clipping, mean over seeds."""
         norms = []
         for of in self.trained:
             steps, values = of.series["gradient_norm"]
@@ -102,7 +102,7 @@ def _known(values: Iterable[float]) -> float:
 
 
 def groups(files: Files) -> list[Group]:
-    """In the order of the variants, and of the arms in them."""
+    """Returns the groups of a suite, in the order of variants and arms."""
     found = [
         _group(files, *key, *own) for key, own in arms.grouped(files, "variant", "arm").items()
     ]
@@ -154,11 +154,12 @@ class Contrast(NamedTuple):
     """A difference of final losses, paired by seed.
 
     Attributes:
-        name: of the difference, for readers.
-        arm: whose colour it has.
-        family: contrasts of one family share Holm's correction, and a heading.
-        gaps: of each seed.
-        p: of the paired t test after Holm's correction; None with fewer than two seeds.
+        name: The name of the difference, for readers.
+        arm: The arm whose colour it has.
+        family: Contrasts of one family share Holm's correction and a heading.
+        gaps: The difference for each seed.
+        interval: The 95 % interval of the mean; None with fewer than two seeds.
+        p: The p of the paired t test after Holm's correction; None with fewer than two seeds.
     """
 
     name: str
@@ -174,7 +175,7 @@ class Contrast(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 or −1 where it is told from zero at p < 0.05, else 0."""
+        """The sign of the mean if p < 0.05, else 0."""
         if self.p is None or self.p >= 0.05:
             return 0
         return 1 if self.mean > 0 else -1
@@ -199,7 +200,7 @@ def _contrast(name: str, arm: str, family: str, ours: Losses, theirs: Losses) ->
 
 
 def _corrected(found: Sequence[Contrast]) -> list[Contrast]:
-    """With Holm's correction in each family."""
+    """Applies Holm's correction in each family."""
     corrected: dict[tuple[str, str], float] = {}
     for family in dict.fromkeys(of.family for of in found):
         p_values = {of.name: of.p for of in found if of.family == family and of.p is not None}
@@ -215,7 +216,7 @@ TO_UNCLIPPED = "minus no clip"
 
 
 def contrasts(which: str, found: Sequence[Group]) -> list[Contrast]:
-    """What a suite asks for, those whose cells are there."""
+    """Returns the differences that a suite asks for and whose cells are finished."""
     losses = {(of.variant, of.arm): of.best.losses for of in found}
 
     def against(variant: str, family: str, name: str) -> list[Contrast]:
@@ -258,7 +259,7 @@ def contrasts(which: str, found: Sequence[Group]) -> list[Contrast]:
 
 
 def values(found: Sequence[Group], variant: str) -> dict[str, dict[int, dict[str, float]]]:
-    """What the claims are judged by, of a variant's arms at their best rates."""
+    """Returns the measures of a variant's arms, at their best rates, that claims are judged by."""
     return {
         of.arm: {trained.seed: trained.values() for trained in of.trained}
         for of in found

@@ -38,7 +38,7 @@ from experiments.runs import Run
 from experiments.study import Device, Trained, sweep_rates
 from experiments.sweep import Row
 
-# What only chooses cells, or where they run, or was measured; the rest decides what a cell is.
+# Settings that only select cells or devices, or are measured. All others determine the cells.
 _FREE = (
     "optimizers",
     "seeds",
@@ -49,7 +49,7 @@ _FREE = (
     "max_nonfinite_steps",
     "clips",
 )
-_TIMED = 3  # steps
+_TIMED = 3  # number of steps that estimates time
 
 
 class Model(NamedTuple):
@@ -63,22 +63,22 @@ class Model(NamedTuple):
 
 
 def suite(command: Any, which: SuiteName, console: Console, stop: threading.Event) -> int:
-    """Trains what is missing of a suite, and reports on what there is.
+    """Trains the missing cells of a suite, and reports on all finished ones.
 
     Args:
-        command: a `Training`, `Running` and `Suite` in one, with `arms`, `base`, `model`, `data`
-            and `out`.
-        which: suite.
-        console: for progress.
-        stop: asks for an early end; finished cells are kept.
+        command: A `Training`, `Running` and `Suite` in one, with `optimizers`, `base`, `model`,
+            `data` and `out`.
+        which: The suite.
+        console: The console for progress.
+        stop: Set to request an early end. Finished cells are kept.
 
     Returns:
         The command's exit code.
 
     Raises:
-        RunError: the folder is in use, or holds a suite of other settings.
-        ValueError: settings that the suite cannot have, several processes, or a folder that is not
-            of this machine.
+        RunError: If the folder is in use, or contains a suite with other settings.
+        ValueError: If the settings do not suit the suite, there are several processes, or the
+            folder is not local.
     """
     check_alone(which, command.out)
     planned = variants(command, which)
@@ -99,7 +99,7 @@ def suite(command: Any, which: SuiteName, console: Console, stop: threading.Even
         for name, of in planned.items()
         for arm in of.arms
     }
-    # Where there is one rate no seed has to choose it.
+    # With a single learning rate, no seeds are needed to choose it.
     swept = command.sweep_seeds if command.sweep.reach or command.sweep.limit else None
 
     def train(
@@ -138,18 +138,18 @@ def suite(command: Any, which: SuiteName, console: Console, stop: threading.Even
 
 
 def _program(cells: list[Cell]) -> tuple[str, ArmName]:
-    """What cells share that share a compiled program."""
+    """Returns a key that is equal for cells with the same compiled program."""
     return cells[0].variant, cells[0].arm
 
 
 class _EnoughError(Exception):
-    """Ends a cell that is only timed."""
+    """Stops a cell that is only timed."""
 
 
 def _models(
     command: Any, planned: Mapping[str, Variant], console: Console, stop: threading.Event
 ) -> dict[Base | None, Model]:
-    """Every model once, pretrained if need be; rows are read once for each tokenizer."""
+    """Loads each model once, and its examples once for each tokenizer. Pretrains small models."""
     models: dict[Base | None, Model] = {}
     read: dict[bytes, data.Prepared] = {}
     with preparing("reading the models", stop, console) as show:
@@ -209,14 +209,14 @@ def _estimate(
     swept: int,
     stop: threading.Event,
 ) -> str:
-    """How long the cells to go will take, by a few steps of some, on all devices at once.
+    """Estimates the time of the missing cells from a few steps on all devices at once.
 
-    What is compiled for it is not compiled again.
+    The programs compiled for this are reused.
     """
     choosing = {_program([cell]) for cell in cells if cell.seed < swept}
     count = len(cells) + len(choosing) * (command.seeds - swept)
     programs = list({_program([cell]): cell for cell in cells}.values())
-    compiling, whole = [], []  # seconds until the first evaluation is done, and of a cell after it
+    compiling, whole = [], []  # seconds up to the first evaluation, and of a cell after it
 
     def time_some(cell: Cell, device: jax.Device) -> None:
         training, clock = trainings[cell.variant], [time.perf_counter()]
@@ -242,7 +242,7 @@ def _estimate(
     timed = programs[: len(devices_for(len(programs)))]
     run_in_parallel(timed, lambda cell: cell, time_some, stop)
     if not whole:
-        return "unknown, since each training that was timed diverged at once."
+        return "unknown, since all timed trainings diverged at once."
     once, each = statistics.fmean(compiling), statistics.fmean(whole)
     total = (count * each + (len(programs) - len(whole)) * once) / devices
     return (
@@ -262,7 +262,7 @@ def _duration(seconds: float) -> str:
 def _clips(
     command: Any, planned: Mapping[str, Variant], models: Mapping[Base | None, Model]
 ) -> dict[str, clip.Clipped]:
-    """What one clip changes in the models that the cells of --suite qk begin with."""
+    """Measures the effects of one clip on the initial models of --suite qk."""
     found = {}
     for norm, clipped in ((QK_NORM, PROJECTIONS), (QK_NORM, GAINS), (NO_QK_NORM, PROJECTIONS)):
         variant = planned[f"{norm}, {clipped}"]

@@ -1,4 +1,4 @@
-"""One training of a suite, on one device, and what its steps cost beside AdamW's."""
+"""Trains a cell of a suite on one device, and measures the cost of steps against AdamW's."""
 
 import functools
 import math
@@ -19,15 +19,15 @@ from experiments.pretrain.config import Training
 from experiments.pretrain.step import State, Trainer
 from experiments.pretrain.suites.config import BASELINE, Cell, model_flops
 
-STEPS = 10  # of a turn, where steps are timed
+STEPS = 10  # number of timed steps in a turn
 
 
 @functools.cache
 def trainer(config: Training, optimizer: OptimizerName) -> Trainer:
-    """The compiled step, which serves all rates and seeds of an arm."""
+    """Returns a trainer with a compiled step, for all learning rates and seeds of an arm."""
     mesh = one_device()
     arm = Trainer(config, optimizer, mesh, config.data.vocabulary)
-    # Compiles now, before a clock runs.
+    # Compiles the step now, so that no clock includes it.
     jax.block_until_ready(arm.advance(arm.start(0), _no_windows(arm), look=False))
     return arm
 
@@ -40,9 +40,10 @@ def train_cell(
     cell: Cell,
     on_evaluation: Callable[[Metrics], None] = lambda evaluation: None,
 ) -> tuple[list[Metrics], Metrics]:
-    """Trains to the end, as `train_in_memory` does: every evaluation, and the outcome.
+    """Trains a cell to its last step; returns the evaluations and the outcome of `train_in_memory`.
 
-    Losses are in nats per token. It has diverged, too, after `max_nonfinite_steps` in a row.
+    Losses are in nats per token. A cell also counts as diverged after `max_nonfinite_steps`
+    consecutive steps with NaN or Inf.
     """
     arm = trainer(config, cell.optimizer)
     batches = windows.batches(tokens, batch=config.batch, context=config.context, seed=cell.seed)
@@ -75,15 +76,16 @@ def measure(
     arms: Sequence[tuple[OptimizerName, Training]],
     on_turn: Callable[[str], None] = lambda name: None,
 ) -> dict[OptimizerName, dict[str, float | None]]:
-    """Costs of a step of all arms of one size.
+    """Measures the costs of a step for all arms of one size.
 
     Args:
-        arms: optimizers, and what they train.
-        on_turn: as of `timing.step_costs`.
+        arms: The optimizers and their settings.
+        on_turn: As for `timing.step_costs`.
 
     Returns:
-        What `timing.step_costs` tells; `model_flops`, of forward and backward pass; and
-        `optimizer_flops`, of the update's matrix products: an eigendecomposition counts nothing.
+        For each optimizer, the result of `timing.step_costs`; `model_flops`, of the forward and
+        backward pass; and `optimizer_flops`, of the update's matrix products, without
+        eigendecompositions.
     """
 
     def turn(arm: Trainer) -> Callable[[], None]:

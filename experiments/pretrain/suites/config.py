@@ -1,4 +1,4 @@
-"""What the suites train: their defaults, and the ladder of sizes."""
+"""Settings of the suites: their defaults, and the ladder of model sizes."""
 
 import dataclasses
 import functools
@@ -22,16 +22,16 @@ BASELINE: OptimizerName = "adamw"
 
 @dataclasses.dataclass(frozen=True)
 class Suite(Seeded):
-    """A study of many small trainings; its folder keeps those that are finished."""
+    """Settings of a study of many small trainings. Its folder keeps the finished ones."""
 
     suite: SuiteName | None = None
     """Named study to run; explicit options override its settings.
-    optimizers: all optimizers, each at its best learning rate. scaling: AdamW and Muon at several
-    model sizes."""
+    optimizers: compare all optimizers, each at its best learning rate. scaling: compare AdamW and
+    Muon at several model sizes."""
     widths: tuple[Count, ...] = (32, 48, 64, 80)
-    """Model widths to compare. Of --suite scaling; all other sizes grow with the width."""
+    """Model widths to compare. For --suite scaling; the other sizes grow with the width."""
     tokens_per_param: Positive = 10.0
-    """--suite scaling: training tokens per active parameter."""
+    """--suite scaling: number of training tokens per active parameter."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,7 +39,7 @@ class Suite(Seeded):
 
 
 class Cell(NamedTuple):
-    """One training."""
+    """One training of a suite."""
 
     optimizer: OptimizerName
     width: int
@@ -51,20 +51,20 @@ class Cell(NamedTuple):
 
 
 def sized(config: Training, width: int, tokens_per_param: float) -> Training:
-    """The same training of a model of another width, as long as its size asks for.
+    """Returns the training of a model of another width, for `tokens_per_param` tokens a parameter.
 
-    Heads keep their size, and more of them come; so do the numbers of layers and experts. The
-    warm-up keeps its share of the steps.
+    Heads keep their size; the numbers of heads, layers and experts grow with the width. The warm-up
+    keeps its fraction of the steps.
 
     Raises:
-        ValueError: no whole number of heads.
+        ValueError: If the width is not a multiple of the head size.
     """
     model = config.model
     factor = width / model.width
     if (heads := model.heads * factor) != int(heads):
         raise ValueError(
-            f"--widths {width} is not a multiple of the head size, --model.width {model.width} / "
-            f"--model.heads {model.heads}."
+            "--widths must be multiples of the head size, --model.width / --model.heads = "
+            f"{model.width} / {model.heads}; got {width}."
         )
     names = ("latent", "hidden", "expert_hidden")
     sizes = {name: max(1, round(getattr(model, name) * factor)) for name in names}
@@ -78,14 +78,14 @@ def sized(config: Training, width: int, tokens_per_param: float) -> Training:
 
 @functools.cache
 def active_params(config: Training) -> int:
-    """What multiplies a token, without the head: of the routed experts those it goes to."""
+    """Returns how many parameters a token uses, without the output head or inactive experts."""
     head = config.model.width * config.data.vocabulary
     return costs.active_entries(config.model, _shapes(config)) - head
 
 
 @functools.cache
 def model_flops(config: Training) -> int:
-    """Of a step's forward and backward pass, with the head."""
+    """Returns the FLOPs of a step's forward and backward pass, including the output head."""
     return costs.step_costs(config, BASELINE, _shapes(config)).model_flops
 
 
@@ -94,8 +94,8 @@ def _shapes(config: Training) -> Params:
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
-# Those that have no settings of their own begin their sweep where Muon does: their updates have
-# the same size.
+# Optimizers without settings of their own start their sweep at Muon's learning rate, since their
+# updates have the same size.
 _LIKE_MUON = ("muon_sgd", "muon_lion", "muon_cautious", "muon_bf16", "normuon", "muonclip")
 
 _MIXTURE = Training(
@@ -133,11 +133,11 @@ _DENSE = dataclasses.replace(
 
 
 def defaults(which: SuiteName, preset: Training | None = None) -> dict[str, Any]:
-    """The command's settings where nothing else is said.
+    """Returns the command's default settings for a suite.
 
     Args:
-        which: suite.
-        preset: what to train in place of a model that suits two cores.
+        which: The suite.
+        preset: Settings to train with, in place of the small model that suits two CPU cores.
     """
     own: dict[str, Any] = {"suite": which}
     if which == "optimizers":

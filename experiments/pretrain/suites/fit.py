@@ -1,4 +1,4 @@
-"""Loss against compute: L = a·C^−b + e for each optimizer, and compute ratios at equal loss."""
+"""Fits L = a·C^−b + e to loss over compute, and compares compute at equal loss."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,11 +13,11 @@ PAPER = {"muon": (2.506, 0.052), "adamw": (2.608, 0.054)}
 PAPER_RATIO = 0.519
 
 _DRAWS = 10_000
-_GRID = 200  # irreducible losses that are tried
+_GRID = 200  # number of irreducible losses to try
 
 
 class PowerLaw(NamedTuple):
-    """L = a·C^−b + e; `a` and `b` may be arrays, of many laws."""
+    """The power law L = a·C^−b + e, or many laws if `a` and `b` are arrays."""
 
     a: Any
     b: Any
@@ -27,27 +27,27 @@ class PowerLaw(NamedTuple):
         return self.a * compute**-self.b + self.e
 
     def compute(self, loss: float) -> Any:
-        """That reaches the loss; infinite at and below the irreducible one."""
+        """Returns the compute that reaches a loss; infinite at or below the irreducible loss."""
         if loss <= self.e:
             return math.inf
         return ((loss - self.e) / self.a) ** (-1 / self.b)
 
 
 class Points(NamedTuple):
-    """Of one optimizer, by size: compute ascending, and mean final loss."""
+    """The compute (ascending) and mean final loss of one optimizer at each size."""
 
     compute: np.ndarray
     loss: np.ndarray
 
 
 class Fit(NamedTuple):
-    """Power laws of several optimizers, with one irreducible loss for all.
+    """Power laws of several optimizers, which share one irreducible loss.
 
     Attributes:
-        laws: by optimizer.
-        error: root mean square of the residuals of log L.
-        gain: by how much AICc prefers an irreducible loss; it is fitted where that is above 2, and
-            None where there are too few points to tell.
+        laws: The laws by optimizer.
+        error: Root mean square of the residuals of log L.
+        gain: The AICc without an irreducible loss minus that with one; above 2, it is fitted. None
+            if there are too few points.
     """
 
     laws: dict[str, PowerLaw]
@@ -56,13 +56,13 @@ class Fit(NamedTuple):
 
 
 def fit(points: Mapping[str, Points]) -> Fit:
-    """Least squares in log L over log C; an irreducible loss only where the data ask for one.
+    """Fits by least squares in log L over log C, with an irreducible loss only if AICc prefers it.
 
     Args:
-        points: of every optimizer, all at the same sizes.
+        points: The points of every optimizer, all at the same sizes.
 
     Raises:
-        ValueError: fewer than two sizes.
+        ValueError: If there are fewer than two sizes.
     """
     plain = {name: _line(of, 0.0) for name, of in points.items()}
     count = sum(len(of.loss) for of in points.values())
@@ -99,7 +99,7 @@ def _squares(points: Mapping[str, Points], laws: Mapping[str, PowerLaw]) -> floa
 
 
 def _aicc(count: int, params: int, squares: float) -> float | None:
-    params += 1  # the residuals' variance
+    params += 1  # for the variance of the residuals
     if count - params < 2:
         return None
     correction = 2 * params * (params + 1) / (count - params - 1)
@@ -107,18 +107,18 @@ def _aicc(count: int, params: int, squares: float) -> float | None:
 
 
 def ratio(laws: Mapping[str, PowerLaw], loss: float, ours: str, theirs: str) -> Any:
-    """Compute of ours over theirs, both at this loss."""
+    """Returns the compute of `ours` over that of `theirs` at equal loss."""
     return laws[ours].compute(loss) / laws[theirs].compute(loss)
 
 
 def bootstrap(points: Mapping[str, Points], found: Fit) -> dict[str, PowerLaw] | None:
-    """Laws of drawn data, to take intervals from: `a` and `b` are `(draws,)`.
+    """Returns laws fitted to bootstrap samples, with `a` and `b` of shape `(draws,)`.
 
-    None with fewer than three sizes.
+    Returns None with fewer than three sizes.
 
-    Residuals of whole sizes are drawn, those of all optimizers at a size together, since they
-    share seeds, text and shape; they are enlarged by what two fitted numbers took from them. The
-    irreducible loss stays what it is.
+    Residuals are resampled by size, jointly for all optimizers, since these share seeds, text and
+    shape at a size. They are scaled up for the two degrees of freedom of the fit. The irreducible
+    loss is kept fixed.
     """
     sizes = min(len(of.loss) for of in points.values())
     if sizes < 3:
@@ -135,16 +135,16 @@ def bootstrap(points: Mapping[str, Points], found: Fit) -> dict[str, PowerLaw] |
 
 
 def _leverage(law: PowerLaw, of: Points) -> np.ndarray:
-    """What a small change of log L is in log(L − e)."""
+    """Returns the derivative of log(L − e) with respect to log L."""
     loss = law.loss(of.compute)
     return loss / (loss - law.e)
 
 
 def interval(value: float, drawn: np.ndarray, sizes: int) -> tuple[float, float]:
-    """Confidence interval of a positive value, from what it is of drawn data.
+    """Returns the 95 % confidence interval of a positive value, from its bootstrap samples.
 
-    The draws give its standard error; Student's t, with the sizes but two as degrees of freedom,
-    says how many of them, since from so few residuals percentiles would promise too much.
+    The interval is the samples' standard error (of the logarithm) times Student's t with two
+    degrees of freedom less than sizes, since percentiles of so few residuals would be too narrow.
     """
     half = student_t(sizes - 2) * np.std(np.log(drawn))
     return float(value * np.exp(-half)), float(value * np.exp(half))
@@ -153,7 +153,7 @@ def interval(value: float, drawn: np.ndarray, sizes: int) -> tuple[float, float]
 def without_each(
     points: Mapping[str, Points], statistic: Callable[[Mapping[str, PowerLaw]], float]
 ) -> tuple[float, float] | None:
-    """Smallest and largest value when one size is left out; None with fewer than four."""
+    """Returns the smallest and largest value with one size left out; None with fewer than four."""
     sizes = min(len(of.loss) for of in points.values())
     if sizes < 4:
         return None
@@ -165,7 +165,7 @@ def without_each(
 
 
 def paper_ratio(compute: float) -> float:
-    """Muon's compute over AdamW's at equal loss by the paper's curves, at AdamW's compute.
+    """Returns Muon's compute over AdamW's at equal loss by the paper's curves.
 
     >>> round(paper_ratio(10.0), 2), round(paper_ratio(1.0), 2)
     (0.51, 0.46)
@@ -175,6 +175,6 @@ def paper_ratio(compute: float) -> float:
 
 
 def overlap(points: Mapping[str, Points]) -> tuple[float, float]:
-    """The losses, lowest and highest, that all optimizers have seen."""
+    """Returns the lowest and the highest loss of the range that all optimizers cover."""
     losses = [of.loss for of in points.values()]
     return max(float(x.min()) for x in losses), min(float(x.max()) for x in losses)

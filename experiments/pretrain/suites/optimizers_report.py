@@ -1,4 +1,4 @@
-"""Report of the suite of optimizers: many of them at equal effort, beside AdamW."""
+"""Report of the suite `optimizers`: many optimizers at equal effort, compared with AdamW."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from experiments.sweep import Files
 
 
 def compare(found: Sequence[Arm]) -> list[Arm]:
-    """All arms beside AdamW, the lowest loss first."""
+    """Compares all arms with AdamW, and sorts them by loss."""
     base = arms.baseline_of(found)
     if base is None or not math.isfinite(base.loss):
         return list(found)
@@ -39,7 +39,7 @@ def _shares(arm: Arm, base: Arm) -> dict[str, float | None]:
 
 
 def tokens_to(curve: Sequence[tuple[int, float]], loss: float) -> float:
-    """Where losses over tokens first reach a loss, between two evaluations; infinite if nowhere."""
+    """Returns the (interpolated) tokens at which a curve first reaches a loss, or infinity."""
     before = None
     for tokens, value in curve:
         if value <= loss:
@@ -52,7 +52,7 @@ def tokens_to(curve: Sequence[tuple[int, float]], loss: float) -> float:
 
 
 def _stored(found: Sequence[Arm]) -> list[Arm]:
-    """What never comes to AdamW's loss is stored as none."""
+    """Restores the infinite shares of arms that never reach AdamW's loss, stored as None."""
     base = arms.baseline_of(found)
     return [
         arm
@@ -89,7 +89,7 @@ COLUMNS: tuple[Column, ...] = (
     ("step time ÷ AdamW's", "", _cost(lambda arm: number(arm.cost["times_baseline"]))),
     ("optimizer's FLOPs per step", "", _cost(lambda arm: flop(arm.cost["optimizer_flops"]))),
     (
-        "their share of the step",
+        "share of the step's FLOPs",
         "",
         _cost(lambda arm: f"{arm.cost['optimizer_flops'] / arm.step_flops:.1%}"),
     ),
@@ -97,15 +97,15 @@ COLUMNS: tuple[Column, ...] = (
     ("diverged", "", lambda arm: str(arm.diverged)),
 )
 NOTE = (
-    "loss: at the best rate, mean ± deviation over seeds\n"
+    "loss: at the best rate, mean ± standard deviation over seeds\n"
     "minus AdamW's: with its 95 % interval, paired by seed; p after Holm\n"
-    "tokens, FLOPs, time: to AdamW's final loss, of AdamW's whole training"
+    "tokens, FLOPs, time: to AdamW's final loss, as a share of AdamW's training"
 )
 CAPTION = (
-    "Lowest loss first: held-out loss at the end, mean and standard deviation over the seeds. The "
-    "difference is paired by seed, with Student's interval; p is of the paired t test after Holm's "
-    "correction for all rows. “To AdamW's loss”: where the mean curve first reaches the loss that "
-    "AdamW ends with, as a fraction of AdamW's whole training; its rate has not yet decayed there, "
+    "Final held-out loss, mean and standard deviation over seeds, lowest first. The difference is "
+    "paired by seed, with Student's interval; p is that of the paired t test after Holm's "
+    "correction for all rows. “To AdamW's loss”: where the mean curve first reaches AdamW's final "
+    "loss, as a fraction of AdamW's whole training. The learning rate has not yet decayed there, "
     "which favours AdamW. “(edge)”: the best rate is the highest or lowest tried."
 )
 LIMITS = (
@@ -113,35 +113,35 @@ LIMITS = (
     "{tokens_per_step} tokens: this ranks how fast optimizers reduce the loss early in training. "
     "Long runs, in which decay and the end of the schedule matter more, may rank them differently.",
     "Only the optimizer's own learning rate is swept; other settings keep their defaults.",
-    "{config[sweep_seeds]} of {config[seeds]} seeds choose the rate and are among those that "
-    "judge it; so few cannot distinguish small differences from zero.",
-    "With so few tokens per step, Newton–Schulz takes a far larger share than in large trainings, "
-    "and small matrices run at a lower rate than large ones.",
+    "{config[sweep_seeds]} of {config[seeds]} seeds choose the learning rate and are also among "
+    "those that evaluate it. So few seeds cannot distinguish small differences from zero.",
+    "With so few tokens per step, Newton–Schulz takes a far larger share of the time than in large "
+    "trainings, and products of small matrices reach fewer FLOP/s than those of large ones.",
 )
 MEASURED = {
     "Text": "{corpus[name]}: {corpus[train_tokens]:,} tokens of a byte-level BPE of "
     "{corpus[vocabulary]}, evaluated on {config[evaluation_tokens]:,} of "
     "{corpus[validation_tokens]:,} held out, the same every time. SHA-256 {corpus[sha256]}.",
-    "Seeds": "A seed sets the initial parameters and the order of the text, equally for all "
-    "optimizers and rates.",
+    "Seeds": "A seed sets the initial parameters and the data order, in the same way for all "
+    "optimizers and learning rates.",
     "Learning rates": "Swept by factors of {config[sweep][factor]:g} around a default, and "
     "extended until the best one has a neighbour on each side, by at most "
-    "{config[sweep][limit]} rates. In the hybrids, AdamW trains embedding, head and gains at "
-    "the rate {config[adamw][learning_rate]}; SGD and Lion keep their rates too.",
-    "FLOPs": "Model: analytic, forward and backward. Of the optimizer: the matrix products of its "
-    "compiled update; eigendecompositions and element-wise work count nothing.",
-    "Step time": "Of whole training steps, in alternating rounds in one process: median ratio "
-    "to AdamW's.",
+    "{config[sweep][limit]} learning rates. In the hybrids, AdamW trains embedding, head and gains "
+    "at the learning rate {config[adamw][learning_rate]}; SGD and Lion have fixed ones, too.",
+    "FLOPs": "Model: analytic, forward and backward pass. Optimizer: the matrix products of its "
+    "compiled update; eigendecompositions and element-wise operations are not counted.",
+    "Step time": "Median ratio of whole training steps to AdamW's, in alternating rounds in one "
+    "process.",
 }
 CURVES = (
-    "Held-out loss during training at the best rates, mean over seeds; the vertical axis begins "
-    "at AdamW's loss after a sixth of its training, and optimizers above it are left out. FLOPs "
-    "are of model and optimizer; a step's time is measured in alternating rounds."
+    "Held-out loss during training at the best learning rates, mean over seeds. The vertical axis "
+    "begins at AdamW's loss after a sixth of its training; optimizers above it are not shown. "
+    "FLOPs are those of model and optimizer; step times are measured in alternating rounds."
 )
 
 
 def abstract(found: Sequence[Arm], files: Files) -> list[str]:
-    """The result in plain sentences, every number computed from the run."""
+    """Returns sentences with the results, computed from the run."""
     if not found:
         return ["No training has finished yet."]
     sentences = [*arms.progress(files), f"{arms.lowest(found)} per token."]
@@ -163,14 +163,14 @@ def abstract(found: Sequence[Arm], files: Files) -> list[str]:
 
 
 def curves_figure(found: Sequence[Arm]) -> Figure:
-    """Mean loss at the best rates against tokens, FLOPs and time."""
+    """Draws the mean loss at the best rates against tokens, FLOPs and time."""
     drawn = [arm for arm in found if arm.curve]
     base = arms.baseline_of(drawn) or drawn[0]
     scales: dict[str, Callable[[Arm], float]] = {"tokens (millions)": lambda arm: 1e-6}
     if all(arm.cost for arm in drawn):
 
         def seconds(arm: Arm) -> float:
-            """By the ratio to AdamW's step where there is one: turns are fairer than medians."""
+            """Returns the time per token, from the ratio to AdamW's step if it is known."""
             ratio, own = arm.cost["times_baseline"], arm.cost["milliseconds"]
             step = ratio * base.cost["milliseconds"] if ratio else own
             return 1e-3 * step / arm.tokens_per_step
@@ -196,7 +196,7 @@ def curves_figure(found: Sequence[Arm]) -> Figure:
 
 
 def report(folder: Path) -> Report:
-    """Every optimizer at its best rate."""
+    """Returns the report of the suite `optimizers`."""
     files = arms.load(folder)
     found = compare(gather(files)) if files.rows else _stored(gather(files))
     facts = {"config": files.config, "corpus": files.summary["corpus"]}

@@ -1,4 +1,4 @@
-"""What the reports know of a suite: the cells of each optimizer at each size together."""
+"""Results of a suite for its reports: the cells grouped by optimizer and size."""
 
 import dataclasses
 import statistics
@@ -12,16 +12,16 @@ from experiments.sweep import Files
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm(arms.Arm):
-    """An optimizer at one size.
+    """The results of one optimizer at one size.
 
     Attributes:
-        tokens_per_step: of all arms.
-        tokens: of a whole training.
+        tokens_per_step: Tokens of a step.
+        tokens: Tokens of the whole training.
         curve: tokens and mean validation loss on the way, over the seeds at the best rate.
         bits_per_byte: mean at the end; None where bytes are unknown or a seed diverged.
-        cost: of a step, from costs.json; None until it was measured.
-        shares: of AdamW's whole training in tokens, FLOPs and time, that it takes to AdamW's final
-            loss; infinite if it never gets there, None where costs are not known.
+        cost: The cost of a step, from costs.json; None until it is measured.
+        shares: Tokens, FLOPs and time to AdamW's final loss as fractions of AdamW's whole training;
+            infinite if that loss is never reached, None if costs are unknown.
     """
 
     width: int
@@ -34,11 +34,11 @@ class Arm(arms.Arm):
 
     @property
     def step_flops(self) -> float | None:
-        """Of the model and the optimizer."""
+        """FLOPs of a step: those of the model and of the optimizer."""
         return self.cost and self.cost["model_flops"] + self.cost["optimizer_flops"]
 
     def compute(self, with_update: bool) -> float:
-        """FLOPs of a whole training, of the model alone or with the updates' own."""
+        """Returns the FLOPs of a whole training, of the model alone or including the updates."""
         steps = self.tokens / self.tokens_per_step
         return steps * (self.step_flops if with_update else self.cost["model_flops"])
 
@@ -52,7 +52,7 @@ class Arm(arms.Arm):
 
 
 def gather(files: Files) -> list[Arm]:
-    """By width, and the lowest loss first."""
+    """Returns the arms of a suite, sorted by width and then by loss."""
     own = ("optimizer", "width", "bits_per_byte", "tokens_per_step", "tokens", "cost")
     found = [
         Arm(

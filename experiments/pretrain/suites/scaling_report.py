@@ -40,20 +40,19 @@ from experiments.report.text import all_told, flop, number, told
 
 SEEDS: dict[str, Any] = {"lw": 2, "marker": "_", "ms": 8, "clip_on": False}
 PFLOPS_DAY = 8.64e19  # FLOPs
-# Of the paper's ladder: 6 FLOPs per parameter and token, 1.5 B params, 38.91 B tokens.
+# The paper's largest training: 6 FLOPs per parameter and token, 1.5 B params, 38.91 B tokens.
 PAPER_LARGEST = 6 * 1.5e9 * 38.91e9
 
 
 class Ratio(NamedTuple):
-    """Compute of an optimizer over AdamW's, both at the same loss.
+    """The compute of an optimizer over AdamW's at equal loss.
 
     Attributes:
-        optimizer: whose.
-        loss: that both reach, the lowest that all have seen.
-        value: by the fitted curves.
-        interval: of 95 % by the fit's residuals, None with fewer than three sizes.
-        others: smallest and largest with one size left out; None with fewer than four.
-        by_seed: of 95 % over the seeds, each fitted by itself; None with one seed.
+        loss: The loss, the lowest that all optimizers reach.
+        value: The ratio by the fitted curves.
+        interval: 95 % interval from the fit's residuals; None with fewer than three sizes.
+        others: Smallest and largest ratio with one size left out; None with fewer than four.
+        by_seed: 95 % interval over the seeds, each fitted by itself; None with one seed.
     """
 
     optimizer: str
@@ -72,10 +71,10 @@ class Scaling(NamedTuple):
     """Loss against compute.
 
     Attributes:
-        points: by optimizer.
-        fit: of the curves.
-        draws: laws that the data might have given as well; None with fewer than three sizes.
-        ratios: of every optimizer but AdamW, at the lowest loss that all have seen.
+        points: The points by optimizer.
+        fit: The fitted curves.
+        draws: The laws of bootstrap samples; None with fewer than three sizes.
+        ratios: The compute ratios of all optimizers except AdamW, at the lowest common loss.
     """
 
     points: dict[str, Points]
@@ -93,7 +92,7 @@ class Scaling(NamedTuple):
 
 
 def scaling(found: Sequence[Arm], with_update: bool) -> Scaling | None:
-    """The curves of all arms; None where there are fewer than two sizes with their costs."""
+    """Returns the curves of all arms; None with fewer than two sizes that have known costs."""
     of: dict[str, list[Arm]] = {arm.optimizer: [] for arm in found}
     for arm in found:
         if arm.cost and math.isfinite(arm.loss):
@@ -142,7 +141,7 @@ def _ratio(
 
 
 def law_text(law: PowerLaw) -> str:
-    """A curve, with compute in PFLOP/s-days as the paper has it."""
+    """Returns a curve as text, with compute in PFLOP/s-days as in the paper."""
     floor = f" + {law.e:.2f}" if law.e else ""
     return f"{law.a * PFLOPS_DAY**-law.b:.3g} · C^−{law.b:.3f}{floor}"
 
@@ -151,8 +150,8 @@ COLUMNS: tuple[Column, ...] = (
     ("width", "width", lambda arm: str(arm.width)),
     ("optimizer", "optimizer", lambda arm: arm.label),
     ("tokens (millions)", "Mtokens", lambda arm: f"{1e-6 * arm.tokens:.3g}"),
-    ("compute of the model", "FLOPs", lambda arm: flop(arm.compute(False)) if arm.cost else "–"),
-    ("and of the update", "", lambda arm: flop(arm.compute(True)) if arm.cost else "–"),
+    ("model FLOPs", "FLOPs", lambda arm: flop(arm.compute(False)) if arm.cost else "–"),
+    ("with the updates'", "", lambda arm: flop(arm.compute(True)) if arm.cost else "–"),
     arms.RATE,
     ("final loss (nats per token)", "loss", lambda arm: arm.loss_text()),
     ("bits per byte", "bits", lambda arm: number(arm.bits_per_byte)),
@@ -163,42 +162,41 @@ CAPTION = (
     "is proportional to the active parameters, without embedding and head."
 )
 FITS = (
-    "L = a·C^−b by least squares in log L over log C; an irreducible loss, one for all, is "
-    "added only where AICc gains more than 2 by it. The ratio is at the lowest loss that all "
-    "optimizers reached. One interval of 95 % is a bootstrap over residuals of whole sizes, "
-    "drawn for all optimizers together, times Student's t for so few sizes; the other is Student's "
-    "over the seeds, each fitted by itself. Liu et al. "
-    "(2502.16982) have 2.506·C^−0.052 for Muon and 2.608·C^−0.054 for AdamW, and quote 0.519; "
-    "their two curves give it near C = 10 PFLOP/s-days, 0.46 at 1 and 0.55 at 100."
+    "L = a·C^−b by least squares in log L over log C; an irreducible loss, shared by all "
+    "optimizers, is added only if it improves AICc by more than 2. The ratio is at the lowest loss "
+    "that all optimizers reached. One 95 % interval is a bootstrap over the residuals of sizes, "
+    "resampled jointly for all optimizers, times Student's t for so few sizes; the other is "
+    "Student's over the seeds, each fitted by itself. Liu et al. (2502.16982) have 2.506·C^−0.052 "
+    "for Muon and 2.608·C^−0.054 for AdamW, and quote 0.519; their two curves give this ratio near "
+    "C = 10 PFLOP/s-days, 0.46 at 1 and 0.55 at 100."
 )
 LIMITS = (
-    "Nothing is shown of the ratio at the paper's scale: its largest model had {far[0]} times the "
-    "compute; extrapolated that far, the ratio changes by a factor of {far[1]} when one exponent "
-    "is off by 0.01. No curve here is extrapolated.",
+    "These results do not predict the ratio at the paper's scale. The paper's largest model had "
+    "{far[0]} times the compute. Extrapolated that far, the ratio would change by a factor of "
+    "{far[1]} if one exponent were off by 0.01. No curve here is extrapolated.",
     "Embedding and head, which AdamW trains in both cases, are a large part of such narrow "
-    "models, which understates Muon's advantage; Newton–Schulz is a large part of a step with "
-    "so few tokens, which overstates its cost.",
+    "models; this understates Muon's advantage. Newton–Schulz is a large part of a step with "
+    "so few tokens; this overstates its cost.",
     "The text is source code with a vocabulary of {corpus[vocabulary]}: the ratio of compute can "
     "be compared with the paper's, not the loss.",
 )
 MEASURED = {
-    "Sizes": "Heads keep their size and their number grows with the width, and so do the hidden "
-    "sizes; the number of layers, {config[model][layers]}, is constant, and so are "
-    "{config[tokens_per_param]:g} tokens per active parameter. The schedule spans each "
-    "training.",
+    "Sizes": "The number of heads and the hidden sizes grow with the width; the size of a head, "
+    "the number of layers ({config[model][layers]}) and the training tokens per active parameter "
+    "({config[tokens_per_param]:g}) are constant. The schedule spans each training.",
     "Text": "{corpus[name]}: {corpus[train_tokens]:,} tokens; longer trainings repeat some of "
     "them. SHA-256 {corpus[sha256]}.",
-    "Learning rates": "Swept at every size by factors of {config[sweep][factor]:g}, and "
-    "extended until the best one has a neighbour on each side, by {config[sweep_seeds]} of "
-    "{config[seeds]} seeds. With the other optimizers, AdamW trains all but the hidden matrices "
-    "at the rate {config[adamw][learning_rate]}.",
-    "Compute": "Model: analytic FLOPs of the forward and backward pass, head included. Update: its "
-    "matrix products.",
+    "Learning rates": "Swept at every size by factors of {config[sweep][factor]:g} with "
+    "{config[sweep_seeds]} of {config[seeds]} seeds, and extended until the best one has a "
+    "neighbour on each side. Parameters that another optimizer leaves to AdamW have the learning "
+    "rate {config[adamw][learning_rate]}.",
+    "Compute": "Model: analytic FLOPs of the forward and backward pass, including the head. "
+    "Update: FLOPs of its matrix products.",
 }
 
 
 def abstract(found: Sequence[Arm], model: Scaling | None, whole: Scaling | None) -> list[str]:
-    """The result in plain sentences, every number computed from the run."""
+    """Returns sentences with the results, computed from the run."""
     if model is None or whole is None:
         return ["Fewer than two sizes have finished with all optimizers, so there is no curve yet."]
     sentences = [
@@ -216,9 +214,10 @@ def abstract(found: Sequence[Arm], model: Scaling | None, whole: Scaling | None)
 
 
 def far(curves: Scaling) -> tuple[str, str]:
-    """How many times more compute the paper's largest model had than ours.
+    """Returns, as text, how many times more compute the paper's largest model had than ours.
 
-    And by what factor a ratio of compute changes on the way there when an exponent is off by 0.01.
+    The second text is the factor by which a compute ratio changes when it is extrapolated that far
+    with an exponent that is off by 0.01.
     """
     largest = max(of.compute.max() for of in curves.points.values())
     times = PAPER_LARGEST / largest
@@ -229,7 +228,7 @@ def far(curves: Scaling) -> tuple[str, str]:
 
 
 def fit_figure(found: Sequence[Arm], curves: Scaling) -> Figure:
-    """Loss against compute with its curves, and the compute ratio against the loss."""
+    """Draws loss against compute with the fitted curves, and the compute ratio against loss."""
     figure = new_figure(8.6, 3.7)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     for name, of in curves.points.items():
@@ -239,8 +238,8 @@ def fit_figure(found: Sequence[Arm], curves: Scaling) -> Figure:
         for arm in found:
             if arm.optimizer == name and arm.cost and math.isfinite(arm.loss):
                 losses = [*arm.best.losses.values()]
-                at = [arm.compute(False)] * len(losses)
-                left.plot(at, losses, color=color, alpha=0.5, **POINT_MARK | {"ms": 3})
+                compute = [arm.compute(False)] * len(losses)
+                left.plot(compute, losses, color=color, alpha=0.5, **POINT_MARK | {"ms": 3})
         left.plot(of.compute, of.loss, color=color, zorder=5, **POINT_MARK | {"ms": 6})
     for which in ("x", "y"):
         plain_log_axis(left, which)
@@ -272,19 +271,19 @@ def _draw_ratios(axes: Axes, curves: Scaling) -> None:
         if found.by_seed:
             axes.plot([found.loss] * 2, found.by_seed, color=color, **SEEDS)
     if curves.draws:
-        handles.append(legend_line("95 % by residuals of the fit", lw=6, alpha=0.3))
-    handles += [legend_line("95 % by seeds", **SEEDS)] * any(x.by_seed for x in curves.ratios)
+        handles.append(legend_line("95 %, residuals of the fit", lw=6, alpha=0.3))
+    handles += [legend_line("95 %, seeds", **SEEDS)] * any(x.by_seed for x in curves.ratios)
     axes.axhline(PAPER_RATIO, **REFERENCE)
     axes.axhline(1.0, color="#444444", lw=0.8)
     axes.invert_xaxis()  # more compute to the right
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("loss that both reach")
+    axes.set_xlabel("loss (nats per token)")
     axes.set_ylabel("model FLOPs over AdamW's")
     axes.legend(handles=[*handles, legend_line(f"Muon in the paper, {PAPER_RATIO}", lw=1, ls=":")])
 
 
 def _fit_rows(kinds: Mapping[str, Scaling | None]) -> list[list[str]]:
-    """The curves as text, and each optimizer's ratio, by which compute counts."""
+    """Returns rows of curves and compute ratios, by kind of compute and optimizer."""
     rows = []
     for kind, of in kinds.items():
         ratios = {found.optimizer: found for found in of.ratios} if of else {}
@@ -300,7 +299,7 @@ def _fit_rows(kinds: Mapping[str, Scaling | None]) -> list[list[str]]:
 
 
 def report(folder: Path) -> Report:
-    """Loss against compute."""
+    """Returns the report of the suite `scaling`."""
     files = arms.load(folder)
     found = gather(files)
     model, whole = (scaling(found, with_update) for with_update in (False, True))
@@ -313,9 +312,9 @@ def report(folder: Path) -> Report:
             "compute of",
             "optimizer",
             "loss, C in PFLOP/s-days",
-            "compute ÷ AdamW's [95 % by residuals]",
-            "95 % by seeds",
-            "with a size left out",
+            "compute ÷ AdamW's [95 %, residuals]",
+            "95 %, seeds",
+            "with one size left out",
         ],
         _fit_rows(kinds),
         FITS,
@@ -324,10 +323,10 @@ def report(folder: Path) -> Report:
     figures = []
     if model:
         caption = (
-            "Left: means over seeds (large) and seeds (small), with the fitted curves. Right: by "
-            "these curves, compute over AdamW's at equal loss with its 95 % band by residuals of "
-            "the fit, and the 95 % interval over seeds at the lowest loss; the dotted line is the "
-            "paper's for Muon."
+            "Left: means over seeds (large) and single seeds (small), with the fitted curves. "
+            "Right: compute over AdamW's at equal loss by these curves, with a 95 % band from the "
+            "fit's residuals, and the 95 % interval over seeds at the lowest loss. Dotted: the "
+            "paper's ratio for Muon."
         )
         alt = "Loss against compute, and the compute ratio against the loss."
         figures.append(Picture("fit", lambda: fit_figure(found, model), caption, alt))

@@ -17,16 +17,16 @@ from experiments.pretrain.suites.config import Cell, SuiteName, model_flops, siz
 from experiments.runs import Run
 from experiments.study import Timed, sweep_rates
 
-# What only chooses cells, or where they run; the rest decides what a cell is.
+# Settings that only select cells or devices. All others determine what a cell trains.
 _FREE = ("optimizers", "seeds", "sweep_seeds", "sweep", "widths", "rates", "mesh", "seed")
 
 
 def check(config: Any, which: SuiteName) -> dict[int, Training]:
-    """What a suite trains, by width.
+    """Checks a suite's settings, and returns those of its trainings by width.
 
     Raises:
-        ValueError: a size that has no whole number of heads, a folder that is not of this machine,
-            or several processes.
+        ValueError: If a width is not a multiple of the head size, the folder is not local, or there
+            are several processes.
     """
     check_alone(which, config.out)
     return _trainings(config, which)
@@ -35,22 +35,21 @@ def check(config: Any, which: SuiteName) -> dict[int, Training]:
 def suite(
     config: Any, which: SuiteName, tokens: data.Tokens, console: Console, stop: threading.Event
 ) -> int:
-    """Trains what is missing of a suite, and reports on what there is.
+    """Trains the missing cells of a suite, and reports on all finished ones.
 
     Args:
-        config: a `Training`, `Running` and `Suite` in one, with `optimizers` and `out`.
-        which: suite.
-        tokens: of `data.prepare(config.data)`.
-        console: for progress.
-        stop: asks for an early end; finished cells are kept.
+        config: A `Training`, `Running` and `Suite` in one, with `optimizers` and `out`.
+        which: The suite.
+        tokens: The text, from `data.prepare(config.data)`.
+        console: The console for progress.
+        stop: Set to request an early end. Finished cells are kept.
 
     Returns:
         The command's exit code.
 
     Raises:
-        RunError: the folder is in use, or holds a suite of other settings.
-        ValueError: a size that has no whole number of heads, a text that is too short, a folder
-            that is not of this machine, or several processes.
+        RunError: If the folder is in use, or contains a suite with other settings.
+        ValueError: As for `check`, or if the text is too short.
     """
     trainings = check(config, which)
     held_out = windows.held_out(tokens, config.context, config.evaluation_tokens)
@@ -80,7 +79,7 @@ def suite(
 
 
 def _trainings(config: Any, which: SuiteName) -> dict[int, Training]:
-    """What a cell trains, by width."""
+    """Returns the settings of the trainings by width."""
     training = config.training()
     if which == "optimizers":
         return {training.model.width: training}

@@ -1,4 +1,4 @@
-"""Leaves in arrays that are moved, resized, joined, looked up, or combined entry by entry."""
+"""Handlers of primitives that move, resize, join, look up or combine arrays elementwise."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from muon_jax._routing.trace.values import Value, fit_outputs, move, plain, resi
 Move = Callable[[Any, Sequence[int], Axes], Axes]
 
 
-# --- Entry by entry ---
+# --- Elementwise ---
 
 
 def elementwise(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
@@ -31,7 +31,7 @@ def elementwise(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
     holders = [value for value in values if value.views]
     settled = bool(pure) and not _scales(name, values, uniform, pure)
     settled = settled or (name in _CURVED and any(value.data for value in holders))
-    # What is looked up acts as an activation where whole parameters meet it.
+    # A lookup acts as an activation when it is combined with a parameter that is not looked up.
     looked_up = any(view.rows for value in holders for view in value.views)
     if settled or (looked_up and not all(value.data for value in holders)):
         values = [tracer.settle(value) if value.views else value for value in values]
@@ -59,7 +59,7 @@ def elementwise(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
     ]
 
 
-# Where a parameter that data scale enters these, it is no matrix that they modulate.
+# A parameter that is scaled by data and then enters one of these is not a modulated matrix.
 _CURVED = frozenset(
     ("cos", "erf", "exp", "exp2", "expm1", "log", "log1p")
     + ("logistic", "max", "min", "pow", "sin", "tanh")
@@ -67,7 +67,7 @@ _CURVED = frozenset(
 
 
 def _uniform(value: Value, before: Sequence[int], after: Sequence[int]) -> frozenset[int]:
-    """Axes of the result along which this operand is the same throughout."""
+    """Returns the axes of the result along which all entries of this operand are equal."""
     if len(before) != len(after):
         return frozenset(range(len(after)))
     grown = {i for i, sizes in enumerate(zip(before, after, strict=True)) if sizes[0] != sizes[1]}
@@ -75,10 +75,10 @@ def _uniform(value: Value, before: Sequence[int], after: Sequence[int]) -> froze
 
 
 def _scales(name: str, values: list[Value], uniform: list[frozenset[int]], pure: list[int]) -> bool:
-    """Whether a parameter is only scaled by data: as a whole, or along some of its axes.
+    """Whether a parameter is only scaled by data, as a whole or along some of its axes.
 
-    Such as a weight divided by its spectral norm, or modulated by a style. It is then used by what
-    meets it next.
+    Examples are a weight divided by its spectral norm, or modulated by a style. The next operation
+    then determines its use.
     """
     if name != "mul" and not (name == "div" and pure == [1]):
         return False
@@ -96,13 +96,13 @@ def _selects(name: str, values: list[Value]) -> bool:
 
 
 def each(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
-    """Every output is its own operand."""
+    """Handles primitives with one output per operand."""
     del tracer
     return resized(values, eqn.outvars)
 
 
 def sort(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
-    """The order of the first operand is that of all."""
+    """Handles sorting, where the first operand determines the order of all."""
     keys = plain(values)
     return [
         value._replace(data=keys.data, deep=keys.deep, frontier=keys.frontier, uniform=NONE)
@@ -114,7 +114,7 @@ def sort(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 def moved(place: Move) -> Handler:
-    """The first operand moved; a second one is a padding value."""
+    """Returns a handler that moves the axes of the first operand; a second is a padding value."""
 
     def handler(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
         del tracer
@@ -201,7 +201,7 @@ def resize_axes(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
 
 
 def gather_shards(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
-    """Untiled, the shards lie along an axis of their own."""
+    """Resizes the axes; without tiling, adds or removes the axis of the shards."""
     if len(axes) < len(shape):
         at = eqn.params["all_gather_dimension"]
         axes = (*axes[:at], blank(shape[at]), *axes[at:])
@@ -212,7 +212,7 @@ def gather_shards(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
 
 
 def reduce(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
-    """Reduced along its own axes, a leaf is a statistic; along those of a broadcast it is not."""
+    """Marks a leaf as a statistic if it is reduced along its own axes, not those of a broadcast."""
     del tracer
     gone = set(eqn.params["axes"])
     one_hot = eqn.primitive.name in ("reduce_sum", "reduce_max")
@@ -230,7 +230,7 @@ def reduce(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 def combine(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
-    """Operands side by side in one array: concatenated, stacked, written into a buffer."""
+    """Handles operands that are concatenated, stacked or written into a buffer."""
     if any(value.data and not value.views for value in values):
         values = [tracer.settle(value) if value.views else value for value in values]
     shape = eqn.outvars[0].aval.shape
@@ -262,7 +262,7 @@ def gather(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
     free = [i for i in batch if i not in source]
     if not indices.data and len(single) == len(free) == 1:
         [at], [out] = single, free
-        if 1 < shape[out] <= before[at]:  # rows in another order, or some of them
+        if 1 < shape[out] <= before[at]:  # a permutation or a subset of the rows
             source[out], single, free = at, [], []
     scattered = [i for i in single if before[i] > 1] if free else []
 
@@ -297,9 +297,9 @@ def looked_up(
     move: Callable[[Axes], Axes],
     scattered: Sequence[int] = (),
 ) -> Value:
-    """A part of the operand. Where data tell which, it is looked up, else it is a slice.
+    """Returns a part of the operand, which is looked up if the indices are data, else a slice.
 
-    Along `scattered` axes it may be one entry several times.
+    Along the `scattered` axes it may contain an entry more than once.
     """
     flags = plain([operand, indices])._replace(one_hot=operand.one_hot, stream=operand.stream)
     if not operand.views:

@@ -1,7 +1,7 @@
-"""Which axes of a leaf lie along which axes of an array made of it, through reshapes and slices.
+"""The axes of an array in terms of the axes of the leaf that it was made from.
 
-An axis of the array is a product of factors, the slowest first; each knows its size and the leaf's
-axes it runs along. A factor along no axis of the leaf comes from a broadcast or from other arrays.
+An axis of the array is a product of factors, the slowest first. Each factor has a size and the axes
+of the leaf that it runs along. A factor without axes comes from a broadcast or from other arrays.
 """
 
 import math
@@ -15,7 +15,7 @@ NONE: LeafAxes = frozenset()
 
 
 def leaf_axes(shape: Sequence[int]) -> Axes:
-    """Those of the leaf itself."""
+    """Returns the axes of the leaf itself."""
     return tuple(((frozenset((i,)), size),) for i, size in enumerate(shape))
 
 
@@ -24,7 +24,7 @@ def blank(size: int) -> Axis:
 
 
 def along(axes: Iterable[Axis]) -> LeafAxes:
-    """The leaf's axes that lie along any of these."""
+    """Returns the leaf's axes that lie along any of these."""
     return frozenset().union(*(which for axis in axes for which, _ in axis))
 
 
@@ -33,7 +33,7 @@ def length(axis: Axis) -> int:
 
 
 def resize(axis: Axis, size: int) -> Axis:
-    """A slice, a shard, a padded axis, or several joined end to end."""
+    """Returns the axis with another size: a slice, a shard, a padded or a concatenated axis."""
     if length(axis) == size:
         return axis
     if not along([axis]):
@@ -45,7 +45,7 @@ def resize(axis: Axis, size: int) -> Axis:
 
 
 def fit(axes: Axes, shape: Sequence[int]) -> Axes:
-    """Broadcast to a shape of the same number of axes (a scalar: to any)."""
+    """Broadcasts the axes to a shape with the same number of axes, or a scalar to any shape."""
     if len(axes) != len(shape):
         return tuple(map(blank, shape))
     return tuple(
@@ -55,12 +55,12 @@ def fit(axes: Axes, shape: Sequence[int]) -> Axes:
 
 
 def mix(axes: Axes, shape: Sequence[int]) -> Axes:
-    """Where nothing is known: every axis may run along all that the array holds of the leaf."""
+    """Returns axes that may each run along all axes of the leaf in the array."""
     return tuple(((along(axes), size),) for size in shape)
 
 
 def reshape(axes: Axes, shape: Sequence[int]) -> Axes:
-    """Factors are split and merged as the sizes tell."""
+    """Splits and merges factors according to the sizes; calls `mix` if they do not divide."""
     factors = [factor for axis in reversed(axes) for factor in reversed(axis) if factor[1] != 1]
     reshaped = []
     for size in shape:

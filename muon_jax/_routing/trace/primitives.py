@@ -1,7 +1,7 @@
-"""What each primitive of JAX does to the leaves in its operands: one table, for `tracer.py`.
+"""The table of handlers, which say what each primitive of JAX does to the leaves in its operands.
 
-A primitive that is not here may take and give activations; a leaf that enters it is left to the
-name rules.
+Primitives that are not in the table may operate on activations. If a leaf enters one, its name
+decides.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ from muon_jax._routing.trace.values import Value
 
 
 def _constant(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
-    """Positions, and random numbers: no data, whatever key they come from."""
+    """Handles positions and random numbers, which count as constants whatever their key."""
     del tracer, values
     return [Value(table=len(var.aval.shape) > 0) for var in eqn.outvars]
 

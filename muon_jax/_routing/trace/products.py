@@ -1,4 +1,4 @@
-"""Leaves in products: matrix products, ragged ones and convolutions."""
+"""Handlers of matrix products, ragged products and convolutions."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ def dot_general(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 def ragged_dot_general(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
-    """The groups of the right operand are a batch."""
+    """Handles ragged products; the groups of the right operand are a batch axis."""
     dims = eqn.params["ragged_dot_dimension_numbers"]
     contracted, (left, right) = dims.dot_dimension_numbers
     groups = tuple(dims.rhs_group_dimensions)
@@ -74,14 +74,14 @@ def _meet(
     contracted: Sequence[Sequence[int]],
     batch: Sequence[Sequence[int]],
 ) -> Value:
-    """Axes of the activation that are a batch here index matrices where it came from, too."""
+    """Records a use. The activation's batch axes index matrices in the product that made it too."""
     tracer.index(activation, batch[1 - side])
     place = _product_axes(eqn, side, contracted, batch)
     return tracer.meet(value, activation, contracted[side], batch[side], place=place)
 
 
 def _rank(value: Value, contracted: Sequence[int]) -> int:
-    """How much a value with leaves in it is like an activation; the lower one is the matrix."""
+    """Returns how much a value resembles an activation; the operand with less is the matrix."""
     vector = all(
         all(length(axis) == 1 for i, axis in enumerate(view.axes) if i not in contracted)
         for view in value.views
@@ -90,7 +90,7 @@ def _rank(value: Value, contracted: Sequence[int]) -> int:
 
 
 def _product_of_activations(tracer: Tracer, values: Sequence[Value]) -> Value:
-    """A captured array counts as a matrix, such as those that adapters are added to."""
+    """Handles products without leaves; a captured array counts as a matrix, as below adapters."""
     result = plain(values)._replace(captured=all(v.captured for v in values))
     if result.data and any(value.captured and not value.data for value in values):
         tracer.read |= result.frontier
@@ -101,7 +101,7 @@ def _product_of_activations(tracer: Tracer, values: Sequence[Value]) -> Value:
 def _product_axes(
     eqn: Any, side: int, contracted: Sequence[Sequence[int]], batch: Sequence[Sequence[int]]
 ) -> Callable[[Axes], Axes]:
-    """Where the axes of one operand lie in the result: batch, the left's free, the right's free."""
+    """Returns a map of an operand's axes to the result's: batch, left free, right free."""
     ranks = [len(x.aval.shape) for x in eqn.invars[:2]]
     free = [[i for i in range(ranks[s]) if i not in (*contracted[s], *batch[s])] for s in (0, 1)]
     shape = eqn.outvars[0].aval.shape
@@ -125,7 +125,7 @@ def _inside(
     batch: Sequence[Sequence[int]],
     partners: frozenset[int],
 ) -> View:
-    """A leaf in a product with another parameter or a constant."""
+    """Returns the view of a leaf in a product with another parameter or a constant."""
     return view._replace(
         axes=_product_axes(eqn, side, contracted, batch)(view.axes),
         inner=view.inner | along(view.axes[i] for i in contracted[side]),
@@ -135,7 +135,7 @@ def _inside(
 
 
 def convolution(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
-    """The left operand is the activation, whatever it is made of."""
+    """Handles convolutions; the left operand always counts as the activation."""
     left, right = values
     if not right.views:
         left = tracer.settle(left) if left.views else left
@@ -161,7 +161,7 @@ def convolution(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 def _grouped(view: View, outputs: int, groups: int) -> View:
-    """The kernel with an axis for its feature groups, in front of that of the outputs."""
+    """Returns the kernel with an axis for its feature groups, before the axis of the outputs."""
     shape = [length(axis) for axis in view.axes]
     split = reshape((view.axes[outputs],), (groups, shape[outputs] // groups))
     return view._replace(axes=(*view.axes[:outputs], *split, *view.axes[outputs + 1 :]))

@@ -1,4 +1,4 @@
-"""Leaves in programs within a program: loops, branches, and what runs on shards."""
+"""Handlers of primitives that contain programs: loops, branches and `shard_map`."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from muon_jax._routing.trace.values import Value, move, resized
 
 
 def scan(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
-    """What is scanned over loses its first axis, which so is no fan but a batch."""
+    """Runs the body on values without their first axis, so that this becomes a batch axis."""
     jaxpr = eqn.params["jaxpr"]
     body = getattr(jaxpr, "jaxpr", jaxpr)
     grown = [
@@ -65,7 +65,7 @@ def cond(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 def shard_map(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
-    """The body sees shards: the same axes, shorter."""
+    """Runs the body on shards, which have the same axes but smaller sizes."""
     body = eqn.params["jaxpr"]
     outputs = tracer.run(body, resized(values, getattr(body, "jaxpr", body).invars))
     return resized(outputs, eqn.outvars)

@@ -1,9 +1,9 @@
-"""Follows the leaves of a parameter tree through a jaxpr, to where activations meet them.
+"""Follows the leaves of a parameter tree through a jaxpr, to where they meet activations.
 
-An abstract interpretation: each value of the program is a `Value`, which knows the leaves that it
-is made of and where their axes lie in it. Operations between parameters keep them; a `Use` is
-recorded where one meets what depends on the function's inputs. What each primitive does is in
-`primitives.py`.
+This is an abstract interpretation: each value of the program is a `Value`, which contains the
+leaves that it is computed from and the positions of their axes. Operations between parameters keep
+the leaves. A `Use` is recorded when a leaf meets a value that depends on the function's inputs.
+The handler of each primitive is in `primitives.py`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -29,14 +29,15 @@ class Tracer:
     """Interprets a jaxpr on `Value`s.
 
     Attributes:
-        shapes: of the leaves.
-        uses: in program order.
-        read: leaves whose output a later matrix reads.
-        passed: leaves whose output a vector is contracted with.
-        stacks: leaves and those of their output axes that turn out to index matrices.
-        enclosing: the equation at hand and those that call it, the innermost last, each with the
-            debug information of the program that it is in.
-        places: the enclosing equations of uses and lookups.
+        shapes: The shapes of the leaves.
+        handlers: The handler of each primitive, by name.
+        uses: The uses of the leaves, in program order.
+        read: The leaves whose output a later matrix reads.
+        passed: The leaves whose output is contracted with a vector.
+        stacks: Pairs of a leaf and one of its output axes that turned out to index matrices.
+        enclosing: The current equation and those that call it, the innermost last, each with the
+            debug information of its program.
+        places: The enclosing equations of uses and lookups.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], handlers: dict[str, Handler]):
@@ -55,7 +56,7 @@ class Tracer:
         return Value(frozenset((View(number, leaf_axes(shape)),)))
 
     def run(self, jaxpr: Any, args: Sequence[Value]) -> list[Value]:
-        """The outputs of an open or closed jaxpr."""
+        """Returns the outputs of an open or closed jaxpr."""
         inner = getattr(jaxpr, "jaxpr", jaxpr)
         env = dict(zip(inner.invars, args, strict=True))
         env |= {var: captured(var.aval) for var in inner.constvars}
@@ -71,7 +72,7 @@ class Tracer:
         return [read(var) for var in inner.outvars]
 
     def place(self) -> int:
-        """The number of where the interpreter is."""
+        """Returns the number of the current place in the program."""
         key = tuple(id(eqn) for eqn, _ in self.enclosing)
         if key not in self._numbers:
             self._numbers[key] = len(self.places)
@@ -106,7 +107,7 @@ class Tracer:
         )
 
     def settle(self, value: Value) -> Value:
-        """What the value's leaves are used as where it meets activations entry by entry."""
+        """Records the uses of the value's leaves when it meets activations elementwise."""
         matrices = set()
         for view in value.views:
             free = view.free()
@@ -131,7 +132,7 @@ class Tracer:
         )
 
     def fans(self, view: View, fan_in: LeafAxes, fan_out: LeafAxes) -> str:
-        """Which use a contraction over `fan_in` with outputs along `fan_out` is."""
+        """Returns the kind of use of a contraction over `fan_in` with outputs along `fan_out`."""
         shape = self.shapes[view.leaf]
         sizes = [length(tuple((NONE, shape[i]) for i in fan)) for fan in (fan_in, fan_out)]
         if len(shape) < 2 or not fan_in or not fan_out:
@@ -149,9 +150,9 @@ class Tracer:
         how: str = "",
         place: Callable[[Axes], Axes] | None = None,
     ) -> Value:
-        """A product that contracts axes of a parameter with an activation.
+        """Returns the product of a parameter and an activation, and records the parameter's use.
 
-        `batch` are axes that both have and keep; `place` tells where the others lie in the result.
+        `batch` are the axes that both have and keep; `place` maps the others to the result.
         """
         reads_input = activation.data and not activation.deep
         hows, outputs = {}, set()
@@ -192,12 +193,12 @@ class Tracer:
         )
 
     def index(self, value: Value, axes: Iterable[int]) -> None:
-        """Entries along these axes are taken one by one: each is the output of a matrix."""
+        """Records that entries along these axes are taken singly, so that they index matrices."""
         for view in value.outputs:
             self.stacks |= {(view.leaf, i) for i in along(view.axes[j] for j in axes)}
 
     def unknown(self, eqn: Any, values: list[Value]) -> list[Value]:
-        """Leaves that pass through what this module does not know stay known by name."""
+        """Marks the leaves in an unknown primitive, so that their names decide."""
         name = eqn.primitive.name
         if not any(value.views for value in values):
             return [plain(values)] * len(eqn.outvars)
@@ -227,7 +228,7 @@ class Tracer:
         ]
 
     def join(self, values: Sequence[Value], shape: Sequence[int]) -> Value:
-        """What may be any of these: the branches of a condition, a loop's carry."""
+        """Returns a value that may be any of these: branches of a condition, or a loop's carry."""
         if any(v.data and not v.views for v in values):
             values = [self.settle(v) if v.views else v for v in values]
         views = merge(v._replace(axes=fit(v.axes, shape)) for x in values for v in x.views)
@@ -238,7 +239,7 @@ class Tracer:
     def loop(
         self, run: Callable[[list[Value]], list[Value]], carry: list[Value], variables: Sequence
     ) -> list[Value]:
-        """Runs a loop's body until its carry is what it began with; returns all its outputs."""
+        """Runs a loop's body until its carry no longer changes; returns all its outputs."""
         shapes = [var.aval.shape for var in variables]
 
         def joined(outputs: list[Value]) -> list[Value]:
@@ -251,22 +252,22 @@ class Tracer:
             if (wider := joined(outputs)) == carry:
                 return wider + outputs[len(carry) :]
             del self.uses[mark:]
-            carry = joined(outputs)  # again, for its uses
+            carry = joined(outputs)  # computed again, because it records uses
 
 
 def _only(which: LeafAxes, axis: Axis) -> Axis:
-    """The axis, if it runs along these axes of the leaf alone."""
+    """Returns the axis if it runs along only these axes of the leaf, else a blank one."""
     return axis if along([axis]) and along([axis]) <= which else blank(length(axis))
 
 
 def _parts(view: View, batch: Sequence[int], fan: LeafAxes) -> int:
-    """The size of a batch axis that is a part of the fan's own axis."""
+    """Returns the size of the batch axis that is a part of the fan's single axis, or 1."""
     own = [length(view.axes[i]) for i in batch if along([view.axes[i]]) & fan]
     return own[0] if len(own) == 1 and len(fan) == 1 else 1
 
 
 def called_jaxpr(eqn: Any) -> Any:
-    """The one jaxpr that an equation calls with its own operands; None if there is no such."""
+    """Returns the only jaxpr that an equation calls with its own operands, or None."""
     jaxprs = [x for x in eqn.params.values() if hasattr(getattr(x, "jaxpr", x), "eqns")]
     if len(jaxprs) != 1:
         return None
@@ -277,7 +278,7 @@ def called_jaxpr(eqn: Any) -> Any:
 
 
 def captured(x: Any) -> Value:
-    """An array that is neither a param nor an input."""
+    """Returns the value of an array that is neither a parameter nor an input."""
     axes = len(getattr(x, "shape", ()))
     return Value(table=axes > 0, captured=axes > 1)
 

@@ -1,4 +1,4 @@
-"""What routing by use knows of the values of a program: `Value`s made of `View`s of leaves."""
+"""The abstract values of routing by use: a `Value` contains a `View` of each leaf in an array."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -11,16 +11,16 @@ class View(NamedTuple):
     """One leaf within a value.
 
     Attributes:
-        leaf: its number.
-        axes: where its axes lie in the value.
-        inner: its axes that are contracted with another parameter or a constant.
-        shared: its axes that were batch axes of such a product.
-        rows: its axes along which a part was looked up by data.
-        taken: its axes along which constants took entries, some of them several times.
-        partners: the leaves that it is multiplied with.
-        statistic: whether it is reduced to a norm, mean or other statistic.
-        unknown: primitives that it passed through and that this module does not know.
-        place: where it was looked up, as a number of the tracer's.
+        leaf: The number of the leaf.
+        axes: The axes of the value, as factors of the leaf's axes.
+        inner: The leaf's axes that are contracted with another parameter or a constant.
+        shared: The leaf's axes that were batch axes of such a product.
+        rows: The leaf's axes along which a part was looked up by data.
+        taken: The leaf's axes along which constant indices selected entries, some more than once.
+        partners: The leaves that it is multiplied with.
+        statistic: Whether it is reduced to a norm, mean or other statistic.
+        unknown: The unknown primitives that it passed through.
+        place: The number of the place where it was looked up, see `Tracer.places`.
     """
 
     leaf: int
@@ -35,32 +35,32 @@ class View(NamedTuple):
     place: int | None = None
 
     def carrying(self) -> frozenset[int]:
-        """Axes of the value that run along the leaf's."""
+        """Returns the axes of the value that run along axes of the leaf."""
         return frozenset(i for i, axis in enumerate(self.axes) if along([axis]))
 
     def free(self, taken: Iterable[int] = ()) -> LeafAxes:
-        """Axes of the leaf along the value's axes, but for those `taken`."""
+        """Returns the leaf's axes along the value's axes, except along those in `taken`."""
         taken = set(taken)
         return along(axis for i, axis in enumerate(self.axes) if i not in taken)
 
 
 class Value(NamedTuple):
-    """What is known of an array in the program.
+    """The abstract value of an array in the program.
 
     Attributes:
-        views: the leaves in it; empty in activations and constants.
-        data: whether it depends on the function's inputs. With views it is a looked-up or
-            input-scaled parameter, of which what meets it next tells the use.
-        stream: made of parameters alone, but it acts as an activation does (biases were added, or
-            it was broadcast over a batch): learned queries and their like.
-        deep: whether a matrix or an embedding lies between it and the function's inputs.
-        frontier: the leaves whose product reaches it without another matrix in between.
-        one_hot: whether it selects rows where it is multiplied.
-        table: whether it is a constant whose entries differ.
-        captured: whether it is an array that the function closes over.
-        uniform: axes along which all entries are the same.
-        outputs: leaves whose first axes, in front of fan_in, became axes of this activation. What
-            follows tells whether they index matrices, as experts do, or are of fan_out.
+        views: The leaves in it; empty for activations and constants.
+        data: Whether it depends on the function's inputs. If it has views too, it is a parameter
+            that was looked up or scaled by data, and the next operation determines its use.
+        stream: Whether it depends on parameters only but acts as an activation, such as learned
+            queries: biases were added to it, or it was broadcast over a batch.
+        deep: Whether there is a matrix or an embedding between it and the function's inputs.
+        frontier: The leaves whose product reaches it without another matrix in between.
+        one_hot: Whether a product with it selects rows.
+        table: Whether it is a constant whose entries differ.
+        captured: Whether it is an array that the function closes over.
+        uniform: The axes along which all entries are equal.
+        outputs: The leaves whose first axes, before fan_in, became axes of this activation. Later
+            operations show whether they index matrices, as experts do, or belong to fan_out.
     """
 
     views: frozenset[View] = frozenset()
@@ -79,20 +79,21 @@ INPUT = Value(data=True)
 
 
 class Use(NamedTuple):
-    """Where a leaf meets activations.
+    """A place of the program at which a leaf meets activations.
 
     Attributes:
-        leaf: its number.
+        leaf: The number of the leaf.
         how: `"matrix"`, `"convolution"`, `"depthwise"`, `"vector"` (contracted without output
-            axes, or between one input or output), `"rows"`, `"taken"` (contracted, after constants
-            took entries several times), `"elementwise"`, `"statistic"`, `"mixed"` (its axes were
-            merged before) or `"unknown"`.
-        fan_in, fan_out: axes of the leaf; of `"rows"` and `"taken"` those looked up are `fan_in`.
-        parts: into how many matrices fan_in and fan_out are split: groups of one axis.
-        partners: leaves that it is multiplied with before.
-        names: of the unknown primitives.
-        reads_input: whether nothing but elementwise operations lie between it and the inputs.
-        place: of the tracer's places.
+            axes, or with a single input or output), `"rows"`, `"taken"` (contracted after constant
+            indices selected entries more than once), `"elementwise"`, `"statistic"`, `"mixed"` (its
+            axes were merged before) or `"unknown"`.
+        fan_in, fan_out: Axes of the leaf. For `"rows"` and `"taken"`, `fan_in` has the axes of the
+            lookup.
+        parts: The numbers of matrices into which fan_in and fan_out are split, groups of one axis.
+        partners: The leaves that it is multiplied with before.
+        names: The names of the unknown primitives.
+        reads_input: Whether there are only elementwise operations between the inputs and it.
+        place: The number of the place, see `Tracer.places`.
     """
 
     leaf: int
@@ -106,11 +107,11 @@ class Use(NamedTuple):
     place: int = -1
 
 
-MATRICES = ("matrix", "convolution", "mixed", "unknown")  # what may be a matrix, to be safe
+MATRICES = ("matrix", "convolution", "mixed", "unknown")  # all uses that may be those of a matrix
 
 
 def plain(values: Sequence[Value]) -> Value:
-    """What the flags of several values are together; their views are left out."""
+    """Returns a value with the combined flags of several values, without their views."""
     constant = not any(v.data or v.views for v in values)
     return Value(
         data=any(v.data for v in values),
@@ -123,7 +124,7 @@ def plain(values: Sequence[Value]) -> Value:
 
 
 def merge(views: Iterable[View]) -> frozenset[View]:
-    """A leaf's statistics beside itself, as in a normalised weight, tell nothing more."""
+    """Returns the views without statistics of leaves that have another view, as in weight norm."""
     views = frozenset(views)
     whole = {view.leaf for view in views if not view.statistic}
     return frozenset(v for v in views if not (v.statistic and v.leaf in whole))
@@ -134,7 +135,7 @@ def with_views(value: Value, views: Iterable[View]) -> Value:
 
 
 def move(value: Value, axes: Callable[[Axes], Axes]) -> Value:
-    """The value with its axes elsewhere."""
+    """Returns the value with its axes mapped by a function."""
     views, outputs = (
         frozenset(view._replace(axes=axes(view.axes)) for view in of)
         for of in (value.views, value.outputs)
@@ -148,7 +149,7 @@ def fit_outputs(values: Sequence[Value], shape: Sequence[int]) -> frozenset[View
 
 
 def resized(values: Sequence[Value], variables: Sequence[Any]) -> list[Value]:
-    """The values in the shapes of these variables: shards, slices or wholes."""
+    """Returns the values in the shapes of these variables, which may be shards or slices."""
     return [
         move(value, functools.partial(_resize_each, var.aval.shape))
         for value, var in zip(values, variables, strict=True)
