@@ -203,16 +203,31 @@ def _optax_muon(settings: "Settings", rate: optax.Schedule, rest: Options, place
     )
 
 
-def _low_rank(method: str) -> Callable:
+def _low_rank(method: str, **own: Any) -> Callable:
     def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
         polar = muon_jax.TruncatedPolar(settings.variants.rank, method)
-        return _like_muon(muon_jax.muon, orthogonalizer=polar)(settings, rate, rest, placed)
+        return _like_muon(muon_jax.muon, orthogonalizer=polar, **own)(settings, rate, rest, placed)
 
     return build
 
 
 def _muon_only(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
     return _like_muon(muon_jax.muon)(settings, rate, {"other_optimizer": "frozen"}, placed)
+
+
+def _muon_split(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+    """Each head's queries, keys and values are matrices of their own, as in GLM-5's Muon Split."""
+    spec = settings.attention_spec
+    parts: dict[str, Any] = {"query": spec.heads}
+    if isinstance(spec, muon_jax.MultiHeadLatent):
+        parts["key_value"] = muon_jax.Interleaved((spec.nope, spec.value), together=False)
+    else:
+        parts |= dict.fromkeys(("key", "value"), spec.kv_heads or spec.heads)
+    routing = [
+        (f"attention/{name}/kernel", muon_jax.MatrixAxes(split_fan_out=each))
+        for name, each in parts.items()
+    ]
+    return _like_muon(muon_jax.muon, routing=routing)(settings, rate, rest, placed)
 
 
 def _rest(name: Literal["sgd", "lion"]) -> Callable:
@@ -269,6 +284,21 @@ def _soap(variant: Callable[..., optax.GradientTransformation]) -> Callable:
     return build
 
 
+def _fixed_table(build: Callable) -> Callable:
+    """The same optimizer, with the embedding kept as it starts: a fixed code of each token."""
+
+    def is_table(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "embedding" in jax.tree_util.keystr(path), params
+        )
+
+    def fixed(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
+        trained = build(settings, rate, rest, placed)
+        return optax.chain(trained, optax.masked(optax.set_to_zero(), is_table))
+
+    return fixed
+
+
 def _muonbp(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
     variants = settings.variants
     own = {"blocks": variants.blocks, "period": variants.period}
@@ -322,6 +352,9 @@ ARMS: dict[str, Arm] = {
     "muon_only": Arm("Muon, with all other parameters frozen", _muon_only),
     "muon_sgd": Arm("Muon for hidden matrices, SGD for all other parameters", _rest("sgd")),
     "muon_lion": Arm("Muon for hidden matrices, Lion for all other parameters", _rest("lion")),
+    "muon_split": Arm(
+        "Muon, with each head of queries, keys and values by itself", _muon_split, member=False
+    ),
     "muon_bf16": Arm(
         "Muon with momentum in bfloat16", _like_muon(muon_jax.muon, mu_dtype=jnp.bfloat16)
     ),
@@ -340,6 +373,11 @@ ARMS: dict[str, Arm] = {
     "low_rank_subspace": Arm(
         "Muon restricted to the top singular triplets, by subspace iteration",
         _low_rank("subspace"),
+    ),
+    "low_rank_whole": Arm(
+        "Muon of the top singular triplets, at the Frobenius norm of a whole update",
+        _low_rank("svd", after=muon_jax.snap_norm()),
+        member=False,
     ),
     "normuon": Arm("NorMuon", _like_muon(muon_jax.normuon)),
     "adamuon": Arm("AdaMuon", _like_muon(muon_jax.adamuon, scale="match_rms_adamw"), 0.02),
@@ -426,6 +464,14 @@ ARMS: dict[str, Arm] = {
         "⊥Grad, then AdamW without weight decay, as published",
         _after(baselines.orthogonal_gradient, weight_decay=0.0),
         1e-3,
+        member=False,
+    ),
+    "adamw_fixed_table": Arm(
+        "AdamW, with the embedding fixed as it starts", _fixed_table(_adamw), 1e-3, member=False
+    ),
+    "muon_fixed_table": Arm(
+        "Muon, with the embedding fixed as it starts",
+        _fixed_table(_like_muon(muon_jax.muon)),
         member=False,
     ),
     "grokfast": Arm("Grokfast-EMA, then AdamW", _after(baselines.grokfast), 1e-3, member=False),

@@ -277,8 +277,8 @@ def known_settings(folder: Path) -> dict[str, Any]:
     (where, settings), *more = reversed(recorded)
     for other, there in more:
         # A setting that only one of them has was added between two versions.
-        known, recorded = with_defaults(settings, there), with_defaults(there, settings)
-        if changed := [key for key in changed_settings(recorded, known) if key in settings]:
+        theirs, ours = with_defaults(there, settings), with_defaults(settings, there)
+        if changed := [key for key in changed_settings(theirs, ours) if key in settings]:
             raise RunError(
                 f"{folder}: {other} and {where} belong to different runs "
                 f"({_differences(changed, there, settings)}). Restore {other} from a backup."
@@ -395,7 +395,7 @@ def changed_settings(
 
 
 def with_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings, with the default of each setting that they lack.
+    """Returns nested settings with the default of each setting that they lack.
 
     >>> with_defaults({"a": {"b": 1}}, {"a": {"b": 2, "c": 3}, "d": 4})
     {'a': {'b': 1, 'c': 3}, 'd': 4}

@@ -10,6 +10,7 @@ import pytest
 
 from experiments import baselines, optimizers, schedules
 from experiments.grok.config import Config
+from experiments.pretrain.config import Model, Training
 
 
 def test_an_orthogonal_gradient_leaves_the_norm_of_the_params_to_first_order():
@@ -37,6 +38,65 @@ def test_what_differs_from_muon_in_one_thing_is_compared_at_its_rate():
     # A folder tells what its cells were trained at, whatever a default becomes.
     assert own.as_json()["rates"]["polar"] == 0.5
     assert own.as_json()["rates"]["normuon"] == 0.123
+
+
+def _update(name):
+    """Of leaves named as the grokking model's are, by an arm's first step without warm-up."""
+    normal = np.random.default_rng(0).normal
+    params = {
+        "embedding": {"embedding": normal(size=(9, 16))},
+        "up": {"kernel": normal(size=(16, 64))},
+    }
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    config = Config(muon=optimizers.Muon(weight_decay=0.0), variants=optimizers.Variants(rank=2))
+    tx = optimizers.build(name, config, optax.constant_schedule(1.0))
+    return tx.update(jax.tree.map(jnp.cos, params), tx.init(params), params)[0]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_fixed_table_stays_and_the_rest_moves_as_ever(name):
+    fixed, learnt = _update(f"{name}_fixed_table"), _update(name)
+    assert not fixed["embedding"]["embedding"].any() and learnt["embedding"]["embedding"].any()
+    np.testing.assert_array_equal(fixed["up"]["kernel"], learnt["up"]["kernel"])
+
+
+def test_an_update_of_two_directions_has_the_norm_of_a_whole_one():
+    whole, own, polar = (
+        np.asarray(_update(name)["up"]["kernel"])
+        for name in ("low_rank_whole", "low_rank", "polar")
+    )
+    norms = [np.linalg.norm(update) for update in (whole, polar)]
+    np.testing.assert_allclose(*norms, rtol=1e-5)
+    np.testing.assert_allclose(whole, own * 8**0.5, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "widths"),
+    [
+        (Config(width=16, heads=2), "query key value", [8, 8]),
+        (Config(width=16, heads=2), "value query key", [8, 8]),
+        (Training(model=Model(heads=2, nope=4, rope=2, value=2)), "query key_value", [6, 6]),
+        (Training(model=Model(heads=2, nope=4, rope=2, value=2)), "key_value query", [4, 2, 4, 2]),
+    ],
+)
+def test_heads_that_are_split_do_not_change_each_other(config, names, widths):
+    gradient = np.random.default_rng(0).normal(size=(16, sum(widths))).astype(np.float32)
+    other = gradient.copy()
+    other[:, : widths[0]] *= -np.linspace(1, 3, widths[0])
+
+    def update(arm, gradient):
+        params = {"attention": {n: {"kernel": jnp.asarray(gradient)} for n in names.split()}}
+        tx = optimizers.build(arm, config, optax.constant_schedule(1.0))
+        found, _ = tx.update(params, tx.init(params), jax.tree.map(jnp.zeros_like, params))
+        parts = np.split(
+            found["attention"][names.split()[0]]["kernel"], np.cumsum(widths)[:-1], axis=1
+        )
+        return [np.asarray(part) for part in parts]
+
+    for arm, apart in (("muon_split", True), ("muon", False)):
+        first, *rest = zip(update(arm, gradient), update(arm, other), strict=True)
+        assert not np.allclose(*first)
+        assert all(np.allclose(*pair, rtol=1e-5, atol=1e-8) == apart for pair in rest)
 
 
 def test_an_orthogonal_gradient_along_the_param_vanishes():

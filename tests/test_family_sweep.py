@@ -153,7 +153,10 @@ def test_the_schedule_rises_to_one_and_falls_towards_zero():
 CURVED, MANIFOLD = ("muonh", "normuonh", "muown"), ("muon_sphere", "spel")
 
 # One rate for all leaves; in the other arms AdamW has the rest, at a rate of its own.
-WHOLE_TREE = ("adamw", "adamw_tuned", "orthogonal_gradient", "grokfast", "splus", "scion", "gluon")
+WHOLE_TREE = (
+    "adamw", "adamw_tuned", "adamw_fixed_table", "orthogonal_gradient", "grokfast", "splus",
+    "scion", "gluon",
+)  # fmt: skip
 REST = ("muon_rest", "adamw_rest")  # the rate is that of the others
 
 

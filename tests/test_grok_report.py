@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from experiments.grok import report_tests
 from experiments.grok.report import STABILITY_COLUMN, abstract, report, terminal_table
 from experiments.grok.report_data import aggregate, censored_median, load_run
-from experiments.grok.report_figures import curves_figure, epochs_figure
+from experiments.grok.report_figures import curves_figure, epochs_figure, pictures
 from experiments.optimizers import ARMS
 from experiments.report.__main__ import main
 from experiments.report.figures import optimizer_color
@@ -346,6 +347,28 @@ def test_the_terminal_table_tells_settings_in_80_columns():
     assert "lr 0.016" in text and "beta 0.9 " in text
 
 
+RESULTS = Path(__file__).parent.parent / "experiments/grok/results"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("default", "None is censored at the budget of 200 epochs."),
+        ("critics", "The 7 censored ones are open triangles at the budget of 300 epochs."),
+    ],
+)
+def test_a_caption_counts_what_is_censored(name, words):
+    first, *_ = pictures(load_run(RESULTS / name))
+    assert words in first.caption
+
+
+def test_tests_are_three_sentences_and_columns_that_say_something():
+    text, table, *_ = report_tests.items(load_run(RESULTS / "default"))
+    assert len(re.findall(r"\.( |$)", text)) == 3
+    assert all(any(line[i] != "–" for line in table.lines) for i in range(len(table.headings)))
+    assert "Mann–Whitney p, Holm" in table.headings and "log-rank p" not in table.headings
+
+
 def test_report_stands_alone_and_holds_every_row(tmp_path):
     rows = ADAMW + MUON + three_seeds("muon", [31, None, 33], task="gcd")
     folder = make_run(tmp_path / "run", rows, total=12)
@@ -366,7 +389,7 @@ def test_report_stands_alone_and_holds_every_row(tmp_path):
     labels = {"adamw": "AdamW", "muon": "Muon"}
     wanted = [(row["task"], labels[row["optimizer"]], str(row["seed"])) for row in rows]
     assert found == wanted
-    assert "The 1 censored ones are open triangles" in re.sub(r"\s+", " ", page)
+    assert "The one censored one is an open triangle at the budget" in re.sub(r"\s+", " ", page)
     assert "width" in page and "TFRT_CPU_0" in page and "9 of 12 trainings finished" in page
 
 

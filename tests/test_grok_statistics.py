@@ -157,7 +157,7 @@ def test_the_report_has_a_row_for_each_panel_and_one_for_all():
     assert [row["observations"] for row in rows] == ["2", "4", "4"]
     both, first, _ = rows
     # Every rank of one lies below: 2 / (8 choose 4), twice that after Holm.
-    assert (first["Mann–Whitney p"], first["after Holm"]) == ("0.029", "0.057")
+    assert (first["Mann–Whitney p"], first["Mann–Whitney p, Holm"]) == ("0.029", "0.057")
     logs = [np.mean(np.log([(a + s) / (b + s) for s in range(4)])) for a, b in ((60, 30), (80, 20))]
     low, high = np.exp(stats.t.interval(0.95, 1, np.mean(logs), stats.sem(logs)))
     assert both["ratio of epochs"] == f"{math.exp(np.mean(logs)):.2f} [{low:.2f}, {high:.2f}]"
@@ -175,7 +175,7 @@ def test_all_panels_are_tested_by_signed_ranks_after_holm():
     cells = {(t, name, 0): e + i * i for i, t in enumerate(tasks) for name, e in arms.items()}
     rows = report_tests.tests(run_of(cells))
     found = {row[0]: dict(zip(report_tests.COLUMNS, row, strict=True)) for row in rows[:2]}
-    assert [row["signed-rank p"] for row in found.values()] == ["0.062", "0.062"]
+    assert [row["signed-rank p, Holm"] for row in found.values()] == ["0.062", "0.062"]
 
 
 def test_a_baseline_that_is_not_swept_counts_once():

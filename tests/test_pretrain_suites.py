@@ -102,6 +102,10 @@ def test_its_files_have_losses_differences_and_costs(whole):
                   and row["optimizer"] == arm["optimizer"]]  # fmt: skip
         assert arm["validation_loss"] == pytest.approx(np.mean(finals)) and len(finals) == 2
         assert arm["spread"] == pytest.approx(np.std(finals, ddof=1))
+        curves = [arm["curves"][seed] for seed in ("0", "1")]
+        assert [curve[-1] for curve in curves] == [arm["losses_by_seed"][s] for s in ("0", "1")]
+        means = [loss for _, loss in arm["curve"]]
+        np.testing.assert_allclose(np.mean(curves, axis=0), means, rtol=1e-6)
         assert arm["cost"]["model_flops"] > 0 and arm["cost"]["milliseconds"] > 0
     adamw, muon = arms["adamw"], arms["muon"]
     assert adamw["cost"]["optimizer_flops"] == 0 < muon["cost"]["optimizer_flops"]

@@ -236,11 +236,16 @@ def fresh():
     return [[task, *judged(*pair)] for task, pair in both.items()]
 
 
+def pair_at(name, setting, value):
+    """AdamW's trainings and Muon's; at width 32 Muon's are those of the longer run."""
+    both = [cells(name, point=f"{setting}={value}", optimizer=o) for o in ("adamw", "muon")]
+    return [both[0], cells("width_32")] if (name, value) == ("width", 32) else both
+
+
 def swept(name, setting, values):
     found = []
     for value in values:
-        point = f"{setting}={value}"
-        both = [cells(name, point=point, optimizer=o) for o in ("adamw", "muon")]
+        both = pair_at(name, setting, value)
         row = [f"all {value}" if value == 4656 else str(value)]
         for rows in both:
             row += medians(name, rows)
@@ -267,6 +272,8 @@ def ranks():
 
 def diagnostics():
     rows = stored("grok", "default", "diagnostics")["rows"]
+    later = stored("grok", "full_length", "diagnostics")["rows"]
+    assert not any(r["collapse_share"] for r in later)
     found = []
     for key, first in (
         ("logit_gini", ".1f"),
@@ -280,9 +287,11 @@ def diagnostics():
         ("norm_embedding", ".0f"),
     ):
         row = []
-        for name in ARMS:
-            own = [r[key] for r in rows if r["optimizer"] == name and r["epoch"] > 1]
-            row.append(f"{min(own):.2g} to {max(own):.2g}")
+        for many, ends in ((rows, lambda epoch: epoch > 1), (later, lambda epoch: epoch == 200)):
+            for name in ARMS:
+                own = [r[key] for r in many if r["optimizer"] == name and ends(r["epoch"])]
+                assert len(own) == 3
+                row.append(f"{min(own):.2g} to {max(own):.2g}".replace("e-0", "e-"))
         begin = np.mean([r[key] for r in rows if r["epoch"] == 1])
         found.append([f"{begin:{first}} at first" if first else None, *row])
     return found
@@ -419,6 +428,48 @@ def pretrain_optimizers():
     return found
 
 
+def fresh_gains(name, optimizer, base="adamw"):
+    """Losses minus those of a base, by the seeds that did not choose the rates."""
+    every = arms("pretrain", name)
+    ours, theirs = (every[o]["losses_by_seed"] for o in (optimizer, base))
+    return [ours[seed] - theirs[seed] for seed in ours if seed != "0"]
+
+
+def spans(values, form="+.3f"):
+    """The mean and its 95 % interval."""
+    ends = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+    mean, low, high = (f"{x:{form}}".replace("-", "−") for x in (np.mean(values), *ends))
+    return f"{mean} [{low}, {high}]"
+
+
+def shares_to_adamw(name, optimizer):
+    """Log shares of AdamW's tokens and FLOPs to its final loss, by the same seeds."""
+    every = arms("pretrain", name)
+    tokens, found = [at for at, _ in every["adamw"]["curve"]], []
+    for seed, curve in every[optimizer]["curves"].items():
+        end = every["adamw"]["losses_by_seed"][seed]
+        after = next(i for i, loss in enumerate(curve) if loss <= end)
+        near = slice(after - 1, after + 1)
+        needed = np.interp(-end, np.negative(curve[near]), tokens[near])
+        found += [math.log(needed / tokens[-1])] if seed != "0" else []
+    own, base = (every[o]["cost"] for o in (optimizer, "adamw"))
+    step = (own["model_flops"] + own["optimizer_flops"]) / base["model_flops"]
+    return found, [x + math.log(step) for x in found]
+
+
+def pretrain_seeds():
+    found = []
+    for name in ("seeds", "dense"):
+        for optimizer, arm in arms("pretrain", name).items():
+            losses = {seed: loss for seed, loss in arm["losses_by_seed"].items() if seed != "0"}
+            row = [f"{arm['best_rate']:g}", spread(losses)]
+            if optimizer != "adamw":
+                row.append(spans(fresh_gains(name, optimizer)))
+                row += [interval(own) for own in shares_to_adamw(name, optimizer)]
+            found.append([*row, "", "", ""][:5] + [str(len(losses))])
+    return found
+
+
 def fine_tuned(name, variant, order):
     groups = {(g["variant"], g["arm"]): g for g in stored("finetune", name)["groups"]}
     return {arm: groups[variant, arm]["losses_by_seed"] for arm in order}
@@ -497,6 +548,7 @@ TABLES = {
     ("family", "Rates and width", 1): widths,
     ("pretrain", "The default run", 0): pretrain_default,
     ("pretrain", "Optimizers at equal effort", 0): pretrain_optimizers,
+    ("pretrain", "Ten seeds, and a dense model beside the mixture", 0): pretrain_seeds,
     ("finetune", "On equal terms", 0): controlled,
     ("finetune", "On equal terms", 1): post_claims,
     ("finetune", "As the code was released", 0): as_released,
@@ -543,7 +595,7 @@ def holm(p_values):
 def p_values(name, setting, values, weight):
     found = {}
     for value in values:
-        both = [cells(name, point=f"{setting}={value}", optimizer=o) for o in ("adamw", "muon")]
+        both = pair_at(name, setting, value)
         if own := logs(name, *both, weight=weight):
             found[value] = stats.ttest_1samp(own, 0).pvalue
     return dict(zip(found, holm([*found.values()]), strict=True))
@@ -563,8 +615,8 @@ def spearman(name, setting, optimizer, unit):
     return found.statistic, found.pvalue
 
 
-def signed(value):
-    return f"{value:+.2f}".replace("-", "−")
+def signed(value, digits=2):
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def of_grok():
@@ -605,11 +657,25 @@ def of_grok():
     widths, batches = (32, 64, 128, 256, 512), (64, 128, 256, 512, 1024, 2048, 4656)
     epochs = p_values("width", "width", widths, lambda row: 1)
     flops = p_values("width", "width", widths, cost)
-    assert len({round(p, 2) for p in flops.values()}) == 1
-    yield f"p = {flops[64]:.2f} after Holm over five widths"
-    yield f"p is {epochs[256]:.2f} at 256 and {epochs[128]:.2f} at 128 in epochs, {epochs[512]:.2f}"
-    assert f"{epochs[32]:.2f}" == f"{epochs[64]:.2f}"
-    yield f"at 512 and {epochs[32]:.2f} at 32 and 64; in FLOPs {flops[64]:.2f} at all"
+    narrow = pair_at("width", "width", 32)
+    told = interval(logs("width", *narrow)), interval(logs("width", *narrow, weight=cost))
+    yield f"at 32 {told[0]}, FLOPs {told[1]}, p = {flops[32]:.2f} after Holm over five widths"
+    at_64 = interval(logs("width", *pair_at("width", "width", 64), weight=cost))
+    yield f"at 64 FLOPs {at_64}, p = {flops[64]:.2f}"
+    texts = [f"{epochs[w]:.2f} at {w}" for w in (32, 256, 128)]
+    yield f"p is {texts[0]}, {texts[1]}, {texts[2]} and {epochs[64]:.2f} at 64 and 512 in epochs"
+    assert f"{epochs[512]:.2f}" == f"{epochs[64]:.2f}"
+    assert len({round(p, 2) for width, p in flops.items() if width != 32}) == 1
+    yield f"in FLOPs {flops[32]:.2f} at 32 and {flops[64]:.2f} at all others"
+    assert round(math.exp(-np.mean(logs("width", *narrow)))) == 3
+    clipped = interval(logs("clip", cells("default", optimizer="muon"), cells("clip")))
+    yield f"Muon's epochs {clipped} times its | 3 seeds | `clip`"
+    fixed = [cells("fixed_table", optimizer=f"{o}_fixed_table") for o in ARMS]
+    learnt = [cells("default", optimizer=o) for o in ARMS]
+    more = [interval(logs("fixed_table", *pair)) for pair in zip(fixed, learnt, strict=True)]
+    yield f"Muon {more[1]} times its epochs with one, AdamW ≥ {more[0]}; AdamW over Muon"
+    yield f"≥ {interval(logs('fixed_table', *fixed))}, with a learnt one"
+    yield f"{interval(logs('default', *learnt))} | 3 seeds"
     epochs = p_values("batch", "batch", batches, lambda row: 1)
     flops = p_values("batch", "batch", batches, cost)
     told = ", ".join(f"{epochs[b]:.2f}" for b in (256, 512))
@@ -732,6 +798,90 @@ def of_grok():
     assert steps == [2412, 2196, 2475]
 
 
+def claims_of_family():
+    """The measured cells of its table of claims: differences to Muon's loss, and p after Holm."""
+    loss, p = {}, {}
+    for file in ("default", "norms", "long", "rest_leaders"):
+        every = {name: arm["losses_by_seed"] for name, arm in arms("family", file).items()}
+        others = [name for name in every if name != "muon"]
+        found = holm([p_of(every[name], every["muon"]) for name in others])
+        loss[file], p[file] = every, dict(zip(others, found, strict=True))
+
+    def minus(file, name, base="muon"):
+        return gap(loss[file][name], loss[file][base])
+
+    assert [len(p[file]) for file in p] == [18, 17, 6, 4]
+    rest = {name: arm["losses_by_seed"] for name, arm in arms("family", "rest").items()}
+    apart = gap(rest["muon_rest"], rest["adamw_rest"])
+    lead = f"{minus('norms', 'muon', 'adamw')}, p {small(p['norms']['adamw'])}"
+    yield f"minus AdamW's {lead}; rest swept {apart} |"
+    lead = minus("long", "muon", "adamw")
+    yield f"in 900 steps {lead}, p = {small(p['long']['adamw'])}"
+    for name in ("normuon", "muon_squared", "muon_eq", "aurora", "soap_muon"):
+        files = [file for file in ("norms", "rest_leaders") if name in loss[file]]
+        told = [f"{minus(file, name)}, p = {small(p[file][name])}" for file in files]
+        yield f"| {'; rest swept '.join(told)}; in 900 {minus('long', name)} |"
+    assert min(p["long"][name] for name in p["long"] if name != "adamw") > 0.3
+    (chance,) = {small(p["norms"][name]) for name in ("namo", "polargrad")}
+    yield f"| {minus('norms', 'namo')} and {minus('norms', 'polargrad')}, p = {chance} |"
+    yield f"| {minus('norms', 'muon_plus')}, p = {small(p['norms']['muon_plus'])} |"
+    bound = [minus("norms", name) for name in ("muonh", "muon_sphere", "spel")]
+    assert max(p["norms"][name] for name in ("muonh", "muon_sphere", "spel")) < 0.0015
+    yield f"| {bound[0]}, {bound[1]} and {bound[2]}, p ≤ 0.001 |"
+    yield f"| {minus('norms', 'dion2')}, p {small(p['norms']['dion2'])} |"
+    for name in ("dion", "adamuon", "muonbp", "scion", "muon_cautious"):
+        yield f"| {minus('default', name)}, p = {p['default'][name]:.2f} |"
+    stored_as = [minus("default", f"muon_{kind}") for kind in ("bf16", "int8")]
+    yield f"| {' and '.join(stored_as)}, p = {p['default']['muon_int8']:.2f} |"
+    yield f"| exact {minus('default', 'polar')}, p = {p['default']['polar']:.2f} |"
+    assert p["default"]["muon_bf16"] == p["default"]["muon_int8"]
+    yield f"minus AdamW's {minus('default', 'splus', 'adamw')} |"
+    yield f"minus AdamW's {minus('norms', 'soap', 'adamw')} |"
+    seen = {o: found_by(loss["default"][o], loss["default"]["muon"]) for o in p["default"]}
+    assert all(0.015 < seen[o] < 0.025 for o in ("muon_bf16", "polar"))
+    yield "one of 0.02 (int8 {:.2f}, Scion {:.2f})".format(seen["muon_int8"], seen["scion"])
+
+
+def claims_of_pretrain():
+    """The measured cells of its table of claims, and what it says of mixtures and dense models."""
+    gains = {name: fresh_gains(name, "muon") for name in ("seeds", "dense")}
+    assert stats.ttest_1samp(gains["seeds"], 0).pvalue < 0.001
+    yield f"| {spans(gains['seeds'])}, p < 0.001 | {len(gains['seeds'])} fresh seeds |"
+    tokens, flops = map(interval, shares_to_adamw("seeds", "muon"))
+    yield f"{tokens} of the tokens, {flops} of the FLOPs with the update's"
+    yield f"the mixture {spans(gains['seeds'])}, of a dense one {spans(gains['dense'])}"
+    apart = stats.ttest_ind(gains["seeds"], gains["dense"], equal_var=False)
+    ends = (signed(x, 3) for x in apart.confidence_interval())
+    between = signed(np.mean(gains["seeds"]) - np.mean(gains["dense"]), 3)
+    yield "seeds {} [{}, {}] (p = {:.2f})".format(between, *ends, apart.pvalue)
+    tokens, dense = (interval(shares_to_adamw(name, "muon")[0]) for name in gains)
+    yield f"tokens to AdamW's loss {tokens} and {dense}"
+    costs = [arms("pretrain", name)["muon"]["cost"] for name in gains]
+    update = [100 * of["optimizer_flops"] / of["model_flops"] for of in costs]
+    yield "costs {:.0f} % of the mixture's FLOPs and {:.0f} % of the dense model's".format(*update)
+    split = fresh_gains("seeds", "muon_split", "muon")
+    every = arms("pretrain", "seeds")
+    pairs = zip(*(every[o]["losses_by_seed"].values() for o in ("muon_split", "muon")), strict=True)
+    assert stats.ttest_1samp(split, 0).pvalue < 0.001 and all(
+        ours < theirs for ours, theirs in pairs
+    )
+    yield f"minus Muon's {spans(split)}, p < 0.001 | {len(split)} fresh seeds |"
+    for width in (32, 48, 64):
+        pair = {
+            arm["optimizer"]: arm["losses_by_seed"]
+            for arm in stored("pretrain", "scaling")["arms"]
+            if arm["width"] == width
+        }
+        yield f"{gap(pair['muon'], pair['adamw'])} at " + f"{'width ' * (width == 32)}{width}"
+    losses = {o: arm["losses_by_seed"] for o, arm in arms("pretrain", "optimizers").items()}
+    others = [o for o in losses if o != "muon"]
+    p = dict(zip(others, holm([p_of(losses[o], losses["muon"]) for o in others]), strict=True))
+    for o in ("scion", "normuon", "muon_cautious", "muon_bf16", "muonclip"):
+        yield f"minus Muon's {gap(losses[o], losses['muon'])}, p = {p[o]:.2f} |"
+    ends = [gap(losses[o], losses["adamw"]) for o in ("splus", "splus_adamw")]
+    yield f"minus AdamW's {ends[0]}; with AdamW for the rest {ends[1]}"
+
+
 ARMS = ("adamw", "muon")
 OTHERS = ("sgd", "lion", "only")
 
@@ -781,7 +931,7 @@ def of_others():
     packed = {name: arm["validation_loss"] for name, arm in arms("family", "int4").items()}
     yield "family", f"int8 {packed['muon_int8']:.3f}, as Muon itself; int4"
     yield "family", f"half a byte an entry, {packed['muon_int4']:.3f}."
-    seen = [found(losses[name], losses["muon"]) for name in near if name[:5] != "muon_"]
+    seen = [found_by(losses[name], losses["muon"]) for name in near if name[:5] != "muon_"]
     assert all(0.002 < x < 0.055 for x in seen)
     rest = [means[name] - means["muon"] for name in ("muon_sgd", "muon_lion")]
     yield "family", "Muon ends {:.3f} above Muon with AdamW, with Lion {:.3f}".format(*rest)
@@ -811,7 +961,7 @@ def of_others():
     p = holm([p_of(tuned_losses[arm], base) for arm in order[1:]])[1]
     yield "", f"held-out loss {below} below AdamW, each at its best of swept rates (p = {p:.2f}"
     deviation = np.std([hybrid[s] - base[s] for s in base], ddof=1)
-    yield "finetune", f"{deviation:.3f} nats, one of {found(hybrid, base):.3f} in 80 %"
+    yield "finetune", f"{deviation:.3f} nats, one of {found_by(hybrid, base):.3f} in 80 %"
     groups = stored("finetune", "controlled")["groups"]
     (logit,) = (g["max_logit"] for g in groups if g["arm"] == "muonclip")
     threshold = stored("finetune", "controlled", "config")["optimizer"]["clip_threshold"]
@@ -859,7 +1009,10 @@ def of_others():
         + " of AdamW's tokens and "
         + (f"{100 * shares['flops']:.0f} % of its FLOPs"),
     )
-    yield "pretrain", f"find a difference of {found(losses['muon'], losses['adamw']):.2f} in 80 %"
+    yield (
+        "pretrain",
+        f"find a difference of {found_by(losses['muon'], losses['adamw']):.2f} in 80 %",
+    )
     forms = {"model": "needs {:.2f} of its model FLOPs (fit", "model_and_update": "or {:.2f} (fit"}
     for key, text in forms.items():
         (fit,) = stored("pretrain", "scaling")["fits"][key]["ratios"]
@@ -884,7 +1037,7 @@ def of_others():
         yield "", f"| {median} [{low}, {high}] |"
 
 
-def found(ours, theirs):
+def found_by(ours, theirs):
     """The difference that so many seeds, which deviate as these do, show in 80 % of studies."""
     gaps = [ours[seed] - theirs[seed] for seed in ours]
     return math.log(detectable(np.std(gaps, ddof=1), len(gaps)))
@@ -948,7 +1101,9 @@ def of_root():
 @functools.cache
 def sentences():
     root, told = of_root()
-    return [*(("grok", x) for x in of_grok()), *of_others(), *((root, x) for x in told)]
+    own = {"grok": of_grok(), "family": claims_of_family(), root: told}
+    own["pretrain"] = claims_of_pretrain()
+    return [*of_others(), *((study, x) for study, texts in own.items() for x in texts)]
 
 
 @functools.cache

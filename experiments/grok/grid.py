@@ -16,7 +16,7 @@ from experiments.json_files import loads
 OWNERS = {
     "adamw": ("adamw",),
     "muon": ("muon",),
-    "variants.rank": ("low_rank", "low_rank_subspace", "dion"),
+    "variants.rank": ("low_rank", "low_rank_subspace", "low_rank_whole", "dion"),
     "variants.clip-threshold": ("muonclip",),
 }
 SETTINGS = ("width", "layers", "heads", "batch", "dropout", "train_fraction", "warmup", "norm")

@@ -237,9 +237,9 @@ def report(folder: Path) -> Report:
         "short": "" if whole else ", although most trainings end soon after grokking",
     }
     columns = arm_columns(run.rows) + [STABILITY_COLUMN] * bool(whole)
-    arms = Table(columns, aggregate(run.rows, run.budget), ARMS, names=3)
+    arms = Table(columns, aggregate(run.rows, run.budget), ARMS, names=3).known()
     delays = [report_tests.DELAY_TEXT, Table(report_tests.DELAYS, report_tests.pooled(run))]
-    cells = Table(CELL_COLUMNS, run.rows, CELLS, names=3)
+    cells = Table(CELL_COLUMNS, run.rows, CELLS, names=3).known()
     definitions = {term: text.format_map(facts) for term, text in DEFINITIONS.items()}
     return Report(
         "Grokking study",

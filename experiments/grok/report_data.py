@@ -306,8 +306,8 @@ def aggregate(rows: Sequence[Row], budget: int | None = None) -> list[Arm]:
 
 # The FLOPs of these are unknown: XLA omits decompositions and counts a loop's body only once.
 UNCOUNTED = frozenset((
-    "polar", "low_rank", "low_rank_subspace", "dion", "splus", "splus_adamw", "soap", "soap_muon",
-    "optax_muon",
+    "polar", "low_rank", "low_rank_subspace", "low_rank_whole", "dion", "splus", "splus_adamw",
+    "soap", "soap_muon", "optax_muon",
 ))  # fmt: skip
 
 

@@ -39,8 +39,7 @@ CURVES = (
 EPOCHS = (
     "Sustained grokking epoch of every finished training. A line spans an optimizer's range, a bar "
     "marks its median where that is known, and a cross the epoch at which a training had lost its "
-    "accuracy again. The {censored} censored ones are open triangles at the budget of {budget} "
-    "epochs."
+    "accuracy again. {censored} at the budget of {budget} epochs."
 )
 SURVIVAL = (
     "Kaplan–Meier estimate of the fraction of trainings that have not reached sustained grokking "
@@ -179,7 +178,12 @@ def pictures(run: Run) -> list[Picture]:
     """Returns the figures: curves if there is a log, epochs, and survival if few optimizers."""
     censored, finished = sum(row["censored"] for row in run.rows), len(run.rows)
     curves = CURVES.format(begun=len(run.cells), finished=finished)
-    epochs = EPOCHS.format(censored=censored, budget=run.budget)
+    marked = "The one censored one is an open triangle"
+    if censored != 1:
+        marked = (
+            f"The {censored} censored ones are open triangles" if censored else "None is censored"
+        )
+    epochs = EPOCHS.format(censored=marked, budget=run.budget)
     found = [
         Picture(
             "curves",

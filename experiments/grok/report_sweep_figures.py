@@ -76,7 +76,7 @@ def lines_figure(run: Run) -> Figure:
     notes.text(0, 1, "\n\n".join(texts), va="top", fontsize=8, transform=notes.transAxes)
     others = [
         legend_line("median, where known", lw=2),
-        legend_line("one cell", **POINT_MARK),
+        legend_line("one training", **POINT_MARK),
         legend_line("censored, at the budget; ×n: n trainings", **BEYOND),
     ]
     if not all(swept(run).values()):

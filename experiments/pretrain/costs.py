@@ -38,6 +38,8 @@ WITHOUT_NEWTON_SCHULZ = (
     "polar",
     "low_rank",
     "low_rank_subspace",
+    "low_rank_whole",
+    "adamw_fixed_table",
     "dion",
     "splus",
     "splus_adamw",

@@ -18,6 +18,7 @@ class Arm(arms.Arm):
         tokens_per_step: Tokens of a step.
         tokens: Tokens of the whole training.
         curve: tokens and mean validation loss on the way, over the seeds at the best rate.
+        curves: the losses of each seed, at the same tokens.
         bits_per_byte: mean at the end; None where bytes are unknown or a seed diverged.
         cost: The cost of a step, from costs.json; None until it is measured.
         shares: Tokens, FLOPs and time to AdamW's final loss as fractions of AdamW's whole training;
@@ -28,6 +29,7 @@ class Arm(arms.Arm):
     tokens_per_step: int
     tokens: int
     curve: Sequence[tuple[int, float]] = ()
+    curves: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     bits_per_byte: float | None = None
     cost: dict[str, float] | None = None
     shares: dict[str, float | None] = dataclasses.field(default_factory=dict)
@@ -43,7 +45,7 @@ class Arm(arms.Arm):
         return steps * (self.step_flops if with_update else self.cost["model_flops"])
 
     def as_json(self) -> dict[str, Any]:
-        own = ("width", "bits_per_byte", "tokens_per_step", "tokens", "curve", "cost")
+        own = ("width", "bits_per_byte", "tokens_per_step", "tokens", "curve", "curves", "cost")
         shares = {
             key: None if share is None else arms.finite(share) for key, share in self.shares.items()
         }
@@ -59,6 +61,7 @@ def gather(files: Files) -> list[Arm]:
             **{key: stored[key] for key in own},
             **arms.of_json(stored),
             curve=stored.get("curve", ()),
+            curves=stored.get("curves") or {},
             shares=stored.get("to_adamw_loss") or {},
         )
         for stored in files.summary.get("arms", [])
@@ -74,6 +77,11 @@ def _arm(files: Files, optimizer: str, width: int, rows: list[Any], histories: l
     tokens_per_step = files.config["batch"] * files.config["context"]
     steps, losses = middle([series(history, "validation_loss") for history in own["histories"]])
     curve = list(zip((steps * tokens_per_step).tolist(), losses.tolist(), strict=True))
+    curves = {
+        str(history[0]["seed"]): [row["validation_loss"] for row in history]
+        for history in own["histories"]
+        if history
+    }
     bits = [row["bits_per_byte"] for row in rows if row["rate"] == own["best"].rate]
     return Arm(
         optimizer=optimizer,
@@ -81,6 +89,7 @@ def _arm(files: Files, optimizer: str, width: int, rows: list[Any], histories: l
         tokens_per_step=tokens_per_step,
         tokens=curve[-1][0] if curve else 0,
         curve=curve,
+        curves=curves,
         bits_per_byte=None if None in bits else statistics.fmean(bits),
         cost=files.costs.get(str(width), {}).get(optimizer),
         **own,
