@@ -17,6 +17,7 @@ from experiments.programs import keep_compiled_programs
 from experiments.runs import RunError
 
 INTERRUPTED = 130
+TIME_IS_UP = 75  # EX_TEMPFAIL of sysexits.h: start it again
 # What code that reads a file raises where it has not what it should have.
 _MISREAD = (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError)
 _NO_PLATFORM, _FULL_DEVICE = "Unable to initialize backend", "RESOURCE_EXHAUSTED"

@@ -19,7 +19,9 @@ def fan_in_uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) ->
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear`, by default without a bias."""
+    """`nnx.Linear`, by default without a bias; an `adapter` adds to what the kernel does."""
+
+    adapter: nnx.Module | None = None
 
     def __init__(
         self, fan_in: int, fan_out: int, *, bias: bool = False, init=fan_in_uniform, rngs: nnx.Rngs
@@ -28,6 +30,8 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = project(x, self.kernel[...])
+        if self.adapter is not None:
+            y += self.adapter(x)
         if self.bias is None:
             return y
         # Adding the bias in float32 makes XLA sum its gradient in float32.

@@ -12,6 +12,7 @@ import tyro
 
 import muon_jax
 from experiments import baselines
+from experiments.schedules import Schedules
 from experiments.settings import Average, Count, Decay, Positive, Rate, Rule
 
 ScheduleName = Literal[
@@ -26,7 +27,6 @@ ScheduleName = Literal[
     "cubic",
 ]
 ScaleName = Literal["spectral", "match_rms_adamw", "mup", "none"]
-DecayName = Literal["linear", "cosine"]
 _RANK = Rule(
     "a whole number of at least 1, or a fraction greater than 0 and at most 1",
     lambda value: value >= 1 if isinstance(value, int) else 0 < value <= 1,
@@ -535,6 +535,9 @@ def build(
     settings: Settings,
     schedule: optax.Schedule,
     rate: float | jax.Array | None = None,
+    *,
+    course: Schedules | None = None,
+    steps: int = 0,
     **placed: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the optimizer of this name.
@@ -545,6 +548,7 @@ def build(
         schedule: factor of the learning rates, from the step.
         rate: takes the place of the arm's own learning rate; AdamW's for the other leaves stays.
             It may be traced, so that one program serves all rates.
+        course: what else changes on the way, over so many `steps`; by default nothing.
         **placed: `routing`, and `mesh` and `shardings` of the params, as `muon_jax.muon` takes
             them.
     """
@@ -552,31 +556,11 @@ def build(
     def scheduled(learning_rate: float | jax.Array) -> optax.Schedule:
         return lambda step: learning_rate * schedule(step)
 
-    rest = {f"adam_{key}": value for key, value in dataclasses.asdict(settings.adamw).items()}
-    rest["adam_learning_rate"] = scheduled(settings.adamw.learning_rate)
     own = scheduled(settings.rate(name) if rate is None else rate)
-    return optax.with_extra_args_support(ARMS[name].build(settings, own, rest, placed))
-
-
-def warmup(steps: int) -> optax.Schedule:
-    """A factor that rises linearly to 1 over `steps` steps; the first step is not lost to 0."""
-    return optax.linear_schedule(1 / max(steps, 1), 1.0, max(steps - 1, 0))
-
-
-def warmup_then_decay(
-    warmup_steps: int, steps: int, decay: DecayName, final: float = 0.0, cooldown: int = 0
-) -> optax.Schedule:
-    """`warmup`, then a fall that would reach `final` one step after its last.
-
-    The last `cooldown` steps fall linearly from there, and would reach 0 at `steps`.
-    """
-    falling = steps - warmup_steps - cooldown
-    falls = {
-        "linear": optax.linear_schedule(1.0, final, falling),
-        "cosine": optax.cosine_decay_schedule(1.0, falling, final),
-    }
-    phases, ends = [warmup(warmup_steps), falls[decay]], [warmup_steps]
-    if cooldown:
-        phases.append(optax.linear_schedule(final, 0.0, cooldown))
-        ends.append(steps - cooldown)
-    return optax.join_schedules(phases, ends)
+    course = course or Schedules()
+    course.check(name)
+    given = course.of(settings, steps)
+    rest = {f"adam_{key}": value for key, value in dataclasses.asdict(given.adamw).items()}
+    rest["adam_learning_rate"] = scheduled(settings.adamw.learning_rate)
+    tx = optax.with_extra_args_support(ARMS[name].build(given, own, rest, placed))
+    return course.averaged(tx)

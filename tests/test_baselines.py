@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import baselines, optimizers
+from experiments import baselines, optimizers, schedules
 from experiments.grok.config import Config
 from experiments.pretrain.config import Model, Training
 
@@ -165,7 +165,7 @@ def test_whatever_trains_the_rest_a_step_shrinks_it_as_adamw_would(name):
     """At SGD's rate of 0.1 AdamW's decay of 1 would shrink the embedding by a tenth a step."""
     params = {"embedding": {"embedding": jnp.ones((4, 8))}}
     config = Config(adamw=optimizers.AdamW(learning_rate=2e-3, weight_decay=0.5))
-    tx = optimizers.build(name, config, optimizers.warmup(2))
+    tx = optimizers.build(name, config, schedules.warmup(2))
     state = tx.init(params)
     for factor in (0.5, 1.0):
         updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
@@ -186,7 +186,7 @@ def test_both_readings_of_equal_weight_decay(name, decay):
     """AdamW's default is 1e-3 × 1.0; Muon's rate is 0.02."""
     params = {"blocks": {"up": {"kernel": jnp.ones((4, 8))}}}
     for rate, swept in ((None, decay), (0.04, decay if name == "muon_equal_decay" else decay / 2)):
-        tx = optimizers.build(name, Config(), optimizers.warmup(2), rate)
+        tx = optimizers.build(name, Config(), schedules.warmup(2), rate)
         state = tx.init(params)
         for factor in (0.5, 1.0):
             updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)

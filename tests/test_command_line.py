@@ -20,6 +20,7 @@ from experiments.commands import option
 from experiments.family import config as family
 from experiments.family import widths
 from experiments.finetune import command as finetune
+from experiments.finetune import sample as finetune_sample
 from experiments.grok import config as grok
 from experiments.grok import speed as grok_speed
 from experiments.pretrain import __main__ as pretrain
@@ -36,11 +37,13 @@ COMMANDS = {
     "pretrain.sample": sample.Command,
     "pretrain.export": export.Command,
     "finetune": finetune.Command,
+    "finetune.sample": finetune_sample.Command,
     "bench": bench.Config,
 }
 # Passes over a table of equations are counted whole; one over rows of a user's may be a part. And
-# export has no arithmetic, whose precision --dtype is of elsewhere.
-APART = {("--epochs", "grok"), ("--epochs", "grok.speed"), ("--dtype", "pretrain.export")}
+# what exports or samples has no backward pass, whose precision --dtype is of elsewhere.
+APART = {("--epochs", "grok"), ("--epochs", "grok.speed")}
+APART |= {("--dtype", "pretrain.export"), ("--dtype", "finetune.sample")}
 POSITIONAL = typing.get_args(tyro.conf.Positional[str])[1]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import optimizers
+from experiments import optimizers, schedules
 from experiments.differences import difference, student_t
 from experiments.family import train
 from experiments.family.config import Cell, Training
@@ -140,12 +140,12 @@ def test_aggregate_orders_by_loss_and_sends_what_diverged_to_the_end():
 
 def test_the_schedule_rises_to_one_and_falls_towards_zero():
     for decay in ("linear", "cosine"):
-        schedule = optimizers.warmup_then_decay(4, 12, decay)
+        schedule = schedules.warmup_then_decay(4, 12, decay)
         factors = np.array([schedule(step) for step in range(12)])
         np.testing.assert_allclose(factors[:5], [0.25, 0.5, 0.75, 1.0, 1.0], rtol=1e-6)
         assert (np.diff(factors[4:]) < 0).all() and 0 < factors[-1] < 0.2
         assert schedule(12) == pytest.approx(0, abs=1e-7)
-    assert optimizers.warmup_then_decay(0, 10, "linear")(0) == 1
+    assert schedules.warmup_then_decay(0, 10, "linear")(0) == 1
 
 
 # On a sphere half of the rate is not half of the way, but nearly, of a small one. The first step of

@@ -6,14 +6,18 @@ import itertools
 import json
 import sysconfig
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from etils import epath
 from pyarrow import parquet
 
-from experiments.finetune import chat, data, instructions
+from experiments.finetune import base, chat, data, instructions
+from experiments.finetune.config import Base
 from experiments.finetune.packing import Batches, Rows, in_order, pack
+from experiments.language import documents
 
 
 @pytest.fixture(scope="module")
@@ -529,3 +533,55 @@ def test_no_module_and_no_function_is_on_both_sides(installed, model):
     assert report.held_out_rows == len(held_out.lengths) <= sum(made.rows[name] for name in held)
     assert 0.02 < report.held_out_rows / report.rows < 0.3
     assert len(train.lengths) + len(held_out.lengths) + report.too_long == len(rows) == report.rows
+
+
+def test_other_examples_than_the_pinned_ones_are_refused(installed, model):
+    folder, _ = installed
+    report = data.prepare(None, model, 512, cache=folder).report
+    data._check_digest(report, None)
+    data._check_digest(report, report.sha256[:8])
+    with pytest.raises(ValueError, match=r"install the versions .* Here are Python .*copies 1\.2"):
+        data._check_digest(report, "0" * 8)
+    with pytest.raises(ValueError, match="Give the same file, --model and --context"):
+        data._check_digest(report._replace(packages=None), "0" * 8)
+
+
+def test_the_text_of_a_pretraining_is_read(model, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": f"to be or not {i} " * 9}) + "\n" for i in range(9))
+    )
+    chat.write_tokenizer(tmp_path / "model", ["to be or not to be"] * 9, 300)
+    command = SimpleNamespace(pretraining_text=str(path), context=16, evaluation_tokens=1000)
+    rows = data.pretraining_text(command, tmp_path / "model")
+    assert len(rows.lengths) > 4 and set(rows.lengths) == {16}
+    assert not rows.learnt[rows.starts[:-1]].any() and rows.learnt.sum() == 15 * len(rows.lengths)
+    first = chat.Chat(tmp_path / "model").prompt("to be or not 0 " * 9)[:16]
+    assert first in rows.tokens.reshape(-1, 16).tolist()
+    command.pretraining_text = None
+    assert data.pretraining_text(command, tmp_path / "model") is None
+    np.save(tmp_path / "model" / data.HELD_OUT, np.ones((3, 40), np.int32))
+    assert data.pretraining_text(command, tmp_path / "model").lengths.tolist() == [16] * 3
+    command.pretraining_text = "nowhere.txt"
+    with pytest.raises(ValueError, match="--pretraining-text must be a file that ends in"):
+        data.pretraining_text(command, tmp_path / "model")
+
+
+def test_the_small_model_keeps_text_that_it_has_not_learnt(tmp_path, monkeypatch):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": f"{i} to be or not " * 99}) + "\n" for i in range(99))
+    )
+    few = documents.from_files((epath.Path(path),))
+    monkeypatch.setattr(documents, "standard_library", lambda: few)
+    sizes = {"layers": 1, "hidden": 16, "ffn": 16, "heads": 2, "head_dim": 8, "vocabulary": 300}
+    small = Base(**sizes, context=32, batch=4, steps=2)
+    folder = base.prepare(small, folder=tmp_path / "cache")
+    assert base.prepare(small, folder=tmp_path / "cache") == folder
+    windows = np.load(folder / data.HELD_OUT)
+    assert windows.shape[1] == 33 and len(windows) >= 4
+    command = SimpleNamespace(pretraining_text=None, context=64)
+    rows = data.pretraining_text(command, folder)
+    assert rows.tokens.tolist() == windows.ravel().tolist() and set(rows.lengths) == {33}
+    told = chat.Chat(folder)._tokenizer.decode(windows[0].tolist())
+    assert "to be or not" in told and folder.joinpath("model.safetensors").exists()

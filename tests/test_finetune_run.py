@@ -130,7 +130,7 @@ def test_one_gradient_of_uneven_microbatches_is_that_of_the_whole_batch():
             run = jax.jit(trainer._gradient)
             found.append(
                 jax.device_get(
-                    run(jax.device_put(initial(), trainer.places), trainer.place(batch()))
+                    run(jax.device_put(initial(), trainer.places), {}, trainer.place(batch()))
                 )
             )
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
@@ -615,6 +615,13 @@ def test_tensors_are_checked_before_rows_are_read(tmp_path, monkeypatch, capsys)
     assert command.main() != 0
     assert shards[1].name in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_rank_that_cannot_be_is_refused_before_rows_are_read(tmp_path, monkeypatch, capsys):
+    one_arm(tmp_path, monkeypatch, "--lora.rank", "17")
+    monkeypatch.setattr(command.data, "prepare", None)
+    assert command.main() == 2
+    assert "Use at most 16, or remove key from --lora.targets" in capsys.readouterr().err
 
 
 def test_an_out_with_other_files_is_refused_before_rows_are_read(tmp_path, monkeypatch, capsys):

@@ -63,6 +63,7 @@ def models(command, planned, console, stop):
             small(of.base.qk_norm),
             initial(small(of.base.qk_norm)),
             prepared(),
+            prepared(seed=7).held_out,
         )
         for of in planned.values()
     }
@@ -149,6 +150,21 @@ def test_a_suite_that_was_stopped_and_killed_goes_on_as_if_nothing_was(
     trained.clear()
     assert run(config) == 0
     assert not trained
+
+
+def test_what_is_forgotten_is_kept_by_seed(whole):
+    files = load_run(whole)
+    for of in groups(files):
+        told = of.as_json()["pretraining_rise_by_seed"]
+        assert told == of.rises and told.keys() == {"0", "1"}
+        for trained in of.trained:
+            _, losses = trained.series["pretraining_loss"]
+            assert of.rises[str(trained.seed)] == losses[-1] - losses[0] != 0
+    page = (whole / "report.html").read_text()
+    assert "loss on the pretraining text, rise" in page
+    stored = dataclasses.replace(of, trained=(), forgotten={"0": 0.25, "1": 0.75})
+    (column,) = (column for column in report.COLUMNS if column[1] == "forgot")
+    assert column[2](stored) == "+0.500 ± 0.354" and stored.rises == stored.forgotten
 
 
 def test_another_training_needs_another_folder(whole):

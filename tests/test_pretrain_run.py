@@ -427,6 +427,21 @@ def test_sigterm_saves_and_loses_no_step(text, tmp_path):
 
 
 @pytest.mark.slow
+def test_hours_save_and_exit_with_a_status_of_their_own(text, tmp_path):
+    command = [*options(text, tmp_path), "--optimizers", "adamw", "--steps", "100000"]
+    process = start(*command, "--hours", "0.003")
+    said, error = process.communicate(timeout=240)
+    assert process.returncode == 75, error
+    assert "since --hours 0.003 have passed; the same command continues" in said
+    last = records(tmp_path)[-1]["step"]
+    steps = sorted(int(p.name[5:]) for p in (tmp_path / "checkpoints").glob("step_*"))
+    assert steps[-1] == last > 0
+    again = start(*command, "--hours", "0.003")
+    said, _ = again.communicate(timeout=240)
+    assert again.returncode == 75 and f"continuing from step {last}" in said
+
+
+@pytest.mark.slow
 def test_two_processes_train_and_save_together(text, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

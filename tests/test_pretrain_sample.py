@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pretraining import SMALL, VOCABULARY, mesh_of, one_device, text_file, training
+from pretraining import DENSE, SMALL, VOCABULARY, mesh_of, one_device, text_file, training
 
 from experiments.language import data
 from experiments.language.checkpoints import Checkpoints
-from experiments.pretrain import export, sample
+from experiments.pretrain import bits, export, sample
 from experiments.pretrain.config import as_json
 from experiments.pretrain.sample import generate, write_texts
 from experiments.pretrain.step import Trainer
@@ -76,6 +76,63 @@ def test_generation_is_the_naive_loop(trainer, params, last_logits, temperature,
         for row, prompt in enumerate(PROMPTS)
     ]
     np.testing.assert_array_equal(found, wanted)
+
+
+FAMILIES = {
+    "latent attention, experts": SMALL,
+    "more layers than are unrolled": dataclasses.replace(DENSE, layers=14, dense_layers=14),
+    "fewer heads of keys": dataclasses.replace(
+        DENSE, attention="multi-head", kv_heads=2, head_dim=8, qk_norm=True
+    ),
+    "experts on a mesh": dataclasses.replace(SMALL, layers=2),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_cached_logits_are_those_of_a_whole_pass(name):
+    mesh = mesh_of(1, 2, 2, 2) if "mesh" in name else one_device()
+    trainer = Trainer(training(FAMILIES[name], context=9), "adamw", mesh, VOCABULARY)
+    model, state = trainer.model, trainer.start(0)
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (4, 9), np.int32)
+    given, seen = tokens.copy(), 4
+    given[:, seen:] = 0  # places that are still empty when the caches begin
+
+    @jax.jit
+    def cached(params, bias):
+        hidden, caches = model.continued(params, bias, given)
+        rows = [hidden[:, seen - 1]]
+        for at in range(seen, 9):
+            hidden, caches = model.continued(params, bias, tokens[:, at : at + 1], caches, at)
+            rows.append(hidden[:, 0])
+        return model.logits(params, jnp.stack(rows, axis=1))
+
+    @jax.jit
+    def whole(params, bias):
+        return model.logits(params, model.hidden(params, bias, tokens)[0][:, seen - 1 :])
+
+    with jax.set_mesh(mesh):
+        found, wanted = (f(state.params, state.bias) for f in (cached, whole))
+    assert np.std(wanted) > 0.1
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_token_within_the_context_takes_a_pass_over_itself(trainer, params, monkeypatch):
+    passes = []
+    run = trainer.model.continued
+
+    def watched(params, bias, tokens, caches, at):
+        passes.append(tokens.shape[1])
+        return run(params, bias, tokens, caches, at)
+
+    monkeypatch.setattr(trainer.model, "continued", watched)
+    for length, traced in ((4, [5, 1]), (6, [5, 1, 5])):
+        passes.clear()
+        tokens, lengths = np.ones((1, 1 + length), np.int32), np.ones(1, np.int32)
+        with jax.set_mesh(trainer.mesh):
+            sample._extend.__wrapped__(
+                trainer, params, BIAS, tokens, lengths, np.float32(1), None, np.uint32(0)
+            )
+        assert [n for n, before in zip(passes, [0, *passes], strict=False) if n != before] == traced
 
 
 def test_samples_depend_on_seed_and_place_alone(trainer, params):
@@ -197,6 +254,34 @@ def test_the_commands_read_a_run(run, monkeypatch, capsys, tmp_path):
     code, printed = call(export, folder, tmp_path / "hf")
     assert code == 2
     assert "not empty" in printed.err
+
+
+def test_bits_of_a_users_files_are_those_of_its_tokens(run, monkeypatch, capsys, tmp_path):
+    """Every token once, those of the last window that is not full too, and every byte."""
+    folder, trainer, state, tokens = run
+    texts = ["to be or not to be, that is", "whether 'tis nobler, naïve"]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    end = tokens.end_of_text
+    ids = [[*tokens.tokenizer.encode(text).ids, end] for text in texts]
+    stream = np.array([end, *ids[0], *ids[1]])
+    assert (len(stream) - 1) % 8
+    nats = 0.0
+    with jax.set_mesh(trainer.mesh):
+        for at in range(0, len(stream) - 1, 8):
+            row = jnp.array(stream[at : at + 9])[None]
+            hidden, _ = trainer.model.hidden(state.params, state.bias, row[:, :-1])
+            chances = jax.nn.log_softmax(trainer.model.logits(state.params, hidden)[0])
+            nats -= float(jnp.take_along_axis(chances, row[0, 1:, None], axis=1).sum())
+    size = len("".join(texts).encode())
+    for words, code, said in (
+        ([folder, tmp_path / "*.jsonl"], 0, f"{nats / np.log(2) / size:.4f} bits per byte: {size}"),
+        ([folder, tmp_path / "none.txt"], 2, "matches no file"),
+        ([tmp_path, tmp_path / "*.jsonl"], 2, "holds no run"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["bits", *map(str, words)])
+        assert bits.main() == code
+        assert said in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize(

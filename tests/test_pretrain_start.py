@@ -92,6 +92,11 @@ def test_the_model_is_the_start_and_the_folder_says_which(base, run, tmp_path, m
     assert (folder / "tokenizer.json").read_text() == (base / "tokenizer.json").read_text()
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     assert settings["origin"].startswith("model ") and settings["data"]["end_of_text"] == END
+    card = (folder / "README.md").read_text()
+    done = summary(tmp_path, "run")
+    for fact in (settings["origin"], done["data"]["sha256"], done["params_sha256"], "6 of 6, each"):
+        assert fact in card, fact
+    assert f"{done['validation_loss']:.4g}" in card and str(tmp_path) not in card
 
 
 def test_it_goes_on_after_a_kill_and_transformers_computes_the_same(

@@ -15,7 +15,8 @@ import muon_jax
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-READMES = ["README.md", *(str(p.relative_to(ROOT)) for p in ROOT.glob("experiments/*/README.md"))]
+READMES = ["README.md", "muon_jax/README.md"]
+READMES += [str(p.relative_to(ROOT)) for p in ROOT.glob("experiments/*/README.md")]
 
 
 def blocks(language):

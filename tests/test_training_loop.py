@@ -13,7 +13,9 @@ import pytest
 from etils import epath
 from pretraining import one_device
 
-from experiments.language import training_loop
+from experiments.language import clocks, training_loop
+from experiments.language.checkpoints import Restored
+from experiments.language.rollback import Rollback
 from experiments.language.training_loop import Keeping, TrainingError, TrainingLoop
 
 STEP, EVALUATION, SAVE, COMPILATION = 1.0, 100.0, 1_000.0, 10_000.0  # seconds
@@ -26,12 +28,12 @@ class Saved:
     def __init__(self, clock):
         self.clock, self.steps = clock, []
 
-    def restore(self, abstract):
+    def restore(self, abstract, step=None):
         if not self.steps:
             return None
         step, meta = self.steps[-1], {}
         state = types.SimpleNamespace(step=step)
-        return types.SimpleNamespace(step=step, state=state, meta=meta, damaged=())
+        return Restored(step, state, meta, damaged=())
 
     def save(self, step, state, meta):
         self.clock.now += SAVE
@@ -51,7 +53,7 @@ class Trainer:
     def __init__(self, loop, steps):
         self.loop, self.advance = loop, loop.advance
         self.config = types.SimpleNamespace(
-            steps=steps, max_nonfinite_steps=3, tokens_per_step=TOKENS
+            steps=steps, max_nonfinite_steps=3, tokens_per_step=TOKENS, rollback=Rollback()
         )
 
     @functools.cached_property
@@ -113,7 +115,7 @@ class Loop(TrainingLoop):
 @pytest.fixture
 def clock(monkeypatch):
     hands = types.SimpleNamespace(now=0.0)
-    monkeypatch.setattr(training_loop.time, "perf_counter", lambda: hands.now)
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: hands.now)
     return hands
 
 

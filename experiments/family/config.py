@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import json_files
-from experiments.optimizers import ARMS, AdamW, DecayName, Muon, OptimizerName, Settings
+from experiments.optimizers import ARMS, AdamW, Muon, OptimizerName, Settings
+from experiments.schedules import DecayName
 from experiments.settings import (
     Count,
     Whole,
@@ -49,7 +50,7 @@ class Training(Settings):
     warmup: Whole = 20
     """Steps of linear warm-up. The default is at most a tenth of --steps."""
     decay: DecayName = "linear"
-    """Shape of the learning rate's decay after warm-up."""
+    """Schedule of the learning rate after warm-up. wsd is constant and falls at the end."""
     evaluations: Count = 6
     """Number of evaluations of the validation loss, the last one after the last step. Must divide
     --steps; the default is lowered until it does."""

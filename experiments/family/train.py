@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 import muon_jax
-from experiments import optimizers
+from experiments import optimizers, schedules
 from experiments.family import data
 from experiments.family.config import Training
 from experiments.family.model import LanguageModel
@@ -85,7 +85,7 @@ def transformation(
     config: Training, optimizer: OptimizerName, rate: float | jax.Array | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer as a cell runs it: warm-up, then decay to zero."""
-    schedule = optimizers.warmup_then_decay(config.warmup, config.steps, config.decay)
+    schedule = schedules.warmup_then_decay(config.warmup, config.steps, config.decay)
     routing = language_model(config).routing
     return optimizers.build(optimizer, config, schedule, rate, routing=routing)
 

@@ -18,7 +18,7 @@ from rich.progress import Progress as Bar
 
 from experiments.commands import progress_bar
 from experiments.finetune import architecture as config_json
-from experiments.finetune import base, data, loop, plan, step, weights
+from experiments.finetune import arms, base, data, loop, model, plan, step, weights
 from experiments.finetune.architecture import Architecture
 from experiments.finetune.arms import ARMS
 from experiments.finetune.command import Command, parse
@@ -138,11 +138,15 @@ def _prepare(
     def load(mesh: jax.sharding.Mesh) -> Params:
         return weights.read(folder, mesh)[1]
 
-    return loop.Start(hugging_face.fingerprint(folder), architecture, load), rows, folder
+    text = data.pretraining_text(command, folder)
+    return loop.Start(hugging_face.fingerprint(folder), architecture, load, text), rows, folder
 
 
 def _check(command: Command, architecture: Architecture) -> None:
-    """Raises a ValueError where the mesh does not divide the batch or the model."""
+    """Raises a ValueError of LoRA, or where the mesh does not divide the batch or the model."""
+    model.shapes(architecture, command.lora)
+    for arm in command.optimizers:
+        arms.check(arm, command.training(), architecture)
     if not plan.apart(command):
         step.check(command.training(), architecture, make_mesh(command.mesh.sizes))
 
@@ -181,10 +185,10 @@ def _train(
         planning.check(plan.case(trainer), limit, planning.compiled_bytes(trainer.program))
 
         def finish(params: Params) -> None:
-            model = Path(folder) / "model"
-            if command.exports and not model.exists():
-                dtype = trainer.config.dtype
-                weights.write(model, trainer.architecture, params, source, dtype)
+            exported = Path(folder) / "model"
+            if command.exports and not exported.exists():
+                given = trainer.architecture, params, source, trainer.config.dtype
+                weights.write(exported, *given, card=run.write_card)
 
         callbacks = {"on_step": on_step, "on_message": on_message, "on_finish": finish}
         run = loop.FineTuning(trainer, command, rows, start, folder, stop, **callbacks)

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict
 
 import muon_jax
-from experiments.finetune import model
+from experiments.finetune import lora, model
 from experiments.finetune.architecture import Architecture
-from experiments.finetune.config import ArmName, Optimizer, QuirkName, Training
+from experiments.finetune.config import ArmName, Lora, Optimizer, QuirkName, Training
 from experiments.language.mesh import make_mesh
-from experiments.optimizers import warmup_then_decay
+from experiments.schedules import warmup_then_decay
 
 ARMS: dict[ArmName, str] = {
     "adamw": "AdamW for all parameters",
@@ -87,16 +88,21 @@ def make(name: ArmName, config: Training, architecture: Architecture, **placed: 
         architecture: of the params.
         **placed: `mesh` and `shardings` of the params, as `muon_jax.muon` takes them.
     """
-    settings, params = config.optimizer, model.shapes(architecture)
+    settings = config.optimizer
+    params, _ = split(name, config, architecture, model.shapes(architecture, config.lora))
     quirks = settings.quirks
     late = "warmup_of_muonclip_alone" in quirks and name != "muonclip"
     schedule = warmup_then_decay(
-        0 if late else config.warmup, config.steps, config.decay, config.final_lr_fraction
+        0 if late else config.warmup,
+        config.steps,
+        config.decay,
+        config.final_lr_fraction,
+        wsd_share=config.schedules.wsd_share,
     )
     if name == "adamw":
         labels = jax.tree.map(lambda x: "adamw", params)
     else:
-        labels = muon_jax.label_params(params, routing(name, settings, architecture))
+        labels = muon_jax.label_params(params, routing(name, config, architecture))
         other = _rest(name, settings)
         labels = jax.tree.map(lambda x: other if x == "other" else x, labels)
     counts_frozen = "frozen_in_norm" in quirks
@@ -104,25 +110,31 @@ def make(name: ArmName, config: Training, architecture: Architecture, **placed: 
         labels,
         jax.tree.map(lambda label: counts_frozen or label != "frozen", labels),
         schedule,
-        functools.partial(_transformation, name, settings, architecture, schedule, placed),
+        lambda rate: config.schedules.averaged(
+            _transformation(name, config, architecture, schedule, placed, rate)
+        ),
         settings.clip_threshold if _clips(name, settings) else None,
     )
 
 
 def _transformation(
     name: ArmName,
-    settings: Optimizer,
+    config: Training,
     architecture: Architecture,
     schedule: optax.Schedule,
     placed: dict[str, Any],
     rate: float | jax.Array,
 ) -> optax.GradientTransformationExtraArgs:
+    settings = config.optimizer
+
     def scheduled(step: jax.Array) -> jax.Array:
         return rate * schedule(step)
 
+    settings, course = config.optimizer, config.schedules
     decay = rest_decay = settings.weight_decay
     if "decay_apart" in settings.quirks:
         decay, rest_decay = _MUON_DECAY, _ADAMW_DECAY
+    decay, rest_decay = (course.decay(x, config.steps) for x in (decay, rest_decay))
     adam = {"b1": settings.b1, "b2": settings.b2, "eps": settings.eps, "weight_decay": rest_decay}
     if name == "adamw":
         tx = optax.adamw(scheduled, **adam)
@@ -133,13 +145,13 @@ def _transformation(
         own = {"other_b1": settings.b1, "other_weight_decay": 0.0}
     muon = muon_jax.muon(
         scheduled,
-        beta=settings.beta,
+        beta=course.momentum(settings.beta),
         ns_coeffs=settings.ns_coeffs,
         ns_dtype=settings.ns_dtype,
         scale=_scale(name, settings.quirks),
         weight_decay=decay,
         other_optimizer=rest,
-        routing=routing(name, settings, architecture),
+        routing=routing(name, config, architecture),
         **own,
         **placed,
     )
@@ -159,26 +171,61 @@ def _rest(name: ArmName, settings: Optimizer) -> str:
     return "sgd" if name == "muonclip" and "sgd_of_gains" in settings.quirks else "adamw"
 
 
-@functools.cache
-def routing(name: ArmName, settings: Optimizer, architecture: Architecture) -> Any:
+def check(name: ArmName, config: Training, architecture: Architecture) -> None:
+    """Raises a ValueError where LoRA freezes what the arm has to clip."""
+    settings = config.optimizer
+    of_projections = settings.clip_projections or not architecture.qk_norm
+    if config.lora.rank and _clips(name, settings) and of_projections:
+        raise ValueError(
+            f"--lora.rank {config.lora.rank} freezes the projections, and muonclip scales W_q and "
+            f"W_k of this {architecture.family}. Use --optimizers adamw muon_adamw, or --lora.rank "
+            "0."
+        )
+
+
+def split(
+    name: ArmName, config: Training, architecture: Architecture, tree: model.Params
+) -> tuple[model.Params, model.Params]:
+    """Of a tree like the params, what the arm changes, and what LoRA freezes.
+
+    QK-clip scales gains; these are not trained beside adapters.
+    """
+    clipped: Any = ()
+    if architecture.qk_norm and _clips(name, config.optimizer):
+        clipped = model.attention_spec(architecture).qk_norm
+    return lora.split(tree, config.lora, clipped)
+
+
+def routing(name: ArmName, config: Training, architecture: Architecture) -> Any:
     """Which params a Muon arm takes: what the arm and the quirks say, else their use in the loss.
 
     It is kept, for it cannot be traced within a compiled step.
     """
+    # Of a config what counts, so that others need no trace of their own.
+    return _routing(name, config.optimizer, config.lora, architecture)
+
+
+@functools.cache
+def _routing(name: ArmName, settings: Optimizer, of: Lora, architecture: Architecture) -> Any:
+    config = Training(optimizer=settings, lora=of)
+    params, frozen = split(name, config, architecture, model.shapes(architecture, of))
     rules: list[tuple[str, Any]] = []
-    if name == "muon_frozen1d":
+    vectors = any(path[-1] in ("scale", "bias") for path in flatten_dict(params))
+    if vectors and (name == "muon_frozen1d" or of.rank):
         rules.append((r"/(scale|bias)$", "frozen"))
-    if "muon_of_tables" in settings.quirks:
+    if "muon_of_tables" in settings.quirks and not of.rank:
         # torch holds an embedding as (vocabulary, hidden) and reads that as (fan_out, fan_in).
         rules.append((r"^embedding/", muon_jax.MatrixAxes(fan_in=1, fan_out=0)))
         if not architecture.tied:
             rules.append((r"^head/", muon_jax.MatrixAxes()))
-    losses = model.LanguageModel(architecture).losses
+    losses = model.LanguageModel(architecture, lora=of).losses
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+
+    def loss_of(params: Any, frozen: Any, *given: jax.Array) -> Any:
+        return losses(lora.join(params, frozen), *given)
+
     with jax.set_mesh(make_mesh((1, 1, 1, 1), jax.devices()[:1])):
-        return muon_jax.trace_routing(
-            losses, model.shapes(architecture), tokens, tokens, tokens, rules=rules
-        )
+        return muon_jax.trace_routing(loss_of, params, frozen, tokens, tokens, tokens, rules=rules)
 
 
 def _scale(name: ArmName, quirks: tuple[QuirkName, ...]) -> Any:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from experiments import corpus
+from experiments.finetune import data as rows_of
 from experiments.finetune import loop, model, weights
 from experiments.finetune.architecture import Architecture
 from experiments.finetune.chat import END_OF_TEXT, TOKENIZER, write_tokenizer
@@ -27,7 +28,7 @@ from experiments.language.cell import Metrics, train_in_memory
 from experiments.language.mesh import make_mesh
 from experiments.language.training_loop import TrainingError
 
-_FORMAT = 1  # of the cache; another one makes all bases be pretrained again
+_FORMAT = 2  # of the cache; another one makes all bases be pretrained again
 _SAMPLE = 1 << 27  # characters that the tokenizer is trained on at most
 _HELD_OUT = 32_768  # tokens
 _ARMS: dict[str, ArmName] = {"adamw": "adamw", "muon": "muon_adamw"}
@@ -44,7 +45,7 @@ def prepare(
     """The folder of a base, which it makes if the cache has it not whole.
 
     One process of a host does the work, and others wait for it; a kill leaves nothing that is
-    taken for whole. Beside the model it has `meta.json`, with the loss of held-out text.
+    taken for whole. Beside the model it has held-out text, and `meta.json` with its loss.
 
     Args:
         base: what to pretrain.
@@ -73,8 +74,10 @@ def prepare(
             )
             tokens = data.prepare(settings, on_progress)
             architecture = architecture_of(base, tokens.vocabulary)
-            params, found = _pretrain(base, architecture, tokens, on_progress)
+            held_out = windows.held_out(tokens, base.context, _HELD_OUT).windows
+            params, found = _pretrain(base, architecture, tokens, held_out, on_progress)
             weights.write(partial, architecture, params, tokenizer, dtype="float32")
+            np.save(partial / rows_of.HELD_OUT, held_out)
         return {"base": dataclasses.asdict(base), "text": tokens.as_json()} | found
 
     with cache.alone(folder, lambda: on_progress("waiting for another process", 0, 1)):
@@ -114,7 +117,11 @@ def architecture_of(base: Base, vocabulary: int) -> Architecture:
 
 
 def _pretrain(
-    base: Base, architecture: Architecture, tokens: data.Tokens, on_progress: OnProgress
+    base: Base,
+    architecture: Architecture,
+    tokens: data.Tokens,
+    held_out: np.ndarray,
+    on_progress: OnProgress,
 ) -> tuple[Params, dict[str, Any]]:
     on_progress("compiling", 0, base.steps)
     config = Training(
@@ -146,7 +153,6 @@ def _pretrain(
                 on_progress(text, step + 1, base.steps)
         return state, {"train_loss": loss}
 
-    held_out = windows.held_out(tokens, base.context, _HELD_OUT).windows
     whole = held_out[: len(held_out) // base.batch * base.batch]
     batches = [_every_token(rows) for rows in np.split(whole, len(whole) // base.batch)]
     state, _, outcome = train_in_memory(
@@ -154,7 +160,7 @@ def _pretrain(
         base.steps,
         base.steps,
         advance,
-        lambda state: loop.evaluate(trainer, state.params, batches),
+        lambda state: loop.evaluate(trainer, trainer.evaluated(state), batches),
     )
     if outcome["diverged"]:
         raise TrainingError(

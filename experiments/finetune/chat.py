@@ -9,14 +9,13 @@ import functools
 import itertools
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from experiments.finetune import template
+from experiments.finetune.marks import MARK, Encoded, Text, join, unmark
 from experiments.finetune.template import BEGIN, CUT, END, SETTINGS, TEMPLATE
 from experiments.language import tokenizer
 from experiments.runs import read_json, write_json, write_text
@@ -40,7 +39,6 @@ _LEFT_OUT = (
     "{} missing from the text that the chat template makes of the conversation; remove {}, or "
     "use a template that shows everything"
 )
-_MARK = re.compile(f"([{CUT}{BEGIN}{END}])")
 
 
 class Markers(NamedTuple):
@@ -53,29 +51,6 @@ class Markers(NamedTuple):
 CHATML = Markers("<|im_start|>assistant\n", "<|im_end|>")
 _HEADER = "<|start_header_id|>"
 LLAMA3 = Markers(f"{_HEADER}assistant<|end_header_id|>\n\n", "<|eot_id|>")
-
-
-class Text(NamedTuple):
-    """A text on its way to tokens.
-
-    Attributes:
-        pieces: that make it, each to be tokenised by itself.
-        learnt: begins and ends of the characters to learn, in ascending order.
-        escaped: whether content spells a special token or a marker.
-        dropped: thoughts, and words beside a call, that the template leaves out.
-    """
-
-    pieces: tuple[str, ...]
-    learnt: tuple[tuple[int, int], ...]
-    escaped: bool
-    dropped: int = 0
-
-
-class Encoded(NamedTuple):
-    """`(tokens,)` int32, and `(tokens,)` bool: whether each is to be learnt."""
-
-    tokens: np.ndarray
-    learnt: np.ndarray
 
 
 class Chat:
@@ -184,7 +159,7 @@ class Chat:
             rendered = rendered.replace(BEGIN, "").replace(END, "")
             rendered = self._turn.sub(rf"\1{BEGIN}\2{END}", rendered)
             where = " … ".join(map(repr, self._markers))
-        text = _unmark(rendered)
+        text = unmark(rendered)
         turns = roles.count("assistant")
         if len(text.learnt) != turns:
             raise ValueError(
@@ -215,8 +190,33 @@ class Chat:
                 raise ValueError(f'its "{name}" must be a non-blank text; got {short(part)}')
         prompt, completion = map(self._escape, parts.values())
         opening = f"{self._opening}{CUT}" if self._opening else ""
-        text = _unmark(f"{opening}{prompt}{CUT}{BEGIN}{completion}{CUT}{end}{END}")
+        text = unmark(f"{opening}{prompt}{CUT}{BEGIN}{completion}{CUT}{end}{END}")
         return text._replace(escaped=CUT in prompt + completion)
+
+    def question(self, messages: Sequence[Any]) -> list[int]:
+        """Tokens of a conversation, up to where the assistant is to speak.
+
+        Raises:
+            ValueError: the template refuses the messages, or they have what no text has.
+        """
+        rendered = self._render(self._escape(messages), None, answer=True)
+        return self._tokens(rendered.replace(BEGIN, "").replace(END, ""))
+
+    def prompt(self, text: str) -> list[int]:
+        """Tokens of a text to go on from, as `completion` has those of a prompt."""
+        opening = f"{self._opening}{CUT}" if self._opening else ""
+        return self._tokens(opening + self._escape(text))
+
+    def _tokens(self, marked: str) -> list[int]:
+        (encoded,) = self.encode([unmark(marked)])
+        return encoded.tokens.tolist()
+
+    def answer(self, tokens: Sequence[int], ends: Collection[int]) -> str:
+        """The text of tokens up to one of `ends`, or of the tokenizer's own end of a turn."""
+        names = (self._names.get("eos_token"), (self._markers or CHATML).end.strip())
+        known = {*ends, *(self._tokenizer.token_to_id(name) for name in names if name)}
+        kept = itertools.takewhile(lambda token: token not in known, tokens)
+        return self._tokenizer.decode(list(kept), skip_special_tokens=True)
 
     def encode(self, texts: Iterable[Text]) -> list[Encoded]:
         """Tokenises texts. A token is trained on if one of its characters is."""
@@ -226,15 +226,15 @@ class Chat:
                 [piece for text in texts for piece in text.pieces], add_special_tokens=False
             )
         )
-        return [_join(text, [next(encodings) for _ in text.pieces]) for text in texts]
+        return [join(text, [next(encodings) for _ in text.pieces]) for text in texts]
 
-    def _render(self, messages: Sequence[Any], tools: Any) -> str:
+    def _render(self, messages: Sequence[Any], tools: Any, answer: bool = False) -> str:
         try:
             return self._template.render(
                 messages=messages,
                 tools=tools,
                 documents=None,
-                add_generation_prompt=False,
+                add_generation_prompt=answer,
                 **self._names,
             )
         except ValueError as error:
@@ -289,7 +289,7 @@ class Chat:
     def _escape(self, value: Any) -> Any:
         match value:
             case str():
-                if _MARK.search(value):
+                if MARK.search(value):
                     raise ValueError(
                         "texts must not contain the noncharacters U+FDD0, U+FDD1 and U+FDD2"
                     )
@@ -387,35 +387,3 @@ def _check(messages: Sequence[Any]) -> list[str]:
     if roles[-1] != "assistant":
         raise ValueError(f"the last message must have the role assistant; got {roles[-1]}")
     return roles
-
-
-def _unmark(marked: str) -> Text:
-    """What marks in a text say, and the text without them."""
-    pieces, learnt, at, begin = [""], [], 0, 0
-    for part in _MARK.split(marked):
-        match part:
-            case template.CUT:
-                pieces.append("")
-            case template.BEGIN:
-                begin = at
-            case template.END:
-                learnt.append((begin, at))
-            case _:
-                pieces[-1] += part
-                at += len(part)
-    return Text(tuple(pieces), tuple(learnt), len(pieces) > 1)
-
-
-def _join(text: Text, encodings: Sequence[Any]) -> Encoded:
-    ids: list[int] = []
-    places = []
-    at = 0
-    for piece, encoding in zip(text.pieces, encodings, strict=True):
-        ids += encoding.ids
-        places.append(np.array(encoding.offsets, np.int64).reshape(-1, 2) + at)
-        at += len(piece)
-    begins, ends = np.concatenate(places).T
-    learnt = np.zeros(len(ids), bool)
-    for first, last in text.learnt:
-        learnt |= (begins < last) & (ends > first)
-    return Encoded(np.array(ids, np.int32), learnt)

@@ -71,6 +71,8 @@ class Command(Suite, Planning, Running, Training):
             )
         if self.compile_only and self.suite:
             raise ValueError(f"--compile-only excludes --suite {self.suite}; remove one of them.")
+        if self.rollback.above and self.suite:
+            raise ValueError(f"--rollback.above excludes --suite {self.suite}; remove one of them.")
         if self.preset and self.model:
             raise ValueError("Give --preset or --model, not both.")
         if self.preset and self.suite in ("mismatch", "qk"):

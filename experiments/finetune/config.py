@@ -3,11 +3,15 @@
 import dataclasses
 import json
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
 
 from experiments.language.mesh import Mesh
+from experiments.language.rollback import Rollback
 from experiments.language.training_loop import Keeping
-from experiments.optimizers import DecayName, ScheduleName
+from experiments.optimizers import ScheduleName
+from experiments.schedules import DecayName, Schedules
 from experiments.settings import (
     Average,
     Clip,
@@ -25,6 +29,7 @@ from experiments.settings import (
 )
 
 ArmName = Literal["adamw", "muon_frozen1d", "muon_adamw", "muonclip"]
+TargetName = Literal["query", "key", "value", "out", "gate", "up", "down"]
 QuirkName = Literal[
     "warmup_of_muonclip_alone",
     "decay_apart",
@@ -85,11 +90,35 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """LoRA (2106.09685): of each target two factors are trained, and everything else is frozen."""
+
+    rank: Whole = 0
+    """Rank of the update of each target, which is alpha / rank × A B. 0 trains all parameters."""
+    alpha: Positive = 16.0
+    """Scale of the update, times the rank. Muon and AdamW take steps of one size whatever it is, so
+    that twice the alpha moves the model twice as far."""
+    targets: Annotated[tuple[TargetName, ...], _DIFFERENT] = get_args(TargetName)
+    """Matrices of each layer to train: of attention and of SwiGLU. Muon and muon_frozen1d take all
+    factors, so that they are the same arm; muonclip clips the gains of QK-norm beside them."""
+
+    def __post_init__(self) -> None:
+        check(self, "lora")
+
+    @property
+    def scale(self) -> float:
+        """Of the product of two factors."""
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class Training:
     """Settings of one fine-tuning, whichever optimizer it uses."""
 
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     """Settings that all optimizers share."""
+    lora: Lora = dataclasses.field(default_factory=Lora)
+    """Low-rank adapters to train in place of the parameters."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     """The device mesh. One axis may be -1: it takes all devices that the other axes leave. On a
     CPU, by default, each optimizer trains on its own device instead."""
@@ -106,10 +135,12 @@ class Training:
     """Number of optimizer steps. 0 means as many as --epochs takes."""
     warmup: Whole | None = None
     """Steps of linear warm-up. By default 10, with --model 20, and at most a tenth of all."""
-    decay: DecayName = "linear"
-    """Shape of the learning rate's decay after warm-up."""
+    decay: Annotated[DecayName, tyro.conf.arg(aliases=["--schedule"])] = "linear"
+    """Schedule of the learning rate after warm-up. wsd is constant and falls at the end."""
     final_lr_fraction: Share = 0.0
-    """Fraction of the learning rate that the decay ends at."""
+    """Fraction of the learning rate that the decay ends at. Of no meaning to constant."""
+    schedules: Schedules = dataclasses.field(default_factory=Schedules)
+    """Schedules of momentum and weight decay, and an average of the parameters to evaluate."""
     clip: Clip = 1.0
     """Maximum global gradient norm. Larger gradients are scaled down to it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -120,6 +151,8 @@ class Training:
     attention are kept."""
     max_nonfinite_steps: Count = 10
     """Consecutive steps with NaN or Inf in loss or gradient after which the run stops."""
+    rollback: Rollback = dataclasses.field(default_factory=Rollback)
+    """When a run goes back to its last checkpoint, and leaves out the batches since then."""
     seed: Whole = 0
     """Random seed. It sets the order of the examples."""
 
@@ -171,6 +204,13 @@ class Training:
     def as_json(self) -> dict[str, Any]:
         """Returns the settings as plain JSON values."""
         settings = dataclasses.asdict(self.training())
+        for name, usual in (
+            ("lora", Lora()),
+            ("rollback", Rollback()),
+            ("schedules", Schedules()),
+        ):
+            if getattr(self, name) == usual:  # as earlier versions had it
+                del settings[name]
         return json.loads(json.dumps(settings))
 
 
@@ -185,9 +225,17 @@ class Running(Keeping):
     evaluate_every: Count = 25
     """Number of steps between evaluations."""
     evaluation_tokens: Count = 32_768
-    """Number of held-out tokens to evaluate on, the same ones every time."""
+    """Number of held-out tokens to evaluate on, the same ones every time. Half as many are of the
+    pretraining text, where it is known."""
     log_every: Count = 1
     """Steps between records in metrics.jsonl."""
+    data_sha256: str | None = None
+    """Digest that the examples must have, or how it begins; others are refused. It is that of a
+    run's report and of its config.json, and pins a study whatever packages are installed."""
+    pretraining_text: str | None = None
+    """Text like that which the model was pretrained on, whose loss is told beside that of the
+    examples, to see what is forgotten: .txt, .jsonl or .parquet, as python -m experiments.pretrain
+    reads it. By default, without --model, held-out text of the small model."""
 
 
 @dataclasses.dataclass(frozen=True)

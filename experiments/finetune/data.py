@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
 from experiments import corpus
@@ -20,6 +21,9 @@ from experiments.language import documents
 
 SUFFIXES = ".jsonl", ".jsonl.gz", ".parquet"
 _COLUMNS = {"messages", "tools", "prompt", "completion", "group"}
+TEXTS = ".txt", ".jsonl", ".jsonl.gz", ".parquet"
+HELD_OUT = "held_out.npy"  # windows of the text of a small model's pretraining
+_CHARACTERS = 8  # of a token, at most on average
 _BATCH = 1024  # rows that are tokenised at once
 
 OnProgress = Callable[[int], None]  # takes the number of finished rows; it may raise to stop
@@ -91,7 +95,8 @@ def read(
     """Reads the rows of a command's `data`, as tokens of the model in a folder.
 
     Raises:
-        ValueError: the tokenizer has tokens that the model lacks, or as `prepare`.
+        ValueError: the tokenizer has tokens that the model lacks, the rows have another digest than
+            the command's `data_sha256`, or as `prepare`.
     """
     chat = Chat(folder)
     if chat.vocabulary > architecture.vocabulary:
@@ -103,7 +108,26 @@ def read(
     def show(rows: int) -> None:
         on_progress(f"reading rows, {rows:,}", rows, None)
 
-    return prepare(command.data, chat, command.context, on_progress=show)
+    found = prepare(command.data, chat, command.context, on_progress=show)
+    _check_digest(found.report, command.data_sha256)
+    return found
+
+
+def _check_digest(report: Report, pinned: str | None) -> None:
+    """Raises a ValueError where the rows are not those that are wanted."""
+    if pinned is None or report.sha256.startswith(pinned):
+        return
+    remedy = "Give the same file, --model and --context"
+    if report.packages:
+        versions = ", ".join(f"{name} {version}" for name, version in report.packages.items())
+        remedy = (
+            "They depend on the packages that are installed; install the versions that the "
+            f"study's summary.json names. Here are {versions}"
+        )
+    raise ValueError(
+        f"--data-sha256 is {pinned}, but the digest of the examples of {report.name} is "
+        f"{report.sha256}. {remedy}; or omit --data-sha256 for a study of its own."
+    )
 
 
 def prepare(
@@ -191,6 +215,31 @@ def prepare(
         modules=made and made.rows,
     )
     return Prepared(train, held_out, report)
+
+
+def pretraining_text(command: Any, folder: Path) -> Rows | None:
+    """Rows of a command's `pretraining_text`, or of what the small model in a folder held out.
+
+    Raises:
+        ValueError: the file has no text, or is damaged.
+        OSError: it cannot be read.
+    """
+    context = command.context
+    if command.pretraining_text is not None:
+        file = epath.Path(command.pretraining_text).expanduser()
+        if not file.name.endswith(TEXTS) or not file.exists():
+            raise ValueError(
+                f"--pretraining-text must be a file that ends in one of {', '.join(TEXTS)}; got "
+                f"{file}."
+            )
+        chat, most = Chat(folder), command.evaluation_tokens * _CHARACTERS
+        texts = (chat.prompt(text) for text in documents.from_files((file,)).sample(most))
+        windows = (np.array(text[:context], np.int32) for text in texts if len(text) > 1)
+    elif (path := folder / HELD_OUT).exists():
+        windows = iter(np.load(path)[:, :context])
+    else:
+        return None
+    return Rows.of([(window, np.arange(len(window)) > 0) for window in windows])
 
 
 def located(file: Any) -> epath.Path:

@@ -2,25 +2,30 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import statistics
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 
+from experiments.finetune import arms
 from experiments.finetune.architecture import Architecture
 from experiments.finetune.config import ArmName, Running, Training
 from experiments.finetune.data import Prepared
 from experiments.finetune.model import Params
 from experiments.finetune.packing import Batch, Batches, Rows, in_order
 from experiments.finetune.step import State, Trainer
+from experiments.language import model_card
 from experiments.language.cell import train_in_memory
 from experiments.language.mesh import one_device
 from experiments.language.training_loop import Metrics, TrainingLoop
+from experiments.report.figures import optimizer_label
 
 
 class Start(NamedTuple):
@@ -30,11 +35,14 @@ class Start(NamedTuple):
         name: of the model, for its records.
         architecture: of the params.
         load: reads the params, to where they lie on a mesh; called if there is no checkpoint.
+        text: like that which the model was pretrained on, to see what is forgotten; None where
+            nobody knows it.
     """
 
     name: str
     architecture: Architecture
     load: Callable[[jax.sharding.Mesh], Params]
+    text: Rows | None = None
 
 
 def settings_of(trainer: Trainer, start: Start, rows: Prepared) -> dict[str, Any]:
@@ -74,19 +82,27 @@ class FineTuning(TrainingLoop):
         self.rows, self.model, self.on_finish = rows, model, on_finish
         self.packed = batches(rows.train, self.config, self.config.seed, trainer.share.rows)
         self.held_out = held_out(rows.held_out, self.config, running.evaluation_tokens)
+        self.text = text_of(model.text, self.config, running)
 
     def start(self) -> State:
         return self.trainer.start(self.model.load(self.trainer.mesh))
 
+    def kept(self, state: State) -> State:
+        """Without what is frozen, which the model's folder has."""
+        return state._replace(frozen={})
+
+    def completed(self, state: State) -> State:
+        return state._replace(frozen=self.start().frozen if self.trainer.abstract.frozen else {})
+
     def batches(self, step: int) -> Iterator[Any]:
-        for number in range(step, self.config.steps):
+        for number in itertools.count(step):
             yield self.trainer.place(self.packed[number])
 
     def told(self, window: list[Metrics]) -> Metrics:
         return window[-1] | {"mean_token_accuracy": np.mean(_column(window, "mean_token_accuracy"))}
 
     def evaluate(self, state: State) -> tuple[Metrics, float]:
-        values = evaluate(self.trainer, state.params, self.held_out)
+        values = evaluate(self.trainer, self.trainer.evaluated(state), self.held_out, self.text)
         return values, values["validation_loss"]
 
     def remedy(self) -> str:
@@ -103,8 +119,47 @@ class FineTuning(TrainingLoop):
         }
 
     def finish(self, state: State) -> None:
-        self.on_finish(state.params)
+        self.on_finish(self.trainer.exported(state))
         super().finish(state)
+
+    def write_card(self, folder: Path) -> None:
+        """What the exported model is, for those who find it."""
+        config, report = self.config, self.rows.report
+        settings, base = config.optimizer, self.model.name.split()[0]
+        held_out, text = (
+            [f"{record[name]:.4f}" for record in self.log.records if name in record]
+            for name in ("validation_loss", "pretraining_loss")
+        )
+        low_rank = {
+            "rank": config.lora.rank,
+            "alpha": config.lora.alpha,
+            "of": " ".join(config.lora.targets),
+        }
+        facts = {
+            "Base model": f"{base}, digest {self.model.name.split()[-1]}",
+            "Data": f"{report.name}: {len(self.rows.train.lengths):,} examples to train on, "
+            f"{report.held_out_rows:,} held out",
+            "Digest of the data's tokens": report.sha256,
+            "Optimizer": arms.ARMS[self.trainer.name]
+            + "; here of LoRA's factors alone" * bool(config.lora.rank),
+            "Learning rate": f"{settings.learning_rate:g}, after {config.warmup} steps of warm-up, "
+            f"then {config.decay} decay to {config.final_lr_fraction:g} of it",
+            "Weight decay": settings.weight_decay,
+            "Adam": {"b1": settings.b1, "b2": settings.b2, "eps": settings.eps},
+            "Muon": None
+            if self.trainer.name == "adamw"
+            else {"momentum": settings.beta, "coefficients": settings.ns_coeffs},
+            "Reproduces errors of published code": ", ".join(settings.quirks) or None,
+            "LoRA, merged": low_rank if config.lora.rank else None,
+            "Steps": f"{config.steps:,} of {config.batch} sequences of {config.context:,} tokens",
+            "Precision": f"{config.dtype}, params and optimizer float32",
+            "Held-out loss, nats per token": f"{held_out[0]} before, {held_out[-1]} after",
+            "On text like the pretraining's": f"{text[0]} before, {text[-1]} after"
+            if text
+            else None,
+        }
+        summary = f"{base}, fine-tuned with {optimizer_label(self.trainer.name)} by muon_jax."
+        model_card.write(folder, f"{base}, fine-tuned", summary, facts, base=base)
 
     def summary(self, trained: Metrics, evaluated: Metrics) -> Metrics:
         steps = [record for record in self.log.records if "loss" in record] if self.log else []
@@ -116,6 +171,7 @@ class FineTuning(TrainingLoop):
             "windows_per_epoch": self.packed.windows,
             "mean_token_accuracy": trained["mean_token_accuracy"],
             "validation_accuracy": evaluated["validation_accuracy"],
+            "pretraining_loss": evaluated.get("pretraining_loss"),
             "gradient_norm_median": median,
             "gradient_norm_spread": spread,
             "max_logit": max(logits, default=None),
@@ -145,17 +201,30 @@ def held_out(rows: Rows, config: Training, limit: int) -> list[Batch]:
     )
 
 
-def evaluate(trainer: Trainer, params: Params, windows: Sequence[Batch]) -> dict[str, float]:
-    """`validation_loss` in nats and `validation_accuracy`, of all learnt tokens alike."""
+def text_of(text: Rows | None, config: Training, running: Running) -> list[Batch]:
+    """Windows of the pretraining text, with half as many tokens as the held-out rows."""
+    return held_out(text, config, running.evaluation_tokens // 2) if text else []
+
+
+def evaluate(
+    trainer: Trainer, params: Params, windows: Sequence[Batch], text: Sequence[Batch] = ()
+) -> dict[str, float]:
+    """`validation_loss` in nats and `validation_accuracy`, of all learnt tokens alike.
+
+    And `pretraining_loss` of a text, if there is one.
+    """
+    loss, accuracy = _means(trainer, params, windows)
+    found = {"validation_loss": loss, "validation_accuracy": accuracy}
+    return found | ({"pretraining_loss": _means(trainer, params, text)[0]} if text else {})
+
+
+def _means(trainer: Trainer, params: Params, windows: Sequence[Batch]) -> tuple[float, float]:
+    """Loss and accuracy."""
     sums = {"loss": 0.0, "correct": 0.0, "learnt": 0.0}
     for batch in windows:
         found = jax.device_get(trainer.evaluate(params, trainer.place_whole(batch)))
         sums = {name: sums[name] + float(np.sum(x, dtype=float)) for name, x in found.items()}
-    learnt = sums["learnt"]
-    return {
-        "validation_loss": sums["loss"] / learnt,
-        "validation_accuracy": sums["correct"] / learnt,
-    }
+    return sums["loss"] / sums["learnt"], sums["correct"] / sums["learnt"]
 
 
 def steadiness(norms: Sequence[float | None]) -> tuple[float | None, float | None]:
@@ -188,6 +257,7 @@ def train_cell(
     running: Running,
     device: jax.Device,
     on_evaluation: Callable[[Metrics], None] = lambda evaluation: None,
+    text: Rows | None = None,
 ) -> tuple[list[Metrics], Metrics]:
     """Trains to the end, as `train_in_memory` does: every evaluation, and the outcome.
 
@@ -201,13 +271,14 @@ def train_cell(
         running: when to evaluate, and on how much.
         device: the one that trains; threads may train on different ones.
         on_evaluation: called as it goes; it may raise to stop the cell.
+        text: as of `Start`.
     """
     config = dataclasses.replace(
         config, seed=0, optimizer=dataclasses.replace(config.optimizer, learning_rate=1.0)
     )
     trainer = cell_trainer(config, arm, architecture, device)
     windows = held_out(rows.held_out, config, running.evaluation_tokens)
-    packed = batches(rows.train, config, seed)
+    pretraining, packed = text_of(text, config, running), batches(rows.train, config, seed)
 
     def advance(state: State, first: int, until: int) -> tuple[State, Metrics]:
         seen = []
@@ -221,7 +292,7 @@ def train_cell(
         config.steps,
         running.evaluate_every,
         advance,
-        lambda state: evaluate(trainer, state.params, windows),
+        lambda state: evaluate(trainer, trainer.evaluated(state), windows, pretraining),
         on_evaluation,
         first=True,
     )

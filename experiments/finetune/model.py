@@ -19,9 +19,12 @@ from flax import nnx
 
 import muon_jax
 from experiments.finetune.architecture import Architecture
+from experiments.finetune.config import Lora
+from experiments.finetune.lora import adapt
 from experiments.language import sharding, vocabulary
 from experiments.language.attention import KEEP_KERNELS, GroupedQuery
-from experiments.language.decoder import Layer, graph
+from experiments.language.decoder import Cache, Layer, graph
+from experiments.language.packed_attention import texts
 from experiments.language.tensors import Dtype
 from experiments.layers import RMSNorm, SwiGLU
 
@@ -55,11 +58,18 @@ class LanguageModel:
         dtype: of the arithmetic, but for norms, angles, softmax and logits, which are float32.
         remat: keep of a layer its input and what a kernel of attention returned, and compute the
             rest again in the backward pass.
+        lora: which kernels have adapters.
     """
 
-    def __init__(self, architecture: Architecture, dtype: Dtype = "bfloat16", remat: bool = True):
+    def __init__(
+        self,
+        architecture: Architecture,
+        dtype: Dtype = "bfloat16",
+        remat: bool = True,
+        lora: Lora = Lora(),  # noqa: B008 - it is frozen
+    ):
         self.architecture, self.dtype, self.remat = architecture, dtype, remat
-        self._layer = graph(functools.partial(_layer, architecture))
+        self._layer = graph(functools.partial(_layer, architecture, lora))
         norm = functools.partial(RMSNorm, architecture.hidden, epsilon=architecture.epsilon)
         self._norm = graph(lambda rngs: norm(rngs=rngs))
 
@@ -92,7 +102,7 @@ class LanguageModel:
                     "Each token has a segment; got tokens of shape "
                     f"{tokens_BxT.shape} and segments of {segments_BxT.shape}."
                 )
-            segments_BxT, positions = _texts(segments_BxT)
+            segments_BxT, positions = texts(segments_BxT)
 
         def layer(x_BxTxD, kernels):
             x_BxTxD, (largest, _) = nnx.merge(self._layer, kernels)(
@@ -109,6 +119,30 @@ class LanguageModel:
         )
         x_BxTxD = nnx.merge(self._norm, self._cast({"norm": params["norm"]})["norm"])(x_BxTxD)
         return x_BxTxD, {"layers/attention": largest} if max_logits else {}
+
+    def continued(
+        self,
+        params: Params,
+        tokens_BxT: jax.Array,
+        caches: Cache | None = None,
+        at: int | jax.Array = 0,
+    ) -> tuple[jax.Array, Cache]:
+        """What the head reads of tokens from position `at` on, and the caches with them.
+
+        Args:
+            params, tokens_BxT: as `hidden` takes them.
+            caches, at: as `decoder.Layer.continued` takes them, caches of all layers stacked.
+        """
+
+        def layer(x_BxTxD, inputs):
+            kernels, cache = inputs
+            return nnx.merge(self._layer, kernels).continued(x_BxTxD, cache, at)
+
+        x_BxTxD = vocabulary.look_up(params["embedding"]["embedding"], tokens_BxT, self.dtype)
+        layers = self._cast({"layers": params["layers"]})["layers"]
+        unroll = self.architecture.layers <= _UNROLLED
+        x_BxTxD, caches = jax.lax.scan(layer, x_BxTxD, (layers, caches), unroll=unroll)
+        return nnx.merge(self._norm, self._cast({"norm": params["norm"]})["norm"])(x_BxTxD), caches
 
     def losses(
         self,
@@ -174,10 +208,14 @@ class LanguageModel:
         )
 
 
-def shapes(architecture: Architecture) -> Params:
-    """The params as shapes, float32."""
+def shapes(architecture: Architecture, lora: Lora = Lora()) -> Params:  # noqa: B008
+    """The params as shapes, float32.
+
+    Raises:
+        ValueError: the rank of LoRA is larger than a side of a target.
+    """
     a = architecture
-    layer = nnx.eval_shape(lambda: _layer(a, nnx.Rngs(0)))
+    layer = nnx.eval_shape(lambda: _layer(a, lora, nnx.Rngs(0)))
     of_layer = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
 
     def stack(*shape: int) -> jax.ShapeDtypeStruct:
@@ -229,27 +267,11 @@ def attention_spec(architecture: Architecture) -> muon_jax.GroupedQuery:
     )
 
 
-def _texts(segments_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A number of each text, 0 for padding, and each token's position in its text."""
-    before = jnp.pad(segments_BxT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    places = jnp.broadcast_to(jnp.arange(segments_BxT.shape[1]), segments_BxT.shape)
-
-    def further(i: jax.Array, first: jax.Array) -> jax.Array:
-        back = places - 2**i
-        return jnp.maximum(first, jnp.take_along_axis(first, jnp.maximum(back, 0), axis=1))
-
-    # The largest so far, by a loop that doubles how far it looks: a cumulative maximum XLA would
-    # fuse into the mask, and compute for every logit anew.
-    first = jnp.where(segments_BxT != before, places, 0)
-    first = jax.lax.fori_loop(0, segments_BxT.shape[1].bit_length(), further, first)
-    return jnp.where(segments_BxT > 0, first + 1, 0), places - first
-
-
-def _layer(a: Architecture, rngs: nnx.Rngs) -> Layer:
+def _layer(a: Architecture, lora: Lora, rngs: nnx.Rngs) -> Layer:
     norm = a.epsilon if a.qk_norm else None
     heads = a.heads, a.kv_heads, a.head_dim, a.rope_theta, norm
     attention = functools.partial(
         GroupedQuery, a.hidden, *heads, bias=a.qkv_bias, rope_scaling=a.rope_scaling
     )
     feed_forward = functools.partial(SwiGLU, a.hidden, a.ffn)
-    return Layer(a.hidden, a.epsilon, attention, feed_forward, rngs=rngs)
+    return adapt(Layer(a.hidden, a.epsilon, attention, feed_forward, rngs=rngs), lora, rngs)

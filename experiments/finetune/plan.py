@@ -13,6 +13,7 @@ from experiments.finetune import arms, base
 from experiments.finetune.architecture import PRESETS, Architecture
 from experiments.finetune.command import Command
 from experiments.finetune.config import ArmName, Base, Training
+from experiments.finetune.model import Params
 from experiments.finetune.step import Trainer
 from experiments.finetune.suites.config import SuiteName, variants
 from experiments.language import sharding, vocabulary
@@ -24,6 +25,7 @@ from experiments.language.planning import Case, Memory, check, warn_of_context
 from experiments.language.sharding import on_device
 from experiments.parallel import devices_for
 
+_MATRICES = "kernel", "lora_a", "lora_b"
 _MADE_UP_STEPS = 1000  # of a plan, for which no rows are read
 
 
@@ -132,11 +134,15 @@ def case(trainer: Trainer) -> Case:
         yield trainer.arm.build(optimizer.learning_rate), params, trainer.specs
 
     # A token is multiplied with all but gains and, unless it is the head, the embedding.
-    kernels = sum(
-        leaf.size
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if path[-1].key == "kernel" or (a.tied and path[0].key == "embedding")
-    )
+    def multiplied(tree: Params) -> int:
+        return sum(
+            leaf.size
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            if path[-1].key in _MATRICES or (a.tied and path[0].key == "embedding")
+        )
+
+    frozen = trainer.abstract.frozen
+    products = 3 * multiplied(params) + 2 * multiplied(frozen)  # these have no gradient
     attention = 2 * a.layers * a.heads * a.head_dim * config.context
     return Case(
         config=config,
@@ -144,10 +150,11 @@ def case(trainer: Trainer) -> Case:
         trainer=trainer,
         again=functools.partial(case_of, architecture=a),
         muon=None if arm == "adamw" else optimizer,
-        routing=None if arm == "adamw" else arms.routing(arm, optimizer, a),
+        routing=None if arm == "adamw" else arms.routing(arm, config, a),
         labels=trainer.arm.labels,
         heads=(a.heads, a.head_dim, a.head_dim),
-        flops=3 * (2 * kernels + attention) * config.tokens_per_step,
+        flops=(2 * products + 3 * attention) * config.tokens_per_step,
+        frozen=frozen,
         arithmetic=f"{config.dtype}, {'remat' if config.remat else 'no remat'}",
         passes=_passes(trainer),
         savings=[words for words, helps in savings.items() if helps],

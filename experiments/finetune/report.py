@@ -33,6 +33,11 @@ COLUMNS: tuple[Column, ...] = (
     ("arm", "arm", lambda run: run.label),
     ("held-out loss (nats per token)", "held-out\nloss", _last("validation_loss", ".4f")),
     ("held-out accuracy", "held-out\nacc.", _last("validation_accuracy", ".1%")),
+    (
+        "loss on the pretraining text, rise (nats per token)",
+        "forgot",
+        lambda run: form(run.trained.forgot, "+.4f"),
+    ),
     ("token accuracy, first quarter", "early\nacc.", _value("early_accuracy")),
     ("token accuracy, last quarter", "late\nacc.", _value("late_accuracy")),
     (
@@ -47,8 +52,9 @@ COLUMNS: tuple[Column, ...] = (
     ("tokens/s", "tokens\n/s", lambda run: number(run.tokens_per_second)),
 )
 NOTE = (
-    "held-out loss: nats per token; early, late acc.: mean token accuracy of\n"
-    "training examples, first and last quarter of the steps\n"
+    "held-out loss: nats per token; forgot: rise of loss on pretraining text\n"
+    "early, late acc.: mean token accuracy of training examples, first and\n"
+    "last quarter of the steps\n"
     "its spread: interquartile range of the gradient norm ÷ its median"
 )
 CAPTION = (
@@ -70,6 +76,8 @@ MEASURED = {
     "logit, in the examples of the step, averaged over microbatches.",
     "Held out": "Mean cross-entropy in nats, and accuracy, over all trained-on tokens of the "
     "held-out examples.",
+    "Pretraining text": "Text like that which the model was pretrained on, held out there. Its "
+    "loss per token, every token a target, rises as the model forgets.",
     "Gradient norm": "Global norm before clipping; its spread is the interquartile range over "
     "the median, of the steps after warm-up.",
     "Seed": "Sets the order of the examples, in the same way for all optimizers. All of them begin "
@@ -84,7 +92,7 @@ def about(arms: Sequence[ArmName], quirks: Sequence[str]) -> dict[str, str]:
 
 
 def table(runs: Sequence[Run]) -> Table:
-    return Table(COLUMNS, runs, CAPTION, "Fine-tuning, by arm", NOTE)
+    return Table(COLUMNS, runs, CAPTION, "Fine-tuning, by arm", NOTE).known()
 
 
 def judged(runs: Sequence[Run]) -> list[claims.Judged]:
@@ -117,7 +125,13 @@ def abstract(runs: Sequence[Run]) -> list[str]:
     if len(runs) > 1:
         sentences += claims.sentences(judged(runs))
         sentences.append("Each is one training with one seed, so there are no statistics.")
-    optimizer = runs[0].records.settings["optimizer"]
+    settings = runs[0].records.settings
+    if (lora := settings.get("lora")) and lora["rank"]:
+        sentences.append(
+            f"LoRA trains factors of rank {lora['rank']}, alpha {lora['alpha']:g}, of "
+            f"{', '.join(lora['targets'])}; all else is frozen."
+        )
+    optimizer = settings["optimizer"]
     sentences += idle_clip([run.trained for run in runs], optimizer)
     if count := len(optimizer["quirks"]):
         quirks = "one quirk" if count == 1 else f"{count} quirks"

@@ -18,6 +18,7 @@ from experiments.runs import RunError, holds_run
 EARLY, LATE = 0.25, 0.75  # fractions of the steps: end of "early", beginning of "late"
 _GROUPED = ("gradient_norms", "update_rms")
 _HELD_OUT = ("validation_loss", "validation_accuracy")
+_EVALUATED = (*_HELD_OUT, "pretraining_loss")
 
 
 class Trained(NamedTuple):
@@ -51,6 +52,12 @@ class Trained(NamedTuple):
         """Returns the newest value of a series; NaN if it is empty."""
         _, values = self.series.get(name, NOTHING)
         return float(values[-1]) if len(values) else math.nan
+
+    @property
+    def forgot(self) -> float:
+        """How much the loss on the pretraining text has risen, NaN where it is not known."""
+        steps, losses = self.series.get("pretraining_loss", NOTHING)
+        return float(losses[-1] - losses[0]) if len(steps) and not steps[0] else math.nan
 
     def values(self) -> dict[str, float]:
         """Returns the measures of the claims, by the keys of `claims.MEASURES`; NaN if unknown."""
@@ -116,7 +123,7 @@ def load_run(folder: epath.Path) -> Run:
     for name in _GROUPED:
         for group in trained[-1][name] if trained else ():
             own[f"{name}/{group}"] = series(trained, name, group)
-    own |= {name: series(found.evaluated, name) for name in _HELD_OUT}
+    own |= {name: series(found.evaluated, name) for name in _EVALUATED}
     return Run(arm, found, Trained(arm, seed, own, steps, warmup, noisy=True))
 
 
@@ -141,7 +148,7 @@ def of_cell(
     """Returns the training of a suite's cell from the evaluations in its log."""
     after = [e for e in history if e["step"]]
     every = np.arange(1, 1 + sum(len(e["losses"]) for e in after))
-    own = {name: series(history, name) for name in _HELD_OUT}
+    own = {name: series(history, name) for name in _EVALUATED}
     own |= {name: series(after, name) for name in ("mean_token_accuracy", "max_logit")}
     own["loss"] = every, array(x for e in after for x in e["losses"])
     own["gradient_norm"] = every, array(x for e in after for x in e["gradient_norms"])

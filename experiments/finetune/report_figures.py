@@ -20,6 +20,7 @@ from experiments.report.figures import (
     plain_log_axis,
 )
 from experiments.report.page import Picture
+from experiments.report.series import NOTHING
 
 Arms = Mapping[str, Sequence[Trained]]  # the trainings of each arm
 
@@ -52,13 +53,21 @@ def post_figure(arms: Arms) -> Figure:
 
 
 def held_out_figure(arms: Arms) -> Figure:
-    """Held-out loss and accuracy, and the largest attention logit, against step."""
-    figure = new_figure(10.4, 3.7)
-    panels = figure.subplots(1, 3)
+    """Held-out loss and accuracy, and the largest attention logit, against step.
+
+    And the loss on the pretraining text, if there is one.
+    """
+    known = [of.series.get("pretraining_loss", NOTHING)[1] for own in arms.values() for of in own]
+    retained = any(np.isfinite(values).any() for values in known)
+    figure = new_figure(10.4 + 3.4 * retained, 3.7)
+    panels = figure.subplots(1, 3 + retained)
     _draw(panels[0], arms, "validation_loss", "Held-out loss (nats per token)", marked=True)
     accuracy = {"scale": 100, "marked": True}
     _draw(panels[1], arms, "validation_accuracy", "Held-out accuracy (%)", **accuracy)
     _draw(panels[2], arms, "max_logit", "Largest attention logit", gaps=False)
+    if retained:
+        title = "Loss on the pretraining text (nats)"
+        _draw(panels[3], arms, "pretraining_loss", title, marked=True)
     _finish(figure, panels, arms)
     return figure
 
@@ -115,8 +124,9 @@ _PICTURES = {
     ),
     "held_out": (
         held_out_figure,
-        "Loss and accuracy over all trained-on tokens of the held-out examples, and the largest "
-        "attention logit of all layers and heads.",
+        "Loss and accuracy over all trained-on tokens of the held-out examples, the largest "
+        "attention logit of all layers and heads, and, where it is known, the loss on text like "
+        "that of the pretraining.",
         "Held-out loss, held-out accuracy and largest attention logit against step.",
     ),
     "groups": (

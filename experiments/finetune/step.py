@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.finetune import arms, model
+import muon_jax
+from experiments.finetune import arms, lora, model
 from experiments.finetune.architecture import Architecture
 from experiments.finetune.config import ArmName, Training
 from experiments.finetune.model import LanguageModel, Params
@@ -31,6 +32,7 @@ class State(NamedTuple):
     params: Params
     opt_state: Any
     guard: Guard
+    frozen: Params  # in the model's dtype: with LoRA all but the adapters
 
 
 class Windows(NamedTuple):
@@ -51,10 +53,10 @@ class Trainer(trainer.Trainer):
         mesh: of `mesh.make_mesh`.
 
     Attributes:
-        places: the shardings of the params.
+        places: the shardings of the model's params, which have no adapters.
 
     Raises:
-        ValueError: an axis that the mesh does not divide.
+        ValueError: an axis that the mesh does not divide, or as `arms.check`.
     """
 
     def __init__(
@@ -63,9 +65,11 @@ class Trainer(trainer.Trainer):
         if not config.steps or config.warmup is None:
             raise ValueError("A training has steps and a warm-up; `config.with_steps` gives them.")
         self.config, self.name, self.architecture = config, arm, architecture
-        self.model = LanguageModel(architecture, config.dtype, config.remat)
-        specs = check(config, architecture, mesh)
-        wanted, self.places = model.shapes(architecture), model.shardings(architecture, mesh)
+        arms.check(arm, config, architecture)
+        self.model = LanguageModel(architecture, config.dtype, config.remat, config.lora)
+        specs, frozen = self._split(check(config, architecture, mesh))
+        self._wanted = model.shapes(architecture, config.lora)
+        self.places = model.shardings(architecture, mesh)
         placed = {"mesh": mesh, "shardings": specs} if arm != "adamw" else {}
         self.arm = arms.make(arm, config, architecture, **placed)
         self.clips_at = self.arm.clips_at
@@ -76,20 +80,44 @@ class Trainer(trainer.Trainer):
             config,
             mesh,
             rate=config.optimizer.learning_rate,
-            params=wanted,
+            params=self._split(self._wanted)[0],
             specs=specs,
-            begin=wanted,
+            begin=model.shapes(architecture),
             windows=Windows(windows, windows, windows),
             shows_logits=attention.shows_logits(
                 mesh, config.context, columns, config.dtype, packed=True
             ),
+            frozen=frozen,
         )
+        self._whole_places = lora.join(self.shardings.params, self.shardings.frozen)
+        donated = () if frozen and config.dtype != "float32" else 0
         self._compiled_start = jax.jit(
-            self._start, in_shardings=(self.places,), out_shardings=self.shardings, donate_argnums=0
+            self._start,
+            in_shardings=(self.places,),
+            out_shardings=self.shardings,
+            donate_argnums=donated,
         )
+        self._averaged = jax.jit(muon_jax.evaluation_params, out_shardings=self.shardings.params)
         self._compiled_evaluate = jax.jit(
-            self._evaluate, in_shardings=(self.places, self.windows), out_shardings=self._whole
+            self._evaluate,
+            in_shardings=(self._whole_places, self.windows),
+            out_shardings=self._whole,
         )
+        self._compiled_merge = jax.jit(
+            functools.partial(lora.merge, lora=config.lora),
+            in_shardings=(self._whole_places,),
+            out_shardings=self.places,
+        )
+
+    def _split(self, tree: Params) -> tuple[Params, Params]:
+        return arms.split(self.name, self.config, self.architecture, tree)
+
+    def exported(self, state: State) -> Params:
+        """Params of the architecture, without adapters, which compute what `evaluated` does."""
+        if not self.config.lora.rank:
+            return self.evaluated(state)
+        with jax.set_mesh(self.mesh):
+            return self._compiled_merge(self.evaluated(state))
 
     def place(self, batch: Batch) -> Windows:
         """The windows of `share` as this process's part of a step's."""
@@ -104,6 +132,16 @@ class Trainer(trainer.Trainer):
         with jax.set_mesh(self.mesh):
             return self._compiled_start(params)
 
+    def evaluated(self, state: State) -> Params:
+        """All that the model computes with, adapters beside their kernels.
+
+        What is trained is that of the step, or an average where one is asked for.
+        """
+        params = state.params
+        if self.config.schedules.average is not None:
+            params = self._averaged(state.opt_state, params)
+        return lora.join(params, state.frozen)
+
     def evaluate(self, params: Params, windows: Windows) -> dict[str, jax.Array]:
         """Sums over the learnt tokens: `loss` in nats, how many are `correct`, `learnt`."""
         with jax.set_mesh(self.mesh):
@@ -111,12 +149,14 @@ class Trainer(trainer.Trainer):
 
     def _start(self, params: Params) -> State:
         tx = self.arm.build(self.config.optimizer.learning_rate)
-        return State(jnp.zeros([], jnp.int32), params, tx.init(params), guard.begin())
+        params, frozen = self._split(lora.begin(params, self._wanted, self.config.seed))
+        frozen = jax.tree.map(lambda x: x.astype(self.config.dtype), frozen)
+        return State(jnp.zeros([], jnp.int32), params, tx.init(params), guard.begin(), frozen)
 
     def _step(
         self, state: State, windows: Windows, rate: jax.Array, look: bool = False
     ) -> tuple[State, dict[str, Any]]:
-        loss, gradient, seen = self._gradient(state.params, windows, look)
+        loss, gradient, seen = self._gradient(state.params, state.frozen, windows, look)
         counted = jax.tree.map(
             lambda g, counts: g if counts else jnp.zeros_like(g), gradient, self.arm.counted
         )
@@ -151,16 +191,18 @@ class Trainer(trainer.Trainer):
             "skipped": guarded.skipped,
             "nonfinite_in_a_row": guarded.in_a_row,
         }
-        return State(state.step + 1, params, opt_state, guarded), metrics
+        return State(state.step + 1, params, opt_state, guarded, state.frozen), metrics
 
     def _gradient(
-        self, params: Params, windows: Windows, look: bool = False
+        self, params: Params, frozen: Params, windows: Windows, look: bool = False
     ) -> tuple[jax.Array, Params, dict[str, Any]]:
         """Of the mean over all learnt tokens; and what was seen, by microbatch but the logits."""
         told = look or self.clips_at is not None
-        loss_of = functools.partial(
-            self.model.loss, max_logits=told, threshold=self._threshold(look)
-        )
+
+        def loss_of(params: Params, *given: jax.Array) -> Any:
+            whole, threshold = lora.join(params, frozen), self._threshold(look)
+            return self.model.loss(whole, *given, max_logits=told, threshold=threshold)
+
         total = jnp.maximum(jnp.sum(windows.targets >= 0), 1).astype(jnp.float32)
 
         def microbatch(windows: Windows) -> tuple[jax.Array, Params, dict[str, Any]]:
@@ -209,4 +251,4 @@ def check(config: Training, architecture: Architecture, mesh: jax.sharding.Mesh)
     """The specs of the params, or a ValueError of what the mesh does not divide."""
     trainer.check_batch(config, mesh)
     sharding.check_heads(mesh, heads=architecture.heads, kv_heads=architecture.kv_heads)
-    return sharding.param_specs(model.shapes(architecture), mesh)
+    return sharding.param_specs(model.shapes(architecture, config.lora), mesh)

@@ -1,6 +1,7 @@
 """Reads and writes a model's params in Hugging Face format, tensor by tensor."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -47,12 +48,14 @@ def write(
     tokenizer: Path | None = None,
     dtype: Dtype = "bfloat16",
     shard: int = SHARD,
+    card: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Writes a folder that `AutoModelForCausalLM` and, with a tokenizer, `AutoTokenizer` load.
 
     Args:
         folder, params, dtype, shard: as `tensors.write` takes them.
         architecture: the model.
+        card: writes `README.md`.
         tokenizer: a folder whose tokenizer, chat template and settings of generation go along.
 
     Raises:
@@ -60,6 +63,7 @@ def write(
     """
 
     def beside(partial: Path) -> None:
+        card(partial)
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial)
             if (tokenizer / _GENERATION).exists():

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 import muon_jax
-from experiments import optimizers
+from experiments import optimizers, schedules
 from experiments.grok import prefixes, probes, tasks
 from experiments.grok.config import Cell, Config
 from experiments.grok.losses import LOSSES
@@ -141,7 +141,7 @@ def compile_arm(config: Config, cell: Cell, seeds: int, device: jax.Device) -> P
 
     windows = jax.ShapeDtypeStruct((batch, tokens.shape[1]), tokens.dtype)
     routing = muon_jax.trace_routing(plain, shapes, windows)
-    warmup = optimizers.warmup(config.warmup)
+    warmup = schedules.warmup(config.warmup)
     tx = optimizers.build(cell.optimizer, config, warmup, routing=routing)
     threshold = optimizers.clip_threshold(cell.optimizer, config)
 

@@ -299,14 +299,21 @@ class GroupedQuery(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         if positions is None:
             positions = jnp.arange(x_BxTxD.shape[1])
+        heads = self.project(x_BxTxD, positions)
+        mixed, largest = causal_attention(*heads, segments_BxT, threshold)
+        return self.out(join_heads(mixed)), largest
+
+    def project(
+        self, x_BxTxD: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values, as `causal_attention` takes them."""
         q = split_heads(self.query(x_BxTxD), self.heads)
         k = split_heads(self.key(x_BxTxD), self.kv_heads)
         v = split_heads(self.value(x_BxTxD), self.kv_heads)
         if self.normed:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = (rotate_heads(x, positions, self.rope_base, self.rope_scaling) for x in (q, k))
-        mixed, largest = causal_attention(q, k, v, segments_BxT, threshold)
-        return self.out(join_heads(mixed)), largest
+        return q, k, v
 
 
 class Latent(nnx.Module):
@@ -335,9 +342,22 @@ class Latent(nnx.Module):
         self.out = Linear(heads * value, width, init=init, rngs=rngs)
 
     def __call__(
-        self, x_BxTxD: jax.Array, threshold: float | None = None
+        self,
+        x_BxTxD: jax.Array,
+        threshold: float | None = None,
+        segments_BxT: jax.Array | None = None,
+        positions: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        positions = jnp.arange(x_BxTxD.shape[1])
+        if positions is None:
+            positions = jnp.arange(x_BxTxD.shape[1])
+        heads = self.project(x_BxTxD, positions)
+        mixed, largest = causal_attention(*heads, segments_BxT, threshold)
+        return self.out(join_heads(mixed)), largest
+
+    def project(
+        self, x_BxTxD: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values, as `causal_attention` takes them."""
         q = split_heads(self.query(x_BxTxD), self.heads)
         latent, shared_key = jnp.split(self.latent(x_BxTxD), [self.latent_size], axis=-1)
         key_value = split_heads(self.key_value(self.latent_norm(latent)), self.heads)
@@ -346,13 +366,8 @@ class Latent(nnx.Module):
         q_rotated = rotate_heads(q_rotated, positions, self.rope_base)
         k_rotated = rotate_heads(shared_key[:, :, None], positions, self.rope_base)
         k_rotated = jnp.broadcast_to(k_rotated, (*k.shape[:-1], self.rope))
-        mixed, largest = causal_attention(
-            jnp.concatenate([q, q_rotated], axis=-1),
-            jnp.concatenate([k, k_rotated], axis=-1),
-            v,
-            threshold=threshold,
-        )
-        return self.out(join_heads(mixed)), largest
+        q = jnp.concatenate([q, q_rotated], axis=-1)
+        return q, jnp.concatenate([k, k_rotated], axis=-1), v
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:

@@ -61,6 +61,9 @@ class Checkpoints:
     Args:
         folder: local or `gs://`, `s3://`; made by the first save.
         keep: how many to keep, the newest ones; an older one goes when a newer one is whole.
+
+    Attributes:
+        spared: the step of one that stays beside these; None for none.
     """
 
     def __init__(self, folder: epath.PathLike, *, keep: int = 3):
@@ -73,6 +76,7 @@ class Checkpoints:
         if os.fspath(folder).startswith("s3://"):
             _teach_orbax_s3()
         self.keep = keep
+        self.spared: int | None = None
         self._damaged: set[int] = set()
         self._saver = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
@@ -160,6 +164,17 @@ class Checkpoints:
         """The steps of the finished checkpoints, ascending; their files are not read."""
         return _in_first_process(self._finished)
 
+    def remove_later(self, step: int) -> None:
+        """Removes the checkpoints of all later steps, so that these can be saved anew."""
+        self.wait()
+
+        def remove() -> None:
+            for number, path in sorted(self._folders().items(), reverse=True):
+                if number > step:
+                    _remove(path)
+
+        _in_first_process(remove)
+
     def close(self) -> None:
         """Waits for the last save, and raises its error."""
         try:
@@ -201,7 +216,8 @@ class Checkpoints:
         if jax.process_index() == 0:
             manifests.seal(self._path(manifest["step"]), manifest)
             for step in self._finished()[: -self.keep]:
-                _remove(self._path(step))
+                if step != self.spared:
+                    _remove(self._path(step))
 
     def _choose(self, wanted: int | None) -> tuple[dict[str, Any] | None, list[tuple[int, str]]]:
         """The manifest of the one to restore, and the newer ones with what is wrong with them."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import tokenizers
 from etils import epath
 
 from experiments.language import cache, documents, shards, tokenizer
-from experiments.settings import Count
+from experiments.settings import Count, Positive
 
 _FORMAT = 2  # of the cache; another one makes all texts be tokenised again
 _SAMPLE = 1 << 27  # characters that a tokenizer is trained on at most
@@ -37,14 +38,29 @@ class Data:
     uint32) or .bin (uint16); held out are those with val, valid, validation or test as a word of
     their name, or else the end of the last file. By default the source of Python's standard
     library."""
+    mixture: tuple[tuple[str, Positive, str], ...] = ()
+    """Sources in place of --data.files, each a NAME, a WEIGHT and a quoted GLOB, such as code 3
+    "a/*.py" prose 1 "b/*.txt". Of all sequences a source has its weight's share, in an order and
+    in epochs of its own. Each has its held-out text and loss; the loss of all is their mean by
+    weight. One tokenizer serves all."""
     tokenizer: str | None = None
-    """Path of a tokenizer.json. By default a byte-level BPE is trained on the text."""
+    """Path of a tokenizer.json, or of a Hugging Face folder with one, whose eos_token and size are
+    then the defaults of the next two. By default a byte-level BPE is trained on the text."""
     vocabulary: Count = 2048
     """Vocabulary size of the tokenizer to train, or of the token files in --data.files."""
     end_of_text: str = "<|endoftext|>"
     """The special token that ends a document."""
     cache: Path | None = None
     """Folder that caches tokens. By default muon_jax/pretrain in $XDG_CACHE_HOME or ~/.cache."""
+
+    def __post_init__(self) -> None:
+        if self.mixture and self.files:
+            raise ValueError("--data.mixture excludes --data.files; remove one of them.")
+        names = [name for name, _, _ in self.mixture]
+        if again := {name for name in names if names.count(name) > 1}:
+            raise ValueError(
+                f"--data.mixture requires another NAME for each source; got {min(again)} twice."
+            )
 
     def folder(self) -> Path:
         """Returns the folder of the token cache."""
@@ -64,6 +80,7 @@ class Tokens(NamedTuple):
         tokenizer: None for shards that came without.
         end_of_text: the token that ends a document; None without a tokenizer.
         sha256: digest of all tokens, and of what `bytes_per_token` tells.
+        parts: of a mixture: each source's name, weight and tokens; the shards above are of all.
     """
 
     name: str
@@ -74,16 +91,40 @@ class Tokens(NamedTuple):
     tokenizer: tokenizers.Tokenizer | None
     end_of_text: int | None
     sha256: str
+    parts: tuple[tuple[str, float, "Tokens"], ...] = ()
 
-    def as_json(self) -> dict[str, str | int]:
+    def as_json(self) -> dict[str, Any]:
         """What a run records of it."""
-        return {
+        sources = {name: {"weight": w} | tokens.as_json() for name, w, tokens in self.parts}
+        return ({"sources": sources} if sources else {}) | {
             "name": self.name,
             "train_tokens": sum(map(len, self.train)),
             "validation_tokens": sum(map(len, self.validation)),
             "vocabulary": self.vocabulary,
             "sha256": self.sha256,
         }
+
+
+def fitted(default: Data, path: str, sized: bool) -> Data:
+    """Defaults of what is tokenised by a Hugging Face folder's tokenizer; of a file as they were.
+
+    Args:
+        default: without the folder.
+        path: of --data.tokenizer.
+        sized: whether the vocabulary is the folder's, too.
+
+    Raises:
+        ValueError, OSError: as `tokenizer.facts_of`.
+    """
+    folder = epath.Path(path).expanduser()
+    if not folder.is_dir():
+        return default
+    end, size = tokenizer.facts_of(folder)
+    return dataclasses.replace(
+        default,
+        end_of_text=end or default.end_of_text,
+        vocabulary=size if sized else default.vocabulary,
+    )
 
 
 def prepare(config: Data, on_progress: OnProgress = lambda what, done, total: None) -> Tokens:
@@ -96,15 +137,75 @@ def prepare(config: Data, on_progress: OnProgress = lambda what, done, total: No
             on or to hold out.
         OSError: If files cannot be read, or the cache cannot be written.
     """
-    files = documents.matching(config.files, documents.SUFFIXES + shards.SUFFIXES)
+    given = None
+    if config.tokenizer is not None:
+        given = tokenizer.file_of(config.tokenizer).read_bytes()
+    if config.mixture:
+        return _mixed(config, given, on_progress)
+    return _prepared(config, given, on_progress)
+
+
+def _prepared(config: Data, given: bytes | None, on_progress: OnProgress) -> Tokens:
+    files, tokenised = _files(config.files)
+    make = _from_shards if tokenised else _from_texts
+    return make(config, files, given, on_progress)
+
+
+def _files(globs: tuple[str, ...]) -> tuple[tuple[epath.Path, ...], bool]:
+    """Those that they name, and whether they hold tokens."""
+    files = documents.matching(globs, documents.SUFFIXES + shards.SUFFIXES)
     tokenised = sum(file.name.endswith(shards.SUFFIXES) for file in files)
     if 0 < tokenised < len(files):
         raise ValueError("--data.files has both text and token files; give files of one kind.")
-    given = None
-    if config.tokenizer is not None:
-        given = epath.Path(config.tokenizer).expanduser().read_bytes()
-    make = _from_shards if tokenised else _from_texts
-    return make(config, files, given, on_progress)
+    return files, bool(tokenised)
+
+
+def _mixed(config: Data, given: bytes | None, on_progress: OnProgress) -> Tokens:
+    sources = [_files((glob,)) for _, _, glob in config.mixture]
+    if given is None and any(tokenised for _, tokenised in sources):
+        if not all(tokenised for _, tokenised in sources):
+            raise ValueError(
+                "--data.mixture has both text and token files; give the --data.tokenizer of the "
+                "tokens, or files of one kind."
+            )
+    elif given is None:
+        given = _tokenizer_of([files for files, _ in sources], config, on_progress)
+    parts = []
+    for name, weight, glob in config.mixture:
+        own = dataclasses.replace(config, mixture=(), files=(glob,))
+        parts.append((name, weight, _prepared(own, given, on_progress)))
+    every = [tokens for _, _, tokens in parts]
+    exact = all(tokens.bytes_per_token is not None for tokens in every)
+    return every[0]._replace(
+        name=", ".join(f"{weight:g} {name}" for name, weight, _ in parts),
+        train=sum((tokens.train for tokens in every), ()),
+        validation=sum((tokens.validation for tokens in every), ()),
+        bytes_per_token=every[0].bytes_per_token if exact else None,
+        sha256=cache.digest([[name, weight, tokens.sha256] for name, weight, tokens in parts]),
+        parts=tuple(parts),
+    )
+
+
+def _tokenizer_of(
+    sources: list[tuple[epath.Path, ...]], config: Data, on_progress: OnProgress
+) -> bytes:
+    """Of several sources, trained on as much of each, and kept."""
+    settings = [[documents.fingerprint(file) for file in files] for files in sources]
+    settings = [_FORMAT, "tokenizer", settings, config.vocabulary, config.end_of_text]
+    folder = config.folder() / cache.digest(settings)[:16]
+
+    def write(partial: Path) -> dict[str, Any]:
+        on_progress("training a tokenizer", 0, 1)
+        samples = (documents.from_files(files).sample(_SAMPLE // len(sources)) for files in sources)
+        texts = itertools.chain.from_iterable(samples)
+        source = tokenizer.train(texts, config.vocabulary, config.end_of_text)
+        (partial / _TOKENIZER).write_bytes(source)
+        return {}
+
+    with cache.alone(folder, lambda: on_progress("waiting for another process", 0, 1)):
+        if cache.read(folder) is None:
+            cache.make(folder, write)
+        return (folder / _TOKENIZER).read_bytes()
 
 
 def _from_texts(

@@ -38,9 +38,12 @@ def show_memory(
         where: A description of the devices. By default, that of the mesh.
     """
     first, config = cases[0], cases[0].config
-    count = sum(leaf.size for leaf in jax.tree.leaves(first.params))
+    trained, frozen = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (first.params, first.frozen)
+    )
+    lora = f", of which {trained:,} are trained," if frozen else ""
     console.print(
-        f"{count:,} parameters on {where or mesh_text(first.mesh)}\n"
+        f"{trained + frozen:,} parameters{lora} on {where or mesh_text(first.mesh)}\n"
         f"{many(first.microbatch, 'sequence')} of {config.context:,} tokens per microbatch, "
         f"{many(config.accumulate, 'microbatch')} per step, {first.arithmetic}; memory per device:",
         highlight=False,
@@ -149,7 +152,8 @@ def _axes_table(params: Any, mesh: jax.sharding.Mesh) -> Table:
 
 def _parameters_text(case: Case) -> str:
     """How many there are, and how many a token passes through."""
-    sizes = {name: leaf.size for name, leaf in _paths(case.params).items()}
+    leaves = _paths(case.params) | _paths(case.frozen)
+    sizes = {name: leaf.size for name, leaf in leaves.items()}
     whole = sum(sizes.values())
     inner = whole - sum(n for name, n in sizes.items() if re.match("embedding/|head/", name))
     return (

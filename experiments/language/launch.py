@@ -1,8 +1,10 @@
 """How the commands that train language models start, claim folders and show progress."""
 
 import contextlib
+import math
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -11,7 +13,7 @@ from etils import epath
 from rich.console import Console
 from rich.progress import Progress as Bar
 
-from experiments.commands import progress_bar, run_command
+from experiments.commands import INTERRUPTED, TIME_IS_UP, progress_bar, run_command
 from experiments.language.training_loop import OnStep, Progress
 from experiments.runs import claim, holds_run, leave_nothing_of_no_run
 from experiments.topology import leave_accelerators_alone
@@ -27,7 +29,7 @@ def launch(
     """Parses and runs a command, and returns its exit code. Only the first process prints.
 
     Args:
-        parse: reads the command line; the command has `topology` and `processes`.
+        parse: reads the command line; the command has `topology`, `processes` and `hours`.
         run: `(command, stop, console) -> exit code`.
     """
 
@@ -38,9 +40,39 @@ def launch(
         command.processes.join()
         if jax.process_index() > 0:
             console.quiet = True
-        return run(command, stop, console)
+        with _time_limit(command.hours, stop) as is_up:
+            try:
+                code = run(command, stop, console)
+                if code != INTERRUPTED or not is_up():
+                    return code
+            except KeyboardInterrupt:
+                if not is_up():
+                    raise
+        console.print(
+            f"Stopped and saved, since --hours {command.hours:g} have passed; the same command "
+            f"continues from there. Exit status {TIME_IS_UP}.",
+            highlight=False,
+        )
+        return TIME_IS_UP
 
     return run_command(work)
+
+
+@contextlib.contextmanager
+def _time_limit(hours: float | None, stop: threading.Event) -> Iterator[Callable[[], bool]]:
+    """Sets `stop` after so many hours from now; what it yields tells whether they have passed.
+
+    Where one process of several stops, all do: then the others are some seconds short of it.
+    """
+    seconds, begin = 3600 * (hours or math.inf), time.monotonic()
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), stop.set)
+    timer.daemon = True
+    if hours:
+        timer.start()
+    try:
+        yield lambda: time.monotonic() - begin > seconds - 30
+    finally:
+        timer.cancel()
 
 
 def check_alone(which: str, out: str | None) -> None:

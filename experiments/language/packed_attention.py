@@ -299,3 +299,19 @@ def _key_kernel(
     of_k, of_v = jax.lax.fori_loop(block, end, meet, nothing)
     _write(of_k_ref, [scale * x for x in of_k])
     _write(of_v_ref, of_v)
+
+
+def texts(segments_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A number of each text, 0 for padding, and each token's position in its text."""
+    before = jnp.pad(segments_BxT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    places = jnp.broadcast_to(jnp.arange(segments_BxT.shape[1]), segments_BxT.shape)
+
+    def further(i: jax.Array, first: jax.Array) -> jax.Array:
+        back = places - 2**i
+        return jnp.maximum(first, jnp.take_along_axis(first, jnp.maximum(back, 0), axis=1))
+
+    # The largest so far, by a loop that doubles how far it looks: a cumulative maximum XLA would
+    # fuse into the mask, and compute for every logit anew.
+    first = jnp.where(segments_BxT != before, places, 0)
+    first = jax.lax.fori_loop(0, segments_BxT.shape[1].bit_length(), further, first)
+    return jnp.where(segments_BxT > 0, first + 1, 0), places - first

@@ -23,6 +23,8 @@ from experiments.language.sharding import on_device
 from experiments.report.text import readable
 from experiments.settings import Positive
 
+_RANK = 16  # of LoRA, where it is advised
+
 
 @dataclasses.dataclass(frozen=True)
 class Planning:
@@ -121,6 +123,7 @@ class Case:
         passes: bytes of one device that the passes have beside the state, by part.
         savings: settings that would take less memory, in words.
         optimizers: that may be advised in the place of this one.
+        frozen: params that are held and not trained, as shapes with shardings.
         updates: its update, and that of routed experts alone where there are any: for each the
             optimizer, params and specs of these.
     """
@@ -140,6 +143,7 @@ class Case:
     optimizers: Sequence[str]
     updates: Callable[[], Sequence[tuple[Any, Any, Any]]]
     idle: int = 0
+    frozen: Any = dataclasses.field(default_factory=dict)
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
@@ -177,6 +181,8 @@ class Case:
             "gradient, float32": on_device(state.params),
             "optimizer state, float32": on_device(state.opt_state),
         }
+        if self.frozen:
+            held[f"frozen params, {self.config.dtype}"] = on_device(self.frozen)
         if self.muon is None:
             return Memory(held, self.passes, {})
         leaves = map(jax.tree.leaves, (state.params, self.labels))
@@ -233,7 +239,7 @@ def remedies(
     """Returns the changes that would make a plan fit. Sizes are named only if they would."""
     config, mesh = case.config, case.mesh
 
-    def fits(name: Any = case.name, mesh: Any = mesh, **changes: int) -> bool:
+    def fits(name: Any = case.name, mesh: Any = mesh, **changes: Any) -> bool:
         changed = dataclasses.replace(config, **changes)
         try:
             return case.again(changed, name, mesh).memory.total <= limit
@@ -258,6 +264,9 @@ def remedies(
         elif batch:
             found.append(f"use --batch {batch}")
         found += [f"shorten --context {config.context}", *case.savings]
+    lora = getattr(config, "lora", None)
+    if lora and not lora.rank and fits(lora=dataclasses.replace(lora, rank=_RANK)):
+        found.append(f"use --lora.rank {_RANK}, which trains adapters alone and would fit")
     others = [name for name in choice or case.optimizers if name != case.name]
     if fitting := [name for name in others if fits(name=name)]:
         found.append(f"use --optimizers {' '.join(fitting)}, which would fit")

@@ -4,7 +4,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from experiments.json_files import read_json
 
 _LARGEST = 1 << 22  # tokens of a vocabulary at most; what is allocated grows with the last one
 _BYTES = pre_tokenizers.ByteLevel.alphabet()
@@ -84,6 +87,30 @@ def load(source: bytes, name: str, end_of_text: str, size: int = 0) -> Vocabular
     if table is not None:
         table[end] = 0
     return Vocabulary(tokenizer, size, end, table)
+
+
+def file_of(path: epath.PathLike) -> epath.Path:
+    """The `tokenizer.json` of a folder, or the file itself."""
+    found = epath.Path(path).expanduser()
+    return found / "tokenizer.json" if found.is_dir() else found
+
+
+def facts_of(folder: epath.Path) -> tuple[str | None, int]:
+    """Of a Hugging Face folder: how the token that ends a document is spelt, and all ids are less.
+
+    The first is that of `tokenizer_config.json`; None where that has no `eos_token`.
+
+    Raises:
+        ValueError: a file is damaged, or the eos_token is no text.
+        OSError: there is no `tokenizer.json`.
+    """
+    path = folder / "tokenizer_config.json"
+    end = read_json(path).get("eos_token") if path.exists() else None
+    end = end.get("content") if isinstance(end, dict) else end
+    if not isinstance(end, str | None):
+        raise ValueError(f"{path}: the eos_token must be a text; got {end!r}.")
+    path = file_of(folder)
+    return end, 1 + max(read(path.read_bytes(), str(path)).get_vocab().values())
 
 
 def read(source: bytes, name: str) -> Tokenizer:

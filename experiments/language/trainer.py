@@ -30,6 +30,7 @@ class Trainer(abc.ABC):
         begin: what the state before the first step is made of, as shapes.
         windows: what a step reads, `(microbatches, B, ...)`, as shapes.
         shows_logits: whether attention has its logits at hand.
+        **others: specs of what else the state has that does not lie whole on every device.
 
     Attributes:
         abstract: the state as shapes with shardings.
@@ -58,13 +59,14 @@ class Trainer(abc.ABC):
         begin: Any,
         windows: Any,
         shows_logits: bool,
+        **others: Any,
     ):
         self.config, self.mesh, self.rate, self.specs = config, mesh, rate, specs
         self._shows_logits = shows_logits
         with jax.set_mesh(mesh):
             shapes = jax.eval_shape(self._start, begin)
         of_state = jax.tree.map(lambda x: jax.P(), shapes)._replace(
-            params=specs, opt_state=sharding.state_specs(shapes.opt_state, params, specs)
+            params=specs, opt_state=sharding.state_specs(shapes.opt_state, params, specs), **others
         )
         self.shardings = sharding.shardings(of_state, mesh)
         self.windows = jax.NamedSharding(mesh, sharding.spec(None, "batch", None))

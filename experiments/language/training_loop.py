@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,12 +12,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from experiments.language.checkpoints import Checkpoints, params_sha256
+from experiments.language.checkpoints import Checkpoints, Restored, params_sha256
+from experiments.language.clocks import Clock, Profiler, looks
 from experiments.language.log import Log
 from experiments.language.processes import Agreement, check_same
+from experiments.language.rollback import Watch
 from experiments.language.trainer import Metrics, Trainer
 from experiments.runs import RunError, flat, machine, write_json
-from experiments.settings import Count, check
+from experiments.settings import Count, Positive, check
 
 
 class TrainingError(RunError):
@@ -54,6 +55,10 @@ class Keeping:
     """Number of held-out tokens to evaluate on, the same ones every time."""
     log_every: Count = 10
     """Steps between records in metrics.jsonl."""
+    hours: Positive | None = None
+    """Hours after which the command saves and exits with status 75, so that a queue can start it
+    again; the same command continues from there. Leave some minutes of the queue's limit for the
+    step at hand, its evaluation and its checkpoint. By default it trains to the end."""
     profile: tuple[int, int] | None = None
     """Steps to profile, as FIRST END: from FIRST to the step before END. By default none."""
 
@@ -70,7 +75,8 @@ class TrainingLoop(abc.ABC):
     """Trains, evaluates, logs and saves; what a study has of its own are its methods.
 
     Args:
-        trainer: its `config` has `steps`, `max_nonfinite_steps` and `tokens_per_step`, too.
+        trainer: its `config` has `steps`, `max_nonfinite_steps`, `rollback` and
+            `tokens_per_step`, too.
         keeping: what is saved, evaluated and logged when.
         folder: the run's, which this process has claimed.
         stop: asks for an early end; with several processes, that of any of them.
@@ -99,9 +105,17 @@ class TrainingLoop(abc.ABC):
     def start(self) -> Any:
         """The state before the first step."""
 
+    def kept(self, state: Any) -> Any:
+        """What a checkpoint has of a state; by default all."""
+        return state
+
+    def completed(self, state: Any) -> Any:
+        """The state of which `kept` has kept a part."""
+        return state
+
     @abc.abstractmethod
     def batches(self, step: int) -> Iterator[Any]:
-        """What `trainer.advance` takes, from a step on."""
+        """What `trainer.advance` takes, from the batch of that number on, without an end."""
 
     @abc.abstractmethod
     def evaluate(self, state: Any) -> tuple[Metrics, float]:
@@ -138,6 +152,7 @@ class TrainingLoop(abc.ABC):
             "train_loss": trained["loss"],
             "validation_loss": evaluated["validation_loss"],
             "skipped_steps": trained["skipped"],
+            **self._watch.summary(),
             "seconds": self.seconds,
             "tokens_per_second": speed(self.log, config.tokens_per_step),
             "params_sha256": digest,
@@ -188,11 +203,7 @@ class TrainingLoop(abc.ABC):
         check_same(flat(self.meta(0) | when))
         state = self._begin()
         step = self._saved = int(state.step)
-        # At the start nothing is kept: all of it comes again.
-        config = self.meta(step).get("config")
-        self.log = Log(self.folder, step or -1, config) if self.first else None
-        for damage in self.log.damage if self.log else ():
-            self.on_message(f"[yellow]metrics.jsonl is damaged:[/yellow] {damage}")
+        self._open_log(step)
         trains = step < steps
         if not trains and (self.folder / "summary.json").exists():
             if self.log:
@@ -203,8 +214,9 @@ class TrainingLoop(abc.ABC):
         self._told = step, self.seconds
         self._shown: float | None = None
         self._window: list[Metrics] = []
+        self._judged = step
         agreement = Agreement(self.trainer.mesh)
-        batches = self.batches(step)
+        batches = self.batches(step + self._watch.left_out)
         profiler = Profiler(keeping.profile, self.folder / "profile")
         if keeping.profile and step >= keeping.profile[1]:
             self.on_message(f"--profile has no effect: the run is already at step {step}")
@@ -225,7 +237,10 @@ class TrainingLoop(abc.ABC):
                 profiler.before(step)
                 state, newest = self.trainer.advance(state, next(batches), look=look)
                 # The step before this one is read while this one runs.
-                self._refuse_to_diverge(metrics)
+                if self._is_to_go_back(metrics, step):
+                    state, step, batches = self._go_back(state, step)
+                    metrics = None
+                    continue
                 metrics, step = newest, step + 1
                 self._window.append(newest)
                 if jax.default_backend() == "cpu":
@@ -239,9 +254,14 @@ class TrainingLoop(abc.ABC):
                 if evaluates or saves:
                     jax.block_until_ready(metrics)
                     self._clock.stand()
-                    self._refuse_to_diverge(metrics)
-                    held_out = self._evaluate(state, log=evaluates)
-                    if saves:
+                    goes_back = self._is_to_go_back(metrics, step)
+                    if not goes_back:
+                        held_out = self._evaluate(state, log=evaluates)
+                        goes_back = saves and self._watch.loses(held_out)
+                    if goes_back:
+                        state, step, batches = self._go_back(state, step)
+                        metrics = None
+                    elif saves:
                         self._save(state, step, held_out)
                     self._clock.go()
             profiler.stop(wait_for=state)
@@ -262,8 +282,16 @@ class TrainingLoop(abc.ABC):
             if self.log:
                 self.log.close()
 
+    def _restore(self, step: int | None = None) -> Restored | None:
+        """A checkpoint with its whole state, by default the newest one."""
+        restored = self.checkpoints.restore(self.kept(self.trainer.abstract), step=step)
+        return restored and restored._replace(state=self.completed(restored.state))
+
     def _begin(self) -> Any:
-        restored = self.checkpoints.restore(self.trainer.abstract)
+        restored = self._restore()
+        told = restored.meta.get("rollback") if restored else None
+        self._watch = Watch(self.config.rollback, told)
+        self.checkpoints.spared = self._watch.target
         if restored is None:
             return self.start()
         for damage in restored.damaged:
@@ -278,6 +306,46 @@ class TrainingLoop(abc.ABC):
         self.on_message(f"continuing from step {restored.step}")
         return restored.state
 
+    def _open_log(self, step: int) -> None:
+        """With the records until a step. At the start nothing is kept: all of it comes again."""
+        config = self.meta(step).get("config")
+        self.log = Log(self.folder, step or -1, config) if self.first else None
+        for damage in self.log.damage if self.log else ():
+            self.on_message(f"[yellow]metrics.jsonl is damaged:[/yellow] {damage}")
+
+    def _is_to_go_back(self, metrics: Metrics | None, step: int) -> bool:
+        """Judges a step, once; where that is not for the rule of `rollback`, it may raise."""
+        if metrics is None or step <= self._judged:
+            return False
+        self._judged = step
+        if self._watch.rule.above is not None:
+            rms = [float(x) for x in metrics["update_rms"].values()]
+            if self._watch.judge(float(metrics["loss"]), is_lost=not np.isfinite(rms).all()):
+                return True
+        self._refuse_to_diverge(metrics)
+        return False
+
+    def _go_back(self, state: Any, step: int) -> tuple[Any, int, Iterator[Any]]:
+        """The state of the rule's checkpoint, its step, and batches behind those until `step`.
+
+        The state at hand is deleted first: there may be no room for both.
+        """
+        self.checkpoints.wait()
+        for leaf in jax.tree.leaves(jax.block_until_ready(state)):
+            leaf.delete()
+        self._watch.go_back(step, self.on_message, f"{self.remedy()}. {self._what_is_safe()}")
+        step = self._saved = self._judged = self._watch.target or 0
+        self.checkpoints.remove_later(step)
+        restored = self._restore(step) if step else None
+        state = restored.state if restored else self.start()
+        if self.log:
+            self.log.close()
+        self._open_log(step)
+        self._told, self._window = (step, self.seconds), []
+        if step == 0:
+            self._evaluate(state)
+        return state, step, self.batches(step + self._watch.left_out)
+
     def _check_log(self) -> None:
         """Raises a TrainingError where the log has lost what a summary tells."""
         for key in ("loss", "validation_loss"):
@@ -288,9 +356,7 @@ class TrainingLoop(abc.ABC):
                     "the checkpoints are complete."
                 )
 
-    def _refuse_to_diverge(self, metrics: Metrics | None) -> None:
-        if metrics is None:
-            return
+    def _refuse_to_diverge(self, metrics: Metrics) -> None:
         most = self.config.max_nonfinite_steps
         if int(metrics["nonfinite_in_a_row"]) >= most:
             raise TrainingError(
@@ -323,6 +389,7 @@ class TrainingLoop(abc.ABC):
         if self.log:
             values = jax.tree.map(lambda x: x.tolist(), found)
             values |= {"seconds": self.seconds, "tokens_per_second": speed}
+            values |= self._watch.record()
             self.log.add(step, **values | self.rates(seconds / steps))
         self.on_step(Progress(step, float(found["loss"]), self._shown, speed))
 
@@ -343,69 +410,13 @@ class TrainingLoop(abc.ABC):
             )
         if self.log:
             self.log.flush()
-        self.checkpoints.save(step, state, self.meta(step))
+        meta = self.meta(step)
+        if self._watch.rule.above is not None:
+            self._watch.saves(step, periodic=step % self.keeping.save_every == 0)
+            self.checkpoints.spared = self._watch.target
+            meta |= {"rollback": self._watch.as_json()}
+        self.checkpoints.save(step, self.kept(state), meta)
         self._saved = step
-
-
-def looks(step: int, log_every: int) -> bool:
-    """Whether the record of a step has the exact largest attention logit, on every platform.
-
-    It takes time where a kernel keeps the logits, so that of steps that are all logged one in ten
-    has it: of these the first. Steps in between have it where it is known without.
-    """
-    return step % log_every == 0 and (step - 1) // 10 != (step - 1 - log_every) // 10
-
-
-class Clock:
-    """Seconds of training alone: it stands while a run compiles, evaluates and saves."""
-
-    def __init__(self, seconds: float) -> None:
-        self._until = seconds
-        self._since: float | None = None
-
-    @property
-    def seconds(self) -> float:
-        """Now."""
-        now = 0.0 if self._since is None else time.perf_counter() - self._since
-        return self._until + now
-
-    def go(self) -> None:
-        """Begins to count."""
-        self._since = time.perf_counter()
-
-    def stand(self) -> None:
-        """Ends it, until `go`."""
-        self._until, self._since = self.seconds, None
-
-
-class Profiler:
-    """Watches the steps that it is asked to, or those of them that this part of a run has.
-
-    Args:
-        steps: the first that it watches, and the first that it does not; None for none.
-        folder: where traces are written.
-    """
-
-    def __init__(self, steps: tuple[int, int] | None, folder: epath.Path) -> None:
-        self._steps, self._folder, self._watches = steps, folder, False
-
-    def before(self, step: int) -> None:
-        """To be called before each step."""
-        if self._steps is None:
-            return
-        begin, end = self._steps
-        if self._watches and step >= end:
-            self.stop()
-        elif not self._watches and begin <= step < end:
-            jax.profiler.start_trace(str(self._folder))
-            self._watches = True
-
-    def stop(self, wait_for: Any = None) -> None:
-        """Writes what it has seen, when `wait_for` is there."""
-        if self._watches:
-            jax.block_until_ready(wait_for)
-            jax.profiler.stop_trace()
-            self._watches = False
 
 
 def speed(log: Log, tokens_per_step: int) -> float | None:

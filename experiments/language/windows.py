@@ -19,7 +19,8 @@ def batches(
 
     Documents follow each other, and every `context` tokens a window begins: each token but the
     first is a target once an epoch. Every epoch has its own order, and the windows of an epoch that
-    fill no batch share one with the next. A step's batch depends on the seed and the step alone, so
+    fill no batch share one with the next. The sources of a mixture take turns by their weights, and
+    each has its own epochs. A step's batch depends on the seed and the step alone, so
     that `batches(...)[step]` is all that it takes to go on from any step.
 
     Args:
@@ -40,11 +41,18 @@ def batches(
         raise ValueError(f"--seed must be at least 0; got {seed}.")
     # Not left to Grain, which makes a seed of the place in the pipeline. Neighbouring seeds must
     # be far apart, since it adds the epoch to them.
-    (start,) = np.random.SeedSequence(seed).generate_state(1)
-    windows = grain.MapDataset.source(_Windows(tokens.train, context, "to train on"))
-    shuffled = windows.shuffle(seed=int(start)).repeat()
+    sources = tokens.parts or (("", 1.0, tokens),)
+    starts = np.random.SeedSequence(seed).generate_state(len(sources))
+    shuffled = [
+        grain.MapDataset.source(_Windows(source.train, context, f"{name} to train on".strip()))
+        .shuffle(seed=int(start))
+        .repeat()
+        for start, (name, _, source) in zip(starts, sources, strict=True)
+    ]
+    weights = [weight for _, weight, _ in sources]
+    mixed = grain.MapDataset.mix(shuffled, weights) if tokens.parts else shuffled[0]
     places = range(batch) if rows is None else [int(row) for row in rows]
-    return grain.MapDataset.source(_Steps(shuffled, batch, places))
+    return grain.MapDataset.source(_Steps(mixed, batch, places))
 
 
 def from_step(data: grain.MapDataset, step: int) -> Iterator[np.ndarray]:

@@ -70,8 +70,16 @@ class Command(Suite, Planning, Running, Training):
         Running.__post_init__(self)
         Training.__post_init__(self)
         check_different(self, "optimizers")
-        if self.from_ and self.suite:
-            raise ValueError(f"--from excludes --suite {self.suite}; remove one of them.")
+        for name in self.optimizers:
+            self.schedules.check(name)
+        alone = {
+            "--from": self.from_,
+            "--rollback.above": self.rollback.above,
+            "--isolate-documents": self.isolate_documents,
+        }
+        for name, value in alone.items():
+            if value and self.suite:
+                raise ValueError(f"{name} excludes --suite {self.suite}; remove one of them.")
         if self.evaluation_tokens < self.context:
             raise ValueError(
                 f"--evaluation-tokens must be at least --context {self.context}; got "
@@ -99,6 +107,9 @@ def parse(arguments: list[str]) -> Command:
     training = Training(**{f.name: settings[f.name] for f in dataclasses.fields(Training)})
     if origin:
         training = start.fitted(training, Path(origin).expanduser())
+    if text := given_text(arguments, "--data.tokenizer"):
+        own = data.fitted(training.data, text, sized=not origin)
+        training = dataclasses.replace(training, data=own)
     context = given(arguments, "--context", training.context)
     settings = (
         settings

@@ -8,8 +8,10 @@ import tyro
 
 from experiments.language.data import Data
 from experiments.language.mesh import Mesh
+from experiments.language.rollback import Rollback
 from experiments.language.training_loop import Keeping
-from experiments.optimizers import AdamW, DecayName, Muon, Settings
+from experiments.optimizers import AdamW, Muon, Settings
+from experiments.schedules import DecayName, Schedules
 from experiments.settings import Clip, Count, Decay, Positive, Share, Whole, above, check
 from muon_jax import GroupedQuery, MultiHeadLatent
 
@@ -150,6 +152,9 @@ class Training(Settings):
     """The device mesh. One axis may be -1: it takes all devices that the other axes leave."""
     context: Count = 256
     """Sequence length, in tokens."""
+    isolate_documents: bool = False
+    """Attend within documents only, each with positions from 0 on. Its end-of-text token begins the
+    next document, so that no token of one is told of another."""
     batch: Count = 8
     """Global batch size, in sequences."""
     accumulate: Count = 1
@@ -158,10 +163,12 @@ class Training(Settings):
     """Number of optimizer steps."""
     warmup: Whole = 40
     """Steps of linear warm-up. The default is at most a tenth of --steps."""
-    decay: DecayName = "cosine"
-    """Shape of the learning rate's decay after warm-up."""
+    decay: Annotated[DecayName, tyro.conf.arg(aliases=["--schedule"])] = "cosine"
+    """Schedule of the learning rate after warm-up. wsd is constant and falls at the end."""
     final_lr_fraction: Share = 0.1
-    """Fraction of the learning rate that the decay ends at."""
+    """Fraction of the learning rate that the decay ends at. Of no meaning to constant."""
+    schedules: Schedules = dataclasses.field(default_factory=Schedules)
+    """Schedules of momentum and weight decay, and an average of the parameters to evaluate."""
     cooldown: Whole = 0
     """Number of final steps in which the learning rate falls linearly to 0 and router biases are
     fixed. By default at most a tenth of --steps."""
@@ -172,6 +179,8 @@ class Training(Settings):
     enters the mean with that bound. By default, no step is skipped for this reason."""
     max_nonfinite_steps: Count = 10
     """Consecutive steps with NaN or Inf in loss or gradient after which the run stops."""
+    rollback: Rollback = dataclasses.field(default_factory=Rollback)
+    """When a run goes back to its last checkpoint, and leaves out the batches since then."""
     seed: Whole = 0
     """Random seed. It sets the initial parameters and the data order."""
     origin: tyro.conf.Suppress[str | None] = None
@@ -229,9 +238,16 @@ def as_json(config: Training) -> dict[str, Any]:
     }
     settings["rates"] = config.known_rates()
     del settings["data"]["cache"]
+    if not config.data.mixture:
+        del settings["data"]["mixture"]
+    if not config.isolate_documents:
+        del settings["isolate_documents"]
     # As earlier versions had it, which did not have these.
     if config.origin is None:
         del settings["origin"]
+    for name, usual in (("rollback", Rollback()), ("schedules", Schedules())):
+        if getattr(config, name) == usual:
+            del settings[name]
     for name in ("kv_heads", "head_dim", "qk_norm"):
         if not settings["model"][name]:
             del settings["model"][name]
@@ -243,4 +259,4 @@ def from_json(kind: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         types = {field.name: field.type for field in dataclasses.fields(kind)}
         return kind(**{name: from_json(types[name], x) for name, x in value.items()})
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(from_json(None, x) for x in value) if isinstance(value, list) else value

@@ -8,19 +8,22 @@ that of models with multi-head attention is Llama, or Qwen3 with QK-norm.
 
 import contextlib
 import dataclasses
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import tyro
+from etils import epath
 from tokenizers import Tokenizer
 
 from experiments.command_line import parse
 from experiments.commands import guard
-from experiments.language import hugging_face, sharding, tensors
+from experiments.json_files import loads, write_json
+from experiments.language import hugging_face, model_card, sharding, tensors
 from experiments.language.hugging_face import CONFIG
 from experiments.language.mesh import one_device
 from experiments.language.tensors import Dtype
@@ -28,8 +31,8 @@ from experiments.optimizers import ARMS
 from experiments.pretrain import export_config
 from experiments.pretrain.config import Model
 from experiments.pretrain.model import LanguageModel, Params
-from experiments.pretrain.trained import load_run
-from experiments.runs import write_json
+from experiments.pretrain.trained import Loaded, load_run
+from experiments.report.figures import optimizer_label
 
 
 def write(
@@ -43,6 +46,7 @@ def write(
     tokenizer: Tokenizer | None = None,
     end_of_text: int | None = None,
     shard: int = hugging_face.SHARD,
+    card: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Writes a folder that `AutoModelForCausalLM` and, with a tokenizer, `AutoTokenizer` load.
 
@@ -53,6 +57,7 @@ def write(
         context: tokens of the longest text that the model has seen.
         tokenizer: of the text that the model has learnt.
         end_of_text: the token that ends a text.
+        card: writes `README.md`.
 
     Raises:
         ValueError, OSError: As for `tensors.write`, or for multi-head attention with experts.
@@ -68,6 +73,7 @@ def write(
     }
 
     def beside(partial: Path) -> None:
+        card(partial)
         if tokenizer is None:
             return
         (partial / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
@@ -165,6 +171,37 @@ def _columns(config: Model) -> dict[str, np.ndarray]:
     }
 
 
+def write_card(folder: Path, loaded: Loaded, summary: Mapping[str, Any]) -> None:
+    """What the model of a run is, for those who find it.
+
+    Args:
+        folder: of the model.
+        loaded: the run.
+        summary: of its `summary.json`; empty where it is not finished.
+    """
+    config, optimizer, settings = loaded.config, loaded.optimizer, loaded.config.adamw
+    data, step = summary.get("data") or {}, int(loaded.state.step)
+    is_muon = config.muon if optimizer != "adamw" else None
+    facts = {
+        "Begun with": config.origin,
+        "Data": data.get("name"),
+        "Digest of the data's tokens": data.get("sha256"),
+        "Optimizer": ARMS[optimizer].about,
+        "Learning rate": f"{config.rate(optimizer):g}, after {config.warmup} steps of warm-up, "
+        f"then {config.decay} decay to {config.final_lr_fraction:g} of it",
+        "AdamW": dataclasses.asdict(settings),
+        "Muon": is_muon and dataclasses.asdict(is_muon),
+        "Steps": f"{step:,} of {config.steps:,}, each {config.batch} sequences of "
+        f"{config.context:,} tokens",
+        "Held-out loss, nats per token": summary.get("validation_loss"),
+        "Held-out bits per byte": summary.get("bits_per_byte"),
+        "Digest of the params": summary.get("params_sha256"),
+    }
+    name = "A mixture of experts" if config.model.dense_layers < config.model.layers else "A model"
+    text = f"{name}, pretrained with {optimizer_label(optimizer)} by muon_jax."
+    model_card.write(folder, f"Pretrained with {optimizer_label(optimizer)}", text, facts)
+
+
 @dataclasses.dataclass(frozen=True)
 class Command:
     """Writes the model of a run's newest checkpoint in the format of Hugging Face transformers."""
@@ -184,16 +221,19 @@ def main() -> int:
         command = parse(Command, "python -m experiments.pretrain.export")
         loaded = load_run(command.run)
         state, tokenizer = loaded.state, loaded.tokenizer
+        path = epath.Path(command.run) / "summary.json"
+        summary = loads(path.read_text()) if path.exists() else {}
         end_of_text = tokenizer and tokenizer.token_to_id(loaded.config.data.end_of_text)
         write(
             command.out,
             loaded.config.model,
-            ARMS[loaded.optimizer].eval_params(state.opt_state, state.params),
+            loaded.trainer.evaluated(state),
             state.bias,
             context=loaded.config.context,
             dtype=command.dtype,
             tokenizer=tokenizer,
             end_of_text=end_of_text,
+            card=functools.partial(write_card, loaded=loaded, summary=summary),
         )
         print(f"Wrote step {int(state.step)} of {command.run} to {command.out}.")
         return 0

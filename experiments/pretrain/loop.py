@@ -34,8 +34,8 @@ class Pretraining(TrainingLoop):
         begin: gives the state before the first step; None is that of the seed.
 
     Raises:
-        ValueError: the model has fewer tokens than the text, or a size that the mesh does not
-            divide.
+        ValueError: the model has fewer tokens than the text, a size that the mesh does not divide,
+            or documents to keep apart whose ends are not known.
     """
 
     trainer: Trainer
@@ -58,8 +58,13 @@ class Pretraining(TrainingLoop):
                 f"The text has a vocabulary of {tokens.vocabulary} tokens, the model of "
                 f"{config.data.vocabulary}. Give --data.vocabulary {tokens.vocabulary} or more."
             )
+        if config.isolate_documents and tokens.end_of_text is None:
+            raise ValueError(
+                "--isolate-documents requires to know the token that ends a document. Give the "
+                "--data.tokenizer of the tokens in --data.files, or remove it."
+            )
         mesh = make_mesh(config.mesh.sizes)
-        trainer = Trainer(config, optimizer, mesh, config.data.vocabulary)
+        trainer = Trainer(config, optimizer, mesh, config.data.vocabulary, tokens.end_of_text)
         super().__init__(trainer, running, folder, stop, **callbacks)
         self.begin = begin
         self.tokens = tokens
@@ -70,7 +75,11 @@ class Pretraining(TrainingLoop):
             seed=config.seed,
             rows=trainer.share.rows,
         )
-        self.held_out = windows.held_out(tokens, config.context, running.evaluation_tokens)
+        limit = max(running.evaluation_tokens // max(len(tokens.parts), 1), config.context)
+        self.held_out = {
+            name: (weight, windows.held_out(source, config.context, limit))
+            for name, weight, source in tokens.parts or (("", 1.0, tokens),)
+        }
         self.costs = costs.step_costs(config, optimizer, trainer.abstract.params)
         if unknown := costs.unknown_peak():
             self.on_message(unknown)
@@ -85,14 +94,22 @@ class Pretraining(TrainingLoop):
         return map(self.trainer.share.place, windows.from_step(self.windows, step))
 
     def evaluate(self, state: State) -> tuple[dict[str, float], float]:
-        values = evaluate(self.trainer, state, self.held_out)
+        each = {n: evaluate(self.trainer, state, text) for n, (_, text) in self.held_out.items()}
+        values = next(iter(each.values()))
+        if self.tokens.parts:
+            weights = np.array([weight for weight, _ in self.held_out.values()])
+            values = {
+                key: float(np.average([of[key] for of in each.values()], weights=weights))
+                for key in values
+                if all(key in of for of in each.values())
+            }
+            values["sources"] = each
         return values, values.get("bits_per_byte", values["validation_loss"])
 
     def meta(self, step: int) -> dict[str, Any]:
         return {
             "config": settings_of(self.trainer.optimizer, self.config),
             "data_sha256": self.tokens.sha256,
-            "data_position": step,
             "tokenizer_sha256": self.tokenizer and digest_of(self.tokenizer),
         }
 
@@ -125,19 +142,25 @@ class Pretraining(TrainingLoop):
             "bits_per_byte": evaluated.get("bits_per_byte"),
             "costs": self.costs.as_json(),
             "data": self.tokens.as_json(),
+            **({"sources": evaluated["sources"]} if self.tokens.parts else {}),
         }
 
 
 def evaluate(trainer: Trainer, state: State, held_out: windows.HeldOut) -> dict[str, float]:
     """`validation_loss` in nats per token and, where bytes are known, `bits_per_byte`."""
     rows = held_out.windows
+    loss = float(summed_losses(trainer, state, rows).sum()) / rows[:, 1:].size
+    bits = held_out.bits_per_byte(loss)
+    return {"validation_loss": loss} | ({} if bits is None else {"bits_per_byte": bits})
+
+
+def summed_losses(trainer: Trainer, state: State, rows: np.ndarray) -> np.ndarray:
+    """Of windows `(windows, T + 1)` the summed loss of each, in nats, at the params to evaluate."""
     size = trainer.config.microbatch
     # The last chunk is filled up with windows that do not count.
     index = np.arange(-(-len(rows) // size) * size) % len(rows)
     chunks = rows[index].reshape(-1, size, rows.shape[1])
     placed = place_whole(chunks, trainer.windows)
     with jax.set_mesh(trainer.mesh):
-        sums = np.asarray(trainer.evaluate(state, placed), np.float64).ravel()[: len(rows)]
-    loss = float(sums.sum()) / rows[:, 1:].size
-    bits = held_out.bits_per_byte(loss)
-    return {"validation_loss": loss} | ({} if bits is None else {"bits_per_byte": bits})
+        sums = trainer.evaluate(state, placed)
+    return np.asarray(sums, np.float64).ravel()[: len(rows)]

@@ -15,6 +15,7 @@ from flax import nnx
 
 from experiments.language.attention import KEEP_KERNELS, GroupedQuery, Latent
 from experiments.language.decoder import Layer, graph
+from experiments.language.packed_attention import texts
 from experiments.language.vocabulary import cross_entropy, logits, look_up, weighted_loss
 from experiments.layers import Linear, RMSNorm, SwiGLU
 from experiments.pretrain.config import Model as ModelConfig
@@ -106,6 +107,7 @@ class LanguageModel:
         bias: jax.Array,
         tokens_BxT: jax.Array,
         *,
+        segments_BxT: jax.Array | None = None,
         max_logits: bool = False,
         threshold: float | None = None,
     ) -> tuple[jax.Array, Observed]:
@@ -115,38 +117,87 @@ class LanguageModel:
             params: of the config.
             bias: of the experts' selection.
             tokens_BxT: int32, below the vocabulary.
+            segments_BxT: of tokens that see no others, as `packed_attention.texts` takes them;
+                None is one in each row.
             max_logits: whether to tell the largest attention logits.
             threshold: up to here upper bounds of them will do, as `causal_attention` has it.
         """
-        table = params["embedding"]["embedding"]
-        x_BxTxD = look_up(table, tokens_BxT, self.config.dtype)
+
+        apart = (None, None) if segments_BxT is None else texts(segments_BxT)
+
+        def of_layer(layer, x, bias, cache):
+            limit = threshold if max_logits else math.inf
+            x, (of_heads, routed) = layer(x, limit, *apart, bias_E=bias)
+            return x, (of_heads if max_logits else None, routed)
+
+        x_BxTxD, told = self._through(params, bias, tokens_BxT, of_layer)
         largest, routed = {}, (jnp.zeros((0, 0), jnp.int32), jnp.zeros(0), jnp.zeros(0))
+        for name, (_, sparse) in self.stacks.items():
+            each = told[name]
+            if isinstance(each, list):
+                each = jax.tree.map(lambda *x: jnp.stack(x), *each)
+            largest[f"{name}/attention"], found = each
+            routed = found if sparse else routed
+        load, entropy, balance = routed
+        return x_BxTxD, Observed(largest if max_logits else {}, load, entropy, balance)
+
+    def continued(
+        self,
+        params: Params,
+        bias: jax.Array,
+        tokens_BxT: jax.Array,
+        caches: Params | None = None,
+        at: int | jax.Array = 0,
+    ) -> tuple[jax.Array, Params]:
+        """What the head reads of tokens from position `at` on, and the caches with them.
+
+        Args:
+            params, bias, tokens_BxT: as `hidden` takes them.
+            caches, at: of each stack, as `decoder.Layer.continued` takes a layer's.
+        """
+        return self._through(
+            params,
+            bias,
+            tokens_BxT,
+            lambda layer, x, bias, cache: layer.continued(x, cache, at, bias_E=bias),
+            caches or dict.fromkeys(self.stacks),
+        )
+
+    def _through(
+        self,
+        params: Params,
+        bias: jax.Array,
+        tokens_BxT: jax.Array,
+        of_layer: Callable[..., tuple[jax.Array, Any]],
+        caches: Params | None = None,
+    ) -> tuple[jax.Array, Params]:
+        """What the head reads, and what `of_layer(layer, x, bias, cache)` told beside its x.
+
+        That is a list of an unrolled stack's layers, and stacked of one that is scanned; so are the
+        `caches`.
+        """
+        x_BxTxD = look_up(params["embedding"]["embedding"], tokens_BxT, self.config.dtype)
+        told: Params = {}
         stacks = self.unstacked(params)
         for name, (layers, sparse) in self.stacks.items():
             made = self._layers[name]
 
             def layer(x, inputs, made=made):
-                params, bias = inputs
-                x, (of_heads, routed) = nnx.merge(made, params)(
-                    x, threshold if max_logits else math.inf, bias_E=bias
-                )
-                return x, (of_heads if max_logits else None, routed)
+                params, bias, cache = inputs
+                return of_layer(nnx.merge(made, params), x, bias, cache)
 
             run = jax.jit(_REMAT[self.config.remat](layer))
+            cache = caches and caches[name]
             if layers > _UNROLLED:
-                inputs = stacks[name], bias if sparse else None
-                x_BxTxD, told = jax.lax.scan(run, x_BxTxD, inputs, unroll=8)
+                inputs = stacks[name], bias if sparse else None, cache
+                x_BxTxD, told[name] = jax.lax.scan(run, x_BxTxD, inputs, unroll=8)
             else:
-                each = []
+                told[name] = []
                 for i, kernels in enumerate(stacks[name]):
-                    x_BxTxD, of_layer = run(x_BxTxD, (kernels, bias[i] if sparse else None))
-                    each.append(of_layer)
-                told = jax.tree.map(lambda *x: jnp.stack(x), *each)
-            largest[f"{name}/attention"], found = told
-            routed = found if sparse else routed
-        x_BxTxD = nnx.merge(self._norm, params["norm"])(x_BxTxD)
-        load, entropy, balance = routed
-        return x_BxTxD, Observed(largest if max_logits else {}, load, entropy, balance)
+                    inputs = kernels, bias[i] if sparse else None, cache and cache[i]
+                    x_BxTxD, of_this = run(x_BxTxD, inputs)
+                    told[name].append(of_this)
+        return nnx.merge(self._norm, params["norm"])(x_BxTxD), told
 
     def unstacked(self, params: Params) -> Params:
         """The params with the layers of each unrolled stack apart, as a tuple.

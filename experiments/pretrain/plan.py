@@ -82,14 +82,17 @@ def _updates(trainer: Trainer):
         trees.append(("muon", experts, _experts(specs)))
     for name, tree, its in trees:
         placed = {"mesh": trainer.mesh, "shardings": its, "routing": trainer.routing}
-        yield optimizers.build(name, config, trainer.schedule, **placed), tree, its
+        course = {"course": config.schedules, "steps": config.steps}
+        yield optimizers.build(name, config, trainer.schedule, **course, **placed), tree, its
 
 
 def schedule_text(config: Training, names: tuple[OptimizerName, ...]) -> str:
     """Returns a description of the learning rates, the schedule and the number of tokens."""
     rates = ", ".join(f"{optimizer_label(name)} {config.rate(name):g}" for name in names)
     warmup = f"warm-up over {many(config.warmup, 'step')}"
-    course = f"{warmup}, then {config.decay} to {config.final_lr_fraction:g}"
+    course = f"{warmup}, then {config.decay}"
+    if config.decay != "constant":
+        course += f" to {config.final_lr_fraction:g}"
     if config.cooldown:
         course += f", then linearly to 0 in the last {many(config.cooldown, 'step')}"
     return (

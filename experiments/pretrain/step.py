@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import muon_jax
-from experiments import optimizers
+from experiments import optimizers, schedules
 from experiments.language import attention, guard, sharding, trainer
 from experiments.language.guard import Guard
 from experiments.optimizers import OptimizerName
@@ -38,6 +38,8 @@ class Trainer(trainer.Trainer):
         optimizer: with which arm.
         mesh: of `mesh.make_mesh`.
         vocabulary: tokens that the model knows.
+        end_of_text: the token that begins a document, where documents are kept apart; any will do
+            for a training that is only planned.
 
     Attributes:
         schedule: the factor of the learning rates, by update.
@@ -47,12 +49,23 @@ class Trainer(trainer.Trainer):
     """
 
     def __init__(
-        self, config: Training, optimizer: OptimizerName, mesh: jax.sharding.Mesh, vocabulary: int
+        self,
+        config: Training,
+        optimizer: OptimizerName,
+        mesh: jax.sharding.Mesh,
+        vocabulary: int,
+        end_of_text: int | None = None,
     ):
+        self._end_of_text = (end_of_text or 0) if config.isolate_documents else None
         self.config, self.optimizer, self.mesh = config, optimizer, mesh
         self.model = LanguageModel(config.model, vocabulary)
-        self.schedule = optimizers.warmup_then_decay(
-            config.warmup, config.steps, config.decay, config.final_lr_fraction, config.cooldown
+        self.schedule = schedules.warmup_then_decay(
+            config.warmup,
+            config.steps,
+            config.decay,
+            config.final_lr_fraction,
+            config.cooldown,
+            config.schedules.wsd_share,
         )
         self.clips_at = optimizers.clip_threshold(optimizer, config)
         params = jax.eval_shape(self.model.init, jax.random.key(0))
@@ -71,7 +84,11 @@ class Trainer(trainer.Trainer):
             begin=0,
             windows=jax.ShapeDtypeStruct(shape, jnp.int32),
             shows_logits=attention.shows_logits(
-                mesh, config.context, config.model.key_columns, config.model.dtype
+                mesh,
+                config.context,
+                config.model.key_columns,
+                config.model.dtype,
+                packed=config.isolate_documents,
             ),
         )
         self._compiled_start = jax.jit(self._start, out_shardings=self.shardings)
@@ -87,6 +104,8 @@ class Trainer(trainer.Trainer):
             self.config,
             self.schedule,
             rate,
+            course=self.config.schedules,
+            steps=self.config.steps,
             **(placed if self.optimizer != "adamw" else {}),
         )
 
@@ -178,7 +197,8 @@ class Trainer(trainer.Trainer):
         compute = self.model.unstacked(self.in_model_dtype(state.params))
 
         def objective(params, windows):
-            loss, observed = loss_of(params, state.bias, windows)
+            segments = self.segments(windows)
+            loss, observed = loss_of(params, state.bias, windows, segments_BxT=segments)
             penalty = self.config.model.balance_loss * jnp.sum(observed.balance)
             return loss + penalty, (loss, observed)
 
@@ -237,13 +257,26 @@ class Trainer(trainer.Trainer):
             found[name] = optax.tree.norm(leaves) / size**0.5
         return found
 
+    def segments(self, windows: jax.Array) -> jax.Array | None:
+        """The number of each input's document, where documents are kept apart; else None."""
+        if self._end_of_text is None:
+            return None
+        return 1 + jnp.cumsum(windows[:, :-1] == self._end_of_text, axis=1, dtype=jnp.int32)
+
+    def evaluated(self, state: State) -> Params:
+        """The params to evaluate, sample and export: those of the step, or an average."""
+        arm, course = optimizers.ARMS[self.optimizer], self.config.schedules
+        read = arm.eval_params if course.average is None else muon_jax.evaluation_params
+        return read(state.opt_state, state.params)
+
     def _evaluate(self, state: State, windows: jax.Array) -> jax.Array:
         """Summed loss of each window, `(microbatches, B)`, in nats, at the params to evaluate."""
-        params = optimizers.ARMS[self.optimizer].eval_params(state.opt_state, state.params)
-        compute = self.in_model_dtype(params)
+        compute = self.in_model_dtype(self.evaluated(state))
 
         def losses(windows):
-            return jnp.sum(self.model.losses(compute, state.bias, windows)[0], axis=1)
+            segments = self.segments(windows)
+            found, _ = self.model.losses(compute, state.bias, windows, segments_BxT=segments)
+            return jnp.sum(found, axis=1)
 
         return jax.lax.map(losses, windows)
 

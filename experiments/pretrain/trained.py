@@ -71,12 +71,16 @@ def load_run(folder: epath.PathLike, on_message: Callable[[str], None] = print_w
     """
     folder = epath.Path(folder)
     optimizer, config = told_by(folder, known_settings(folder))
+    end_of_text = None
+    if config.isolate_documents and (path := folder / TOKENIZER).exists():
+        found = read_tokenizer(path.read_bytes(), str(path))
+        end_of_text = found.token_to_id(config.data.end_of_text)
+    trained = config, optimizer
     try:
         mesh = make_mesh(config.mesh.sizes)
-        trainer = Trainer(config, optimizer, mesh, config.data.vocabulary)
+        trainer = Trainer(*trained, mesh, config.data.vocabulary, end_of_text)
     except ValueError:
-        mesh = one_device()
-        trainer = Trainer(config, optimizer, mesh, config.data.vocabulary)
+        trainer = Trainer(*trained, one_device(), config.data.vocabulary, end_of_text)
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         restored = checkpoints.restore(trainer.abstract)
     if restored is None:

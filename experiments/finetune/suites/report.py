@@ -2,6 +2,7 @@
 
 import functools
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -106,12 +107,21 @@ def _share(name: str) -> Callable[[Group], str]:
     return lambda of: form(of.mean(name), ".2%")
 
 
+def _rise(of: Group) -> str:
+    rises = [*of.rises.values()]
+    if not rises:
+        return "–"
+    spread = f" ± {statistics.stdev(rises):.3f}" if len(rises) > 1 else ""
+    return f"{statistics.fmean(rises):+.3f}{spread}"
+
+
 COLUMNS: tuple[Column, ...] = (
     ("variant", "variant", lambda of: plain(of.variant)),
     ("arm", "arm", lambda of: of.label),
     arms.RATE,
     ("final loss (nats per token)", "loss", lambda of: of.loss_text()),
     ("held-out accuracy", "accuracy", _share("validation_accuracy")),
+    ("loss on the pretraining text, rise (nats per token)", "forgot", _rise),
     ("token accuracy, first quarter", "", _share("early_accuracy")),
     ("token accuracy, last quarter", "", _share("late_accuracy")),
     ("gradient norm, interquartile range ÷ median", "", _share("gradient_norm_spread")),
@@ -164,8 +174,7 @@ LIMITS = (
 )
 LIMITS_OF = {
     "mismatch": "Each optimizer pretrained one model, at one rate and with one seed; the two "
-    "bases may differ in more than the optimizer. Forgetting of the pretraining text is not "
-    "measured.",
+    "bases may differ in more than the optimizer.",
     "qk": "With QK-norm, clipping W_q and W_k leaves the logits unchanged, so it is repeated at "
     "every step: the projections shrink, each update rotates them further, and training is "
     "affected.",

@@ -32,7 +32,8 @@ class Group(arms.Arm):
     """The cells of one arm of a variant; `optimizer` is the arm.
 
     Attributes:
-        trained: the cells at the best rate; none of stored results, which have `max_logit`.
+        trained: the cells at the best rate; none of stored results, which have `max_logit` and
+            `forgotten`: by seed, how much the loss on the pretraining text has risen.
         before: held-out loss of the model that all begin with; NaN if all diverged at once.
         skipped: steps of the cells at the best rate that changed nothing.
     """
@@ -42,6 +43,7 @@ class Group(arms.Arm):
     before: float = math.nan
     skipped: int | None = None
     max_logit: float | None = None
+    forgotten: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def arm(self) -> str:
@@ -83,7 +85,15 @@ class Group(arms.Arm):
         own = {"variant": self.variant, "arm": self.arm}
         beside = ("optimizer", "spread", "difference_to_adamw", "p_holm")
         base = {key: value for key, value in super().as_json().items() if key not in beside}
-        return own | base | {"max_logit": arms.finite(self.largest_logit())}
+        rises = {"pretraining_rise_by_seed": self.rises} if self.rises else {}
+        return own | base | {"max_logit": arms.finite(self.largest_logit())} | rises
+
+    @property
+    def rises(self) -> dict[str, float]:
+        """By seed, of the loss on the pretraining text, those that are known."""
+        if not self.trained:
+            return dict(self.forgotten)
+        return {str(of.seed): of.forgot for of in self.trained if math.isfinite(of.forgot)}
 
 
 def _known(values: Iterable[float]) -> float:
@@ -102,6 +112,7 @@ def groups(files: Files) -> list[Group]:
                 variant=stored["variant"],
                 optimizer=stored["arm"],
                 max_logit=stored["max_logit"],
+                forgotten=stored.get("pretraining_rise_by_seed", {}),
                 **arms.of_json(stored),
             )
             for stored in files.summary.get("groups", [])

@@ -18,6 +18,7 @@ from experiments.finetune.architecture import Architecture
 from experiments.finetune.chat import TOKENIZER
 from experiments.finetune.config import REAL_WARMUP, WARMUP, ArmName, Base, Training
 from experiments.finetune.model import Params
+from experiments.finetune.packing import Rows
 from experiments.finetune.suites import clip
 from experiments.finetune.suites.config import (
     GAINS,
@@ -52,12 +53,13 @@ _TIMED = 3  # number of steps that estimates time
 
 
 class Model(NamedTuple):
-    """What a variant fine-tunes, in the host's memory, and its rows."""
+    """What a variant fine-tunes, in the host's memory, its rows, and its pretraining's text."""
 
     name: str
     architecture: Architecture
     params: Params
     rows: data.Prepared
+    text: Rows | None = None
 
 
 def suite(command: Any, which: SuiteName, console: Console, stop: threading.Event) -> int:
@@ -115,6 +117,7 @@ def suite(command: Any, which: SuiteName, console: Console, stop: threading.Even
             dataclasses.replace(command, **running),
             device,
             show,
+            of.text,
         )
 
     with contextlib.closing(Run(Path(command.out), settings, _FREE)) as run:
@@ -157,7 +160,8 @@ def _models(
             if tokenizer not in read:
                 read[tokenizer] = data.read(command, folder, architecture, show)
             name = f"{folder.name} {params_sha256(params)[:12]}"
-            models[wanted] = Model(name, architecture, jax.device_get(params), read[tokenizer])
+            text, kept = data.pretraining_text(command, folder), jax.device_get(params)
+            models[wanted] = Model(name, architecture, kept, read[tokenizer], text)
     return models
 
 

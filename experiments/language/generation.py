@@ -1,0 +1,137 @@
+"""New tokens after prompts, whatever the model: a cache of keys and values while they fit."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.language import sharding
+
+Continued = Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]
+
+
+def generate(
+    program: Callable[..., jax.Array],
+    mesh: jax.sharding.Mesh,
+    prompts: Sequence[Sequence[int]],
+    length: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """Goes on from each prompt.
+
+    Args:
+        program: jitted, `extend` of a model: `(tokens_BxT, lengths_B, temperature, top_k, seed) ->
+            tokens_BxT`, where top_k is static. It is compiled for each sum of the longest prompt
+            and the length.
+        mesh: where the model's params lie.
+        prompts: B lists of one token or more.
+        length: tokens to add.
+        temperature: logits are divided by it; 0 takes the likeliest token.
+        top_k: how many of the likeliest tokens are drawn from; by default all.
+        seed: a prompt's tokens depend on it and on the prompt's place in the list, not on how many
+            there are.
+
+    Returns:
+        `(B, length)` int32, the new tokens.
+
+    Raises:
+        ValueError: a prompt is empty, or a number is out of range.
+    """
+    if not prompts or not all(map(len, prompts)):
+        raise ValueError("At least one prompt is required, and each must have at least one token.")
+    check_numbers(
+        length=(length, 1), temperature=(temperature, 0), top_k=(1 if top_k is None else top_k, 1)
+    )
+    ways = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
+    filled = [*prompts, *[prompts[0]] * (-len(prompts) % ways)]
+    lengths = np.array([len(prompt) for prompt in filled], np.int32)
+    tokens = np.zeros((len(filled), lengths.max() + length), np.int32)
+    for row, prompt in zip(tokens, filled, strict=True):
+        row[: len(prompt)] = prompt
+    with jax.set_mesh(mesh):
+        tokens = program(tokens, lengths, np.float32(temperature), top_k, np.uint32(seed % 2**32))
+    rows = zip(np.asarray(tokens), lengths[: len(prompts)], strict=False)
+    return np.stack([row[start : start + length] for row, start in rows])
+
+
+def extend(
+    continued: Continued,
+    logits: Callable[[jax.Array], jax.Array],
+    tokens_BxT: jax.Array,
+    lengths_B: jax.Array,
+    temperature: jax.Array,
+    top_k: int | None,
+    seed: jax.Array,
+    *,
+    context: int,
+) -> jax.Array:
+    """Fills each row from its length on; to be jitted under the mesh of the params.
+
+    The first pass sees all prompts and makes the caches; then each token takes a pass over itself.
+    Beyond `context`, where a model sees the last `context` tokens from position 0 on, nothing of a
+    cache would hold, and a pass is over them all.
+
+    Args:
+        continued: `(tokens, caches, at) -> (hidden, caches)`, where the tokens are at the
+            positions from `at` on and `hidden`, `(B, T, D)`, is what the head reads; caches None
+            begins some of as many positions as there are tokens.
+        logits: of `hidden`, float32.
+        tokens_BxT: prompts, and room.
+        lengths_B, temperature, top_k, seed: as `generate` has them.
+        context: tokens that the model sees at most.
+    """
+    length = tokens_BxT.shape[1]
+    window = min(context, length)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
+        jnp.arange(len(tokens_BxT))
+    )
+
+    def put(tokens_BxT: jax.Array, at: jax.Array, hidden_BxD: jax.Array) -> jax.Array:
+        found = logits(hidden_BxD)
+        if top_k is not None:
+            least = jax.lax.top_k(found, min(top_k, found.shape[1]))[0][:, -1:]
+            found = jnp.where(found < least, -jnp.inf, found)
+        noise = jax.vmap(
+            lambda key: jax.random.gumbel(jax.random.fold_in(key, at), found.shape[1:])
+        )
+        drawn = jnp.argmax(found + temperature * noise(keys), axis=1)
+        given = jax.lax.dynamic_index_in_dim(tokens_BxT, at, axis=1, keepdims=False)
+        new = jnp.where(at < lengths_B, given, drawn)
+        return jax.lax.dynamic_update_index_in_dim(tokens_BxT, new, at, axis=1)
+
+    def by_cache(at: jax.Array, carried: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        tokens_BxT, caches = carried
+        last = jax.lax.dynamic_slice_in_dim(tokens_BxT, at - 1, 1, axis=1)
+        hidden, caches = continued(last, caches, at - 1)
+        return put(tokens_BxT, at, hidden[:, 0]), caches
+
+    def by_window(at: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
+        seen = jax.lax.dynamic_slice_in_dim(tokens_BxT, at - window, window, axis=1)
+        return put(tokens_BxT, at, continued(seen, None, 0)[0][:, -1])
+
+    first = jnp.min(lengths_B)
+    # What the first pass caches of places that are still empty is overwritten before it is seen.
+    _, caches = continued(tokens_BxT[:, :window], None, 0)
+    tokens_BxT, _ = jax.lax.fori_loop(first, window, by_cache, (tokens_BxT, caches))
+    if window < length:
+        first = jnp.maximum(first, window)
+        tokens_BxT = jax.lax.fori_loop(first, length, by_window, tokens_BxT)
+    return jax.lax.with_sharding_constraint(tokens_BxT, jax.P())
+
+
+def check_numbers(**numbers: tuple[float, float]) -> None:
+    """Of options by name: each value, and the least that it may be.
+
+    Raises:
+        ValueError: one is less, or not finite.
+    """
+    for name, (value, least) in numbers.items():
+        if not least <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; got {value}.")
