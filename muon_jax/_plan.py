@@ -105,8 +105,9 @@ def plan(
     device = device_of(platform or placing.platform)
     model_flops = _model_flops(tokens_per_step, active_params, routes, leaves)
     if optimizer is not None:
-        own = (ns_coeffs, shardings, ns_steps, ns_dtype, mu_dtype, nu_dtype, routing, matrix_axes)
-        if own != ("jordan", *[None] * 7):
+        settings = (shardings, ns_steps, ns_dtype, mu_dtype, nu_dtype, routing, matrix_axes)
+        default = isinstance(ns_coeffs, str) and ns_coeffs == "jordan"
+        if not default or any(x is not None for x in settings):
             raise ValueError(
                 "plan takes an optimizer or the settings of Muon, but got both. Pass the settings "
                 "to the optimizer, and the shardings with the params."
@@ -162,7 +163,10 @@ def plan(
             stack = stacks[span.stack]
             split = math.prod(size[name] for name in stack.in_axes + stack.out_axes)
             held.append(span.matrices * stack.fan_in * stack.fan_out // split)
-        kernels = [*(Kernel(0, 4 * numbers) for numbers in held), Kernel(0, 3 * sum(held))]
+        # Updates that stay in on-chip memory are not written, and the step is fused with a product.
+        stays = device.on_chip and not bucket.axes
+        kernels = [Kernel(0, (3 if stays else 4) * numbers) for numbers in held]
+        kernels += [] if stays else [Kernel(0, 3 * sum(held))]
         return total + device.seconds(kernels, placed[bucket.spans[0].stack].dtype)
 
     def muon_row(group: list[Bucket]) -> PlanRow:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -309,6 +310,59 @@ def test_a_program_with_products_that_cannot_be_read_has_no_figures(cpus, monkey
     row = accelerators.cost(made[0])
     assert row["raises"] == "FLOPs of mystery cannot be read." and "seconds" not in row
     assert accelerators.table([row]).row_count == 1
+
+
+LARGE = "12 layers of 768 / 3072"
+ON_ALL = "8 layers of 768 / 3072, separate, fsdp 8"
+# Lines of the README's table: topology, tree, leaves, products of the stored rows.
+TOLD = {
+    f"H100, {LARGE}, each kernel a leaf: kernels; roofline": (
+        ("h100:8", f"{LARGE}, separate", "bfloat16", accelerators.CHOICE)
+    ),
+    "the same with cuBLAS products": (
+        ("h100:8", f"{LARGE}, separate", "bfloat16", accelerators.CUBLAS)
+    ),
+    "the same with cuBLAS products, ours multiplies in bfloat16": (
+        ("h100:8", f"{LARGE}, separate", "float32", accelerators.CUBLAS)
+    ),
+    "the same, each shape one leaf": (
+        ("h100:8", f"{LARGE}, stacked", "bfloat16", accelerators.CHOICE)
+    ),
+    "H100, 4 layers of 2048 / 8192, cuBLAS": (
+        ("h100:8", "4 layers of 2048 / 8192, separate", "bfloat16", accelerators.CUBLAS)
+    ),
+    "8 H100, fsdp 8, 8 layers of 768 / 3072; network not counted": (
+        ("h100:8", ON_ALL, "bfloat16", accelerators.CHOICE)
+    ),
+    "TPU v5e, 2 layers of 768 / 3072: the compiler's estimate": (
+        ("v5e:2x4", "2 layers of 768 / 3072, separate", "bfloat16", accelerators.CHOICE)
+    ),
+    "the same, ours multiplies in bfloat16": (
+        ("v5e:2x4", "2 layers of 768 / 3072, separate", "float32", accelerators.CHOICE)
+    ),
+    "TPU v5e, 1 layer of 2048 / 8192": (
+        ("v5e:2x4", "1 layer of 2048 / 8192, separate", "bfloat16", accelerators.CHOICE)
+    ),
+    "8 v5e, fsdp 8, 8 layers of 768 / 3072": (("v5e:2x4", ON_ALL, "bfloat16", accelerators.CHOICE)),
+}
+
+
+def test_the_readmes_accelerators_are_the_stored_rows():
+    folder = Path(bench.__file__).parent
+    text = (folder / "results" / "accelerators" / "summary.json").read_text(encoding="utf-8")
+    rows = [row for row in json.loads(text)["accelerators"] if "case" in row]
+
+    def cell(arm, *told):
+        keys = ("topology", "case", "leaves", "products")
+        (row,) = (r for r in rows if r["arm"] == arm and tuple(r[k] for k in keys) == told)
+        if row["cycles"]:
+            return f"{row['cycles'] / 1e6:#.3g} M cycles"
+        return f"{row['kernels']:,}; {1e3 * row['seconds']:#.3g} ms".replace(",", " ")
+
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    for heading, told in TOLD.items():
+        ours, theirs = (cell(arm, *told) for arm in ("muon_jax", "optax.contrib"))
+        assert f"| {heading} | {told[2]} | {ours} | {theirs} |" in readme
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 32), (3, 32, 16), (16, 32)])

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding
@@ -140,6 +141,9 @@ def test_a_plan_on_a_mesh_has_the_products_of_a_device(name, kind):
         assert row.exchanged_bytes == planned.exchanged_bytes > 0
 
 
-def test_an_optimizer_has_its_settings_itself():
+@pytest.mark.parametrize(
+    "settings", [{"ns_steps": 3}, {"ns_coeffs": np.ones((2, 3))}, {"shardings": P()}]
+)
+def test_an_optimizer_has_its_settings_itself(settings):
     with pytest.raises(ValueError, match="an optimizer or the settings of Muon, but got both"):
-        muon_jax.plan(PARAMS, muon_jax.muon(RATE), ns_steps=3)
+        muon_jax.plan(PARAMS, OPTIMIZERS["AdamW"], **settings)

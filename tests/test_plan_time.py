@@ -29,6 +29,8 @@ def test_seconds_by_hand():
     assert BY_HAND.seconds([moves], jnp.int8, launches=False) == pytest.approx(1e-3)
     tpu = BY_HAND._replace(narrowest=4, on_chip=True)
     assert tpu.seconds([moves, works], jnp.bfloat16) == pytest.approx(5e-3 + 7e-3)
+    filling = tpu._replace(fill=1e-3)
+    assert filling.seconds([moves, works], jnp.bfloat16) == pytest.approx(6e-3 + 7e-3)
     assert "1000 µs per kernel, 1e-06 TB/s, 1e-06 TFLOP/s" in BY_HAND.assumptions()
     assert "products alone, at 0.75 TFLOP/s" in DEVICES["cpu"].assumptions()
 
@@ -41,8 +43,8 @@ def test_kernels_of_the_standard_form_by_hand():
     rows = ((1, 2, 3),) * 2
     form = Form("standard")
     assert form.kernels(4, [(3, 8)], rows, BY_HAND) == norm + 2 * step
-    fused = [kernel for kernel in 2 * step if kernel.flops]
-    assert form.kernels(4, [(3, 8)], rows, BY_HAND._replace(on_chip=True)) == norm + fused
+    fused = [*[Kernel(0, 0)] * 6, Kernel(0, 192), *(k for k in 2 * step if k.flops)]
+    assert form.kernels(4, [(3, 8)], rows, BY_HAND._replace(on_chip=True)) == fused
     assert form.flops(4, 8, rows) == 2 * (2 * 2 * 16 * 8 + 2 * 64)
 
 
@@ -89,6 +91,13 @@ def test_a_plan_tells_its_time_by_hand(monkeypatch):
     assert (
         plan.total("seconds") == plan.to_dict()["total"]["seconds"] == muon.seconds + other.seconds
     )
+    # Where what comes next is on the chip still, and products take the step along.
+    chip = BY_HAND._replace(on_chip=True)
+    monkeypatch.setitem(DEVICES, "gpu", chip)
+    fused = muon_jax.plan(params, ns_steps=1, platform="gpu", mesh=AbstractMesh((1,), ("d",)))
+    kernels = Form("standard").kernels(4, [(2, 8)], ((1, 2, 3),), chip)
+    kernels += [Kernel(0, 3 * 32)] * 2
+    assert fused.rows[0].seconds == pytest.approx(chip.seconds(kernels, jnp.bfloat16))
     text = str(plan)
     assert f"{1e3 * plan.total('seconds'):.3g} ms" in text and "predicted for made up" in text
 
@@ -138,8 +147,10 @@ COMPILED = {
     "16 of 384": ("h100:1", separate(layer(2, 384, 768), 16), 1, 0.1),
     "8 of 768, fsdp 8": ("h100:8", separate(layer(2, 768, 3072), 8), 8, 0.1),
     "2 of 768, fsdp 8, cut": ("h100:8", stacked(layer(3, 768, 3072), 2), 8, 0.1),
-    "v5e, 2 of 768": ("v5e:2x2", stacked(layer(4, 768, 3072), 2), 1, 0.12),
-    "v5e, 8 of 768, fsdp 8": ("v5e:2x4", stacked(layer(2, 768, 3072), 8), 8, 0.25),
+    "v5e, 2 of 768": ("v5e:2x2", stacked(layer(4, 768, 3072), 2), 1, 0.1),
+    "v5e, 3 of 256": ("v5e:2x2", separate(layer(2, 256, 512), 3), 1, 0.1),
+    "v5e, 8 of 768, fsdp 8": ("v5e:2x4", stacked(layer(2, 768, 3072), 8), 8, 0.1),
+    "v5e, 2 of 768, fsdp 8, cut": ("v5e:2x4", stacked(layer(3, 768, 3072), 2), 8, 0.1),
 }
 
 
@@ -160,7 +171,7 @@ def test_a_plan_tells_the_time_of_the_compiled_program(name, monkeypatch):
     program = measure(compile_step(case, tx, OPTIONS[CUBLAS] if is_gpu else {}))
     predicted = muon_jax.plan(case.params, **settings).total("seconds")
     if not is_gpu:
-        assert predicted == pytest.approx(program.estimated_cycles / 0.94e9, rel=most)
+        assert predicted == pytest.approx(program.estimated_cycles / 1.5e9, rel=most)
         return
     assert predicted == pytest.approx(CHIPS[found[0].device_kind].total(program), rel=most)
     # Where a launch takes a second, the time is the kernels.

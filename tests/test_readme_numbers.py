@@ -348,7 +348,7 @@ def beside_muon(name):
     found = []
     for own, arm in every.items():
         losses = arm["losses_by_seed"]
-        assert arm["at_edge"] == (name == "long")  # which has one rate
+        assert arm["at_edge"] == name.endswith("long")  # which has one rate
         told = ["", ""] if own == "muon" else [gap(losses, base), small(p[own])]
         found.append([f"{arm['best_rate']:g}", spread(losses), *told])
     return found
@@ -544,6 +544,7 @@ TABLES = {
     ("family", "The variants of 2026", 1): functools.partial(beside_muon, "long"),
     ("family", "AdamW's rate for the rest", 0): beside,
     ("family", "AdamW's rate for the rest", 1): functools.partial(beside_muon, "rest_leaders"),
+    ("family", "AdamW's rate for the rest", 2): functools.partial(beside_muon, "rest_long"),
     ("family", "What an update costs", 0): updates,
     ("family", "Rates and width", 1): widths,
     ("pretrain", "The default run", 0): pretrain_default,
@@ -668,8 +669,31 @@ def of_grok():
     assert len({round(p, 2) for width, p in flops.items() if width != 32}) == 1
     yield f"in FLOPs {flops[32]:.2f} at 32 and {flops[64]:.2f} at all others"
     assert round(math.exp(-np.mean(logs("width", *narrow)))) == 3
-    clipped = interval(logs("clip", cells("default", optimizer="muon"), cells("clip")))
-    yield f"Muon's epochs {clipped} times its | 3 seeds | `clip`"
+    told = []
+    for threshold in (1, 4):
+        own = cells("clip", point=f"variants.clip-threshold={threshold}")
+        told.append(interval(logs("clip", cells("clip", optimizer="muon"), own)))
+        shares = sorted(row["clipped_share"] for row in own)
+        told.append(f"{shares[0]:.0%} to {shares[-1]:.0%}".replace("%", " %"))
+    yield "threshold 1 {}, clipping in {} of the steps; 4 {}, in {}".format(*told)
+    bare = {o: cells("no_norm", optimizer=o, point="norm=none") for o in ARMS}
+    normed = {o: cells("no_norm", optimizer=o, point="norm=rms") for o in ARMS}
+    assert not any(row["collapse_epoch"] for rows in bare.values() for row in rows)
+    assert [row["collapse_epoch"] for row in normed["adamw"]].count(None) == 2
+    strict = [sum(r[HELD] >= 2 * r[MEMORISED] for r in rows) for rows in bare.values()]
+    yield "{} of 3 AdamW and {} of 3 Muon trainings grok strictly".format(*strict)
+    slower = interval(logs("no_norm", bare["muon"], normed["muon"]))
+    lead = interval(logs("no_norm", bare["adamw"], bare["muon"]))
+    yield f"Muon takes {slower} times its epochs with norms, AdamW over Muon {lead} | 3 seeds |"
+    theory, thrice = cells("gluon_theory"), cells("gluon")
+    assert [row["censored"] for row in theory].count(True) == 2
+    epochs = ([row[MEMORISED] for row in rows] for rows in (theory, thrice))
+    memorised = [f"{min(own)} to {max(own)}" for own in epochs]
+    assert memorised[0] == "12 to 12"
+    yield "at the rate of the theory memorises at 12 and groks in 1 of 3 by epoch 200"
+    yield f"at three times that at {memorised[1]} and groks at " + ", ".join(
+        str(row[HELD]) for row in sorted(thrice, key=lambda row: row["seed"])
+    )
     fixed = [cells("fixed_table", optimizer=f"{o}_fixed_table") for o in ARMS]
     learnt = [cells("default", optimizer=o) for o in ARMS]
     more = [interval(logs("fixed_table", *pair)) for pair in zip(fixed, learnt, strict=True)]
@@ -701,6 +725,13 @@ def of_grok():
                 *found["epochs"], *found["steps"], *found["FLOPs"]
             )
             yield f"(p = {spearman(name, name, 'muon', cost)[1]:.2f})"
+    own, whole = (cells("rank_norm", optimizer=f"low_rank{of}") for of in ("", "_whole"))
+    yield f"rank 16 is later still, {interval(logs('rank_norm', own, whole))} |"
+    ends = [[f([row[HELD] for row in rows]) for f in (min, max)] for rows in (whole, own)]
+    muon = [row[HELD] for row in cells("default", optimizer="muon")]
+    yield "at {} to {} epochs and {} to {}, Muon at {} to {}".format(
+        *ends[0], *ends[1], min(muon), max(muon)
+    )
     ranked = cells("rank", optimizer="low_rank")
     yield f"Spearman {signed(spearman('rank', 'variants.rank', 'low_rank', lambda row: 1)[0])}"
     assert len(ranked) == 18
@@ -902,9 +933,20 @@ def of_others():
     leads = [mean["muon"] - mean[name] for name in (four[-1], four[0])]
     p = max(holm([p_of(new[name], new["muon"]) for name in new if name != "muon"])[:4])
     yield "", "end {:.3f} to {:.3f} nats below Muon".format(*leads) + ", each at its best rate"
-    yield "", f"(p ≤ {p:.3f} after Holm for {len(new) - 1})"
-    yield "", f"Muon is at {gap(new['muon'], new['adamw'])} to AdamW"
-    yield "", f"({gap(new['muon_eq'], new['muon'])} to Muon's; in longer ones none led)"
+    yield "", f"(p ≤ {p:.3f}, {len(new) - 1} comparisons)"
+    lead = gap(new["adamw"], new["muon"]).replace("+", "").replace(" [", " nats [")
+    yield "", f"Muon ends {lead} below AdamW"
+    fair = {name: arm["losses_by_seed"] for name, arm in arms("family", "rest").items()}
+    ahead = gap(fair["adamw_rest"], fair["muon_rest"]).replace("+", "")
+    yield "", f"Muon's lead is {ahead.replace(' [', ' nats [')}"
+    fair = {
+        name: np.mean([*a["losses_by_seed"].values()])
+        for name, a in arms("family", "rest_leaders").items()
+    }
+    yield "", f"no variant's over Muon is above {fair['muon'] - min(fair.values()):.3f}"
+    beside = {name: a["losses_by_seed"] for name, a in arms("family", "rest_leaders").items()}
+    pairs = gap(new["muon_eq"], new["muon"]), gap(beside["muon_eq"], beside["muon"])
+    yield "", "({} to Muon's, {} with that rate swept; in longer ones none led)".format(*pairs)
     long = {
         name: np.mean([*a["losses_by_seed"].values()]) for name, a in arms("family", "long").items()
     }
@@ -926,6 +968,8 @@ def of_others():
     least, most = 100 * min(gone), 100 * max(gone)
     yield "family", f"lead, by {fair['muon'] - fair['aurora']:.3f} nats at most: {least:.0f} to"
     yield "family", f"{least:.0f} to {most:.0f} % of the leads above went with the low rate"
+    late = [arms("family", of)["muon"]["losses_by_seed"] for of in ("rest_long", "long")]
+    yield "family", f"Muon is {gap(*late)} to itself beside 0.006"
     (own,) = arms("family", "rest_hidden").values()
     yield "family", f"(0.012 by seed 0) give AdamW no more: {spread(own['losses_by_seed'])}"
     packed = {name: arm["validation_loss"] for name, arm in arms("family", "int4").items()}
@@ -998,17 +1042,11 @@ def of_others():
 
     every = arms("pretrain", "optimizers")
     losses = {name: arm["losses_by_seed"] for name, arm in every.items()}
-    others = [name for name in losses if name != "adamw"]
-    p = dict(zip(others, holm([p_of(losses[o], losses["adamw"]) for o in others]), strict=True))
-    below = gap(losses["adamw"], losses["muon"]).replace("+", "").replace(" [", " nats [")
-    yield "", f"final loss {below} below AdamW, but p = {p['muon']:.2f} after Holm for ten"
-    shares = every["muon"]["to_adamw_loss"]
-    yield (
-        "",
-        f"Its {shares['tokens']:.0%}".replace("%", " %")
-        + " of AdamW's tokens and "
-        + (f"{100 * shares['flops']:.0f} % of its FLOPs"),
-    )
+    below = [spans([-x for x in fresh_gains(name, "muon")], ".3f") for name in ("seeds", "dense")]
+    for lead, text in zip(below, ("final loss {} below AdamW", "no larger, {}"), strict=True):
+        yield "", text.format(lead.replace(" [", " nats ["))
+    tokens, flops = map(interval, shares_to_adamw("seeds", "muon"))
+    yield "", f"AdamW's final loss with {tokens} of its tokens and {flops} of its FLOPs"
     yield (
         "pretrain",
         f"find a difference of {found_by(losses['muon'], losses['adamw']):.2f} in 80 %",
@@ -1034,7 +1072,7 @@ def of_others():
         of = next(row["speedup"][theirs] for row in speeds if row["arm"] == f"muon_jax {ours}")
         digits = 2 if theirs == "torch.optim" else 1
         median, low, high = (f"{of[key]:.{digits}f}" for key in ("median", "min", "max"))
-        yield "", f"| {median} [{low}, {high}] |"
+        yield "", f"| {median} ({low} to {high}) |"
 
 
 def found_by(ours, theirs):
@@ -1093,9 +1131,18 @@ def of_root():
     told.append(f"≥ {interval(by_task('paper', value=lambda r: r[MEMORISED]))}")
     told.append(interval(delays_by_task("paper")))
     (*_, strict), (*_, muon) = (counts("paper", optimizer=o) for o in ARMS)
-    told.append(f"{strict} of 51, Muon {muon} of 55")
+    told.append(f"AdamW {strict} of the 51 that grokked, Muon {muon} of 55")
+    told.append(f"{interval(logs('width', *pair_at('width', 'width', 32)))} of Muon's epochs")
     epochs, flops = ([row[i] for row in fresh()[:2]] for i in (3, 4))
-    return ("", told + [" and ".join(epochs), " and ".join(flops)])
+    told.append(f"division, {flops[0]}, and not established for multiplication, {flops[1]}")
+    (muon, adamw), (more, fewer) = (
+        sorted({cost(row) for row in cells(f"fresh_{task}")}, reverse=True)
+        for task in ("division", "multiplication")
+    )
+    told.append(f"takes {muon / adamw:.2f} and {more / fewer:.2f} times the FLOPs of an AdamW step")
+    (parameters,) = {row["parameters"] for row in cells("paper") if row["task"] != "parity"}
+    told.append(f"two layers, {parameters / 1e6:.2f} M parameters")
+    return ("", told + [" and ".join(epochs)])
 
 
 @functools.cache

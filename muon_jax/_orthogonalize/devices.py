@@ -33,6 +33,8 @@ class Device(NamedTuple):
         on_chip: Whether operands of products are in on-chip memory, and the arithmetic between
             products is fused with them.
         decomposing: The achieved FLOP/s of eigendecompositions, SVDs and QRs; infinite if unknown.
+        fill: The time until the pipeline of a product is full, in addition to its launch, in
+            seconds.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Device(NamedTuple):
     narrowest: int = 1
     on_chip: bool = False
     decomposing: float = math.inf
+    fill: float = 0
 
     def seconds(
         self, kernels: Iterable[Kernel], dtype: jax.typing.DTypeLike, *, launches: bool = True
@@ -60,7 +63,8 @@ class Device(NamedTuple):
         for kernel in kernels:
             moves = not (kernel.flops and self.on_chip)
             traffic = moves * kernel.numbers * max(size, self.narrowest) / self.bandwidth
-            total += self.launch * launches + max(kernel.flops / rate, traffic)
+            start = self.launch + self.fill * (kernel.flops > 0)
+            total += start * launches + max(kernel.flops / rate, traffic)
         return total
 
     def assumptions(self) -> str:
@@ -70,7 +74,11 @@ class Device(NamedTuple):
             work = f"products alone, at {rates}"
         else:
             launch, bandwidth = 1e6 * self.launch, self.bandwidth / 1e12
-            work = f"{launch:g} µs per kernel, {bandwidth:.3g} TB/s, {rates}; kernels in sequence"
+            filling = f" and {1e6 * self.fill:g} more per product" if self.fill else ""
+            work = (
+                f"{launch:g} µs per kernel{filling}, {bandwidth:.3g} TB/s, {rates}; kernels in "
+                "sequence"
+            )
         left = "network" if self.decomposing < math.inf else "network and decompositions"
         return f"Time predicted for {self.name}: {work}, {left} not counted."
 
@@ -83,10 +91,21 @@ DEVICES = {
     # An H100 SXM according to NVIDIA's data sheet: products at 70 % of the peak of 989 TFLOP/s, and
     # of 67 TFLOP/s in float32, which is exact without tensor cores.
     "gpu": Device("NVIDIA H100 80GB HBM3", 2e-6, 3.35e12, 700e12, 47e12),
-    # A v5e according to Google's data sheet: products at 55 % of the peak of 197 TFLOP/s, as the
-    # compiler's estimated cycles at 0.94 GHz imply, with six products for an exact one in float32.
-    # Its vector unit does not support bfloat16.
-    "tpu": Device("TPU v5 lite", 1e-6, 0.819e12, 108e12, 18e12, narrowest=4, on_chip=True),
+    # A v5e according to Google's data sheet: four matrix units of 128 × 128 at 1.5 GHz make its
+    # peak of 197 TFLOP/s, of which products reach 98 %, with six products for an exact one in
+    # float32. The compiler's estimated cycles imply 1500 of them for each kernel in addition to its
+    # work, and 3000 more to fill the pipeline of a product. Its vector unit does not support
+    # bfloat16.
+    "tpu": Device(
+        "TPU v5 lite",
+        launch=1e-6,
+        bandwidth=0.819e12,
+        flops=193e12,
+        wide_flops=32e12,
+        narrowest=4,
+        on_chip=True,
+        fill=2e-6,
+    ),
 }
 
 

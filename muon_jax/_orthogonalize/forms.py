@@ -25,6 +25,8 @@ class Form(NamedTuple):
             last once they are taken apart, so that XLA fuses what comes before and after.
         padded: to so many columns matrices of one short side are filled up with zeros, and make
             one stack; 0 is as many as they have.
+        joint_sums: the sums of a norm are one reduction with several results: a GPU ends each of
+            several in a kernel of its own, where arrays make several stacks. A TPU fuses them.
     """
 
     method: str
@@ -35,6 +37,7 @@ class Form(NamedTuple):
     upright: bool = False
     apart: bool = False
     padded: int = 0
+    joint_sums: bool = False
 
     def flops(self, short: int, long: int, rows: tuple[Row, ...]) -> int:
         """FLOPs of the matrix products for one matrix, or for a tile with `long` of its columns."""
@@ -59,7 +62,8 @@ class Form(NamedTuple):
             scaled.append(Kernel(0, 2 * together * short * self.padded))  # the stack is written
         for matrices, long in stacks:
             entries = matrices * short * long
-            scaled += [Kernel(0, entries), *[Kernel(0, 0)] * 3, Kernel(0, 2 * entries)]
+            read = 0 if device.on_chip else entries  # there with the momentum
+            scaled += [Kernel(0, read), *[Kernel(0, 0)] * 3, Kernel(0, 2 * entries)]
         return scaled + list(_iteration(self, short, tuple(stacks), rows, device.on_chip))
 
 

@@ -96,13 +96,16 @@ def orthogonalize_stacks(
             x = x * factor
         if absolute_eps is not None:
             x = x / (1 + absolute_eps * factor / norm)
-        return _written(x / safety, dtype)
+        return x / safety
 
     units = _unit_norms(xs, eps, form, share)
     xs = [scaled(*unit, *how) for unit, *how in zip(units, turned, upright, strict=True)]
     shapes = _Alike.of(xs)
     products = _Products(form, dtype, [upright[same[0]] for same in shapes.indices], share)
-    p, stacks = iterate(shapes.stacked(xs), rows, products)
+    stacks = shapes.stacked(xs)
+    # Only products read these, so that an accelerator may fuse their rounding with what is before.
+    stacks = [x.astype(dtype) if form.rounded else _written(x, dtype) for x in stacks]
+    p, stacks = iterate(stacks, rows, products)
     multiply = products.multiply if form.apart else products.rounded
     ys = [
         multiply(*each)
@@ -266,7 +269,7 @@ def _unit_norms(
     if not form.rounded and share is ALONE:
         norms: Iterable = map(_norm_in_two_passes, xs)
     else:
-        sums = map(joined, zip(*[_sums_of_squares(x, share) for x in xs], strict=True))
+        sums = map(joined, zip(*[_sums_of_squares(x, form, share) for x in xs], strict=True))
         counts = [len(x) for x in xs]
         norms = zip(*(_split(each, counts) for each in _norm_of(*sums)), strict=True)
     return [
@@ -284,7 +287,7 @@ def _norm_in_two_passes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return root, jnp.sqrt(jnp.sum(jnp.real(x * jnp.conj(x)), axis=(-2, -1), keepdims=True))
 
 
-def _sums_of_squares(x: jax.Array, share: Share) -> Sequence[jax.Array]:
+def _sums_of_squares(x: jax.Array, form: Form, share: Share) -> Sequence[jax.Array]:
     """Three `(..., 1, 1)`: of huge, of usual and of tiny entries, in scales of their own.
 
     References:
@@ -300,26 +303,37 @@ def _sums_of_squares(x: jax.Array, share: Share) -> Sequence[jax.Array]:
             jnp.where(is_huge | is_tiny, 0, size),
             jnp.where(is_tiny, size * scale, 0),
         )
-        # In one reduction: a GPU would end each of three in a kernel of its own.
-        squares = tuple(s * s for s in scaled)
-        zeros = (jnp.zeros((), size.dtype),) * 3
-        sums.append(jax.lax.reduce(squares, zeros, _added, (size.ndim - 2, size.ndim - 1)))
+        squares = [s * s for s in scaled]
+        sums.append(_joint_sums(squares) if form.joint_sums else [_sum(s) for s in squares])
     totals = [sum(same)[..., None, None] for same in zip(*sums, strict=True)]
     if share is ALONE:
         return totals
     return jnp.split(share(jnp.concatenate(totals, axis=-2)), 3, axis=-2)
 
 
-def _added(xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    return tuple(x + y for x, y in zip(xs, ys, strict=True))
+def _sum(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, axis=(-2, -1))
 
 
-def _norm_of(*sums: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _joint_sums(xs: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    """`_sum` of each."""
+
+    def added(xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        return tuple(x + y for x, y in zip(xs, ys, strict=True))
+
+    zeros = tuple(jnp.zeros((), x.dtype) for x in xs)
+    return jax.lax.reduce(tuple(xs), zeros, added, (xs[0].ndim - 2, xs[0].ndim - 1))
+
+
+def _norm_of(huge: jax.Array, usual: jax.Array, tiny: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A factor r, and the norm of r²X, whose square is a number."""
-    _, scale = _scales(sums[0].dtype)
-    huge, usual, tiny = map(jnp.sqrt, sums)
-    norm = jnp.where(usual == 0, tiny, jnp.hypot(usual, tiny / scale))
-    norm = jnp.where(huge > 0, jnp.hypot(huge, usual / scale), norm)
+    _, scale = _scales(usual.dtype)
+
+    def scaled(squares: jax.Array) -> jax.Array:
+        return jnp.square(jnp.sqrt(squares) / scale)  # scale² would be no number
+
+    squares = jnp.where(usual == 0, tiny, usual + scaled(tiny))
+    norm = jnp.sqrt(jnp.where(huge > 0, huge + scaled(usual), squares))
     root = scale**0.5
     factor = jnp.where(huge > 0, 1 / root, jnp.where(usual == 0, root, 1.0))
     return factor.astype(norm.dtype), norm

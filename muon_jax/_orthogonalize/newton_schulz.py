@@ -122,6 +122,7 @@ class NewtonSchulz:
             rounded=accelerator,
             upright=accelerator,
             apart=platform == "tpu" and short < SMALL,
+            joint_sums=platform == "gpu",
         )
         gram_form = standard._replace(method="gram", restarts=gram_restarts(rows, dtype))
         if self.method != "auto":
@@ -153,12 +154,15 @@ class NewtonSchulz:
             # A CPU: here n × n products are most of the work, so that blocks pay earlier. A TPU:
             # a pod's FLOPs, a quarter fewer; the compiler estimates 19 to 50 % more cycles.
             panels = max(2, panels)
-        return Form("gram", restarts, panels, rounded=platform != "cpu")
+        rounded, joint_sums = platform != "cpu", platform == "gpu"
+        return Form("gram", restarts, panels, rounded=rounded, joint_sums=joint_sums)
 
     def padded_form(self, short: int, long: int, dtype: jax.typing.DTypeLike) -> Form:
         """Of few matrices of one short side on a GPU, as one stack that is so long."""
         panels = panel_count(short, self.compute_dtype(dtype), "gpu")
-        return Form("standard", panels=panels, rounded=True, upright=True, padded=long)
+        return Form(
+            "standard", panels=panels, rounded=True, upright=True, padded=long, joint_sums=True
+        )
 
     def __call__(
         self, x: jax.Array, *, form: "Form | None" = None, share: Share = ALONE

@@ -1,5 +1,6 @@
 """Orthogonalises every matrix of a tree only once, on any mesh: layouts → exchange → results."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -42,10 +43,7 @@ def orthogonalize_leaves(
         Arrays with the shapes, dtypes and shardings of `leaves`.
     """
     if placing.mesh is None and jax.device_count() > 1:
-        return [
-            _orthogonalize_here(x, a, orthogonalizer, placing.platform, chunk_size)
-            for x, a in zip(leaves, axes, strict=True)
-        ]
+        return _orthogonalize_without_mesh(leaves, axes, orthogonalizer, placing, chunk_size)
     if not placing.available_axes and not any(layouts):
         placing = placing._replace(manual_axes=())  # leaves are not split inside `shard_map`
     known: dict[int, Layout] = {}
@@ -87,6 +85,39 @@ def _match_auto_sharding(x: jax.Array, like: jax.Array, placing: Placing) -> jax
     """Gives `x` the sharding of `like` if XLA chooses the sharding."""
     traced = bool(placing.available_axes) and isinstance(x, jax.core.Tracer)
     return match_sharding(x, like) if traced and layout_of(x, placing) is None else x
+
+
+def _orthogonalize_without_mesh(
+    leaves: Sequence[jax.Array],
+    axes: Sequence[MatrixAxes],
+    orthogonalizer: Orthogonalizer,
+    placing: Placing,
+    chunk_size: int | None,
+) -> list[jax.Array]:
+    """Orthogonalises leaves that only XLA knows to be on one device or split over several.
+
+    Single matrices of a traced program are stacked by shape: a new axis changes no split. Batch
+    axes are not merged, and arrays outside of a trace may be on different devices.
+    """
+    updates = {}
+    singles = {
+        i: x
+        for i, x in enumerate(leaves)
+        if isinstance(x, jax.core.Tracer) and not axes[i].split(x.shape)[0]
+    }
+    if singles:
+        placed = tuple(
+            PlacedArray(x.shape, jnp.dtype(x.dtype), ((),) * x.ndim, axes[i].normalized(x.ndim))
+            for i, x in singles.items()
+        )
+        results = _program(placed, placing, orthogonalizer, chunk_size)(*singles.values())
+        updates = dict(zip(singles, results, strict=True))
+    return [
+        updates[i].astype(x.dtype)
+        if i in updates
+        else _orthogonalize_here(x, axes[i], orthogonalizer, placing.platform, chunk_size)
+        for i, x in enumerate(leaves)
+    ]
 
 
 def _orthogonalize_here(
@@ -164,6 +195,8 @@ def plan_exchange(
 ) -> tuple[tuple[Stack, ...], tuple[Bucket, ...]]:
     """Returns the stacks of these arrays and their buckets on `platform`."""
     sizes = placing.sizes
+    if newton_schulz is not None:  # no plan depends on these, which may be tracers
+        newton_schulz = dataclasses.replace(newton_schulz, eps=0, absolute_eps=None)
     stacks = tuple(item.stack(sizes, exchange_dtype(item.dtype, newton_schulz)) for item in placed)
     return stacks, plan_buckets(stacks, sizes, newton_schulz, platform or placing.platform)
 
