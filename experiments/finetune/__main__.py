@@ -26,6 +26,7 @@ from experiments.finetune.config import (
     REAL_WARMUP,
     WARMUP,
     ArmName,
+    Training,
 )
 from experiments.finetune.model import Params
 from experiments.finetune.step import Trainer
@@ -177,7 +178,7 @@ def _train(
 ) -> None:
     arm, folder = trainer.name, command.folder(trainer.name)
     on_message = functools.partial(bar.console.print, highlight=False)
-    with claimed(folder, loop.settings_of(trainer, start, rows)):
+    with claimed(folder, loop.settings_of(trainer, start, rows), Training().as_json()):
         if (folder / "summary.json").exists():
             on_message(f"{LABELS.get(arm, arm)}: already finished, in {folder}")
             return

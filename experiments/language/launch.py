@@ -99,7 +99,9 @@ def preparing(what: str, stop: threading.Event, console: Console) -> Iterator[On
 
 
 @contextlib.contextmanager
-def claimed(folder: epath.Path, settings: dict[str, Any]) -> Iterator[None]:
+def claimed(
+    folder: epath.Path, settings: dict[str, Any], defaults: dict[str, Any]
+) -> Iterator[None]:
     """Claims a run's folder, in the process that writes, while the context lasts.
 
     If the start fails, a folder that was free before is free again.
@@ -107,7 +109,8 @@ def claimed(folder: epath.Path, settings: dict[str, Any]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             is_new = not holds_run(folder)
-            lock = claim(folder, settings, ("mesh",), other="another --out")
+            other = "another --out"
+            lock = claim(folder, settings, ("mesh",), other=other, defaults=defaults)
             stack.enter_context(contextlib.closing(lock))
             if is_new:
                 stack.callback(leave_nothing_of_no_run, folder)

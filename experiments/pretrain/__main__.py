@@ -29,7 +29,7 @@ from experiments.language.planning import Case, Planning
 from experiments.language.processes import Processes
 from experiments.optimizers import ARMS, OptimizerName
 from experiments.pretrain import plan, start, step
-from experiments.pretrain.config import PresetName, Running, Training
+from experiments.pretrain.config import PresetName, Running, Training, as_json
 from experiments.pretrain.loop import Pretraining
 from experiments.pretrain.presets import PRESETS, fitted
 from experiments.pretrain.suites import study
@@ -143,8 +143,8 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
     config = command.training()
     with contextlib.ExitStack() as stack:
         for optimizer in command.optimizers:  # before what takes long
-            folder = command.folder(optimizer)
-            stack.enter_context(claimed(folder, settings_of(optimizer, config)))
+            folder, settings = command.folder(optimizer), settings_of(optimizer, config)
+            stack.enter_context(claimed(folder, settings, as_json(Training())))
         tokens = _prepare(command, stop, console)
         for optimizer in command.optimizers:
             folder = command.folder(optimizer)
