@@ -174,7 +174,7 @@ def test_a_log_that_is_lost_is_told_and_a_finished_run_stays(whole, tokens, tmp_
     assert (tmp_path / "summary.json").read_text() == summary
     page.write(report(epath.Path(tmp_path), ("muon",)), epath.Path(tmp_path))
     (tmp_path / "summary.json").unlink()
-    with pytest.raises(TrainingError, match="has lost its records of loss"):
+    with pytest.raises(TrainingError, match="has no records of loss"):
         run(config, tokens, tmp_path)
 
 

@@ -202,7 +202,7 @@ def test_a_profile_has_the_steps_that_this_part_of_a_run_has(
 
 
 def test_a_profile_behind_the_last_step_is_refused(clock, folder):
-    with pytest.raises(ValueError, match="--profile starts at step 9"):
+    with pytest.raises(ValueError, match="--profile FIRST must be less than --steps"):
         Loop(clock, Saved(clock), folder, 9, profile=(9, 12)).to_the_end()
 
 

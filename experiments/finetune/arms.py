@@ -1,8 +1,8 @@
-"""The four optimizers that are compared, and what the code released with the study made of them.
+"""The four optimizers that are compared, and the quirks of the code released with the study.
 
-Controlled, all arms have one learning rate, warm-up and weight decay, and Muon's updates are scaled
-to the root mean square of AdamW's. The quirks, each by itself or all of them with `AS_PUBLISHED`,
-turn that into the comparison that was published.
+By default, all arms have the same learning rate, warm-up and weight decay, and Muon's updates are
+scaled to the root mean square of AdamW's. The quirks, one by one or all of them with
+`AS_PUBLISHED`, reproduce the published comparison.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ QUIRKS: dict[QuirkName, str] = {
     "muon_of_tables": "Muon trains embedding and head like hidden matrices",
 }
 
-# The learning rate, and the rest, of that comparison.
+# The settings of that comparison.
 AS_PUBLISHED = Optimizer(learning_rate=5e-5, quirks=tuple(QUIRKS))
 
 _MUON_DECAY, _ADAMW_DECAY = 0.1, 0.01
@@ -62,14 +62,14 @@ GROUPS = ("embedding", "matrices", "head", "gains", "biases")
 
 
 class Arm(NamedTuple):
-    """An arm of one training.
+    """The optimizer of one training.
 
     Attributes:
-        labels: what takes each param: "muon", "adamw", "sgd" or "frozen".
-        counted: whether each is part of the gradient's norm.
-        schedule: factor of the learning rate, by update.
-        build: `rate -> transformation`; the rate after warm-up may be traced.
-        clips_at: largest attention logit of its QK-clip, which needs to know them; None without.
+        labels: Which optimizer updates each param: "muon", "adamw", "sgd" or "frozen".
+        counted: Whether each param is part of the gradient norm.
+        schedule: The schedule, a factor of the learning rate.
+        build: The function `rate -> transformation`; the rate after warm-up may be traced.
+        clips_at: The threshold of its QK-clip; None without one.
     """
 
     labels: Any
@@ -80,13 +80,13 @@ class Arm(NamedTuple):
 
 
 def make(name: ArmName, config: Training, architecture: Architecture, **placed: Any) -> Arm:
-    """The arm of that name.
+    """Returns the arm of a name.
 
     Args:
-        name: a key of `ARMS`.
-        config: whose `optimizer`, `warmup`, `decay`, `final` and `steps` count.
-        architecture: of the params.
-        **placed: `mesh` and `shardings` of the params, as `muon_jax.muon` takes them.
+        name: A key of `ARMS`.
+        config: The settings of optimizer and schedule.
+        architecture: The architecture of the model.
+        **placed: `mesh` and `shardings` of the params, as for `muon_jax.muon`.
     """
     settings = config.optimizer
     params, _ = split(name, config, architecture, model.shapes(architecture, config.lora))
@@ -197,9 +197,9 @@ def split(
 
 
 def routing(name: ArmName, config: Training, architecture: Architecture) -> Any:
-    """Which params a Muon arm takes: what the arm and the quirks say, else their use in the loss.
+    """Returns which params Muon updates, by the arm, the quirks and the params' use in the loss.
 
-    It is kept, for it cannot be traced within a compiled step.
+    It is cached, since it cannot be traced inside a compiled step.
     """
     # Of a config what counts, so that others need no trace of their own.
     return _routing(name, config.optimizer, config.lora, architecture)
@@ -214,7 +214,7 @@ def _routing(name: ArmName, settings: Optimizer, of: Lora, architecture: Archite
     if vectors and (name == "muon_frozen1d" or of.rank):
         rules.append((r"/(scale|bias)$", "frozen"))
     if "muon_of_tables" in settings.quirks and not of.rank:
-        # torch holds an embedding as (vocabulary, hidden) and reads that as (fan_out, fan_in).
+        # PyTorch stores an embedding as (vocabulary, hidden), read as (fan_out, fan_in).
         rules.append((r"^embedding/", muon_jax.MatrixAxes(fan_in=1, fan_out=0)))
         if not architecture.tied:
             rules.append((r"^head/", muon_jax.MatrixAxes()))
@@ -237,14 +237,14 @@ def _scale(name: ArmName, quirks: tuple[QuirkName, ...]) -> Any:
 
 
 def group_of(path: Any) -> str:
-    """Which of `GROUPS` a param is of."""
+    """Returns the group in `GROUPS` that a param belongs to."""
     if vectors := {"scale": "gains", "bias": "biases"}.get(path[-1].key):
         return vectors
     return path[0].key if path[0].key in ("embedding", "head") else "matrices"
 
 
 def by_group(tree: Any, what: Callable[[list[jax.Array]], Any]) -> dict[str, Any]:
-    """`what` of the leaves of each group that a tree like the params has."""
+    """Applies `what` to the leaves of each group in a tree like the params."""
     leaves: dict[str, list[jax.Array]] = {group: [] for group in GROUPS}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         leaves[group_of(path)].append(leaf)
@@ -252,15 +252,15 @@ def by_group(tree: Any, what: Callable[[list[jax.Array]], Any]) -> dict[str, Any
 
 
 def norm(leaves: list[jax.Array]) -> jax.Array:
-    """Of all entries together, float32."""
+    """Returns the norm of all entries together, float32."""
     return optax.tree.norm(leaves)
 
 
 def rms(leaves: list[jax.Array]) -> jax.Array:
-    """Root mean square of all entries together, float32."""
+    """Returns the root mean square of all entries together, float32."""
     return norm(leaves) / jnp.sqrt(jnp.float32(sum(x.size for x in leaves)))
 
 
 def as_published(config: Training) -> Training:
-    """A config with the quirks and the learning rate of the released code."""
+    """Returns a config with the quirks and the learning rate of the released code."""
     return dataclasses.replace(config, optimizer=AS_PUBLISHED)

@@ -1,6 +1,6 @@
-"""The small Qwen3 that the study fine-tunes: pretrained here once, and kept as any other model is.
+"""The small Qwen3 that the study fine-tunes by default, pretrained once and cached.
 
-It reads the running Python's standard library, and learns every token of it.
+It is trained on every token of the running Python's standard library.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ _SAMPLE = 1 << 27  # characters that the tokenizer is trained on at most
 _HELD_OUT = 32_768  # tokens
 _ARMS: dict[str, ArmName] = {"adamw": "adamw", "muon": "muon_adamw"}
 
-# What is under way, how much of it is done, and of how much. It may raise to stop the work.
+# Takes a description, the amount done, and the total amount. It may raise to stop the work.
 OnProgress = Callable[[str, int, int], None]
 
 
@@ -88,7 +88,7 @@ def prepare(
 
 @contextlib.contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """A folder beside another one, for what is not kept; a kill leaves it to the next call."""
+    """Gives a temporary folder beside another one. After a kill, the next call removes it."""
     scratch = folder.with_name(f".{folder.name}.scratch")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
@@ -99,7 +99,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def architecture_of(base: Base, vocabulary: int) -> Architecture:
-    """The model of a base; ChatML's last token ends what it says."""
+    """Returns the architecture of a small model, whose end token is ChatML's last one."""
     return Architecture(
         layers=base.layers,
         hidden=base.hidden,
@@ -134,7 +134,7 @@ def _pretrain(
         final_lr_fraction=0.1,
         remat=False,
     )
-    # All devices share a batch; those that do not divide it stay out.
+    # As many devices as divide a batch share it.
     devices = jax.devices()[: math.gcd(jax.device_count(), base.batch)]
     mesh = make_mesh((-1, 1, 1, 1), devices)
     trainer = Trainer(config, _ARMS[base.optimizer], architecture, mesh)
@@ -173,7 +173,7 @@ def _pretrain(
 
 
 def _every_token(rows: np.ndarray) -> Batch:
-    """Windows `(B, T + 1)` of one text each, whose every token is learnt."""
+    """Returns a batch that trains on every token of windows `(B, T + 1)` of one text each."""
     tokens, targets = rows[:, :-1], rows[:, 1:]
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     return Batch(tokens, targets, np.ones_like(tokens), np.ones_like(tokens), positions)

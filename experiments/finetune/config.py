@@ -134,7 +134,8 @@ class Training:
     steps: Whole = 0
     """Number of optimizer steps. 0 means as many as --epochs takes."""
     warmup: Whole | None = None
-    """Steps of linear warm-up. By default 10, with --model 20, and at most a tenth of all."""
+    """Number of linear warm-up steps. By default 10 (20 with --model), or a tenth of all steps if
+    that is less."""
     decay: Annotated[DecayName, tyro.conf.arg(aliases=["--schedule"])] = "linear"
     """Schedule of the learning rate after warm-up. wsd is constant and falls at the end."""
     final_lr_fraction: Share = 0.0
@@ -150,7 +151,7 @@ class Training:
     """Recompute each layer in the backward pass to save memory. On accelerators, the outputs of
     attention are kept."""
     max_nonfinite_steps: Count = 10
-    """Consecutive steps with NaN or Inf in loss or gradient after which the run stops."""
+    """Stop after this many consecutive steps with NaN or Inf in the loss or gradient."""
     rollback: Rollback = dataclasses.field(default_factory=Rollback)
     """When a run goes back to its last checkpoint, and leaves out the batches since then."""
     seed: Whole = 0
@@ -228,7 +229,7 @@ class Running(Keeping):
     """Number of held-out tokens to evaluate on, the same ones every time. Half as many are of the
     pretraining text, where it is known."""
     log_every: Count = 1
-    """Steps between records in metrics.jsonl."""
+    """Number of steps between records in metrics.jsonl."""
     data_sha256: str | None = None
     """Digest that the examples must have, or how it begins; others are refused. It is that of a
     run's report and of its config.json, and pins a study whatever packages are installed."""

@@ -24,7 +24,7 @@ _COLUMNS = {"messages", "tools", "prompt", "completion", "group"}
 TEXTS = ".txt", ".jsonl", ".jsonl.gz", ".parquet"
 HELD_OUT = "held_out.npy"  # windows of the text of a small model's pretraining
 _CHARACTERS = 8  # of a token, at most on average
-_BATCH = 1024  # rows that are tokenised at once
+_BATCH = 1024  # number of rows to tokenise at once
 
 OnProgress = Callable[[int], None]  # takes the number of finished rows; it may raise to stop
 

@@ -1,4 +1,4 @@
-"""One fine-tuning to its last step: a run with checkpoints, or a cell of a suite, in memory."""
+"""Fine-tunes a model: as a run with checkpoints, or as a cell of a suite in memory."""
 
 import dataclasses
 import functools
@@ -29,12 +29,12 @@ from experiments.report.figures import optimizer_label
 
 
 class Start(NamedTuple):
-    """What a fine-tuning begins with.
+    """The initial model of a fine-tuning.
 
     Attributes:
-        name: of the model, for its records.
-        architecture: of the params.
-        load: reads the params, to where they lie on a mesh; called if there is no checkpoint.
+        name: The name of the model, for records.
+        architecture: The architecture of the model.
+        load: Reads the params, sharded over a mesh. It is called if there is no checkpoint.
         text: like that which the model was pretrained on, to see what is forgotten; None where
             nobody knows it.
     """
@@ -46,21 +46,21 @@ class Start(NamedTuple):
 
 
 def settings_of(trainer: Trainer, start: Start, rows: Prepared) -> dict[str, Any]:
-    """What says which run it is, as JSON."""
+    """Returns the settings that identify a run, as JSON values."""
     named = {"arm": trainer.name, "model": start.name, "data": rows.report.sha256}
     return named | trainer.config.as_json()
 
 
 class FineTuning(TrainingLoop):
-    """One run.
+    """The training loop of a fine-tuning run.
 
     Args:
-        trainer: of the run's config, arm and mesh.
-        running: what is saved, evaluated and logged when.
-        rows: of `data.prepare`.
-        model: to begin with.
-        folder, stop, callbacks: as of `TrainingLoop`.
-        on_finish: gets the final params, before `summary.json` says that the run is finished.
+        trainer: The trainer of the run's config, arm and mesh.
+        running: The settings of checkpoints, evaluations and logs.
+        rows: The examples, from `data.prepare`.
+        model: The initial model.
+        folder, stop, callbacks: As for `TrainingLoop`.
+        on_finish: Called with the final params, before `summary.json` marks the run as finished.
     """
 
     trainer: Trainer
@@ -184,12 +184,12 @@ class FineTuning(TrainingLoop):
 def batches(
     rows: Rows, config: Training, seed: int, places: Sequence[int] | None = None
 ) -> Batches:
-    """What the steps read; `places` are those of each batch that this process makes."""
+    """Returns the batches of the steps; `places` are the rows that this process makes."""
     return Batches(rows, batch=config.batch, context=config.context, seed=seed, places=places)
 
 
 def held_out(rows: Rows, config: Training, limit: int) -> list[Batch]:
-    """Held-out rows in windows, evenly spread where they have more tokens than `limit`."""
+    """Returns windows of held-out rows, evenly spaced if they have more tokens than `limit`."""
     lengths = rows.lengths
     count = min(len(lengths), max(int(limit / lengths.mean()), 1))
     spread = [i * len(lengths) // count for i in range(count)]
@@ -228,7 +228,7 @@ def _means(trainer: Trainer, params: Params, windows: Sequence[Batch]) -> tuple[
 
 
 def steadiness(norms: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """Median of gradient norms, and how far apart their quartiles are, as a share of it."""
+    """Returns the median of gradient norms, and their interquartile range over the median."""
     known = [norm for norm in norms if norm is not None and math.isfinite(norm)]
     if len(known) < 2:
         return (known[0] if known else None), None
@@ -240,7 +240,7 @@ def steadiness(norms: Sequence[float | None]) -> tuple[float | None, float | Non
 def cell_trainer(
     config: Training, arm: ArmName, architecture: Architecture, device: jax.Device
 ) -> Trainer:
-    """The compiled step on one device, which serves all rates, seeds and params of an arm."""
+    """Returns a trainer with a compiled step, for all rates, seeds and params of an arm."""
     trainer = Trainer(config, arm, architecture, one_device(device))
     trainer.program  # noqa: B018 - compiles now, before a clock runs
     return trainer
@@ -259,18 +259,18 @@ def train_cell(
     on_evaluation: Callable[[Metrics], None] = lambda evaluation: None,
     text: Rows | None = None,
 ) -> tuple[list[Metrics], Metrics]:
-    """Trains to the end, as `train_in_memory` does: every evaluation, and the outcome.
+    """Trains a cell to its last step; returns the evaluations and the outcome of `train_in_memory`.
 
     Args:
-        config: what to train; its `steps` are known, and its learning rate and seed do not count.
-        rows: to learn, and held out.
-        arm: which optimizer.
-        architecture, params: the model, numpy arrays, which stay as they are.
-        rate: after warm-up.
-        seed: of the rows' order.
-        running: when to evaluate, and on how much.
-        device: the one that trains; threads may train on different ones.
-        on_evaluation: called as it goes; it may raise to stop the cell.
+        config: The settings, with known `steps`. Their learning rate and seed are ignored.
+        rows: The rows to train on and to hold out.
+        arm: The name of the optimizer.
+        architecture, params: The model, in NumPy arrays, which are not changed.
+        rate: The learning rate after warm-up.
+        seed: The seed of the rows' order.
+        running: The settings of evaluations.
+        device: The device to train on. Threads may train on different ones.
+        on_evaluation: Called after each evaluation. It may raise to stop the cell.
         text: as of `Start`.
     """
     config = dataclasses.replace(
@@ -308,10 +308,11 @@ def train_cell(
 
 
 def _since_last(window: Sequence[Metrics]) -> Metrics:
-    """What an evaluation tells of the steps since the one before, if there are any.
+    """Returns the metrics of the steps since the last evaluation, if there are any.
 
-    Means of the loss, in nats a learnt token, and of trl's accuracy; the losses and gradient norms
-    of all steps; sizes of the last update; and the largest attention logit.
+    They are the mean loss, in nats per trained-on token, and mean token accuracy as in trl; the
+    losses and gradient norms of all steps; RMS values of the last update; and the largest attention
+    logit.
     """
     losses = _column(window, "loss")
     norms = [metrics["gradient_norms"] for metrics in window]

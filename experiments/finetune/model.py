@@ -1,10 +1,10 @@
-"""Llama and Qwen as functions of plain params, for rows that hold one text or several.
+"""Llama and Qwen as functions of plain params, for rows with one or several texts.
 
-That is Llama 3 (2407.21783), Qwen2.5 (2412.15115), whose queries, keys and values have biases, and
-Qwen3 (2505.09388), whose queries and keys are normed.
+The families are Llama 3 (2407.21783), Qwen2.5 (2412.15115), whose queries, keys and values have
+biases, and Qwen3 (2505.09388), with an RMSNorm of queries and keys.
 
-Params are nested dicts of float32 arrays, and those of the layers are stacked, `(layers, ...)`. As
-in pretraining they lie on a mesh as `sharding` says, and the functions run under `jax.set_mesh`.
+Params are nested dicts of float32 arrays; those of the layers are stacked, `(layers, ...)`. As in
+pretraining, `sharding` gives their shardings, and the functions run under `jax.set_mesh`.
 
 Shapes: B rows, T positions, D hidden, N query heads, K key heads, H head_dim.
 """
@@ -31,18 +31,18 @@ from experiments.layers import RMSNorm, SwiGLU
 Params = dict[str, Any]
 
 
-# Up to so many layers are unrolled: a loop copies each one's kernels out of their stack.
+# Models of at most this many layers are unrolled, since a loop copies kernels out of the stack.
 _UNROLLED = 8
 
 
 class Losses(NamedTuple):
-    """What a forward pass tells of each target.
+    """The result of a forward pass for each target.
 
     Attributes:
-        loss: `(B, T)` float32, cross-entropy in nats; 0 where there is no target.
-        correct: `(B, T)` bool, whether the target has the largest logit.
-        max_logits: largest attention logits `(layers, N)` by the path of the attention, as
-            `muon_jax.qk_clip` takes them; padding has none. Empty where they were not asked for.
+        loss: The cross-entropy in nats, `(B, T)` float32; 0 where there is no target.
+        correct: Whether the target has the largest logit, `(B, T)` bool.
+        max_logits: The largest attention logits `(layers, N)` by the path of the attention, as for
+            `muon_jax.qk_clip`, without padding; empty if not requested.
     """
 
     loss: jax.Array
@@ -54,10 +54,11 @@ class LanguageModel:
     """The forward pass; params are float32 masters, cast before the layers.
 
     Args:
-        architecture: of the params.
-        dtype: of the arithmetic, but for norms, angles, softmax and logits, which are float32.
-        remat: keep of a layer its input and what a kernel of attention returned, and compute the
-            rest again in the backward pass.
+        architecture: The architecture of the model.
+        dtype: The dtype of the computation, except norms, angles, softmax and logits, which are
+            float32.
+        remat: Whether to store only the layers' inputs and the results of attention kernels, and
+            recompute the rest in the backward pass.
         lora: which kernels have adapters.
     """
 
@@ -82,25 +83,26 @@ class LanguageModel:
         max_logits: bool = False,
         threshold: float | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """What the head reads, `(B, T, D)`, and `Losses.max_logits`.
+        """Returns the input of the head, `(B, T, D)`, and `Losses.max_logits`.
 
         Args:
-            params: of the architecture.
-            tokens_BxT: int32, below the vocabulary.
-            segments_BxT: int32; neighbours with one number are one text, which sees no other and
-                whose positions begin at 0; 0 is padding. None is a text in every row.
-            max_logits: whether to tell them.
-            threshold: up to here upper bounds of them will do, as `causal_attention` has it.
+            params: The params.
+            tokens_BxT: The tokens, int32.
+            segments_BxT: int32. Neighbouring positions with equal numbers are one text, which does
+                not see others and whose positions begin at 0. 0 is padding. None means one text per
+                row.
+            max_logits: Whether to return the largest attention logits.
+            threshold: As for `causal_attention`.
 
         Raises:
-            ValueError: segments of another shape than the tokens.
+            ValueError: If the segments have another shape than the tokens.
         """
         positions = jnp.arange(tokens_BxT.shape[1])
         if segments_BxT is not None:
             if segments_BxT.shape != tokens_BxT.shape:
                 raise ValueError(
-                    "Each token has a segment; got tokens of shape "
-                    f"{tokens_BxT.shape} and segments of {segments_BxT.shape}."
+                    "Segments must have the shape of the tokens, "
+                    f"{tokens_BxT.shape}; got {segments_BxT.shape}."
                 )
             segments_BxT, positions = texts(segments_BxT)
 
@@ -154,11 +156,11 @@ class LanguageModel:
         max_logits: bool = False,
         threshold: float | None = None,
     ) -> Losses:
-        """The loss of each position's target, the token that follows it; logits exist in pieces.
+        """Returns the loss of each position's target, with only chunks of logits in memory.
 
         Args:
-            params, tokens_BxT, segments_BxT, max_logits, threshold: as `hidden` takes them.
-            targets_BxT: int32, negative where there is none.
+            params, tokens_BxT, segments_BxT, max_logits, threshold: As for `hidden`.
+            targets_BxT: The targets, int32, negative where there is none.
         """
         hidden, largest = self.hidden(
             params, tokens_BxT, segments_BxT, max_logits=max_logits, threshold=threshold
@@ -177,9 +179,9 @@ class LanguageModel:
         max_logits: bool = False,
         threshold: float | None = None,
     ) -> tuple[jax.Array, Losses]:
-        """The losses' sum ÷ `total`, to be differentiated, and `losses`, of which no gradient is.
+        """Returns the losses' sum over `total`, to differentiate, and `losses` without gradient.
 
-        It is the faster one: the cross-entropy's gradient is found on the way forward.
+        It is faster to differentiate: the forward pass computes the cross-entropy's gradient.
         """
         hidden, largest = self.hidden(
             params, tokens_BxT, segments_BxT, max_logits=max_logits, threshold=threshold
@@ -191,7 +193,7 @@ class LanguageModel:
         return loss, Losses(jnp.where(targets_BxT >= 0, each, 0), correct, largest)
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """`(..., D)` -> `(..., vocabulary)` float32, all at once."""
+        """Returns all logits at once, `(..., D)` -> `(..., vocabulary)` float32."""
         return vocabulary.logits(self._head(params), hidden)
 
     def _head(self, params: Params) -> jax.Array:
@@ -201,7 +203,7 @@ class LanguageModel:
         return self._cast({"head": params["head"]})["head"]["kernel"]
 
     def _cast(self, params: Params) -> Params:
-        """In the model's dtype, cast where they lie, so that half as many bytes are gathered."""
+        """Casts params to the model's dtype before they are gathered, which halves the bytes."""
         specs = sharding.param_specs(params, jax.sharding.get_abstract_mesh())
         return jax.tree.map(
             lambda x, s: jax.lax.with_sharding_constraint(x.astype(self.dtype), s), params, specs
@@ -232,21 +234,21 @@ def shapes(architecture: Architecture, lora: Lora = Lora()) -> Params:  # noqa: 
 
 
 def shardings(architecture: Architecture, mesh: jax.sharding.Mesh) -> Params:
-    """Where the params lie on a mesh of `mesh.make_mesh`.
+    """Returns the shardings of the params on a mesh of `mesh.make_mesh`.
 
     Raises:
-        ValueError: an axis that the mesh does not divide.
+        ValueError: If the mesh does not divide an axis.
     """
     if architecture.kv_heads % mesh.shape["tensor"]:
         raise ValueError(
-            f"The model has {architecture.kv_heads} key heads, which --mesh.tensor "
-            f"{mesh.shape['tensor']} does not divide. Use a divisor."
+            f"--mesh.tensor must divide the model's {architecture.kv_heads} key heads; got "
+            f"{mesh.shape['tensor']}."
         )
     return sharding.shardings(sharding.param_specs(shapes(architecture), mesh), mesh)
 
 
 def init(architecture: Architecture, key: jax.Array) -> Params:
-    """Params as transformers initialises them: normal matrices, gains of 1, biases of 0."""
+    """Initialises params as transformers does: normal matrices, gains of 1, biases of 0."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes(architecture))
     constant = {"scale": 1.0, "bias": 0.0}
     params = [
@@ -259,7 +261,7 @@ def init(architecture: Architecture, key: jax.Array) -> Params:
 
 
 def attention_spec(architecture: Architecture) -> muon_jax.GroupedQuery:
-    """For `muon_jax.qk_clip`: the projections, or the gains where queries and keys are normed."""
+    """Returns the spec of attention for `muon_jax.qk_clip`, with the norms of QK-norm if any."""
     return muon_jax.GroupedQuery(
         heads=architecture.heads,
         kv_heads=architecture.kv_heads,

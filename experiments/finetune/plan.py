@@ -1,4 +1,4 @@
-"""What a fine-tuning is planned from, and the plans of a command and of its suites."""
+"""The facts of a fine-tuning to plan from, and the plans of a command and of its suites."""
 
 import functools
 import math
@@ -26,11 +26,11 @@ from experiments.language.sharding import on_device
 from experiments.parallel import devices_for
 
 _MATRICES = "kernel", "lora_a", "lora_b"
-_MADE_UP_STEPS = 1000  # of a plan, for which no rows are read
+_MADE_UP_STEPS = 1000  # steps of a plan, which does not read the examples
 
 
 def plan(command: Command, console: Console) -> int:
-    """Prints what a step takes; raises `planning.TooLarge` if an arm does not fit."""
+    """Prints the plan of a step. Raises `planning.TooLarge` if an arm does not fit."""
     config = command.training().with_steps(_MADE_UP_STEPS * command.batch)
     architecture = _architecture(command, command.base)
 
@@ -50,7 +50,7 @@ def plan(command: Command, console: Console) -> int:
 def refuse_too_large(
     command: Command, trainers: Iterable[Trainer], limit: int | None, console: Console
 ) -> None:
-    """Prints what trainings take of a device's memory, and refuses those that do not fit."""
+    """Prints the memory of trainings, and checks that they fit the device."""
     cases = [case(trainer) for trainer in trainers]
     warn_of_context(command.context, cases[0].trainer.architecture.context, console)
     show_memory(cases, limit, console, _where(command, len(devices_for(len(cases)))))
@@ -59,7 +59,7 @@ def refuse_too_large(
 
 
 def plan_suite(command: Command, which: SuiteName, console: Console) -> None:
-    """The same of each variant's arms; those that take what others did are only named."""
+    """Prints the memory of each variant's arms, and names variants with equal memory only."""
     cases = {
         name: [
             case_of(
@@ -95,7 +95,7 @@ def plan_suite(command: Command, which: SuiteName, console: Console) -> None:
 
 
 def apart(command: Command) -> bool:
-    """Whether each arm has a device of its own, and does not share all of them in its turn."""
+    """Returns whether each arm trains on its own device; otherwise all devices share each arm."""
     return jax.default_backend() == "cpu" and command.mesh == Mesh() and jax.process_count() == 1
 
 
@@ -104,7 +104,7 @@ def _where(command: Command, at_once: int) -> str | None:
 
 
 def _architecture(command: Command, small: Base) -> Architecture:
-    """Of --preset or --model; without these of a small model."""
+    """Returns the architecture of --preset or --model, or else of the small model."""
     if command.preset:
         return PRESETS[command.preset]
     if command.model is not None:
@@ -115,12 +115,12 @@ def _architecture(command: Command, small: Base) -> Architecture:
 def case_of(
     config: Training, arm: ArmName, mesh: jax.sharding.Mesh, architecture: Architecture
 ) -> Case:
-    """Of a training that need not be compiled, nor have its devices."""
+    """Returns the case of a training, whose devices need not be present."""
     return case(Trainer(config, arm, architecture, mesh))
 
 
 def case(trainer: Trainer) -> Case:
-    """Of a trainer."""
+    """Returns the case of a trainer."""
     config, a, arm = trainer.config, trainer.architecture, trainer.name
     optimizer = config.optimizer
     savings = {

@@ -1,7 +1,6 @@
 """One fine-tuning step: microbatches → gradient → guard → optimizer.
 
-The loss is the sum over all learnt tokens of a step, of all microbatches and devices, over their
-number.
+The loss is the mean over all trained-on tokens of a step, over all microbatches and devices.
 """
 
 import functools
@@ -26,7 +25,7 @@ _NONE = -1  # the target of a position that is not learnt
 
 
 class State(NamedTuple):
-    """What a step carries on; `step` counts batches, skipped ones too."""
+    """The state of a training; `step` counts all batches, including skipped ones."""
 
     step: jax.Array
     params: Params
@@ -36,7 +35,7 @@ class State(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """What a step reads, each `(microbatches, B, T)` int32; targets are -1 where none is learnt."""
+    """A step's batch, each array `(microbatches, B, T)` int32; targets are -1 if not trained on."""
 
     tokens: jax.Array
     targets: jax.Array
@@ -44,13 +43,13 @@ class Windows(NamedTuple):
 
 
 class Trainer(trainer.Trainer):
-    """The compiled functions of one fine-tuning, and where their arrays lie.
+    """The compiled functions of one fine-tuning, and the shardings of their arrays.
 
     Args:
-        config: what to train; its `steps` and `warmup` are known.
-        arm: which optimizer.
-        architecture: of the params.
-        mesh: of `mesh.make_mesh`.
+        config: The settings, with known `steps` and `warmup`.
+        arm: The name of the optimizer.
+        architecture: The architecture of the model.
+        mesh: The mesh, from `mesh.make_mesh`.
 
     Attributes:
         places: the shardings of the model's params, which have no adapters.
@@ -63,7 +62,7 @@ class Trainer(trainer.Trainer):
         self, config: Training, arm: ArmName, architecture: Architecture, mesh: jax.sharding.Mesh
     ):
         if not config.steps or config.warmup is None:
-            raise ValueError("A training has steps and a warm-up; `config.with_steps` gives them.")
+            raise ValueError("The config must have steps and warm-up; use `config.with_steps`.")
         self.config, self.name, self.architecture = config, arm, architecture
         arms.check(arm, config, architecture)
         self.model = LanguageModel(architecture, config.dtype, config.remat, config.lora)
@@ -120,15 +119,15 @@ class Trainer(trainer.Trainer):
             return self._compiled_merge(self.evaluated(state))
 
     def place(self, batch: Batch) -> Windows:
-        """The windows of `share` as this process's part of a step's."""
+        """Returns a step's batch from the part that this process makes, as in `share`."""
         return Windows(*map(self.share.place, _parts(batch)))
 
     def place_whole(self, batch: Batch) -> Windows:
-        """A batch that every process has whole, as one microbatch, to evaluate."""
+        """Returns one microbatch for evaluation, from a batch that every process has in full."""
         return Windows(*(place_whole(x[None], self.windows) for x in _parts(batch)))
 
     def start(self, params: Params) -> State:
-        """The state before the first step; `params`, which lie as `places` says, are donated."""
+        """Returns the state before the first step. `params`, sharded as `places`, are donated."""
         with jax.set_mesh(self.mesh):
             return self._compiled_start(params)
 
@@ -143,7 +142,10 @@ class Trainer(trainer.Trainer):
         return lora.join(params, state.frozen)
 
     def evaluate(self, params: Params, windows: Windows) -> dict[str, jax.Array]:
-        """Sums over the learnt tokens: `loss` in nats, how many are `correct`, `learnt`."""
+        """Returns sums over the trained-on tokens: the `loss` in nats, and how many are `correct`.
+
+        `learnt` is the number of these tokens.
+        """
         with jax.set_mesh(self.mesh):
             return self._compiled_evaluate(params, windows)
 
@@ -179,7 +181,7 @@ class Trainer(trainer.Trainer):
         metrics = {
             "loss": loss,
             "accuracy": jnp.sum(correct) / jnp.maximum(jnp.sum(learnt), 1),
-            # trl's: a mean of the microbatches' own, however many tokens they learn.
+            # As in trl, the mean over microbatches, whatever their numbers of trained-on tokens.
             "mean_token_accuracy": jnp.mean(correct / jnp.maximum(learnt, 1)),
             "learnt": jnp.sum(learnt),
             "gradient_norm": norm,
@@ -196,7 +198,7 @@ class Trainer(trainer.Trainer):
     def _gradient(
         self, params: Params, frozen: Params, windows: Windows, look: bool = False
     ) -> tuple[jax.Array, Params, dict[str, Any]]:
-        """Of the mean over all learnt tokens; and what was seen, by microbatch but the logits."""
+        """Returns the mean loss over all trained-on tokens, its gradient and the observations."""
         told = look or self.clips_at is not None
 
         def loss_of(params: Params, *given: jax.Array) -> Any:
@@ -209,7 +211,7 @@ class Trainer(trainer.Trainer):
             (loss, found), gradient = jax.value_and_grad(loss_of, has_aux=True)(
                 params, *windows, total
             )
-            # Summed where it lies, and not whole on every device.
+            # Makes XLA sum shards of the gradient, not whole gradients on every device.
             gradient = jax.tree.map(jax.lax.with_sharding_constraint, gradient, self.specs)
             gradient = jax.lax.optimization_barrier(gradient)
             seen = {
@@ -242,13 +244,13 @@ class Trainer(trainer.Trainer):
 
 
 def _parts(batch: Batch) -> list[np.ndarray]:
-    """What `Windows` have, `(B, T)` int32 each."""
+    """Returns the arrays of `Windows` for a batch, each `(B, T)` int32."""
     parts = batch.tokens, np.where(batch.mask > 0, batch.targets, _NONE), batch.segments
     return [np.asarray(x, np.int32) for x in parts]
 
 
 def check(config: Training, architecture: Architecture, mesh: jax.sharding.Mesh) -> Any:
-    """The specs of the params, or a ValueError of what the mesh does not divide."""
+    """Checks that the mesh divides the batch and the model, and returns the specs of the params."""
     trainer.check_batch(config, mesh)
     sharding.check_heads(mesh, heads=architecture.heads, kv_heads=architecture.kv_heads)
     return sharding.param_specs(model.shapes(architecture, config.lora), mesh)

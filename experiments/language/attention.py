@@ -1,7 +1,7 @@
-"""Causal attention, latent (DeepSeek-V2, 2405.04434) or grouped-query, and the product of both.
+"""Causal attention, with latent (DeepSeek-V2, 2405.04434) or grouped-query keys and values.
 
-Shapes: B sequences, T positions, D width, N heads, K of keys and values, H columns of a query or
-key head, V of a value.
+Shapes: B sequences, T positions, D width, N query heads, K key and value heads, H dimensions of a
+query or key head, V of a value head.
 """
 
 import functools
@@ -19,16 +19,16 @@ from experiments.language.sharding import constrain, spec
 from experiments.layers import Linear, RMSNorm, RopeScaling, fan_in_uniform, rotate
 from muon_jax import max_attention_logits
 
-# Query positions at a time, at most; also the side of the splash kernel's blocks.
+# Maximum number of query positions at a time; also the side of the splash kernel's blocks.
 BLOCK = 512
-# Of a head, to which cuDNN's kernel and its gradient are confined on some GPUs that JAX knows.
+# Maximum dimensions of a head for cuDNN's kernel and its gradient on some of JAX's GPUs.
 _CUDNN_COLUMNS = 128
-# The splash kernel wants lengths of whole vectors.
+# The splash kernel requires lengths that are multiples of a vector.
 _LANES = 128
 
 
-# For `jax.checkpoint`: keeps what kernels of ours and the splash kernel return, which are dear to
-# run again and no larger than a layer's input. JAX's gradient of cuDNN's cannot be told to.
+# Policy for `jax.checkpoint` that stores the results of our kernels and of the splash kernel, which
+# are costly to recompute and no larger than a layer's input. JAX does not allow it for cuDNN's.
 KEEP_KERNELS = jax.checkpoint_policies.save_only_these_names(packed_attention.KEPT)
 
 
@@ -39,22 +39,23 @@ def causal_attention(
     segments_BxT: jax.Array | None = None,
     threshold: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention of each position to itself and those before it in its segment.
+    """Computes softmax attention of each position to itself and earlier ones in its segment.
 
-    On a GPU cuDNN's kernel does it, and one of ours where there are segments, float32 or heads
-    wider than cuDNN's; on a TPU the splash kernel; elsewhere blocks of queries one after another,
-    each against the keys that it sees, so that logits of few are held at a time.
+    On a GPU this uses cuDNN's kernel, or our own for segments, float32 or wider heads; on a TPU the
+    splash kernel; elsewhere blocks of queries in turn, each with the keys that it sees, so that few
+    logits are in memory at a time.
 
     Args:
-        q_BxTxNxH, k_BxTxKxH, v_BxTxKxV: K divides N; each key head serves N / K query heads.
-        segments_BxT: neighbours with one number are one text, and no other text has that number;
-            those with 0 are padding, whose mixed values are finite and mean nothing. None is one
-            text in each sequence.
-        threshold: up to here an upper bound of a largest logit will do, which is what a kernel
-            tells; None is for the logits themselves, and infinity always takes the bound.
+        q_BxTxNxH, k_BxTxKxH, v_BxTxKxV: Queries, keys and values. K must divide N; each key head
+            serves N / K query heads.
+        segments_BxT: Neighbouring positions with equal numbers are one text; each text has its own
+            number. 0 is padding, whose outputs are finite but meaningless. None means one text per
+            sequence.
+        threshold: Largest logits up to this value may be replaced by an upper bound, which kernels
+            return at no cost. None means exact logits, infinity always the bound.
 
     Returns:
-        The mixed values `(B, T, N, V)`, and each head's largest logit `(N,)`, float32.
+        The outputs `(B, T, N, V)`, and each head's largest logit `(N,)`, float32.
     """
     length = q_BxTxNxH.shape[1]
     packed = segments_BxT is not None
@@ -64,10 +65,10 @@ def causal_attention(
         return kernel(q_BxTxNxH, k_BxTxKxH, v_BxTxKxV, segments_BxT, threshold)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BxTxNxH, k_BxTxKxH, v_BxTxKxV))
     k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
-    # Eight blocks skip nearly half of the pairs; smaller ones than 64 are slow products.
+    # Eight blocks skip nearly half of the pairs; products of blocks smaller than 64 are slow.
     block = min(max(-(-length // 8), 64), BLOCK)
     starts = list(range(0, length, block))
-    # Split, not sliced: of slices the gradient is a sum of padded arrays.
+    # Split, not sliced, since the gradient of slices is a sum of padded arrays.
     q, k, v = (jnp.split(x, starts[1:], axis=2) for x in (q, k, v))
     mixed, largest = [], []
     for i, queries in enumerate(q):
@@ -86,15 +87,15 @@ def shows_logits(
     dtype: jax.typing.DTypeLike,
     packed: bool = False,
 ) -> bool:
-    """Whether attention on this mesh has its logits at hand, so that the largest cost nothing.
+    """Returns whether attention on this mesh returns exact largest logits at no cost.
 
-    Other kernels than ours keep them: the exact largest take another product of queries and keys.
+    Kernels other than ours do not return them; they take another product of queries and keys.
     """
     return _kernel(mesh.abstract_mesh, length, columns, dtype, packed) in (None, _by_packed)
 
 
 def largest_known(max_logits: dict[str, jax.Array], threshold: float | None) -> jax.Array:
-    """The largest of all heads' logits as `causal_attention` told them; NaN for a mere bound."""
+    """Returns the largest logit of all heads; NaN if it is only an upper bound."""
     if not max_logits:
         return jnp.full([], jnp.nan)
     largest = jnp.max(jnp.stack([jnp.max(of_heads) for of_heads in max_logits.values()]))
@@ -110,7 +111,7 @@ def _kernel(
 ) -> Callable[..., Any] | None:
     platform = mesh.abstract_device.platform
     if platform == "gpu":
-        is_narrow = jnp.dtype(dtype).itemsize == 2  # what cuDNN's takes
+        is_narrow = jnp.dtype(dtype).itemsize == 2  # as cuDNN requires
         if triton is not None and (packed or columns > _CUDNN_COLUMNS or not is_narrow):
             return _by_packed
         return _by_cudnn if is_narrow else None
@@ -123,7 +124,7 @@ def _kernel(
 def _block(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The last positions `(B, N, t, H)`, as many as there are queries, against all."""
+    """Computes the attention of the last t positions, the queries `(B, N, t, H)`, to all keys."""
     logits = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32)
     logits *= q.shape[-1] ** -0.5
     positions = jnp.arange(k.shape[2])
@@ -135,7 +136,7 @@ def _block(
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    # Divided last, where there are fewest.
+    # Divides after the product, since the outputs have fewer entries than the weights.
     mixed = jnp.einsum("bnts,bnsv->bntv", weights.astype(v.dtype), v) / total.astype(v.dtype)
     if segments is not None:
         largest = jnp.where(own > 0, largest, -jnp.inf)
@@ -150,7 +151,7 @@ def _by_cudnn(
     threshold: float | None,
 ) -> tuple[jax.Array, jax.Array]:
     padding = q.shape[-1] - v.shape[-1]
-    padded = jnp.pad(v, ((0, 0),) * 3 + ((0, padding),))  # cuDNN wants heads of one size
+    padded = jnp.pad(v, ((0, 0),) * 3 + ((0, padding),))  # cuDNN requires heads of equal size
     mask = None
     if segments is not None:
         mask = segments[:, None, :, None] == segments[:, None, None]
@@ -186,7 +187,7 @@ def _by_splash(
     segments: jax.Array | None,
     threshold: float | None,
 ) -> tuple[jax.Array, jax.Array]:
-    # XLA cannot partition a kernel: each device runs it on its own sequences and heads.
+    # XLA cannot partition a kernel, so each device runs it on its own sequences and heads.
     place = spec("batch", None, "heads", None)
     mixed, logsumexp = jax.shard_map(
         splash,
@@ -204,7 +205,7 @@ def _largest(
     logsumexp: jax.Array,
     threshold: float | None,
 ) -> jax.Array:
-    """Each head's largest logit beside a kernel; of padding there is none."""
+    """Returns each head's largest logit, or its upper bound, for a kernel; −∞ for padding."""
     mask = None
     if threshold == math.inf:
         if segments is not None:
@@ -226,10 +227,10 @@ def splash(
     segments: jax.Array | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Causal attention of one device's heads, and its log-sum-exp `(B, T, N)`.
+    """Computes causal attention of one device's heads, and its log-sum-exp `(B, T, N)`.
 
-    The log-sum-exp has no gradient: the kernel that JAX can differentiate does not tell it, so
-    another run of the forward pass does.
+    The log-sum-exp has no gradient. It takes another forward pass, since the kernel that JAX can
+    differentiate does not return it.
     """
     length, heads = q.shape[1:3]
     sides = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
@@ -252,17 +253,18 @@ def splash(
 
 
 class GroupedQuery(nnx.Module):
-    """Keys and values of which each head serves as many of queries, all rotated.
+    """Grouped-query attention with RoPE.
 
     Args:
-        width: of the residual stream.
-        heads: of queries.
-        kv_heads: of keys and values, which divide these.
-        columns: of a head.
-        rope_base: of RoPE's wavelengths.
-        norm_epsilon: of an RMSNorm of each query and key head before it is rotated; None is none.
-        bias: of queries, keys and values.
-        rope_scaling: of RoPE's frequencies.
+        width: The width of the residual stream.
+        heads: The number of query heads.
+        kv_heads: The number of key and value heads, a divisor of `heads`.
+        columns: The number of dimensions of a head.
+        rope_base: The base of RoPE's wavelengths.
+        norm_epsilon: The epsilon of an RMSNorm of each query and key head before RoPE. None means
+            no norm.
+        bias: Whether the projections to queries, keys and values have biases.
+        rope_scaling: The scaling of RoPE's frequencies.
     """
 
     def __init__(
@@ -317,7 +319,7 @@ class GroupedQuery(nnx.Module):
 
 
 class Latent(nnx.Module):
-    """Keys and values from a short latent, and one rotated key for all heads."""
+    """Latent attention: keys and values from a short latent, one key with RoPE for all heads."""
 
     def __init__(
         self,
@@ -336,7 +338,7 @@ class Latent(nnx.Module):
         self.nope, self.rope = nope, rope
         self.query = Linear(width, heads * (nope + rope), init=init, rngs=rngs)
         self.latent = Linear(width, latent + rope, init=init, rngs=rngs)
-        # DeepSeek's own code and transformers fix this one, whatever the other norms have.
+        # DeepSeek's own code and transformers fix this epsilon, whatever the other norms have.
         self.latent_norm = RMSNorm(latent, epsilon=1e-6, rngs=rngs)
         self.key_value = Linear(latent, heads * (nope + value), init=init, rngs=rngs)
         self.out = Linear(heads * value, width, init=init, rngs=rngs)
@@ -382,5 +384,5 @@ def join_heads(x: jax.Array) -> jax.Array:
 def rotate_heads(
     x: jax.Array, positions: jax.Array, base: float, scaling: RopeScaling | None = None
 ) -> jax.Array:
-    """RoPE with angles in float32, in the dtype of `x`."""
+    """Applies RoPE, with angles in float32, and returns the dtype of `x`."""
     return rotate(x.astype(jnp.float32), positions, base, scaling).astype(x.dtype)

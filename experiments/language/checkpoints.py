@@ -1,4 +1,4 @@
-"""Checkpoints of long runs: Orbax's arrays, sealed by a manifest of digests."""
+"""Checkpoints of long runs: arrays written by Orbax, sealed by a manifest of digests."""
 
 import concurrent.futures
 import errno
@@ -23,20 +23,20 @@ from experiments.language import manifests
 from experiments.language.processes import from_every_process, on_host
 from experiments.runs import RunError
 
-_NAMED = 8  # so many leaves or files are named in an error
+_NAMED = 8  # maximum number of leaves or files that an error names
 
-# Orbax logs a traceback from each thread that an error passes through; the caller gets the error.
+# Orbax logs a traceback in each thread that an error passes through, though the caller gets it too.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 class Restored(NamedTuple):
-    """A checkpoint read back.
+    """A restored checkpoint.
 
     Attributes:
-        step: that it was saved at.
-        state: the tree of `abstract`, with the saved values.
-        meta: what was saved with it, as JSON gives it back.
-        damaged: newer checkpoints that were passed over, and what is wrong with each.
+        step: The step at which it was saved.
+        state: The tree `abstract` with the saved values.
+        meta: The JSON that was saved beside it.
+        damaged: Descriptions of newer checkpoints that were skipped because they are damaged.
     """
 
     step: int
@@ -46,21 +46,22 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run: each is whole or does not count.
+    """The checkpoints of one run. Incomplete ones are never used.
 
-    Orbax writes the arrays to `folder/step_<step>`. When it is done `manifest.json` is added, with
-    the size and sha256 of every file and the shape and dtype of every leaf. A folder without it is
-    an unfinished save: it is never read, and the next save removes it. A kill at any moment costs
-    the save in progress and no more.
+    Orbax writes the arrays to `folder/step_<step>`. When they are complete, `manifest.json` is
+    added, with the size and sha256 of every file and the shape and dtype of every leaf. A folder
+    without it is an unfinished save, which is never read, and which the next save removes. A kill
+    at any moment loses only the save in progress.
 
-    The processes of `jax.distributed` make the same calls in the same order, on a folder that
-    they share. Each writes its shards; the first one seals, checks, removes and decides for all.
+    All processes of `jax.distributed` must make the same calls in the same order, with one shared
+    folder. Each writes its shards; the first process seals, checks, deletes and decides for all.
 
-    Use it with `contextlib.closing`: a process that ends without `close` loses the last save.
+    Use `contextlib.closing`: a process that ends without `close` loses the last save.
 
     Args:
-        folder: local or `gs://`, `s3://`; made by the first save.
-        keep: how many to keep, the newest ones; an older one goes when a newer one is whole.
+        folder: The folder, local or in `gs://` or `s3://`. The first save makes it.
+        keep: The number of newest checkpoints to keep. An older one is deleted when a newer one is
+            complete.
 
     Attributes:
         spared: the step of one that stays beside these; None for none.
@@ -82,16 +83,16 @@ class Checkpoints:
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Begins to save; returns when `state` may be donated, and goes on in the background.
+        """Starts a save in the background, and returns as soon as `state` may be donated.
 
         Args:
-            state: a tree of jax arrays (PRNG keys too), numpy arrays and Python's numbers.
-            meta: small and JSON-able.
+            state: A tree of JAX arrays (including PRNG keys), NumPy arrays and Python numbers.
+            meta: Small, JSON-able data.
 
         Raises:
-            RunError: the folder has a checkpoint of this step or a later one.
-            OSError: this save could not begin, or the one before could not be finished.
-            TypeError, ValueError: `state` or `meta` cannot be saved as it is.
+            RunError: If the folder has a checkpoint of this step or a later one.
+            OSError: If this save could not start, or the previous one could not be finished.
+            TypeError, ValueError: If `state` or `meta` cannot be saved.
         """
         self.wait()
         manifest = {
@@ -105,10 +106,10 @@ class Checkpoints:
         self._saving = step, self._saver.submit(self._finish, arrays, manifest)
 
     def wait(self) -> None:
-        """Returns when the last save is whole on disk.
+        """Waits until the last save is complete.
 
         Raises:
-            OSError: it could not be finished; the checkpoints before it are untouched.
+            OSError: If it could not be finished. Earlier checkpoints are untouched.
         """
         if self._saving is None:
             return
@@ -127,21 +128,22 @@ class Checkpoints:
             ) from error
 
     def restore(self, abstract: Any, *, step: int | None = None) -> Restored | None:
-        """Reads the newest whole checkpoint, or that of `step`.
+        """Reads the newest complete checkpoint, or that of `step`.
 
-        Size and digest of each file are checked first; a checkpoint with a missing, changed or
-        added file is passed over for the one before.
+        The size and digest of each file are checked first. A checkpoint with a missing, changed or
+        added file is skipped, and the one before it is read.
 
         Args:
-            abstract: a tree like the saved state, of `jax.ShapeDtypeStruct` with shardings on any
-                mesh (or arrays, which are only looked at). Without a sharding: the first device.
+            abstract: A tree like the saved state, of `jax.ShapeDtypeStruct` with shardings on any
+                mesh, or of arrays, whose values are not used. Leaves without a sharding are
+                restored to the first device.
 
         Returns:
-            None where the folder holds no checkpoint.
+            The checkpoint; None if the folder contains none.
 
         Raises:
-            RunError: there are checkpoints and none of them is whole, or not that of `step`.
-            ValueError: the checkpoint is of a state with other leaves, shapes or dtypes.
+            RunError: If there are checkpoints, but none, or not that of `step`, is complete.
+            ValueError: If the saved state has other leaves, shapes or dtypes.
         """
         self.wait()
         manifest, damaged = _in_first_process(lambda: self._choose(step))
@@ -161,7 +163,7 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
-        """The steps of the finished checkpoints, ascending; their files are not read."""
+        """Returns the steps of the finished checkpoints, ascending, without reading their files."""
         return _in_first_process(self._finished)
 
     def remove_later(self, step: int) -> None:
@@ -176,7 +178,7 @@ class Checkpoints:
         _in_first_process(remove)
 
     def close(self) -> None:
-        """Waits for the last save, and raises its error."""
+        """Waits for the last save, and raises its error if it failed."""
         try:
             self.wait()
         finally:
@@ -203,8 +205,8 @@ class Checkpoints:
         finished = self._finished()
         if finished and step <= finished[-1]:
             raise RunError(
-                f"{self.folder} has a checkpoint of step {finished[-1]}, so one of step {step} "
-                "would not be the newest. Remove the later ones first."
+                f"A new checkpoint must be of a later step than {finished[-1]}, the newest in "
+                f"{self.folder}; got step {step}. Remove the later ones first."
             )
         for number, path in self._folders().items():
             if number not in finished:
@@ -220,7 +222,7 @@ class Checkpoints:
                     _remove(self._path(step))
 
     def _choose(self, wanted: int | None) -> tuple[dict[str, Any] | None, list[tuple[int, str]]]:
-        """The manifest of the one to restore, and the newer ones with what is wrong with them."""
+        """Returns the manifest of the one to restore, and the faults of newer ones."""
         candidates = {
             s: path for s, path in self._folders().items() if (path / manifests.NAME).exists()
         }
@@ -238,7 +240,7 @@ class Checkpoints:
         if damaged:
             found = "; ".join(f"step {step}: {reason}" for step, reason in damaged)
             raise RunError(
-                f"{self.folder} has no whole "
+                f"{self.folder} has no complete "
                 f"checkpoint{'' if wanted is None else ' of that step'} ({found}). Restore one "
                 "from a backup, or start again in another folder."
             )
@@ -246,10 +248,10 @@ class Checkpoints:
 
 
 def params_sha256(params: Any) -> str:
-    """Digest of names, shapes, dtypes and bytes of all leaves, in the order of their paths.
+    """Returns a digest of the names, shapes, dtypes and bytes of all leaves, sorted by path.
 
-    It does not depend on the sharding. A leaf that lies over several processes is gathered, so
-    they all must call; one leaf at a time is on the host.
+    It does not depend on the sharding. Leaves that are sharded over several processes are gathered
+    to the host one at a time, so all processes must call this.
     """
     digest = hashlib.sha256()
     for name, leaf in sorted(_named(params, "/"), key=lambda item: item[0]):
@@ -261,14 +263,14 @@ def params_sha256(params: Any) -> str:
 
 @functools.cache
 def _teach_orbax_s3() -> None:
-    """TensorStore has a driver for S3; Orbax 0.12 uses that for `gs://` only (its pull 2739)."""
+    """Makes Orbax use TensorStore's S3 driver, which Orbax 0.12 does not (its pull 2739)."""
     gcs_driver = gcs_utils.get_kvstore_for_gcs
 
     def driver(path: str) -> dict[str, Any]:
         if not path.startswith("s3://"):
             return gcs_driver(path)
         bucket, _, key = path.removeprefix("s3://").partition("/")
-        # s3fs, which etils uses, reads this variable by itself.
+        # s3fs, which etils uses, reads this variable, but TensorStore does not.
         endpoint = os.environ.get("AWS_ENDPOINT_URL")
         return {"driver": "s3", "bucket": bucket, "path": key} | (
             {"endpoint": endpoint} if endpoint else {}
@@ -283,12 +285,12 @@ def _teach_orbax_s3() -> None:
 
 def _orbax() -> ocp.Context:
     context = ocp.Context()
-    # Our manifest makes a folder count, so nothing needs renaming, which object stores lack.
+    # Our manifest marks a folder as complete, so no renaming is needed, which object stores lack.
     context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
-    # A folder that cannot be made is then an error at once, not threads that wait for minutes.
+    # So a folder that cannot be made is an error at once; threads would wait for minutes.
     context.asynchronous.create_directories_asynchronously = False
     context.array.saving.use_compression = False  # trained weights do not shrink
-    # Each slice is a program to compile: not for norms and counters that lie on all devices.
+    # Each slice compiles a program, which small replicated arrays, such as counters, do not need.
     context.array.saving.min_slice_bytes_for_replica_parallel = 1 << 20
     return context
 
@@ -301,7 +303,7 @@ def _named(tree: Any, separator: str) -> list[tuple[str, Any]]:
 
 
 def _leaves(tree: Any) -> dict[str, list[Any]]:
-    """Name of each leaf → `[shape, dtype]`."""
+    """Returns `[shape, dtype]` of each leaf by name."""
     leaves: dict[str, list[Any]] = {}
     for name, leaf in _named(tree, "."):
         if name in leaves:
@@ -350,7 +352,7 @@ def _as_abstract(leaf: Any) -> Any:
 
 
 def _without_empty(tree: Any) -> Any:
-    """Orbax refuses arrays without elements; nothing is lost with them."""
+    """Replaces empty arrays by None, since Orbax rejects them."""
     return jax.tree.map(lambda leaf: None if getattr(leaf, "size", 1) == 0 else leaf, tree)
 
 
@@ -361,13 +363,13 @@ def _with_empty(abstract: Any, leaf: Any) -> Any:
 
 
 def _remove(path: epath.Path) -> None:
-    """Removes a checkpoint; killed halfway, what is left counts as unfinished, not as damaged."""
+    """Removes a checkpoint. After a kill halfway, the rest counts as unfinished, not damaged."""
     (path / manifests.NAME).unlink(missing_ok=True)
     path.rmtree(missing_ok=True)
 
 
 def _errno(error: BaseException | None) -> int:
-    """TensorStore has it in the text only."""
+    """Returns an error's errno, which TensorStore states only in the message."""
     found = re.search(r"os_error_code='(\d+)'", str(error))
     return int(found[1]) if found else getattr(error, "errno", None) or errno.EIO
 
@@ -379,7 +381,7 @@ def _in_any_process(here: bool) -> bool:
 
 
 def _in_first_process(work: Callable[[], Any]) -> Any:
-    """What `work` gives or raises in the first process, in each of them."""
+    """Runs `work` in the first process, and returns or raises its result in every process."""
     if jax.process_count() == 1:
         return work()
     answer = reason = error = None

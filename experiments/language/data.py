@@ -33,11 +33,11 @@ class Data:
     """Settings of the text and its tokenisation."""
 
     files: tuple[str, ...] = ()
-    """Globs of text or token files, which may be in gs:// or s3://. Text: .txt (one document each),
-    .jsonl, .jsonl.gz or .parquet (documents in the field or column "text"). Tokens: .npy (uint16 or
-    uint32) or .bin (uint16); held out are those with val, valid, validation or test as a word of
-    their name, or else the end of the last file. By default the source of Python's standard
-    library."""
+    """Globs of text or token files, local or in gs:// or s3://. Text files: .txt (one document
+    each), .jsonl, .jsonl.gz or .parquet (one document in each "text" field). Token files: .npy
+    (uint16 or uint32) or .bin (uint16). A token file whose name contains the word val, valid,
+    validation or test is held out; without such a file, the end of the last one is. By default,
+    the source of Python's standard library."""
     mixture: tuple[tuple[str, Positive, str], ...] = ()
     """Sources in place of --data.files, each a NAME, a WEIGHT and a quoted GLOB, such as code 3
     "a/*.py" prose 1 "b/*.txt". Of all sequences a source has its weight's share, in an order and
@@ -71,15 +71,15 @@ class Tokens(NamedTuple):
     """A tokenised text.
 
     Attributes:
-        name: where it is from.
-        train: memory-mapped shards to train on, each `(tokens,)` uint16 or uint32.
-        validation: shards that are held out.
-        vocabulary: all tokens are less than it.
-        bytes_per_token: `(vocabulary,)` int32, 0 for special tokens; None where tokens do not tell
-            the bytes of their text exactly.
-        tokenizer: None for shards that came without.
-        end_of_text: the token that ends a document; None without a tokenizer.
-        sha256: digest of all tokens, and of what `bytes_per_token` tells.
+        name: The name of the source.
+        train: Memory-mapped shards to train on, each `(tokens,)` uint16 or uint32.
+        validation: Held-out shards.
+        vocabulary: The vocabulary size; all tokens are less.
+        bytes_per_token: `(vocabulary,)` int32, 0 for special tokens. None if the bytes of the text
+            do not follow exactly from its tokens.
+        tokenizer: The tokenizer; None for shards without one.
+        end_of_text: The token that ends a document; None without a tokenizer.
+        sha256: The digest of all tokens and of `bytes_per_token`.
         parts: of a mixture: each source's name, weight and tokens; the shards above are of all.
     """
 
@@ -94,7 +94,7 @@ class Tokens(NamedTuple):
     parts: tuple[tuple[str, float, "Tokens"], ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """What a run records of it."""
+        """Returns the record that a run stores."""
         sources = {name: {"weight": w} | tokens.as_json() for name, w, tokens in self.parts}
         return ({"sources": sources} if sources else {}) | {
             "name": self.name,

@@ -1,4 +1,4 @@
-"""A layer of a decoder, whatever its attention and feed-forward part are."""
+"""A decoder layer with any attention and feed-forward part."""
 
 import math
 from collections.abc import Callable
@@ -21,12 +21,12 @@ class Cache(NamedTuple):
 
 
 class Layer(nnx.Module):
-    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
+    """A pre-norm layer: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
 
     Args:
-        width: of the residual stream.
-        epsilon: of both norms.
-        attention, feed_forward: make these of `rngs`.
+        width: The width of the residual stream.
+        epsilon: The epsilon of both norms.
+        attention, feed_forward: Make the two parts from `rngs`.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class Layer(nnx.Module):
     def __call__(
         self, x_BxTxD: jax.Array, *attended: Any, bias_E: jax.Array | None = None
     ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-        """The next `x`, and what was seen on the way: largest logits of heads, and the routing.
+        """Returns the output, the largest logits of the heads, and the routing.
 
         Args:
-            x_BxTxD: of each token.
-            *attended: what else the attention takes.
-            bias_E: of the experts' selection, where the feed-forward part has experts.
+            x_BxTxD: The residual stream.
+            *attended: Further arguments of the attention.
+            bias_E: The selection bias, if the feed-forward part has experts.
         """
         x_BxTxD = constrain(x_BxTxD, "batch", None, None)
         mixed, max_logits = self.attention(self.attention_norm(x_BxTxD), *attended)
@@ -107,5 +107,5 @@ def _attend(q_BxTxNxH: jax.Array, cache: Cache, positions_T: jax.Array) -> jax.A
 
 
 def graph(make: Callable[[nnx.Rngs], nnx.Module]) -> Any:
-    """Of a module, to be merged with its params."""
+    """Returns the graph definition of a module, to merge with its params."""
     return nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, ...)[0]

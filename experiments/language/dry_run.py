@@ -151,7 +151,7 @@ def _axes_table(params: Any, mesh: jax.sharding.Mesh) -> Table:
 
 
 def _parameters_text(case: Case) -> str:
-    """How many there are, and how many a token passes through."""
+    """Returns the number of parameters, in all and active per token, as text."""
     leaves = _paths(case.params) | _paths(case.frozen)
     sizes = {name: leaf.size for name, leaf in leaves.items()}
     whole = sum(sizes.values())

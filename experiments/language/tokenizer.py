@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from experiments.json_files import read_json
 
-_LARGEST = 1 << 22  # tokens of a vocabulary at most; what is allocated grows with the last one
+_LARGEST = 1 << 22  # maximum vocabulary size, since memory grows with the largest id
 _BYTES = pre_tokenizers.ByteLevel.alphabet()
 
 
@@ -114,7 +114,7 @@ def facts_of(folder: epath.Path) -> tuple[str | None, int]:
 
 
 def read(source: bytes, name: str) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`, which neither cuts nor pads.
+    """Returns the tokenizer of a `tokenizer.json`, without truncation and padding.
 
     Raises:
         ValueError: If the content is damaged. The message has the file's name.

@@ -1,4 +1,4 @@
-"""The compiled functions of a language model's training, and where their arrays lie."""
+"""The compiled functions of a language model's training, and the shardings of their arrays."""
 
 import abc
 import functools
@@ -77,30 +77,30 @@ class Trainer(abc.ABC):
 
     @abc.abstractmethod
     def _start(self, begin: Any) -> Any:
-        """The state before the first step."""
+        """Returns the state before the first step."""
 
     @abc.abstractmethod
     def _step(
         self, state: Any, windows: Any, rate: jax.Array, look: bool = False
     ) -> tuple[Any, Metrics]:
-        """The state after a step, and metrics; `look` is that of `advance`."""
+        """Returns the state after a step, and metrics; `look` is as for `advance`."""
 
     @functools.cached_property
     def share(self) -> Share:
-        """What this process makes of a step's windows."""
+        """The part of a step's batch that this process makes."""
         return Share(self.windows, self.config.accumulate, self.config.microbatch)
 
     @functools.cached_property
     def program(self) -> jax.stages.Compiled:
-        """The compiled step; to be had before there is a state."""
+        """The compiled step, which is available before there is a state."""
         return self._compiled(self.step)
 
     @functools.cached_property
     def looking(self) -> jax.stages.Compiled:
-        """The compiled step that tells the exact largest attention logit, too.
+        """The compiled step that also returns the exact largest attention logit.
 
-        It is `program` itself where attention has its logits at hand; else it is compiled when
-        first needed, and updates as `program` does.
+        It is `program` itself if attention returns exact logits at no cost. Otherwise it is
+        compiled when first needed; its updates are those of `program`.
         """
         return self.program if self._shows_logits else self._compiled(self._jitted(look=True))
 
@@ -120,24 +120,24 @@ class Trainer(abc.ABC):
     def advance(
         self, state: Any, windows: Any, rate: float | None = None, look: bool = True
     ) -> tuple[Any, Metrics]:
-        """One step, `state` is donated.
+        """Runs one step, and donates `state`.
 
         Args:
-            state: of the step before.
-            windows: of the step, placed as `self.windows`.
-            rate: takes the place of the config's learning rate; all share one program.
-            look: whether to tell the exact `max_logit`, which changes nothing else; without it
-                that may be NaN.
+            state: The state before the step.
+            windows: The batch of the step, with the sharding `self.windows`.
+            rate: A learning rate that replaces the config's, in the same program.
+            look: Whether to return the exact `max_logit`, which may otherwise be NaN. This does not
+                change the update.
 
         Returns:
-            The new state, and metrics: arrays, and dicts of these.
+            The new state, and metrics: arrays, or dicts of arrays.
         """
         program = self.looking if look else self.program
         given = np.float32(self.rate if rate is None else rate)
         return program(state, windows, place_whole(given, self._whole))
 
     def _threshold(self, look: bool) -> float | None:
-        """Up to where upper bounds of largest logits will do."""
+        """Returns the value up to which upper bounds of largest logits suffice."""
         return None if look else self.clips_at
 
 
@@ -148,12 +148,12 @@ def _placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
 def sum_microbatches(
     microbatch: Callable[[Any], tuple[jax.Array, Any, Any]], windows: Any, zeros: Any
 ) -> tuple[Any, Any]:
-    """Sums of the microbatches' losses and gradients, and what was observed, stacked.
+    """Returns the sums of the microbatches' losses and gradients, and their stacked observations.
 
     Args:
-        microbatch: `windows -> (loss, gradient, observed)` of one.
-        windows: of all.
-        zeros: of loss and gradient, to begin with.
+        microbatch: The function `windows -> (loss, gradient, observed)` of one microbatch.
+        windows: The batches of all microbatches.
+        zeros: The initial sums of loss and gradient.
     """
 
     def add(sums: Any, windows: Any) -> tuple[Any, Any]:
@@ -164,7 +164,7 @@ def sum_microbatches(
 
 
 def check_batch(config: Any, mesh: jax.sharding.Mesh) -> None:
-    """Raises ValueError where the mesh does not divide a microbatch."""
+    """Checks that the mesh divides a microbatch."""
     ways = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
     if config.microbatch % ways:
         raise ValueError(

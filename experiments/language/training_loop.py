@@ -1,4 +1,4 @@
-"""One run: from its folder's newest checkpoint, or from the start, to its last step."""
+"""The training loop of a run, from the newest checkpoint or the start to the last step."""
 
 import abc
 import contextlib
@@ -23,13 +23,13 @@ from experiments.settings import Count, Positive, check
 
 
 class TrainingError(RunError):
-    """A run that cannot go on; the message says why and what to do."""
+    """Raised if a run cannot continue. The message has the reason and the remedy."""
 
     exit_code = 1
 
 
 class Progress(NamedTuple):
-    """What a run shows of itself; `held_out` is what `TrainingLoop.evaluate` shows."""
+    """The progress of a run; `held_out` is the value that `TrainingLoop.evaluate` shows."""
 
     step: int
     loss: float
@@ -54,7 +54,7 @@ class Keeping:
     evaluation_tokens: Count = 32_768
     """Number of held-out tokens to evaluate on, the same ones every time."""
     log_every: Count = 10
-    """Steps between records in metrics.jsonl."""
+    """Number of steps between records in metrics.jsonl."""
     hours: Positive | None = None
     """Hours after which the command saves and exits with status 75, so that a queue can start it
     again; the same command continues from there. Leave some minutes of the queue's limit for the
@@ -66,25 +66,25 @@ class Keeping:
         check(self)
         if self.profile is not None and not 0 <= self.profile[0] < self.profile[1]:
             raise ValueError(
-                "--profile must be FIRST END, steps from 0 on with FIRST < END; got "
+                "--profile must be FIRST END with 0 <= FIRST < END; got "
                 f"{self.profile[0]} {self.profile[1]}."
             )
 
 
 class TrainingLoop(abc.ABC):
-    """Trains, evaluates, logs and saves; what a study has of its own are its methods.
+    """Trains, evaluates, logs and saves. Each study implements the abstract methods.
 
     Args:
         trainer: its `config` has `steps`, `max_nonfinite_steps`, `rollback` and
             `tokens_per_step`, too.
-        keeping: what is saved, evaluated and logged when.
-        folder: the run's, which this process has claimed.
-        stop: asks for an early end; with several processes, that of any of them.
-        on_step, on_message: called as it goes.
+        keeping: The settings of checkpoints, evaluations and logs.
+        folder: The run's folder, which this process has claimed.
+        stop: Set, in any process, to request an early end.
+        on_step, on_message: Called during training with progress and messages.
 
     Attributes:
-        first: whether this process is the one that writes.
-        log: of the process that writes; None in others.
+        first: Whether this is the process that writes.
+        log: The log, in the process that writes; None in others.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class TrainingLoop(abc.ABC):
 
     @abc.abstractmethod
     def start(self) -> Any:
-        """The state before the first step."""
+        """Returns the state before the first step."""
 
     def kept(self, state: Any) -> Any:
         """What a checkpoint has of a state; by default all."""
@@ -119,25 +119,25 @@ class TrainingLoop(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self, state: Any) -> tuple[Metrics, float]:
-        """What is logged of the held-out text, and which figure of it is shown."""
+        """Returns the held-out metrics to log, and the one to show."""
 
     @abc.abstractmethod
     def meta(self, step: int) -> dict[str, Any]:
-        """What is saved beside the state of that step; the seals of the log have its `config`.
+        """Returns the JSON to save beside the state of a step; the log's seals have its `config`.
 
-        A checkpoint with another `data_sha256` is of another training.
+        A checkpoint with another `data_sha256` belongs to another training.
         """
 
     @abc.abstractmethod
     def remedy(self) -> str:
-        """What to change where an update is not finite: options, and their values now."""
+        """Returns advice on what to change if an update is not finite, with current values."""
 
     def summary(self, trained: Metrics, evaluated: Metrics) -> Metrics:
-        """What `summary.json` has, by the last records of training and of held-out text."""
+        """Returns more values for `summary.json`, from the last training and held-out records."""
         return {}
 
     def finish(self, state: Any) -> None:
-        """Called once after the last step is saved; writes `summary.json`."""
+        """Writes `summary.json`. It is called once, after the last step is saved."""
         digest = params_sha256(state.params)
         if self.log is None:
             return
@@ -161,31 +161,32 @@ class TrainingLoop(abc.ABC):
         write_json(self.folder / "summary.json", summary | self.summary(trained, evaluated))
 
     def told(self, window: list[Metrics]) -> Metrics:
-        """What is logged of the steps since the last record; by default of the last one."""
+        """Returns the metrics to log for the steps since the last record, by default the last's."""
         return window[-1]
 
     def rates(self, seconds: float) -> dict[str, float]:
-        """What is logged of a step that takes so long, beside tokens per second."""
+        """Returns rates to log beside tokens per second, for steps of this duration."""
         return {}
 
     @property
     def seconds(self) -> float:
-        """Of training alone, over all parts of the run."""
+        """Seconds of training alone, over all parts of the run."""
         return self._clock.seconds
 
     def to_the_end(self) -> bool:
-        """Trains to the end, or until `stop` is set; then the state of the last step is saved.
+        """Trains to the last step, or until `stop` is set, and saves the state.
 
-        What is saved has finite params and a finite held-out loss, so that no good checkpoint ever
-        makes room for one that is not.
+        Only states with finite params and a finite held-out loss are saved, so that no good
+        checkpoint is replaced by a bad one.
 
         Returns:
             Whether the run is finished.
 
         Raises:
-            TrainingError: too many steps in a row without a finite loss, or params that are lost.
-            ValueError: the checkpoints are of another training.
-            OSError: a checkpoint could not be written; those before are whole.
+            TrainingError: If too many consecutive steps have NaN or Inf in their loss or gradient,
+                or the params or the held-out loss are not finite.
+            ValueError: If the checkpoints are of another training.
+            OSError: If a checkpoint could not be written. Earlier ones are complete.
         """
         keep = self.keeping.max_checkpoints
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=keep)
@@ -196,8 +197,8 @@ class TrainingLoop(abc.ABC):
         keeping, steps = self.keeping, self.config.steps
         if keeping.profile and keeping.profile[0] >= steps:
             raise ValueError(
-                f"--profile starts at step {keeping.profile[0]}, but the last one of --steps "
-                f"{steps} is {steps - 1}. Give an earlier FIRST."
+                f"--profile FIRST must be less than --steps {steps}; got {keeping.profile[0]}. "
+                "Give an earlier step."
             )
         when = {f.name: getattr(keeping, f.name) for f in dataclasses.fields(Keeping)}
         check_same(flat(self.meta(0) | when))
@@ -236,7 +237,7 @@ class TrainingLoop(abc.ABC):
                     looked = True
                 profiler.before(step)
                 state, newest = self.trainer.advance(state, next(batches), look=look)
-                # The step before this one is read while this one runs.
+                # Reads the metrics of the previous step while this one runs.
                 if self._is_to_go_back(metrics, step):
                     state, step, batches = self._go_back(state, step)
                     metrics = None
@@ -247,7 +248,7 @@ class TrainingLoop(abc.ABC):
                     jax.block_until_ready(state)  # collectives of two steps at once deadlock there
                 stopping = agreement.any(self.stop.is_set())
                 saves = step % keeping.save_every == 0 or step == steps or stopping
-                # What is saved is told, so that what comes after a restart is told as it was.
+                # Logs before each checkpoint, so that a resumed run logs the same records.
                 if step % keeping.log_every == 0 or saves:
                     self._tell(step)
                 evaluates = step % keeping.evaluate_every == 0 or step == steps
@@ -269,7 +270,7 @@ class TrainingLoop(abc.ABC):
             self.checkpoints.wait()
             finished = step == steps
             if finished:
-                if not trains:  # else the records are of this part
+                if not trains:  # otherwise this process wrote the records
                     self._check_log()
                 self.finish(state)
             return finished
@@ -299,9 +300,9 @@ class TrainingLoop(abc.ABC):
         there, here = (meta.get("data_sha256") for meta in (restored.meta, self.meta(0)))
         if there != here:
             raise ValueError(
-                f"The checkpoints in {self.folder} were trained on other data: the digest was "
-                f"{there[:12]}…, now it is {here[:12]}…. Give the same --data and --context, or "
-                "another --out."
+                f"The checkpoints in {self.folder} were trained on other data (digest "
+                f"{there[:12]}…; that of this command is {here[:12]}…). Give the same --data and "
+                "--context, or another --out."
             )
         self.on_message(f"continuing from step {restored.step}")
         return restored.state
@@ -347,13 +348,13 @@ class TrainingLoop(abc.ABC):
         return state, step, self.batches(step + self._watch.left_out)
 
     def _check_log(self) -> None:
-        """Raises a TrainingError where the log has lost what a summary tells."""
+        """Checks that the log has the records that the summary needs."""
         for key in ("loss", "validation_loss"):
             if self.log and not any(key in record for record in self.log.records):
                 raise TrainingError(
-                    f"{self.folder / 'metrics.jsonl'} has lost its records of {key}, so no "
-                    "summary can be made. Restore it from a backup, or train in another folder; "
-                    "the checkpoints are complete."
+                    f"{self.folder / 'metrics.jsonl'} has no records of {key}, so the summary "
+                    "cannot be written. Restore the file from a backup, or train in another "
+                    "folder. The checkpoints are complete."
                 )
 
     def _refuse_to_diverge(self, metrics: Metrics) -> None:
@@ -363,9 +364,9 @@ class TrainingLoop(abc.ABC):
                 f"{most} consecutive steps had NaN or Inf in their loss or gradient, and were "
                 f"skipped. Check the training data, or {self.remedy()}. {self._what_is_safe()}"
             )
-        # The guard knows loss and gradient. To judge the update too it would have to hold the old
-        # params beside the new; so these are given up, and are not saved. An update whose root mean
-        # square is finite is itself, and so are the params that it is added to.
+        # The guard checks the loss and gradient only. To check the update as well, it would have to
+        # keep the old params in memory. Instead, params with a bad update are discarded here. If
+        # the update's root mean square is finite, so are the update and the params.
         if not np.isfinite([float(x) for x in metrics["update_rms"].values()]).all():
             raise TrainingError(
                 "The update contains NaN or Inf; parameters were discarded, not saved. To "
@@ -394,7 +395,7 @@ class TrainingLoop(abc.ABC):
         self.on_step(Progress(step, float(found["loss"]), self._shown, speed))
 
     def _evaluate(self, state: Any, log: bool = True) -> float:
-        """The figure that is shown."""
+        """Evaluates and logs; returns the value to show."""
         values, shown = self.evaluate(state)
         if log:
             self._shown = shown
@@ -420,6 +421,6 @@ class TrainingLoop(abc.ABC):
 
 
 def speed(log: Log, tokens_per_step: int) -> float | None:
-    """Tokens a second of a run, over all its steps."""
+    """Returns the tokens per second of a run, over all of its steps."""
     last = next((r for r in reversed(log.records) if "loss" in r), None)
     return last["step"] * tokens_per_step / last["seconds"] if last else None

@@ -39,8 +39,8 @@ def batches(
     """
     if seed < 0:
         raise ValueError(f"--seed must be at least 0; got {seed}.")
-    # Not left to Grain, which makes a seed of the place in the pipeline. Neighbouring seeds must
-    # be far apart, since it adds the epoch to them.
+    # Grain's own default would depend on the place in the pipeline. Since Grain adds the epoch to
+    # the seed, neighbouring seeds are mapped far apart.
     sources = tokens.parts or (("", 1.0, tokens),)
     starts = np.random.SeedSequence(seed).generate_state(len(sources))
     shuffled = [

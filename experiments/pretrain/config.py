@@ -162,7 +162,7 @@ class Training(Settings):
     steps: Count = 400
     """Number of optimizer steps."""
     warmup: Whole = 40
-    """Steps of linear warm-up. The default is at most a tenth of --steps."""
+    """Number of linear warm-up steps. By default at most a tenth of --steps."""
     decay: Annotated[DecayName, tyro.conf.arg(aliases=["--schedule"])] = "cosine"
     """Schedule of the learning rate after warm-up. wsd is constant and falls at the end."""
     final_lr_fraction: Share = 0.1
@@ -178,7 +178,7 @@ class Training(Settings):
     """Skip a step if its gradient norm exceeds this multiple of the recent mean. A skipped step
     enters the mean with that bound. By default, no step is skipped for this reason."""
     max_nonfinite_steps: Count = 10
-    """Consecutive steps with NaN or Inf in loss or gradient after which the run stops."""
+    """Stop after this many consecutive steps with NaN or Inf in the loss or gradient."""
     rollback: Rollback = dataclasses.field(default_factory=Rollback)
     """When a run goes back to its last checkpoint, and leaves out the batches since then."""
     seed: Whole = 0
@@ -242,7 +242,7 @@ def as_json(config: Training) -> dict[str, Any]:
         del settings["data"]["mixture"]
     if not config.isolate_documents:
         del settings["isolate_documents"]
-    # As earlier versions had it, which did not have these.
+    # Omitted at their defaults, so that runs of earlier versions, which lack them, can resume.
     if config.origin is None:
         del settings["origin"]
     for name, usual in (("rollback", Rollback()), ("schedules", Schedules())):

@@ -1,4 +1,4 @@
-"""What a step costs, told before it runs: FLOPs of the model, and of Newton-Schulz apart."""
+"""The cost of a step, computed in advance: FLOPs of the model and of Newton-Schulz."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ import muon_jax
 from experiments.optimizers import OptimizerName
 from experiments.pretrain.config import Model, Training
 
-# Dense bfloat16 FLOP/s of a device, by its whole `device_kind`: cards of one name differ.
+# Dense bfloat16 FLOP/s of a device by its full `device_kind`, since cards of one name differ.
 PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -49,14 +49,14 @@ WITHOUT_NEWTON_SCHULZ = (
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Of one optimizer step, over all devices.
+    """The cost of one optimizer step, over all devices.
 
     Attributes:
-        model_flops: forward and backward passes: 6 for each active entry of a kernel and token, and
-            attention's causal half; nothing that is computed twice counts twice.
-        newton_schulz_flops: of the optimizer's matrix products, 0 without any.
-        tokens: of a step.
-        peak_flops_per_second: of all devices; None where it is not known.
+        model_flops: FLOPs of the forward and backward pass: 6 for each active parameter and token,
+            plus the causal half of attention. Recomputation does not count.
+        newton_schulz_flops: FLOPs of Newton-Schulz; 0 for optimizers without it.
+        tokens: The number of tokens in a step.
+        peak_flops_per_second: The peak of all devices; None if unknown.
     """
 
     model_flops: int
@@ -65,20 +65,20 @@ class Costs:
     peak_flops_per_second: float | None
 
     def rates(self, seconds: float) -> dict[str, float]:
-        """What a step that takes so long achieves; `mfu` is the model's share of the peak."""
+        """Returns FLOP/s, and `mfu`, their share of the peak, for steps of this duration."""
         speed = self.model_flops / seconds
         peak = self.peak_flops_per_second
         return {"flops_per_second": speed} | ({"mfu": speed / peak} if peak else {})
 
     def as_json(self) -> dict[str, Any]:
-        """With the share of Newton-Schulz, which falls as tokens rise."""
+        """Returns the costs with Newton-Schulz's share, which falls with the tokens per step."""
         total = self.model_flops + self.newton_schulz_flops
         share = self.newton_schulz_flops / total
         return dataclasses.asdict(self) | {"newton_schulz_share": share}
 
 
 def unknown_peak() -> str | None:
-    """Says that no MFU is told of this machine's devices; None where it is, or nobody would ask."""
+    """Returns a message if the devices' peak is unknown; None if it is known, or on CPUs."""
     kind = jax.devices()[0].device_kind
     if kind in PEAKS or jax.default_backend() == "cpu":
         return None
@@ -86,7 +86,7 @@ def unknown_peak() -> str | None:
 
 
 def step_costs(config: Training, optimizer: OptimizerName, params: Any) -> Costs:
-    """Of a config; `params` are arrays or shapes."""
+    """Returns the costs of a config's step; `params` are arrays or shapes."""
     plan = None
     if optimizer not in WITHOUT_NEWTON_SCHULZ:
         muon = config.muon
@@ -101,13 +101,13 @@ def step_costs(config: Training, optimizer: OptimizerName, params: Any) -> Costs
 
 
 def model_flops(config: Training, params: Any) -> int:
-    """As `Costs` has them."""
+    """Returns `Costs.model_flops`."""
     forward = active_entries(config.model, params) * 2 + attention_flops(config)
     return 3 * forward * config.tokens_per_step
 
 
 def active_entries(model: Model, params: Any) -> int:
-    """Entries of the kernels that a token is multiplied with; the head's, not the embedding's."""
+    """Returns the number of parameters that multiply a token, with the head, not the embedding."""
     total = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -120,7 +120,7 @@ def active_entries(model: Model, params: Any) -> int:
 
 
 def attention_flops(config: Training) -> int:
-    """Of the forward pass, for one token: logits and mixing, half of the positions on average."""
+    """Returns attention's forward FLOPs per token, which sees half of the positions on average."""
     model = config.model
     latent = model.attention == "latent"
     logits = model.key_columns

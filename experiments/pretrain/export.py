@@ -51,12 +51,12 @@ def write(
     """Writes a folder that `AutoModelForCausalLM` and, with a tokenizer, `AutoTokenizer` load.
 
     Args:
-        folder, params, dtype, shard: as `tensors.write` takes them.
-        config: of the model.
-        bias: selection biases `(layers with experts, experts)`.
-        context: tokens of the longest text that the model has seen.
-        tokenizer: of the text that the model has learnt.
-        end_of_text: the token that ends a text.
+        folder, params, dtype, shard: As for `tensors.write`.
+        config: The config of the model.
+        bias: The selection biases, `(layers with experts, experts)`.
+        context: The context length that the model was trained with.
+        tokenizer: The tokenizer that the model was trained with.
+        end_of_text: The id of the token that ends a text.
         card: writes `README.md`.
 
     Raises:

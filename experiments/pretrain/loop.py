@@ -1,4 +1,4 @@
-"""One run: from its folder's newest checkpoint, or from the start, to its last step."""
+"""The training loop of a pretraining run."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -23,15 +23,15 @@ from experiments.runs import write_text
 
 
 class Pretraining(TrainingLoop):
-    """One run.
+    """The training loop of a pretraining run.
 
     Args:
-        config: what to train.
-        optimizer: with which arm.
-        running: what is saved, evaluated and logged when.
-        tokens: of `data.prepare`.
-        folder, stop, callbacks: as of `TrainingLoop`.
-        begin: gives the state before the first step; None is that of the seed.
+        config: The settings of the training.
+        optimizer: The name of the optimizer.
+        running: The settings of checkpoints, evaluations, logs and samples.
+        tokens: The text, from `data.prepare`.
+        folder, stop, callbacks: As for `TrainingLoop`.
+        begin: Returns the state before the first step. None initialises it from the seed.
 
     Raises:
         ValueError: the model has fewer tokens than the text, a size that the mesh does not divide,
@@ -55,8 +55,8 @@ class Pretraining(TrainingLoop):
     ):
         if tokens.vocabulary > config.data.vocabulary:
             raise ValueError(
-                f"The text has a vocabulary of {tokens.vocabulary} tokens, the model of "
-                f"{config.data.vocabulary}. Give --data.vocabulary {tokens.vocabulary} or more."
+                f"--data.vocabulary must be at least {tokens.vocabulary}, the vocabulary size of "
+                f"the text; got {config.data.vocabulary}."
             )
         if config.isolate_documents and tokens.end_of_text is None:
             raise ValueError(
@@ -147,7 +147,7 @@ class Pretraining(TrainingLoop):
 
 
 def evaluate(trainer: Trainer, state: State, held_out: windows.HeldOut) -> dict[str, float]:
-    """`validation_loss` in nats per token and, where bytes are known, `bits_per_byte`."""
+    """Returns `validation_loss` in nats per token and, if bytes are known, `bits_per_byte`."""
     rows = held_out.windows
     loss = float(summed_losses(trainer, state, rows).sum()) / rows[:, 1:].size
     bits = held_out.bits_per_byte(loss)
@@ -157,7 +157,7 @@ def evaluate(trainer: Trainer, state: State, held_out: windows.HeldOut) -> dict[
 def summed_losses(trainer: Trainer, state: State, rows: np.ndarray) -> np.ndarray:
     """Of windows `(windows, T + 1)` the summed loss of each, in nats, at the params to evaluate."""
     size = trainer.config.microbatch
-    # The last chunk is filled up with windows that do not count.
+    # Repeated windows, which do not count, pad the last chunk.
     index = np.arange(-(-len(rows) // size) * size) % len(rows)
     chunks = rows[index].reshape(-1, size, rows.shape[1])
     placed = place_whole(chunks, trainer.windows)

@@ -1,7 +1,7 @@
-"""The language model: dense layers, then layers with experts, each kind one scanned stack.
+"""The language model: a stack of dense layers, then a stack of layers with experts.
 
-Params are nested dicts of float32 arrays. Leaves of a stack are `(layers, ...)`, those of routed
-experts `(experts, layers, ...)`: then no axis that the mesh splits is ever merged with another.
+Params are nested dicts of float32 arrays. Leaves of a stack are `(layers, ...)`, and those of
+routed experts `(experts, layers, ...)`, so that no axis that the mesh splits is ever merged.
 """
 
 import functools
@@ -23,19 +23,19 @@ from experiments.pretrain.experts import Experts, gate
 
 Params = dict[str, Any]
 
-# Stacks of up to so many layers are unrolled whole.
+# Stacks of at most this many layers are fully unrolled.
 _UNROLLED = 12
 
 
 class Observed(NamedTuple):
-    """What a forward pass tells beside its loss.
+    """The observations of a forward pass beside its loss.
 
     Attributes:
-        max_logits: largest attention logits `(layers, heads)`, by the path of the attention. Empty
-            where they were not asked for.
-        load: `(layers with experts, E)` int32, tokens of each expert.
-        entropy: `(layers with experts,)`, nats, of the normalised scores.
-        balance: `(layers with experts,)`, the sequence-wise balance loss before its factor.
+        max_logits: The largest attention logits `(layers, heads)` by the path of the attention;
+            empty if not requested.
+        load: The number of tokens of each expert, `(layers with experts, E)` int32.
+        entropy: The entropy of the normalised scores in nats, `(layers with experts,)`.
+        balance: The sequence-wise balance loss before its factor, `(layers with experts,)`.
     """
 
     max_logits: dict[str, jax.Array]
@@ -45,7 +45,7 @@ class Observed(NamedTuple):
 
 
 class MixtureOfExperts(nnx.Module):
-    """Shared experts for every token, and the routed ones that its gate selects."""
+    """A feed-forward part with shared experts and with routed experts selected by a gate."""
 
     def __init__(self, config: ModelConfig, *, init, rngs: nnx.Rngs):
         self.active, self.scale = config.active, config.routed_scale
@@ -67,11 +67,11 @@ class MixtureOfExperts(nnx.Module):
 
 
 class LanguageModel:
-    """The configured model as functions of plain params; call them under `jax.set_mesh`."""
+    """The configured model, as functions of plain params to call under `jax.set_mesh`."""
 
     def __init__(self, config: ModelConfig, vocabulary: int):
         self.config, self.vocabulary = config, vocabulary
-        # By name: how many layers, and whether they have experts.
+        # The number of layers of each stack, and whether they have experts.
         depth, dense = config.layers, config.dense_layers
         stacks = {"dense_layers": (dense, False), "moe_layers": (depth - dense, True)}
         self.stacks = {name: stack for name, stack in stacks.items() if stack[0]}
@@ -82,7 +82,7 @@ class LanguageModel:
         }
 
     def init(self, key: jax.Array) -> Params:
-        """The params before training."""
+        """Returns the initial params."""
         config = self.config
         normal = nnx.initializers.normal(config.init_std)
         of = dict(zip(("embedding", "head", *self.stacks), jax.random.split(key, 4), strict=False))
@@ -97,7 +97,7 @@ class LanguageModel:
         return _swap_expert_axes(params)
 
     def initial_bias(self) -> jax.Array:
-        """Selection biases `(layers with experts, experts)`."""
+        """Returns the initial selection biases, `(layers with experts, experts)`."""
         layers = self.config.layers - self.config.dense_layers
         return jnp.zeros((layers, self.config.experts if layers else 0))
 
@@ -111,16 +111,16 @@ class LanguageModel:
         max_logits: bool = False,
         threshold: float | None = None,
     ) -> tuple[jax.Array, Observed]:
-        """What the head reads, `(B, T, D)`, and what was seen on the way.
+        """Returns the input of the head, `(B, T, D)`, and the observations.
 
         Args:
-            params: of the config.
-            bias: of the experts' selection.
-            tokens_BxT: int32, below the vocabulary.
+            params: The params.
+            bias: The selection biases.
+            tokens_BxT: The tokens, int32.
             segments_BxT: of tokens that see no others, as `packed_attention.texts` takes them;
                 None is one in each row.
-            max_logits: whether to tell the largest attention logits.
-            threshold: up to here upper bounds of them will do, as `causal_attention` has it.
+            max_logits: Whether to return the largest attention logits.
+            threshold: As for `causal_attention`.
         """
 
         apart = (None, None) if segments_BxT is None else texts(segments_BxT)
@@ -200,10 +200,10 @@ class LanguageModel:
         return nnx.merge(self._norm, params["norm"])(x_BxTxD), told
 
     def unstacked(self, params: Params) -> Params:
-        """The params with the layers of each unrolled stack apart, as a tuple.
+        """Returns the params with a tuple of layers for each unrolled stack.
 
-        All that takes params takes these, too. A loop that is given them does not cut each layer's
-        kernels out of their stack every time.
+        Every method accepts these params, too. A loop over microbatches or tokens then does not
+        slice the stack again in every iteration.
         """
         if any(isinstance(params[name], tuple) for name in self.stacks):
             return params
@@ -215,7 +215,7 @@ class LanguageModel:
         return params | apart
 
     def stacked(self, params: Params) -> Params:
-        """The inverse of `unstacked`."""
+        """Inverts `unstacked`."""
         stacks = {
             name: jax.tree.map(lambda *x: jnp.stack(x), *params[name])
             if layers <= _UNROLLED
@@ -225,7 +225,7 @@ class LanguageModel:
         return params | _swap_expert_axes(stacks)
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """`(..., D)` -> `(..., vocabulary)` float32."""
+        """Returns the logits, `(..., D)` -> `(..., vocabulary)` float32."""
         return logits(self._head(params), hidden)
 
     def _head(self, params: Params) -> jax.Array:
@@ -236,7 +236,7 @@ class LanguageModel:
     def losses(
         self, params: Params, bias: jax.Array, windows: jax.Array, **options: Any
     ) -> tuple[jax.Array, Observed]:
-        """Of windows `(B, T + 1)` the cross-entropy of each next token, `(B, T)`, in nats.
+        """Returns the cross-entropy in nats of each next token, `(B, T)`, of windows `(B, T + 1)`.
 
         `options` are those of `hidden`.
         """
@@ -247,7 +247,7 @@ class LanguageModel:
     def loss(
         self, params: Params, bias: jax.Array, windows: jax.Array, **options: Any
     ) -> tuple[jax.Array, Observed]:
-        """The mean of `losses`: the faster one to differentiate, see `weighted_loss`."""
+        """Returns the mean of `losses`, which is faster to differentiate; see `weighted_loss`."""
         hidden, observed = self.hidden(params, bias, windows[:, :-1], **options)
         targets = windows[:, 1:]
         weights = jnp.full(targets.shape, 1 / targets.size, jnp.float32)
@@ -290,7 +290,7 @@ def _start(make: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Params:
 
 
 def _swap_expert_axes(params: Params) -> Params:
-    """`(layers, experts, ...)`, as a scan wants them, from `(experts, layers, ...)`, or back."""
+    """Swaps experts' axes between `(experts, layers, ...)` and, for scans, the reverse order."""
 
     def swap(path, leaf):
         return jnp.swapaxes(leaf, 0, 1) if jax.tree_util.DictKey("experts") in path else leaf

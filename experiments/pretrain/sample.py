@@ -1,4 +1,4 @@
-"""Text from a model: `python -m experiments.pretrain.sample RUN_DIR --prompt "def "`."""
+"""Generates text with a run's model: `python -m experiments.pretrain.sample RUN_DIR`."""
 
 import dataclasses
 import functools
@@ -30,19 +30,19 @@ def generate(
     length: int,
     **settings: Any,
 ) -> np.ndarray:
-    """Goes on from each prompt, seeing the last `trainer.config.context` tokens.
+    """Continues each prompt, with a context of the last `trainer.config.context` tokens.
 
     Args:
-        trainer: whose model, mesh and context it is.
-        params: its params, float32.
-        bias: its selection biases.
+        trainer: The trainer with the model, mesh and context length.
+        params: The model's params, float32.
+        bias: The model's selection biases.
         prompts, length, settings: as `generation.generate` has them.
 
     Returns:
-        `(B, length)` int32, the new tokens.
+        The new tokens, `(B, length)` int32.
 
     Raises:
-        ValueError: a prompt is empty, or a number is out of range.
+        ValueError: If a prompt is empty, or a number is out of range.
     """
     program = functools.partial(_extend, trainer, params, bias)
     return generation.generate(program, trainer.mesh, prompts, length, **settings)
@@ -77,17 +77,17 @@ def write_texts(
     seed: int = 0,
     count: int = 3,
 ) -> list[str]:
-    """Texts that begin with the prompt and end with a document, or after `length` tokens.
+    """Returns texts that begin with a prompt and end with a document or after `length` tokens.
 
     Args:
-        trainer, state: of the model; the params are those that are evaluated.
-        tokenizer: of the text that it has learnt.
-        prompt: an empty one stands for the beginning of a document.
-        length, temperature, top_k, seed: as `generate` takes them.
-        count: how many texts.
+        trainer, state: The model's trainer and state; the evaluated params generate.
+        tokenizer: The tokenizer that the model was trained with.
+        prompt: The text to continue. If it is empty, each text is a new document.
+        length, temperature, top_k, seed: As for `generate`.
+        count: The number of texts.
 
     Raises:
-        ValueError: there is no tokenizer, or a number is out of range.
+        ValueError: If there is no tokenizer, or a number is out of range.
     """
     generation.check_numbers(count=(count, 1))
     if tokenizer is None:
@@ -109,22 +109,22 @@ def write_texts(
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Prints texts that a run's newest checkpoint generates."""
+    """Prints texts generated with the newest checkpoint of a run."""
 
     run: tyro.conf.Positional[str]
-    """Folder of the run. It may be in gs:// or s3://."""
+    """Folder of the run, local or in gs:// or s3://."""
     prompt: str = ""
-    """Beginning of the texts. By default the beginning of a document."""
+    """Text to continue. By default, each text is a new document."""
     length: Count = 200
-    """Largest number of tokens to generate for a text."""
+    """Maximum number of tokens to generate per text."""
     temperature: Annotated[float, at_least(0)] = 0.8
-    """Sampling temperature. 0 takes the most likely token."""
+    """Sampling temperature. 0 always takes the most likely token."""
     top_k: Count | None = 40
-    """Number of most likely tokens to sample from. None takes all."""
+    """Sample from this many of the most likely tokens. None means all tokens."""
     seed: int = 0
-    """Random seed. It sets what is sampled."""
+    """Random seed of the sampling."""
     count: Count = 3
-    """Number of texts."""
+    """Number of texts to generate."""
 
     def __post_init__(self) -> None:
         check(self)

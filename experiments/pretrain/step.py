@@ -1,6 +1,6 @@
 """One training step: microbatches → gradient → guard → optimizer → selection biases.
 
-The forward and backward passes see a copy of the params in the model's dtype.
+The forward and backward passes use a copy of the params in the model's dtype.
 """
 
 import functools
@@ -21,7 +21,7 @@ from experiments.pretrain.model import LanguageModel, Observed, Params
 
 
 class State(NamedTuple):
-    """What a step carries on; `step` counts batches, skipped ones too."""
+    """The state of a training; `step` counts all batches, including skipped ones."""
 
     step: jax.Array
     params: Params
@@ -31,21 +31,21 @@ class State(NamedTuple):
 
 
 class Trainer(trainer.Trainer):
-    """The compiled functions of one training, and where their arrays lie.
+    """The compiled functions of one training, and the shardings of their arrays.
 
     Args:
-        config: what to train.
-        optimizer: with which arm.
-        mesh: of `mesh.make_mesh`.
-        vocabulary: tokens that the model knows.
+        config: The settings of the training.
+        optimizer: The name of the optimizer.
+        mesh: The mesh, from `mesh.make_mesh`.
+        vocabulary: The vocabulary size of the model.
         end_of_text: the token that begins a document, where documents are kept apart; any will do
             for a training that is only planned.
 
     Attributes:
-        schedule: the factor of the learning rates, by update.
+        schedule: The schedule, a factor of the learning rates.
 
     Raises:
-        ValueError: an axis that the mesh does not divide.
+        ValueError: If the mesh does not divide an axis.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Trainer(trainer.Trainer):
         )
 
     def transformation(self, rate: float | jax.Array) -> optax.GradientTransformationExtraArgs:
-        """The optimizer; `rate` is the arm's own learning rate after warm-up, and may be traced."""
+        """Returns the optimizer; `rate` is its learning rate after warm-up, and may be traced."""
         placed = {"mesh": self.mesh, "shardings": self.specs, "routing": self.routing}
         return optimizers.build(
             self.optimizer,
@@ -110,9 +110,9 @@ class Trainer(trainer.Trainer):
         )
 
     def _routing(self, params: Params) -> Any:
-        """Which params Muon takes, from their use in the loss.
+        """Returns which params Muon updates, determined from their use in the loss.
 
-        It is traced as for CPUs, where no kernel hides its products.
+        The loss is traced for a CPU, where no custom kernel hides matrix products.
         """
 
         def losses(params, bias, windows):
@@ -131,7 +131,7 @@ class Trainer(trainer.Trainer):
             return muon_jax.trace_routing(losses, params, bias, windows)
 
     def start(self, seed: int) -> State:
-        """The state before the first step; params depend on the seed alone."""
+        """Returns the state before the first step. The params depend only on the seed."""
         with jax.set_mesh(self.mesh):
             return self._compiled_start(seed)
 
@@ -189,7 +189,7 @@ class Trainer(trainer.Trainer):
     def _gradient(
         self, state: State, windows: jax.Array, look: bool = False
     ) -> tuple[jax.Array, Params, Observed]:
-        """Mean loss and gradient of the microbatches, and what their forward passes observed."""
+        """Returns the microbatches' mean loss, mean gradient and observations."""
         told = look or self.clips_at is not None
         loss_of = functools.partial(
             self.model.loss, max_logits=told, threshold=self._threshold(look)
@@ -208,7 +208,7 @@ class Trainer(trainer.Trainer):
             )
             gradient = self._pinned(self.model.stacked(gradient), jnp.float32)
             if sharding.platform() == "tpu":
-                # Summed where it lies: XLA would sum first and exchange whole gradients later.
+                # Makes XLA sum shards of gradients; it would sum whole ones and scatter them later.
                 gradient = jax.lax.optimization_barrier(gradient)
             return loss, gradient, observed
 
@@ -229,9 +229,9 @@ class Trainer(trainer.Trainer):
         return loss, gradient, observed
 
     def in_model_dtype(self, params: Params) -> Params:
-        """Cast where they lie, so that half as many bytes are gathered.
+        """Casts params to the model's dtype before they are gathered, which halves the bytes.
 
-        Routers stay float32, and the embedding, whose gradient adds up over tokens.
+        Routers stay float32, and so does the embedding, whose gradient is a sum over tokens.
         """
 
         def cast(path, x):
@@ -248,7 +248,7 @@ class Trainer(trainer.Trainer):
         )
 
     def _update_rms(self, updates: Params) -> dict[str, jax.Array]:
-        """Of hidden matrices and of all other params, whichever optimizer has them."""
+        """Returns the RMS of the updates of hidden matrices and of all other params."""
         found = {}
         pairs = list(zip(jax.tree.leaves(updates), jax.tree.leaves(self.labels), strict=True))
         for name, label in (("matrices", "muon"), ("others", "other")):
@@ -270,7 +270,7 @@ class Trainer(trainer.Trainer):
         return read(state.opt_state, state.params)
 
     def _evaluate(self, state: State, windows: jax.Array) -> jax.Array:
-        """Summed loss of each window, `(microbatches, B)`, in nats, at the params to evaluate."""
+        """Returns each window's summed loss in nats, `(microbatches, B)`, at evaluated params."""
         compute = self.in_model_dtype(self.evaluated(state))
 
         def losses(windows):
@@ -282,7 +282,7 @@ class Trainer(trainer.Trainer):
 
 
 def check(config: Training, mesh: jax.sharding.Mesh, params: Params | None = None) -> Any:
-    """The specs of the params, or a ValueError of what the mesh does not divide."""
+    """Checks that the mesh divides the batch and the model, and returns the specs of the params."""
     trainer.check_batch(config, mesh)
     sharding.check_heads(mesh, heads=config.model.heads, kv_heads=config.model.key_heads)
     if params is None:

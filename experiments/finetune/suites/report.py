@@ -175,9 +175,9 @@ LIMITS = (
 LIMITS_OF = {
     "mismatch": "Each optimizer pretrained one model, at one rate and with one seed; the two "
     "bases may differ in more than the optimizer.",
-    "qk": "With QK-norm, clipping W_q and W_k leaves the logits unchanged, so it is repeated at "
-    "every step: the projections shrink, each update rotates them further, and training is "
-    "affected.",
+    "qk": "With QK-norm, clipping W_q and W_k leaves the logits unchanged, so that it repeats at "
+    "every step. The projections shrink, so each update rotates them further, which affects "
+    "training.",
 }
 MEASURED = {
     "Examples": "{corpus[name]}: {corpus[rows]:,}, of which {corpus[held_out_rows]:,} are held out "
