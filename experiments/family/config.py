@@ -48,7 +48,7 @@ class Training(Settings):
     steps: Count = 300
     """Number of optimizer steps."""
     warmup: Whole = 20
-    """Steps of linear warm-up. The default is at most a tenth of --steps."""
+    """Number of linear warm-up steps. By default at most a tenth of --steps."""
     decay: DecayName = "linear"
     """Schedule of the learning rate after warm-up. wsd is constant and falls at the end."""
     evaluations: Count = 6

@@ -26,28 +26,28 @@ DIVIDER = f"\n{'─' * 40}\n"
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Prints a model's answers to a prompt, which its chat template makes a conversation of."""
+    """Prints the answers of a model to a prompt, which its chat template turns into a conversation."""
 
     model: tyro.conf.Positional[str]
-    """Folder of an optimizer's run, whose exported model it takes, or of a Hugging Face model: a
+    """Folder of an optimizer's run, whose exported model is used, or of a Hugging Face model: a
     Llama 3, Qwen2.5 or Qwen3 with its tokenizer."""
     prompt: str
-    """Beginning of the texts. Without --raw the chat template makes it the user's message."""
+    """Text to continue. Without --raw the chat template makes it the user's message."""
     system: str | None = None
-    """Message of the system, before the user's. By default none."""
+    """System message, before the user's message. By default none."""
     raw: bool = False
-    """Go on from the prompt without the chat template, as a model does that learnt rows with
+    """Continue the prompt without the chat template, for a model that was trained on rows with
     "prompt" and "completion"."""
     length: Count = 200
-    """Largest number of tokens to generate for a text."""
+    """Maximum number of tokens to generate per text."""
     temperature: Annotated[float, at_least(0)] = 0.8
-    """Sampling temperature. 0 takes the most likely token."""
+    """Sampling temperature. 0 always takes the most likely token."""
     top_k: Count | None = 40
-    """Number of most likely tokens to sample from. None takes all."""
+    """Sample from this many of the most likely tokens. None means all tokens."""
     seed: int = 0
     """Random seed. It sets what is sampled."""
     count: Count = 1
-    """Number of texts."""
+    """Number of texts to generate."""
     dtype: Dtype = "float32"
     """Precision of the arithmetic. On accelerators bfloat16 takes half of the memory."""
 

@@ -105,7 +105,7 @@ class Config(Settings):
     train_fraction: float | None = None
     """Fraction of all examples to train on. By default each task's published fraction."""
     warmup: Whole = 10
-    """Steps of linear warm-up."""
+    """Number of linear warm-up steps."""
     full_length: bool = False
     """Train for all epochs. By default a training stops early once it has grokked stably."""
     probe_every: Whole = 10

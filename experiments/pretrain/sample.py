@@ -122,7 +122,7 @@ class Command:
     top_k: Count | None = 40
     """Sample from this many of the most likely tokens. None means all tokens."""
     seed: int = 0
-    """Random seed of the sampling."""
+    """Random seed. It sets what is sampled."""
     count: Count = 3
     """Number of texts to generate."""
 
