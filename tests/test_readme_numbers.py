@@ -1043,7 +1043,9 @@ def of_others():
     every = arms("pretrain", "optimizers")
     losses = {name: arm["losses_by_seed"] for name, arm in every.items()}
     below = [spans([-x for x in fresh_gains(name, "muon")], ".3f") for name in ("seeds", "dense")]
-    for lead, text in zip(below, ("final loss {} below AdamW", "no larger, {}"), strict=True):
+    for lead, text in zip(
+        below, ("final loss {} below AdamW", "the lead is similar, {}"), strict=True
+    ):
         yield "", text.format(lead.replace(" [", " nats ["))
     tokens, flops = map(interval, shares_to_adamw("seeds", "muon"))
     yield "", f"AdamW's final loss with {tokens} of its tokens and {flops} of its FLOPs"
@@ -1131,7 +1133,7 @@ def of_root():
     told.append(f"≥ {interval(by_task('paper', value=lambda r: r[MEMORISED]))}")
     told.append(interval(delays_by_task("paper")))
     (*_, strict), (*_, muon) = (counts("paper", optimizer=o) for o in ARMS)
-    told.append(f"AdamW {strict} of the 51 that grokked, Muon {muon} of 55")
+    told.append(f"AdamW {strict} of the 51 that generalised, Muon {muon} of 55")
     told.append(f"{interval(logs('width', *pair_at('width', 'width', 32)))} of Muon's epochs")
     epochs, flops = ([row[i] for row in fresh()[:2]] for i in (3, 4))
     told.append(f"division, {flops[0]}, and not established for multiplication, {flops[1]}")

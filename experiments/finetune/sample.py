@@ -26,7 +26,7 @@ DIVIDER = f"\n{'─' * 40}\n"
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Prints the answers of a model to a prompt, which its chat template turns into a conversation."""
+    """Prints the answers of a model to a prompt, in the form of its chat template."""
 
     model: tyro.conf.Positional[str]
     """Folder of an optimizer's run, whose exported model is used, or of a Hugging Face model: a
