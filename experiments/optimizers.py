@@ -1,7 +1,6 @@
 """The optimizers that the studies compare, by their names on the command line."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -12,6 +11,8 @@ import tyro
 
 import muon_jax
 from experiments import baselines
+from experiments import builders as make
+from experiments.builders import Options
 from experiments.schedules import Schedules
 from experiments.settings import Average, Count, Decay, Positive, Rate, Rule
 
@@ -102,9 +103,6 @@ class Variants:
     """adamw_tuned: weight decay."""
 
 
-Options = dict[str, Any]
-
-
 class Arm(NamedTuple):
     """One of the optimizers that are compared.
 
@@ -127,354 +125,158 @@ class Arm(NamedTuple):
     member: bool = True
 
 
-def _adamw(
-    settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options, **own: Any
-) -> optax.GradientTransformation:
-    return optax.adamw(**dataclasses.asdict(settings.adamw) | {"learning_rate": rate} | own)
-
-
-def _after(first: Callable[[], optax.GradientTransformation], **own: Any) -> Callable:
-    """Returns the builder of `first` followed by AdamW. `own` overrides AdamW's settings."""
-
-    def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-        return optax.chain(first(), _adamw(settings, rate, rest, placed, **own))
-
-    return build
-
-
-def _adamw_tuned(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    decay = settings.variants.tuned_weight_decay
-    return _adamw(settings, rate, rest, placed, weight_decay=decay)
-
-
-def _like_muon(variant: Callable[..., optax.GradientTransformation], **own: Any) -> Callable:
-    """Returns the builder of a variant with Muon's settings. `own` overrides them."""
-
-    def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-        muon = dataclasses.asdict(settings.muon) | {"learning_rate": rate} | rest | placed
-        if "orthogonalizer" in own:
-            del muon["ns_coeffs"], muon["ns_dtype"]
-        if "other_optimizer" in own:
-            muon = {name: value for name, value in muon.items() if not name.startswith("adam_")}
-        reads = inspect.signature(variant).parameters
-        return variant(**{name: value for name, value in muon.items() if name in reads} | own)
-
-    return build
-
-
-def _on_hyperball(variant: Callable[..., optax.GradientTransformation]) -> Callable:
-    """Returns the builder of a variant on the hyperball, without decay, which it would undo."""
-    return _like_muon(variant, constraint=muon_jax.hyperball(), weight_decay=0.0)
-
-
-def _equal_decay(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    decay = settings.adamw.weight_decay
-    return _like_muon(muon_jax.muon, weight_decay=decay)(settings, rate, rest, placed)
-
-
-def _equal_shrink(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    """Builds Muon with a decay such that a step shrinks weights as much as a step of AdamW."""
-    theirs = rest["adam_learning_rate"]
-
-    def decay(step: jax.Array) -> jax.Array:
-        return settings.adamw.weight_decay * theirs(step) / rate(step)
-
-    return _like_muon(muon_jax.muon, weight_decay=decay)(settings, rate, rest, placed)
-
-
-def _optax_muon(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    """Builds `optax.contrib.muon` for the same leaves and matrix axes as `muon_jax.muon`."""
-
-    def matrices(params: Any) -> Any:
-        def dimensions(label: str, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-            axes = optax.contrib.MuonDimensionNumbers((leaf.ndim - 2,), (leaf.ndim - 1,))
-            return axes if label == "muon" else None
-
-        return jax.tree.map(dimensions, muon_jax.label_params(params), params)
-
-    muon = settings.muon
-    return optax.contrib.muon(
-        rate,
-        beta=muon.beta,
-        nesterov=muon.nesterov,
-        weight_decay=muon.weight_decay,
-        muon_weight_dimension_numbers=matrices,
-        **{key: value for key, value in rest.items() if key != "adam_eps"},
-    )
-
-
-def _low_rank(method: str, **own: Any) -> Callable:
-    def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-        polar = muon_jax.TruncatedPolar(settings.variants.rank, method)
-        return _like_muon(muon_jax.muon, orthogonalizer=polar, **own)(settings, rate, rest, placed)
-
-    return build
-
-
-def _muon_only(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    return _like_muon(muon_jax.muon)(settings, rate, {"other_optimizer": "frozen"}, placed)
-
-
-def _muon_split(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    """Each head's queries, keys and values are matrices of their own, as in GLM-5's Muon Split."""
-    spec = settings.attention_spec
-    parts: dict[str, Any] = {"query": spec.heads}
-    if isinstance(spec, muon_jax.MultiHeadLatent):
-        parts["key_value"] = muon_jax.Interleaved((spec.nope, spec.value), together=False)
-    else:
-        parts |= dict.fromkeys(("key", "value"), spec.kv_heads or spec.heads)
-    routing = [
-        (f"attention/{name}/kernel", muon_jax.MatrixAxes(split_fan_out=each))
-        for name, each in parts.items()
-    ]
-    return _like_muon(muon_jax.muon, routing=routing)(settings, rate, rest, placed)
-
-
-def _rest(name: Literal["sgd", "lion"]) -> Callable:
-    """Returns the builder of Muon beside SGD or Lion, with as much shrinkage as AdamW's."""
-
-    def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-        other = getattr(settings.variants, f"{name}_learning_rate")
-        scheduled = rest["adam_learning_rate"]
-        factor = other / settings.adamw.learning_rate
-        own = {
-            "other_optimizer": name,
-            "other_learning_rate": lambda step: factor * scheduled(step),
-            "other_b1": settings.adamw.b1,
-            "other_weight_decay": settings.adamw.weight_decay / factor,
-        }
-        return _like_muon(muon_jax.muon, **own)(settings, rate, rest, placed)
-
-    return build
-
-
-def _muon_rest(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    """`rate` is AdamW's; Muon keeps its own."""
-    factor = settings.muon.learning_rate / settings.adamw.learning_rate
-    theirs = rest["adam_learning_rate"]
-    swapped = rest | {"adam_learning_rate": rate}
-    return _like_muon(muon_jax.muon)(settings, lambda step: factor * theirs(step), swapped, placed)
-
-
-def _adamw_of(swept: Literal["muon", "other"]) -> Callable:
-    """`rate` is that of the hidden matrices (`"muon"`) or of all others."""
-
-    def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-        rates = dict.fromkeys(("muon", "other"), rest["adam_learning_rate"]) | {swept: rate}
-        parts = {label: _adamw(settings, of, rest, placed) for label, of in rates.items()}
-        routing = placed.get("routing")
-        return optax.partition(parts, lambda params: muon_jax.label_params(params, routing))
-
-    return build
-
-
-def _dion2(variant: Callable[..., optax.GradientTransformation]) -> Callable:
-    def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-        own = {"fraction": settings.variants.fraction}
-        return _like_muon(variant, **own)(settings, rate, rest, placed)
-
-    return build
-
-
-def _soap(variant: Callable[..., optax.GradientTransformation]) -> Callable:
-    def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-        own = {"every": settings.variants.soap_every}
-        return _like_muon(variant, **own)(settings, rate, rest, placed)
-
-    return build
-
-
-def _fixed_table(build: Callable) -> Callable:
-    """The same optimizer, with the embedding kept as it starts: a fixed code of each token."""
-
-    def is_table(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: "embedding" in jax.tree_util.keystr(path), params
-        )
-
-    def fixed(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-        trained = build(settings, rate, rest, placed)
-        return optax.chain(trained, optax.masked(optax.set_to_zero(), is_table))
-
-    return fixed
-
-
-def _muonbp(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    variants = settings.variants
-    own = {"blocks": variants.blocks, "period": variants.period}
-    return _like_muon(muon_jax.muonbp, **own)(settings, rate, rest, placed)
-
-
 def clip_threshold(name: str, settings: "Settings") -> float | None:
     """Returns the threshold of an arm's QK-clip, or None if the arm has no QK-clip."""
     return settings.variants.clip_threshold if name == "muonclip" else None
 
 
-def _muonclip(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    own = {"specs": settings.attention_spec, "threshold": settings.variants.clip_threshold}
-    return _like_muon(muon_jax.muonclip, **own)(settings, rate, rest, placed)
-
-
-def _dion(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    decay = settings.muon.weight_decay
-    return muon_jax.dion(rate, rank=settings.variants.rank, weight_decay=decay, **rest, **placed)
-
-
-def _splus(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    every = settings.variants.eigenbases_every
-    return muon_jax.splus(rate, every=every, average=0.99, **placed)
-
-
-def _splus_adamw(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    return _splus(settings, rate, {}, {"other_optimizer": "adamw"} | rest | placed)
-
-
-def _scion(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    muon = settings.muon
-    return muon_jax.scion(rate, ns_coeffs=muon.ns_coeffs, ns_dtype=muon.ns_dtype, **placed)
-
-
-def _gluon(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    """Builds Gluon; by default its largest steps are Scion's, since L1 is 1 / Scion's radius."""
-    given, half = settings.variants.gluon_smoothness, settings.variants.gluon_norm
-    if given is None:
-        hidden, tables, gains = ((half / radius, 1 / radius) for radius in (50.0, 3000.0, 1.0))
-    else:
-        hidden, tables, gains = given[:2], given[2:4], given[4:]
-    smoothness = [("norm", gains), ("embedding|head", tables), ("", hidden)]
-    own = {"ns_coeffs": settings.muon.ns_coeffs, "ns_dtype": settings.muon.ns_dtype}
-    return muon_jax.gluon(rate, smoothness=smoothness, **own, **placed)
-
-
 ARMS: dict[str, Arm] = {
-    "adamw": Arm("AdamW for all parameters", _adamw),
-    "muon": Arm("Muon for the hidden matrices", _like_muon(muon_jax.muon)),
-    "muon_only": Arm("Muon, with all other parameters frozen", _muon_only),
-    "muon_sgd": Arm("Muon for hidden matrices, SGD for all other parameters", _rest("sgd")),
-    "muon_lion": Arm("Muon for hidden matrices, Lion for all other parameters", _rest("lion")),
+    "adamw": Arm("AdamW for all parameters", make.adamw),
+    "muon": Arm("Muon for the hidden matrices", make.like_muon(muon_jax.muon)),
+    "muon_only": Arm("Muon, with all other parameters frozen", make.muon_only),
+    "muon_sgd": Arm("Muon for hidden matrices, SGD for all other parameters", make.rest("sgd")),
+    "muon_lion": Arm("Muon for hidden matrices, Lion for all other parameters", make.rest("lion")),
     "muon_split": Arm(
-        "Muon, with each head of queries, keys and values by itself", _muon_split, member=False
+        "Muon, with each head of queries, keys and values by itself",
+        make.muon_split,
+        member=False,
     ),
     "muon_bf16": Arm(
-        "Muon with momentum in bfloat16", _like_muon(muon_jax.muon, mu_dtype=jnp.bfloat16)
+        "Muon with momentum in bfloat16", make.like_muon(muon_jax.muon, mu_dtype=jnp.bfloat16)
     ),
-    "muon_int8": Arm("Muon with momentum in int8", _like_muon(muon_jax.muon, mu_dtype=jnp.int8)),
+    "muon_int8": Arm(
+        "Muon with momentum in int8", make.like_muon(muon_jax.muon, mu_dtype=jnp.int8)
+    ),
     "muon_int4": Arm(
-        "Muon with momentum in int4", _like_muon(muon_jax.muon, mu_dtype=jnp.int4), member=False
+        "Muon with momentum in int4",
+        make.like_muon(muon_jax.muon, mu_dtype=jnp.int4),
+        member=False,
     ),
     "muon_cautious": Arm(
-        "Muon with cautious decay", _like_muon(muon_jax.muon, cautious_weight_decay=True)
+        "Muon with cautious decay", make.like_muon(muon_jax.muon, cautious_weight_decay=True)
     ),
     "polar": Arm(
         "Muon with the exact polar factor",
-        _like_muon(muon_jax.muon, orthogonalizer=muon_jax.polar_factor),
+        make.like_muon(muon_jax.muon, orthogonalizer=muon_jax.polar_factor),
     ),
-    "low_rank": Arm("Muon restricted to the top singular triplets, by SVD", _low_rank("svd")),
+    "low_rank": Arm("Muon restricted to the top singular triplets, by SVD", make.low_rank("svd")),
     "low_rank_subspace": Arm(
         "Muon restricted to the top singular triplets, by subspace iteration",
-        _low_rank("subspace"),
+        make.low_rank("subspace"),
     ),
     "low_rank_whole": Arm(
         "Muon of the top singular triplets, at the Frobenius norm of a whole update",
-        _low_rank("svd", after=muon_jax.snap_norm()),
+        make.low_rank("svd", after=muon_jax.snap_norm()),
         member=False,
     ),
-    "normuon": Arm("NorMuon", _like_muon(muon_jax.normuon)),
-    "adamuon": Arm("AdaMuon", _like_muon(muon_jax.adamuon, scale="match_rms_adamw"), 0.02),
-    "muonbp": Arm("MuonBP: orthogonalises blocks, and the whole matrix periodically", _muonbp),
-    "muonclip": Arm("Muon with QK-clip", _muonclip),
-    "dion": Arm("Dion", _dion),
-    "dion2": Arm("Dion2: orthogonalises a fraction of the rows", _dion2(muon_jax.dion2)),
-    "dion3": Arm("Dion3: Dion2 with NorMuon's second moment", _dion2(muon_jax.dion3)),
-    "muonh": Arm("MuonH: Muon on the hyperball", _on_hyperball(muon_jax.muon), 0.02),
-    "normuonh": Arm("NorMuon on the hyperball", _on_hyperball(muon_jax.normuon), 0.02),
+    "normuon": Arm("NorMuon", make.like_muon(muon_jax.normuon)),
+    "adamuon": Arm("AdaMuon", make.like_muon(muon_jax.adamuon, scale="match_rms_adamw"), 0.02),
+    "muonbp": Arm("MuonBP: orthogonalises blocks, and the whole matrix periodically", make.muonbp),
+    "muonclip": Arm("Muon with QK-clip", make.muonclip),
+    "dion": Arm("Dion", make.dion),
+    "dion2": Arm("Dion2: orthogonalises a fraction of the rows", make.dion2(muon_jax.dion2)),
+    "dion3": Arm("Dion3: Dion2 with NorMuon's second moment", make.dion2(muon_jax.dion3)),
+    "muonh": Arm("MuonH: Muon on the hyperball", make.on_hyperball(muon_jax.muon), 0.02),
+    "normuonh": Arm("NorMuon on the hyperball", make.on_hyperball(muon_jax.normuon), 0.02),
     "muon_sphere": Arm(
         "MuonSphere: updates and weights of fixed spectral norm",
-        _like_muon(muon_jax.muon_sphere, weight_decay=0.0),
+        make.like_muon(muon_jax.muon_sphere, weight_decay=0.0),
         0.02,
     ),
     "spel": Arm(
         "SPEL: weights with orthonormal rows or columns",
-        _like_muon(muon_jax.spel, weight_decay=0.0),
+        make.like_muon(muon_jax.spel, weight_decay=0.0),
     ),
-    "muown": Arm("Muown: Adam trains the norms of neurons", _like_muon(muon_jax.muown)),
-    "muon_eq": Arm("MuonEq: momentum with rows of equal norm", _like_muon(muon_jax.muon_eq)),
-    "muon_plus": Arm("Muon+: orthogonal factors of fixed norm", _like_muon(muon_jax.muon_plus)),
+    "muown": Arm("Muown: Adam trains the norms of neurons", make.like_muon(muon_jax.muown)),
+    "muon_eq": Arm("MuonEq: momentum with rows of equal norm", make.like_muon(muon_jax.muon_eq)),
+    "muon_plus": Arm("Muon+: orthogonal factors of fixed norm", make.like_muon(muon_jax.muon_plus)),
     "muon_squared": Arm(
-        "Muon²: Adam's second moment before orthogonalisation", _like_muon(muon_jax.muon_squared)
+        "Muon²: Adam's second moment before orthogonalisation",
+        make.like_muon(muon_jax.muon_squared),
     ),
-    "namo": Arm("NAMO: one adaptive scale for each matrix", _like_muon(muon_jax.namo), 0.08),
+    "namo": Arm("NAMO: one adaptive scale for each matrix", make.like_muon(muon_jax.namo), 0.08),
     "polargrad": Arm(
-        "PolarGrad: updates scaled by the nuclear norm", _like_muon(muon_jax.polargrad), 0.5
+        "PolarGrad: updates scaled by the nuclear norm", make.like_muon(muon_jax.polargrad), 0.5
     ),
-    "aurora": Arm("Aurora: polar factors with rows of equal norm", _like_muon(muon_jax.aurora)),
-    "soap": Arm("SOAP: Adam in Shampoo's eigenbases", _soap(muon_jax.soap), 6e-3),
-    "soap_muon": Arm("SOAP's whitening, then Muon", _soap(muon_jax.soap_muon)),
+    "aurora": Arm("Aurora: polar factors with rows of equal norm", make.like_muon(muon_jax.aurora)),
+    "soap": Arm("SOAP: Adam in Shampoo's eigenbases", make.soap(muon_jax.soap), 6e-3),
+    "soap_muon": Arm("SOAP's whitening, then Muon", make.soap(muon_jax.soap_muon)),
     "splus": Arm(
-        "SPlus, evaluated at its average of weights", _splus, 0.8, muon_jax.evaluation_params
+        "SPlus, evaluated at its average of weights",
+        make.splus,
+        0.8,
+        muon_jax.evaluation_params,
     ),
     "splus_adamw": Arm(
         "SPlus for hidden matrices, AdamW for all other parameters",
-        _splus_adamw,
+        make.splus_adamw,
         0.8,
         muon_jax.evaluation_params,
         member=False,
     ),
-    "scion": Arm("Scion, unconstrained", _scion, 1e-3),
-    "gluon": Arm("Gluon: Scion with step sizes from smoothness constants", _gluon, 2e-3),
-    "muon_equal_decay": Arm("Muon with AdamW's weight decay", _equal_decay, member=False),
+    "scion": Arm("Scion, unconstrained", make.scion, 1e-3),
+    "gluon": Arm("Gluon: Scion with step sizes from smoothness constants", make.gluon, 2e-3),
+    "muon_equal_decay": Arm("Muon with AdamW's weight decay", make.equal_decay, member=False),
     "muon_equal_shrink": Arm(
-        "Muon with AdamW's learning rate × weight decay", _equal_shrink, member=False
+        "Muon with AdamW's learning rate × weight decay", make.equal_shrink, member=False
     ),
     "muon_one_step": Arm(
         "Muon with one Newton-Schulz step",
-        _like_muon(muon_jax.muon, ns_steps=1),
+        make.like_muon(muon_jax.muon, ns_steps=1),
         member=False,
     ),
-    "optax_muon": Arm("optax.contrib.muon with the routing of muon_jax", _optax_muon, member=False),
+    "optax_muon": Arm(
+        "optax.contrib.muon with the routing of muon_jax", make.optax_muon, member=False
+    ),
     "orthogonal": Arm(
         "Muon without a shape scale",
-        _like_muon(muon_jax.muon, scale="none"),
+        make.like_muon(muon_jax.muon, scale="none"),
         member=False,
     ),
     "spectral": Arm(
         "Momentum scaled to Muon's spectral norm, not orthogonalised",
-        _like_muon(muon_jax.muon, orthogonalizer=baselines.unit_spectral_norm),
+        make.like_muon(muon_jax.muon, orthogonalizer=baselines.unit_spectral_norm),
         member=False,
     ),
     "adamw_tuned": Arm(
-        "AdamW with a high learning rate and weight decay", _adamw_tuned, 0.01, member=False
+        "AdamW with a high learning rate and weight decay", make.adamw_tuned, 0.01, member=False
     ),
     "adamw_hidden": Arm(
         "AdamW, with the learning rate of the hidden matrices swept",
-        _adamw_of("muon"),
+        make.adamw_of("muon"),
         6e-3,
         member=False,
     ),
     "adamw_rest": Arm(
         "AdamW, with the learning rate of all but the hidden matrices swept",
-        _adamw_of("other"),
+        make.adamw_of("other"),
         6e-3,
         member=False,
     ),
     "muon_rest": Arm(
-        "Muon, with the learning rate of the AdamW beside it swept", _muon_rest, 6e-3, member=False
+        "Muon, with the learning rate of the AdamW beside it swept",
+        make.muon_rest,
+        6e-3,
+        member=False,
     ),
     "orthogonal_gradient": Arm(
         "⊥Grad, then AdamW without weight decay, as published",
-        _after(baselines.orthogonal_gradient, weight_decay=0.0),
+        make.after(baselines.orthogonal_gradient, weight_decay=0.0),
         1e-3,
         member=False,
     ),
     "adamw_fixed_table": Arm(
-        "AdamW, with the embedding fixed as it starts", _fixed_table(_adamw), 1e-3, member=False
+        "AdamW, with the embedding fixed as it starts",
+        make.fixed_table(make.adamw),
+        1e-3,
+        member=False,
     ),
     "muon_fixed_table": Arm(
         "Muon, with the embedding fixed as it starts",
-        _fixed_table(_like_muon(muon_jax.muon)),
+        make.fixed_table(make.like_muon(muon_jax.muon)),
         member=False,
     ),
-    "grokfast": Arm("Grokfast-EMA, then AdamW", _after(baselines.grokfast), 1e-3, member=False),
+    "grokfast": Arm("Grokfast-EMA, then AdamW", make.after(baselines.grokfast), 1e-3, member=False),
 }
 
 OptimizerName = Literal[*ARMS]

@@ -289,7 +289,7 @@ def test_every_param_has_the_optimizer_that_moonlight_gives_it():
 def test_a_size_that_the_mesh_does_not_divide_is_named():
     mesh = mesh_of(1, 16, 1, 1)
     params = jax.eval_shape(LanguageModel(SMALL, VOCABULARY).init, jax.random.key(0))
-    with pytest.raises(ValueError, match=r"experts/down: axis 0 \(experts\) has 8 entries.*= 16"):
+    with pytest.raises(ValueError, match=r"experts/down: axis 0 \(experts\) must be.*= 16; got 8"):
         sharding.param_specs({"moe_layers": params["moe_layers"]}, mesh)
 
 

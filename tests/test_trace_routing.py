@@ -524,9 +524,10 @@ PROGRAMS = {
     "pretrain": lambda: step.Trainer(
         pretraining.training(), "muon", pretraining.one_device(), pretraining.VOCABULARY
     ),
-    "finetune": lambda: arms.routing.__wrapped__(
+    "finetune": lambda: arms._routing.__wrapped__(
         "muon_adamw",
         finetune_config.Optimizer(),
+        finetune_config.Lora(),
         architecture.Architecture(
             vocabulary=256, layers=2, hidden=64, ffn=176, heads=4, kv_heads=2, head_dim=32
         ),

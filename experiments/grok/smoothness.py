@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 from scipy import optimize
 
-from experiments import optimizers
+from experiments import optimizers, schedules
 from experiments.command_line import parse
 from experiments.commands import guard
 from experiments.grok import tasks
@@ -133,7 +133,7 @@ def measure(seed: int, epochs: int, every: int) -> dict[str, list[tuple[float, f
     )
     graph, params = nnx.split(make(rngs=nnx.Rngs(params=jax.random.key(seed))), nnx.Param)
     tokens, answers = jnp.asarray(table.tokens), jnp.asarray(table.answers)
-    tx = optimizers.build("gluon", config, optimizers.warmup(config.warmup))
+    tx = optimizers.build("gluon", config, schedules.warmup(config.warmup))
 
     def loss(params: Any, rows: jax.Array) -> jax.Array:
         return LOSSES[softmax](nnx.merge(graph, params)(tokens[rows]), answers[rows]).mean()
