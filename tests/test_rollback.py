@@ -163,6 +163,7 @@ def test_without_a_checkpoint_a_run_begins_again_and_its_number_is_bounded(tmp_p
         ([1.0] * 8 + [2.0, 1.0, 2.0, 1.0], False, []),  # it passes
         ([1.0] * 8 + [math.nan, math.inf], False, [9]),
         ([1.0] * 3 + [9.0, 9.0], False, []),  # no median yet
+        ([math.inf, math.inf, 1.0], False, [1]),
         ([1.0], True, [0]),
     ],
 )

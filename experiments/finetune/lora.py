@@ -1,6 +1,6 @@
-"""LoRA (Hu et al., 2106.09685): each target gets two factors of an update, and the rest is frozen.
+"""LoRA (Hu et al., 2106.09685): trains two factors beside each target kernel and freezes the rest.
 
-A tree of params has the factors of a kernel beside it, in `adapter`.
+In a tree of params the factors of a kernel are its sibling `adapter`.
 """
 
 from collections.abc import Collection
@@ -19,7 +19,7 @@ _ADAPTER = "adapter"
 
 
 class Adapter(nnx.LoRA):
-    """`(alpha / rank) x A B`."""
+    """The output of an adapter, `(alpha / rank) x A B`."""
 
     def __init__(self, fan_in: int, fan_out: int, lora: Lora, rngs: nnx.Rngs):
         super().__init__(fan_in, lora.rank, fan_out, rngs=rngs)
@@ -30,10 +30,10 @@ class Adapter(nnx.LoRA):
 
 
 def adapt(layer: Layer, lora: Lora, rngs: nnx.Rngs) -> Layer:
-    """The layer, whose targets have adapters.
+    """Adds adapters to the targets of a layer, and returns it.
 
     Raises:
-        ValueError: the rank is larger than a side of a target.
+        ValueError: The rank is larger than a side of a target.
     """
     for name in lora.targets if lora.rank else ():
         linear = getattr(layer.attention, name, None) or getattr(layer.feed_forward, name)
@@ -49,10 +49,10 @@ def adapt(layer: Layer, lora: Lora, rngs: nnx.Rngs) -> Layer:
 
 
 def begin(params: Params, shapes: Params, seed: int) -> Params:
-    """The params with new adapters, whose product is zero, where `shapes` have some."""
+    """Adds new adapters, with a product of zero, to the params, where `shapes` have adapters."""
     found, key = flatten_dict(params), jax.random.key(seed)
     for number, (path, shape) in enumerate(sorted(flatten_dict(shapes).items())):
-        if path[-1] == "lora_a":  # as nnx.LoRA begins, layer by layer
+        if path[-1] == "lora_a":  # as in nnx.LoRA, for each layer
             make = nnx.initializers.he_uniform(batch_axis=tuple(range(len(shape.shape) - 2)))
             found[path] = make(jax.random.fold_in(key, number), shape.shape, shape.dtype)
         elif path[-1] == "lora_b":
@@ -61,12 +61,12 @@ def begin(params: Params, shapes: Params, seed: int) -> Params:
 
 
 def split(tree: Params, lora: Lora, clipped: Collection[str] = ()) -> tuple[Params, Params]:
-    """Of a tree like the params, what is trained and what is frozen.
+    """Splits a tree like the params into trained and frozen leaves.
 
     Args:
-        tree: nested dicts.
-        lora: without a rank all is trained.
-        clipped: names of norms whose gains change, too.
+        tree: Nested dicts.
+        lora: The settings of LoRA. Without a rank all leaves are trained.
+        clipped: The names of norms whose gains QK-clip changes, which are trained leaves too.
     """
     if not lora.rank:
         return tree, {}
@@ -79,12 +79,12 @@ def split(tree: Params, lora: Lora, clipped: Collection[str] = ()) -> tuple[Para
 
 
 def join(trained: Params, frozen: Params) -> Params:
-    """The tree that `split` divided."""
+    """Returns the tree that was split; the inverse of `split`."""
     return unflatten_dict(flatten_dict(trained) | flatten_dict(frozen))
 
 
 def merge(params: Params, lora: Lora) -> Params:
-    """The params of a model without adapters that computes the same."""
+    """Merges the adapters into the kernels, for a model without adapters with the same outputs."""
     leaves = flatten_dict(params)
     for path in [path for path in leaves if path[-1] == "lora_a"]:
         a, b = leaves.pop(path), leaves.pop((*path[:-1], "lora_b"))

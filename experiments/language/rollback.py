@@ -1,4 +1,4 @@
-"""When a run goes back to its last checkpoint: a spike of the loss that does not pass."""
+"""Decides when a run goes back to its last checkpoint, because of a spike of the loss."""
 
 import dataclasses
 import math
@@ -10,42 +10,43 @@ from experiments import settings
 from experiments.runs import RunError
 from experiments.settings import Count
 
-# Losses that the running median is of, and as many as it takes to be trusted.
+# The number of losses in the running median, and the number from which on it is used.
 _WINDOW, _SETTLED = 64, 8
 
 
 class SpikeError(RunError):
-    """A run that has gone back as often as it may."""
+    """The error of a run that has already gone back `--rollback.limit` times."""
 
     exit_code = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Rollback:
-    """A rule for spikes of the loss, which is part of what is trained."""
+    """The rule for spikes of the loss: part of a run's settings, since it affects training."""
 
     above: Annotated[float, settings.above(1)] | None = None
-    """Go back to the last checkpoint where the loss is NaN or Inf, or exceeds this multiple of the
-    median of the last 64 steps, and leave out the batches since then. 1.5 is usual. By default no
-    run goes back. Checkpoints between those of --save-every are not gone back to."""
+    """Go back to the last checkpoint if the loss is NaN or Inf, or exceeds this multiple of the
+    median of the last 64 steps, and skip the batches since then. 1.5 is usual. By default runs
+    never go back. Only checkpoints of --save-every count."""
     steps: Count = 3
-    """Consecutive steps with such a loss after which the run goes back."""
+    """Number of consecutive steps with such a loss after which the run goes back."""
     limit: Count = 5
-    """Number of times that the run goes back; the next spike ends it."""
+    """Number of times that the run may go back. The next spike ends it with an error."""
 
 
 class Watch:
-    """The losses of a run, by which it goes back. It depends on them alone, so that a run that is
-    killed anywhere comes to the same.
+    """Watches the losses of a run and decides when it goes back.
+
+    Decisions depend on the losses alone, so that a run that was killed and resumed makes the same.
 
     Args:
-        rule: of the run.
-        told: what `as_json` gave when the state at hand was saved; None at the start.
+        rule: The rule of the run.
+        told: The value of `as_json` in the checkpoint that is restored; None for a new run.
 
     Attributes:
-        rule: as given.
-        target: step of the checkpoint to go back to; None is the start.
-        left_out: batches that were left out so far.
+        rule: The rule.
+        target: The step of the checkpoint to go back to; None means the start of the run.
+        left_out: The number of batches that were skipped so far.
     """
 
     def __init__(self, rule: Rollback, told: dict[str, Any] | None = None):
@@ -70,14 +71,14 @@ class Watch:
         return sum(until - begin for begin, until in self._done)
 
     def judge(self, loss: float, *, is_lost: bool = False) -> bool:
-        """Takes note of the next step's loss; whether the run is to go back.
+        """Records the loss of the next step; returns whether the run must go back.
 
         Args:
-            loss: of the step.
-            is_lost: whether its update has broken the params, so that it goes back at once.
+            loss: The loss of the step.
+            is_lost: Whether the params are NaN or Inf after its update; then it goes back at once.
         """
         median = statistics.median(self._losses) if len(self._losses) >= _SETTLED else math.inf
-        if not is_lost and loss <= self.rule.above * median:
+        if not is_lost and math.isfinite(loss) and loss <= self.rule.above * median:
             self._losses = [*self._losses, loss][-_WINDOW:]
             self._in_a_row = 0
             return False
@@ -86,23 +87,24 @@ class Watch:
         return is_lost or self._in_a_row >= self.rule.steps
 
     def loses(self, held_out: float) -> bool:
-        """Whether the run is to go back since it has no held-out loss to be saved with."""
+        """Returns whether the run must go back because its held-out loss is NaN or Inf."""
         self._reason = "the held-out loss is NaN or Inf"
         return self.rule.above is not None and not math.isfinite(held_out)
 
     def saves(self, step: int, periodic: bool) -> None:
-        """To be called before a checkpoint is saved; it becomes the target if there is no spike.
+        """Makes a checkpoint that is about to be saved the target, unless a spike is under way.
 
-        One that is saved since somebody stopped the run does not: a run that nobody stops has none.
+        Only periodic checkpoints count: one that is saved because the run was stopped would not
+        exist in a run without the stop.
         """
         if periodic and not self._in_a_row:
             self.target, self._then = step, self._losses
 
     def go_back(self, step: int, on_message: Callable[[str], None], remedy: str) -> None:
-        """To where the target was saved, from the step that was judged last.
+        """Goes back to the target from `step`, the last one that was judged.
 
         Raises:
-            SpikeError: it has gone back too often; the message ends with the remedy.
+            SpikeError: The run has gone back too often. The message ends with `remedy`.
         """
         to, often = self.target or 0, len(self._done)
         if often >= self.rule.limit:
@@ -118,7 +120,7 @@ class Watch:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """Returns the state as JSON values, for a checkpoint."""
         return {
             "losses": self._losses,
             "in_a_row": self._in_a_row,
@@ -128,10 +130,10 @@ class Watch:
         }
 
     def record(self) -> dict[str, int]:
-        """What is logged of it."""
+        """Returns the values for the log."""
         return {} if self.rule.above is None else {"rollbacks": len(self._done)}
 
     def summary(self) -> dict[str, Any]:
-        """What a run's summary has of it."""
+        """Returns the values for the run's summary."""
         back = [{"from_step": until, "to_step": begin} for begin, until in self._done]
         return {} if self.rule.above is None else {"rollbacks": back}
