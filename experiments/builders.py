@@ -109,7 +109,7 @@ def muon_only(settings: "Settings", rate: optax.Schedule, rest: Options, placed:
 
 
 def muon_split(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    """Each head's queries, keys and values are matrices of their own, as in GLM-5's Muon Split."""
+    """Builds Muon with a matrix for each head of queries, keys and values, as in GLM-5."""
     spec = settings.attention_spec
     parts: dict[str, Any] = {"query": spec.heads}
     if isinstance(spec, muon_jax.MultiHeadLatent):
@@ -142,7 +142,7 @@ def rest(name: Literal["sgd", "lion"]) -> Callable:
 
 
 def muon_rest(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
-    """`rate` is AdamW's; Muon keeps its own."""
+    """Builds Muon with `rate` as the rate of the AdamW beside it; Muon keeps its own."""
     factor = settings.muon.learning_rate / settings.adamw.learning_rate
     theirs = rest["adam_learning_rate"]
     swapped = rest | {"adam_learning_rate": rate}
@@ -150,7 +150,7 @@ def muon_rest(settings: "Settings", rate: optax.Schedule, rest: Options, placed:
 
 
 def adamw_of(swept: Literal["muon", "other"]) -> Callable:
-    """`rate` is that of the hidden matrices (`"muon"`) or of all others."""
+    """Returns the builder of AdamW with `rate` for hidden matrices (`"muon"`) or all others."""
 
     def build(settings: "Settings", rate: optax.Schedule, rest: Options, placed: Options):
         rates = dict.fromkeys(("muon", "other"), rest["adam_learning_rate"]) | {swept: rate}
@@ -178,7 +178,7 @@ def soap(variant: Callable[..., optax.GradientTransformation]) -> Callable:
 
 
 def fixed_table(build: Callable) -> Callable:
-    """The same optimizer, with the embedding kept as it starts: a fixed code of each token."""
+    """Returns the builder of the same optimizer with the embedding fixed at its initial value."""
 
     def is_table(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(

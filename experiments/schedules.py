@@ -1,4 +1,4 @@
-"""What changes on the way of a training: learning rates, momentum and weight decay."""
+"""Schedules of a training: learning rates, momentum and weight decay."""
 
 import dataclasses
 import types
@@ -11,7 +11,7 @@ from experiments.commands import option
 from experiments.settings import Average, Count, Decay, Rule, Share
 
 DecayName = Literal["linear", "cosine", "constant", "wsd"]
-# Arms whose momentum or decay is another thing, or that have an average of their own.
+# Arms whose momentum or decay has another meaning, or that have an average of their own.
 _CANNOT = {
     "beta": ("dion", "dion2", "dion3", "splus", "splus_adamw", "scion", "gluon", "optax_muon"),
     "weight_decay": (
@@ -25,7 +25,7 @@ _NOT_NONE = Rule("greater than 0 and at most 1", lambda value: 0 < value <= 1)
 
 @dataclasses.dataclass(frozen=True)
 class Schedules:
-    """What changes beside the learning rate, and the average that is evaluated."""
+    """Schedules beside the learning rate's, and the average of the params that is evaluated."""
 
     wsd_share: Annotated[float, _NOT_NONE] = 0.2
     """--decay wsd: fraction of the steps after warm-up, at their end, in which the learning rate
@@ -43,7 +43,7 @@ class Schedules:
     and exported in their place. It takes as much memory as they do. By default there is none."""
 
     def check(self, arm: str) -> None:
-        """Raises a ValueError where an arm cannot take what changes on the way."""
+        """Checks that an arm can use these schedules."""
         for field, arms in _CANNOT.items():
             if getattr(self, field) is not None and arm in arms:
                 raise ValueError(
@@ -52,7 +52,7 @@ class Schedules:
                 )
 
     def of(self, settings: Any, steps: int) -> Any:
-        """The settings of arms, with schedules where something changes over so many steps."""
+        """Returns the settings of arms with schedules over `steps` in place of numbers."""
         if self.beta is None and self.weight_decay is None:
             return settings
         adamw, muon = settings.adamw, settings.muon
@@ -69,17 +69,17 @@ class Schedules:
     def averaged(
         self, tx: optax.GradientTransformationExtraArgs
     ) -> optax.GradientTransformationExtraArgs:
-        """With the average that is evaluated, where one is asked for."""
+        """Adds the average of the params to a transformation, if one is evaluated."""
         if self.average is None:
             return tx
         return optax.chain(tx, muon_jax.evaluation_average(self.average))
 
     def momentum(self, beta: float) -> optax.ScalarOrSchedule:
-        """Muon's, which is `beta` where nothing else is asked for."""
+        """Returns the momentum of Muon: `beta`, or a schedule of it."""
         return optax.linear_schedule(*self.beta, self.beta_steps) if self.beta else beta
 
     def decay(self, weight_decay: float, steps: int) -> optax.ScalarOrSchedule:
-        """A weight decay over so many steps."""
+        """Returns a weight decay, or its schedule over `steps`."""
         if self.weight_decay is None:
             return weight_decay
         begin, end = self.weight_decay
@@ -87,7 +87,7 @@ class Schedules:
 
 
 def warmup(steps: int) -> optax.Schedule:
-    """A factor that rises linearly to 1 over `steps` steps; the first step is not lost to 0."""
+    """Returns a factor that rises linearly to 1 over `steps` steps. The first one is not 0."""
     return optax.linear_schedule(1 / max(steps, 1), 1.0, max(steps - 1, 0))
 
 
@@ -99,11 +99,11 @@ def warmup_then_decay(
     cooldown: int = 0,
     wsd_share: float = Schedules.wsd_share,
 ) -> optax.Schedule:
-    """`warmup`, then a course that would reach `final` one step after its last.
+    """Returns `warmup` followed by a decay that would reach `final` one step after its last.
 
-    `constant` stays; `wsd` stays too, but for a linear fall in the last `wsd_share` of the course
-    (Hu et al., 2404.06395). The last `cooldown` steps fall linearly from there, and would reach 0
-    at `steps`.
+    `constant` does not decay. `wsd` decays linearly in the last `wsd_share` of the steps (Hu et
+    al., 2404.06395). The last `cooldown` steps decay linearly from there, and would reach 0 at
+    `steps`.
     """
     falling = steps - warmup_steps - cooldown
     falls = max(round(wsd_share * falling), 1)

@@ -1,4 +1,4 @@
-"""Texts on their way to tokens: cut at marks, and told by them what is learnt."""
+"""Splits marked texts into pieces to tokenise, and finds the ranges to train on."""
 
 import re
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ MARK = re.compile(f"([{template.CUT}{template.BEGIN}{template.END}])")
 
 
 class Text(NamedTuple):
-    """A text on its way to tokens.
+    """A text to tokenise.
 
     Attributes:
-        pieces: that make it, each to be tokenised by itself.
-        learnt: begins and ends of the characters to learn, in ascending order.
-        escaped: whether content spells a special token or a marker.
-        dropped: thoughts, and words beside a call, that the template leaves out.
+        pieces: The parts of the text, which are tokenised separately.
+        learnt: The ranges of characters to train on, ascending.
+        escaped: Whether its content spells a special token or a marker.
+        dropped: How many reasoning texts and remarks beside tool calls the template omits.
     """
 
     pieces: tuple[str, ...]
@@ -28,14 +28,14 @@ class Text(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """`(tokens,)` int32, and `(tokens,)` bool: whether each is to be learnt."""
+    """Tokens `(tokens,)`, int32, and whether to train on each, `(tokens,)`, bool."""
 
     tokens: np.ndarray
     learnt: np.ndarray
 
 
 def unmark(marked: str) -> Text:
-    """What marks in a text say, and the text without them."""
+    """Returns the text without its marks, and what they mark."""
     pieces, learnt, at, begin = [""], [], 0, 0
     for part in MARK.split(marked):
         match part:

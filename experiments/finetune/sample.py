@@ -1,4 +1,4 @@
-"""Answers of a fine-tuned model: `python -m experiments.finetune.sample FOLDER --prompt "..."`."""
+"""Prints answers of a fine-tuned model: `python -m experiments.finetune.sample FOLDER`."""
 
 import dataclasses
 import functools
@@ -61,10 +61,10 @@ class Command:
 
 
 def folder_of(model: str) -> Path:
-    """Of the Hugging Face model that a command names.
+    """Returns the folder of the Hugging Face model that a command names.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is none.
     """
     folder = Path(model).expanduser()
     for found in (folder / "model", folder):
@@ -86,18 +86,19 @@ def answers(
     dtype: Dtype = "float32",
     **settings: Any,
 ) -> list[str]:
-    """What the model in a folder says.
+    """Returns answers of the model in a folder.
 
     Args:
-        folder: of a Hugging Face model.
-        messages: of the conversation so far; or a text to go on from, without the template.
-        length: tokens of an answer at most.
-        count: how many answers.
-        dtype: of the arithmetic.
-        **settings: as `generation.generate` takes them.
+        folder: The folder of a Hugging Face model.
+        messages: The messages of the conversation so far, or a text to continue without the
+            template.
+        length: The maximum number of tokens of an answer.
+        count: The number of answers.
+        dtype: The precision of the arithmetic.
+        **settings: Further arguments of `generation.generate`.
 
     Raises:
-        ValueError, OSError: the folder cannot be read, the template refuses the messages, or they
+        ValueError, OSError: The folder cannot be read, the template rejects the messages, or they
             and the answer are longer than the model's context.
     """
     generation.check_numbers(count=(count, 1), length=(length, 1))

@@ -56,7 +56,7 @@ class Command:
 
 
 def kind_of(path: str) -> str:
-    """The kind of layer of a leaf.
+    """Returns the kind of layer of a leaf.
 
     >>> kind_of("blocks/0/attention_norm/scale"), kind_of("head/kernel")
     ('gains', 'embedding and head')
@@ -65,7 +65,7 @@ def kind_of(path: str) -> str:
 
 
 def primal_norm(kind: str, w: jax.Array) -> jax.Array:
-    """The norm in which Scion's steps of this kind of layer have length 1.
+    """Returns the norm in which Scion's steps of this kind of layer have length 1.
 
     Args:
         kind: Of the layer.
@@ -79,7 +79,7 @@ def primal_norm(kind: str, w: jax.Array) -> jax.Array:
 
 
 def dual_norm(kind: str, g: jax.Array) -> jax.Array:
-    """The largest inner product of a gradient with weights whose `primal_norm` is 1."""
+    """Returns the largest inner product of a gradient with weights whose `primal_norm` is 1."""
     if kind == "gains":
         return jnp.sqrt(g.size * jnp.sum(g * g))
     if kind == "embedding and head":
@@ -88,11 +88,11 @@ def dual_norm(kind: str, g: jax.Array) -> jax.Array:
 
 
 def fit(norms: np.ndarray, ratios: np.ndarray) -> tuple[float, float]:
-    """The least line `L0 + L1 * norm` that 95 % of the ratios lie below: quantile regression.
+    """Fits the line `L0 + L1 * norm` that 95 % of the ratios lie below, by quantile regression.
 
     Args:
-        norms: Dual norms of gradients, `(measurements,)`.
-        ratios: Change of the gradient over change of the weights, `(measurements,)`.
+        norms: The dual norms of gradients, `(measurements,)`.
+        ratios: The change of the gradient over the change of the weights, `(measurements,)`.
 
     Returns:
         L0 and L1, neither negative.
@@ -103,7 +103,7 @@ def fit(norms: np.ndarray, ratios: np.ndarray) -> tuple[float, float]:
         [2.0, 3.0]
     """
     n, scale = len(norms), np.array([1.0, max(norms.mean(), 1e-30)])
-    # Each residual is a difference of two positive parts, of which those above the line are dear.
+    # A residual is a difference of two positive parts; those above the line cost 19 times as much.
     lines = np.stack([np.ones(n), norms / scale[1]], axis=1)
     costs = np.concatenate([[0, 0], np.full(n, QUANTILE), np.full(n, 1 - QUANTILE)])
     equal = np.concatenate([lines, np.eye(n), -np.eye(n)], axis=1)
@@ -113,12 +113,12 @@ def fit(norms: np.ndarray, ratios: np.ndarray) -> tuple[float, float]:
 
 
 def measure(seed: int, epochs: int, every: int) -> dict[str, list[tuple[float, float]]]:
-    """Dual norms of gradients, and ratios of changes, of each kind of layer in a training.
+    """Returns dual norms of gradients and ratios of changes, for each kind of layer.
 
     Args:
-        seed: Of the split, the initial parameters and the batches.
-        epochs: Passes over the training data.
-        every: Steps between measurements.
+        seed: The seed of the split, the initial parameters and the batches.
+        epochs: The number of passes over the training data.
+        every: The number of steps between measurements.
     """
     config = Config()
     [task], [softmax] = config.tasks, config.softmax

@@ -1,4 +1,4 @@
-"""What a training loop measures itself with: seconds of training alone, and profiles of steps."""
+"""Measurements of a training loop: seconds of training alone, and profiles of steps."""
 
 import time
 from typing import Any
@@ -8,16 +8,16 @@ from etils import epath
 
 
 def looks(step: int, log_every: int) -> bool:
-    """Whether the record of a step has the exact largest attention logit, on every platform.
+    """Returns whether the record of a step must have the exact largest attention logit.
 
-    It takes time where a kernel keeps the logits, so that of steps that are all logged one in ten
-    has it: of these the first. Steps in between have it where it is known without.
+    Computing it takes time if the kernel does not return the logits. Therefore, if every step is
+    logged, only each tenth has it. Other steps have it if the kernel returns it.
     """
     return step % log_every == 0 and (step - 1) // 10 != (step - 1 - log_every) // 10
 
 
 class Clock:
-    """Seconds of training alone: it stands while a run compiles, evaluates and saves."""
+    """Counts seconds of training alone. It is stopped while a run compiles, evaluates and saves."""
 
     def __init__(self, seconds: float) -> None:
         self._until = seconds
@@ -25,32 +25,32 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Now."""
+        """The seconds so far."""
         now = 0.0 if self._since is None else time.perf_counter() - self._since
         return self._until + now
 
     def go(self) -> None:
-        """Begins to count."""
+        """Starts the clock."""
         self._since = time.perf_counter()
 
     def stand(self) -> None:
-        """Ends it, until `go`."""
+        """Stops the clock until `go`."""
         self._until, self._since = self.seconds, None
 
 
 class Profiler:
-    """Watches the steps that it is asked to, or those of them that this part of a run has.
+    """Profiles a range of steps, as far as this process runs them.
 
     Args:
-        steps: the first that it watches, and the first that it does not; None for none.
-        folder: where traces are written.
+        steps: The first step of the range and the first step after it; None profiles nothing.
+        folder: The folder of the traces.
     """
 
     def __init__(self, steps: tuple[int, int] | None, folder: epath.Path) -> None:
         self._steps, self._folder, self._watches = steps, folder, False
 
     def before(self, step: int) -> None:
-        """To be called before each step."""
+        """Starts or stops profiling; call it before each step."""
         if self._steps is None:
             return
         begin, end = self._steps
@@ -61,7 +61,7 @@ class Profiler:
             self._watches = True
 
     def stop(self, wait_for: Any = None) -> None:
-        """Writes what it has seen, when `wait_for` is there."""
+        """Writes the trace after `wait_for` has been computed."""
         if self._watches:
             jax.block_until_ready(wait_for)
             jax.profiler.stop_trace()

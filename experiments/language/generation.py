@@ -1,4 +1,4 @@
-"""New tokens after prompts, whatever the model: a cache of keys and values while they fit."""
+"""Generates tokens after prompts with any model, with a cache of keys and values."""
 
 import functools
 import math
@@ -24,25 +24,25 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
 ) -> np.ndarray:
-    """Goes on from each prompt.
+    """Continues each prompt.
 
     Args:
-        program: jitted, `extend` of a model: `(tokens_BxT, lengths_B, temperature, top_k, seed) ->
-            tokens_BxT`, where top_k is static. It is compiled for each sum of the longest prompt
-            and the length.
-        mesh: where the model's params lie.
-        prompts: B lists of one token or more.
-        length: tokens to add.
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        top_k: how many of the likeliest tokens are drawn from; by default all.
-        seed: a prompt's tokens depend on it and on the prompt's place in the list, not on how many
-            there are.
+        program: The jitted `extend` of a model, `(tokens_BxT, lengths_B, temperature, top_k, seed)
+            -> tokens_BxT` with a static top_k. It is compiled for each sum of `length` and the
+            length of the longest prompt.
+        mesh: The mesh of the model's params.
+        prompts: B lists of at least one token.
+        length: The number of tokens to add.
+        temperature: The number that logits are divided by. 0 takes the most likely token.
+        top_k: The number of most likely tokens to sample from; by default all.
+        seed: The random seed. The tokens of a prompt depend on it and on the prompt's position in
+            the list, not on the number of prompts.
 
     Returns:
-        `(B, length)` int32, the new tokens.
+        The new tokens, `(B, length)` int32.
 
     Raises:
-        ValueError: a prompt is empty, or a number is out of range.
+        ValueError: A prompt is empty, or a number is out of range.
     """
     if not prompts or not all(map(len, prompts)):
         raise ValueError("At least one prompt is required, and each must have at least one token.")
@@ -72,20 +72,21 @@ def extend(
     *,
     context: int,
 ) -> jax.Array:
-    """Fills each row from its length on; to be jitted under the mesh of the params.
+    """Fills each row after its prompt; to be jitted under the mesh of the params.
 
-    The first pass sees all prompts and makes the caches; then each token takes a pass over itself.
-    Beyond `context`, where a model sees the last `context` tokens from position 0 on, nothing of a
-    cache would hold, and a pass is over them all.
+    The first pass reads all prompts and fills the caches; then each new token takes a pass over
+    itself. Beyond `context` the model reads the last `context` tokens as positions from 0 on, so
+    that no cache is valid, and each new token takes a pass over all of them.
 
     Args:
-        continued: `(tokens, caches, at) -> (hidden, caches)`, where the tokens are at the
-            positions from `at` on and `hidden`, `(B, T, D)`, is what the head reads; caches None
-            begins some of as many positions as there are tokens.
-        logits: of `hidden`, float32.
-        tokens_BxT: prompts, and room.
-        lengths_B, temperature, top_k, seed: as `generate` has them.
-        context: tokens that the model sees at most.
+        continued: A function `(tokens, caches, at) -> (hidden, caches)`. The tokens have the
+            positions from `at` on, and `hidden`, `(B, T, D)`, is the input of the head. With caches
+            None it creates caches for as many positions as there are tokens.
+        logits: A function that returns the logits of `hidden`, float32.
+        tokens_BxT: The prompts, padded to the final length.
+        lengths_B: The lengths of the prompts.
+        temperature, top_k, seed: As in `generate`.
+        context: The maximum number of tokens that the model reads.
     """
     length = tokens_BxT.shape[1]
     window = min(context, length)
@@ -117,7 +118,7 @@ def extend(
         return put(tokens_BxT, at, continued(seen, None, 0)[0][:, -1])
 
     first = jnp.min(lengths_B)
-    # What the first pass caches of places that are still empty is overwritten before it is seen.
+    # The first pass also caches padding, which is overwritten before it is read.
     _, caches = continued(tokens_BxT[:, :window], None, 0)
     tokens_BxT, _ = jax.lax.fori_loop(first, window, by_cache, (tokens_BxT, caches))
     if window < length:
@@ -127,10 +128,10 @@ def extend(
 
 
 def check_numbers(**numbers: tuple[float, float]) -> None:
-    """Of options by name: each value, and the least that it may be.
+    """Checks options by name, each given as its value and its lower bound.
 
     Raises:
-        ValueError: one is less, or not finite.
+        ValueError: A value is below its bound, or not finite.
     """
     for name, (value, least) in numbers.items():
         if not least <= value < math.inf:

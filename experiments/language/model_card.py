@@ -1,4 +1,4 @@
-"""`README.md` of an exported folder: what the model was trained on, and how."""
+"""Writes the `README.md` of an exported model: its training data, optimizer and settings."""
 
 import importlib.metadata
 import json
@@ -36,14 +36,14 @@ The license is that of the data and, where there is one, of the base model.
 def write(
     folder: Path, title: str, summary: str, facts: Mapping[str, Any], base: str | None = None
 ) -> None:
-    """Writes the card of a model, in the form that the Hugging Face Hub reads; it names no path.
+    """Writes the model card, in the format of the Hugging Face Hub. It contains no local path.
 
     Args:
-        folder: of the model.
-        title: of the model.
-        summary: a sentence or two.
-        facts: rows of its table; those that are None are left out.
-        base: name of the model that it was made of.
+        folder: The folder of the model.
+        title: The title of the card.
+        summary: One or two sentences about the model.
+        facts: The rows of its table. Rows with the value None are omitted.
+        base: The name of the model that training started from.
     """
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     head |= {"tags": ["muon_jax"]} | ({"base_model": base} if base else {})

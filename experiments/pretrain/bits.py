@@ -17,13 +17,13 @@ from experiments.pretrain.trained import TOKENIZER, Loaded, load_run
 
 
 class Measured(NamedTuple):
-    """What a text costs a model.
+    """The measured loss of texts.
 
     Attributes:
-        bits: of all tokens, the ends of documents too.
-        bytes: of the texts, in UTF-8.
-        tokens: that were predicted.
-        exact: whether the tokens stand for these very bytes.
+        bits: The bits of all tokens, including the ends of documents.
+        bytes: The bytes of the texts in UTF-8.
+        tokens: The number of predicted tokens.
+        exact: Whether the tokens decode to exactly these bytes.
     """
 
     bits: float
@@ -33,18 +33,18 @@ class Measured(NamedTuple):
 
 
 def measure(loaded: Loaded, files: tuple[str, ...]) -> Measured:
-    """The bits of texts that follow each other, in windows of the run's context.
+    """Measures the bits of the concatenated texts, in windows of the run's context.
 
-    Each token is predicted once, from those before it in its window, as held-out text is.
+    Each token is predicted once, from the tokens before it in its window, as in validation.
 
     Args:
-        loaded: of `load_run`.
-        files: globs of text, as --data.files has them; each document counts, also one that a
-            training on these files would learn.
+        loaded: The result of `load_run`.
+        files: Globs of text files, as in --data.files. All documents are measured, including those
+            that training on these files would use.
 
     Raises:
-        ValueError: the run has no tokenizer, or a file is missing, damaged or no text.
-        OSError: a file cannot be read.
+        ValueError: The run has no tokenizer, or a file is missing, damaged or not text.
+        OSError: A file cannot be read.
     """
     config = loaded.config
     if loaded.tokenizer is None:
