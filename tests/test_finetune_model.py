@@ -218,7 +218,7 @@ def test_without_segments_a_row_is_one_text():
         found = jax.jit(lambda p, t: lm.hidden(p, t, max_logits=True))(start(TIED), tokens)
         ones = np.ones_like(tokens)
         wanted = jax.jit(lambda p, t: lm.hidden(p, t, ones, max_logits=True))(start(TIED), tokens)
-        with pytest.raises(ValueError, match=r"tokens of shape \(8, 24\) and segments of \(8, 1\)"):
+        with pytest.raises(ValueError, match=r"shape of the tokens, \(8, 24\); got \(8, 1\)"):
             lm.hidden(start(TIED), tokens, ones[:, :1])
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

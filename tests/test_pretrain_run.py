@@ -186,7 +186,7 @@ def test_another_text_is_refused(whole, text, tmp_path):
 
 
 def test_more_tokens_than_the_model_knows_are_refused(tokens, tmp_path):
-    with pytest.raises(ValueError, match=r"Give --data.vocabulary \d+ or more"):
+    with pytest.raises(ValueError, match=r"vocabulary must be at least \d+, the voc.*; got"):
         run(training(), tokens, tmp_path)
 
 
