@@ -252,7 +252,32 @@ def splash(
     return jnp.swapaxes(mixed, 1, 2), jnp.swapaxes(logsumexp, 1, 2)
 
 
-class GroupedQuery(nnx.Module):
+class _Attention(nnx.Module):
+    """Causal attention with an output projection, `out`. Subclasses say how heads are made."""
+
+    out: Linear
+
+    def project(
+        self, x_BxTxD: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns queries, keys and values, as `causal_attention` takes them."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        threshold: float | None = None,
+        segments_BxT: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        if positions is None:
+            positions = jnp.arange(x_BxTxD.shape[1])
+        heads = self.project(x_BxTxD, positions)
+        mixed, largest = causal_attention(*heads, segments_BxT, threshold)
+        return self.out(join_heads(mixed)), largest
+
+
+class GroupedQuery(_Attention):
     """Grouped-query attention with RoPE.
 
     Args:
@@ -292,23 +317,9 @@ class GroupedQuery(nnx.Module):
             self.query_norm = RMSNorm(columns, epsilon=norm_epsilon, rngs=rngs)
             self.key_norm = RMSNorm(columns, epsilon=norm_epsilon, rngs=rngs)
 
-    def __call__(
-        self,
-        x_BxTxD: jax.Array,
-        threshold: float | None = None,
-        segments_BxT: jax.Array | None = None,
-        positions: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        if positions is None:
-            positions = jnp.arange(x_BxTxD.shape[1])
-        heads = self.project(x_BxTxD, positions)
-        mixed, largest = causal_attention(*heads, segments_BxT, threshold)
-        return self.out(join_heads(mixed)), largest
-
     def project(
         self, x_BxTxD: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values, as `causal_attention` takes them."""
         q = split_heads(self.query(x_BxTxD), self.heads)
         k = split_heads(self.key(x_BxTxD), self.kv_heads)
         v = split_heads(self.value(x_BxTxD), self.kv_heads)
@@ -318,7 +329,7 @@ class GroupedQuery(nnx.Module):
         return q, k, v
 
 
-class Latent(nnx.Module):
+class Latent(_Attention):
     """Latent attention: keys and values from a short latent, one key with RoPE for all heads."""
 
     def __init__(
@@ -343,23 +354,9 @@ class Latent(nnx.Module):
         self.key_value = Linear(latent, heads * (nope + value), init=init, rngs=rngs)
         self.out = Linear(heads * value, width, init=init, rngs=rngs)
 
-    def __call__(
-        self,
-        x_BxTxD: jax.Array,
-        threshold: float | None = None,
-        segments_BxT: jax.Array | None = None,
-        positions: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        if positions is None:
-            positions = jnp.arange(x_BxTxD.shape[1])
-        heads = self.project(x_BxTxD, positions)
-        mixed, largest = causal_attention(*heads, segments_BxT, threshold)
-        return self.out(join_heads(mixed)), largest
-
     def project(
         self, x_BxTxD: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values, as `causal_attention` takes them."""
         q = split_heads(self.query(x_BxTxD), self.heads)
         latent, shared_key = jnp.split(self.latent(x_BxTxD), [self.latent_size], axis=-1)
         key_value = split_heads(self.key_value(self.latent_norm(latent)), self.heads)
