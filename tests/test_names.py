@@ -9,7 +9,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import pytest
-from test_routing import nested, routes_by_path
+from test_routing import nested, routes_by_path, spelled
 from trees import FAMILIES
 
 import muon_jax
@@ -17,6 +17,39 @@ import muon_jax
 NORM = {"norm/scale": (16,)}
 
 KINDS = {
+    # --- Shapes that mislead
+    "as many heads as each is wide": (
+        {
+            "attn/query/kernel": (16, 4, 4),
+            "attn/query/bias": (4, 4),
+            "attn/key/kernel": (16, 4, 4),
+            "attn/key/bias": (4, 4),
+            "attn/out/kernel": (4, 4, 16),
+            "attn/out/bias": (16,),
+            **NORM,
+        },
+        "ioo - ioo - iio - -",
+    ),
+    "square attention without biases": (
+        {f"attn/{name}_proj/kernel": (16, 16) for name in "qkvo"},
+        "io io io io",
+    ),
+    "as many layers as the width": (
+        {"layers/norm/scale": (16, 16), "layers/q_proj/kernel": (16, 16, 16)},
+        "- bio",
+    ),
+    "scanned biases": (
+        {"layers/up/kernel": (5, 16, 64), "layers/up/bias": (5, 64), "layers/ln/scale": (5, 16)},
+        "bio - -",
+    ),
+    "convolutions without biases": (
+        {"net/conv_1/kernel": (3, 3, 12, 8), "net/conv_2/kernel": (3, 3, 8, 16)},
+        "iiio iiio",
+    ),
+    "an expert stack": (
+        {"moe/experts/up": (4, 16, 64), "moe/experts/down": (4, 64, 16), **NORM},
+        "bio bio -",
+    ),
     # --- Witnesses of scans
     "a conv bias is no scan": ({"a/weight": (24, 12, 3), "a/bias": (24, 1)}, "oii -"),
     "a linear and a conv bias": (
@@ -190,14 +223,6 @@ NAMELESS = {
 }
 
 
-def spelled(leaf):
-    if leaf.label == "other":
-        return "-" + "?" * bool(leaf.doubt)
-    batch, fan_in, fan_out = leaf.axes.split(leaf.shape)
-    letters = dict.fromkeys(batch, "b") | dict.fromkeys(fan_in, "i") | dict.fromkeys(fan_out, "o")
-    return "".join(letters[axis] for axis in sorted(letters)) + "?" * bool(leaf.doubt)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_real_trees(kind):
     shapes, expected = KINDS[kind]
@@ -235,7 +260,7 @@ def test_init_warns_once_of_the_leaves_that_are_guesses(tree, optimizer):
 
 def test_init_is_silent_for_known_names_and_where_the_user_decides():
     square = structs({"square": (8, 8)})
-    llama = nested({path: shape for path, shape, *_ in FAMILIES["maxtext_llama_scan"]()})
+    llama = nested({path: shape for path, shape, _ in FAMILIES["maxtext_llama_scan"]})
     cases = [
         (llama, {}),
         (square, {"routing": [("square", muon_jax.MatrixAxes())]}),

@@ -75,7 +75,7 @@ def test_the_place_of_an_optimizer_gets_one_that_routes(recipe, monkeypatch):
         tx, family = names["get_optimizer"](config, lambda step: 0.01), "maxtext_llama_scan"
     else:
         tx, family = names["MuonJax"]().build(100), "levanter_llama"
-    shapes = {tuple(row[0].split("/")): row[1] for row in FAMILIES[family]()}
+    shapes = {tuple(row[0].split("/")): row[1] for row in FAMILIES[family]}
     params = unflatten_dict({path: jnp.ones(shape) for path, shape in shapes.items()})
     updates, _ = jax.jit(tx.update)(params, jax.jit(tx.init)(params), params)
     assert set(jax.tree.leaves(muon_jax.label_params(params))) == {"muon", "other"}
