@@ -171,9 +171,8 @@ def route(params: Any, rules: Routing = None, matrix_axes: Any = None) -> dict[K
 
 
 def _check_array(path: str, leaf: Any) -> None:
-    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) and not isinstance(
-        leaf, numbers.Number
-    ):
+    is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    if not is_array and not isinstance(leaf, numbers.Number):
         raise ValueError(
             f"Leaf {path!r} must be an array; got {leaf!r}. Pass only the arrays to train, for an "
             "Equinox module eqx.filter(model, eqx.is_inexact_array)."
@@ -257,17 +256,14 @@ def _overrides(params: Any, leaves: dict[KeyPath, Any], rules: Routing) -> dict[
         )
         return {path: Decision(choice, "the label tree") for path, choice in given.items()}
     if callable(rules):
-        strings = path_strings(params)
-        answers = {
-            path: called(f"the routing callable, for leaf {strings[path]!r}", rules, *args)
-            for path, args in ((path, (strings[path], leaf)) for path, leaf in leaves.items())
-        }
-        return {
-            path: answer
-            if isinstance(answer, Decision)
-            else Decision(answer, "" if answer is None else "the routing callable")
-            for path, answer in answers.items()
-        }
+        decisions, strings = {}, path_strings(params)
+        for path, leaf in leaves.items():
+            what = f"the routing callable, for leaf {strings[path]!r}"
+            answer = called(what, rules, strings[path], leaf)
+            if not isinstance(answer, Decision):
+                answer = Decision(answer, "" if answer is None else "the routing callable")
+            decisions[path] = answer
+        return decisions
     raise ValueError(
         "routing must be (regex, label) pairs, a callable (path, leaf) -> label, or a tree of "
         f"labels; got {rules!r}."

@@ -176,31 +176,25 @@ def _functional(
 def _trace(function: Callable[..., Any], params: Any, args: Any) -> tuple[Tracer, frozenset[int]]:
     """Returns a tracer with the leaves' uses, and the leaves whose products are the outputs."""
     given, treedef = jax.tree.flatten((params, args))
-    arrays = [i for i, x in enumerate(given) if _is_array(x)]
-    count = sum(map(_is_array, jax.tree.leaves(params)))
 
-    def run(traced: list[jax.Array]) -> list[jax.Array]:
-        filled = list(given)
-        for i, x in zip(arrays, traced, strict=True):
-            filled[i] = x
-        params, args = jax.tree.unflatten(treedef, filled)
+    def run(arrays: list[jax.Array]) -> list[jax.Array]:
+        rest = iter(arrays)
+        params, args = treedef.unflatten([next(rest) if _is_array(x) else x for x in given])
         return [x for x in jax.tree.leaves(function(params, *args)) if isinstance(x, jax.Array)]
 
-    jaxpr = jax.make_jaxpr(run)([given[i] for i in arrays])
-    tracer = Tracer([jnp.shape(given[i]) for i in arrays[:count]], HANDLERS)
-    frozen = []
+    jaxpr = jax.make_jaxpr(run)(_arrays(given))
+    leaves = _arrays(params)
+    tracer = Tracer([jnp.shape(x) for x in leaves], HANDLERS)
+    values = [tracer.leaf(n) if _is_trained(x) else captured(x) for n, x in enumerate(leaves)]
     for arg in args:
-        size = sum(map(_is_array, jax.tree.leaves(arg)))
-        frozen += [_is_rest(arg, params)] * size
-    values = []
-    for n, i in enumerate(arrays):
-        if n < count:
-            values.append(tracer.leaf(n) if _is_trained(given[i]) else captured(given[i]))
-        else:
-            rest = frozen[n - count] and _is_trained(given[i])
-            values.append(captured(given[i]) if rest else INPUT)
+        is_rest = _is_rest(arg, params)
+        values += [captured(x) if is_rest and _is_trained(x) else INPUT for x in _arrays(arg)]
     outputs = [tracer.settle(x) if x.data else x for x in tracer.run(jaxpr, values)]
     return tracer, frozenset().union(*(x.frontier for x in outputs))
+
+
+def _arrays(tree: Any) -> list[Any]:
+    return list(filter(_is_array, jax.tree.leaves(tree)))
 
 
 def _is_rest(arg: Any, params: Any) -> bool:

@@ -7,13 +7,14 @@ from typing import Any
 from muon_jax._routing.trace.leaf_axes import (
     NONE,
     Axes,
-    Axis,
     along,
     blank,
     fit,
     length,
+    pick,
     reshape,
-    resize,
+    resize_all,
+    without,
 )
 from muon_jax._routing.trace.tracer import Handler, Tracer
 from muon_jax._routing.trace.values import Value, fit_outputs, move, plain, resized, with_views
@@ -34,7 +35,7 @@ def elementwise(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
     # A lookup acts as an activation when it is combined with a parameter that is not looked up.
     looked_up = any(view.rows for value in holders for view in value.views)
     if settled or (looked_up and not all(value.data for value in holders)):
-        values = [tracer.settle(value) if value.views else value for value in values]
+        values = list(map(tracer.settle, values))
     views = [
         [view._replace(axes=fit(view.axes, shape)) for view in value.views] for value in values
     ]
@@ -97,7 +98,6 @@ def _selects(name: str, values: list[Value]) -> bool:
 
 def each(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
     """Handles primitives with one output per operand."""
-    del tracer
     return resized(values, eqn.outvars)
 
 
@@ -117,7 +117,6 @@ def moved(place: Move) -> Handler:
     """Returns a handler that moves the axes of the first operand; a second is a padding value."""
 
     def handler(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
-        del tracer
         value = values[0]._replace(uniform=NONE)
         return [move(value, functools.partial(place, eqn, var.aval.shape)) for var in eqn.outvars]
 
@@ -133,7 +132,7 @@ def sliced(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
 def unstack(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
     at = eqn.params["axis"]
     tracer.index(values[0], [at])
-    part = move(values[0], lambda axes: (*axes[:at], *axes[at + 1 :]))
+    part = move(values[0], lambda axes: without(axes, [at]))
     return [part._replace(uniform=NONE)] * len(eqn.outvars)
 
 
@@ -168,15 +167,12 @@ def broadcast(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 def tile(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
-    [value] = moved(lambda eqn, shape, axes: tuple(map(_repeated, axes, shape)))(
-        tracer, eqn, values
-    )
+    def repeat(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
+        return resize_all(tuple(blank(1) if length(axis) == 1 else axis for axis in axes), shape)
+
+    [value] = moved(repeat)(tracer, eqn, values)
     batch = bool(value.views) and not value.data
     return [value._replace(stream=value.stream or batch)]
-
-
-def _repeated(axis: Axis, size: int) -> Axis:
-    return blank(size) if length(axis) == 1 else resize(axis, size)
 
 
 def transpose_axes(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
@@ -188,16 +184,12 @@ def reshape_axes(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
     return reshape(axes if order is None else tuple(axes[i] for i in order), shape)
 
 
-def drop_axes(parameter: str) -> Move:
-    def move(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
-        dropped = eqn.params[parameter]
-        return tuple(axis for i, axis in enumerate(axes) if i not in dropped)
-
-    return move
+def squeeze_axes(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
+    return without(axes, eqn.params["dimensions"])
 
 
 def resize_axes(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
-    return tuple(map(resize, axes, shape))
+    return resize_all(axes, shape)
 
 
 def gather_shards(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
@@ -206,14 +198,12 @@ def gather_shards(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
         at = eqn.params["all_gather_dimension"]
         axes = (*axes[:at], blank(shape[at]), *axes[at:])
     elif len(axes) > len(shape):  # reduce_scatter
-        at = eqn.params["scatter_dimension"]
-        axes = (*axes[:at], *axes[at + 1 :])
-    return resize_axes(eqn, shape, axes)
+        axes = without(axes, [eqn.params["scatter_dimension"]])
+    return resize_all(axes, shape)
 
 
 def reduce(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
     """Marks a leaf as a statistic if it is reduced along its own axes, not those of a broadcast."""
-    del tracer
     gone = set(eqn.params["axes"])
     one_hot = eqn.primitive.name in ("reduce_sum", "reduce_max")
     marked = [
@@ -223,16 +213,13 @@ def reduce(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
         )
         for value in values[: len(eqn.outvars)]
     ]
-    return [
-        move(value, lambda axes: tuple(axis for i, axis in enumerate(axes) if i not in gone))
-        for value in marked
-    ]
+    return [move(value, lambda axes: without(axes, gone)) for value in marked]
 
 
 def combine(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
     """Handles operands that are concatenated, stacked or written into a buffer."""
     if any(value.data and not value.views for value in values):
-        values = [tracer.settle(value) if value.views else value for value in values]
+        values = list(map(tracer.settle, values))
     shape = eqn.outvars[0].aval.shape
     views = []
     for value in values:
@@ -241,7 +228,7 @@ def combine(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
             if eqn.primitive.name == "stack":
                 at = eqn.params["axis"]
                 axes = (*axes[:at], blank(1), *axes[at:])
-            views.append(view._replace(axes=tuple(map(resize, axes, shape))))
+            views.append(view._replace(axes=resize_all(axes, shape)))
     return [with_views(plain(values), views)]
 
 
@@ -265,15 +252,9 @@ def gather(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
         if 1 < shape[out] <= before[at]:  # a permutation or a subset of the rows
             source[out], single, free = at, [], []
     scattered = [i for i in single if before[i] > 1] if free else []
-
-    def place(axes: Axes) -> Axes:
-        return tuple(
-            resize(axes[source[i]], size) if i in source else blank(size)
-            for i, size in enumerate(shape)
-        )
-
     if not indices.data:
         tracer.index(operand, single)
+    place = functools.partial(pick, source=source, shape=shape)
     return [looked_up(tracer, operand, indices, searched, place, scattered)]
 
 
@@ -281,12 +262,9 @@ def dynamic_slice(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
     shape, before = eqn.outvars[0].aval.shape, eqn.invars[0].aval.shape
     searched = [i for i, size in enumerate(shape) if size < before[i]]
     tracer.index(values[0], _single(before, shape))
-    starts = [value for i, value in enumerate(values[1:]) if i in searched]
-    return [
-        looked_up(
-            tracer, values[0], plain(starts), searched, lambda axes: tuple(map(resize, axes, shape))
-        )
-    ]
+    starts = plain([value for i, value in enumerate(values[1:]) if i in searched])
+    place = functools.partial(resize_all, shape=shape)
+    return [looked_up(tracer, values[0], starts, searched, place)]
 
 
 def looked_up(

@@ -5,7 +5,7 @@ of the leaf that it runs along. A factor without axes comes from a broadcast or 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 LeafAxes = frozenset[int]
 Axis = tuple[tuple[LeafAxes, int], ...]
@@ -44,6 +44,22 @@ def resize(axis: Axis, size: int) -> Axis:
     return ((along([axis]), size),)
 
 
+def resize_all(axes: Axes, shape: Sequence[int]) -> Axes:
+    return tuple(map(resize, axes, shape))
+
+
+def pick(axes: Axes, source: Mapping[int, int], shape: Sequence[int]) -> Axes:
+    """Returns axes of this shape, of which `i` is `source[i]` of the given ones or a blank one."""
+    return tuple(
+        resize(axes[source[i]], size) if i in source else blank(size)
+        for i, size in enumerate(shape)
+    )
+
+
+def without(axes: Axes, gone: Container[int]) -> Axes:
+    return tuple(axis for i, axis in enumerate(axes) if i not in gone)
+
+
 def fit(axes: Axes, shape: Sequence[int]) -> Axes:
     """Broadcasts the axes to a shape with the same number of axes, or a scalar to any shape."""
     if len(axes) != len(shape):
@@ -54,13 +70,11 @@ def fit(axes: Axes, shape: Sequence[int]) -> Axes:
     )
 
 
-def mix(axes: Axes, shape: Sequence[int]) -> Axes:
-    """Returns axes that may each run along all axes of the leaf in the array."""
-    return tuple(((along(axes), size),) for size in shape)
-
-
 def reshape(axes: Axes, shape: Sequence[int]) -> Axes:
-    """Splits and merges factors according to the sizes; calls `mix` if they do not divide."""
+    """Splits and merges factors according to the sizes.
+
+    If they do not divide, each axis may run along all axes of the leaf in the array.
+    """
     factors = [factor for axis in reversed(axes) for factor in reversed(axis) if factor[1] != 1]
     reshaped = []
     for size in shape:
@@ -76,6 +90,6 @@ def reshape(axes: Axes, shape: Sequence[int]) -> Axes:
                 factors.append((which, n // wanted))
                 wanted = 1
             else:
-                return mix(axes, shape)
+                return tuple(((along(axes), size),) for size in shape)
         reshaped.append(tuple(parts) or blank(size))
     return tuple(reshaped)

@@ -9,7 +9,6 @@ from typing import Any
 from muon_jax._routing.trace.arrays import (
     broadcast,
     combine,
-    drop_axes,
     dynamic_slice,
     each,
     elementwise,
@@ -21,6 +20,7 @@ from muon_jax._routing.trace.arrays import (
     resize_axes,
     sliced,
     sort,
+    squeeze_axes,
     tile,
     transpose_axes,
     unstack,
@@ -33,7 +33,6 @@ from muon_jax._routing.trace.values import Value
 
 def _constant(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
     """Handles positions and random numbers, which count as constants whatever their key."""
-    del tracer, values
     return [Value(table=len(var.aval.shape) > 0) for var in eqn.outvars]
 
 
@@ -51,7 +50,7 @@ _ROWS: dict[Handler, str] = {
     sort: "sort",
     moved(transpose_axes): "transpose",
     moved(reshape_axes): "reshape",
-    moved(drop_axes("dimensions")): "squeeze",
+    moved(squeeze_axes): "squeeze",
     sliced: "slice split",
     unstack: "unstack",
     moved(resize_axes): "pad fft all_to_all rev cumsum cumprod cummax cummin cumlogsumexp",

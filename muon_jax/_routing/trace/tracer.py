@@ -80,13 +80,11 @@ class Tracer:
         return self._numbers[key]
 
     def apply(self, eqn: Any, values: list[Value]) -> list[Value]:
-        name = eqn.primitive.name
-        if name in self.handlers:
-            return self.handlers[name](self, eqn, values)
+        handler = self.handlers.get(eqn.primitive.name)
+        if handler is not None:
+            return handler(self, eqn, values)
         jaxpr = called_jaxpr(eqn)
-        if jaxpr is not None:
-            return self.run(jaxpr, values)
-        return self.unknown(eqn, values)
+        return self.unknown(eqn, values) if jaxpr is None else self.run(jaxpr, values)
 
     def record(self, view: View, how: str, fan_in=(), fan_out=(), **details: Any) -> None:
         if view.statistic:
@@ -107,7 +105,9 @@ class Tracer:
         )
 
     def settle(self, value: Value) -> Value:
-        """Records the uses of the value's leaves when it meets activations elementwise."""
+        """Records the uses of the value's leaves, if any, as it meets activations elementwise."""
+        if not value.views:
+            return value
         matrices = set()
         for view in value.views:
             free = view.free()
@@ -115,10 +115,8 @@ class Tracer:
                 self.record(view, "rows", view.rows)
             elif view.inner and free and not view.partners:  # a product with a constant
                 how = self.fans(view, view.inner, free)
-                if view.taken:
-                    self.record(view, "taken", view.taken)
-                else:
-                    self.record(view, how, view.inner, free)
+                fans = ("taken", view.taken) if view.taken else (how, view.inner, free)
+                self.record(view, *fans)
                 matrices.add(view.leaf)
             else:
                 self.record(view, "elementwise")
@@ -230,7 +228,7 @@ class Tracer:
     def join(self, values: Sequence[Value], shape: Sequence[int]) -> Value:
         """Returns a value that may be any of these: branches of a condition, or a loop's carry."""
         if any(v.data and not v.views for v in values):
-            values = [self.settle(v) if v.views else v for v in values]
+            values = list(map(self.settle, values))
         views = merge(v._replace(axes=fit(v.axes, shape)) for x in values for v in x.views)
         shared = frozenset.intersection(*(v.uniform for v in values))
         outputs = fit_outputs(values, shape)

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from muon_jax._routing.trace.leaf_axes import NONE, Axes, LeafAxes, along, fit, resize
+from muon_jax._routing.trace.leaf_axes import NONE, Axes, LeafAxes, along, fit, resize_all
 
 
 class View(NamedTuple):
@@ -151,10 +151,6 @@ def fit_outputs(values: Sequence[Value], shape: Sequence[int]) -> frozenset[View
 def resized(values: Sequence[Value], variables: Sequence[Any]) -> list[Value]:
     """Returns the values in the shapes of these variables, which may be shards or slices."""
     return [
-        move(value, functools.partial(_resize_each, var.aval.shape))
+        move(value, functools.partial(resize_all, shape=var.aval.shape))
         for value, var in zip(values, variables, strict=True)
     ]
-
-
-def _resize_each(shape: Sequence[int], axes: Axes) -> Axes:
-    return tuple(map(resize, axes, shape))
