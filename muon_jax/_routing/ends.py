@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from muon_jax._routing.axes import CONV_KERNEL, read_hidden, read_window, sides
+from muon_jax._routing.axes import CONV_KERNEL, read_hidden, read_window
 from muon_jax._routing.names import (
     ATTENTION,
     BIAS,
@@ -51,9 +51,8 @@ def reason_for_other(name: LeafName, tree: Survey) -> Reading | None:
 
 def _by_words(name: LeafName, tree: Survey) -> Reading | None:
     reading = name.read()
-    core = tree.core_shape(name)
     if reading is None:
-        return Reading(HEAD) if len(core) == 2 and _ends_a_head(name, tree) else None
+        return Reading(HEAD) if len(name.shape) == 2 and _ends_a_head(name, tree) else None
     # A name like a head's may belong to the values of an attention, or to a connector.
     values = has(CRITIC, name.module) and tree.is_beside(name, QKV)
     inside = reading.why == HEAD and (values or _is_connector(name, tree))
@@ -66,26 +65,26 @@ def _ends_a_head(name: LeafName, tree: Survey) -> bool:
         return False
     beside = tree.beside(name)
     later = any(other.series == name.series and other.number > name.number for other in beside)
-    inside = set(tree.core_shape(name)) <= tree.widths
+    inside = set(name.shape) <= tree.widths
     return not (later or inside or name.within(ATTENTION) or tree.is_beside(name, QKV))
 
 
 def _is_connector(name: LeafName, tree: Survey) -> bool:
     """Whether a matrix called `head` maps from the width of one tower to that of another."""
-    core = tree.core_shape(name)
-    between = len(core) == 2 and core[0] != core[1] and set(core) <= tree.widths
+    shape = name.shape
+    between = len(shape) == 2 and shape[0] != shape[1] and set(shape) <= tree.widths
     return between and name.module == "head" and bool(name.above)
 
 
 def _by_shape(name: LeafName, tree: Survey) -> Reading | None:
-    core, shape = tree.core(name), tree.core_shape(name)
+    shape = name.shape
     if sum(size != 1 for size in shape) < 2:
-        return Reading(VECTOR + (" per layer" if len(core) < len(name.shape) else ""))
-    if len(shape) >= 3 and not name.within(LORA) and (axes := read_window(name, core, tree)):
-        fan_in, fan_out = sides(axes)
+        return Reading(VECTOR + (" per layer" if name.scans else ""))
+    if len(shape) >= 3 and not name.within(LORA) and (axes := read_window(name, tree)):
+        _, fan_in, fan_out = axes.split(shape)
         ordered = fan_in[1:] + fan_in[:1] if name.output_first else fan_in
-        *window, channels = (name.shape[axis] for axis in ordered)
-        outputs = name.shape[fan_out[0]]
+        *window, channels = (shape[axis] for axis in ordered)
+        outputs = shape[fan_out[0]]
         if channels == 1 or outputs == 1:
             return Reading("a depthwise conv kernel, or one of a single channel")
         if channels == _IMAGE_CHANNELS and max(window) > 1:
@@ -123,7 +122,7 @@ def _ends(names: Sequence[LeafName], tree: Survey) -> dict[str, Reading]:
     kernels = [
         _kernel(name, tree)
         for name, reading in words.items()
-        if len(tree.core(name)) > 1 and (reading is None or reading.why == HEAD)
+        if len(name.shape) > 1 and (reading is None or reading.why == HEAD)
     ]
     inner = [
         kernel for kernel in kernels if not (words[kernel.name] or _by_shape(kernel.name, tree))
@@ -142,9 +141,9 @@ def _ends(names: Sequence[LeafName], tree: Survey) -> dict[str, Reading]:
         if _is_recurrent_input(kernel.name):
             writes[kernel.fan_out // 4].add(kernel.name)
     known = tree.widths | {
-        name.shape[-1]
+        name.whole[-1]
         for name, reading in words.items()
-        if len(name.shape) > 1 and reading and reading.why == EMBEDDING
+        if len(name.whole) > 1 and reading and reading.why == EMBEDDING
     }
     for kernel in inner:
         if kernel.name.path not in ends and (reading := _end(kernel, reads, writes, known, tree)):
@@ -160,10 +159,10 @@ def _end(
     tree: Survey,
 ) -> Reading | None:
     name = kernel.name
-    core = tree.core_shape(name)
-    if max(core[:-2], default=1) > 1 and {2, 4} & {kernel.fan_in, kernel.fan_out}:
+    shape = name.shape
+    if max(shape[:-2], default=1) > 1 and {2, 4} & {kernel.fan_in, kernel.fan_out}:
         return Reading("", "could read or write an image of so few channels")
-    pointwise = len(core) == 2 or (len(core) > 3 and core[:-2] == (1,) * len(core[:-2]))
+    pointwise = len(shape) == 2 or (len(shape) > 3 and set(shape[:-2]) == {1})
     inside = has(ROLE, name.module) or name.within(f"{ATTENTION}|{LORA}")
     if not pointwise or inside or _is_recurrent(name):
         return None
@@ -172,7 +171,7 @@ def _end(
     series = [other for other in readers + writers if other.series == name.series]
     doubt = ""
     # A matrix that is repeated in every layer is neither the first nor the last of a model.
-    alike = [x for x in tree.beside(name) if (x.series, x.shape) == (name.series, name.shape)]
+    alike = [x for x in tree.beside(name) if (x.series, x.whole) == (name.series, name.whole)]
     gates = has("in_proj|w_in", name.module) or _is_recurrent_input(name)
     if not (readers or writers or {kernel.fan_in, kernel.fan_out} & known or gates):
         return Reading("", "no other leaf is as wide as its input or its output")
@@ -186,7 +185,7 @@ def _end(
         many = len(writes.get(kernel.fan_out, ())) > 1 or kernel.fan_in in known
         if not later and not (readers and many):
             doubt = "could be the model's last matrix"
-    if len(core) == 2 and kernel.fan_in not in known:
+    if len(shape) == 2 and kernel.fan_in not in known:
         # A multiple of an output's width may be several outputs concatenated, or a flattened image.
         several = any(size >= 8 and kernel.fan_in % size == 0 for size in writes)
         if not writers and not several and not alike:
@@ -200,10 +199,10 @@ def _end(
 
 def _kernel(name: LeafName, tree: Survey) -> _Kernel:
     axes, reading = read_hidden(name, tree)
-    fan_in, fan_out = sides(axes)
+    _, fan_in, fan_out = axes.split(name.whole)
     if reading.why.startswith(CONV_KERNEL):
         fan_in = fan_in[:1] if name.output_first else fan_in[-1:]
-    sizes = [math.prod(name.shape[axis] for axis in side) for side in (fan_in, fan_out)]
+    sizes = [math.prod(name.whole[axis] for axis in side) for side in (fan_in, fan_out)]
     return _Kernel(name, *sizes)
 
 

@@ -28,23 +28,25 @@ class LeafName(NamedTuple):
 
     Attributes:
         path: The path, such as `layers/0/attn/q_proj/kernel`.
-        shape: The shape of the leaf.
+        whole: The shape of the leaf.
         leaf: The words of the last component, such as `kernel`.
         module: The words of the module that the array belongs to, such as `q_proj`.
         above: The words of each component above the module, from the root.
         owner: The path of the module.
         series: The owner without the module's number: `mlp/Dense` for `mlp/Dense_1/kernel`.
         number: That number, if there is one. If the path has only numbers, all of them.
+        scans: The axes along which scans stacked the layers.
     """
 
     path: str
-    shape: tuple[int, ...]
+    whole: tuple[int, ...]
     leaf: str
     module: str
     above: tuple[str, ...]
     owner: str
     series: str
     number: tuple[int, ...]
+    scans: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, path: str, shape: Sequence[int]) -> "LeafName":
@@ -69,6 +71,16 @@ class LeafName(NamedTuple):
             "/".join([*components[:at], stem]),
             tuple(int(number) for number in digits[-1:]),
         )
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes of the leaf without those of scans."""
+        return tuple(axis for axis in range(len(self.whole)) if axis not in self.scans)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a layer's leaf."""
+        return tuple(self.whole[axis] for axis in self.axes)
 
     @property
     def is_bias(self) -> bool:

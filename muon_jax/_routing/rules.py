@@ -15,7 +15,7 @@ from muon_jax._routing.axes import CONV_KERNEL, read_hidden
 from muon_jax._routing.ends import read_tree, reason_for_other
 from muon_jax._routing.names import EMBEDDING as TABLE
 from muon_jax._routing.names import VECTORS, LeafName, Reading
-from muon_jax._routing.survey import Survey
+from muon_jax._routing.survey import Survey, find_scans
 from muon_jax._sharding.layout import find_placing
 from muon_jax._trees import (
     KeyPath,
@@ -152,12 +152,12 @@ def route(params: Any, rules: Routing = None, matrix_axes: Any = None) -> dict[K
     }
     for path, leaf in leaves.items():
         _check_array(strings[path], leaf)
-    names = {path: LeafName.of(strings[path], jnp.shape(x)) for path, x in leaves.items()}
-    tree = read_tree(list(names.values()))
+    names = find_scans([LeafName.of(strings[path], jnp.shape(x)) for path, x in leaves.items()])
+    tree = read_tree(names)
     chosen = _overrides(params, leaves, rules)
     routes = {
-        path: _route_leaf(name, leaves[path], tree, chosen.get(path, Decision(None)))
-        for path, name in names.items()
+        path: _route_leaf(name, leaf, tree, chosen.get(path, Decision(None)))
+        for name, (path, leaf) in zip(names, leaves.items(), strict=True)
     }
     if matrix_axes is not None:
         for path, axes in axes_by_path(matrix_axes, params, partial=True).items():
@@ -198,7 +198,7 @@ def _route_leaf(name: LeafName, leaf: Any, tree: Survey, decision: Decision) -> 
             f"{', '.join(LABELS)}, or MatrixAxes for Muon along these axes."
         )
     if choice == FROZEN:
-        return Route(name.path, name.shape, FROZEN, None, why, doubt)
+        return Route(name.path, name.whole, FROZEN, None, why, doubt)
     dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
         sent = "" if choice is None else f"{why} sends {name.path!r} to {choice!r}. "
@@ -209,27 +209,27 @@ def _route_leaf(name: LeafName, leaf: Any, tree: Survey, decision: Decision) -> 
     against = reason_for_other(name, tree)
     kind = kind or _kind(name, tree, against)
     if choice is not None and is_matrix_axes(choice):
-        return Route(name.path, name.shape, MUON, as_matrix_axes(choice), why, doubt, kind)
+        return Route(name.path, name.whole, MUON, as_matrix_axes(choice), why, doubt, kind)
     if choice == OTHER:
-        return Route(name.path, name.shape, OTHER, None, why, doubt, kind)
+        return Route(name.path, name.whole, OTHER, None, why, doubt, kind)
     if choice is None and against is not None:
-        return Route(name.path, name.shape, OTHER, None, against.why, against.doubt, kind)
-    if len(name.shape) < 2:
+        return Route(name.path, name.whole, OTHER, None, against.why, against.doubt, kind)
+    if len(name.whole) < 2:
         raise ValueError(
-            f"{why} sends {name.path!r} to 'muon', but its shape {name.shape} is not that of a "
+            f"{why} sends {name.path!r} to 'muon', but its shape {name.whole} is not that of a "
             "matrix. Send it to 'other' or 'frozen'."
         )
     axes, reading = read_hidden(name, tree)
     # A user's rule says that the leaf is a matrix, but its axes are still inferred here.
-    guess = reading.doubt if choice is None or len(name.shape) > 2 else ""
-    return Route(name.path, name.shape, MUON, axes, why or reading.why, doubt or guess, kind)
+    guess = reading.doubt if choice is None or len(name.whole) > 2 else ""
+    return Route(name.path, name.whole, MUON, axes, why or reading.why, doubt or guess, kind)
 
 
 def _kind(name: LeafName, tree: Survey, against: Reading | None) -> str:
     """Returns the kind of a leaf; `against` is the reason why it is not a hidden matrix, if any."""
     if against is None:
         return CONV if read_hidden(name, tree)[1].why.startswith(CONV_KERNEL) else MATRIX
-    if len(name.shape) < 2 or against.why.startswith(VECTORS):
+    if len(name.whole) < 2 or against.why.startswith(VECTORS):
         return VECTOR
     return EMBEDDING if against.why == TABLE else MATRIX
 

@@ -16,7 +16,6 @@ class Survey(NamedTuple):
 
     Attributes:
         names: The names of the leaves, by path.
-        scans: The axes along which scans stacked the layers, by path.
         widths: The lengths of the gains of norms, which are the widths of the residual stream.
         parents: The leaves of the modules directly below a path, by that path.
         experts: For each router, the path of its parent and the sizes that may be the number of
@@ -25,26 +24,17 @@ class Survey(NamedTuple):
     """
 
     names: dict[str, LeafName]
-    scans: dict[str, tuple[int, ...]]
     widths: frozenset[int]
     parents: dict[str, list[LeafName]]
     experts: tuple[tuple[str, frozenset[int]], ...]
     ends: dict[str, Reading]
 
-    def core(self, name: LeafName) -> tuple[int, ...]:
-        """Returns the leaf's axes without those of scans."""
-        scanned = self.scans.get(name.path, ())
-        return tuple(axis for axis in range(len(name.shape)) if axis not in scanned)
-
-    def core_shape(self, name: LeafName) -> tuple[int, ...]:
-        return tuple(name.shape[axis] for axis in self.core(name))
-
     def bias(self, name: LeafName) -> tuple[int, ...]:
         """Returns the shape of a kernel's bias without axes of size 1, or () if it has none."""
         for path in _bias_paths(name):
             if (bias := self.names.get(path)) and (bias.is_bias or bias.is_nameless):
-                shape = tuple(size for size in self.core_shape(bias) if size != 1)
-                if len(shape) < len(self.core(name)):
+                shape = tuple(size for size in bias.shape if size != 1)
+                if len(shape) < len(name.axes):
                     return shape
         return ()
 
@@ -57,7 +47,7 @@ class Survey(NamedTuple):
         before, slash, last = key(name.path).rpartition("/")
         number = int(last) if last.isdigit() else 0
         kernel = self.names.get(f"{before}{slash}{number - 1}")
-        return kernel is not None and self.bias(kernel) == name.shape
+        return kernel is not None and self.bias(kernel) == name.whole
 
     def beside(self, name: LeafName) -> list[LeafName]:
         """Returns the leaves of the other modules of the same parent."""
@@ -98,48 +88,41 @@ def survey(names: Sequence[LeafName]) -> Survey:
     parents = defaultdict(list)
     for name in names:
         parents[name.owner.rpartition("/")[0]].append(name)
-    tree = Survey(
-        {key(name.path): name for name in names}, _scans(names), frozenset(), parents, (), {}
-    )
-    widths = {
-        size
+    widths = frozenset(
+        name.shape[0]
         for name in names
         # The gains of queries, keys and heads are as long as a head, so they are not widths.
         if name.is_gain and not has(rf"{QKV}|heads?|per_dim_scale", name.module)
-        for size in tree.core_shape(name)
-        if len(tree.core_shape(name)) == 1
-    }
+        if len(name.shape) == 1
+    )
     experts = tuple(
-        (name.owner.rpartition("/")[0], frozenset(tree.core_shape(name)))
+        (name.owner.rpartition("/")[0], frozenset(name.shape))
         for name in names
         if has(_ROUTER, name.module) and not has("proj|up|attn", name.module)
-        if len(tree.core(name)) == 2
+        if len(name.shape) == 2
     )
-    return tree._replace(widths=frozenset(widths), experts=experts)
+    return Survey({key(name.path): name for name in names}, widths, parents, experts, {})
 
 
-def _scans(names: Sequence[LeafName]) -> dict[str, tuple[int, ...]]:
-    """Returns the axes of each leaf along which a scan stacked its layers, by path.
+def find_scans(names: Sequence[LeafName]) -> list[LeafName]:
+    """Returns the names with the axes along which scans stacked the layers.
 
     A subtree is scanned along its first axis (in MaxText the second) if all its leaves agree on
     its size, and if a norm or bias, a vector by its name, has one axis too many and fits the
     kernels beside it. Scans may be nested, and each round finds one axis.
     """
-    scanned: dict[str, tuple[int, ...]] = {}
+    scans: dict[str, tuple[int, ...]] = defaultdict(tuple)
     rest = list(names)
     while rest:
-        axes = _scan_axes(rest, scanned)
+        axes = _scan_axes(rest)
         for path, axis in axes.items():
-            scanned[path] = (*scanned.get(path, ()), axis)
-        rest = [name for name in rest if name.path in axes]
-    return scanned
+            scans[path] += (axis,)
+        rest = [name._replace(scans=scans[name.path]) for name in rest if name.path in axes]
+    return [name._replace(scans=scans[name.path]) for name in names]
 
 
-def _scan_axes(names: Sequence[LeafName], known: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    cores = {
-        name.path: tuple(a for a in range(len(name.shape)) if a not in known.get(name.path, ()))
-        for name in names
-    }
+def _scan_axes(names: Sequence[LeafName]) -> dict[str, int]:
+    """Returns the next axis of scans, by the path of each leaf that has one."""
     subtrees = defaultdict(list)
     for name in names:
         components = name.path.split("/")
@@ -150,43 +133,38 @@ def _scan_axes(names: Sequence[LeafName], known: dict[str, tuple[int, ...]]) -> 
         leaves = subtrees[subtree]
         if len(leaves) < 2 or leaves[0].path in scanned:
             continue
-        if any(len(cores[leaf.path]) < 2 for leaf in leaves):
+        if any(len(leaf.axes) < 2 for leaf in leaves):
             continue
-        stacks = {leaf.path for leaf in leaves if is_expert(leaf) and len(cores[leaf.path]) >= 4}
+        stacks = {leaf.path for leaf in leaves if is_expert(leaf) and len(leaf.axes) >= 4}
         # The axis of experts may precede the axis of layers.
         for at, of_stacks in ((0, 0), (1, 1), *([(0, 1)] if stacks else [])):
             axes = {
-                path: cores[path][of_stacks if path in stacks else at]
-                for path in (leaf.path for leaf in leaves)
+                leaf.path: leaf.axes[of_stacks if leaf.path in stacks else at] for leaf in leaves
             }
-            sizes = {leaf.shape[axes[leaf.path]] for leaf in leaves}
-            rests = {
-                leaf.path: tuple(leaf.shape[a] for a in cores[leaf.path] if a != axes[leaf.path])
-                for leaf in leaves
-            }
-            if len(sizes) == 1 and _is_scan(leaves, rests, at):
+            layers = [leaf._replace(scans=(*leaf.scans, axes[leaf.path])) for leaf in leaves]
+            sizes = {leaf.whole[axes[leaf.path]] for leaf in leaves}
+            if len(sizes) == 1 and _is_scan(layers, at):
                 scanned |= axes
                 break
     return scanned
 
 
-def _is_scan(leaves: Sequence[LeafName], rests: dict[str, tuple[int, ...]], at: int) -> bool:
-    """Whether the leaves, without the axis `at`, form a single layer."""
+def _is_scan(layers: Sequence[LeafName], at: int) -> bool:
+    """Whether the leaves, which leave out the axis `at`, form a single layer."""
     # The vectors of queries and keys may have the shape (heads, head_dim).
-    plain = [leaf for leaf in leaves if not has(QKV, leaf.module)]
-    kernels = [leaf for leaf in leaves if not (leaf.is_bias or leaf.is_gain)]
-    kernels = [leaf for leaf in kernels if len(rests[leaf.path]) >= 2]
-    sizes = {size for leaf in kernels for size in rests[leaf.path]} - {1}
-    modules = {leaf.owner for leaf in leaves}
-    if len(modules) > 1 or any(leaf.within(_STACK) for leaf in leaves):
-        for leaf in plain:
-            vector = leaf.is_gain or leaf.is_bias
-            rest = rests[leaf.path]
-            if vector and len(rest) <= 2 and rest[-1] in sizes:
-                return True
+    plain = [leaf for leaf in layers if not has(QKV, leaf.module)]
+    vectors = [leaf for leaf in plain if leaf.is_gain or leaf.is_bias]
+    kernels = [leaf for leaf in layers if not (leaf.is_bias or leaf.is_gain)]
+    kernels = [leaf for leaf in kernels if len(leaf.shape) >= 2]
+    sizes = {size for leaf in kernels for size in leaf.shape} - {1}
+    modules = {leaf.owner for leaf in layers}
+    if (len(modules) > 1 or any(leaf.within(_STACK) for leaf in layers)) and any(
+        len(leaf.shape) <= 2 and leaf.shape[-1] in sizes for leaf in vectors
+    ):
+        return True
     # Without such a vector the kernels must have known names and different shapes. Convolutions
     # are excluded, since their windows agree on the first axis too.
-    stacks = [leaf for leaf in plain if len(leaf.shape) == 3 and not leaf.within(CONV)]
-    known = all(has(HIDDEN, leaf.module) and not leaf.within(CONV) for leaf in leaves)
-    unlike = len({leaf.shape for leaf in leaves}) > 1
-    return at == 0 and known and len(kernels) == len(leaves) and bool(stacks) and unlike
+    stacks = [leaf for leaf in plain if len(leaf.whole) == 3 and not leaf.within(CONV)]
+    known = all(has(HIDDEN, leaf.module) and not leaf.within(CONV) for leaf in layers)
+    unlike = len({leaf.whole for leaf in layers}) > 1
+    return at == 0 and known and len(kernels) == len(layers) and bool(stacks) and unlike

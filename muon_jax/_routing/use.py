@@ -179,7 +179,9 @@ def _trace(function: Callable[..., Any], params: Any, args: Any) -> tuple[Tracer
 
     def run(arrays: list[jax.Array]) -> list[jax.Array]:
         rest = iter(arrays)
-        params, args = treedef.unflatten([next(rest) if _is_array(x) else x for x in given])
+        params, args = jax.tree.unflatten(
+            treedef, [next(rest) if _is_array(x) else x for x in given]
+        )
         return [x for x in jax.tree.leaves(function(params, *args)) if isinstance(x, jax.Array)]
 
     jaxpr = jax.make_jaxpr(run)(_arrays(given))
