@@ -9,8 +9,9 @@ import warnings
 import jax
 import jax.numpy as jnp
 import pytest
-from test_routing import nested, routes_by_path, spelled
+from test_routing import nested, routes_by_path
 from trees import FAMILIES
+from trees.text import spelled
 
 import muon_jax
 

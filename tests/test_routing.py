@@ -13,6 +13,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trees import FAMILIES
+from trees.text import spelled
 
 from muon_jax import MatrixAxes, label_params, routing_table
 from muon_jax._routing.rules import route
@@ -45,15 +46,6 @@ def muon_shapes(params, rules=None):
         for path, leaf in routes_by_path(params, rules).items()
         if leaf.label == "muon"
     }
-
-
-def spelled(leaf):
-    """The roles of a leaf's axes as in `trees`, with a `?` behind them if the route is a guess."""
-    roles = ["-"]
-    if leaf.label == "muon":
-        batch, fan_in, _ = leaf.axes.split(leaf.shape)
-        roles = ["b" if i in batch else "i" if i in fan_in else "o" for i in range(len(leaf.shape))]
-    return "".join(roles) + "?" * bool(leaf.doubt)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

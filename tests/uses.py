@@ -1,9 +1,8 @@
 """Functions that use parameters in known ways, and what each use is.
 
-A case is a function of params and inputs, the params' shapes, the inputs, and by leaf the expected
-route: a label, or the `(batch, fan_in, fan_out)` axes of a Muon leaf and the
-parts of its fan_out if there are several. `h` is an activation behind
-a matrix and before another one, so that neither the first nor the last matrix is meant.
+A case is a function of params and inputs. Of each leaf its decorator has the shape and the expected
+route, in the notation of `trees`. `h` is an activation behind a matrix and before another one, so
+that neither the first nor the last matrix is meant.
 """
 
 import jax
@@ -15,95 +14,81 @@ X = jax.ShapeDtypeStruct((4, 6), jnp.float32)
 IDS = jax.ShapeDtypeStruct((4,), jnp.int32)
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 IMAGES = jax.ShapeDtypeStruct((2, 8, 8, 6), jnp.float32)
-A, ROWS, COLUMNS = "other", ((), (0,), (1,)), ((), (1,), (0,))
-STACK = ((0,), (1,), (2,))
 
 
-def case(shapes, args, expected, wrap=True):
+def case(*args, wrap=True, **leaves):
     """Between a first matrix and a last one of width 6, unless `wrap` is off."""
 
     def add(function):
-        name = function.__name__
-        if not wrap:
-            CASES[name] = function, shapes, args, expected
-            return function
-
         def between(p, x, *rest):
             return function(p, jnp.tanh(x @ p["first"]), *rest) @ p["last"]
 
-        ends = {"first": (6, 6), "last": (6, 9)}
-        routes = {"first": A, "last": A}
-        CASES[name] = between, shapes | ends, args, expected | routes
+        tree = leaves | ({"first": "6 6 -", "last": "6 9 -"} if wrap else {})
+        CASES[function.__name__] = between if wrap else function, tree, args or (X,)
         return function
 
     return add
 
 
-def simple(expected, *args, **shapes):
-    return case(shapes, args or (X,), expected)
-
-
 # --- Matrices and what their axes are ---
 
 
-@simple({"w": ROWS}, w=(6, 6))
+@case(w="6 6 io")
 def matrix(p, h):
     return h @ p["w"]
 
 
-@simple({"w": COLUMNS}, w=(6, 6))
+@case(w="6 6 oi")
 def output_first(p, h):
     return jax.vmap(lambda x: p["w"] @ x)(h)
 
 
-@simple(
-    {"q": ((), (0,), (1, 2)), "o": ((), (0, 1), (2,)), "b": A}, q=(6, 2, 3), o=(2, 3, 6), b=(2, 3)
-)
+@case(q="6 2 3 ioo", o="2 3 6 iio", b="2 3 -")
 def heads(p, h):
     return jnp.einsum("thk,hkd->td", jnp.einsum("td,dhk->thk", h, p["q"]) + p["b"], p["o"])
 
 
-@simple({"w": ROWS, "o": ROWS}, w=(6, 18), o=(6, 6))
+@case(w="6 18 io", o="6 6 io")
 def fused(p, h):
     q, k, v = jnp.split((h @ p["w"]).reshape(4, 2, 9), 3, -1)
     return ((q * k + v).reshape(4, 6)) @ p["o"]
 
 
-@simple({"w": ROWS}, w=(6, 12))
+@case(w="6 12 io")
 def sliced_halves(p, h):
     return (h @ p["w"][:, :6]) * jax.nn.silu(h @ p["w"][:, 6:])
 
 
-@simple({"a": ROWS, "b": ROWS, "c": ROWS}, a=(6, 6), b=(6, 6), c=(6, 9))
+@case(a="6 6 io", b="6 6 io", c="6 9 io")
 def in_another_order(p, h):
     order = jnp.array([2, 0, 1, 5, 4, 3])
     h = jnp.tanh(jnp.tanh(h @ p["a"][order]) @ p["b"][:, order])
     return h @ jnp.take(p["c"], order, axis=1)
 
 
-@simple({"w": ROWS}, w=(6, 6))
+@case(w="6 6 io")
 def reshaped_there_and_back(p, h):
     w = p["w"].reshape(2, 3, 6).transpose(2, 0, 1).reshape(6, 6).T
     return jax.jit(lambda x: x @ w.astype(jnp.float32))(h)
 
 
-@simple({"q": ROWS, "k": ROWS, "v": ROWS}, q=(6, 6), k=(6, 6), v=(6, 6))
+@case(q="6 6 io", k="6 6 io", v="6 6 io")
 def concatenated(p, h):
     q, k, v = jnp.split(h @ jnp.concatenate([p["q"], p["k"], p["v"]], 1), 3, -1)
     return jax.nn.softmax(q @ k.T) @ v
 
 
-@simple({"w": STACK}, w=(3, 6, 6))
+@case(w="3 6 6 bio")
 def scanned(p, h):
     return lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), h, p["w"])[0]
 
 
-@simple({"w": ((1,), (0,), (2,))}, w=(6, 3, 6))
+@case(w="6 3 6 ibo")
 def scanned_along_axis_1(p, h):
     return lax.scan(lambda x, w: (x + x @ w, None), h, p["w"].swapaxes(0, 1))[0]
 
 
-@simple({"w": ((0, 1), (2,), (3,)), "g": A}, w=(2, 3, 6, 6), g=(2, 3, 6))
+@case(w="2 3 6 6 bbio", g="2 3 6 -")
 def scanned_twice(p, h):
     def inner(x, layer):
         return x + (x * layer["g"]) @ layer["w"], None
@@ -112,29 +97,29 @@ def scanned_twice(p, h):
     return lax.scan(lambda x, block: (lax.scan(inner, x, block)[0], None), h, stacks)[0]
 
 
-@simple({"w": STACK}, w=(3, 6, 6))
+@case(w="3 6 6 bio")
 def indexed_in_a_loop(p, h):
     return lax.fori_loop(0, 3, lambda i, x: x + x @ p["w"][i], h)
 
 
-@simple({"w": STACK}, w=(3, 6, 6))
+@case(w="3 6 6 bio")
 def indexed_layer_by_layer(p, h):
     for i in range(3):
         h = h + h @ p["w"][i]
     return h
 
 
-@simple({"w": ROWS, "v": ROWS}, w=(6, 6), v=(6, 6))
+@case(w="6 6 io", v="6 6 io")
 def a_while_loop(p, h):
     return lax.while_loop(lambda c: jnp.sum(c @ p["v"]) < 9, lambda c: c + c @ p["w"], h) @ p["v"]
 
 
-@simple({"w": ROWS, "v": ROWS}, w=(6, 6), v=(6, 6))
+@case(w="6 6 io", v="6 6 io")
 def branches(p, h):
     return lax.cond(h[0, 0] > 0, lambda x: x @ p["w"], lambda x: x @ p["v"] + 1, h)
 
 
-@simple({"w": ROWS, "v": ROWS}, w=(6, 6), v=(6, 6))
+@case(w="6 6 io", v="6 6 io")
 def derivatives_of_ones_own(p, h):
     @jax.custom_vjp
     def product(x, w):
@@ -150,29 +135,29 @@ def derivatives_of_ones_own(p, h):
     return jax.checkpoint(lambda x: other(product(x, p["w"]), p["v"]))(h)
 
 
-@simple({"w": STACK}, w=(4, 6, 6))
+@case(w="4 6 6 bio")
 def an_ensemble(p, h):
     return jax.vmap(lambda w, x: x @ w)(p["w"], h)
 
 
-@simple({"w": ROWS}, w=(6, 6))
+@case(w="6 6 io")
 def a_gradient_within(p, h):
     return jax.grad(lambda x: jnp.sum(jnp.sin(x @ p["w"])))(h)
 
 
-@simple({"w": ((), (0, 1), (2,))}, w=(6, 6, 6))
+@case(w="6 6 6 iio")
 def bilinear(p, h):
     return jnp.einsum("ti,tj,ijk->tk", h, h, p["w"])
 
 
-@simple({"w": ((2,), (0,), (1,))}, w=(6, 6, 3))
+@case(w="6 6 3 iob")
 def spectral_modes(p, h):
     modes = jnp.fft.rfft(h, axis=0)
     mixed = jnp.einsum("mi,iom->mo", modes, p["w"].astype(jnp.complex64))
     return jnp.fft.irfft(mixed, 4, axis=0)
 
 
-@simple({"re": ROWS, "im": ROWS}, re=(6, 6), im=(6, 6))
+@case(re="6 6 io", im="6 6 io")
 def a_complex_pair(p, h):
     return jnp.real(h @ (p["re"] + 1j * p["im"]))
 
@@ -180,45 +165,39 @@ def a_complex_pair(p, h):
 # --- Experts ---
 
 
-@simple({"w": STACK, "r": ROWS}, w=(3, 6, 6), r=(6, 3))
+@case(w="3 6 6 bio", r="6 3 io")
 def ragged_experts(p, h):
     order = jnp.argsort(jnp.argmax(h @ p["r"], -1))
     sizes = jnp.bincount(jnp.argmax(h @ p["r"], -1), length=3)
     return lax.ragged_dot(h[order], p["w"], sizes)[jnp.argsort(order)]
 
 
-@simple({"w": STACK, "r": ROWS}, w=(3, 6, 6), r=(6, 3))
+@case(w="3 6 6 bio", r="6 3 io")
 def experts_by_gather(p, h):
     weight, ids = lax.top_k(jax.nn.softmax(h @ p["r"]), 2)
     return jnp.einsum("td,tkdf,tk->tf", h, p["w"][ids], weight)
 
 
-@simple({"w": STACK}, X, IDS, w=(3, 6, 6))
+@case(X, IDS, w="3 6 6 bio")
 def experts_by_one_hot(p, h, ids):
     chosen = jnp.einsum("te,edf->tdf", jax.nn.one_hot(ids, 3), p["w"])
     return jnp.einsum("td,tdf->tf", h, chosen)
 
 
-@simple({"w": STACK, "r": ROWS}, w=(3, 6, 6), r=(6, 3))
+@case(w="3 6 6 bio", r="6 3 io")
 def experts_by_dispatch(p, h):
     mask = jax.nn.one_hot(jnp.argmax(h @ p["r"], -1), 3)
     sent = jnp.einsum("td,te->etd", h, mask)
     return jnp.einsum("etf,te->tf", jnp.einsum("etd,edf->etf", sent, p["w"]), mask)
 
 
-@simple({"w": STACK, "v": STACK, "r": ROWS}, w=(3, 6, 6), v=(3, 6, 6), r=(6, 3))
+@case(w="3 6 6 bio", v="3 6 6 bio", r="6 3 io")
 def all_experts_for_every_token(p, h):
     y = jnp.einsum("tef,efd->ted", jax.nn.silu(jnp.einsum("td,edf->tef", h, p["w"])), p["v"])
     return jnp.einsum("ted,te->td", y, jax.nn.softmax(h @ p["r"]))
 
 
-@simple(
-    {"q": ((), (1,), (0, 2)), "kv": ((0,), (2,), (1, 3)), "u": STACK, "t": ((0,), (2,), (1,))},
-    q=(2, 6, 3),
-    kv=(2, 2, 6, 3),
-    u=(2, 6, 6),
-    t=(2, 6, 6),
-)
+@case(q="2 6 3 oio", kv="2 2 6 3 boio", u="2 6 6 bio", t="2 6 6 boi")
 def keys_and_values_in_one(p, h):
     q = jnp.einsum("td,hdk->thk", h, p["q"])
     k, v = jnp.unstack(jnp.einsum("td,chdk->cthk", h, p["kv"]))
@@ -233,24 +212,19 @@ def keys_and_values_in_one(p, h):
 # --- Lookups ---
 
 
-@case(
-    {"t": (9, 6), "pos": (4, 6), "w": (6, 6), "head": (6, 9)},
-    (IDS,),
-    {"t": A, "pos": A, "w": ROWS, "head": A},
-    wrap=False,
-)
+@case(IDS, wrap=False, t="9 6 -", pos="4 6 -", w="6 6 io", head="6 9 -")
 def tokens_and_positions(p, ids):
     x = p["t"][ids] * 2.5 + p["pos"][jnp.arange(4)]
     return (x + x @ p["w"]) @ p["head"]
 
 
-@case({"t": (9, 6), "w": (6, 6)}, (IDS,), {"t": A, "w": ROWS}, wrap=False)
+@case(IDS, wrap=False, t="9 6 -", w="6 6 io")
 def tied(p, ids):
     x = jax.nn.one_hot(ids, 9) @ p["t"]
     return (x @ p["w"]) @ p["t"].T
 
 
-@simple({"t": A}, X, IDS, t=(9, 6))
+@case(X, IDS, t="9 6 -")
 def rows_at_a_traced_place(p, h, ids):
     return h + lax.dynamic_slice_in_dim(p["t"], ids[0], 4)
 
@@ -258,15 +232,7 @@ def rows_at_a_traced_place(p, h, ids):
 # --- Vectors, whatever their shape ---
 
 
-@simple(
-    {"gain": A, "bias": A, "mix": A, "table": A, "decay": A, "scalar": A},
-    gain=(6,),
-    bias=(1, 6),
-    mix=(4, 6),
-    table=(4, 4),
-    decay=(6, 3),
-    scalar=(),
-)
+@case(gain="6 -", bias="1 6 -", mix="4 6 -", table="4 4 -", decay="6 3 -", scalar="-")
 def entry_by_entry(p, h):
     h = h * p["gain"] + p["bias"] + p["mix"] * p["scalar"]
     h = jax.nn.softmax(h @ h.T + p["table"]) @ h
@@ -274,26 +240,26 @@ def entry_by_entry(p, h):
     return jnp.einsum("tdn,tn->td", decay, h[:, :3])
 
 
-@simple({"gain": A, "bias": A}, gain=(2, 3), bias=(2, 3))
+@case(gain="2 3 -", bias="2 3 -")
 def a_norm_of_heads(p, h):
     h = h.reshape(4, 2, 3)
     h = (h - h.mean(-1, keepdims=True)) * lax.rsqrt(h.var(-1, keepdims=True)) * p["gain"]
     return (h + p["bias"]).reshape(4, 6)
 
 
-@simple({"a": A, "gate": A}, a=(2, 3), gate=(6, 1))
+@case(a="2 3 -", gate="6 1 -")
 def contracted_to_numbers(p, h):
     score = jnp.einsum("thk,hk->th", h.reshape(4, 2, 3), p["a"])
     return h * score.sum(-1, keepdims=True) * (h @ p["gate"])
 
 
-@simple({"token": A, "state": A, "w": ROWS}, token=(1, 6), state=(6,), w=(6, 6))
+@case(token="1 6 -", state="6 -", w="6 6 io")
 def learned_tokens_and_states(p, h):
     h = jnp.concatenate([p["token"], h])[:4]
     return h + lax.scan(lambda s, x: (jnp.tanh(x + s @ p["w"]),) * 2, p["state"], h)[1]
 
 
-@simple({"queries": A, "q": ROWS, "b": A, "v": ROWS}, queries=(4, 6), q=(6, 6), b=(6,), v=(6, 6))
+@case(queries="4 6 -", q="6 6 io", b="6 -", v="6 6 io")
 def learned_queries(p, h):
     queries = jnp.broadcast_to(p["queries"], (2, 4, 6)) @ p["q"] + p["b"]
     return (jax.nn.softmax(queries @ h.T) @ (h @ p["v"])).sum(0)
@@ -302,22 +268,22 @@ def learned_queries(p, h):
 # --- Products of parameters ---
 
 
-@simple({"w": ROWS, "a": ROWS, "b": ROWS}, w=(6, 6), a=(6, 2), b=(2, 6))
+@case(w="6 6 io", a="6 2 io", b="2 6 io")
 def merged_adapters(p, h):
     return h @ (p["w"] + 0.5 * p["a"] @ p["b"])
 
 
-@simple({"w": ROWS, "a": ROWS, "b": ROWS}, w=(6, 6), a=(6, 2), b=(2, 6))
+@case(w="6 6 io", a="6 2 io", b="2 6 io")
 def adapters_beside(p, h):
     return h @ p["w"] + (h @ p["a"]) @ p["b"]
 
 
-@simple({"v": ROWS, "g": A}, v=(6, 6), g=(6,))
+@case(v="6 6 io", g="6 -")
 def weight_norm(p, h):
     return h @ (p["g"] * p["v"] / jnp.linalg.norm(p["v"], axis=0, keepdims=True))
 
 
-@simple({"v": ROWS}, X, jax.ShapeDtypeStruct((6,), jnp.float32), v=(6, 6))
+@case(X, jax.ShapeDtypeStruct((6,), jnp.float32), v="6 6 io")
 def spectral_norm(p, h, u):
     v = u @ p["v"]
     v = v / jnp.linalg.norm(v)
@@ -325,7 +291,7 @@ def spectral_norm(p, h, u):
     return h @ (p["v"] / sigma)
 
 
-@simple({"q": ((), (0,), (1, 2)), "k": ((1,), (2,), (0,))}, q=(6, 2, 3), k=(6, 2, 3))
+@case(q="6 2 3 ioo", k="6 2 3 obi")
 def absorbed(p, h):
     both = jnp.einsum("dhn,chn->dhc", p["q"], p["k"])
     return jnp.einsum("td,dhc->thc", h, both).sum(1)
@@ -340,41 +306,38 @@ def _conv(x, w, groups=1, spec=("NHWC", "HWIO", "NHWC"), **options):
     )
 
 
-WINDOW = ((), (0, 1, 2), (3,))
-
-
-@simple({"w": WINDOW, "b": A}, IMAGES, w=(3, 3, 6, 6), b=(6,))
+@case(IMAGES, w="3 3 6 6 iiio", b="6 -")
 def convolution(p, h):
     return _conv(h, p["w"]) + p["b"]
 
 
-@simple({"w": ((), (1, 2, 3), (0,))}, IMAGES, w=(6, 6, 3, 3))
+@case(IMAGES, w="6 6 3 3 oiii")
 def convolution_output_first(p, h):
     return _conv(h, p["w"], spec=("NHWC", "OIHW", "NHWC"))
 
 
-@simple({"w": A}, IMAGES, w=(3, 3, 1, 6))
+@case(IMAGES, w="3 3 1 6 -")
 def depthwise(p, h):
     return _conv(h, p["w"], groups=6)
 
 
-@simple({"w": (*WINDOW, 3)}, IMAGES, w=(3, 3, 2, 6))
+@case(IMAGES, w="3 3 2 6 iiio/3")
 def grouped(p, h):
     return _conv(h, p["w"], groups=3)
 
 
-@simple({"w": ((0,), (1, 2, 3), (4,))}, IMAGES, w=(2, 3, 3, 6, 6))
+@case(IMAGES, w="2 3 3 6 6 biiio")
 def convolutions_of_an_ensemble(p, h):
     return jax.vmap(_conv)(h[:, None], p["w"])[:, 0]
 
 
-@simple({"w": WINDOW}, IMAGES, w=(3, 3, 6, 6))
+@case(IMAGES, w="3 3 6 6 iiio")
 def standardised(p, h):
     w = p["w"]
     return _conv(h, (w - w.mean((0, 1, 2))) / (w.std((0, 1, 2)) + 1e-5))
 
 
-@simple({"w": WINDOW, "s": ROWS}, IMAGES, w=(3, 3, 6, 6), s=(6, 6))
+@case(IMAGES, w="3 3 6 6 iiio", s="6 6 io")
 def modulated(p, h):
     style = h.mean((1, 2)) @ p["s"]
     w = p["w"] * style[:, None, None, :, None]
@@ -382,7 +345,7 @@ def modulated(p, h):
     return jax.vmap(lambda x, w: _conv(x[None], w)[0])(h, w)
 
 
-@simple({"w": ((0, 1), (2,), (3,))}, w=(2, 3, 2, 6))
+@case(w="2 3 2 6 bbio")
 def unshared_windows(p, h):
     patches = h.reshape(4, 2, 3, 1).repeat(2, -1)
     return jnp.einsum("tabi,abio->tabo", patches, p["w"]).sum((1, 2))
@@ -391,7 +354,7 @@ def unshared_windows(p, h):
 # --- Ends, and what is no use ---
 
 
-@case({"a": (6, 8), "b": (8, 8), "c": (8, 3)}, (X, IDS), {"a": A, "b": ROWS, "c": A}, wrap=False)
+@case(X, IDS, wrap=False, a="6 8 -", b="8 8 io", c="8 3 -")
 def a_loss(p, x, labels):
     logits = jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["b"]) @ p["c"]
     decay = sum(jnp.sum(w**2) for w in jax.tree.leaves(p))
@@ -399,20 +362,13 @@ def a_loss(p, x, labels):
     return losses.mean() + 0.1 * decay
 
 
-@case(
-    {"a": (6, 8), "b": (8, 8), "pi": (8, 3), "v": (8, 1), "u": (8,)},
-    (X,),
-    {"a": A, "b": ROWS, "pi": A, "v": A, "u": A},
-    wrap=False,
-)
+@case(X, wrap=False, a="6 8 -", b="8 8 io", pi="8 3 -", v="8 1 -", u="8 -")
 def several_heads(p, x):
     h = jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"])
     return h @ p["pi"], h @ p["v"], h @ p["u"]
 
 
-@case(
-    {"xh": (6, 8), "hh": (8, 8), "out": (8, 3)}, (X,), {"xh": A, "hh": ROWS, "out": A}, wrap=False
-)
+@case(X, wrap=False, xh="6 8 -", hh="8 8 io", out="8 3 -")
 def recurrent(p, x):
     def step(h, x):
         return jnp.tanh(x @ p["xh"] + h @ p["hh"]), None
@@ -420,7 +376,7 @@ def recurrent(p, x):
     return lax.scan(step, jnp.zeros(8), x)[0] @ p["out"]
 
 
-@simple({"w": ROWS, "b": A}, X, KEY, w=(6, 6), b=(6,))
+@case(X, KEY, w="6 6 io", b="6 -")
 def dropout(p, h, key):
     mask = jax.random.bernoulli(key, 0.5, h.shape)
     return jnp.where(mask, h @ p["w"] + p["b"], 0) / 0.5

@@ -46,6 +46,17 @@ def rows(text, prefix=""):
     return leaves
 
 
+def spelled(leaf):
+    """The roles of a route's axes, how many parts fan_out has, and `?` if the route is a guess."""
+    guess = "?" * bool(leaf.doubt)
+    if leaf.label != "muon":
+        return "-" + guess
+    batch, fan_in, _ = leaf.axes.split(leaf.shape)
+    roles = ["b" if i in batch else "i" if i in fan_in else "o" for i in range(len(leaf.shape))]
+    parts = leaf.axes.split_fan_out
+    return "".join(roles) + (f"/{parts}" if parts != 1 else "") + guess
+
+
 def spellings(path):
     """`{a,b}` is a or b, and `{0-3}` any of the numbers."""
     pieces = re.split(r"\{(.*?)\}", path)
