@@ -8,6 +8,7 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import sys
@@ -182,8 +183,8 @@ def accelerators_part(config: Config, topologies: Sequence[str]) -> Part:
     """Returns the part that compiles for each topology, one by one since compilation is timed."""
     sizes = config.layers, config.width, config.hidden
     made, refused = accelerators.pieces(topologies, *sizes)
-    work = [*accelerators.work(made), ("", lambda: refused)]
-    return Part("accelerators", work)
+    work = [(piece.name, lambda piece=piece: [accelerators.cost(piece)]) for piece in made]
+    return Part("accelerators", [*work, ("", lambda: refused)])
 
 
 def speed_part(rounds: int) -> Part:
@@ -201,11 +202,10 @@ def speed_part(rounds: int) -> Part:
 def spectra_part() -> Part:
     """Returns the part that computes singular values for each spectrum, shape, schedule, dtype."""
     work = [
-        (
-            f"singular values, {setting[0]}, {setting[2]}, {setting[3]}",
-            lambda setting=setting: spectra.singular_values(*setting),
+        (f"singular values, {of[0]}, {of[2]}, {of[3]}", lambda of=of: spectra.singular_values(*of))
+        for of in itertools.product(
+            spectra.SPECTRA, spectra.SHAPES, spectra.SCHEDULES, spectra.DTYPES
         )
-        for setting in spectra.settings()
     ]
     return Part("spectra", work)
 

@@ -8,7 +8,7 @@ import dataclasses
 import importlib.metadata
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -106,8 +106,8 @@ def pieces(
             sizes = [(layers or 2, width, hidden or 4 * width)]
         else:
             sizes = [(12, 768, 3072), (4, 2048, 8192)] if gpu else [(2, 768, 3072), (1, 2048, 8192)]
-        for number, size in enumerate(sizes):
-            made += _on_one(topology, devices, *size, gpu=gpu, first=number == 0)
+        for size in sizes:
+            made += _on_one(topology, devices, *size, gpu=gpu, first=size == sizes[0])
         made += _on_all(topology, devices, *(sizes[0] if width else (8, 768, 3072)))
     return made, refused
 
@@ -183,16 +183,12 @@ def cost(piece: Piece) -> Row:
         return row | {"raises": f"FLOPs of {', '.join(program.unread)} cannot be read."}
     found = estimate(program, device_kind)
     return row | {
+        **dataclasses.asdict(found),
         "flops": program.flops,
-        "kernels": found.kernels,
-        "hbm_bytes": found.hbm_bytes,
-        "seconds": found.seconds,
-        "cycles": found.cycles,
         "exchanged_bytes": program.exchanged_bytes,
         "collectives": {k: dataclasses.asdict(c) for k, c in program.collectives.items()},
         "temp_bytes": program.temp_bytes,
         "compile_seconds": seconds,
-        "dearest": [[dataclasses.asdict(kernel), time] for kernel, time in found.dearest],
     }
 
 
@@ -208,11 +204,6 @@ def _floor(case: Case, device_kind: str) -> Row:
     )
     seconds = CHIPS[device_kind].floor(flops, 5 * held)
     return {"flops": flops, "hbm_bytes": 5 * held, "seconds": seconds}
-
-
-def work(made: Sequence[Piece]) -> list[tuple[str, Callable[[], list[Row]]]]:
-    """Returns the description of each program and a function that returns its row."""
-    return [(piece.name, lambda piece=piece: [cost(piece)]) for piece in made]
 
 
 def tables(rows: Sequence[Row]) -> Group:

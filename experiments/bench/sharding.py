@@ -80,13 +80,9 @@ def cost(case: Case, arm: str, dtype: jax.typing.DTypeLike) -> Row:
     device_kind = case.mesh.devices.flat[0].device_kind
     if found := estimate(program, device_kind):
         row |= {
+            **dataclasses.asdict(found),
             "device_kind": device_kind,
-            "kernels": found.kernels,
-            "hbm_bytes": found.hbm_bytes,
-            "seconds": found.seconds,
-            "cycles": found.cycles,
             "beside": sum(c.beside for c in program.collectives.values()),
-            "dearest": [[dataclasses.asdict(kernel), took] for kernel, took in found.dearest],
         }
     return row | {
         "flops_ratio": program.flops * case.mesh.size / case.standard_flops(),
@@ -106,34 +102,30 @@ def _of(form: Callable[[Row], str]) -> Callable[[Row], str]:
     return lambda row: "–" if row["raises"] else form(row)
 
 
-COLUMNS: tuple[Column, ...] = tuple(
-    (heading, heading, form)
-    for heading, form in (
-        ("case", lambda row: row["case"]),
-        ("optimizer", lambda row: row["arm"]),
-        ("FLOPs", _of(lambda row: f"{row['flops_ratio']:.2f}")),
-        ("bytes", _of(lambda row: f"{row['bytes_ratio']:.2f}")),
-        ("temp", _of(lambda row: f"{row['temp_bytes'] / row['shard_bytes']:.1f}")),
-        ("temp MB", _of(lambda row: f"{row['temp_bytes'] / 1e6:.1f}")),
-        (
-            "collectives",
-            lambda row: f"raises {row['raises']}" if row["raises"] else collectives(row),
-        ),
-    )
+def _columns(forms: dict[str, Callable[[Row], str]]) -> list[Column]:
+    names = {"case": lambda row: row["case"], "optimizer": lambda row: row["arm"]}
+    return [(heading, heading, form) for heading, form in (names | forms).items()]
+
+
+COLUMNS = _columns(
+    {
+        "FLOPs": _of(lambda row: f"{row['flops_ratio']:.2f}"),
+        "bytes": _of(lambda row: f"{row['bytes_ratio']:.2f}"),
+        "temp": _of(lambda row: f"{row['temp_bytes'] / row['shard_bytes']:.1f}"),
+        "temp MB": _of(lambda row: f"{row['temp_bytes'] / 1e6:.1f}"),
+        "collectives": lambda row: f"raises {row['raises']}" if row["raises"] else collectives(row),
+    }
 )
-ON_CHIPS: tuple[Column, ...] = tuple(
-    (heading, heading, form)
-    for heading, form in (
-        ("case", lambda row: row["case"]),
-        ("optimizer", lambda row: row["arm"]),
-        ("kernels", lambda row: f"{row['kernels']:,}"),
-        ("FLOPs", lambda row: flop(row["flops"])),
-        ("HBM", lambda row: readable(row["hbm_bytes"])),
-        ("exchanged", lambda row: readable(row["exchanged_bytes"])),
-        ("overlapped", lambda row: f"{row['beside']:,}"),
-        ("ms", lambda row: f"{1e3 * row['seconds']:.3g}"),
-        ("Mcycles", lambda row: f"{row['cycles'] / 1e6:.2f}" if row["cycles"] else "–"),
-    )
+ON_CHIPS = _columns(
+    {
+        "kernels": lambda row: f"{row['kernels']:,}",
+        "FLOPs": lambda row: flop(row["flops"]),
+        "HBM": lambda row: readable(row["hbm_bytes"]),
+        "exchanged": lambda row: readable(row["exchanged_bytes"]),
+        "overlapped": lambda row: f"{row['beside']:,}",
+        "ms": lambda row: f"{1e3 * row['seconds']:.3g}",
+        "Mcycles": lambda row: f"{row['cycles'] / 1e6:.2f}" if row["cycles"] else "–",
+    }
 )
 CAPTION = (
     "FLOPs: relative to the device's share of standard Newton–Schulz of each matrix once. bytes "

@@ -94,11 +94,6 @@ def singular_values(spectrum: str, shape: tuple[int, int], schedule: str, dtype:
     return rows
 
 
-def settings() -> list[tuple[str, tuple[int, int], str, str]]:
-    """Returns the arguments of `singular_values` for every combination in the table."""
-    return list(itertools.product(SPECTRA, SHAPES, SCHEDULES, DTYPES))
-
-
 def table(rows: Sequence[Row]) -> Table:
     """Returns a table of the smallest, median and largest singular value of each form."""
     groups: dict[tuple[Any, ...], dict[str, Row]] = {}

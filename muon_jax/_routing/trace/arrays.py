@@ -114,7 +114,7 @@ def sort(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 def moved(place: Move) -> Handler:
-    """Returns a handler that moves the axes of the first operand; a second is a padding value."""
+    """Makes a handler of how the axes of the first operand move; a second is a padding value."""
 
     def handler(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
         value = values[0]._replace(uniform=NONE)
@@ -142,6 +142,7 @@ def _single(before: Sequence[int], after: Sequence[int]) -> list[int]:
     ]
 
 
+@moved
 def _broadcast_axes(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
     placed = dict(zip(eqn.params["broadcast_dimensions"], axes, strict=True))
     return tuple(
@@ -151,7 +152,7 @@ def _broadcast_axes(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
 
 
 def broadcast(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
-    [value] = moved(_broadcast_axes)(tracer, eqn, values[:1])
+    [value] = _broadcast_axes(tracer, eqn, values[:1])
     shape, kept = eqn.outvars[0].aval.shape, eqn.params["broadcast_dimensions"]
     before = dict(zip(kept, eqn.invars[0].aval.shape, strict=True))
     grown = frozenset(i for i, size in enumerate(shape) if before.get(i, 1) != size)
@@ -166,32 +167,39 @@ def broadcast(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
     ]
 
 
-def tile(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
-    def repeat(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
-        return resize_all(tuple(blank(1) if length(axis) == 1 else axis for axis in axes), shape)
+@moved
+def _repeat_axes(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
+    return resize_all(tuple(blank(1) if length(axis) == 1 else axis for axis in axes), shape)
 
-    [value] = moved(repeat)(tracer, eqn, values)
+
+def tile(tracer: Tracer, eqn: Any, values: list[Value]) -> list[Value]:
+    [value] = _repeat_axes(tracer, eqn, values)
     batch = bool(value.views) and not value.data
     return [value._replace(stream=value.stream or batch)]
 
 
+@moved
 def transpose_axes(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
     return tuple(axes[i] for i in eqn.params["permutation"])
 
 
+@moved
 def reshape_axes(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
     order = eqn.params.get("dimensions")
     return reshape(axes if order is None else tuple(axes[i] for i in order), shape)
 
 
+@moved
 def squeeze_axes(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
     return without(axes, eqn.params["dimensions"])
 
 
+@moved
 def resize_axes(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
     return resize_all(axes, shape)
 
 
+@moved
 def gather_shards(eqn: Any, shape: Sequence[int], axes: Axes) -> Axes:
     """Resizes the axes; without tiling, adds or removes the axis of the shards."""
     if len(axes) < len(shape):

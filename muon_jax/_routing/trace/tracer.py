@@ -198,30 +198,20 @@ class Tracer:
     def unknown(self, eqn: Any, values: list[Value]) -> list[Value]:
         """Marks the leaves in an unknown primitive, so that their names decide."""
         name = eqn.primitive.name
-        if not any(value.views for value in values):
-            return [plain(values)] * len(eqn.outvars)
-        marked = [
-            value._replace(
-                views=frozenset(v._replace(unknown=v.unknown | {name}) for v in value.views)
-            )
-            for value in values
-        ]
-        joined = plain(marked)
-        if joined.data:
-            views = [view for value in marked for view in value.views]
+        views = [v._replace(unknown=v.unknown | {name}) for value in values for v in value.views]
+        joined = plain(values)
+        if views and joined.data:
             for view in views:
                 self.record(view, "unknown")
             self.read |= joined.frontier
             joined = Value(data=True, deep=True, frontier=frozenset(view.leaf for view in views))
-            return [joined] * len(eqn.outvars)
+            views = []
+
+        def mixed(view: View, shape: Sequence[int]) -> View:
+            return view._replace(axes=tuple(((view.free(), size),) for size in shape))
+
         return [
-            joined._replace(
-                views=merge(
-                    view._replace(axes=_mixed(view, var.aval.shape))
-                    for value in marked
-                    for view in value.views
-                )
-            )
+            joined._replace(views=merge(mixed(view, var.aval.shape) for view in views))
             for var in eqn.outvars
         ]
 
@@ -279,7 +269,3 @@ def captured(x: Any) -> Value:
     """Returns the value of an array that is neither a parameter nor an input."""
     axes = len(getattr(x, "shape", ()))
     return Value(table=axes > 0, captured=axes > 1)
-
-
-def _mixed(view: View, shape: Sequence[int]) -> Axes:
-    return tuple(((view.free(), size),) for size in shape)
