@@ -28,6 +28,28 @@ jax.config.update("jax_num_cpu_devices", 16)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# The files that take longest. A worker of xdist that began one of them last would end alone.
+LONGEST = (
+    "test_variants_placement",
+    "test_placement",
+    "test_grok_run",
+    "test_finetune_run",
+    "test_grok_grid",
+    "test_grok_model",
+    "test_family_run",
+    "test_pretrain_run",
+    "test_precision",
+    "test_family_widths",
+    "test_finetune_arms",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the longest files first, instead of those with most tests as xdist does."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_compiled_programs():
     """Drops a file's programs: each takes memory maps, and a process that has 65530 crashes."""
@@ -42,6 +64,7 @@ def pytest_configure(config):
     `test_names.py` tests when the optimizers warn of these, and when not. And a program whose file
     another process is still writing is compiled anew.
     """
+    config.option.loadscopereorder = False  # of xdist; see `LONGEST`
     if hasattr(config, "cache"):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("programs")))
         jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])

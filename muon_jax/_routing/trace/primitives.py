@@ -36,7 +36,8 @@ _ROWS: dict[Handler, str] = {
     arrays.unstack: "unstack",
     arrays.resize_axes: "pad fft all_to_all rev cumsum cumprod cummax cummin cumlogsumexp",
     arrays.tile: "tile",
-    arrays.gather_shards: "all_gather all_gather_invariant all_gather_reduced reduce_scatter unreduced_reduce_scatter",
+    arrays.gather_shards: "all_gather all_gather_invariant all_gather_reduced reduce_scatter "
+    "unreduced_reduce_scatter",
     arrays.reduce: "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor "
     "argmax argmin",
     arrays.combine: "concatenate stack dynamic_update_slice",
