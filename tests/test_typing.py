@@ -66,10 +66,11 @@ def test_public_signatures_are_annotated(name):
             assert parameter.name == "self" or parameter.annotation is not parameter.empty, function
 
 
-def test_a_users_program_passes_mypy_strict(tmp_path):
+def test_a_users_program_passes_mypy_strict(tmp_path, pytestconfig):
     """Under which an ignored error that is none is one."""
     (tmp_path / "program.py").write_text(PROGRAM)
     options = ["--strict", "--ignore-missing-imports", "--follow-imports=silent"]
+    options += ["--cache-dir", pytestconfig.cache.mkdir("mypy")]  # which also knows JAX
     done = subprocess.run(
         [sys.executable, "-m", "mypy", *options, "program.py"],
         cwd=tmp_path,
