@@ -39,13 +39,10 @@ def routes_by_path(params, rules=None):
     return {leaf.path: leaf for leaf in route(params, rules).values()}
 
 
-def muon_shapes(params, rules=None):
-    """`{path: (batch, fan_in, fan_out)}` of the Muon leaves."""
-    return {
-        path: leaf.axes.matrix_shape(leaf.shape)
-        for path, leaf in routes_by_path(params, rules).items()
-        if leaf.label == "muon"
-    }
+def matrices(params, rules=None):
+    """The roles of the axes of the Muon leaves, by path."""
+    routes = routes_by_path(params, rules).items()
+    return {path: spelled(leaf) for path, leaf in routes if leaf.label == "muon"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -125,39 +122,24 @@ def equinox_params(stacked=False):
     return eqx.filter(model or make(jax.random.key(0)), eqx.is_array)
 
 
-BLOCK = {
-    "{attn}/query/kernel": (8, 8),
-    "{attn}/key/kernel": (8, 8),
-    "{attn}/value/kernel": (8, 8),
-    "{attn}/out/kernel": (8, 8),
-    "up/kernel": (8, 32),
-    "down/kernel": (32, 8),
-}
+def blocks(attn):
+    block = dict.fromkeys((f"{attn}/query", f"{attn}/key", f"{attn}/value"), "ioo")
+    return block | {f"{attn}/out": "iio", "up": "io", "down": "io"}
 
 
 def both_blocks(attn):
-    names = {path.format(attn=attn): fans for path, fans in BLOCK.items()}
-    first = {f"first/{path}": ((), *fans) for path, fans in names.items()}
-    return first | {f"layers/{path}": ((5,), *fans) for path, fans in names.items()}
+    first = {f"first/{path}/kernel": roles for path, roles in blocks(attn).items()}
+    return first | {f"layers/{path}/kernel": f"b{roles}" for path, roles in blocks(attn).items()}
 
 
 LIVE = {
-    "nnx": (
-        nnx_params,
-        both_blocks("attn") | {"lora/lora_a": ((), 8, 2), "lora/lora_b": ((), 2, 8)},
-    ),
-    "linen": (
-        linen_params,
-        both_blocks("MultiHeadDotProductAttention_0"),
-    ),
-    "equinox": (equinox_params, {"layers/1/weight": ((), 16, 16)}),
-    "equinox stack": (
-        lambda: equinox_params(stacked=True),
-        {"layers/1/weight": ((5,), 16, 16)},
-    ),
+    "nnx": (nnx_params, both_blocks("attn") | {"lora/lora_a": "io", "lora/lora_b": "io"}),
+    "linen": (linen_params, both_blocks("MultiHeadDotProductAttention_0")),
+    "equinox": (equinox_params, {"layers/1/weight": "oi"}),
+    "equinox stack": (lambda: equinox_params(stacked=True), {"layers/1/weight": "boi"}),
     "scanned stack alone": (
         lambda: nnx.to_pure_dict(nnx_params())["layers"],
-        {path.format(attn="attn"): ((5,), *fans) for path, fans in BLOCK.items()},
+        {f"{path}/kernel": f"b{roles}" for path, roles in blocks("attn").items()},
     ),
 }
 
@@ -166,7 +148,7 @@ LIVE = {
 def test_live_models(name):
     make, expected = LIVE[name]
     params = make()
-    assert muon_shapes(params) == expected
+    assert matrices(params) == expected
     assert {leaf.label for leaf in route(params).values()} == {"muon", "other"}
     # Nothing names the first and the last matrix of an MLP.
     assert routing_table(params).count("ambiguous") == 2 * name.startswith("equinox")
@@ -180,7 +162,7 @@ def test_labels_are_a_tree_and_a_routing(name):
     frozen = jax.tree.map(lambda label: "frozen" if label == "other" else label, labels)
     assert jax.tree.leaves(label_params(params, labels)) == jax.tree.leaves(labels)
     assert jax.tree.leaves(label_params(params, frozen)) == jax.tree.leaves(frozen)
-    assert muon_shapes(params, labels) == muon_shapes(params)
+    assert matrices(params, labels) == matrices(params)
 
 
 # --- Shapes that mislead ---------------------------------------------------------------------
@@ -207,17 +189,9 @@ def test_ambiguous_shapes_are_said_to_be(path, shape, label, doubt):
 # --- Overrides -------------------------------------------------------------------------------
 
 PARAMS = nested({"embed": (50, 8), "mlp/kernel": (8, 8), "mlp/bias": (8,), "out/kernel": (2, 4, 8)})
-BUILT_IN = {
-    "embed": "other",
-    "mlp/bias": "other",
-    "mlp/kernel": "muon",
-    "out/kernel": "muon",
-}
-WHOLE = {
-    "embed": "frozen",
-    "mlp": {"kernel": "other", "bias": "frozen"},
-    "out": {"kernel": "muon"},
-}
+BUILT_IN = {"embed": "other", "mlp/bias": "other", "mlp/kernel": "muon", "out/kernel": "muon"}
+MLP = {"kernel": "other", "bias": "frozen"}
+WHOLE = {"embed": "frozen", "mlp": MLP, "out": {"kernel": "muon"}}
 
 
 @pytest.mark.parametrize(
@@ -263,10 +237,10 @@ def test_overrides(rules, changed):
     "axes", [MatrixAxes(0, (1, 2)), optax.contrib.MuonDimensionNumbers(0, (1, 2))]
 )
 def test_axes_as_a_choice_send_the_leaf_to_muon_along_them(axes):
-    assert muon_shapes(PARAMS)["out/kernel"] == ((), 8, 8)
-    assert muon_shapes(PARAMS, [("out", axes)])["out/kernel"] == ((), 2, 32)
+    assert matrices(PARAMS)["out/kernel"] == "iio?"
+    assert matrices(PARAMS, [("out", axes)])["out/kernel"] == "ioo"
     tree = {"embed": "other", "mlp": "other", "out": axes}
-    assert muon_shapes(PARAMS, tree) == {"out/kernel": ((), 2, 32)}
+    assert matrices(PARAMS, tree) == {"out/kernel": "ioo"}
 
 
 SCALARS = {"scalar": 1.0, "flag": struct(dtype=bool), "empty": struct(0, 8)}
@@ -282,8 +256,6 @@ INTEGER = {"mlp": {"kernel": struct(8, 8)}, "steps": struct(3, dtype=jnp.int32)}
         (PARAMS, {"embed|out": "frozen"}, ["'embed|out'", "no leaf", "[('head', 'other')]"]),
         (PARAMS, WHOLE | {"embed": 3}, ["got 3 at 'embed'", "muon, other, frozen"]),
         (PARAMS, [("mlp(", "other")], ["'mlp('", "regular expression", "unterminated"]),
-        (PARAMS, [("*", "other")], ["'*'", "nothing to repeat at position 0"]),
-        (PARAMS, [("mlp", "other"), ("mlp/k", "muon")], ["'mlp/k' decides no", "rule 'mlp'"]),
         (
             PARAMS,
             [("bias", "other"), ("mlp/k", "other"), ("mlp", "muon")],
@@ -291,7 +263,6 @@ INTEGER = {"mlp": {"kernel": struct(8, 8)}, "steps": struct(3, dtype=jnp.int32)}
         ),
         (PARAMS, ("mlp", "other"), ["routing[0]", "(regex, choice)", "'mlp'"]),
         (PARAMS, [("embed", "other"), ("mlp", 3)], ["routing[1]", "('mlp', 3)"]),
-        (PARAMS, [("muon", "other")], ["rule 'muon'", "no leaf"]),
         (PARAMS, lambda path, leaf: 3, ["routing callable", "'embed'", "to 3"]),
         (PARAMS, lambda path, leaf: leaf, ["routing callable", "'embed'", "must be one of"]),
         (PARAMS, "adam", ["'adam'", "must be one of"]),
@@ -299,15 +270,10 @@ INTEGER = {"mlp": {"kernel": struct(8, 8)}, "steps": struct(3, dtype=jnp.int32)}
         (PARAMS, WHOLE | {"lora": {"a": "muon"}}, ["'lora/a'", "no leaf"]),
         (PARAMS, WHOLE | {"mlp": {"kernel": "adam", "bias": "other"}}, ["'adam'", "'mlp/kernel'"]),
         (PARAMS, [("mlp", "sgd")], ["'sgd'", "'mlp/", "other", "MatrixAxes"]),
-        (PARAMS, lambda path, leaf: "Muon", ["'Muon'", "must be one of muon"]),
         (PARAMS, [("bias", "muon")], ["'mlp/bias'", "(8,)", "'other'"]),
         (PARAMS, [("mlp/bias", MatrixAxes())], ["'mlp/bias'", "(8,)", "does not fit"]),
-        (PARAMS, [("out", MatrixAxes(0, 5))], ["'out/kernel'", "(2, 4, 8)", "does not fit"]),
         (PARAMS, [("out", MatrixAxes(0, 1.5))], ["'out/kernel'", "(2, 4, 8)", "does not fit"]),
         (PARAMS, [("out", MatrixAxes("ab", 1))], ["'out/kernel'", "(2, 4, 8)", "does not fit"]),
-        (PARAMS, [("out", MatrixAxes(0, -3))], ["'out/kernel'", "(2, 4, 8)", "twice"]),
-        (PARAMS, [("out", MatrixAxes(split_fan_out=3))], ["'out/kernel'", "3 equal parts"]),
-        (PARAMS, [("out", MatrixAxes(split_fan_out=(4, 8)))], ["'out/kernel'", "add up to 12"]),
         (PARAMS, [("out", MatrixAxes(split_fan_in=0))], ["'out/kernel'", "positive", "got 0"]),
         (PARAMS, [("out", MatrixAxes(split_fan_in="ab"))], ["'out/kernel'", "positive", "'ab'"]),
         (PARAMS, 3, ["3", "(regex, label)"]),
@@ -352,20 +318,16 @@ def test_complex_leaves_are_routed_as_real_ones_and_rules_decide():
     assert label_params(complex_params) == label_params(params)
     assert label_params(params)["mlp"] == {"kernel": "muon", "bias": "other"}
     for choice in ("other", "frozen"):
-        assert label_params(complex_params, [("mlp", choice)])["mlp"] == {
-            "kernel": choice,
-            "bias": choice,
-        }
+        labels = label_params(complex_params, [("mlp", choice)])
+        assert labels["mlp"] == {"kernel": choice, "bias": choice}
     assert routes_by_path(complex_params, [("embed", MatrixAxes(1, 0))])["embed"].label == "muon"
 
 
 def test_a_dict_keeps_its_meaning_when_a_key_is_added():
     params = nested({"head/kernel": (8, 8), "headless/kernel": (8, 8)})
     labels = {"head": "other", "headless": "frozen"}
-    assert label_params(params, labels) == {
-        "head": {"kernel": "other"},
-        "headless": {"kernel": "frozen"},
-    }
+    found = label_params(params, labels)
+    assert found == {"head": {"kernel": "other"}, "headless": {"kernel": "frozen"}}
     with pytest.raises(ValueError, match="no entry for leaf 'headless/kernel'"):
         label_params(params, {"head": "other"})
     # As rules the first one has both, and the second none.
@@ -386,60 +348,11 @@ def test_many_paths_are_cut_short_in_an_error():
     assert len(str(raised.value)) < 500
 
 
-# --- The table -------------------------------------------------------------------------------
-
-TABLE = """\
-path               shape      matrices  label   why
-attn/key/bias      (2, 4)     -         other   a bias
-attn/key/kernel    (8, 2, 4)  8 × 8     muon    an attention kernel split into heads
-attn/out/bias      (8,)       -         other   a bias
-attn/out/kernel    (2, 4, 8)  8 × 8     muon    an attention kernel split into heads
-attn/query/bias    (2, 4)     -         other   a bias
-attn/query/kernel  (8, 2, 4)  8 × 8     muon    an attention kernel split into heads
-attn/value/bias    (2, 4)     -         other   a bias
-attn/value/kernel  (8, 2, 4)  8 × 8     muon    an attention kernel split into heads
-down/kernel        (32, 8)    32 × 8    muon    a kernel (fan_in, fan_out)
-norm/scale         (8,)       -         other   a norm or gain
-up/bias            (32,)      -         frozen  rule 'up/bias'
-up/kernel          (8, 32)    8 × 32    muon    a kernel (fan_in, fan_out)
-
-muon: 6 leaves, 768 parameters (91.4 %)
-other: 5 leaves, 40 parameters (4.8 %)
-frozen: 1 leaf, 32 parameters (3.8 %)
-"""
-
-
-def test_the_table_of_a_flax_block():
-    params = nnx.state(nnx.eval_shape(lambda: NnxBlock(nnx.Rngs(0))), nnx.Param)
-    assert routing_table(params, [("up/bias", "frozen")]) + "\n" == TABLE
-
-
-def test_the_table_counts_a_stack():
-    table = routing_table(nested({"moe/experts/up": (2, 3, 4, 8)}))
-    assert "2 × 3 × (4 × 8)" in table and table.endswith("muon: 1 leaf, 192 parameters (100.0 %)")
-
-
-@pytest.mark.parametrize(
-    "parts,shown",
-    [
-        ({}, "2 × (8 × 24)"),
-        ({"split_fan_out": 3}, "2 × 3 × (8 × 8)"),
-        ({"split_fan_in": 2, "split_fan_out": 3}, "2 × 2 × 3 × (4 × 8)"),
-        ({"split_fan_out": (16, 4, 4)}, "2 × 1 × (8 × 16) + 2 × 2 × (8 × 4)"),
-    ],
-)
-def test_the_table_shows_parts(parts, shown):
-    table = routing_table(nested({"qkv/kernel": (2, 8, 24)}), [("qkv", MatrixAxes(**parts))])
-    assert f"(2, 8, 24)  {shown}  muon" in table
-
-
 def test_arrays_and_structs_are_labelled_alike():
     arrays = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), PARAMS)
     assert label_params(arrays) == label_params(PARAMS)
-    assert jax.jit(lambda p: p["mlp"]["kernel"] if label_params(p) else None)(arrays).shape == (
-        8,
-        8,
-    )
+    traced = jax.jit(lambda p: p["mlp"]["kernel"] if label_params(p) else None)(arrays)
+    assert traced.shape == (8, 8)
 
 
 WORDS = "kernel weight w bias scale embed head query out c_attn conv experts norm layers 0 foo a.b"
