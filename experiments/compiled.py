@@ -244,9 +244,9 @@ class _Reader:
 
     def _cost_of(self, it: Instruction, scope: Computation) -> _Cost:
         kind = it.opcode.removesuffix("-done")
-        if it.opcode in _FREE or (it.opcode.removesuffix("-start") in KINDS and kind not in KINDS):
-            return _Cost()
-        if it.opcode.endswith("-done") and kind not in KINDS:  # counted at its start
+        # A collective is counted at its end, all else at its start.
+        begins = it.opcode.removesuffix("-start") in KINDS
+        if it.opcode in _FREE or (kind not in KINDS and (begins or it.opcode.endswith("-done"))):
             return _Cost()
         if it.opcode == "while":
             return self.cost(it.attribute("body")).repeated(self.trips.of(it, scope))

@@ -32,24 +32,22 @@ NAMES = (
 _PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 # The properties of GPUs that XLA needs to compile for them, from openxla/xla's descriptions.
+_H100 = {
+    "device_description_str": '"NVIDIA H100 80GB HBM3"',
+    "core_count": 132,
+    "memory_bandwidth": 3_352_320_000_000,
+    "l2_cache_size": 52_428_800,
+    "clock_rate_ghz": 1.98,
+    "device_memory_size": 84_942_979_072,
+    "cuda_compute_capability": "{ major: 9 }",
+}
 _GPUS = {
-    "h100": {
-        "device_description_str": '"NVIDIA H100 80GB HBM3"',
-        "core_count": 132,
-        "memory_bandwidth": 3_352_320_000_000,
-        "l2_cache_size": 52_428_800,
-        "clock_rate_ghz": 1.98,
-        "device_memory_size": 84_942_979_072,
-        "cuda_compute_capability": "{ major: 9 }",
-    },
-    "h200": {
+    "h100": _H100,
+    "h200": _H100
+    | {
         "device_description_str": '"NVIDIA H200"',
-        "core_count": 132,
         "memory_bandwidth": 4_800_000_000_000,
-        "l2_cache_size": 52_428_800,
-        "clock_rate_ghz": 1.98,
         "device_memory_size": 151_397_597_184,
-        "cuda_compute_capability": "{ major: 9 }",
     },
     "b200": {
         "device_description_str": '"NVIDIA B200"',

@@ -1,13 +1,11 @@
 """Programs for GPUs and TPUs that are not here: hand-counted figures of small ones."""
 
-import dataclasses
 import functools
 import importlib.util
 import sys
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -15,20 +13,11 @@ from rich.console import Console
 
 import muon_jax
 from experiments.bench import arms
-from experiments.bench.all_to_all import all_to_all_muon
-from experiments.bench.arms import matrix_dimensions
-from experiments.bench.cases import make_mesh, on_mesh, separate
+from experiments.bench.cases import EXCHANGED, OPTAX, make_mesh, on_mesh, separate
 from experiments.bench.sharding import compile_step
 from experiments.compiled import Collective, Kernel, Program, measure, read
 from experiments.language.compile_only import Report, print_reports
-from experiments.roofline import (
-    CHIPS,
-    Chip,
-    dearest,
-    dearest_table,
-    estimate,
-    exchange_text,
-)
+from experiments.roofline import CHIPS, Chip, dearest, dearest_table, estimate, exchange_text
 from experiments.topology import MEMORY, TopologyError, topology_devices
 from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
 
@@ -69,22 +58,14 @@ def test_one_program_has_the_same_flops_on_every_platform(name, spec):
     assert program.flops == pytest.approx(expected, rel=0.02)
 
 
-def optax_muon(case):
-    return optax.contrib.muon(0.02, muon_weight_dimension_numbers=matrix_dimensions(case.params))
-
-
-def exchanged(case):
-    return all_to_all_muon(0.02, case.shardings)
-
-
 # An optimizer whose forms depend on the platform would be another program on each.
 @pytest.mark.parametrize("name", ["h100:8", "v5e:2x4"])
-@pytest.mark.parametrize("made", [optax_muon, exchanged], ids=["propagated", "in a loop"])
-def test_an_update_has_the_flops_on_accelerators_that_it_has_on_cpus(name, made):
+@pytest.mark.parametrize("arm", [OPTAX, EXCHANGED])
+def test_an_update_has_the_flops_on_accelerators_that_it_has_on_cpus(name, arm):
     def flops(name):
         shapes = {"up": (8, 256, 512), "square": (256, 256)}
         case = on_mesh("small", mesh_of(name), shapes, ("d", None), dtype=jnp.bfloat16)
-        program = measure(compile_step(case, made(case)))
+        program = measure(compile_step(case, arms.ARMS[arm](case, jnp.bfloat16)))
         assert program.unread == {}
         return program.flops
 
@@ -189,10 +170,8 @@ def test_bytes_of_slices_updates_and_products_by_hand():
         ("all", row + 4 + row, 0),
     ]
     assert program.kernels[1].wide_flops == program.flops
-    assert (program.collectives["all-reduce"].count, program.collectives["all-reduce"].beside) == (
-        1,
-        1,
-    )
+    reduced = program.collectives["all-reduce"]
+    assert (reduced.count, reduced.beside) == (1, 1)
     assert program.kernel_count == 3 and program.unread == {}
 
 
@@ -307,14 +286,13 @@ def test_an_update_is_a_few_kernels_on_stacks(name):
         mesh = make_mesh(topology_devices(name), {"d": 1})
     except TopologyError as error:
         pytest.skip(str(error))
-    case = on_mesh(name, mesh, separate(SQUARES_AND_MORE, 3), (None, None))
-    params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding), case.params
-    )
-    case = dataclasses.replace(case, params=params)
+    tree = separate(SQUARES_AND_MORE, 3)
+    case = on_mesh(name, mesh, tree, (None, None), dtype=jnp.bfloat16)
     tx = muon_jax.muon(0.02, mesh=mesh, ns_dtype=jnp.bfloat16)
     program, rival = (measure(compile_step(case, arm)) for arm in (tx, arms.optax_muon(case, None)))
-    assert program.flops == muon_jax.plan(params, mesh=mesh, ns_dtype=jnp.bfloat16).total("flops")
+    assert program.flops == muon_jax.plan(case.params, mesh=mesh, ns_dtype=jnp.bfloat16).total(
+        "flops"
+    )
     kernels, most = UPDATES[name]
     chip = CHIPS[mesh.devices[0].device_kind]
     ours, optax = (

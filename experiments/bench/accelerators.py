@@ -13,18 +13,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from matplotlib.figure import Figure
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-import muon_jax
-from experiments.bench.all_to_all import all_to_all_muon
-from experiments.bench.arms import RATE, matrix_dimensions
+from experiments.bench.arms import ARMS, COLORS
 from experiments.bench.cases import (
+    EXCHANGED,
+    FLOOR,
     OPTAX,
     OURS,
+    TOLD,
     Case,
     layer,
     least_flops,
@@ -35,7 +35,7 @@ from experiments.bench.cases import (
 )
 from experiments.bench.sharding import compile_step
 from experiments.compiled import Kernel, measure
-from experiments.report.figures import figure_style, new_figure, optimizer_color, plain_log_axis
+from experiments.report.figures import figure_style, new_figure, plain_log_axis
 from experiments.report.text import flop, readable
 from experiments.roofline import CHIPS, dearest_table, estimate
 from experiments.topology import TopologyError, topology_devices
@@ -43,8 +43,6 @@ from experiments.topology import TopologyError, topology_devices
 Row = dict[str, Any]
 
 TOPOLOGIES = ("h100:8", "v5e:2x4")
-
-EXCHANGED, FLOOR = "all-to-all", "floor"
 
 # The library for matrix products: XLA's choice, which is Triton if there is no device, or cuBLAS.
 CHOICE, CUBLAS = "XLA's choice", "cuBLAS"
@@ -148,16 +146,6 @@ def _many(layers: int) -> str:
     return f"{layers} layer" + "s" * (layers != 1)
 
 
-def transformation(arm: str, case: Case) -> optax.GradientTransformation:
-    """Returns the optimizer of an implementation."""
-    if arm == OURS:
-        return muon_jax.muon(RATE, ns_dtype=jnp.bfloat16, mesh=case.mesh, shardings=case.shardings)
-    if arm == EXCHANGED:
-        return all_to_all_muon(RATE, case.shardings)
-    dimensions = matrix_dimensions(case.params)
-    return optax.contrib.muon(RATE, muon_weight_dimension_numbers=dimensions)
-
-
 def cost(piece: Piece) -> Row:
     """Compiles a program and returns its row. If that fails, the row holds the error.
 
@@ -173,7 +161,9 @@ def cost(piece: Piece) -> Row:
         row["version"] = importlib.metadata.version("optax")
     began = time.process_time()
     try:
-        compiled = compile_step(case, transformation(piece.arm, case), OPTIONS[piece.products])
+        arm = TOLD if piece.arm == OURS else piece.arm
+        tx = ARMS[arm](case, jnp.bfloat16)
+        compiled = compile_step(case, tx, OPTIONS[piece.products])
         seconds = time.process_time() - began
         program = measure(compiled)
     except Exception as error:  # an error of an implementation is its result
@@ -273,14 +263,6 @@ def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
 def _alike(row: Row, other: Row) -> bool:
     """Returns whether both rows have the same tree, topology and dtype."""
     return all(row.get(key) == other.get(key) for key in ("topology", "case", "leaves"))
-
-
-COLORS = {
-    OURS: optimizer_color("muon"),
-    OPTAX: optimizer_color("optax"),
-    EXCHANGED: "#8C6BB1",
-    FLOOR: "#999999",
-}
 
 
 def figure(rows: Sequence[Row]) -> Figure:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 import muon_jax
-from experiments.bench.cases import OPTAX, OURS, PLAIN, TOLD, Case, make_mesh
+from experiments.bench.all_to_all import all_to_all_muon
+from experiments.bench.cases import EXCHANGED, FLOOR, OPTAX, OURS, PLAIN, TOLD, Case, make_mesh
 from experiments.report.figures import optimizer_color
 
 RATE = 0.02
@@ -40,9 +41,13 @@ def propagated(case: Case, dtype: jax.typing.DTypeLike) -> optax.GradientTransfo
     return optax.multi_transform(each, labels)
 
 
+def exchanged(case: Case, dtype: jax.typing.DTypeLike) -> optax.GradientTransformation:
+    """Returns Muon with an all-to-all for each stack. It multiplies in the leaves' dtype."""
+    return all_to_all_muon(RATE, case.shardings)
+
+
 def optax_muon(case: Case, dtype: jax.typing.DTypeLike) -> optax.GradientTransformation:
     """Returns optax.contrib.muon for the same matrices. It multiplies in the leaves' dtype."""
-    del dtype
     return optax.contrib.muon(RATE, muon_weight_dimension_numbers=matrix_dimensions(case.params))
 
 
@@ -58,6 +63,7 @@ ARMS: dict[str, Arm] = {
     TOLD: ours_told,
     PLAIN: propagated,
     OPTAX: optax_muon,
+    EXCHANGED: exchanged,
 }
 
 COLORS = {
@@ -65,6 +71,8 @@ COLORS = {
     TOLD: "#F2A56B",
     PLAIN: optimizer_color("plain"),
     OPTAX: optimizer_color("optax"),
+    EXCHANGED: "#8C6BB1",
+    FLOOR: "#999999",
 }
 
 

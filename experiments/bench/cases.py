@@ -14,6 +14,7 @@ NS_STEPS = 5
 
 OURS, TOLD = "muon_jax", "muon_jax, shardings="
 PLAIN, OPTAX = "plain propagation", "optax.contrib"
+EXCHANGED, FLOOR = "all-to-all", "floor"
 
 
 @dataclasses.dataclass(frozen=True)
