@@ -1,4 +1,4 @@
-"""Meshes of the sixteen CPU devices, and leaves that lie over them."""
+"""Meshes of the sixteen CPU devices and of absent ones, and leaves that lie over them."""
 
 import jax
 import numpy as np
@@ -10,6 +10,17 @@ from jax.sharding import PartitionSpec as P
 # form. Five jordan steps multiply a relative error in X by up to 3.4445^5 = 485; with float32's
 # 6e-8 and random signs 1e-6 to 7e-6 was measured on matrices up to 256 × 1024.
 TOLERANCE = 1e-5
+
+
+def devices_of(topology):
+    """Devices that need not be here; without a compiler for them the test is skipped."""
+    from experiments.topology import TopologyError, topology_devices  # which imports much
+
+    try:
+        return topology_devices(topology)
+    except TopologyError as error:
+        pytest.skip(str(error))
+
 
 KINDS = {"Auto": AxisType.Auto, "Explicit": AxisType.Explicit}
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -1,7 +1,6 @@
 """`experiments.compiled` on programs whose FLOPs and exchanged bytes are known."""
 
 import functools
-import importlib.util
 import re
 
 import jax
@@ -9,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import devices_of
 
 from experiments.bench.cases import make_mesh
 from experiments.compiled import Collective, Program, UnreadableProductError, measure, read
-from experiments.topology import topology_devices
 from experiments.trips import UnreadableLoopError
 
 DEVICES = 8
@@ -304,9 +303,7 @@ def test_attention_of_cudnn_counts_the_pairs_that_its_mask_leaves(target, mask, 
 @pytest.fixture(scope="module")
 def tpu_mesh():
     """Sixteen TPU chips that are not there."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install -e '.[tpu]'")
-    return make_mesh(topology_devices("v5e:4x4"), {"d": 16})
+    return make_mesh(devices_of("v5e:4x4"), {"d": 16})
 
 
 def measured_on(mesh, function, spec, *arguments):

@@ -7,20 +7,17 @@ import finetuning
 import jax
 import jax.numpy as jnp
 import pytest
+from meshes import devices_of
 
 import muon_jax
 from experiments.compiled import measure
 from experiments.language.mesh import one_device
-from experiments.topology import TopologyError, topology_devices
 
 
 @pytest.fixture(scope="module")
 def gpu():
     """A mesh of one."""
-    try:
-        return one_device(topology_devices("h100:1")[0])
-    except TopologyError as error:
-        pytest.skip(str(error))
+    return one_device(devices_of("h100:1")[0])
 
 
 def test_a_step_of_fine_tuning_copies_no_parameters(gpu):
