@@ -1,7 +1,7 @@
 """What names, shapes and neighbours tell of a leaf: one row for each kind that real trees have.
 
-An expectation is one letter an axis (i: fan_in, o: fan_out, b: batch) for a hidden matrix and `-`
-for AdamW, with a `?` behind it where the routing must say that it guesses.
+Their notation is that of `trees`, with a `?` behind the roles where the routing must say that it
+guesses.
 """
 
 import warnings
@@ -11,211 +11,121 @@ import jax.numpy as jnp
 import pytest
 from test_routing import nested, routes_by_path
 from trees import FAMILIES
-from trees.text import spelled
+from trees.text import rows, spelled
 
 import muon_jax
-
-NORM = {"norm/scale": (16,)}
 
 KINDS = {
     # --- Shapes that mislead
     "as many heads as each is wide": (
-        {
-            "attn/query/kernel": (16, 4, 4),
-            "attn/query/bias": (4, 4),
-            "attn/key/kernel": (16, 4, 4),
-            "attn/key/bias": (4, 4),
-            "attn/out/kernel": (4, 4, 16),
-            "attn/out/bias": (16,),
-            **NORM,
-        },
-        "ioo - ioo - iio - -",
+        "attn/{query,key}/kernel 16 4 4 ioo; attn/{query,key}/bias 4 4 -; "
+        "attn/out/kernel 4 4 16 iio; attn/out/bias 16 -; norm/scale 16 -"
     ),
-    "square attention without biases": (
-        {f"attn/{name}_proj/kernel": (16, 16) for name in "qkvo"},
-        "io io io io",
-    ),
-    "as many layers as the width": (
-        {"layers/norm/scale": (16, 16), "layers/q_proj/kernel": (16, 16, 16)},
-        "- bio",
-    ),
-    "scanned biases": (
-        {"layers/up/kernel": (5, 16, 64), "layers/up/bias": (5, 64), "layers/ln/scale": (5, 16)},
-        "bio - -",
-    ),
+    "square attention without biases": "attn/{q,k,v,o}_proj/kernel 16 16 io",
+    "as many layers as the width": "layers/norm/scale 16 16 -; layers/q_proj/kernel 16 16 16 bio",
+    "scanned biases": "layers/up/kernel 5 16 64 bio; layers/up/bias 5 64 -; layers/ln/scale 5 16 -",
     "convolutions without biases": (
-        {"net/conv_1/kernel": (3, 3, 12, 8), "net/conv_2/kernel": (3, 3, 8, 16)},
-        "iiio iiio",
+        "net/conv_1/kernel 3 3 12 8 iiio; net/conv_2/kernel 3 3 8 16 iiio"
     ),
-    "an expert stack": (
-        {"moe/experts/up": (4, 16, 64), "moe/experts/down": (4, 64, 16), **NORM},
-        "bio bio -",
-    ),
+    "an expert stack": "moe/experts/up 4 16 64 bio; moe/experts/down 4 64 16 bio; norm/scale 16 -",
     # --- Witnesses of scans
-    "a conv bias is no scan": ({"a/weight": (24, 12, 3), "a/bias": (24, 1)}, "oii -"),
+    "a conv bias is no scan": "a/weight 24 12 3 oii; a/bias 24 1 -",
     "a linear and a conv bias": (
-        {"c/weight": (24, 12, 3), "c/bias": (24, 1), "d/weight": (24, 7), "d/bias": (24, 1)},
-        "oii - oi -",
+        "c/weight 24 12 3 oii; c/bias 24 1 -; d/weight 24 7 oi; d/bias 24 1 -"
     ),
     "a LoRA rank as large as the heads": (
-        {"a/lora_b": (4, 32), "a/q_norm/scale": (4, 8), "a/o/kernel": (4, 8, 32)},
-        "io - iio?",
+        "a/lora_b 4 32 io; a/q_norm/scale 4 8 -; a/o/kernel 4 8 32 iio?"
     ),
-    "gains of weight norm": ({"a/weight_g": (24, 1), "a/weight_v": (24, 16)}, "- oi"),
-    "biases of an einsum": ({"up/kernel": (4, 16, 24), "up/bias": (4, 24)}, "bio? -"),
-    "a recurrent bias": (
-        {
-            "gru/kernel": (16, 96),
-            "gru/recurrent_kernel": (32, 96),
-            "gru/bias": (2, 96),
-        },
-        "io io -",
-    ),
-    "two scans": (
-        {"n/scale": (3, 5, 16), "up/kernel": (3, 5, 16, 24), "q/kernel": (3, 5, 16, 2, 8)},
-        "- bbio bbioo",
-    ),
-    "a scan of one module": ({"layers/kernel": (5, 16, 24), "layers/bias": (5, 24)}, "bio -"),
+    "gains of weight norm": "a/weight_g 24 1 -; a/weight_v 24 16 oi",
+    "biases of an einsum": "up/kernel 4 16 24 bio?; up/bias 4 24 -",
+    "a recurrent bias": "gru/kernel 16 96 io; gru/recurrent_kernel 32 96 io; gru/bias 2 96 -",
+    "two scans": "n/scale 3 5 16 -; up/kernel 3 5 16 24 bbio; q/kernel 3 5 16 2 8 bbioo",
+    "a scan of one module": "layers/kernel 5 16 24 bio; layers/bias 5 24 -",
     # --- Convolutions
-    "a patch embedding": ({"patch_embed/proj/kernel": (14, 14, 3, 64)}, "-"),
-    "flattened patches": ({"patch_embed/proj/kernel": (588, 64)}, "-"),
-    "a video's patches": ({"patch_embed/proj/kernel": (2, 16, 16, 3, 64)}, "-"),
-    "a projection of patches": ({"pos_embeddings/projection/kernel": (16, 16, 3, 64)}, "-"),
-    "a stem": ({"embedding_layer/layers/0/kernel": (4, 4, 3, 64)}, "-"),
-    "a patch embedding of torch": ({"stem/weight": (64, 3, 16, 16)}, "-"),
-    "a large window": ({"body/kernel": (16, 16, 32, 64)}, "iiio?"),
-    "depthwise, in one dimension": ({"conv1d/kernel": (4, 1, 64)}, "-"),
-    "depthwise": ({"dwconv/kernel": (7, 7, 1, 64)}, "-"),
-    "depthwise of Keras": ({"depthwise_conv2d/kernel": (3, 3, 64, 1)}, "-"),
-    "depthwise of torch": ({"mixer/conv1d/weight": (64, 1, 4), "mixer/conv1d/bias": (64,)}, "- -"),
-    "transposed, by Keras": ({"conv2d_transpose/kernel": (3, 3, 24, 12)}, "iioi"),
-    "transposed, by Flax": ({"ConvTranspose_0/kernel": (3, 3, 24, 12)}, "iiio"),
-    "transposed, by its bias": ({"dec_1/w": (4, 4, 32, 8), "dec_1/b": (32,)}, "iioi -"),
-    "experts are no windows": ({"mlp/w1": (4, 3, 16, 32), "ffn/w2": (4, 3, 32, 16)}, "bbio? bbio?"),
-    "a projection back to an image": ({"conv_out/kernel": (3, 3, 64, 3)}, "-?"),
+    "a patch embedding": "patch_embed/proj/kernel 14 14 3 64 -",
+    "flattened patches": "patch_embed/proj/kernel 588 64 -",
+    "a video's patches": "patch_embed/proj/kernel 2 16 16 3 64 -",
+    "a projection of patches": "pos_embeddings/projection/kernel 16 16 3 64 -",
+    "a stem": "embedding_layer/layers/0/kernel 4 4 3 64 -",
+    "a patch embedding of torch": "stem/weight 64 3 16 16 -",
+    "a large window": "body/kernel 16 16 32 64 iiio?",
+    "depthwise, in one dimension": "conv1d/kernel 4 1 64 -",
+    "depthwise": "dwconv/kernel 7 7 1 64 -",
+    "depthwise of Keras": "depthwise_conv2d/kernel 3 3 64 1 -",
+    "depthwise of torch": "mixer/conv1d/weight 64 1 4 -; mixer/conv1d/bias 64 -",
+    "transposed, by Keras": "conv2d_transpose/kernel 3 3 24 12 iioi",
+    "transposed, by Flax": "ConvTranspose_0/kernel 3 3 24 12 iiio",
+    "transposed, by its bias": "dec_1/w 4 4 32 8 iioi; dec_1/b 32 -",
+    "experts are no windows": "mlp/w1 4 3 16 32 bbio?; ffn/w2 4 3 32 16 bbio?",
+    "a projection back to an image": "conv_out/kernel 3 3 64 3 -?",
     # --- Heads, critics and what is none
-    "a compound name": ({"decoder/logitdense/kernel": (16, 50)}, "-"),
-    "an output projection": ({"output_projection/kernel": (16, 50), **NORM}, "- -"),
-    "an output projection of torch": ({"output_proj.weight": (50, 16), **NORM}, "- -"),
-    "an output projection of attention": (
-        {"attn/output_proj/kernel": (24, 16), **NORM},
-        "io -",
-    ),
-    "fc": ({"fc/weight": (10, 16), "a/up/weight": (24, 16), "a/down/weight": (16, 24)}, "- oi oi"),
-    "linear": (
-        {"linear/kernel": (16, 9), "a/up/kernel": (16, 24), "a/wo/kernel": (24, 16)},
-        "- io io",
-    ),
-    "a classifier's": ({"classifier/kernel": (16, 10)}, "-"),
+    "a compound name": "decoder/logitdense/kernel 16 50 -",
+    "an output projection": "output_projection/kernel 16 50 -; norm/scale 16 -",
+    "an output projection of torch": "output_proj.weight 50 16 -; norm/scale 16 -",
+    "an output projection of attention": "attn/output_proj/kernel 24 16 io; norm/scale 16 -",
+    "fc": "fc/weight 10 16 -; a/up/weight 24 16 oi; a/down/weight 16 24 oi",
+    "linear": "linear/kernel 16 9 -; a/up/kernel 16 24 io; a/wo/kernel 24 16 io",
+    "a classifier's": "classifier/kernel 16 10 -",
     "named by its parent": (
-        {"class_head/Dense_0/kernel": (16, 10), "a/up/kernel": (16, 24), "a/wo/kernel": (24, 16)},
-        "- io io",
+        "class_head/Dense_0/kernel 16 10 -; a/up/kernel 16 24 io; a/wo/kernel 24 16 io"
     ),
-    "named by its grandparent's softmax": ({"softmax/logits_ffn/linear/kernel": (16, 50)}, "-"),
-    "a critic": ({"value/kernel": (16, 3)}, "-?"),
-    "a baseline": ({"baseline/w": (16, 3)}, "-?"),
-    "values of actions": ({"q_values/kernel": (16, 4)}, "-?"),
-    "one output": ({"mlp/Dense_3/kernel": (16, 1)}, "-"),
-    "values of an attention": ({"mix/value/kernel": (16, 4), "mix/key/kernel": (16, 4)}, "io io"),
-    "router logits": ({"mlp/router_logits/kernel": (16, 4)}, "io"),
-    "altup": ({"altup_unembed_projection/kernel": (16, 16)}, "io"),
-    "readout": ({"readout/kernel": (16, 10)}, "-"),
-    "actions": ({"action_out_proj/kernel": (16, 7)}, "-?"),
-    "a policy": ({"policy/kernel": (16, 6)}, "-?"),
-    "a reward": ({"reward/kernel": (16, 8)}, "-?"),
-    "a connector": (
-        {"img/head/kernel": (12, 16), "img/norm/scale": (12,), "llm/norm/scale": (16,)},
-        "io? - -",
-    ),
-    "a pooler's head": ({"MAPHead_0/MlpBlock_0/Dense_0/kernel": (16, 64)}, "io"),
+    "named by its grandparent's softmax": "softmax/logits_ffn/linear/kernel 16 50 -",
+    "a critic": "value/kernel 16 3 -?",
+    "a baseline": "baseline/w 16 3 -?",
+    "values of actions": "q_values/kernel 16 4 -?",
+    "one output": "mlp/Dense_3/kernel 16 1 -",
+    "values of an attention": "mix/value/kernel 16 4 io; mix/key/kernel 16 4 io",
+    "router logits": "mlp/router_logits/kernel 16 4 io",
+    "altup": "altup_unembed_projection/kernel 16 16 io",
+    "readout": "readout/kernel 16 10 -",
+    "actions": "action_out_proj/kernel 16 7 -?",
+    "a policy": "policy/kernel 16 6 -?",
+    "a reward": "reward/kernel 16 8 -?",
+    "a connector": "img/head/kernel 12 16 io?; img/norm/scale 12 -; llm/norm/scale 16 -",
+    "a pooler's head": "MAPHead_0/MlpBlock_0/Dense_0/kernel 16 64 io",
     # --- Names of torch, LoRA, biases
-    "a torch cell": (
-        {"cell/weight_hh": (96, 32), "cell/weight_ih": (96, 16), "cell/bias": (96,)},
-        "oi oi -",
-    ),
-    "LoRA": ({"q/lora/a": (16, 4), "q/lora/b": (4, 16), "q/kernel": (16, 16)}, "io io io"),
-    "LoRA of torch": ({"q/lora_A/weight": (4, 16), "q/lora_B/weight": (16, 4)}, "oi oi"),
-    "LoRA of heads": ({"attn_vec/lora/a": (4, 8, 2), "attn_vec/lora/b": (2, 16)}, "iio io"),
-    "LoRA of a fused stack": (
-        {"kv_einsum/lora_a": (5, 2, 1, 16, 4), "kv_einsum/lora_b": (5, 2, 1, 4, 8)},
-        "bbbio bbbio",
-    ),
-    "LoRA of qwix": ({"kv/kernel_lora_a": (16, 4), "kv/kernel_lora_b": (4, 2, 1, 8)}, "io iooo"),
-    "biases of heads": (
-        {"attn/b_Q": (4, 8), "attn/W_Q": (4, 16, 8), "attn/b_O": (16,)},
-        "- oio? -",
-    ),
-    "a suffix": ({"mlp/fc1_b": (3, 24), "mlp/fc1_w": (3, 16, 24)}, "- bio"),
-    "MLA is no bias": ({"attn/kv_a": (16, 6), "attn/kv_b": (6, 24)}, "io io"),
+    "a torch cell": "cell/weight_hh 96 32 oi; cell/weight_ih 96 16 oi; cell/bias 96 -",
+    "LoRA": "q/lora/a 16 4 io; q/lora/b 4 16 io; q/kernel 16 16 io",
+    "LoRA of torch": "q/lora_A/weight 4 16 oi; q/lora_B/weight 16 4 oi",
+    "LoRA of heads": "attn_vec/lora/a 4 8 2 iio; attn_vec/lora/b 2 16 io",
+    "LoRA of a fused stack": "kv_einsum/lora_a 5 2 1 16 4 bbbio; kv_einsum/lora_b 5 2 1 4 8 bbbio",
+    "LoRA of qwix": "kv/kernel_lora_a 16 4 io; kv/kernel_lora_b 4 2 1 8 iooo",
+    "biases of heads": "attn/b_Q 4 8 -; attn/W_Q 4 16 8 oio?; attn/b_O 16 -",
+    "a suffix": "mlp/fc1_b 3 24 -; mlp/fc1_w 3 16 24 bio",
+    "MLA is no bias": "attn/kv_a 16 6 io; attn/kv_b 6 24 io",
     # --- Vectors and elementwise leaves
-    "unit axes": ({"x/kernel": (1, 1, 16), "y/kernel": (16, 1), "z/weight": (1, 16)}, "- - -"),
-    "states of a scan": ({"mixer/A_log": (32, 16), "mixer/D": (32,)}, "- -"),
-    "mixing of tokens": ({"att/time_mix_k": (1, 1, 16), "att/time_decay": (4, 4)}, "- -"),
-    "elementwise": (
-        {"a/kernel_sigma": (8, 24), "a/diag_kernel": (16, 16), "a/alpha": (4, 16)},
-        "- - -",
-    ),
-    "relative biases": (
-        {"attn/relative_position_bias_table": (49, 4), "attn/rel_pos_h": (13, 8)},
-        "- -",
-    ),
-    "tables": (
-        {"hash_table": (512, 2), "object_queries": (100, 16), "embeddings/data_array": (50, 16)},
-        "- - -",
-    ),
+    "unit axes": "x/kernel 1 1 16 -; y/kernel 16 1 -; z/weight 1 16 -",
+    "states of a scan": "mixer/A_log 32 16 -; mixer/D 32 -",
+    "mixing of tokens": "att/time_mix_k 1 1 16 -; att/time_decay 4 4 -",
+    "elementwise": "a/kernel_sigma 8 24 -; a/diag_kernel 16 16 -; a/alpha 4 16 -",
+    "relative biases": "attn/relative_position_bias_table 49 4 -; attn/rel_pos_h 13 8 -",
+    "tables": "hash_table 512 2 -; object_queries 100 16 -; embeddings/data_array 50 16 -",
     # --- Kernels of many axes
-    "a DenseGeneral of unknown name": ({"foo/kernel": (16, 2, 8)}, "ioo?"),
-    "and back": ({"bar/kernel": (2, 8, 16)}, "iio?"),
-    "told by its bias": ({"foo/kernel": (16, 2, 6), "foo/bias": (2, 6)}, "ioo -"),
-    "a layer's projections": ({"per_layer_projection/kernel": (64, 5, 8)}, "ioo?"),
-    "experts by their router": (
-        {"ffn/w1": (4, 16, 24), "ffn/w2": (4, 24, 16), "ffn/router/kernel": (16, 4)},
-        "bio bio io",
-    ),
-    "an attention in a mixture": (
-        {"moe_layers/attention/query/kernel": (16, 2, 8), **NORM},
-        "ioo -",
-    ),
+    "a DenseGeneral of unknown name": "foo/kernel 16 2 8 ioo?",
+    "and back": "bar/kernel 2 8 16 iio?",
+    "told by its bias": "foo/kernel 16 2 6 ioo; foo/bias 2 6 -",
+    "a layer's projections": "per_layer_projection/kernel 64 5 8 ioo?",
+    "experts by their router": "ffn/w1 4 16 24 bio; ffn/w2 4 24 16 bio; ffn/router/kernel 16 4 io",
+    "an attention in a mixture": "moe_layers/attention/query/kernel 16 2 8 ioo; norm/scale 16 -",
     "gains of heads are no widths": (
-        {"attn/q_norm/scale": (8,), "attn/out/kernel": (8, 24), "attn/query/kernel": (24, 8)},
-        "- io io",
+        "attn/q_norm/scale 8 -; attn/out/kernel 8 24 io; attn/query/kernel 24 8 io"
     ),
     # --- Names of libraries
-    "TransformerLens": (
-        {"embed/W_E": (50, 16), "unembed/W_U": (16, 50), "pos_embed/W_pos": (9, 16)},
-        "- - -",
-    ),
-    "fairseq": (
-        {"encoder.layers.0.fc1.weight": (64, 16), "decoder.embed_tokens.weight": (50, 16)},
-        "oi -",
-    ),
-    "RWKV": (
-        {"ffn/key/weight": (64, 16), "ffn/value/weight": (16, 64), "ln/weight": (16,)},
-        "oi oi -",
-    ),
-    "Mamba": ({"mixer/x_proj/weight": (36, 64), "mixer/dt_proj/weight": (64, 4)}, "oi oi"),
-    "irreps": ({"linear/w[0,0] 1o,1o": (8, 16), "norm/scale": (8,)}, "io -"),
-    "adaptive norms": ({"adaLN_modulation/1/weight": (96, 16)}, "oi"),
+    "TransformerLens": "embed/W_E 50 16 -; unembed/W_U 16 50 -; pos_embed/W_pos 9 16 -",
+    "fairseq": "encoder.layers.0.fc1.weight 64 16 oi; decoder.embed_tokens.weight 50 16 -",
+    "RWKV": "ffn/key/weight 64 16 oi; ffn/value/weight 16 64 oi; ln/weight 16 -",
+    "Mamba": "mixer/x_proj/weight 36 64 oi; mixer/dt_proj/weight 64 4 oi",
+    "adaptive norms": "adaLN_modulation/1/weight 96 16 oi",
     # --- First and last matrices without a name
-    "an MLP": (
-        {"hidden_0/kernel": (9, 16), "hidden_1/kernel": (16, 16), "hidden_2/kernel": (16, 5)},
-        "-? io -?",
-    ),
+    "an MLP": "hidden_0/kernel 9 16 -?; hidden_1/kernel 16 16 io; hidden_2/kernel 16 5 -?",
     "an autoencoder": (
-        {
-            "fc1/kernel": (99, 16),
-            "fc2/kernel": (16, 4),
-            "fc3/kernel": (4, 16),
-            "fc4/kernel": (16, 99),
-        },
-        "io? io io io?",
+        "fc1/kernel 99 16 io?; fc2/kernel 16 4 io; fc3/kernel 4 16 io; fc4/kernel 16 99 io?"
     ),
     "a policy's last": (
-        {f"policy/hidden_{n}/kernel": (16, 16 if n < 2 else 5) for n in range(3)},
-        "io? io -",
+        "policy/hidden_0/kernel 16 16 io?; policy/hidden_1/kernel 16 16 io; "
+        "policy/hidden_2/kernel 16 5 -"
     ),
 }
-
 
 NAMELESS = {
     "a Keras value list": ([(50, 16), (16, 24), (24,), (24, 16), (16,)], 3),
@@ -226,9 +136,16 @@ NAMELESS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_real_trees(kind):
-    shapes, expected = KINDS[kind]
-    found = routes_by_path(nested(shapes))
-    assert " ".join(spelled(found[path]) for path in shapes) == expected
+    leaves = rows(KINDS[kind].replace("; ", "\n"))
+    found = routes_by_path(nested({path: shape for path, shape, _ in leaves}))
+    assert {path: spelled(leaf) for path, leaf in found.items()} == {
+        path: roles for path, _, roles in leaves
+    }
+
+
+def test_a_path_of_irreps_is_a_matrix():
+    found = routes_by_path(nested({"linear/w[0,0] 1o,1o": (8, 16), "norm/scale": (8,)}))
+    assert [spelled(leaf) for leaf in found.values()] == ["io", "-"]
 
 
 def test_the_reason_says_that_a_factor_is_one_of_lora():

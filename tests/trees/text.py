@@ -59,12 +59,13 @@ def spelled(leaf):
 
 def spellings(path):
     """`{a,b}` is a or b, and `{0-3}` any of the numbers."""
-    pieces = re.split(r"\{(.*?)\}", path)
-    for at, piece in enumerate(pieces):
-        first, dash, last = piece.partition("-")
-        numbers = dash and first.isdigit() and list(map(str, range(int(first), int(last) + 1)))
-        pieces[at] = numbers or (piece.split(",") if at % 2 else [piece])
-    return map("".join, itertools.product(*pieces))
+    choices = []
+    for at, piece in enumerate(re.split(r"\{(.*?)\}", path)):
+        choice = piece.split(",") if at % 2 else [piece]
+        if at % 2 and (numbers := re.fullmatch(r"(\d+)-(\d+)", piece)):
+            choice = [str(n) for n in range(int(numbers[1]), int(numbers[2]) + 1)]
+        choices.append(choice)
+    return map("".join, itertools.product(*choices))
 
 
 def scan(prefix, block, axis=0, size=5):
