@@ -144,10 +144,11 @@ def compare(tree: Tree, rounds: int, backend: str) -> list[Row]:
     """
     size = GEMM_SIDES["cpu" if backend == "cpu" else "gpu"]
     gemms = {dtype: gemm(dtype, size) for dtype in ("float32", "bfloat16")}
+    kind = jax.devices()[0].device_kind
     updates: dict[str, Timed] = {}
     rows: dict[str, Row] = {}
     for arm in tree.arms:
-        rows[arm] = {"tree": tree.name, "arm": arm, "raises": None, "device": device_kind()}
+        rows[arm] = {"tree": tree.name, "arm": arm, "raises": None, "device": kind}
         try:
             updates[arm] = timed(tree, arm, backend)
             updates[arm].update()  # compiles
@@ -168,31 +169,19 @@ def compare(tree: Tree, rounds: int, backend: str) -> list[Row]:
     return list(rows.values())
 
 
-def device_kind() -> str:
-    """Returns JAX's name of the device."""
-    return jax.devices()[0].device_kind
-
-
 def table(rows: Sequence[Row]) -> Table:
     """Returns a table with speed relative to the other implementations and to the GEMM rate."""
     rivals = dict.fromkeys(r for row in rows for r in row.get("speedup", {}))
     columns: list[Column] = [
         ("tree", "tree", lambda row: row["tree"]),
         ("optimizer", "optimizer", lambda row: row["arm"]),
-        *(
-            (f"× {rival}", f"× {rival}", lambda row, rival=rival: _spread(row, "speedup", rival))
-            for rival in rivals
-        ),
-        ("÷ standard", "÷ standard", lambda row: _spread(row, "standard_ratio")),
     ]
+    for rival in rivals:
+        name = f"× {rival}"
+        columns.append((name, name, lambda row, of=rival: _spread(row.get("speedup", {}).get(of))))
+    columns.append(("÷ standard", "÷ standard", lambda row: _spread(row.get("standard_ratio"))))
     if any(row["raises"] for row in rows):
-        columns.append(
-            (
-                "",
-                "raises",
-                lambda row: f"{row['raises']}: {row['message']}" if row["raises"] else "",
-            )
-        )
+        columns.append(("", "raises", _error))
     note = (
         f"× NAME: speed relative to NAME. ÷ standard: time relative to {NS_STEPS} steps of "
         "standard Newton–Schulz at the rate of a GEMM in the same dtype and round."
@@ -243,8 +232,9 @@ def _family(arm: str) -> str:
     return "muon" if arm.startswith("muon_jax") else arm.split(".")[0]
 
 
-def _spread(row: Row, *path: str) -> str:
-    found: Any = row
-    for key in path:
-        found = found.get(key, {})
+def _spread(found: dict[str, float] | None) -> str:
     return f"{found['median']:.2f} ({found['min']:.2f}–{found['max']:.2f})" if found else "–"
+
+
+def _error(row: Row) -> str:
+    return f"{row['raises']}: {row['message']}" if row["raises"] else ""
