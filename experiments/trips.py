@@ -60,29 +60,28 @@ class Trips:
             UnreadableLoopError: The number depends on data, or on operations that this class does
                 not evaluate.
         """
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-        if known:
-            return int(known[1])
+        if told := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(told[1])
         condition, body = (self.computations[name] for name in loop.called())
         start = scope[loop.inputs()[0]]
-        known: list[dict[int, int | None]] = []  # elements of the tuple in each iteration
+        elements: list[dict[int, int | None]] = []  # of the tuple, by iteration and index
 
         def element(index: int | None, trip: int) -> int | None:
             if index is None:
                 return None
-            if index not in known[trip]:
-                known[trip][index] = (
+            if index not in elements[trip]:
+                elements[trip][index] = (
                     self._value(start, scope, None, index)
                     if trip == 0
                     else self._value(root_of(body), body, lambda _, i: element(i, trip - 1), index)
                 )
-            return known[trip][index]
+            return elements[trip][index]
 
         for trip in range(MOST_TRIPS):
-            known.append({})
+            elements.append({})
             # Elements known in one iteration are evaluated in the next one too. Otherwise a later
             # request could recurse through all earlier iterations.
-            for index in list(known[trip - 1]) if trip else ():
+            for index in list(elements[trip - 1]) if trip else ():
                 element(index, trip)
             goes_on = self._value(
                 root_of(condition), condition, lambda _, i, trip=trip: element(i, trip)

@@ -122,6 +122,65 @@ def test_a_loop_whose_trips_depend_on_data_is_refused(start, goes_on):
         measured(loop, array(64, 64), array(dtype=jnp.int32))
 
 
+BOUND_OUTSIDE = """HloModule outside
+
+%step (s: (s32[], s32[], f32[4,4])) -> (s32[], s32[], f32[4,4]) {
+  %s = (s32[], s32[], f32[4,4]) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %n = s32[] get-tuple-element(%s), index=1
+  %x = f32[4,4]{1,0} get-tuple-element(%s), index=2
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %y = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (s32[], s32[], f32[4,4]) tuple(%next, %n, %y)
+}
+
+%below (r: (s32[], s32[], f32[4,4])) -> pred[] {
+  %r = (s32[], s32[], f32[4,4]) parameter(0)
+  %j = s32[] get-tuple-element(%r), index=0
+  %m = s32[] get-tuple-element(%r), index=1
+  ROOT %more = pred[] compare(%j, %m), direction=LT
+}
+
+%outer (o: (s32[], s32[], f32[4,4])) -> (s32[], s32[], f32[4,4]) {
+  %o = (s32[], s32[], f32[4,4]) parameter(0)
+  %k = s32[] get-tuple-element(%o), index=0
+  %bound = s32[] get-tuple-element(%o), index=1
+  %z = f32[4,4]{1,0} get-tuple-element(%o), index=2
+  %zero = s32[] constant(0)
+  %begin = (s32[], s32[], f32[4,4]) tuple(%zero, %bound, %z)
+  %inner = (s32[], s32[], f32[4,4]) while(%begin), condition=%below, body=%step
+  %w = f32[4,4]{1,0} get-tuple-element(%inner), index=2
+  %by = s32[] constant(2)
+  %later = s32[] add(%k, %by)
+  ROOT %u = (s32[], s32[], f32[4,4]) tuple(%later, %bound, %w)
+}
+
+%below.1 (q: (s32[], s32[], f32[4,4])) -> pred[] {
+  %q = (s32[], s32[], f32[4,4]) parameter(0)
+  %l = s32[] get-tuple-element(%q), index=0
+  %p = s32[] get-tuple-element(%q), index=1
+  ROOT %on = pred[] compare(%l, %p), direction=LT
+}
+
+ENTRY %main (a: f32[4,4]) -> f32[4,4] {
+  %a = f32[4,4]{1,0} parameter(0)
+  %from = s32[] constant(0)
+  %to = s32[] constant(5)
+  %first = (s32[], s32[], f32[4,4]) tuple(%from, %to, %a)
+  %all = (s32[], s32[], f32[4,4]) while(%first), condition=%below.1, body=%outer
+  ROOT %result = f32[4,4]{1,0} get-tuple-element(%all), index=2
+}
+"""
+
+
+def test_the_bound_of_a_loop_may_come_from_outside_of_the_loop_around_it():
+    assert read(BOUND_OUTSIDE).flops == 3 * 5 * 2 * 4**3
+    changed = BOUND_OUTSIDE.replace("tuple(%later, %bound,", "tuple(%later, %later,")
+    with pytest.raises(UnreadableLoopError, match="%inner"):
+        read(changed)
+
+
 def exchange(function, out_spec) -> dict[str, Collective]:
     """Of a (64, 32) float32 array whose fan_in is spread over the devices."""
     mesh = make_mesh(jax.devices(), {"d": DEVICES})
