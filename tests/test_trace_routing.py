@@ -25,7 +25,6 @@ def shapes(**leaves):
 
 
 def routes_of(function, params, *args, **options):
-    """The routes by path."""
     with jax.numpy_rank_promotion("allow"):  # as in the models of the world
         routing = muon_jax.trace_routing(function, params, *args, **options)
     return {leaf.path: leaf for leaf in route(params, routing).values()}
@@ -109,7 +108,8 @@ def test_an_unknown_operation_is_named_and_leaves_the_leaf_to_its_name():
     for name, operation in (("q_proj", "pallas_call"), ("k_proj", "qr")):
         assert routes[name][2:4] == by_name[name][2:4]
         assert operation in routes[name].why and operation in routes[name].doubt
-    assert spelled(routes["first"]) == spelled(routes["last"]) == "-"
+    for end in ("first", "last"):
+        assert spelled(routes[end]) == "-" and routes[end].why.startswith(f"the {end} matrix")
 
 
 def test_what_a_function_partitions_itself_is_followed():
