@@ -26,6 +26,7 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 16)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.devices()  # starts JAX, after which no command that a test runs changes their number
 
 
 # The files that take longest. A worker of xdist that began one of them last would end alone.
