@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of, place
 from optax.contrib import _muon as optax_muon
-from trajectories import gaussian
+from trajectories import gaussian, relative_error
 
 import muon_jax
 from muon_jax._orthogonalize import newton_schulz as _newton_schulz
@@ -33,10 +33,6 @@ def test_every_normalization_is_optaxs(normalization, shape, dtype):
     for method in ("standard", "gram"):
         ours = muon_jax.newton_schulz(x, coeffs=schedule(normalization), method=method)
         assert ours.dtype == dtype and relative_error(ours, expected) < 1e-5
-
-
-def relative_error(ours, theirs):
-    return np.linalg.norm(np.asarray(ours) - np.asarray(theirs)) / np.linalg.norm(theirs)
 
 
 NORMS = {

@@ -112,7 +112,11 @@ def assert_same_bits(ours, theirs):
 
 def relative_error(ours, theirs):
     """The largest of any leaf."""
-    pairs = zip(*(map(np.float64, jax.tree.leaves(t)) for t in (ours, theirs)), strict=True)
+
+    def wide(x):
+        return np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64)
+
+    pairs = zip(*(map(wide, jax.tree.leaves(t)) for t in (ours, theirs)), strict=True)
     return np.max([np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30) for a, b in pairs])
 
 
