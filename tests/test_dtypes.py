@@ -37,7 +37,7 @@ def signature(tree):
 x64_and_dtype = pytest.mark.parametrize(
     # The "schedules" store bfloat16 beside float16: bfloat16 alone is promoted as float16 is.
     ("x64", "dtype"),
-    itertools.product([False, True], [jnp.float32, jnp.float16]),
+    [*itertools.product([False, True], [jnp.float32, jnp.float16])],
 )
 
 
