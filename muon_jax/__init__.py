@@ -1,141 +1,91 @@
 """Muon for JAX: an Optax optimizer that orthogonalises the momentum by Newton-Schulz."""
 
-from muon_jax._constraint import Constraint
-from muon_jax._inject import inject_hyperparams
-from muon_jax._matrices.hooks import Hook
-from muon_jax._matrix_axes import Interleaved, MatrixAxes
-from muon_jax._muon import HookedState, MuonState, muon, scale_by_muon
-from muon_jax._optax_muon import optax_muon
-from muon_jax._orthogonalize.coefficients import Schedule
-from muon_jax._orthogonalize.newton_schulz import newton_schulz
-from muon_jax._partition import hybrid
-from muon_jax._plan import Plan, plan
-from muon_jax._routing.rules import label_params
-from muon_jax._routing.table import routing_table
-from muon_jax._routing.use import trace_routing
-from muon_jax._state_shardings import state_shardings
-from muon_jax.variants.adamuon import AdaMuonState, adamuon, entry_norm, scale_by_adamuon
-from muon_jax.variants.attention_specs import GroupedQuery, MultiHeadLatent
-from muon_jax.variants.dion import DionState, dion, scale_by_dion
-from muon_jax.variants.dion2 import Dion2State, dion2, dion3, scale_by_dion2
-from muon_jax.variants.equilibrate import equilibrate, muon_eq
-from muon_jax.variants.evaluation_average import (
-    EvaluationAverageState,
-    evaluation_average,
-    evaluation_params,
-)
-from muon_jax.variants.gluon import gluon
-from muon_jax.variants.hyperball import hyperball, muonh
-from muon_jax.variants.lmo import LmoState, scale_by_lmo
-from muon_jax.variants.lookahead import LookaheadState, lookahead, lookahead_params
-from muon_jax.variants.low_rank import TruncatedPolar, low_rank, polar_factor
-from muon_jax.variants.max_logits import max_attention_logits
-from muon_jax.variants.muloco import MulocoState, muloco
-from muon_jax.variants.muonbp import muonbp, scale_by_muonbp
-from muon_jax.variants.muonclip import muonclip
-from muon_jax.variants.muown import MuownState, muown
-from muon_jax.variants.noise_scale import namo, noise_scale
-from muon_jax.variants.normuon import NorMuonState, neuron_norm, normuon, scale_by_normuon
-from muon_jax.variants.nuclear_scale import nuclear_scale, polargrad
-from muon_jax.variants.oracles import Ball
-from muon_jax.variants.qk_clip import clip_qk, qk_clip
-from muon_jax.variants.radial_brake import radial_brake
-from muon_jax.variants.scion import scion
-from muon_jax.variants.second_moment import muon_squared, second_moment
-from muon_jax.variants.snap_norm import muon_plus, snap_norm
-from muon_jax.variants.soap import eigenbasis, soap, soap_muon
-from muon_jax.variants.spectral_norm import muon_sphere, spectral_cap, spectral_sphere
-from muon_jax.variants.splus import SPlusState, scale_by_splus, splus
-from muon_jax.variants.stiefel import spel, stiefel
-from muon_jax.variants.uniform_polar import UniformPolar, aurora
-from muon_jax.variants.update_floor import update_floor
+from muon_jax._constraint import Constraint as Constraint
+from muon_jax._inject import inject_hyperparams as inject_hyperparams
+from muon_jax._matrices.hooks import Hook as Hook
+from muon_jax._matrix_axes import Interleaved as Interleaved
+from muon_jax._matrix_axes import MatrixAxes as MatrixAxes
+from muon_jax._muon import HookedState as HookedState
+from muon_jax._muon import MuonState as MuonState
+from muon_jax._muon import muon as muon
+from muon_jax._muon import scale_by_muon as scale_by_muon
+from muon_jax._optax_muon import optax_muon as optax_muon
+from muon_jax._orthogonalize.coefficients import Schedule as Schedule
+from muon_jax._orthogonalize.newton_schulz import newton_schulz as newton_schulz
+from muon_jax._partition import hybrid as hybrid
+from muon_jax._plan import Plan as Plan
+from muon_jax._plan import plan as plan
+from muon_jax._routing.rules import label_params as label_params
+from muon_jax._routing.table import routing_table as routing_table
+from muon_jax._routing.use import trace_routing as trace_routing
+from muon_jax._state_shardings import state_shardings as state_shardings
+from muon_jax.variants.adamuon import AdaMuonState as AdaMuonState
+from muon_jax.variants.adamuon import adamuon as adamuon
+from muon_jax.variants.adamuon import entry_norm as entry_norm
+from muon_jax.variants.adamuon import scale_by_adamuon as scale_by_adamuon
+from muon_jax.variants.attention_specs import GroupedQuery as GroupedQuery
+from muon_jax.variants.attention_specs import MultiHeadLatent as MultiHeadLatent
+from muon_jax.variants.dion import DionState as DionState
+from muon_jax.variants.dion import dion as dion
+from muon_jax.variants.dion import scale_by_dion as scale_by_dion
+from muon_jax.variants.dion2 import Dion2State as Dion2State
+from muon_jax.variants.dion2 import dion2 as dion2
+from muon_jax.variants.dion2 import dion3 as dion3
+from muon_jax.variants.dion2 import scale_by_dion2 as scale_by_dion2
+from muon_jax.variants.equilibrate import equilibrate as equilibrate
+from muon_jax.variants.equilibrate import muon_eq as muon_eq
+from muon_jax.variants.evaluation_average import EvaluationAverageState as EvaluationAverageState
+from muon_jax.variants.evaluation_average import evaluation_average as evaluation_average
+from muon_jax.variants.evaluation_average import evaluation_params as evaluation_params
+from muon_jax.variants.gluon import gluon as gluon
+from muon_jax.variants.hyperball import hyperball as hyperball
+from muon_jax.variants.hyperball import muonh as muonh
+from muon_jax.variants.lmo import LmoState as LmoState
+from muon_jax.variants.lmo import scale_by_lmo as scale_by_lmo
+from muon_jax.variants.lookahead import LookaheadState as LookaheadState
+from muon_jax.variants.lookahead import lookahead as lookahead
+from muon_jax.variants.lookahead import lookahead_params as lookahead_params
+from muon_jax.variants.low_rank import TruncatedPolar as TruncatedPolar
+from muon_jax.variants.low_rank import low_rank as low_rank
+from muon_jax.variants.low_rank import polar_factor as polar_factor
+from muon_jax.variants.max_logits import max_attention_logits as max_attention_logits
+from muon_jax.variants.muloco import MulocoState as MulocoState
+from muon_jax.variants.muloco import muloco as muloco
+from muon_jax.variants.muonbp import muonbp as muonbp
+from muon_jax.variants.muonbp import scale_by_muonbp as scale_by_muonbp
+from muon_jax.variants.muonclip import muonclip as muonclip
+from muon_jax.variants.muown import MuownState as MuownState
+from muon_jax.variants.muown import muown as muown
+from muon_jax.variants.noise_scale import namo as namo
+from muon_jax.variants.noise_scale import noise_scale as noise_scale
+from muon_jax.variants.normuon import NorMuonState as NorMuonState
+from muon_jax.variants.normuon import neuron_norm as neuron_norm
+from muon_jax.variants.normuon import normuon as normuon
+from muon_jax.variants.normuon import scale_by_normuon as scale_by_normuon
+from muon_jax.variants.nuclear_scale import nuclear_scale as nuclear_scale
+from muon_jax.variants.nuclear_scale import polargrad as polargrad
+from muon_jax.variants.oracles import Ball as Ball
+from muon_jax.variants.qk_clip import clip_qk as clip_qk
+from muon_jax.variants.qk_clip import qk_clip as qk_clip
+from muon_jax.variants.radial_brake import radial_brake as radial_brake
+from muon_jax.variants.scion import scion as scion
+from muon_jax.variants.second_moment import muon_squared as muon_squared
+from muon_jax.variants.second_moment import second_moment as second_moment
+from muon_jax.variants.snap_norm import muon_plus as muon_plus
+from muon_jax.variants.snap_norm import snap_norm as snap_norm
+from muon_jax.variants.soap import eigenbasis as eigenbasis
+from muon_jax.variants.soap import soap as soap
+from muon_jax.variants.soap import soap_muon as soap_muon
+from muon_jax.variants.spectral_norm import muon_sphere as muon_sphere
+from muon_jax.variants.spectral_norm import spectral_cap as spectral_cap
+from muon_jax.variants.spectral_norm import spectral_sphere as spectral_sphere
+from muon_jax.variants.splus import SPlusState as SPlusState
+from muon_jax.variants.splus import scale_by_splus as scale_by_splus
+from muon_jax.variants.splus import splus as splus
+from muon_jax.variants.stiefel import spel as spel
+from muon_jax.variants.stiefel import stiefel as stiefel
+from muon_jax.variants.uniform_polar import UniformPolar as UniformPolar
+from muon_jax.variants.uniform_polar import aurora as aurora
+from muon_jax.variants.update_floor import update_floor as update_floor
 
-__all__ = [
-    "AdaMuonState",
-    "Ball",
-    "Constraint",
-    "Dion2State",
-    "DionState",
-    "EvaluationAverageState",
-    "GroupedQuery",
-    "Hook",
-    "HookedState",
-    "Interleaved",
-    "LmoState",
-    "LookaheadState",
-    "MatrixAxes",
-    "MulocoState",
-    "MultiHeadLatent",
-    "MuonState",
-    "MuownState",
-    "NorMuonState",
-    "Plan",
-    "SPlusState",
-    "Schedule",
-    "TruncatedPolar",
-    "UniformPolar",
-    "adamuon",
-    "aurora",
-    "clip_qk",
-    "dion",
-    "dion2",
-    "dion3",
-    "eigenbasis",
-    "entry_norm",
-    "equilibrate",
-    "evaluation_average",
-    "evaluation_params",
-    "gluon",
-    "hybrid",
-    "hyperball",
-    "inject_hyperparams",
-    "label_params",
-    "lookahead",
-    "lookahead_params",
-    "low_rank",
-    "max_attention_logits",
-    "muloco",
-    "muon",
-    "muon_eq",
-    "muon_plus",
-    "muon_sphere",
-    "muon_squared",
-    "muonbp",
-    "muonclip",
-    "muonh",
-    "muown",
-    "namo",
-    "neuron_norm",
-    "newton_schulz",
-    "noise_scale",
-    "normuon",
-    "nuclear_scale",
-    "optax_muon",
-    "plan",
-    "polar_factor",
-    "polargrad",
-    "qk_clip",
-    "radial_brake",
-    "routing_table",
-    "scale_by_adamuon",
-    "scale_by_dion",
-    "scale_by_dion2",
-    "scale_by_lmo",
-    "scale_by_muon",
-    "scale_by_muonbp",
-    "scale_by_normuon",
-    "scale_by_splus",
-    "scion",
-    "second_moment",
-    "snap_norm",
-    "soap",
-    "soap_muon",
-    "spectral_cap",
-    "spectral_sphere",
-    "spel",
-    "splus",
-    "state_shardings",
-    "stiefel",
-    "trace_routing",
-    "update_floor",
-]
+__all__ = [name for name, public in globals().items() if callable(public)]

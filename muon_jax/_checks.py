@@ -20,26 +20,15 @@ def check_number(
     optional: bool = False,
     schedule: bool = False,
 ) -> None:
-    """Checks that a concrete number is within its range. Traced values are not checked.
+    """Checks that a number is within the bounds and finite, or at least, without `finite`, no NaN.
 
-    Args:
-        name: The name of the argument, for the message.
-        value: A Python or NumPy number, or an array without axes. Tracers and arrays that are not
-            on this process's devices are accepted unchecked.
-        at_least, above, at_most, below: The bounds.
-        finite: Whether infinity is an error as well. NaN always is.
-        optional: Whether `None` is accepted.
-        schedule: Whether a callable is accepted.
+    `optional` accepts `None`, and `schedule` a callable. Tracers and arrays that are not on this
+    process's devices are accepted unchecked.
 
-    Raises:
-        TypeError: `value` is not a real number.
-        ValueError: `value` is out of range.
-
-    Example:
-        >>> check_number("beta", 1.5, at_least=0, below=1)
-        Traceback (most recent call last):
-            ...
-        ValueError: beta must be at least 0 and less than 1; got 1.5.
+    >>> check_number("beta", 1.5, at_least=0, below=1)
+    Traceback (most recent call last):
+        ...
+    ValueError: beta must be at least 0 and less than 1; got 1.5.
     """
     if (optional and value is None) or (schedule and callable(value)):
         return
@@ -73,16 +62,6 @@ def check_integer(name: str, value: Any, *, at_least: int) -> None:
     """Checks that `value` is a Python integer and at least `at_least`.
 
     Arrays are an error, since the value decides what is compiled.
-
-    Raises:
-        TypeError: `value` is an array, a tracer, or not an integer.
-        ValueError: `value` is too small.
-
-    Example:
-        >>> check_integer("period", 0, at_least=1)
-        Traceback (most recent call last):
-            ...
-        ValueError: period must be an integer of at least 1; got 0.
     """
     check_static(name, value)
     other = isinstance(value, bool) or not isinstance(value, (int, np.integer))
@@ -92,11 +71,7 @@ def check_integer(name: str, value: Any, *, at_least: int) -> None:
 
 
 def check_static(name: str, value: Any) -> None:
-    """Checks that `value`, which decides what is compiled, is not an array.
-
-    Raises:
-        TypeError: `value` is an array or a tracer.
-    """
+    """Checks that `value`, which decides what is compiled, is not an array."""
     if isinstance(value, jax.Array):
         raise TypeError(
             f"{name} must be a static Python value, since it decides what is compiled; got "
@@ -106,24 +81,7 @@ def check_static(name: str, value: Any) -> None:
 
 
 def check_dtype(name: str, value: Any, *, or_packed: bool = False) -> None:
-    """Checks that `value` is a real floating-point dtype or `None`.
-
-    Args:
-        name: The name of the argument, for the message.
-        value: A dtype, or a value that JAX converts to one.
-        or_packed: Whether int8 and int4 are accepted.
-
-    Raises:
-        TypeError: `value` is not a dtype.
-        ValueError: `value` is a dtype of another kind.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> check_dtype("nu_dtype", jnp.int32)
-        Traceback (most recent call last):
-            ...
-        ValueError: nu_dtype must be real floating point or None; got int32.
-    """
+    """Checks that `value` is real floating point, `None`, or with `or_packed` int8 or int4."""
     if value is None:
         return
     wanted = f"{name} must be real floating point{', int8, int4' * or_packed} or None"
@@ -138,17 +96,7 @@ def check_dtype(name: str, value: Any, *, or_packed: bool = False) -> None:
 
 
 def check_mesh(value: Any) -> None:
-    """Checks that `value` is a mesh or `None`.
-
-    Raises:
-        TypeError: `value` is neither.
-
-    Example:
-        >>> check_mesh("data")
-        Traceback (most recent call last):
-            ...
-        TypeError: mesh must be a jax.sharding.Mesh, as made by jax.make_mesh, or None; got 'data'.
-    """
+    """Checks that `value` is a mesh or `None`."""
     if value is not None and not isinstance(value, (jax.sharding.Mesh, jax.sharding.AbstractMesh)):
         raise TypeError(
             f"mesh must be a jax.sharding.Mesh, as made by jax.make_mesh, or None; got {value!r}."

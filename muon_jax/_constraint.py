@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import optax
 
-from muon_jax._matrices.hooks import Hook, HookState, Step, init_hooks, run_hooks
+from muon_jax._matrices.hooks import Hook, HookState, Step, as_several, init_hooks, run_hooks
 from muon_jax._matrices.stages import Stages
 from muon_jax._precision import widen
 
@@ -29,22 +29,9 @@ Constraints = Constraint | Sequence[Constraint] | None
 
 
 def as_constraints(given: Any) -> tuple[Constraint, ...]:
-    """Converts None, one constraint or several constraints to a tuple.
-
-    Raises:
-        TypeError: `given` is anything else.
-    """
-    if given is None or isinstance(given, Constraint):
-        return () if given is None else (given,)
-    constraints = tuple(given) if isinstance(given, (list, tuple)) else (given,)
-    for constraint in constraints:
-        if not isinstance(constraint, Constraint):
-            hint = " Call this function to make a constraint." if callable(constraint) else ""
-            raise TypeError(
-                "constraint must be a constraint, such as muon_jax.hyperball(), or a list of them; "
-                f"got {getattr(constraint, '__name__', repr(constraint))}.{hint}"
-            )
-    return constraints
+    """Converts None, one constraint or several constraints to a tuple."""
+    rule = "a constraint, such as muon_jax.hyperball(), or a list of them"
+    return as_several(given, Constraint, "constraint", rule)
 
 
 def constrained(

@@ -86,10 +86,6 @@ def as_decay_mask(
             are decayed. `None` decays everything.
         tree: The params or updates.
         routes: The routes of the leaves of `tree`.
-
-    Raises:
-        ValueError: The mask is of another kind, a rule matches no leaf, or a tree does not fit; the
-            message names the path.
     """
     if mask is None:
         return None

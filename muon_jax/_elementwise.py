@@ -35,14 +35,9 @@ def scale_by_adam(
     never rounded below the smallest positive number (6e-8), because with a zero there and a nonzero
     momentum the update would be divided by `eps` alone.
 
-    Args:
-        b1, b2, eps, eps_root, nesterov: As in `optax.scale_by_adam`.
-        mu_dtype, nu_dtype: The dtypes of the stored moments. `None` means the dtype of each
-            parameter. For complex parameters the first moment always has the parameter's dtype,
-            and the second moment, the average of |g|², is real.
-
-    Returns:
-        A transformation whose state is `optax.ScaleByAdamState`.
+    The moments are stored in `mu_dtype` and `nu_dtype`; `None` means the dtype of each parameter.
+    For complex parameters the first moment always has the parameter's dtype, and the second moment,
+    the average of |g|², is real.
     """
 
     def init(params):
@@ -111,20 +106,30 @@ def trace(
 
 
 def scale_by_lion(
-    b1: Number, b2: Number = 0.99, *, mu_dtype: jax.typing.DTypeLike | None = None
+    b1: Number,
+    b2: Number = 0.99,
+    *,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    size: float = 1.0,
+    state_class: type = optax.ScaleByLionState,
 ) -> optax.GradientTransformation:
-    """Returns `optax.scale_by_lion` with the differences that the module describes."""
+    """Returns `size` times `optax.scale_by_lion`, with the differences described at the top."""
 
     def init(params):
-        return optax.ScaleByLionState(jnp.zeros([], jnp.int32), _zeros(params, mu_dtype))
+        return state_class(jnp.zeros([], jnp.int32), _zeros(params, mu_dtype))
 
     def update(updates, state, params=None):
         del params
-        gradients = jax.tree.map(_bounded_by_state, updates, state.mu)
-        signs = jax.tree.map(lambda g, m: jnp.sign(_average(g, m, b1)), gradients, state.mu)
-        mu = jax.tree.map(lambda g, m: _average(g, m, b2), gradients, state.mu)
-        count = optax.safe_increment(state.count)
-        return signs, optax.ScaleByLionState(count, _stored_like(mu, state.mu))
+        count, mean = state
+
+        def step(g, m):
+            direction = jnp.sign(_average(g, m, b1))
+            return coefficient(size, direction) * direction
+
+        gradients = jax.tree.map(_bounded_by_state, updates, mean)
+        new = jax.tree.map(lambda g, m: _average(g, m, b2), gradients, mean)
+        steps = jax.tree.map(step, gradients, mean)
+        return steps, state_class(optax.safe_increment(count), _stored_like(new, mean))
 
     return optax.GradientTransformation(init, update)
 
@@ -133,19 +138,7 @@ def sign_of_momentum(
     decay: Number, *, mu_dtype: jax.typing.DTypeLike | None = None
 ) -> optax.GradientTransformation:
     """Returns 0.001 times the sign of the average gradient: SPlus (2506.07254) for other leaves."""
-
-    def init(params):
-        return optax.EmaState(jnp.zeros([], jnp.int32), _zeros(params, mu_dtype))
-
-    def update(updates, state, params=None):
-        del params
-        gradients = jax.tree.map(_bounded_by_state, updates, state.ema)
-        mean = jax.tree.map(lambda g, m: _average(g, m, decay), gradients, state.ema)
-        count = optax.safe_increment(state.count)
-        steps = jax.tree.map(lambda m: coefficient(0.001, m) * jnp.sign(m), mean)
-        return steps, optax.EmaState(count, _stored_like(mean, state.ema))
-
-    return optax.GradientTransformation(init, update)
+    return scale_by_lion(decay, decay, mu_dtype=mu_dtype, size=0.001, state_class=optax.EmaState)
 
 
 def _zeros(params: Any, dtype: jax.typing.DTypeLike | None) -> Any:

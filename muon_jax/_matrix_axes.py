@@ -113,11 +113,7 @@ def _is_axis(axis: Any, ndim: int) -> bool:
 
 
 def as_matrix_axes(axes) -> MatrixAxes:
-    """Converts `MatrixAxes` or optax's `MuonDimensionNumbers` to `MatrixAxes`.
-
-    Raises:
-        TypeError: `axes` is neither.
-    """
+    """Converts `MatrixAxes` or optax's `MuonDimensionNumbers` to `MatrixAxes`."""
     if isinstance(axes, MatrixAxes):
         return axes
     if is_matrix_axes(axes):

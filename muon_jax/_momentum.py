@@ -117,13 +117,9 @@ def _mixed(bits: jax.Array) -> jax.Array:
 
 
 def init_momentum(params: optax.Params, dtype: jax.typing.DTypeLike | None) -> Any:
-    """Returns zeros in `dtype`; `None` means each parameter's own, and integers return a `Packed`.
+    """Returns zeros in `dtype`, or for int8 and int4 a `Packed`.
 
-    Complex leaves keep their own dtype.
-
-    Raises:
-        ValueError: The dtype is neither in `PACKED` nor real floating point, or it is an integer
-            and a leaf is complex.
+    `None` means each parameter's own dtype, which complex leaves always keep.
     """
     if dtype is not None and is_packed(dtype):
         dtypes = {str(x.dtype) for x in jax.tree.leaves(params) if jnp.iscomplexobj(x)}

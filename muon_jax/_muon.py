@@ -131,10 +131,7 @@ def scale_by_muon(
 def hooked(stages: Stages, own: type | None = None) -> optax.GradientTransformation:
     """Returns momentum -> `before` -> orthogonalise -> `after` -> shape scale as a transformation.
 
-    Args:
-        stages: The settings, including the hooks before and after orthogonalisation.
-        own: The class of the state, `(count, mu, state of the hook)`, if exactly one hook has
-            state.
+    If exactly one hook has state, the state is `own(count, mu, state of the hook)`.
     """
     hooks = (*stages.before, *stages.after)
     stateful = sum(hook.init is not None for hook in hooks)
@@ -165,11 +162,7 @@ def hooked(stages: Stages, own: type | None = None) -> optax.GradientTransformat
         new = state_of(count, mu, [*before, *after])
         return matrices.merge(matrices.scale(x), updates), new
 
-    def update(updates, state, params=None):
-        if any(hook.products for hook in hooks):
-            return over_auto_axes(step, updates, state, params)
-        return step(updates, state, params)
-
+    update = over_auto_axes(step) if any(hook.products for hook in hooks) else step
     return optax.GradientTransformation(init, update)
 
 
@@ -201,12 +194,7 @@ def muon(
             optimizer of the other leaves, routing, and the mesh and shardings.
 
     Returns:
-        A transformation that requires `params` in `update`.
-
-    Raises:
-        ValueError: A name is unknown, a number is out of range, `other_optimizer` does not read
-            an argument, a rule matches no leaf, or no rule matches a leaf.
-        TypeError: An argument is unknown, or a value has the wrong type.
+        A transformation that requires `params` in `update`. Errors are those of `hybrid`.
 
     References:
         Jordan, 2024, kellerjordan.github.io/posts/muon; Liu et al., 2025, arXiv 2502.16982.

@@ -13,10 +13,10 @@ import optax
 from muon_jax._checks import check_integer, check_number, check_static
 from muon_jax._decay import add_decayed_weights, scale_by_learning_rate
 from muon_jax._elementwise import scale_by_adam
-from muon_jax._matrices.stages import Stages
+from muon_jax._matrices.hooks import Arrays, Step, stateless
 from muon_jax._matrix_axes import MatrixAxes, as_matrix_axes, is_matrix_axes
 from muon_jax._momentum import is_packed
-from muon_jax._muon import MuonState
+from muon_jax._muon import scale_by_muon
 from muon_jax._orthogonalize.coefficients import NORMALIZATIONS, SCHEDULES, Row, Schedule
 from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muon_jax._partition import fitted, hybrid
@@ -50,7 +50,7 @@ def optax_muon(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns `optax.contrib.muon`, but on a mesh each matrix is orthogonalised only once.
 
-    Arguments and results are the same, with these exceptions:
+    Arguments and results are those of Optax, with these exceptions:
 
     - `ns_coeffs` are not in the state.
     - All arithmetic on low-precision gradients and state is in float32, with float32 coefficients,
@@ -65,29 +65,24 @@ def optax_muon(
     `muon` recognises by name and excludes.
 
     Args:
-        learning_rate: The learning rate of the matrices, a number or a schedule.
+        learning_rate, beta, weight_decay, nesterov: The settings of the matrices, of which
+            `nesterov` applies to Adam as well. The momentum has a bias correction.
         ns_coeffs: `"standard"`, `"dion"`, `(a, b, c)`, or one such row per step.
         ns_steps: The number of steps if there is a single `(a, b, c)`.
-        beta: The decay of the momentum, which has a bias correction.
         eps: A number added to the norm of the matrices, and in Adam to the square root.
-        weight_decay: The weight decay of the matrices, a number or a schedule.
         weight_decay_mask: As in `hybrid`, but it applies to the matrices only.
         mu_dtype: The dtype of the stored momentum and of Adam's first moment.
-        nesterov: Whether to use Nesterov momentum, for the matrices and in Adam.
         adaptive: Whether to scale each leaf's orthogonal factor by its inner product with the
             momentum, the dual norm.
         preconditioning: How singular values are scaled into (0, 1]: `"frobenius"`, `"spectral"`,
             `"aol"` or `"schatten"`.
-        adam_b1, adam_b2, adam_eps_root, adam_weight_decay: The settings of Adam.
-        adam_learning_rate: The learning rate of Adam. `None` means `learning_rate`.
+        adam_b1, adam_b2, adam_eps_root, adam_weight_decay, adam_learning_rate: The settings of
+            Adam, whose learning rate is that of the matrices by default.
         muon_weight_dimension_numbers: A tree (or a prefix of one) of `MuonDimensionNumbers` or
             `MatrixAxes`, with `None` for leaves that go to Adam, or a callable from the params to
             such a tree. `None` means all leaves with two axes.
         consistent_rms: A factor of the shape scale `consistent_rms * sqrt(max(fan_in, fan_out))`.
             `None` means the shape scale `sqrt(max(1, fan_out / fan_in))`.
-
-    Returns:
-        A transformation that requires `params` in `update`.
 
     Raises:
         ValueError: A name is unknown, a number is out of range, or the axes do not fit a leaf.
@@ -116,10 +111,11 @@ def optax_muon(
     schedule = Schedule(_rows(ns_coeffs, ns_steps), normalization=preconditioning)  # type: ignore[arg-type]
     uses_eps = preconditioning in ("frobenius", "spectral")
     scale_by = functools.partial(
-        _scale_by_muon,
+        scale_by_muon,
         beta=beta,
         nesterov=nesterov,
-        adaptive=adaptive,
+        momentum="optax",
+        after=stateless(_times_dual_norm) if adaptive else None,
         orthogonalizer=NewtonSchulz(schedule, absolute_eps=eps if uses_eps else None),
         scale="spectral" if consistent_rms is None else _consistent(consistent_rms),
     )
@@ -149,29 +145,11 @@ def optax_muon(
     return fitted(lambda tree: build(_choices(muon_weight_dimension_numbers, tree)))
 
 
-def _scale_by_muon(
-    *, beta: Any, nesterov: bool, adaptive: bool, orthogonalizer: Any, scale: Any, **placed: Any
-) -> optax.GradientTransformation:
-    """Returns `scale_by_muon` with Optax's momentum and, if `adaptive`, the dual norm as factor."""
-    stages = Stages(beta, nesterov, "optax", orthogonalizer, scale, **placed)
-
-    def init(params):
-        return MuonState(jnp.zeros([], jnp.int32), stages.init_momentum(params))
-
-    def update(updates, state, params=None):
-        del params
-        count = optax.safe_increment(state.count)
-        averaged, mu = stages.average(updates, state.mu, count)
-        matrices = stages.matrices(updates)
-        before = matrices.split(averaged)
-        factors = matrices.orthogonalize(before, like=state.mu)
-        if adaptive:
-            products = [jnp.conj(x) * y for x, y in zip(before, factors, strict=True)]
-            norms = [jnp.sum(total) for total in matrices.sum(products, over="matrix")]
-            factors = [norm * y for norm, y in zip(norms, factors, strict=True)]
-        return matrices.merge(matrices.scale(factors), updates), MuonState(count, mu)
-
-    return optax.GradientTransformation(init, update)
+def _times_dual_norm(factors: Arrays, step: Step) -> Arrays:
+    """Multiplies the factors of each leaf by their inner product with the momentum."""
+    products = [jnp.conj(m) * o for m, o in zip(step.momentum, factors, strict=True)]
+    norms = [jnp.sum(total) for total in step.matrices.sum(products, over="matrix")]
+    return [norm * o for norm, o in zip(norms, factors, strict=True)]
 
 
 def _rows(ns_coeffs: Any, ns_steps: int) -> tuple[Row, ...]:

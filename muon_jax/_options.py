@@ -29,23 +29,11 @@ _HERE = {
 def takes_options_of(
     base: Callable, *, without: tuple[str, ...] = (), refused: Mapping[str, str] | None = None
 ) -> Callable[[F], F]:
-    """Replaces `**options` in a function's signature with the options of `base`.
+    """Replaces `**options` in a function's signature with the keyword arguments of `base`.
 
-    Then `help`, editors and `optax.inject_hyperparams` see each option as an ordinary argument.
-
-    Args:
-        base: The function whose keyword arguments are added. An argument that the decorated
-            function defines itself is kept.
-        without: The options of `base` that the decorated function does not accept.
-        refused: Options of related functions that it cannot have, and why; errors give the reason.
-
-    Example:
-        >>> import inspect
-        >>> def brew(*, milk=False, sugar=0): ...
-        >>> @takes_options_of(brew)
-        ... def latte(*, milk=True, **options): ...
-        >>> str(inspect.signature(latte))
-        '(*, milk=True, sugar=0)'
+    Then `help`, editors and `optax.inject_hyperparams` see each option as an ordinary argument. An
+    argument that the function defines itself is kept, and those in `without` are not accepted.
+    `refused` names options of related functions that it cannot have, with reasons for errors.
     """
 
     def decorate(function: F) -> F:

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypedDict, Unpack
 
 import jax
@@ -88,11 +88,9 @@ def partition(
 ) -> optax.GradientTransformationExtraArgs:
     """Updates the hidden matrices with `matrix_optimizer` and all other leaves with another one.
 
-    Args:
-        matrix_optimizer: A function that makes the transformation of the hidden matrices. It is
-            called with the last two links of its chain, which add the decay and scale by the rate,
-            and with `mu_dtype`, `matrix_axes`, `mesh`, `shardings` and `chunk_size`. All other
-            arguments are as in `hybrid`.
+    `matrix_optimizer` makes the transformation of the hidden matrices. It is called with the last
+    two links of its chain, which add the decay and scale by the rate, and with `mu_dtype`,
+    `matrix_axes`, `mesh`, `shardings` and `chunk_size`. All other arguments are as in `hybrid`.
     """
     check_number("learning_rate", learning_rate, at_least=0, schedule=True)
     check_number("weight_decay", weight_decay, at_least=0, schedule=True)
@@ -113,9 +111,10 @@ def partition(
         "adam_nesterov": adam_nesterov,
         "nu_dtype": nu_dtype,
     }
-    other = _by_new_names(other_optimizer, other)
-    _check_other(other_optimizer, [name for name, value in other.items() if value is not None])
-    for name, value in other.items():
+    given = {name: value for name, value in other.items() if value is not None}
+    given = _by_new_names(other_optimizer, given)
+    _check_other(other_optimizer, given)
+    for name, value in given.items():
         if name.endswith(("learning_rate", "weight_decay")):
             check_number(name, value, at_least=0, optional=True, schedule=True)
         elif name.endswith(("b1", "b2")):
@@ -124,33 +123,30 @@ def partition(
             check_number(name, value, at_least=0, optional=True)
     check_static("adam_nesterov", adam_nesterov)
 
-    def of_other(name: str, default: Any) -> Any:
-        whose = "adam" if other_optimizer == "adamw" else "other"
-        return _or(other[f"{whose}_{name}"], default)
-
     def other_of(mask: Any) -> optax.GradientTransformation:
         if not isinstance(other_optimizer, str):
             return other_optimizer
         if other_optimizer == "frozen":
             return optax.set_to_zero()
         dtype = None if is_packed(mu_dtype) else mu_dtype
-        b1 = of_other("b1", 0.9)
-        first = {
-            "adamw": lambda: scale_by_adam(
+        whose = "adam" if other_optimizer == "adamw" else "other"
+        b1 = given.get(f"{whose}_b1", 0.9)
+        if other_optimizer == "adamw":
+            first = scale_by_adam(
                 b1,
-                _or(adam_b2, 0.95),
-                _or(adam_eps, 1e-8),
-                _or(adam_eps_root, 0.0),
+                given.get("adam_b2", 0.95),
+                given.get("adam_eps", 1e-8),
+                given.get("adam_eps_root", 0.0),
                 mu_dtype=dtype,
                 nu_dtype=nu_dtype,
                 nesterov=bool(adam_nesterov),
-            ),
-            "sgd": lambda: trace(b1, mu_dtype=dtype),
-            "lion": lambda: scale_by_lion(b1, mu_dtype=dtype),
-            "sign": lambda: sign_of_momentum(b1, mu_dtype=dtype),
-        }[other_optimizer]()
-        decay = of_other("weight_decay", weight_decay)
-        return optax.chain(first, *last(decay, mask, of_other("learning_rate", learning_rate)))
+            )
+        else:
+            others: Any = {"sgd": trace, "lion": scale_by_lion, "sign": sign_of_momentum}
+            first = others[other_optimizer](b1, mu_dtype=dtype)
+        decay = given.get(f"{whose}_weight_decay", weight_decay)
+        rate = given.get(f"{whose}_learning_rate", learning_rate)
+        return optax.chain(first, *last(decay, mask, rate))
 
     def last(decay: Any, mask: Any, rate: Any) -> Any:
         """Returns the last two links of both chains."""
@@ -257,7 +253,12 @@ def hybrid(
         >>> params = {"up": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}}
         >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    _check_scale_by(scale_by)
+    if isinstance(scale_by, optax.GradientTransformation) or not callable(scale_by):
+        raise TypeError(
+            "scale_by must be a function that makes the transformation, such as "
+            "muon_jax.scale_by_muon or a functools.partial of it with settings; got "
+            f"{type(scale_by).__name__}. Pass the function itself, not its result."
+        )
 
     def matrix_optimizer(add_decay: Any, scale_by_rate: Any, **settings: Any) -> Any:
         return optax.chain(scale_by(**settings), add_decay, scale_by_rate)
@@ -286,36 +287,23 @@ def fitted(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
 def _by_new_names(other_optimizer: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Renames `adam_` arguments to `other_` if SGD, Lion or sign reads them, with a warning."""
     reads = OTHERS.get(other_optimizer, ()) if isinstance(other_optimizer, str) else ()
     for new in reads:
         old = new.replace("other_", "adam_")
-        if new != old and given[old] is not None and given[new] is None:
+        if new != old and old in given and new not in given:
             warnings.warn(
                 f"With other_optimizer={other_optimizer!r}, {old!r} is now called {new!r}; the old "
                 "name will be removed in the next release.",
                 DeprecationWarning,
                 stacklevel=4,
             )
-            given |= {new: given[old], old: None}
+            given[new] = given.pop(old)
     return given
 
 
-def _check_scale_by(scale_by: Any) -> None:
-    if isinstance(scale_by, optax.GradientTransformation) or not callable(scale_by):
-        raise TypeError(
-            "scale_by must be a function that makes the transformation, such as "
-            "muon_jax.scale_by_muon or a functools.partial of it with settings; got "
-            f"{type(scale_by).__name__}. Pass the function itself, not its result."
-        )
-
-
-def _check_other(other: Any, given: list[str]) -> None:
+def _check_other(other: Any, given: Iterable[str]) -> None:
     """Checks that `other_optimizer` is valid and that it reads every argument in `given`."""
     known = f"one of {', '.join(OTHERS)}, or an Optax optimizer"
     if isinstance(other, str) and other not in OTHERS:

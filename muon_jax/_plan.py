@@ -116,11 +116,10 @@ def plan(
         return Plan((row,), placing.devices, model_flops, device.assumptions())
     axes = {path: leaf.axes for path, leaf in routes.items()}
     layouts = _layouts(leaves, params, shardings, placing)
-    size = dict(placing.sizes)
 
     def state_bytes(path: KeyPath, moments: int) -> int:
         x = leaves[path]
-        *outer, last = (math.prod(size[name] for name in names) for names in layouts[path] or [()])
+        *outer, last = map(placing.ways, layouts[path] or [()])
         width = jnp.dtype(x.dtype).itemsize
         packed = is_packed(mu_dtype)
         complex_ = jnp.issubdtype(x.dtype, jnp.complexfloating)
@@ -137,7 +136,7 @@ def plan(
     def elementwise(path: KeyPath) -> float:
         """Returns the time of the other optimizer, which reads and writes 7 numbers per entry."""
         x = leaves[path]
-        split = math.prod(size[name] for names in layouts[path] for name in names)
+        split = math.prod(map(placing.ways, layouts[path]))
         return device.seconds([Kernel(0, 7 * math.prod(x.shape) // split)], x.dtype)
 
     hidden: list[KeyPath] = []  # of each placed array
@@ -145,7 +144,8 @@ def plan(
     for path, leaf in routes.items():
         x = leaves[path]
         if leaf.label == MUON and x.size:
-            for part in split_into_parts(x.shape, axes[path] or MatrixAxes(), layouts[path], size):
+            own = split_into_parts(x.shape, axes[path] or MatrixAxes(), layouts[path], placing.ways)
+            for part in own:
                 assert part.layout is not None
                 hidden.append(path)
                 placed.append(PlacedArray(part.shape, jnp.dtype(x.dtype), part.layout, part.axes))
@@ -161,7 +161,7 @@ def plan(
         held = []
         for span in bucket.spans:
             stack = stacks[span.stack]
-            split = math.prod(size[name] for name in stack.in_axes + stack.out_axes)
+            split = placing.ways(stack.in_axes + stack.out_axes)
             held.append(span.matrices * stack.fan_in * stack.fan_out // split)
         # Updates that stay in on-chip memory are not written, and the step is fused with a product.
         stays = device.on_chip and not bucket.axes

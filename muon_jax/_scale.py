@@ -17,11 +17,7 @@ SHAPE_SCALES: dict[str, ShapeScale] = {
 
 
 def as_shape_scale(scale: str | ShapeScale | None) -> ShapeScale:
-    """Returns the shape scale with this name, the callable itself, or a factor of 1 for None.
-
-    Raises:
-        ValueError: The name is unknown.
-    """
+    """Returns the shape scale with this name, the callable itself, or a factor of 1 for None."""
     if scale is None:
         return SHAPE_SCALES["none"]
     if callable(scale):

@@ -27,15 +27,12 @@ def state_shardings(
 
     Args:
         tx: Any Optax transformation, which may contain an optimizer of this package.
-        params: Arrays or `jax.ShapeDtypeStruct`s.
+        params: Arrays or `jax.ShapeDtypeStruct`s, each with a sharding here or in `shardings`.
         shardings: The shardings of the params: a tree of `NamedSharding` or a prefix of one. `None`
             means the shardings of the arrays themselves.
 
     Returns:
         A tree of `NamedSharding` with the structure of the state.
-
-    Raises:
-        ValueError: A parameter has no sharding.
 
     Example:
         >>> import jax, jax.numpy as jnp, muon_jax

@@ -38,10 +38,6 @@ def leaf_names(tree: Any, is_value: Callable[[Any], bool] = is_masked) -> dict[K
 
     A box is a node with a single child whose attribute has one of the known names. An array that a
     module stores as `value` beside other arrays, as attention does, keeps its name.
-
-    Example:
-        >>> leaf_names({"mlp": [1.0, 2.0]}).values()
-        dict_values([('mlp', '0'), ('mlp', '1')])
     """
     paths = [path for path, _ in positions(tree, is_value)]
     children = defaultdict(set)
@@ -72,14 +68,7 @@ def path_strings(tree: Any) -> dict[KeyPath, str]:
 
 
 def path_string(path: KeyPath) -> str:
-    """Formats one JAX key path as `layers/0/attn/kernel`, without the rest of the tree.
-
-    Example:
-        >>> import jax
-        >>> paths = [path for path, _ in jax.tree.leaves_with_path({"mlp": [{"kernel": 1.0}]})]
-        >>> path_string(paths[0])
-        'mlp/0/kernel'
-    """
+    """Formats one JAX key path as `layers/0/attn/kernel`, without the rest of the tree."""
     return "/".join(_names(path))
 
 
@@ -110,22 +99,13 @@ def some(paths: Iterable[str], limit: int = 12) -> str:
 
 
 def values_by_path(
-    given: Any,
-    tree: Any,
-    *,
-    what: str,
-    kind: str,
-    is_value: Callable[[Any], bool],
-    partial: bool = False,
-    remedy: str = "",
+    given: Any, tree: Any, *, what: str, is_value: Callable[[Any], bool], **options: Any
 ) -> dict[KeyPath, Any]:
     """Calls `broadcast_prefix` with a tree of values, or with the result of a callable."""
     if callable(given) and not any(is_value(x) for _, x in positions(given, is_value)):
         given = called(f"the callable {what}", given, tree)
         what = f"The result of the callable {what}"
-    return broadcast_prefix(
-        given, tree, what=what, kind=kind, is_value=is_value, partial=partial, remedy=remedy
-    )
+    return broadcast_prefix(given, tree, what=what, is_value=is_value, **options)
 
 
 def called(what: str, function: Callable, *args: Any) -> Any:
@@ -149,29 +129,25 @@ def broadcast_prefix(
 ) -> dict[KeyPath, Any]:
     """Returns the value that `prefix` has for each leaf of `tree`, by key path.
 
-    Values and leaves are matched by name, whatever the trees' classes and boxes.
+    Values and leaves are matched by name, whatever the trees' classes and boxes. `None` and
+    `MaskedNode` in `tree` do not need a value. Errors name the path.
 
     Args:
         prefix: A tree of values, each for one leaf or for a whole subtree.
-        tree: The tree to cover. `None` and `MaskedNode` in it do not need a value.
-        what: The name of `prefix`, for messages.
-        kind: A description of the values, for messages.
+        tree: The tree to cover.
+        what, kind: The name of `prefix` and a description of its values, for messages.
         is_value: Whether a node of `prefix` is a value rather than a subtree.
         partial: Whether leaves without a value are omitted from the result instead of an error.
         remedy: A sentence to add to messages.
-
-    Raises:
-        ValueError: A leaf of `prefix` is not a value, a value has no leaf, or a leaf has no value.
-            The message names the path.
     """
+    also = f" {remedy}" * bool(remedy)
     names = leaf_names(prefix, is_value)
     values = {names[path]: value for path, value in positions(prefix, is_value)}
     for name, value in values.items():
         if not (value is None or is_masked(value) or is_value(value)):
             at = f" at {'/'.join(name)!r}" if name else ""
             raise ValueError(
-                f"{what} must have {kind} for each leaf or subtree; got {value!r}{at}."
-                + _also(remedy)
+                f"{what} must have {kind} for each leaf or subtree; got {value!r}{at}.{also}"
             )
     leaves = positions(tree)
     if not leaves:  # optax.tree_map_params calls `init` with a placeholder instead of params
@@ -186,7 +162,7 @@ def broadcast_prefix(
         if name not in covers and value is not None:
             raise ValueError(
                 f"{what} has {value!r} at {'/'.join(name)!r}, where the tree has no leaf. Its "
-                f"leaves are: {some(map('/'.join, leaf_name.values()))}." + _also(remedy)
+                f"leaves are: {some(map('/'.join, leaf_name.values()))}.{also}"
             )
     values_of = {}
     for path, leaf in leaves:
@@ -196,14 +172,8 @@ def broadcast_prefix(
         if key is not None and is_value(values[key]):
             values_of[path] = values[key]
         elif not partial:
-            raise ValueError(
-                f"{what} has no entry for leaf {'/'.join(leaf_name[path])!r}." + _also(remedy)
-            )
+            raise ValueError(f"{what} has no entry for leaf {'/'.join(leaf_name[path])!r}.{also}")
     return values_of
-
-
-def _also(sentence: str) -> str:
-    return f" {sentence}" if sentence else ""
 
 
 def map_paths(values: dict[KeyPath, Any], tree: Any) -> Any:
@@ -224,11 +194,7 @@ def only_updated(params: Any, updates: Any) -> Any:
 
 
 def only_state(state: Any, kind: type, remedy: str) -> Any:
-    """Returns the only state of class `kind` within the state of a chain.
-
-    Raises:
-        ValueError: There is none, or more than one; the message ends with the remedy.
-    """
+    """Returns the only state of class `kind` in a chain's state; an error ends with the remedy."""
     nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
     own = [node for node in nodes if isinstance(node, kind)]
     if len(own) != 1:

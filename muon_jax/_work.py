@@ -55,12 +55,8 @@ def work_of(jaxpr: Any, counters: Sequence[bool], platform: str) -> list[Done]:
 
     If counters decide a branch, it counts as often as it is taken; of other branches the most
     expensive one counts. A `while` loop counts once, since the number of its iterations is unknown;
-    the numbers of `fori_loop` and `scan` are known.
-
-    Args:
-        jaxpr: A closed jaxpr.
-        counters: For each input, whether it is the number of steps so far.
-        platform: The platform of the devices.
+    the numbers of `fori_loop` and `scan` are known. `counters` says of each input of the closed
+    `jaxpr` whether it is the number of steps so far.
     """
     reader = _Reader(platform)
     count = np.arange(STEPS, dtype=np.int32)

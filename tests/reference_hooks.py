@@ -1,15 +1,44 @@
-"""The hooks of Muon's chain in float64 NumPy, written from the papers and their authors' code.
+"""Muon and the hooks of its chain in float64 NumPy, written from papers and their authors' code.
 
 Nothing here imports muon_jax. A hook is made for one `(fan_in, fan_out)` leaf and keeps its own
-state: `before(m, g)` and `after(o, m, g)` orthogonalisation, `on_update(u, w)` and
-`on_weights(new, old)` of a constraint.
+state. Rates and decays are numbers or functions of the step, from 0; the decay is decoupled and of
+the old weight: `w - lr * (direction + wd * w)`.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
-import reference_variants
-from reference import SHAPE_SCALES, momentum_step, newton_schulz
+from reference import SCHEDULES, SHAPE_SCALES, Schedule, momentum_step, newton_schulz
 
 norm = np.linalg.norm
+
+
+class Muon(NamedTuple):
+    """The settings that the variants share with Muon: their `**settings`."""
+
+    learning_rate: float | Callable
+    weight_decay: float | Callable = 0.0
+    beta: float = 0.95
+    nesterov: bool = True
+    momentum: str = "ema"
+    scale: str = "spectral"
+    schedule: Schedule = SCHEDULES["jordan"]
+
+
+def at(rate, step):
+    return rate(step) if callable(rate) else rate
+
+
+def descend(w, grads, direction, learning_rate, weight_decay=0.0, on_weights=lambda new, old: new):
+    """`direction(g, w, step)` keeps its own state."""
+    w = np.asarray(w, np.float64)
+    trajectory = []
+    for step, g in enumerate(grads):
+        update = direction(np.asarray(g, np.float64), w, step)
+        w = on_weights(w - at(learning_rate, step) * (update + at(weight_decay, step) * w), w)
+        trajectory.append(w)
+    return trajectory
 
 
 def muon(
@@ -21,21 +50,32 @@ def muon(
     on_update=lambda w: lambda u, w: u,
     on_weights=lambda w: lambda new, old: new,
     polar=newton_schulz,
+    keep=lambda mu, t: mu,
     **settings,
 ):
-    """The weights after every step; each hook is made from the first weights."""
-    muon = reference_variants.Muon(**settings)
+    """Muon with hooks, which are made from the first weights and keep their own state.
+
+    They are `before(m, g)` and `after(o, m, g)` orthogonalisation by `polar`, and `on_update(u, w)`
+    and `on_weights(new, old)` of a constraint. `keep(mu, t)` is what storing does to the momentum.
+    """
+    muon = Muon(**settings)
     w = np.asarray(w, np.float64)
-    hooks = [make(w) for make in (before, after, on_update, on_weights)]
-    before, after, on_update, on_weights = hooks
-    mu, trajectory = np.zeros(w.shape), []
-    for step, g in enumerate(np.asarray(grads, np.float64)):
+    before, after, on_update, on_weights = (
+        make(w) for make in (before, after, on_update, on_weights)
+    )
+    mu = np.zeros(w.shape)
+
+    def direction(g, w, step):
+        nonlocal mu
         m, mu = momentum_step(muon.momentum, muon.nesterov, muon.beta, g, mu, step + 1)
+        mu = keep(mu, step + 1)
         factor = after(polar(before(m, g), *muon.schedule), m, g)
-        update = on_update(SHAPE_SCALES[muon.scale](*w.shape) * factor, w)
-        w = on_weights(w - muon.learning_rate * (update + muon.weight_decay * w), w)
-        trajectory.append(w)
-    return trajectory
+        return on_update(SHAPE_SCALES[muon.scale](*w.shape) * factor, w)
+
+    return descend(w, grads, direction, muon.learning_rate, muon.weight_decay, on_weights)
+
+
+# --- Before orthogonalisation ----------------------------------------------------------------
 
 
 def equilibrate(w):
@@ -80,6 +120,9 @@ def eigenbasis(w, b2=0.95, every=10, eps=1e-8, max_dim=10_000):
         return m
 
     return before
+
+
+# --- After orthogonalisation -----------------------------------------------------------------
 
 
 def snap_norm(w):
@@ -178,29 +221,3 @@ def stiefel(radius):
         return radius * u @ vt
 
     return {"on_weights": lambda w: on_weights}
-
-
-# --- Norms of output neurons -----------------------------------------------------------------
-
-
-def muown(w, grads, *, b1=0.9, b2=0.95, eps=1e-8, **settings):
-    """Muown (2605.10797), as in Emerging-Optimizers; neurons are our columns."""
-    muon = reference_variants.Muon(**settings)
-    w = np.asarray(w, np.float64)
-    g, length = norm(w, axis=0), norm(w, axis=0)
-    mu, m, s, trajectory = np.zeros(w.shape), 0.0, 0.0, []
-    for step, dw in enumerate(np.asarray(grads, np.float64)):
-        u = w / g
-        v, dg = u * length, np.sum(dw * u, axis=0)
-        average, mu = momentum_step(
-            muon.momentum, muon.nesterov, muon.beta, g / length * (dw - u * dg), mu, step + 1
-        )
-        o = SHAPE_SCALES[muon.scale](*w.shape) * newton_schulz(average, *muon.schedule)
-        v = v - muon.learning_rate * o
-        m, s = b1 * m + (1 - b1) * dg, b2 * s + (1 - b2) * dg**2
-        adam = m / (1 - b1 ** (step + 1)) / (np.sqrt(s / (1 - b2 ** (step + 1))) + eps)
-        g = g - muon.learning_rate * (adam + muon.weight_decay * g)
-        length = norm(v, axis=0)
-        w = g * v / length
-        trajectory.append(w)
-    return trajectory

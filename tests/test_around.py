@@ -11,11 +11,26 @@ import reference_variants
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
-from trajectories import PARAMS, ROUNDING, distance, of_leaves, run, with_adamw
+from trajectories import (
+    GRADS,
+    PARAMS,
+    ROUNDING,
+    assert_same_bits,
+    distance,
+    of_leaves,
+    run,
+    with_adamw,
+)
 
-import muon_jax
 from experiments.compiled import measure
-from muon_jax import evaluation_params, lookahead, lookahead_params, muloco, muon
+from muon_jax import (
+    evaluation_average,
+    evaluation_params,
+    lookahead,
+    lookahead_params,
+    muloco,
+    muon,
+)
 
 # --- Schedules and averages ------------------------------------------------------------------
 
@@ -44,15 +59,21 @@ def test_a_schedule_of_the_momentum():
     assert distance(run(tx, jit=True)[0], expected) < ROUNDING
 
 
-def test_a_part_of_the_average_is_read_out():
-    tx = optax.chain(muon(0.02), muon_jax.evaluation_average(0.8))
-    (*_, last), state = run(tx)
-    whole = evaluation_params(state, last)
+def test_an_average_at_the_end_of_any_chain():
+    tx = optax.chain(muon(0.02), optax.chain(evaluation_average(0.8)))
+    trajectory, state = run(tx)
+    assert_same_bits(trajectory, run(muon(0.02))[0])
+    weights = 0.8 ** np.arange(len(GRADS))[::-1]
+    mean = {n: np.average([t[n] for t in trajectory], axis=0, weights=weights) for n in PARAMS}
+    last = trajectory[-1]
+    assert distance([evaluation_params(state, last)], [mean]) < ROUNDING
     mixed = evaluation_params(state, last, share=0.25)
-    for name in last:
-        np.testing.assert_allclose(mixed[name], 0.25 * whole[name] + 0.75 * last[name], rtol=1e-5)
-    with pytest.raises(ValueError, match="share must be at least 0 and at most 1"):
-        evaluation_params(state, last, share=2.0)
+    part = {name: 0.25 * mean[name] + 0.75 * last[name] for name in last}
+    assert distance([mixed], [part]) < ROUNDING
+    half = {name: jnp.asarray(w, jnp.bfloat16) for name, w in PARAMS.items()}
+    before = evaluation_params(tx.init(half), half)
+    assert_same_bits([before], [half])
+    assert before["up"].dtype == jnp.bfloat16
 
 
 # --- Looks ahead -----------------------------------------------------------------------------
@@ -76,11 +97,6 @@ def test_ten_looks_ahead():
         updates, state = tx.update(there, state, there)
         ours = optax.apply_updates(there, updates)
     np.testing.assert_allclose(ours["up"], w, rtol=1e-5)
-
-
-def test_a_state_without_a_look_ahead_is_refused():
-    with pytest.raises(ValueError, match="has 0 look-ahead states"):
-        lookahead_params(muon(0.1).init(PARAMS), PARAMS)
 
 
 # --- MuLoCo ----------------------------------------------------------------------------------
@@ -161,8 +177,11 @@ def test_workers_exchange_params_and_nothing_else():
     assert joined == alone  # within a pod
 
 
-def updated_without_params(tx):
-    return tx.update(PARAMS, tx.init(PARAMS))
+def without_params(tx):
+    return lambda: tx.update(PARAMS, tx.init(PARAMS))
+
+
+AVERAGES = evaluation_average()
 
 
 @pytest.mark.parametrize(
@@ -171,10 +190,12 @@ def updated_without_params(tx):
         (lambda: muloco(muon(0.1), every=0), "every must be"),
         (lambda: muloco(muon(0.1), momentum=1.0), "momentum must be"),
         (lambda: lookahead(-1.0), "factor must be"),
-        (
-            lambda: muloco(muon(0.1)).update(PARAMS, muloco(muon(0.1)).init(PARAMS)),
-            "needs the params",
-        ),
+        (without_params(muloco(muon(0.1))), "muloco needs the params"),
+        (without_params(AVERAGES), "evaluation_average needs the params"),
+        (lambda: evaluation_params(muon(0.1).init(PARAMS), PARAMS), "0 averages"),
+        (lambda: evaluation_params([AVERAGES.init(PARAMS)] * 2, PARAMS), "2 averages"),
+        (lambda: evaluation_params(AVERAGES.init(PARAMS), PARAMS, share=2.0), "share must be"),
+        (lambda: lookahead_params(muon(0.1).init(PARAMS), PARAMS), "has 0 look-ahead states"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make, words):

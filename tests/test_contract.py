@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from equinox import apply_updates, combine, filter, filter_value_and_grad, is_inexact_array, nn
-from flax import linen, nnx
-from flax.training import train_state
+from factories import DECAY, RATE, make
+from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 import muon_jax
@@ -21,28 +20,36 @@ TREES = {
     "matrix_axes": {"block": None, "stack": muon_jax.MatrixAxes(-1, -2), "embed": None},
 }
 PARTS = {"stack": muon_jax.MatrixAxes(split_fan_out=(1, 3))}
-RATE = optax.cosine_decay_schedule(0.02, 100)
-DECAY = optax.linear_schedule(0.1, 0.0, 100)
 
 
 def mesh():
     return jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
-# One Newton-Schulz step, which compiles faster than five.
+def quick(factory, *args, **settings):
+    """With decay, and one Newton-Schulz step, which compiles faster than five."""
+    return lambda: factory(*args, **{"weight_decay": 0.1, "ns_steps": 1} | settings)
+
+
+def row(name, **settings):
+    return lambda: make(name, **{"weight_decay": 0.1} | settings)
+
+
 TRANSFORMATIONS = {
-    "muon": lambda: muon_jax.muon(0.02, weight_decay=0.1, ns_steps=1),
-    "muon with schedules and rules": lambda: muon_jax.muon(
+    name: row(name)
+    for name in ("muon", "int4", "adamuon", "low_rank", "muonbp", "dion", "splus", "gluon")
+} | {
+    "muon with schedules and rules": quick(
+        muon_jax.muon,
         RATE,
         weight_decay=DECAY,
         mu_dtype=jnp.bfloat16,
         momentum="optax",
         routing=[("gate", "frozen")],
-        ns_steps=1,
     ),
-    "muon with trees": lambda: muon_jax.muon(0.02, weight_decay=DECAY, ns_steps=1, **TREES),
-    "optax_muon": lambda: muon_jax.optax_muon(0.02, ns_steps=1, weight_decay=0.1),
-    "muon on a mesh": lambda: muon_jax.muon(0.02, weight_decay=0.1, ns_steps=1, mesh=mesh()),
+    "muon with trees": quick(muon_jax.muon, 0.02, weight_decay=DECAY, **TREES),
+    "optax_muon": quick(muon_jax.optax_muon, 0.02),
+    "muon on a mesh": lambda: quick(muon_jax.muon, 0.02, mesh=mesh())(),
     "scale_by_muon": lambda: optax.chain(
         muon_jax.scale_by_muon(
             momentum="heavy_ball",
@@ -50,43 +57,28 @@ TRANSFORMATIONS = {
         ),
         optax.scale_by_learning_rate(0.02),
     ),
-    "int8": lambda: muon_jax.muon(
-        0.02,
-        weight_decay=0.1,
-        mu_dtype=jnp.int8,
-        cautious_weight_decay=True,
-        other_optimizer="lion",
-        ns_steps=1,
-    ),
-    "int4": lambda: muon_jax.muon(0.02, weight_decay=0.1, mu_dtype=jnp.int4, ns_steps=1),
-    "normuon": lambda: muon_jax.normuon(0.02, weight_decay=0.1, ns_steps=1, matrix_axes=PARTS),
-    "adamuon": lambda: muon_jax.adamuon(0.02, weight_decay=0.1, ns_steps=1),
-    "low_rank": lambda: muon_jax.low_rank(0.02, 2, weight_decay=0.1),
-    "muonbp": lambda: muon_jax.muonbp(0.02, period=2, blocks=(2, 2), weight_decay=0.1, ns_steps=1),
-    "dion": lambda: muon_jax.dion(0.02, rank=2, weight_decay=0.1),
-    "dion3": lambda: muon_jax.dion3(0.02, fraction=0.5, weight_decay=0.1, ns_steps=1),
-    "muown": lambda: muon_jax.muown(0.02, weight_decay=0.1, ns_steps=1),
-    "muloco": lambda: muon_jax.muloco(muon_jax.muon(0.02, weight_decay=0.1, ns_steps=1), every=2),
+    "int8": row("int8", cautious_weight_decay=True, other_optimizer="lion"),
+    "normuon": row("normuon", matrix_axes=PARTS),
+    "dion3": quick(muon_jax.dion3, 0.02, fraction=0.5),
+    "muown": quick(muon_jax.muown, 0.02),
+    "muloco": lambda: muon_jax.muloco(quick(muon_jax.muon, 0.02)(), every=2),
     "lookahead": lambda: optax.chain(
         muon_jax.muon(0.02, beta=RATE, ns_steps=1), muon_jax.lookahead(RATE)
     ),
-    # The longer side, without an eigenbasis of its own after one gradient, is left as it is.
-    "splus": lambda: muon_jax.splus(0.2, every=2, max_dim=5, weight_decay=0.1),
-    "muonh": lambda: muon_jax.muonh(0.02, ns_steps=1, matrix_axes=PARTS),
-    "hooks": lambda: muon_jax.muon(
+    "muonh": quick(muon_jax.muonh, 0.02, weight_decay=0.0, matrix_axes=PARTS),
+    "hooks": quick(
+        muon_jax.muon,
         0.02,
         before=[muon_jax.equilibrate(), muon_jax.second_moment()],
         after=[muon_jax.snap_norm(), muon_jax.noise_scale()],
         constraint=[muon_jax.update_floor(), muon_jax.spectral_sphere(), muon_jax.radial_brake()],
-        weight_decay=0.1,
-        ns_steps=1,
     ),
-    "spel": lambda: muon_jax.spel(0.02, weight_decay=0.1, ns_steps=1),
-    "aurora": lambda: muon_jax.aurora(0.02, weight_decay=0.1, ns_steps=1),
+    "spel": quick(muon_jax.spel, 0.02),
+    "aurora": quick(muon_jax.aurora, 0.02),
+    # The longer side, without an eigenbasis of its own after one gradient, is left as it is.
     "soap": lambda: muon_jax.soap(0.02, every=2, max_dim=5, weight_decay=0.1),
-    "polargrad": lambda: muon_jax.polargrad(0.02, weight_decay=0.1, ns_steps=1),
-    "scion": lambda: muon_jax.scion(2**-9, constrained=True, ns_steps=1),
-    "gluon": lambda: muon_jax.gluon(smoothness=(0.5, 9.0), weight_decay=0.1, ns_steps=1),
+    "polargrad": quick(muon_jax.polargrad, 0.02),
+    "scion": row("scion", weight_decay=0.0, constrained=True),
 }
 
 # What is kept for whole rows, columns or directions of the matrices, and for parts of them.
@@ -178,8 +170,16 @@ def train(tx, params, steps=4, step=None):
 
 
 @functools.cache
+def made(name):
+    """The transformation, params, and a step that is compiled once for many tests."""
+    tx = TRANSFORMATIONS[name]()
+    return tx, params_for(name), make_step(tx)
+
+
+@functools.cache
 def trained(name):
-    return train(TRANSFORMATIONS[name](), params_for(name))
+    tx, params, step = made(name)
+    return train(tx, params, step=step)
 
 
 def assert_close(ours, theirs):
@@ -192,7 +192,7 @@ def assert_close(ours, theirs):
 
 @every_transformation
 def test_the_state_keeps_structure_and_dtypes_and_is_traced_once(name):
-    tx, params = TRANSFORMATIONS[name](), params_for(name)
+    tx, params, _ = made(name)
     step = make_step(tx)
     before = signature(tx.init(params))
     trained, state = train(tx, params, step=step)
@@ -210,7 +210,7 @@ def moving(params):
 
 @every_transformation
 def test_the_state_is_named_tuples_shaped_like_the_params(name):
-    tx, params = TRANSFORMATIONS[name](), params_for(name)
+    tx, params, _ = made(name)
 
     def check(node):
         if isinstance(node, tuple):
@@ -232,7 +232,7 @@ def test_the_state_is_named_tuples_shaped_like_the_params(name):
 
 @every_transformation
 def test_tree_map_params_finds_the_moments(name):
-    tx, params = TRANSFORMATIONS[name](), params_for(name)
+    tx, params, _ = made(name)
     state = tx.init(params)
     marked = optax.tree_map_params(
         tx, lambda _: "moment", state, transform_non_params=lambda _: "other"
@@ -243,7 +243,7 @@ def test_tree_map_params_finds_the_moments(name):
 
 @every_transformation
 def test_init_and_update_work_on_shapes_alone(name):
-    tx, params = TRANSFORMATIONS[name](), params_for(name)
+    tx, params, _ = made(name)
     state = jax.eval_shape(tx.init, params)
     assert signature(state) == signature(tx.init(params))
     updates, after = jax.eval_shape(tx.update, params, state, params)
@@ -252,8 +252,7 @@ def test_init_and_update_work_on_shapes_alone(name):
 
 @every_transformation
 def test_orbax_restores_the_state_bit_for_bit(name, tmp_path):
-    tx, params = TRANSFORMATIONS[name](), params_for(name)
-    step = make_step(tx)
+    tx, params, step = made(name)
     saved = train(tx, params, steps=2, step=step)
     ocp.save(tmp_path / "step_2", saved)
     target = jax.tree.map(
@@ -267,7 +266,7 @@ def test_orbax_restores_the_state_bit_for_bit(name, tmp_path):
 
 @every_transformation
 def test_buffers_may_be_donated(name):
-    tx, params = TRANSFORMATIONS[name](), params_for(name)
+    tx, params = made(name)[0], params_for(name)
     donating = jax.jit(make_step(tx), donate_argnums=(0, 1))
     assert_same_bits(train(tx, params, step=donating), trained(name))
     assert all(x.is_deleted() for x in jax.tree.leaves(params))
@@ -287,7 +286,8 @@ WRAPPERS = {
 @every_transformation
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrappers_change_nothing(name, wrapper):
-    wrapped, params = WRAPPERS[wrapper](TRANSFORMATIONS[name]()), params_for(name)
+    tx, params, _ = made(name)
+    wrapped = WRAPPERS[wrapper](tx)
     step = make_step(wrapped)
     ours, state = train(wrapped, params, step=step)
     assert step._cache_size() == 1
@@ -297,7 +297,7 @@ def test_wrappers_change_nothing(name, wrapper):
 
 @every_transformation
 def test_multi_steps_averages(name):
-    tx, params = TRANSFORMATIONS[name](), params_for(name)
+    tx, params, plain = made(name)
     several = optax.MultiSteps(tx, 2)
     step, state = make_step(several), several.init(params)
     first, second = gradients(params, 0), gradients(params, 50)
@@ -305,18 +305,18 @@ def test_multi_steps_averages(name):
     assert_same_bits(half, params)
     ours, _ = step(half, state, second)
     mean = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
-    assert_close(ours, make_step(tx)(params, tx.init(params), mean)[0])
+    assert_close(ours, plain(params, tx.init(params), mean)[0])
 
 
 @every_transformation
 def test_apply_if_finite_skips_a_bad_step(name):
-    tx, params = TRANSFORMATIONS[name](), params_for(name)
+    tx, params, plain = made(name)
     guarded = optax.apply_if_finite(tx, 3)
     bad = jax.tree.map(lambda x: x.at[..., 0].set(jnp.nan), params)
     step, state = make_step(guarded), guarded.init(params)
     ours, state = step(params, state, bad)
     assert_same_bits(ours, params)
-    assert_close(step(ours, state, params)[0], make_step(tx)(params, tx.init(params), params)[0])
+    assert_close(step(ours, state, params)[0], plain(params, tx.init(params), params)[0])
 
 
 def test_inject_hyperparams():
@@ -334,37 +334,30 @@ def test_inject_hyperparams():
         train(optax.inject_hyperparams(muon_jax.muon)(learning_rate=0.1, ns_steps=5), params)
 
 
-def test_inject_hyperparams_changes_the_rate_between_steps():
-    tx, params = optax.inject_hyperparams(muon_jax.muon)(learning_rate=0.02), params_for("muon")
-    step, state = make_step(tx), tx.init(params)
-    g = gradients(params, 0)
-    full = jax.tree.map(jnp.subtract, step(params, state, g)[0], params)
-    state.hyperparams["learning_rate"] = jnp.asarray(0.01, jnp.float32)
-    half = jax.tree.map(jnp.subtract, step(params, state, g)[0], params)
-    assert_close(jax.tree.map(lambda u: 2 * u, half), full)
-    assert step._cache_size() == 1
-
-
 # --- Inside JAX's transformations ------------------------------------------------------------
 
 
-@every_transformation
+# The others take ten eager steps beside float64 NumPy in `test_variants.py` and `test_muon.py`.
+@pytest.mark.parametrize(
+    "name",
+    ["muon on a mesh", "muonbp", "splus", "muown", "muloco", "lookahead", "hooks", "spel"]
+    + ["soap", "polargrad", "aurora"],
+)
 def test_a_compiled_step_is_the_eager_step(name):
-    tx, params = TRANSFORMATIONS[name](), params_for(name)
+    tx, params, step = made(name)
     g, state = gradients(params, 0), tx.init(params)
     updates, after = tx.update(g, state, params)
-    compiled, compiled_state = make_step(tx)(params, state, g)
+    compiled, compiled_state = step(params, state, g)
     assert_close(compiled, optax.apply_updates(params, updates))
     assert_close(compiled_state, after)
 
 
 @every_transformation
 def test_vmap_over_models(name):
-    tx = TRANSFORMATIONS[name]()
+    tx, _, step = made(name)
     models = [params_for(name, seed) for seed in (0, 100)]
     grads = [gradients(params, 7 * n) for n, params in enumerate(models)]
     stacked, stacked_grads = (jax.tree.map(lambda *x: jnp.stack(x), *t) for t in (models, grads))
-    step = make_step(tx)
     ours, _ = jax.vmap(step)(stacked, jax.vmap(tx.init)(stacked), stacked_grads)
     one_by_one = [step(p, tx.init(p), g)[0] for p, g in zip(models, grads, strict=True)]
     assert_close(ours, jax.tree.map(lambda *x: jnp.stack(x), *one_by_one))
@@ -372,112 +365,21 @@ def test_vmap_over_models(name):
 
 @every_transformation
 def test_scan_over_steps(name):
-    tx, params = TRANSFORMATIONS[name](), params_for(name)
+    tx, params, step = made(name)
     grads = [gradients(params, 10 * seed) for seed in range(4)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *grads)
-    step = make_step(tx)
     ours, _ = jax.lax.scan(
         lambda carry, g: (step(*carry, g), None), (params, tx.init(params)), stacked
     )
     assert_close(ours[0], trained(name)[0])
 
 
-# --- With the frameworks' own models ---------------------------------------------------------
-
-X = normal((16, 4), 0)
-Y = jnp.sin(X @ normal((4, 3), 1))
-
-
-def falls(losses):
-    return losses[-1] < 0.5 * losses[0] and np.all(np.isfinite(losses))
-
-
-def hybrid():
-    return muon_jax.muon(0.05, weight_decay=0.01, adam_learning_rate=0.02)
-
-
-class NnxNet(nnx.Module):
-    def __init__(self, rngs):
-        self.up, self.out = nnx.Linear(4, 16, rngs=rngs), nnx.Linear(16, 3, rngs=rngs)
-        self.norm, self.drop = nnx.LayerNorm(16, rngs=rngs), nnx.Dropout(0.0, rngs=rngs)
-
-    def __call__(self, x):
-        return self.out(self.drop(self.norm(jnp.tanh(self.up(x)))))
-
-
-class NnxVector(nnx.Module):
-    def __init__(self):
-        self.bias = nnx.Param(jnp.zeros(3))
-
-    def __call__(self, x):
-        return jnp.broadcast_to(self.bias[...], (len(x), 3))
-
-
-def train_nnx(model, y):
-    optimizer = nnx.Optimizer(model, hybrid(), wrt=nnx.Param)
-
-    @nnx.jit
-    def step(model, optimizer):
-        loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(X) - y) ** 2))(model)
-        optimizer.update(model, grads)
-        return loss
-
-    return [float(step(model, optimizer)) for _ in range(60)]
-
-
-def train_linen():
-    class Net(linen.Module):
-        @linen.compact
-        def __call__(self, x):
-            init = linen.with_partitioning(linen.initializers.lecun_normal(), (None, "tp"))
-            return linen.Dense(3)(jnp.tanh(linen.Dense(16, kernel_init=init)(x)))
-
-    net = Net()
-    params = net.init(jax.random.key(0), X)["params"]
-    state = train_state.TrainState.create(apply_fn=net.apply, params=params, tx=hybrid())
-
-    @jax.jit
-    def step(state):
-        loss_of = lambda p: jnp.mean((net.apply({"params": p}, X) - Y) ** 2)  # noqa: E731
-        loss, grads = jax.value_and_grad(loss_of)(state.params)
-        return state.apply_gradients(grads=grads), loss
-
-    losses = []
-    for _ in range(60):
-        state, loss = step(state)
-        losses.append(float(loss))
-    return losses
-
-
-def train_equinox():
-    model = nn.MLP(4, 3, 16, 1, key=jax.random.key(0))
-    tx = hybrid()
-    params, static = filter(model, is_inexact_array), filter(model, is_inexact_array, inverse=True)
-    state, losses = tx.init(params), []
-
-    @jax.jit
-    def step(params, state):
-        loss_of = lambda p: jnp.mean((jax.vmap(combine(p, static))(X) - Y) ** 2)  # noqa: E731
-        loss, grads = filter_value_and_grad(loss_of)(params)
-        updates, state = tx.update(grads, state, params)
-        return apply_updates(params, updates), state, loss
-
-    for _ in range(60):
-        params, state, loss = step(params, state)
-        losses.append(float(loss))
-    return losses
-
-
-@pytest.mark.parametrize(
-    "train_model",
-    [
-        lambda: train_nnx(NnxNet(nnx.Rngs(0)), Y),
-        # flax issue 4901: optax's Muon fails in nnx.Optimizer where no parameter is a matrix.
-        lambda: train_nnx(NnxVector(), jnp.ones((16, 3))),
-        train_linen,
-        train_equinox,
-    ],
-    ids=["nnx", "nnx vector only", "linen", "equinox"],
-)
-def test_the_loss_of_a_real_model_falls(train_model):
-    assert falls(train_model())
+def test_a_module_without_matrices_trains_in_nnx():
+    """flax issue 4901: optax's Muon fails in `nnx.Optimizer` where no parameter is a matrix."""
+    model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, muon_jax.muon(0.05), wrt=nnx.Param)
+    before = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    grads = nnx.grad(lambda model: jnp.sum((model(jnp.eye(4, 3)) - 1) ** 2))(model)
+    optimizer.update(model, grads)
+    after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), before, after)))

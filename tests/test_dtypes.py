@@ -1,5 +1,7 @@
 """An update has its gradient's dtype and a state's dtype never changes, whatever the options."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,11 +34,17 @@ def signature(tree):
     return jax.tree.structure(tree), leaves
 
 
-@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+x64_and_dtype = pytest.mark.parametrize(
+    # The "schedules" store bfloat16 beside float16: bfloat16 alone is promoted as float16 is.
+    ("x64", "dtype"),
+    [*itertools.product([False, True], [jnp.float32, jnp.float16])],
+)
+
+
+@x64_and_dtype
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", FACTORIES)
-def test_dtypes_stay(name, option, dtype, x64):
+def test_dtypes_stay(name, option, x64, dtype):
     with jax.enable_x64(x64):
         options = OPTIONS[option]()
         if name in ("int8", "int4"):
@@ -52,10 +60,9 @@ def test_dtypes_stay(name, option, dtype, x64):
         assert signature(after) == signature(state)
 
 
-@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@x64_and_dtype
 @pytest.mark.parametrize("name", SCALE_BY)
-def test_dtypes_of_the_matrices_alone_stay(name, dtype, x64):
+def test_dtypes_of_the_matrices_alone_stay(name, x64, dtype):
     with jax.enable_x64(x64):
         tx = SCALE_BY[name](**{} if name == "int8" else {"mu_dtype": jnp.float32})
         params = jax.eval_shape(lambda: {"stack": draw(dtype)["stack"]})

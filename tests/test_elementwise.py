@@ -5,15 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trajectories import gaussian
 
 import muon_jax
 from muon_jax._elementwise import scale_by_adam, scale_by_lion, sign_of_momentum, trace
-
-
-def normal(seed, dtype=np.float32):
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(3, 5))
-    return (x + 1j * rng.normal(size=(3, 5)) if np.dtype(dtype).kind == "c" else x).astype(dtype)
 
 
 def directions(tx, grads):
@@ -55,14 +50,16 @@ PAIRS = {
 def test_ten_steps_of_optax(case, dtype):
     if dtype == np.complex64 and case == "mu_dtype":
         return  # Optax drops the imaginary part
-    grads = [normal(seed, dtype) for seed in range(10)]
+    grads = [gaussian(3, 5, seed=seed, dtype=dtype) for seed in range(10)]
     (ours, _), (theirs, _) = (directions(make(), grads) for make in PAIRS[case])
     assert ours.dtype == theirs.dtype
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=2e-7)
 
 
 def test_the_second_moment_of_complex_leaves_is_real():
-    _, state = directions(scale_by_adam(0.9, 0.95, mu_dtype=jnp.bfloat16), [normal(0, "complex64")])
+    _, state = directions(
+        scale_by_adam(0.9, 0.95, mu_dtype=jnp.bfloat16), [gaussian(3, 5, dtype="complex64")]
+    )
     assert (state.mu["w"].dtype, state.nu["w"].dtype) == (jnp.complex64, jnp.float32)
 
 

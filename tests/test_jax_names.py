@@ -25,10 +25,8 @@ IN_USE = {
         "jax.extend.mlir.dialects",
         "jax.interpreters",
     },
-    "tests/test_newton_schulz.py": {"jax.extend"},
-    "tests/test_precision.py": {"jax.extend"},
-    "tests/test_symmetric.py": {"jax.extend"},
     "tests/test_trace_routing.py": {"jax.experimental", "jax.experimental.custom_partitioning"},
+    "tests/trajectories.py": {"jax.extend"},
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of, place
 from optax.contrib import _muon as optax_muon
+from trajectories import gaussian, relative_error
 
 import muon_jax
 from muon_jax._orthogonalize import newton_schulz as _newton_schulz
@@ -17,18 +18,8 @@ from muon_jax._orthogonalize.coefficients import NORMALIZATIONS
 ROW = (3.4445, -4.7750, 2.0315)
 
 
-def normal(shape, dtype=np.float32, seed=0):
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=shape)
-    return (x + 1j * rng.normal(size=shape) if dtype == np.complex64 else x).astype(dtype)
-
-
 def schedule(normalization, **settings):
     return muon_jax.Schedule((), tail=ROW, steps=3, normalization=normalization, **settings)
-
-
-def relative_error(ours, theirs):
-    return np.linalg.norm(np.asarray(ours) - np.asarray(theirs)) / np.linalg.norm(theirs)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.complex64])
@@ -37,7 +28,7 @@ def relative_error(ours, theirs):
 def test_every_normalization_is_optaxs(normalization, shape, dtype):
     if (normalization, dtype) == ("schatten", np.complex64):
         pytest.skip("optax's does not conjugate here, and is NaN")
-    x = jnp.asarray(normal(shape, dtype))
+    x = jnp.asarray(gaussian(*shape, dtype=dtype))
     expected = optax_muon.orthogonalize_via_newton_schulz(x, jnp.asarray(ROW), 3, normalization)
     for method in ("standard", "gram"):
         ours = muon_jax.newton_schulz(x, coeffs=schedule(normalization), method=method)
@@ -55,7 +46,7 @@ NORMS = {
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_the_norm_is_what_its_name_says_and_safety_divides_too(normalization):
     """In NumPy, of complex matrices as well, whose every second is far larger."""
-    x = normal((2, 6, 10), np.complex64) * np.float32([[[1]], [[1e20]]])
+    x = gaussian(2, 6, 10, dtype=np.complex64) * np.float32([[[1]], [[1e20]]])
     only_a = muon_jax.Schedule(((1.0, 0.0, 0.0),), normalization=normalization, safety=1.25)
     ours = muon_jax.newton_schulz(x, coeffs=only_a)
     for y, matrix in zip(ours, x.astype(np.complex128), strict=True):
@@ -64,7 +55,7 @@ def test_the_norm_is_what_its_name_says_and_safety_divides_too(normalization):
 
 @pytest.mark.parametrize("method", ["standard", "gram"])
 def test_panels_of_complex_matrices_mirror_with_conjugation(method, monkeypatch):
-    x = normal((2, 40, 70), np.complex64)
+    x = gaussian(2, 40, 70, dtype=np.complex64)
     run = functools.partial(muon_jax.newton_schulz, coeffs="exact", method=method, steps=12)
     whole = run(x)
     monkeypatch.setattr(_newton_schulz, "panel_count", lambda *_: 2)
@@ -74,7 +65,7 @@ def test_panels_of_complex_matrices_mirror_with_conjugation(method, monkeypatch)
 
 
 def test_a_complex_matrix_keeps_its_dtype_under_a_low_precision():
-    x = normal((6, 10), np.complex64)
+    x = gaussian(6, 10, dtype=np.complex64)
     np.testing.assert_array_equal(
         muon_jax.newton_schulz(x, dtype=jnp.bfloat16), muon_jax.newton_schulz(x)
     )
@@ -89,7 +80,8 @@ SPECS = {"rows": P("a", None), "columns": P(None, ("a", "b")), "both": P("b", "a
 def test_a_mesh_changes_nothing(normalization, dtype, spec):
     """Also of squares, whose sides AOL tells apart; bfloat16 leaves complex ones alone."""
     mesh = mesh_of("Explicit", a=4, b=2)
-    grads = {"square": normal((16, 16), dtype), "tall": normal((32, 16), dtype, 1)}
+    grads = {"square": gaussian(16, 16, dtype=dtype)}
+    grads["tall"] = gaussian(32, 16, seed=1, dtype=dtype)
     low = jnp.bfloat16 if dtype == np.complex64 else None
     run = functools.partial(muon_jax.newton_schulz, coeffs=schedule(normalization), dtype=low)
     tx = muon_jax.scale_by_muon(orthogonalizer=run)

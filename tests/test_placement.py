@@ -5,8 +5,6 @@ import subprocess
 import sys
 import textwrap
 
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +16,6 @@ from orbax.checkpoint import v1 as ocp
 from trajectories import relative_error
 
 import muon_jax
-from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
-from muon_jax._sharding.assignment import plan_buckets
-from muon_jax._sharding.buckets import Stack
-from muon_jax._sharding.exchange import _pack_symmetric, _unpack_symmetric
 
 
 def normal(shape, seed=0, dtype=np.float32):
@@ -88,9 +82,9 @@ PARTLY_REPLICATED = {
 }
 
 
-def alone(params, **settings):
-    """The update on one device."""
-    tx = muon_jax.muon(0.02, **settings)
+def alone(params, tx=None, **settings):
+    """The update on one device, of Muon by default."""
+    tx = tx or muon_jax.muon(0.02, **settings)
     g = jax.tree.map(jnp.asarray, params)
     return jax.jit(tx.update)(g, tx.init(g), g)[0]
 
@@ -101,6 +95,13 @@ def spread(params, specs, mesh, told=False, **settings):
     told = {"shardings": shardings} if told else {}
     tx = muon_jax.muon(0.02, mesh=mesh, **told, **settings)
     return jax.jit(tx.update)(placed, tx.init(placed), placed), shardings
+
+
+def assert_alike(case, kind, told=False, **settings):
+    """The update on a mesh is that of one device."""
+    sizes, params, specs = CASES[case]
+    (updates, _), _ = spread(params, specs, mesh_of(kind, **sizes), told, **settings)
+    assert relative_error(updates, alone(params, **settings)) < TOLERANCE
 
 
 @every_kind
@@ -121,9 +122,7 @@ def test_the_update_equals_that_of_one_device_and_lies_like_its_parameter(case, 
 
 @pytest.mark.parametrize("case", ["fsdp × tp", "experts over one axis, fan_in over another"])
 def test_shardings_may_be_told_under_auto_axes(case):
-    sizes, params, specs = CASES[case]
-    (updates, _), _ = spread(params, specs, mesh_of("Auto", **sizes), told=True)
-    assert relative_error(updates, alone(params)) < TOLERANCE
+    assert_alike(case, "Auto", told=True)
 
 
 @every_kind
@@ -160,10 +159,9 @@ def test_the_mesh_is_found(how, kind):
 @pytest.mark.parametrize("case", ["fsdp, stacked", "fsdp, a remainder", "experts first, over all"])
 @every_kind
 def test_chunks_change_nothing(case, kind):
-    sizes, params, specs = CASES[case]
-    (updates, _), _ = spread(params, specs, mesh_of(kind, **sizes), chunk_size=1)
-    assert relative_error(updates, alone(params)) < TOLERANCE
-    assert relative_error(alone(params, chunk_size=2), alone(params)) < TOLERANCE
+    _, params, _ = CASES[case]
+    assert_alike(case, kind, chunk_size=1)
+    assert relative_error(alone(params, chunk_size=1), alone(params)) < TOLERANCE
 
 
 def by_fan_in(x):
@@ -174,10 +172,7 @@ def by_fan_in(x):
 @every_kind
 @pytest.mark.parametrize("case", ["fsdp, fan_out", "fsdp, a remainder", "fsdp × tp, long over tp"])
 def test_any_orthogonalizer_sees_whole_matrices_as_they_are(case, kind):
-    sizes, params, specs = CASES[case]
-    settings = {"orthogonalizer": by_fan_in}
-    (updates, _), _ = spread(params, specs, mesh_of(kind, **sizes), **settings)
-    assert relative_error(updates, alone(params, **settings)) < TOLERANCE
+    assert_alike(case, kind, orthogonalizer=by_fan_in)
 
 
 @every_kind
@@ -232,9 +227,7 @@ def inside(params, specs, mesh, axis_names=None, **settings):
 
 
 def alone_unscaled(params):
-    tx = muon_jax.scale_by_muon()
-    g = jax.tree.map(jnp.asarray, params)
-    return jax.jit(tx.update)(g, tx.init(g))[0]
+    return alone(params, muon_jax.scale_by_muon())
 
 
 @every_kind
@@ -296,51 +289,6 @@ def test_shardings_that_do_not_fit_are_refused(spec, message):
 def test_a_chunk_holds_at_least_one_matrix(chunk_size):
     with pytest.raises((TypeError, ValueError), match="chunk_size must be an integer"):
         muon_jax.muon(0.02, chunk_size=chunk_size)
-
-
-# --- The assignment --------------------------------------------------------------------------
-
-stacks = st.builds(
-    Stack,
-    matrices=st.integers(1, 40),
-    fan_in=st.sampled_from([16, 64]),
-    fan_out=st.sampled_from([16, 64, 256]),
-    batch_axes=st.just(()),
-    in_axes=st.sampled_from([(), ("a",), ("b", "a")]),
-    out_axes=st.sampled_from([(), ("c",)]),
-    dtype=st.sampled_from([np.dtype("float32"), jnp.dtype("bfloat16")]),
-)
-
-
-@hypothesis.settings(deadline=None, max_examples=60)
-@hypothesis.given(st.lists(stacks, min_size=1, max_size=5), st.sampled_from([2, 3, 8]))
-def test_every_matrix_is_assigned_once_and_stays_in_one_group(found, size):
-    sizes = (("a", size), ("b", 2), ("c", 2))
-    seen = {i: [] for i in range(len(found))}
-    for bucket in plan_buckets(tuple(found), sizes, NewtonSchulz(), "cpu"):
-        for span in bucket.spans:
-            seen[span.stack] += range(span.start, span.stop)
-        table, shared = bucket.assign_slots()
-        assert table.shape == shared.shape == (bucket.devices, bucket.slots)
-        tiles = sum(span.matrices * span.tiles for span in bucket.spans)
-        np.testing.assert_array_equal(np.sort(table[table >= 0]), np.arange(tiles))
-        first = 0
-        for span in bucket.spans:
-            for _ in range(span.matrices):
-                device, slot = np.nonzero((table >= first) & (table < first + span.tiles))
-                assert len(set(slot)) == len(set(device // bucket.width)) == 1
-                assert shared[device, slot].all() == (span.tiles > 1)
-                first += span.tiles
-    assert all(sorted(seen[i]) == list(range(b.matrices)) for i, b in enumerate(found))
-
-
-@pytest.mark.parametrize("n", [2, 6, 7])
-def test_a_symmetric_matrix_is_packed_without_loss(n):
-    x = normal((3, n, n))
-    x = jnp.asarray(x + np.swapaxes(x, 1, 2))
-    packed = _pack_symmetric(x)
-    assert n % 2 or packed.size == 3 * n * (n + 1) // 2
-    np.testing.assert_array_equal(_unpack_symmetric(packed), x)
 
 
 # --- Processes and checkpoints ---------------------------------------------------------------

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.extend import core as jax_core
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of, place
+from trajectories import equations
 
 import muon_jax
 from muon_jax import scale_by_muon
@@ -117,30 +117,6 @@ def test_the_shape_scale_acts_in_float32(scale, dtype):
     assert abs(ratios.mean()) < jnp.finfo(dtype).eps / 50
 
 
-OPTIONS = {
-    "plain": {},
-    "float32": {"mu_dtype": jnp.float32},
-    "int8": {"mu_dtype": jnp.int8},
-    "int4": {"mu_dtype": jnp.int4},
-    "optax": {"momentum": "optax", "beta": np.float32(0.9)},
-}
-
-
-@pytest.mark.parametrize("x64", [False, True])
-@pytest.mark.parametrize("option", OPTIONS)
-def test_dtypes_stay(option, x64):
-    def dtypes(tree):
-        return jax.tree.map(lambda x: x.dtype, tree)
-
-    with jax.enable_x64(x64):
-        grads = {d: jnp.ones((4, 6), d) for d in ("float32", *LOW, *["float64"] * x64)}
-        tx = scale_by_muon(**OPTIONS[option], orthogonalizer=identity)
-        state = tx.init(grads)
-        for _ in range(2):
-            updates, after = jax.eval_shape(tx.update, grads, state)
-            assert dtypes(updates) == dtypes(grads) and dtypes(after) == dtypes(state)
-
-
 @pytest.mark.parametrize("mu_dtype", ["float32", *LOW])
 @pytest.mark.parametrize("momentum", ["ema", "heavy_ball", "optax"])
 def test_a_sum_beyond_the_range_becomes_the_largest_number(momentum, mu_dtype):
@@ -162,13 +138,6 @@ def test_complex_momentum_keeps_its_dtype_and_int8_is_refused():
     for dtype in ("int8", "int4"):
         with pytest.raises(ValueError, match=rf"{dtype}.*complex64"):
             scale_by_muon(mu_dtype=dtype).init(g)
-
-
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax_core.jaxprs_in_params(equation.params):
-            yield from equations(inner)
 
 
 def test_devices_sum_in_float32():
@@ -228,7 +197,6 @@ MISTAKES = {
     "not finite": (coefficients((1.0, np.nan, 2.0)), ["coeffs", "finite", "nan"]),
     "infinite in a row": (coefficients([(1.0, np.inf, 2.0)]), ["coeffs", "finite", "inf"]),
     "not a number": (coefficients([(1.0, "b", 2.0)]), ["coeffs", "a number", "'b'"]),
-    "too short": (coefficients([(1.0, 2.0)]), ["coeffs", RULE, "(1.0, 2.0)"]),
     "eps": (lambda: muon_jax.newton_schulz(ONES, eps=-1.0), ["eps", "at least 0", "-1"]),
     "eps not a number": (lambda: muon_jax.newton_schulz(ONES, eps=np.nan), ["eps", "nan"]),
     "rows": (lambda: muon_jax.Schedule(None), ["Schedule.rows", RULE, "None"]),
@@ -237,7 +205,6 @@ MISTAKES = {
     "safety": (lambda: muon_jax.Schedule(((1, 2, 3),), safety=0), ["safety", "greater than 0"]),
     "beta": (lambda: scale_by_muon(beta=1.0), ["beta", "less than 1", "1.0"]),
     "no beta": (lambda: scale_by_muon(beta=None), ["beta", "a number", "None"]),
-    "chunks": (lambda: scale_by_muon(chunk_size=2.5), ["chunk_size", "integer", "2.5"]),
     "a name": (lambda: scale_by_muon(orthogonalizer="exact"), ["orthogonalizer", "'exact'"]),
     "another shape": (lambda: update(orthogonalizer=lambda x: x @ x.mT), ["(4, 6)", "(4, 4)"]),
     "nothing": (lambda: update(orthogonalizer=lambda x: None), ["(4, 6)", "NoneType"]),

@@ -6,13 +6,12 @@ with `pip install torch absl-py`.
 
 import functools
 
-import numpy as np
 import pytest
-from trajectories import GRADS, KERNELS, PARAMS, distance, run
+from trajectories import GRADS, KERNELS, PARAMS, distance, of_torch, run
 
 import muon_jax
 
-torch = pytest.importorskip("torch", reason="parity needs torch: pip install -e '.[parity]'")
+pytest.importorskip("torch", reason="parity needs torch: pip install -e '.[parity]'")
 pytest.importorskip("emerging_optimizers", reason="needs a checkout of NVIDIA Emerging-Optimizers")
 
 # Theirs, and torch's compiler under them.
@@ -26,23 +25,10 @@ THEIRS = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1, "nesterov": True} |
 SCALED = THEIRS | {"scale_mode": "shape_scaling"}
 
 
-def steps_of(make):
-    """The kernels after each step of `make(param)`; torch has the output first."""
-    ways = {}
-    for name in KERNELS:
-        tensor = torch.nn.Parameter(torch.tensor(PARAMS[name].T.copy()))
-        optimizer, ways[name] = make(tensor), []
-        for g in GRADS:
-            tensor.grad = torch.tensor(g[name].T.copy())
-            optimizer.step()
-            ways[name].append(np.copy(tensor.detach().numpy().T))
-    return [dict(zip(ways, leaves, strict=True)) for leaves in zip(*ways.values(), strict=True)]
-
-
 def agree(ours, make):
     kernels = [{name: tree[name] for name in KERNELS} for tree in (PARAMS, *GRADS)]
     trajectory, _ = run(ours, kernels[0], kernels[1:], jit=True)
-    assert distance(trajectory, steps_of(make)) < BOTH_ROUND
+    assert distance(trajectory, of_torch(make)) < BOTH_ROUND
 
 
 def test_muon():

@@ -1,31 +1,26 @@
 """What accelerators do otherwise: products rounded once, upright matrices, leaves in one stack."""
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from meshes import mesh_of
-from trajectories import relative_error
+from trajectories import gaussian, relative_error
 
 import muon_jax
 from muon_jax import MatrixAxes
 from muon_jax._orthogonalize.newton_schulz import NewtonSchulz
 from muon_jax._sharding.assignment import _STACK_FLOPS, plan_buckets
 from muon_jax._sharding.buckets import Stack
+from muon_jax._sharding.exchange import _pack_symmetric, _unpack_symmetric
 from muon_jax._sharding.layout import Placing
-
-
-def gaussian(*shape, seed=0, dtype=np.float32):
-    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
 def on(platform, newton_schulz, x):
     y = newton_schulz(x, form=newton_schulz.form(*x.shape[-2:], x.dtype, platform))
     return np.asarray(y if jnp.iscomplexobj(x) else y.astype(jnp.float32))
-
-
-def distance(x, y):
-    return np.linalg.norm(x - y) / np.linalg.norm(y)
 
 
 @pytest.mark.parametrize("method", ["standard", "gram"])
@@ -38,7 +33,7 @@ def test_forms_of_accelerators_agree_with_the_cpus(coeffs, method):
         form = newton_schulz.form(*shape[-2:], z.dtype, "gpu")
         assert form.rounded and form.upright
         assert not newton_schulz.form(*shape[-2:], z.dtype, "cpu").rounded
-        assert distance(on("gpu", newton_schulz, z), on("cpu", newton_schulz, z)) < 1e-5
+        assert relative_error(on("gpu", newton_schulz, z), on("cpu", newton_schulz, z)) < 1e-5
 
 
 @pytest.mark.parametrize("method", ["standard", "gram"])
@@ -206,3 +201,48 @@ def test_a_norm_of_huge_and_tiny_entries_is_that_of_float64(platform):
     wide = x.astype(np.float64)
     exact = wide / np.linalg.norm(wide, axis=(1, 2), keepdims=True)
     np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-30)
+
+
+# --- The assignment --------------------------------------------------------------------------
+
+stacks = st.builds(
+    Stack,
+    matrices=st.integers(1, 40),
+    fan_in=st.sampled_from([16, 64]),
+    fan_out=st.sampled_from([16, 64, 256]),
+    batch_axes=st.just(()),
+    in_axes=st.sampled_from([(), ("a",), ("b", "a")]),
+    out_axes=st.sampled_from([(), ("c",)]),
+    dtype=st.sampled_from([np.dtype("float32"), jnp.dtype("bfloat16")]),
+)
+
+
+@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.given(st.lists(stacks, min_size=1, max_size=5), st.sampled_from([2, 3, 8]))
+def test_every_matrix_is_assigned_once_and_stays_in_one_group(found, size):
+    sizes = (("a", size), ("b", 2), ("c", 2))
+    seen = {i: [] for i in range(len(found))}
+    for bucket in plan_buckets(tuple(found), sizes, NewtonSchulz(), "cpu"):
+        for span in bucket.spans:
+            seen[span.stack] += range(span.start, span.stop)
+        table, shared = bucket.assign_slots()
+        assert table.shape == shared.shape == (bucket.devices, bucket.slots)
+        tiles = sum(span.matrices * span.tiles for span in bucket.spans)
+        np.testing.assert_array_equal(np.sort(table[table >= 0]), np.arange(tiles))
+        first = 0
+        for span in bucket.spans:
+            for _ in range(span.matrices):
+                device, slot = np.nonzero((table >= first) & (table < first + span.tiles))
+                assert len(set(slot)) == len(set(device // bucket.width)) == 1
+                assert shared[device, slot].all() == (span.tiles > 1)
+                first += span.tiles
+    assert all(sorted(seen[i]) == list(range(b.matrices)) for i, b in enumerate(found))
+
+
+@pytest.mark.parametrize("n", [2, 6, 7])
+def test_a_symmetric_matrix_is_packed_without_loss(n):
+    x = gaussian(3, n, n)
+    x = jnp.asarray(x + np.swapaxes(x, 1, 2))
+    packed = _pack_symmetric(x)
+    assert n % 2 or packed.size == 3 * n * (n + 1) // 2
+    np.testing.assert_array_equal(_unpack_symmetric(packed), x)

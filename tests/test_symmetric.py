@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend import core as jax_core
 from jax.sharding import AxisType
+from trajectories import gaussian
 
 import muon_jax
 from muon_jax._orthogonalize import newton_schulz as _newton_schulz
@@ -26,10 +26,6 @@ def panels(request, monkeypatch):
     """As many panels as the parameter says, whatever the size."""
     monkeypatch.setattr(_newton_schulz, "panel_count", lambda *_: request.param)
     return request.param
-
-
-def gaussian(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def commuting(n=N, seed=0):
@@ -152,13 +148,6 @@ def test_a_cpu_loops_over_a_stack_of_large_matrices(shape, method, monkeypatch):
         assert not solver.form(*shape[-2:], x.dtype, platform).one_by_one
 
 
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax_core.jaxprs_in_params(equation.params):
-            yield from equations(inner)
-
-
 def dot_flops(compiled):
     """FLOPs of the matrix products of a compiled program without loops."""
     flops, shapes = 0, {}
@@ -173,15 +162,24 @@ def dot_flops(compiled):
     return flops
 
 
-@pytest.mark.parametrize("shape", [(64, 96), (512, 512), (520, 700), (2048, 2048), (700, 520)])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *[("polar_express", (m, n)) for m, n in ((64, 96), (520, 700), (700, 520))],
+        *[("polar_express", (n, n)) for n in (512, 2048)],
+        *[(name, (64, 256)) for name in ("cubic", "aol", "jordan")],
+    ],
+)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_flops_are_those_of_the_compiled_program_exactly(shape, dtype):
-    steps = 2 if max(shape) > 1000 else 3
+def test_flops_are_those_of_the_compiled_program_exactly(name, shape, dtype):
+    steps = {"aol": None, "jordan": 5}.get(name, 2 if max(shape) > 1000 else 3)
     for method in ("standard", "gram"):
-        solver = NewtonSchulz("polar_express", steps, method=method)
+        solver = NewtonSchulz(name, steps, method=method)
         form = solver.form(*shape, dtype, "cpu")
         compiled = jax.jit(solver).lower(jax.ShapeDtypeStruct(shape, dtype)).compile()
-        assert dot_flops(compiled) == form.flops(*sorted(shape), solver.rows(dtype))
+        rescaling = 2 * min(shape) ** 2 * max(shape) if name == "aol" else 0
+        flops = form.flops(*sorted(shape), solver.rows(dtype)) + rescaling
+        assert dot_flops(compiled) == flops
 
 
 @pytest.mark.parametrize("count", PANELS)

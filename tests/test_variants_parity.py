@@ -2,9 +2,8 @@
 
 import functools
 
-import numpy as np
 import pytest
-from trajectories import GRADS, KERNELS, PARAMS, ROUNDING, distance, run
+from trajectories import KERNELS, ROUNDING, distance, of_torch, run
 
 from muon_jax import Ball, adamuon, evaluation_params, normuon, scion, splus
 
@@ -29,28 +28,6 @@ def theirs(torch, monkeypatch):
     return package
 
 
-def turned(x):
-    """Of a kernel; torch has its output first."""
-    return np.ascontiguousarray(np.transpose(x))
-
-
-def steps_of(torch, make, names=KERNELS, evaluate=False):
-    """The params after each step of `make(param)` for each leaf; or what it evaluates at last."""
-    ways = {}
-    for name in names:
-        tensor = torch.nn.Parameter(torch.tensor(turned(PARAMS[name])))
-        optimizer = make(tensor)
-        ways[name] = []
-        for g in GRADS:
-            tensor.grad = torch.tensor(turned(g[name]))
-            optimizer.step()
-            ways[name].append(turned(tensor.detach().numpy()).copy())
-        if evaluate:
-            optimizer.eval()
-            ways[name] = [turned(tensor.detach().numpy())]
-    return [dict(zip(ways, leaves, strict=True)) for leaves in zip(*ways.values(), strict=True)]
-
-
 def as_muon(make):
     return lambda tensor: make([{"params": [tensor], "use_muon": True}], lr=0.02, weight_decay=0.1)
 
@@ -63,10 +40,10 @@ def as_muon(make):
         ({"scale": "match_rms_adamw"}, {"use_adjusted_lr": True}),
     ],
 )
-def test_ten_steps_of_normuon(torch, theirs, ours, settings):
+def test_ten_steps_of_normuon(theirs, ours, settings):
     if settings == "the same":
         settings = {"nesterov": False, "momentum": ours["beta"], "beta2": ours["beta2"]}
-    expected = steps_of(torch, as_muon(functools.partial(theirs.NorMuon, **settings)))
+    expected = of_torch(as_muon(functools.partial(theirs.NorMuon, **settings)))
     assert distance(run(normuon(0.02, weight_decay=0.1, **ours))[0], expected) < ROUNDING
 
 
@@ -81,7 +58,7 @@ def test_ten_steps_of_adamuon(torch, theirs, monkeypatch):
         lambda u, **settings: iteration(torch.sign(u), **settings),
     )
     settings = {"betas": (0.9, 0.8), "eps": 1e-8}
-    expected = steps_of(torch, as_muon(functools.partial(theirs.AdaMuon, **settings)))
+    expected = of_torch(as_muon(functools.partial(theirs.AdaMuon, **settings)))
     ours = adamuon(0.02, weight_decay=0.1, beta=0.9, beta2=0.8, nesterov=False)
     assert distance(run(ours)[0], expected) < ROUNDING
 
@@ -97,21 +74,19 @@ def test_ten_steps_of_adamuon(torch, theirs, monkeypatch):
         ("bias_rms", "BIAS"),
     ],
 )
-def test_ten_steps_of_scion(torch, theirs, oracle, name, constrained):
+def test_ten_steps_of_scion(theirs, oracle, name, constrained):
     from pytorch_optimizer.optimizer.scion import LMONorm
 
     names = ("bias",) if name == "BIAS" else KERNELS
     settings = {"lr": 0.02, "momentum": 0.3, "scale": 5.0, "norm_type": LMONorm[name]}
-    expected = steps_of(
-        torch, lambda p: theirs.SCION([p], constraint=constrained, **settings), names
-    )
+    expected = of_torch(lambda p: theirs.SCION([p], constraint=constrained, **settings), names)
     balls = [("|".join(names), Ball(oracle, 5.0))]
     trajectory, _ = run(scion(0.02, alpha=0.3, constrained=constrained, balls=balls))
     assert distance(trajectory, expected) < ROUNDING
 
 
 @pytest.mark.parametrize("every", [1, 3, 100])
-def test_ten_steps_of_splus(torch, theirs, every):
+def test_ten_steps_of_splus(theirs, every):
     """On a square leaf: the longer side of another has no eigenbasis of its own at first."""
     settings = {"lr": 1.0, "betas": (0.8, 0.9), "ema_rate": 0.9, "weight_decay": 0.0}
 
@@ -120,6 +95,6 @@ def test_ten_steps_of_splus(torch, theirs, every):
 
     ours = splus(1.0, b1=0.8, b2=0.9, every=every, average=0.9)
     trajectory, state = run(ours, jit=True)
-    assert distance(trajectory, steps_of(torch, make, ["square"])) < ROUNDING
+    assert distance(trajectory, of_torch(make, ["square"])) < ROUNDING
     average = evaluation_params(state, trajectory[-1])
-    assert distance([average], steps_of(torch, make, ["square"], evaluate=True)) < ROUNDING
+    assert distance([average], of_torch(make, ["square"], evaluate=True)) < ROUNDING

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import reference
+from jax.extend import core as jax_core
 
 STEPS = 10
 
@@ -20,6 +21,13 @@ LABELS = {name: "muon" if name in KERNELS else "other" for name in SHAPES}
 def normal(tree_shapes, seed, dtype=np.float32):
     rng = np.random.default_rng(seed)
     return {name: rng.normal(size=shape).astype(dtype) for name, shape in tree_shapes.items()}
+
+
+def gaussian(*shape, seed=0, dtype=np.float32):
+    """An array of standard normal numbers; of complex ones both parts are."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=shape)
+    return (x + 1j * rng.normal(size=shape) if np.dtype(dtype).kind == "c" else x).astype(dtype)
 
 
 PARAMS = normal(SHAPES, 0)
@@ -49,6 +57,27 @@ def run(tx, params=PARAMS, grads=GRADS, state=None, jit=False):
 def of_leaves(follow, names=KERNELS, **settings):
     """The trajectory of a tree from `follow(w, grads, **settings)` of each leaf."""
     ways = {name: follow(PARAMS[name], [g[name] for g in GRADS], **settings) for name in names}
+    return [dict(zip(ways, leaves, strict=True)) for leaves in zip(*ways.values(), strict=True)]
+
+
+def of_torch(make, names=KERNELS, evaluate=False):
+    """The leaves after each step of `make(tensor)`, whose kernels have the output first.
+
+    With `evaluate` the leaves at the end, in the optimizer's mode for evaluation.
+    """
+    import torch
+
+    ways = {}
+    for name in names:
+        tensor = torch.nn.Parameter(torch.tensor(PARAMS[name].T.copy()))
+        optimizer, ways[name] = make(tensor), []
+        for g in GRADS:
+            tensor.grad = torch.tensor(g[name].T.copy())
+            optimizer.step()
+            ways[name].append(tensor.detach().numpy().T.copy())
+        if evaluate:
+            optimizer.eval()
+            ways[name] = [tensor.detach().numpy().T.copy()]
     return [dict(zip(ways, leaves, strict=True)) for leaves in zip(*ways.values(), strict=True)]
 
 
@@ -83,8 +112,20 @@ def assert_same_bits(ours, theirs):
 
 def relative_error(ours, theirs):
     """The largest of any leaf."""
-    pairs = zip(*(map(np.float64, jax.tree.leaves(t)) for t in (ours, theirs)), strict=True)
+
+    def wide(x):
+        return np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64)
+
+    pairs = zip(*(map(wide, jax.tree.leaves(t)) for t in (ours, theirs)), strict=True)
     return np.max([np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30) for a, b in pairs])
+
+
+def equations(jaxpr):
+    """Those of a program, and of the programs within it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax_core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
 
 
 def updates_of(tx, grads):

@@ -42,11 +42,7 @@ class Step(NamedTuple):
         return [widen(g) for g in self.matrices.split(self.updates)]
 
     def weights(self, name: str) -> Arrays:
-        """Returns the parts of `params` in float32 or wider.
-
-        Raises:
-            ValueError: `update` was called without params; the message has the hook's name.
-        """
+        """Returns the parts of `params` in float32 or wider; `name` is the hook's, for an error."""
         if self.params is None:
             raise ValueError(f"{name} needs the params: call update(updates, state, params).")
         return [widen(w) for w in self.matrices.split(self.params)]
@@ -103,22 +99,23 @@ def entrywise(update: Callable[[Arrays, Arrays, Step], tuple[Arrays, Arrays]]) -
 
 
 def as_hooks(name: str, given: Any) -> tuple[Hook, ...]:
-    """Converts None, one hook or several hooks to a tuple.
+    """Converts None, one hook or several hooks to a tuple."""
+    return as_several(
+        given, Hook, name, "a hook, such as muon_jax.equilibrate(), or a list of hooks"
+    )
 
-    Raises:
-        TypeError: `given` is anything else; the message names the argument.
-    """
-    if given is None or isinstance(given, Hook):
+
+def as_several(given: Any, kind: type, name: str, rule: str) -> tuple:
+    """Converts None, one instance of `kind` or several to a tuple; errors name the argument."""
+    if given is None or isinstance(given, kind):
         return () if given is None else (given,)
-    hooks = tuple(given) if isinstance(given, (list, tuple)) else (given,)
-    for hook in hooks:
-        if not isinstance(hook, Hook):
-            hint = " Call this function to make a hook." if callable(hook) else ""
-            raise TypeError(
-                f"{name} must be a hook, such as muon_jax.equilibrate(), or a list of hooks; got "
-                f"{getattr(hook, '__name__', repr(hook))}.{hint}"
-            )
-    return hooks
+    several = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    for each in several:
+        if not isinstance(each, kind):
+            made = f" Call this function to make a {kind.__name__.lower()}." * callable(each)
+            got = getattr(each, "__name__", repr(each))
+            raise TypeError(f"{name} must be {rule}; got {got}.{made}")
+    return several
 
 
 def init_hooks(hooks: Sequence[Hook], matrices: "Matrices", params: Any) -> list[Any]:

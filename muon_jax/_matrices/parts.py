@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from muon_jax._matrix_axes import Interleaved, MatrixAxes
+from muon_jax._sharding.buckets import Axes
 from muon_jax._sharding.layout import Layout
 
 
@@ -113,22 +114,16 @@ def split_into_parts(
     shape: tuple[int, ...],
     axes: MatrixAxes,
     layout: Layout | None = None,
-    sizes: Mapping[str, int] | None = None,
+    ways: Callable[[Axes], int] = lambda names: 1,
 ) -> list[Part]:
     """Returns the parts of a leaf, ordered by fan_in and then by fan_out.
 
-    Args:
-        shape: The shape of the whole leaf.
-        axes: Its matrix axes, including the description of the parts.
-        layout: The mesh axes along each axis of the leaf; `None` if they are unknown.
-        sizes: The sizes of these mesh axes.
-
-    Raises:
-        ValueError: The parts do not add up to the axis.
+    `shape` is that of the whole leaf. `layout` has the mesh axes along each of its axes, or is
+    `None` if they are unknown, and `ways` returns the number of devices along mesh axes.
     """
     for side in ("fan_in", "fan_out"):
         if isinstance(getattr(axes, f"split_{side}"), Interleaved):
-            return _split_rounds(shape, axes, side, layout, sizes)
+            return _split_rounds(shape, axes, side, layout, ways)
     _, *fans = axes.split(shape)
     slices_in = _slices(fans[0][0], shape, axes.split_fan_in)
     slices_out = _slices(fans[1][0], shape, axes.split_fan_out)
@@ -142,9 +137,8 @@ def split_into_parts(
             along = layout[axis] if layout is not None else ()
             if axis in slices_of:
                 _, _, count, size, whole = slices_of[axis]
-                ways = math.prod((sizes or {})[name] for name in along)
                 lengths.append(count)
-                names.append(along if whole and count % ways == 0 else ())
+                names.append(along if whole and count % ways(along) == 0 else ())
                 length, along = size, ()
             at[axis] = len(lengths)
             lengths.append(length)
@@ -160,7 +154,7 @@ def _split_rounds(
     axes: MatrixAxes,
     side: str,
     layout: Layout | None,
-    sizes: Mapping[str, int] | None,
+    ways: Callable[[Axes], int],
 ) -> list[Part]:
     """Returns the parts of a leaf with an interleaved fan, whose axis becomes `(rounds, size)`."""
     turns = getattr(axes, f"split_{side}")
@@ -174,7 +168,7 @@ def _split_rounds(
         )
     count = shape[axis] // size
     along = layout[axis] if layout is not None else ()
-    if count % math.prod((sizes or {})[name] for name in along):
+    if count % ways(along):
         along = ()
     if layout is not None:
         layout = (*layout[:axis], along, (), *layout[axis + 1 :])
@@ -187,7 +181,7 @@ def _split_rounds(
     # reorders rows or columns, with which the orthogonal factor is equivariant.
     own = (axis + 1, axis, *moved(fan)[1:]) if turns.together else (axis + 1, *moved(fan)[1:])
     view = axes._replace(**others | {side: own, f"split_{side}": tuple(turns.sizes)})
-    parts = split_into_parts((*shape[:axis], count, size, *shape[axis + 1 :]), view, layout, sizes)
+    parts = split_into_parts((*shape[:axis], count, size, *shape[axis + 1 :]), view, layout, ways)
     return [part._replace(rounds=(Rounds(axis, size), *part.rounds)) for part in parts]
 
 

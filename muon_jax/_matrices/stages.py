@@ -5,6 +5,7 @@ list with an array for each part of each leaf, `(*batch, fan_in, fan_out)` up to
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from muon_jax._matrix_axes import MatrixAxes, axes_by_path
 from muon_jax._momentum import MOMENTA, as_array_tree, init_momentum, update_momentum
 from muon_jax._orthogonalize.newton_schulz import as_newton_schulz
 from muon_jax._orthogonalize.symmetric import accumulator
+from muon_jax._precision import coefficient, widen
 from muon_jax._scale import ShapeScale, as_shape_scale
 from muon_jax._sharding.buckets import Axes
 from muon_jax._sharding.layout import (
@@ -69,7 +71,6 @@ class Stages:
         object.__setattr__(self, "scale", as_shape_scale(self.scale))
 
     def init_momentum(self, params: optax.Params) -> Any:
-        """Returns the initial momentum."""
         return init_momentum(params, self.mu_dtype)
 
     def average(
@@ -101,13 +102,13 @@ class Matrices:
         self._axes = axes_by_path(MatrixAxes() if axes is None else axes, tree)
         self._strings = path_strings(tree)
         self._parts: dict[KeyPath, list[Part]] = {}
-        size = dict(self._placing.sizes)
+        ways = self._placing.ways
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
             if math.prod(x.shape):
                 layout = self._layouts.get(path)
                 shape = whole_shape(x.shape, layout or ((),) * x.ndim, self._placing)
                 with naming(self._strings[path]):
-                    self._parts[path] = split_into_parts(shape, self._axes[path], layout, size)
+                    self._parts[path] = split_into_parts(shape, self._axes[path], layout, ways)
                 if self._placing.manual_axes and not self._placing.available_axes and layout:
                     _check_slices(self._strings[path], x.shape, layout, self._parts[path])
         self.parts = [part for parts in self._parts.values() for part in parts]
@@ -116,9 +117,6 @@ class Matrices:
         """Returns the same leaves with every matrix split into `blocks` along each fan.
 
         With `None`, each device's shard of a matrix is a block.
-
-        Raises:
-            ValueError: `blocks` is None and the sharding of a leaf is unknown.
         """
 
         def parts(path: KeyPath, x: jax.Array) -> MatrixAxes:
@@ -135,10 +133,10 @@ class Matrices:
                         f"Cannot determine the sharding of {self._strings[path]!r}, a traced array "
                         "under Auto axes; pass shardings= or blocks=."
                     )
-            size = dict(self._placing.sizes)
+            if layout is None:
+                return axes
             _, *fans = axes.split(x.shape)
-            names = [layout[fan[0]] if layout is not None else () for fan in fans]
-            ways = [math.prod(size[name] for name in along) for along in names]
+            ways = [self._placing.ways(layout[fan[0]]) for fan in fans]
             return axes._replace(split_fan_in=ways[0], split_fan_out=ways[1])
 
         axes = jax.tree_util.tree_map_with_path(parts, self._tree)
@@ -204,25 +202,22 @@ class Matrices:
 
     def scale(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """Multiplies each part by the shape scale of its fan_in and fan_out."""
-        return [self._scaled(part, x) for part, x in zip(self.parts, arrays, strict=True)]
-
-    def _scaled(self, part: Part, x: jax.Array) -> jax.Array:
         assert callable(self._stages.scale)
-        factor = self._stages.scale(*part.fans)
-        check_number(f"The result of scale{part.fans}", factor)
-        wide = accumulator(x.dtype)
-        return (jnp.asarray(factor, jnp.finfo(wide).dtype) * x.astype(wide)).astype(x.dtype)
+        scaled = []
+        for part, x in zip(self.parts, arrays, strict=True):
+            factor = self._stages.scale(*part.fans)
+            check_number(f"The result of scale{part.fans}", factor)
+            wide = widen(x)
+            scaled.append((coefficient(factor, wide) * wide).astype(x.dtype))
+        return scaled
 
     def sum(self, arrays: Iterable[jax.Array], over: str) -> list[jax.Array]:
         """Sums in float32 or wider over `"fan_in"`, `"fan_out"` or `"matrix"`, keeping the axes."""
-        return [self._sum(part, x, over) for part, x in zip(self.parts, arrays, strict=True)]
 
-    def _sum(self, part: Part, x: jax.Array, over: str) -> jax.Array:
-        _, fan_in, fan_out = part.axes.split(part.shape)
-        axes = {"fan_in": fan_in, "fan_out": fan_out, "matrix": fan_in + fan_out}[over]
-        total = jnp.sum(x, axis=axes, keepdims=True, dtype=accumulator(x.dtype))
-        names = [name for axis, along in self._split_fans(part) if axis in axes for name in along]
-        return jax.lax.psum(total, tuple(names)) if names else total
+        def total(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+            return jnp.sum(x, axis=axes, keepdims=True, dtype=accumulator(x.dtype))
+
+        return self._reduced(arrays, over, total, jax.lax.psum)
 
     def relative(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """Divides each matrix by its largest entry, in float32 or wider, so squares are finite."""
@@ -231,19 +226,28 @@ class Matrices:
 
     def largest(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """Returns the largest absolute entry of each matrix, in float32 or wider, keeping axes."""
-        sizes = []
+
+        def largest(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+            return jnp.max(jnp.abs(widen(x)), axis=axes, keepdims=True)
+
+        return self._reduced(arrays, "matrix", largest, jax.lax.pmax)
+
+    def _reduced(
+        self, arrays: Iterable[jax.Array], over: str, here: Callable, across: Callable
+    ) -> list[jax.Array]:
+        """Reduces `here` over axes of each array, and `across` devices that split these axes."""
+        results = []
         for part, x in zip(self.parts, arrays, strict=True):
-            x = x.astype(accumulator(x.dtype))
             _, fan_in, fan_out = part.axes.split(part.shape)
-            largest = jnp.max(jnp.abs(x), axis=fan_in + fan_out, keepdims=True)
-            names = tuple(name for _, along in self._split_fans(part) for name in along)
-            sizes.append(jax.lax.pmax(largest, names) if names else largest)
-        return sizes
+            axes = {"fan_in": fan_in, "fan_out": fan_out, "matrix": fan_in + fan_out}[over]
+            split = [names for axis, names in self._split_fans(part) if axis in axes]
+            names = tuple(itertools.chain(*split))
+            results.append(across(here(x, axes), names) if names else here(x, axes))
+        return results
 
     def norms(self, arrays: Sequence[jax.Array], over: str = "matrix") -> list[jax.Array]:
         """Returns Frobenius norms, or norms over one of the fans, in float32 or wider."""
-        wide = [x.astype(accumulator(x.dtype)) for x in arrays]
-        squares = [jnp.real(x * jnp.conj(x)) for x in wide]
+        squares = [jnp.real(x * jnp.conj(x)) for x in map(widen, arrays)]
         return [jnp.sqrt(total) for total in self.sum(squares, over)]
 
     def safe_norms(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
@@ -277,12 +281,7 @@ class Matrices:
             batch, *_ = part.axes.split(part.shape)
             own = dict(zip(batch, y.shape, strict=False))  # in shard_map less than part.shape
             shape = [own.get(axis, size) for axis, size in enumerate(part.shape)]
-            x = part.axes.from_matrices(y, shape)
-            for axis, names in self._split_fans(part):
-                size = x.shape[axis] // jax.lax.axis_size(names)
-                start = jax.lax.axis_index(names) * size
-                x = jax.lax.dynamic_slice_in_dim(x, start, size, axis=axis)
-            arrays.append(x)
+            arrays.append(_own_shard(part.axes.from_matrices(y, shape), self._split_fans(part)))
         return arrays
 
     def own_batch(self, part: Part, x: jax.Array) -> jax.Array:
@@ -290,12 +289,8 @@ class Matrices:
         if self._placing.available_axes or part.layout is None:
             return x
         batch, *_ = part.axes.split(part.shape)
-        for at, names in enumerate(part.layout[axis] for axis in batch):
-            if names:
-                size = x.shape[at] // jax.lax.axis_size(names)
-                start = jax.lax.axis_index(names) * size
-                x = jax.lax.dynamic_slice_in_dim(x, start, size, axis=at)
-        return x
+        split = [(at, part.layout[axis]) for at, axis in enumerate(batch) if part.layout[axis]]
+        return _own_shard(x, split)
 
     def _split_fans(self, part: Part) -> list[tuple[int, Axes]]:
         """Returns the fan axes that an enclosing `shard_map` splits, with their mesh axes."""
@@ -306,11 +301,8 @@ class Matrices:
 
     def ways(self, part: Part) -> tuple[int, int]:
         """Returns into how many shards the mesh splits fan_in and fan_out; 1 if that is unknown."""
-        layout = self._whole_layout(part)
-        size = dict(self._placing.sizes)
-        fans = layout[-2:] if layout is not None else ((), ())
-        fan_in, fan_out = (math.prod(size[name] for name in names) for names in fans)
-        return fan_in, fan_out
+        *_, along_in, along_out = self._whole_layout(part) or ((), ())
+        return self._placing.ways(along_in), self._placing.ways(along_out)
 
     def _whole_layout(self, part: Part) -> Layout | None:
         """Returns the layout of the matrices that `whole` returns, or None if it is unknown."""
@@ -351,6 +343,15 @@ class Matrices:
         )
         by_part = dict(zip(present, results, strict=True))
         return [by_part.get(i) for i in range(len(matrices))]
+
+
+def _own_shard(x: jax.Array, split: Iterable[tuple[int, Axes]]) -> jax.Array:
+    """Returns this device's shard of `x`, whose axes are split over mesh axes of a `shard_map`."""
+    for axis, names in split:
+        size = x.shape[axis] // jax.lax.axis_size(names)
+        start = jax.lax.axis_index(names) * size
+        x = jax.lax.dynamic_slice_in_dim(x, start, size, axis=axis)
+    return x
 
 
 def _check_slices(path: str, shape: tuple[int, ...], layout: Layout, parts: Sequence[Part]) -> None:

@@ -67,12 +67,7 @@ class Schedule:
     def resolve(
         self, steps: int | None = None, dtype: jax.typing.DTypeLike = jnp.float32
     ) -> tuple[Row, ...]:
-        """Returns the rows of `steps` steps in `dtype`.
-
-        Raises:
-            TypeError: `steps` is not a static Python int.
-            ValueError: `steps` is below 1, or differs from the length of a schedule without tail.
-        """
+        """Returns the rows of `steps` steps in `dtype`."""
         if steps is None:
             steps = self.steps or len(self.rows)
         if isinstance(steps, bool) or not isinstance(steps, numbers.Integral):
@@ -209,12 +204,7 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def as_schedule(coeffs: "str | Schedule | Row | Sequence[Row]") -> Schedule:
-    """Returns the schedule of a name, of one `(a, b, c)` for five steps, or of one row per step.
-
-    Raises:
-        ValueError: The name is unknown, or the rows are not triples of finite numbers.
-        TypeError: A coefficient is not a static number.
-    """
+    """Returns the schedule of a name, of one `(a, b, c)` for five steps, or of one row per step."""
     if isinstance(coeffs, Schedule):
         return coeffs
     if isinstance(coeffs, str):

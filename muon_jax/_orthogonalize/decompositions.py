@@ -11,13 +11,6 @@ def each_matrix(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
 
     XLA:CPU distributes the matrices of a stack over its threads and waits for them in one of these
     threads, so several stacks at once can deadlock. This was observed with `eigh` on two cores.
-
-    Args:
-        function: A function of `(..., m, n)`, such as `jnp.linalg.eigh`.
-        x: The stack.
-
-    Returns:
-        The result of `function`.
     """
 
     def one_by_one(x: jax.Array) -> Any:

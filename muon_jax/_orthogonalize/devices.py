@@ -52,10 +52,7 @@ class Device(NamedTuple):
     ) -> float:
         """Returns the time of kernels in sequence, each the longer of products and traffic.
 
-        Args:
-            kernels: The kernels.
-            dtype: The dtype of their entries.
-            launches: Whether to include the overhead of launches.
+        `dtype` is that of their entries. `launches` includes the overhead of launches.
         """
         size = jnp.dtype(dtype).itemsize
         rate = self.flops if size <= 2 else self.wide_flops

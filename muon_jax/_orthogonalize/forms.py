@@ -47,13 +47,9 @@ class Form(NamedTuple):
     def kernels(
         self, short: int, stacks: Sequence[tuple[int, int]], rows: tuple[Row, ...], device: Device
     ) -> list[Kernel]:
-        """Those that XLA makes of `orthogonalize_stacks` for an accelerator.
+        """Returns the kernels that XLA makes of `orthogonalize_stacks` for an accelerator.
 
-        Args:
-            short: the side that all matrices have.
-            stacks: `(matrices, long)` of each shape.
-            rows: of the schedule.
-            device: what they are for.
+        `stacks` has `(matrices, long)` of each shape; `short` is the side that all matrices have.
         """
         scaled = [Kernel(0, 0)] * 2  # the norms of all matrices
         if self.padded:
@@ -79,20 +75,13 @@ class Products(Protocol):
 
 
 def iterate(xs: Any, rows: Sequence[Row], products: Products) -> tuple[Any, Any]:
-    """P and X, whose product is the result."""
-    return _METHODS[products.form.method](xs, rows, products)
+    """Returns P and X, whose product is the result.
 
-
-def _standard(xs: Any, rows: Sequence[Row], products: Products) -> tuple[Any, Any]:
-    *first, last = rows
-    for row in first:
-        xs = products.apply(products.polynomial(row, products.gram(xs)), xs)
-    return products.polynomial(last, products.gram(xs)), xs
-
-
-def _gram(xs: Any, rows: Sequence[Row], products: Products) -> tuple[Any, Any]:
-    """The same, iterated on R = XXᵀ; Q collects the factor that X still lacks."""
-    restarts = products.form.restarts
+    The iteration is on R = XXᵀ; Q collects the factor that X still lacks. The standard form
+    restarts after every step: X becomes PX, and R is computed from it.
+    """
+    form = products.form
+    restarts = form.restarts if form.method == "gram" else range(1, len(rows))
     r = products.gram(xs)
     q: Any = None  # the identity
     for step, row in enumerate(rows, start=1):
@@ -105,9 +94,6 @@ def _gram(xs: Any, rows: Sequence[Row], products: Products) -> tuple[Any, Any]:
             r = products.symmetric(p, products.symmetric(r, p))
     assert q is not None
     return q, xs
-
-
-_METHODS = {"standard": _standard, "gram": _gram}
 
 
 @functools.lru_cache(maxsize=1024)

@@ -32,51 +32,42 @@ def ALONE(x: jax.Array) -> jax.Array:
     return x
 
 
+class Arithmetic(NamedTuple):
+    """The settings that decide what is compiled: those of the schedule, the dtype and the form."""
+
+    rows: tuple[Row, ...]
+    normalization: str
+    safety: float
+    dtype: jnp.dtype
+    form: Form
+
+
 def orthogonalize_stacks(
     xs: Sequence[jax.Array],
-    *,
-    rows: tuple[Row, ...],
-    normalization: str,
-    safety: float,
-    dtype: jnp.dtype,
-    form: Form,
+    arithmetic: Arithmetic,
     share: Share = ALONE,
+    *,
     eps: Any,
-    absolute_eps: Any = None,
+    absolute_eps: Any,
 ) -> tuple[jax.Array, ...]:
     """Orthogonalises stacks `(count, m, n)` of one short side, whose n × n products are shared.
 
-    Args:
-        xs: the stacks, of one dtype; a single one may have any batch axes.
-        rows, normalization, safety: of the schedule.
-        dtype: of the products.
-        form, share, eps, absolute_eps: as in `NewtonSchulz`.
+    The stacks have one dtype; a single one may have any batch axes. `share`, `eps` and
+    `absolute_eps` are as in `NewtonSchulz`.
     """
     if xs[0].size == 0:
         return tuple(xs)
+    rows, normalization, safety, dtype, form = arithmetic
 
-    def simpler(form: Form) -> Callable[[jax.Array], jax.Array]:
-        """The same of one stack, in another form."""
-
-        def one(x: jax.Array) -> jax.Array:
-            [y] = orthogonalize_stacks(
-                [x],
-                rows=rows,
-                normalization=normalization,
-                safety=safety,
-                dtype=dtype,
-                form=form,
-                eps=eps,
-                absolute_eps=absolute_eps,
-            )
-            return y
-
-        return one
+    def one(x: jax.Array) -> jax.Array:
+        """Orthogonalises one stack, without padding."""
+        unpadded = arithmetic._replace(form=form._replace(padded=0))
+        return orthogonalize_stacks([x], unpadded, eps=eps, absolute_eps=absolute_eps)[0]
 
     if form.one_by_one and xs[0].ndim > 2:
-        return tuple(jax.lax.map(simpler(form), x) for x in xs)
+        return tuple(jax.lax.map(one, x) for x in xs)
     if form.padded:
-        return _in_one_shape(simpler(form._replace(padded=0)), xs, form.padded)
+        return _in_one_shape(one, xs, form.padded)
     out_dtype = xs[0].dtype
     arrays = _Alike.of(xs)
     if not form.apart:
@@ -122,7 +113,7 @@ def _in_one_shape(
     """Of stacks `(count, m, n)` of one short side, which zeros make equally long."""
     wide = [x.mT if x.shape[-2] > x.shape[-1] else x for x in xs]
     padded = [jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[-1]))) for x in wide]
-    ys = _split(orthogonalize(joined(padded)), [len(x) for x in xs])
+    ys = split(orthogonalize(joined(padded)), [len(x) for x in xs])
     cut = [y[..., : x.shape[-1]] for x, y in zip(wide, ys, strict=True)]
     return tuple(y if y.shape == x.shape else y.mT for x, y in zip(xs, cut, strict=True))
 
@@ -151,7 +142,7 @@ class _Alike(NamedTuple):
     def arrays(self, stacks: Sequence[jax.Array]) -> list[jax.Array]:
         """Undoes `stacked`."""
         per_stack = (
-            _split(stack, [self.counts[i] for i in same])
+            split(stack, [self.counts[i] for i in same])
             for same, stack in zip(self.indices, stacks, strict=True)
         )
         return self._in_order(itertools.chain.from_iterable(per_stack))
@@ -159,7 +150,7 @@ class _Alike(NamedTuple):
     def panels(self, p: Panels) -> list[Panels]:
         """Of n × n matrices, those of each array."""
         counts = [self.counts[i] for same in self.indices for i in same]
-        return self._in_order(zip(*(_split(panel, counts) for panel in p), strict=True))
+        return self._in_order(zip(*(split(panel, counts) for panel in p), strict=True))
 
     def _in_order(self, values: Iterable[Any]) -> list[Any]:
         order = [i for same in self.indices for i in same]
@@ -167,8 +158,8 @@ class _Alike(NamedTuple):
         return [at[i] for i in range(len(order))]
 
 
-def _split(x: jax.Array, counts: Sequence[int]) -> list[jax.Array]:
-    """Consecutive parts; all of `x` if it is one, whatever its axes."""
+def split(x: jax.Array, counts: Sequence[int]) -> list[jax.Array]:
+    """Returns consecutive parts with these numbers of matrices; for one part `x` itself."""
     if len(counts) == 1:
         return [x]
     stops = itertools.accumulate(counts)
@@ -196,16 +187,15 @@ class _Products(NamedTuple):
 
     def gram(self, xs: Sequence[jax.Array]) -> Panels:
         """XXᵀ of all stacks as one."""
-        panels = [
-            self._gram(x.mT if upright else x) for x, upright in zip(xs, self.upright, strict=True)
-        ]
+        count, panels = self.form.panels, []
+        for x, upright in zip(xs, self.upright, strict=True):
+            x = x.mT if upright else x
+            if self.share is ALONE:
+                own = gram(x, count, self.written)
+            else:
+                own = split_panels(self.share(join_panels(gram(x, count))), count)
+            panels.append(_rounded(own, self.dtype))
         return tuple(map(joined, zip(*panels, strict=True)))
-
-    def _gram(self, x: jax.Array) -> Panels:
-        if self.share is ALONE:
-            return _rounded(gram(x, self.form.panels, self.written), self.dtype)
-        total = self.share(join_panels(gram(x, self.form.panels)))
-        return _rounded(split_panels(total, self.form.panels), self.dtype)
 
     def symmetric(self, p: Panels, q: Panels) -> Panels:
         """PQ."""
@@ -239,11 +229,8 @@ class _Products(NamedTuple):
         if c == 0:
             sums = tuple(a * one + b * u.astype(wide) for one, u in zip(ones, r, strict=True))
             return _rounded(sums, self.dtype)
-        squared = square(r, self.written)
-        sums = tuple(
-            a * one + (b * u.astype(wide) + c * v.astype(wide))
-            for one, u, v in zip(ones, r, squared, strict=True)
-        )
+        squares = zip(ones, r, square(r, self.written), strict=True)
+        sums = tuple(a * one + (b * u.astype(wide) + c * v.astype(wide)) for one, u, v in squares)
         return _rounded(sums, self.dtype)
 
 
@@ -272,7 +259,7 @@ def _unit_norms(
     else:
         sums = map(joined, zip(*[_sums_of_squares(x, form, share) for x in xs], strict=True))
         counts = [len(x) for x in xs]
-        norms = zip(*(_split(each, counts) for each in _norm_of(*sums)), strict=True)
+        norms = zip(*(split(each, counts) for each in _norm_of(*sums)), strict=True)
     return [
         (x * root * root / (jnp.where(norm == 0, 1, norm) * (1 + eps)), norm / root / root)
         for x, (root, norm) in zip(xs, norms, strict=True)

@@ -13,7 +13,7 @@ from muon_jax._checks import check_number
 from muon_jax._orthogonalize.coefficients import Row, Schedule, as_schedule
 from muon_jax._orthogonalize.devices import device_of
 from muon_jax._orthogonalize.forms import Form
-from muon_jax._orthogonalize.iteration import ALONE, Share, orthogonalize_stacks
+from muon_jax._orthogonalize.iteration import ALONE, Arithmetic, Share, orthogonalize_stacks
 from muon_jax._orthogonalize.symmetric import panel_count
 
 METHODS = ("auto", "standard", "gram")
@@ -100,25 +100,20 @@ class NewtonSchulz:
         local: bool = True,
         by_time: bool = True,
     ) -> Form:
-        """How `m × n` matrices are orthogonalised.
+        """Returns the form for `m × n` updates of `dtype` on `"cpu"`, `"gpu"` or `"tpu"`.
 
         Args:
-            m, n: their sides.
-            dtype: of the updates.
-            platform: `"cpu"`, `"gpu"`, `"tpu"`.
-            local: that the matrices of a stack are all on one device is known.
-            by_time: the method of the least time in a large stack, where launches count for
-                nothing; otherwise that of the fewest FLOPs.
+            local: Whether the matrices of a stack are known to be on one device.
+            by_time: Whether to choose the method of the least time in a large stack, where
+                launches count for nothing; otherwise that of the fewest FLOPs.
         """
         rows, dtype = self.rows(dtype), self.compute_dtype(dtype)
         short, long = sorted((m, n))
-        panels = panel_count(short, dtype, platform)
-        one_by_one = local and platform == "cpu" and short >= _LOOP_FROM
         accelerator = platform != "cpu"
         standard = Form(
             method="standard",
-            panels=panels,
-            one_by_one=one_by_one,
+            panels=panel_count(short, dtype, platform),
+            one_by_one=local and not accelerator and short >= _LOOP_FROM,
             rounded=accelerator,
             upright=accelerator,
             apart=platform == "tpu" and short < SMALL,
@@ -192,26 +187,20 @@ class NewtonSchulz:
 
         A single one may have any batch axes.
         """
-        run = _jitted if share is ALONE else orthogonalize_stacks
-        return run(
-            tuple(xs),
-            rows=self.rows(xs[0].dtype),
-            normalization=self.coeffs.normalization,
-            safety=self.coeffs.safety,
-            dtype=self.compute_dtype(xs[0].dtype),
-            form=form,
-            share=share,
-            eps=self.eps,
-            absolute_eps=self.absolute_eps,
+        dtype, schedule = xs[0].dtype, self.coeffs
+        arithmetic = Arithmetic(
+            self.rows(dtype),
+            schedule.normalization,
+            schedule.safety,
+            self.compute_dtype(dtype),
+            form,
         )
+        run = _jitted if share is ALONE else orthogonalize_stacks
+        return run(tuple(xs), arithmetic, share, eps=self.eps, absolute_eps=self.absolute_eps)
 
 
 def as_newton_schulz(orthogonalizer: Callable | None) -> Callable:
-    """`NewtonSchulz` for None, `newton_schulz` and partials of it; any other callable as it is.
-
-    Raises:
-        TypeError: it is not callable.
-    """
+    """Returns `NewtonSchulz` for None, `newton_schulz` and its partials; other callables as is."""
     if orthogonalizer is None or orthogonalizer is newton_schulz:
         return NewtonSchulz()
     match orthogonalizer:
@@ -227,11 +216,7 @@ def as_newton_schulz(orthogonalizer: Callable | None) -> Callable:
 
 
 def configured(orthogonalizer: Callable | None, coeffs: Any, steps: Any, dtype: Any) -> Callable:
-    """The orthogonalizer given, or `NewtonSchulz` with the settings given.
-
-    Raises:
-        ValueError: both are.
-    """
+    """Returns the given orthogonalizer, or `NewtonSchulz` with the given settings."""
     if orthogonalizer is None:
         return NewtonSchulz(coeffs, steps, dtype)
     default = isinstance(coeffs, str) and coeffs == "jordan"
@@ -256,36 +241,34 @@ def newton_schulz(
 
     $p(\sigma) \approx 1$ on (0, 1], so the result is close to the polar factor $UV^\top$. Each
     step is $A = XX^\top,\; X \leftarrow aX + (bA + cA^2)X$ on the short side (Jordan, 2024). The
-    Gram form runs the same polynomial on the small $XX^\top$ and touches $X$ only at the ends.
+    Gram form iterates the same polynomial on the small $XX^\top$ and needs $X$ only at the ends.
 
-    Safe on every finite input: a zero matrix gives zeros, and the scale of the input does not
-    matter from the smallest normal to the largest finite number of its dtype. Matrices of a stack
-    do not touch each other: a NaN stays in its own matrix.
+    Every finite input is safe: a zero matrix gives zeros, and the scale of the input does not
+    matter from the smallest normal to the largest finite number of its dtype. A NaN stays in its
+    own matrix.
 
     Args:
-        x: `(..., m, n)`, floating point or complex; the leading axes are batch and are never
-            merged. Of complex matrices the products are Hermitian, with $X^H$ for $X^\top$.
-        coeffs: a schedule's name (`jordan`, `you`, `polar_express`, `polar_express_1.02`, `cans`,
-            `aol`, `deepseek_v4`, `exact`, `cubic`), one `(a, b, c)` for all steps, one `(a, b, c)`
-            a step, or a `Schedule`.
-        steps: number of steps; `None` is the schedule's own. A schedule of fixed length accepts
-            no other number.
-        dtype: dtype of the matrix products; `None` is `x.dtype`. In bfloat16 and float16 the norm
-            and the accumulation stay in float32. float32 means float32: products ask for the
-            highest precision, so on GPU and TPU pass bfloat16 for speed. Complex matrices keep
-            their own.
-        method: `"standard"`, `"gram"`, or `"auto"`: whichever is predicted to take less time for
-            this shape, schedule, dtype and platform (the Gram form is restarted as often as its
-            dtype needs).
-        eps: what the Frobenius norm that divides is greater by, as a share of it; KellerJordan/Muon
-            adds 1e-7 to the norm itself.
+        x: An array `(..., m, n)` of floating-point or complex numbers. The leading axes are batch
+            axes and are never merged. Complex matrices have $X^H$ in place of $X^\top$.
+        coeffs: The name of a schedule (`jordan`, `you`, `polar_express`, `polar_express_1.02`,
+            `cans`, `aol`, `deepseek_v4`, `exact`, `cubic`), one `(a, b, c)` for all steps, one
+            `(a, b, c)` per step, or a `Schedule`.
+        steps: The number of steps. `None` means the schedule's own; a schedule of fixed length
+            accepts no other.
+        dtype: The dtype of the matrix products. `None` means `x.dtype`, which complex matrices
+            always keep. In bfloat16 and float16 the norm and the sums stay in float32. Products in
+            float32 have the highest precision, so on GPU and TPU pass bfloat16 for speed.
+        method: `"standard"`, `"gram"`, or `"auto"`, the one of the shorter predicted time for this
+            shape, schedule, dtype and platform. The Gram form restarts as often as its dtype needs.
+        eps: The fraction by which the Frobenius norm that divides the matrix is increased.
+            KellerJordan/Muon adds 1e-7 to the norm itself.
 
     Returns:
-        `(..., m, n)` in `x.dtype`.
+        An array `(..., m, n)` in `x.dtype`.
 
     Raises:
-        ValueError: fewer than two axes, an unknown schedule or method, or a step count that
-            disagrees with the rows.
+        ValueError: `x` has fewer than two axes, a schedule or method is unknown, or the number of
+            steps does not fit the rows.
         TypeError: `x` is neither floating point nor complex, or `dtype` is not real floating point.
 
     Example:
@@ -304,10 +287,7 @@ def current_platform() -> str:
     return getattr(device, "platform", None) or jax.default_backend()
 
 
-_jitted = jax.jit(
-    orthogonalize_stacks,
-    static_argnames=("rows", "normalization", "safety", "dtype", "form", "share"),
-)
+_jitted = jax.jit(orthogonalize_stacks, static_argnames=("arithmetic", "share"))
 
 
 def gram_restarts(

@@ -49,13 +49,9 @@ def panel_stops(n: int, count: int) -> tuple[int, ...]:
 def symmetric_kernels(matrices: int, n: int, k: int, read: int, count: int) -> list[Kernel]:
     """Returns the kernels of `gram` on `(matrices, n, k)`, or of `product` if `k` is `n`.
 
-    An accelerator multiplies each panel in one kernel. Mirroring the blocks of two panels takes
-    three more, which make five passes over the result, as compiled for an H100 and a v5e.
-
-    Args:
-        matrices, n, k: The shape.
-        read: The number of entries of the operands.
-        count: The largest number of panels.
+    An accelerator multiplies each of at most `count` panels in one kernel. Mirroring the blocks of
+    two panels takes three more, which make five passes over the result, as compiled for an H100
+    and a v5e. The operands have `read` entries.
     """
     stops = panel_stops(n, count)
     result = matrices * n**2
@@ -82,15 +78,7 @@ def square(p: Panels, dtype: jax.typing.DTypeLike | None = None) -> Panels:
 
 
 def product(p: Panels, q: Panels, dtype: jax.typing.DTypeLike | None = None) -> Panels:
-    """Returns PQ of symmetric matrices that commute, which is symmetric too.
-
-    Args:
-        p, q: The panels of `(..., n, n)`, with one dtype.
-        dtype: As in `matmul`.
-
-    Returns:
-        Panels of `(..., n, n)`.
-    """
+    """Returns PQ, symmetric like P and Q, if these commute; `dtype` is as in `matmul`."""
     if len(p) == 1:
         return (matmul(p[0], q[0], dtype=dtype),)
     return _mirror(_lower_blocks(p, q, dtype), p[0].dtype, exactly=True)

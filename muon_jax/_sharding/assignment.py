@@ -27,15 +27,11 @@ _STACK_FLOPS = 2**37
 def plan_buckets(
     stacks: tuple[Stack, ...], sizes: Sizes, newton_schulz: NewtonSchulz | None, platform: str
 ) -> tuple[Bucket, ...]:
-    """Returns the buckets of these stacks on a mesh with axes of these sizes.
+    """Returns the buckets of these stacks, one for each array, on a mesh with axes of these sizes.
 
-    Args:
-        stacks: One stack for each array.
-        sizes: `(name, size)` of the mesh axes, major first.
-        newton_schulz: The orthogonalizer if it is Newton-Schulz, whose FLOPs are known and which
-            can split matrices into tiles. `None` means any other orthogonalizer; matrices then stay
-            whole and keep their orientation.
-        platform: The platform of the devices: `"cpu"`, `"gpu"` or `"tpu"`.
+    `newton_schulz` is the orthogonalizer if it is Newton-Schulz, whose FLOPs are known and which
+    can split matrices into tiles. `None` means any other orthogonalizer; matrices then stay whole
+    and keep their orientation.
     """
     groups: dict[Any, list[int]] = defaultdict(list)
     whole: list[int] = []

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from muon_jax._orthogonalize.iteration import ALONE, Share
+from muon_jax._orthogonalize.iteration import ALONE, Share, split
 from muon_jax._orthogonalize.symmetric import joined
 from muon_jax._sharding.buckets import Axes, Bucket, Sizes, Span, Stack, by_call
 
@@ -31,16 +31,10 @@ def orthogonalize_local(
 ) -> list[jax.Array]:
     """Orthogonalises the matrices of every stack, each on one device or one group of devices.
 
-    Args:
-        arrays: The local array of each stack, `(count, local fan_in, local fan_out)`.
-        stacks, buckets, sizes: The arguments and the result of `plan_buckets`.
-        orthogonalizer: A function `(..., fan_in, fan_out) -> (..., fan_in, fan_out)`.
-        chunk: The number of tiles of a bucket that a device holds at once; `None` means all.
-
-    Returns:
-        Arrays like `arrays`.
+    `arrays` has the local array of each stack, `(count, local fan_in, local fan_out)`. At most
+    `chunk` tiles of a bucket are on a device at once; `None` means all.
     """
-    done: dict[int, list[tuple[int, jax.Array]]] = defaultdict(list)
+    done: dict[int, dict[int, jax.Array]] = defaultdict(dict)
     size = dict(sizes)
     previous = None
     for together in by_call(buckets):
@@ -51,13 +45,12 @@ def orthogonalize_local(
         moves = bool(exchange.bucket.axes)
         results = exchange.over_devices(shards, stacks) if moves else exchange.in_place(shards)
         for span, result in zip(spans, results, strict=True):
-            done[span.stack].append((span.start, result.astype(arrays[span.stack].dtype)))
+            done[span.stack][span.start] = result.astype(arrays[span.stack].dtype)
         previous = results[-1]
-    outputs = []
-    for index, array in enumerate(arrays):
-        in_order = [result for _, result in sorted(done[index], key=lambda item: item[0])]
-        outputs.append(joined(in_order, axis=0) if in_order else array)
-    return outputs
+    return [
+        joined([done[i][start] for start in sorted(done[i])]) if i in done else array
+        for i, array in enumerate(arrays)
+    ]
 
 
 class _Exchange:
@@ -75,16 +68,16 @@ class _Exchange:
     def in_place(self, shards: list[jax.Array]) -> list[jax.Array]:
         """Orthogonalises matrices that are whole on this device, in one call for all arrays."""
         form, run = self.bucket.form, self.orthogonalizer
+        if form is None:
+            run = functools.partial(_stacked, run)
+        else:
+            run = functools.partial(run.together, form=form)
+        if len(shards) == self.bucket.slots == 1:  # a single matrix needs no batch axis
+            [y] = run([jnp.squeeze(shards[0], 0)])
+            return [jnp.expand_dims(y, 0)]
         if len(shards) > 1:
             shards = [shard.astype(self.bucket.dtype) for shard in shards]
-            if form is None:
-                return orthogonalize_together(functools.partial(_stacked, run), shards, self.chunk)
-            run = functools.partial(run.together, form=form)
-            return orthogonalize_together(run, shards, self.chunk)
-        run = functools.partial(run, form=form) if form is not None else run
-        if self.bucket.slots == 1:  # a single matrix needs no batch axis
-            return [jnp.expand_dims(apply_checked(run, jnp.squeeze(shards[0], 0)), 0)]
-        return [orthogonalize_chunks(run, shards[0], self.chunk)]
+        return orthogonalize_together(run, shards, self.chunk)
 
     def over_devices(self, shards: list[jax.Array], stacks: Sequence[Stack]) -> list[jax.Array]:
         """Moves shards to the devices that orthogonalise their matrices, and the results back."""
@@ -279,7 +272,8 @@ def orthogonalize_together(
     run: Callable[[Any], Sequence[jax.Array]], shards: list[jax.Array], chunk: int | None
 ) -> list[jax.Array]:
     """Orthogonalises stacks `(count, m, n)`, at most `chunk` matrices at once; `None` is all."""
-    most = chunk or sum(map(len, shards))
+    if chunk is None:
+        return list(run(shards))
     rounds: list[list[tuple[int, jax.Array]]] = []
     room = 0
     for index, shard in enumerate(shards):
@@ -287,7 +281,7 @@ def orthogonalize_together(
         while start < len(shard):
             if not room:
                 rounds.append([])
-                room = most
+                room = chunk
             part = shard[start : start + room]
             rounds[-1].append((index, part))
             start, room = start + len(part), room - len(part)
@@ -308,16 +302,11 @@ def _after(previous: jax.Array | None, x: Any) -> Any:
 
 def _stacked(orthogonalizer: Orthogonalizer, xs: list[jax.Array]) -> Sequence[jax.Array]:
     """Concatenates arrays of one matrix shape, orthogonalises them and splits the result."""
-    y = apply_checked(orthogonalizer, jnp.concatenate(xs))
-    return jnp.split(y, np.cumsum([len(x) for x in xs])[:-1])
+    return split(apply_checked(orthogonalizer, joined(xs)), [len(x) for x in xs])
 
 
 def apply_checked(orthogonalizer: Orthogonalizer, x: jax.Array) -> jax.Array:
-    """Returns `orthogonalizer(x)` and checks that it has the shape of `x`.
-
-    Raises:
-        ValueError: The result has another shape, or is not an array.
-    """
+    """Returns `orthogonalizer(x)` and checks that it has the shape of `x`."""
     y = orthogonalizer(x)
     shape = getattr(y, "shape", None)
     if shape != x.shape:

@@ -1,7 +1,7 @@
 """The mesh in use, and the layout of an array: the mesh axes along each of its axes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -52,6 +52,11 @@ class Placing(NamedTuple):
     def devices(self) -> int:
         return math.prod(size for _, size in self.sizes)
 
+    def ways(self, names: Iterable[str]) -> int:
+        """Returns the number of devices along these mesh axes."""
+        size = dict(self.sizes)
+        return math.prod(size[name] for name in names)
+
     @property
     def platform(self) -> str:
         """The platform of the mesh, or else of JAX's default devices: `"cpu"`, `"gpu"`, `"tpu"`."""
@@ -92,11 +97,7 @@ class PlacedArray(NamedTuple):
 
 
 def find_placing(mesh: AnyMesh | None, leaves: Sequence[jax.Array]) -> Placing:
-    """Returns the placing on the mesh of the context, else on `mesh`, else on the leaves' mesh.
-
-    Raises:
-        ValueError: `mesh` differs from the mesh of the context.
-    """
+    """Returns the placing on the mesh of the context, else on `mesh`, else on the leaves' mesh."""
     context: Any = jax.sharding.get_abstract_mesh()
     if not context.empty:
         if mesh is not None and dict(mesh.shape) != dict(context.shape):
@@ -146,10 +147,7 @@ def whole_shape(shape: tuple[int, ...], layout: Layout, placing: Placing) -> tup
     """Returns the shape of the whole array, of which a device sees a shard inside `shard_map`."""
     if placing.available_axes:
         return shape
-    size = dict(placing.sizes)
-    return tuple(
-        n * math.prod(size[name] for name in names) for n, names in zip(shape, layout, strict=True)
-    )
+    return tuple(n * placing.ways(names) for n, names in zip(shape, layout, strict=True))
 
 
 def as_layout(spec: PartitionSpec, ndim: int, placing: Placing) -> Layout:
@@ -163,12 +161,7 @@ def as_layout(spec: PartitionSpec, ndim: int, placing: Placing) -> Layout:
 def layout_from_sharding(
     sharding: Any, shape: tuple[int, ...], placing: Placing, path: str
 ) -> Layout:
-    """Returns the layout of a leaf from a user's `NamedSharding` or `PartitionSpec`.
-
-    Raises:
-        TypeError: `sharding` is neither.
-        ValueError: `sharding` does not fit the leaf or the mesh.
-    """
+    """Returns the layout of a leaf from a user's `NamedSharding` or `PartitionSpec`."""
     if not is_sharding(sharding):
         raise TypeError(
             f"shardings= must have a NamedSharding or PartitionSpec for a leaf; got {sharding!r}."
@@ -189,9 +182,8 @@ def layout_from_sharding(
     if len(set(names)) != len(names):
         raise ValueError(f"shardings= uses a mesh axis twice for {path!r}; got {spec}.")
     layout = as_layout(spec, len(shape), placing)
-    size = dict(placing.sizes)
     for axis, along in enumerate(layout):
-        parts = math.prod(size[name] for name in along)
+        parts = placing.ways(along)
         if placing.available_axes and shape[axis] % parts:
             raise ValueError(
                 f"shardings= splits axis {axis} of {path!r}, of size {shape[axis]}, over the mesh "

@@ -16,11 +16,6 @@ def match_sharding(x: jax.Array, like: jax.Array) -> jax.Array:
     either of two that meet. Both arrays become members of one of Shardy's sharding groups, whose
     members share one sharding. The older partitioner (`jax_use_shardy_partitioner=False`) is free
     to choose.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> jax.jit(match_sharding)(jnp.ones(3), jnp.zeros(3))
-        Array([1., 1., 1.], dtype=float32)
     """
     return _match.bind(x, like)
 

@@ -30,17 +30,13 @@ def orthogonalize_leaves(
     """Orthogonalises every matrix of every leaf only once, on any mesh.
 
     Args:
-        leaves: Arrays or tracers.
-        axes: The matrix axes of each leaf.
+        leaves, axes: Arrays or tracers, and their matrix axes.
         orthogonalizer: A function `(..., fan_in, fan_out) -> (..., fan_in, fan_out)`.
         placing: The mesh.
         layouts: The mesh axes along each axis of a leaf, or `None` if the caller does not know.
         like: Arrays with the sharding that the leaves have and the results must have.
         chunk_size: The number of matrices of a bucket that a device holds at once; `None` means
             all.
-
-    Returns:
-        Arrays with the shapes, dtypes and shardings of `leaves`.
     """
     if placing.mesh is None and jax.device_count() > 1:
         return _orthogonalize_without_mesh(leaves, axes, orthogonalizer, placing, chunk_size)

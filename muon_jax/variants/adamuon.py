@@ -21,8 +21,7 @@ class AdaMuonState(NamedTuple):
     """State of `scale_by_adamuon`.
 
     Attributes:
-        count: The number of steps taken, an int32 scalar.
-        mu: The momentum, shaped like the params.
+        count, mu: As in `MuonState`.
         nu: The average square of the orthogonal factor, float32, shaped like the params.
     """
 
@@ -52,9 +51,6 @@ def scale_by_adamuon(
         scale: As in `scale_by_muon`.
         options: The options of `scale_by_muon`.
 
-    Returns:
-        A transformation whose state is `AdaMuonState`.
-
     References:
         Si et al., 2025, AdaMuon, arXiv 2507.11005, algorithm 1.
 
@@ -78,19 +74,11 @@ def scale_by_adamuon(
 
 
 def entry_norm(beta2: float | jax.Array = 0.95, eps: float | jax.Array = 1e-8) -> Hook:
-    """Returns AdaMuon's second moment as a hook for `after=`; see `scale_by_adamuon`.
-
-    Args:
-        beta2, eps: As in `scale_by_adamuon`.
-
-    Returns:
-        A hook, for `after=` of `muon`, `scale_by_muon` and their variants.
+    """AdaMuon's second moment as a hook for `after=`; arguments as in `scale_by_adamuon`.
 
     Example:
-        >>> import jax.numpy as jnp, muon_jax
+        >>> import muon_jax
         >>> tx = muon_jax.scale_by_muon(after=muon_jax.entry_norm())
-        >>> params = {"kernel": jnp.ones((4, 8))}
-        >>> updates, state = tx.update(params, tx.init(params))
     """
     check_number("beta2", beta2, at_least=0, at_most=1)
     check_number("eps", eps, at_least=0)
@@ -116,25 +104,8 @@ def adamuon(
     """Updates the hidden matrices with AdaMuon and all other leaves with AdamW.
 
     AdaMuon is Muon followed by Adam's second moment; see `scale_by_adamuon`. Its state is twice as
-    large as Muon's.
-
-    Args:
-        learning_rate: The learning rate of the hidden matrices, a number or a schedule. Use AdamW's
-            rate rather than Muon's.
-        beta2, eps, scale: As in `scale_by_adamuon`.
-        options: The options of `muon`.
-
-    Returns:
-        A transformation that requires `params` in `update`.
-
-    References:
-        Si et al., 2025, AdaMuon, arXiv 2507.11005.
-
-    Example:
-        >>> import jax.numpy as jnp, muon_jax
-        >>> tx = muon_jax.adamuon(1e-3, weight_decay=0.1)
-        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
-        >>> updates, state = tx.update(params, tx.init(params), params)
+    large as Muon's. Use AdamW's learning rate rather than Muon's. All other options are those of
+    `muon`.
     """
     scale_by = functools.partial(scale_by_adamuon, beta2=beta2, eps=eps)
     return hybrid_muon(scale_by, learning_rate, scale=scale, **options)

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,32 +13,6 @@ from muon_jax._checks import check_integer
 Names = str | tuple[str, ...]
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-
-
-class AttentionSpec(Protocol):
-    """The positions of the heads in the attention modules of a model.
-
-    Attributes:
-        heads: The number of query heads.
-        head_axis: The axis of the heads in a leaf of one layer.
-        most_axes: The largest number of axes of a leaf of one layer; a leaf with more is a stack.
-        scaled: The names of the leaves or modules to scale, for the queries and for the keys.
-    """
-
-    @property
-    def heads(self) -> int: ...
-    @property
-    def head_axis(self) -> int: ...
-    @property
-    def most_axes(self) -> int: ...
-    @property
-    def scaled(self) -> tuple[Names, Names]: ...
-
-    def factors(self, gamma: jax.Array, alpha: Any) -> tuple[jax.Array, jax.Array]:
-        """Returns the factors of `scaled`, `(..., their heads, columns or 1)`, from gamma."""
-
-    def check(self, module: str, names: Sequence[str]) -> None:
-        """Checks that the factors have an effect in a module, which has these `names` below it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,10 +37,6 @@ class GroupedQuery:
             projections, by the smallest gamma of the heads, which share them. `"ignore"` is for
             norms that only have such a name.
 
-    Raises:
-        TypeError: A number is not a static integer, or a name is not a string.
-        ValueError: `kv_heads` does not divide `heads`, or `qk_norm` is unknown.
-
     Example:
         >>> GroupedQuery(heads=16, kv_heads=8, query="q_proj", key="k_proj", head_axis=0).factors(
         ...     jnp.full(16, 0.25), alpha=0.5
@@ -90,11 +60,7 @@ class GroupedQuery:
                     "kv_heads must divide heads, since each key head is read by the same number of "
                     f"query heads; got heads={self.heads}, kv_heads={self.kv_heads}."
                 )
-        named = (
-            isinstance(self.qk_norm, tuple)
-            and len(self.qk_norm) == 2
-            and all(isinstance(name, str) for name in self.qk_norm)
-        )
+        named = isinstance(self.qk_norm, tuple) and [*map(type, self.qk_norm)] == [str, str]
         if not named and self.qk_norm not in ("refuse", "ignore"):
             raise ValueError(
                 'qk_norm must be "refuse", "ignore" or the names (queries\' norm, keys\' norm); '
@@ -103,13 +69,16 @@ class GroupedQuery:
 
     @property
     def most_axes(self) -> int:
+        """The largest number of axes of a leaf of one layer; a leaf with more is a stack."""
         return 3 if isinstance(self.qk_norm, str) else 1
 
     @property
     def scaled(self) -> tuple[Names, Names]:
+        """The names of the leaves or modules to scale, for the queries and for the keys."""
         return (self.query, self.key) if isinstance(self.qk_norm, str) else self.qk_norm
 
     def factors(self, gamma: jax.Array, alpha: Any) -> tuple[jax.Array, jax.Array]:
+        """Returns the factors of `scaled`, `(..., their heads, columns or 1)`, from gamma."""
         groups = (self.kv_heads or self.heads, -1)
         if not isinstance(self.qk_norm, str):
             gamma, groups = jnp.min(gamma, axis=-1, keepdims=True), (1, 1)
@@ -117,6 +86,7 @@ class GroupedQuery:
         return gamma[..., None] ** alpha, of_keys[..., None] ** (1 - alpha)
 
     def check(self, module: str, names: Sequence[str]) -> None:
+        """Checks that the factors have an effect in a module, which has these `names` below it."""
         norms = sorted(set(filter(None, map(_find_norm, names))), key=lambda norm: "q" not in norm)
         if norms and self.qk_norm == "refuse":
             pair = tuple(norms) if len(norms) == 2 else ("<queries' norm>", "<keys' norm>")
@@ -147,10 +117,6 @@ class MultiHeadLatent:
         value: The number of columns of a head's value.
         head_axis: As in `GroupedQuery`.
 
-    Raises:
-        TypeError: A number is not a static integer, or a name is not a string.
-        ValueError: A number is out of range.
-
     Example:
         >>> spec = MultiHeadLatent(heads=4, query="q", key="kv_b", nope=8, rope=4, value=8)
         >>> [factors.shape for factors in spec.factors(jnp.ones(4), alpha=0.5)]
@@ -164,15 +130,12 @@ class MultiHeadLatent:
     rope: int
     value: int
     head_axis: int = -1
+    most_axes: ClassVar[int] = 3
 
     def __post_init__(self):
         _check_heads(self)
         for name in ("nope", "rope", "value"):
             check_integer(name, getattr(self, name), at_least=0)
-
-    @property
-    def most_axes(self) -> int:
-        return 3
 
     @property
     def scaled(self) -> tuple[Names, Names]:
@@ -190,7 +153,10 @@ class MultiHeadLatent:
         """Accepts all norms: they normalise the latents, before the projections that are scaled."""
 
 
-def _check_heads(spec: GroupedQuery | MultiHeadLatent) -> None:
+AttentionSpec = GroupedQuery | MultiHeadLatent
+
+
+def _check_heads(spec: "AttentionSpec") -> None:
     check_integer("heads", spec.heads, at_least=1)
     check_integer("head_axis", spec.head_axis, at_least=-3)
     for name, given in (("query", spec.query), ("key", spec.key)):

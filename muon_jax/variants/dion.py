@@ -65,18 +65,10 @@ def scale_by_dion(
     Args:
         rank: r, or a float in (0, 1] for a fraction of the short side, rounded up to an integer.
         beta: The fraction of the used part that stays in the momentum, from 0 to 1.
-        scale, mu_dtype, matrix_axes, mesh, shardings, chunk_size: As in `scale_by_muon`. Each QR is
-            computed once, on one device. XLA distributes the products; inside `shard_map` a sharded
-            leaf is gathered for them.
         seed: The seed of the first Q, which is Gaussian.
         eps: A number added to the norms of R's columns, which are relative to $\|M\|_F$.
-
-    Returns:
-        A transformation whose state is `DionState`.
-
-    Raises:
-        TypeError: An argument has the wrong type, or is an array but decides what is compiled.
-        ValueError: A number is out of range, a name is unknown, or the axes do not fit a leaf.
+        scale, options: As in `scale_by_muon`. Each QR is computed once, on one device. XLA
+            distributes the products; inside `shard_map` a sharded leaf is gathered for them.
 
     References:
         Ahn et al., 2025, Dion, arXiv 2504.05295, algorithm 1, with P on the side of fan_out as in
@@ -109,7 +101,9 @@ def scale_by_dion(
         packed = matrices.pack(q)
         return DionState(jnp.zeros([], jnp.int32), stages.init_momentum(params), packed)
 
-    def step(updates, state):
+    @over_auto_axes
+    def update(updates, state, params):
+        del params
         matrices = stages.matrices(updates)
         mu = as_array_tree(state.mu)
         half = jax.tree.map(_half_sum, mu, updates)
@@ -134,10 +128,6 @@ def scale_by_dion(
         state = DionState(count, stored, matrices.pack(right))
         return matrices.merge(matrices.scale(matrices.local(factors)), updates), state
 
-    def update(updates, state, params=None):
-        del params
-        return over_auto_axes(step, updates, state)
-
     return optax.GradientTransformation(init, update)
 
 
@@ -155,24 +145,7 @@ def dion(
     """Updates the hidden matrices with Dion and all other leaves with AdamW.
 
     Dion makes low-rank updates with error feedback; see `scale_by_dion`. Its authors consider it
-    superseded by `dion2`.
-
-    Args:
-        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
-        rank, beta, scale, seed, eps: As in `scale_by_dion`.
-        options: The options of `hybrid`.
-
-    Returns:
-        A transformation that requires `params` in `update`.
-
-    References:
-        Ahn et al., 2025, Dion, arXiv 2504.05295.
-
-    Example:
-        >>> import jax.numpy as jnp, muon_jax
-        >>> tx = muon_jax.dion(0.01, rank=0.5, adam_learning_rate=3e-4)
-        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
-        >>> updates, state = tx.update(params, tx.init(params), params)
+    superseded by `dion2`. All other options are those of `hybrid`.
     """
     scale_by = functools.partial(
         scale_by_dion, rank=rank, beta=beta, scale=scale, seed=seed, eps=eps

@@ -69,12 +69,6 @@ def scale_by_dion2(
         eps: A number added to the square root of the second moment.
         options: The options of `scale_by_muon`.
 
-    Returns:
-        A transformation whose state is `Dion2State`.
-
-    Raises:
-        ValueError: A number is out of range, or the side is unknown.
-
     References:
         Ahn et al., 2025, Dion2, arXiv 2512.16928, and microsoft/dion, whose `selection_scope`
         `"local"` this is on a split side.
@@ -108,7 +102,9 @@ def scale_by_dion2(
             nu = matrices.pack(kept)
         return Dion2State(jnp.zeros([], jnp.int32), stages.init_momentum(params), nu)
 
-    def step(updates, state):
+    @over_auto_axes
+    def update(updates, state, params):
+        del params
         matrices = stages.matrices(updates)
         total = jax.tree.map(_sum, as_array_tree(state.mu), updates)
         rows = [rows_of(part, ways=matrices.ways(part)) for part in matrices.parts]
@@ -132,10 +128,6 @@ def scale_by_dion2(
         factors = matrices.scale(matrices.local(factors))
         return matrices.merge(factors, updates), Dion2State(count, mu, nu)
 
-    def update(updates, state, params=None):
-        del params
-        return over_auto_axes(step, updates, state)
-
     return optax.GradientTransformation(init, update)
 
 
@@ -150,24 +142,12 @@ def dion2(
 ) -> optax.GradientTransformationExtraArgs:
     """Updates the hidden matrices with Dion2 and all other leaves with AdamW.
 
-    Dion2 orthogonalises a fraction of each matrix's rows per step; see `scale_by_dion2`.
-
-    Args:
-        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
-        fraction, beta, side: As in `scale_by_dion2`.
-        options: The options of `muon`.
-
-    Returns:
-        A transformation that requires `params` in `update`.
-
-    References:
-        Ahn et al., 2025, Dion2, arXiv 2512.16928.
+    Dion2 orthogonalises a fraction of each matrix's rows per step; see `scale_by_dion2`. All other
+    options are those of `muon`.
 
     Example:
-        >>> import jax.numpy as jnp, muon_jax
+        >>> import muon_jax
         >>> tx = muon_jax.dion2(0.01, fraction=0.5, adam_learning_rate=3e-4)
-        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
-        >>> updates, state = tx.update(params, tx.init(params), params)
     """
     scale_by = functools.partial(scale_by_dion2, fraction=fraction, beta=beta, side=side)
     return hybrid_muon(scale_by, learning_rate, **options)
@@ -183,25 +163,7 @@ def dion3(
     side: str = "short",
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Updates the hidden matrices with Dion3, which is Dion2 with NorMuon's second moment.
-
-    Args:
-        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
-        fraction, beta, beta2, side: As in `scale_by_dion2`.
-        options: The options of `muon`.
-
-    Returns:
-        A transformation that requires `params` in `update`.
-
-    References:
-        microsoft/dion; Ahn et al., 2025, Dion2, arXiv 2512.16928.
-
-    Example:
-        >>> import jax.numpy as jnp, muon_jax
-        >>> tx = muon_jax.dion3(0.01, fraction=0.5, adam_learning_rate=3e-4)
-        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
-        >>> updates, state = tx.update(params, tx.init(params), params)
-    """
+    """Updates the hidden matrices with Dion3, which is `dion2` with NorMuon's second moment."""
     scale_by = functools.partial(
         scale_by_dion2, fraction=fraction, beta=beta, beta2=beta2, side=side
     )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from muon_jax._checks import check_number
+from muon_jax._precision import widen
 from muon_jax._trees import only_state, only_updated
 
 
@@ -36,9 +37,6 @@ def evaluation_average(decay: float | jax.Array = 0.999) -> optax.GradientTransf
         A transformation that requires `params` in `update`. `evaluation_params` finds its average
         in the state of any chain around it.
 
-    Raises:
-        ValueError: `update` is called without params, or the decay is out of range.
-
     Example:
         >>> import jax.numpy as jnp, muon_jax, optax
         >>> tx = optax.chain(muon_jax.muon(0.02), muon_jax.evaluation_average(0.99))
@@ -50,7 +48,7 @@ def evaluation_average(decay: float | jax.Array = 0.999) -> optax.GradientTransf
     check_number("decay", decay, at_least=0, below=1)
 
     def init(params):
-        mean = jax.tree.map(lambda w: jnp.zeros_like(w, dtype=_wide(w)), params)
+        mean = jax.tree.map(lambda w: jnp.zeros_like(widen(w)), params)
         return EvaluationAverageState(jnp.zeros([], jnp.float32), mean)
 
     def update(updates, state, params=None):
@@ -82,9 +80,6 @@ def evaluation_params(
         share: The weight of the average; the current params have the remaining weight. 0.6 is the
             tail readout of KellerJordan/modded-nanogpt, track 3 (2026-06-11), with a decay of
             1 - 1/150.
-
-    Raises:
-        ValueError: The state has no average or several, or `share` is not between 0 and 1.
     """
     check_number("share", share, at_least=0, at_most=1)
     weight, mean = only_state(
@@ -101,7 +96,3 @@ def evaluation_params(
         return jnp.where(weight == 0, param, mixed).astype(param.dtype)
 
     return jax.tree.map(corrected, mean, params, is_leaf=lambda x: x is None)
-
-
-def _wide(x: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(jnp.result_type(x), jnp.float32)

@@ -41,19 +41,13 @@ def gluon(
         oracles: `(regex, oracle)` pairs that override Scion's oracles.
         options: The options of `scion`.
 
-    Raises:
-        TypeError: An argument has the wrong type, or is an array but decides what is compiled.
-        ValueError: A leaf has no smoothness, a rule matches no leaf, or a number is out of range.
-
     References:
         Riabinin et al., 2025, Gluon, arXiv 2505.13416, theorem 1, which is for full gradients
         without momentum. With `alpha` below 1 the norm is that of the average.
 
     Example:
-        >>> import jax.numpy as jnp, muon_jax
+        >>> import muon_jax
         >>> tx = muon_jax.gluon(smoothness=[("embed", (0.1, 1.0)), ("", (0.0, 70.0))])
-        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
-        >>> updates, state = tx.update(params, tx.init(params), params)
     """
     chosen_oracles = check_pairs("oracles", "oracle", oracles)
     rules = [(regex, checked_ball(Ball(oracle))) for regex, oracle in chosen_oracles]

@@ -23,14 +23,11 @@ def hyperball() -> Constraint:
     devices that have a shard of it. A matrix that is zero at `init` has no direction to keep, so it
     is updated without the constraint, and a warning says so.
 
-    Returns:
-        A constraint, for `constraint=` of `muon` and its variants.
-
     References:
         Wen et al., 2026, arXiv 2606.16899. Its JAX code in marin sums over experts.
 
     Example:
-        >>> import jax.numpy as jnp, optax, muon_jax
+        >>> import jax.numpy as jnp, muon_jax, optax
         >>> tx = muon_jax.normuon(0.02, constraint=muon_jax.hyperball())
         >>> params = {"kernel": 3 * jnp.eye(4, 8)}
         >>> updates, state = tx.update(params, tx.init(params), params)
@@ -62,27 +59,9 @@ def hyperball() -> Constraint:
 def muonh(
     learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns MuonH, which is Muon with weights that keep their initial norm.
+    """Returns MuonH: `muon(learning_rate, constraint=hyperball())`, with a rate of about 0.02.
 
-    It is `muon(learning_rate, constraint=hyperball())`, without weight decay, which the constraint
-    would undo.
-
-    Args:
-        learning_rate: The distance that a matrix moves relative to its norm, about 0.02; a number
-            or a schedule.
-        options: The options of `muon`.
-
-    Returns:
-        A transformation that requires `params` in `update`.
-
-    References:
-        Wen et al., 2026, arXiv 2606.16899.
-
-    Example:
-        >>> import jax.numpy as jnp, muon_jax
-        >>> tx = muon_jax.muonh(0.02, adam_learning_rate=3e-4)
-        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
-        >>> updates, state = tx.update(params, tx.init(params), params)
+    There is no weight decay, which the constraint would undo.
     """
     return muon(learning_rate, constraint=hyperball(), **options)
 

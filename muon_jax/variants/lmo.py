@@ -96,13 +96,6 @@ def scale_by_lmo(
         matrix_axes: As in `scale_by_muon`. It is not used for `"bias_rms"`, whose leaves are
             vectors along their last axis.
 
-    Returns:
-        A transformation whose state is `LmoState`.
-
-    Raises:
-        TypeError: An argument has the wrong type, or is an array but decides what is compiled.
-        ValueError: The oracle is unknown or returns another shape, or a number is out of range.
-
     Example:
         >>> import jax.numpy as jnp, muon_jax
         >>> tx = muon_jax.scale_by_lmo(muon_jax.Ball("sign", radius=2.0))

@@ -40,12 +40,6 @@ def lookahead(
         factor: The factor f of the average, a number or a schedule. 0 means no look-ahead.
         decay: The decay d of the average, at least 0 and less than 1.
 
-    Returns:
-        A transformation whose state is `LookaheadState`.
-
-    Raises:
-        ValueError: A number is out of range.
-
     References:
         EMA-Nesterov, 2026, arXiv 2605.25395. The defaults are those of KellerJordan/modded-nanogpt,
         track 3, 2026-05-25, where the factor falls with the rate and is 0 for the first 300 and the
@@ -95,9 +89,6 @@ def lookahead_params(state: Any, params: optax.Params) -> optax.Params:
 
     Returns:
         The params ahead, in their dtypes; see `lookahead`.
-
-    Raises:
-        ValueError: The state has no `LookaheadState`, or several.
     """
     _, factor, mean = only_state(
         state,

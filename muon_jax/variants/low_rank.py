@@ -53,10 +53,6 @@ class TruncatedPolar:
         iterations: The number of iterations of `"subspace"`, each of which takes two products with
             `x` and a QR.
 
-    Raises:
-        TypeError: A number is an array or has the wrong type.
-        ValueError: The method is unknown, or the rank or the number of iterations is below 1.
-
     References:
         Essential AI, 2025, the rank study; Halko et al., 2011, arXiv 0909.4061, algorithm 4.4.
 
@@ -111,28 +107,16 @@ def low_rank(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns `muon` with `TruncatedPolar`, which keeps the k strongest directions of the momentum.
 
-    Args:
-        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
-        rank, method, iterations: As in `TruncatedPolar`.
-        options: The options of `muon` except the orthogonalizer and its settings.
-
     Example:
-        >>> import jax.numpy as jnp, muon_jax
+        >>> import muon_jax
         >>> tx = muon_jax.low_rank(0.02, rank=2, adam_learning_rate=3e-4)
-        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
-        >>> updates, state = tx.update(params, tx.init(params), params)
     """
     factor = TruncatedPolar(rank, method, iterations)
     return muon(learning_rate, orthogonalizer=factor, **options)
 
 
 def rank_of(rank: int | float, m: int, n: int) -> int:
-    """Returns a rank from an integer or a fraction of the short side, for `m × n` matrices.
-
-    Raises:
-        TypeError: `rank` is an array or not a number.
-        ValueError: `rank` is neither an integer of at least 1 nor a float in (0, 1].
-    """
+    """Returns a rank from an integer or a fraction of the short side, for `m × n` matrices."""
     check_static("rank", rank)
     check_number("rank", rank)
     short = min(m, n)

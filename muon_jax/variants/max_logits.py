@@ -46,10 +46,6 @@ def max_attention_logits(
         `(N,)` float32, accumulated in float32. With `threshold`, values above it are the maxima,
         and others are upper bounds of them. A head that attends to nothing has `-inf` or a bound.
 
-    Raises:
-        TypeError: A number has the wrong type.
-        ValueError: Shapes do not fit, or a number is out of range.
-
     Example:
         >>> import jax
         >>> query, key = jax.random.normal(jax.random.key(0), (2, 3, 64, 4, 16))

@@ -52,12 +52,6 @@ def muloco(
             `jax.shard_map(..., axis_names={"pod"})` around the training step; the axes within a pod
             are then still XLA's. `None` means a single worker.
 
-    Returns:
-        A transformation that requires `params` in `update`.
-
-    Raises:
-        ValueError: A number is out of range, or `update` is called without params.
-
     References:
         Thérien et al., 2025, MuLoCo, arXiv 2505.23725, algorithm 1; the defaults are those of
         KellerJordan/modded-nanogpt, track 3, 2026-05-04.

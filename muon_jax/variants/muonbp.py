@@ -35,22 +35,8 @@ def scale_by_muonbp(
             `shardings=`. Leaves that `MatrixAxes` splits into parts keep these parts.
         options: The options of `scale_by_muon`.
 
-    Returns:
-        A transformation whose state is `MuonState`.
-
-    Raises:
-        TypeError: An argument has the wrong type, or is an array but decides what is compiled.
-        ValueError: The period is below 1, the blocks do not divide a matrix, or the sharding of a
-            leaf is unknown.
-
     References:
         Khaled et al., 2025, MuonBP, arXiv 2510.16981, algorithm 1.
-
-    Example:
-        >>> import jax.numpy as jnp, muon_jax
-        >>> tx = muon_jax.scale_by_muonbp(period=2, blocks=(1, 2))
-        >>> params = {"kernel": jnp.eye(4, 8)}
-        >>> updates, state = tx.update(params, tx.init(params))
     """
     check_integer("period", period, at_least=1)
     check_number("block_ratio", block_ratio, at_least=0)
@@ -102,24 +88,12 @@ def muonbp(
     """Updates the hidden matrices with MuonBP and all other leaves with AdamW.
 
     MuonBP orthogonalises blocks in most steps and whole matrices in some; see `scale_by_muonbp`. On
-    a mesh the blocks are the devices' shards, so that most steps move no matrix.
-
-    Args:
-        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
-        period, block_ratio, blocks: As in `scale_by_muonbp`.
-        options: The options of `muon`.
-
-    Returns:
-        A transformation that requires `params` in `update`.
-
-    References:
-        Khaled et al., 2025, MuonBP, arXiv 2510.16981.
+    a mesh the blocks are the devices' shards, so that most steps move no matrix. All other options
+    are those of `muon`.
 
     Example:
-        >>> import jax.numpy as jnp, muon_jax
+        >>> import muon_jax
         >>> tx = muon_jax.muonbp(0.02, period=4, blocks=(1, 2), adam_learning_rate=3e-4)
-        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
-        >>> updates, state = tx.update(params, tx.init(params), params)
     """
     scale_by = functools.partial(
         scale_by_muonbp, period=period, block_ratio=block_ratio, blocks=blocks

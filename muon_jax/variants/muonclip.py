@@ -25,20 +25,13 @@ def muonclip(
     """Returns Kimi K2's optimizer: Muon with Moonlight's scale and decay, followed by `qk_clip`.
 
     Attention logits above the threshold are scaled back to it after the step that computed them.
-    The next forward pass may exceed it again, as `qk_clip` explains.
+    The next forward pass may exceed it again, as `qk_clip` explains. Like `qk_clip`, `update` needs
+    `max_logits`, and `max_logits=None` means a step without clipping.
 
     Args:
-        learning_rate, scale: As in `muon`.
-        weight_decay: As in `muon`, but the default is Moonlight's 0.1 instead of 0.0.
         specs, threshold, alpha: As in `qk_clip`.
-        options: The options of `muon`.
-
-    Returns:
-        A transformation that requires `params` and `max_logits` in `update`, like `qk_clip`;
-        `max_logits=None` means a step without clipping.
-
-    Raises:
-        TypeError, ValueError: As in `muon` and `qk_clip`.
+        learning_rate, scale, weight_decay, options: As in `muon`, whose defaults for scale and
+            decay are different.
 
     References:
         Kimi Team, 2025, "Kimi K2", arXiv 2507.20534; Liu et al., 2025, arXiv 2502.16982.

@@ -71,20 +71,14 @@ def muown(
     Args:
         learning_rate: The learning rate of directions and norms, a number or a schedule.
         b1, b2, eps: The settings of Adam for the norms.
-        nesterov, ns_coeffs, ns_steps, ns_dtype, orthogonalizer: As in `muon`.
-        options: The options of `muon`.
-
-    Returns:
-        A transformation that requires `params` in `update`.
+        nesterov, ns_coeffs, ns_steps, ns_dtype, orthogonalizer, options: As in `muon`.
 
     References:
         Muown, 2026, arXiv 2605.10797, as in NVIDIA Emerging-Optimizers.
 
     Example:
-        >>> import jax.numpy as jnp, muon_jax
+        >>> import muon_jax
         >>> tx = muon_jax.muown(0.02, adam_learning_rate=3e-4)
-        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
-        >>> updates, state = tx.update(params, tx.init(params), params)
     """
     check_number("b1", b1, at_least=0, below=1)
     check_number("b2", b2, at_least=0, below=1)

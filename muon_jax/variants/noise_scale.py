@@ -18,24 +18,18 @@ def noise_scale(beta2: float | jax.Array = 0.95, eps: float | jax.Array = 1e-8) 
 
     $v \leftarrow \beta_2 v + (1-\beta_2) \|G\|_F^2$, $O \leftarrow O\,\|M\|_F / (\sqrt v +
     \epsilon)$. The factor is about 1 if gradients agree from step to step, and less if they are
-    noisy.
+    noisy. This is a hook for `after=`, whose state is $\sqrt v$, a float32 number for each matrix.
 
     Args:
         beta2: The decay of the second moment, from 0 to 1.
         eps: A number added to the square root of the second moment.
 
-    Returns:
-        A hook, for `after=` of `muon`, `scale_by_muon` and their variants. Its state is the square
-        root of v, a float32 number for each matrix.
-
     References:
         NAMO, 2026, arXiv 2602.17080, without a bias correction, as in NVIDIA Emerging-Optimizers.
 
     Example:
-        >>> import jax.numpy as jnp, muon_jax
+        >>> import muon_jax
         >>> tx = muon_jax.muon(0.02, after=muon_jax.noise_scale())
-        >>> params = {"kernel": jnp.ones((4, 8))}
-        >>> updates, state = tx.update(params, tx.init(params), params)
     """
     check_number("beta2", beta2, at_least=0, at_most=1)
     check_number("eps", eps, at_least=0)
@@ -65,26 +59,8 @@ def namo(
     eps: float | jax.Array = 1e-8,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns NAMO, which is Muon with an adaptive step size for each matrix.
+    """Returns NAMO: `muon(learning_rate, after=noise_scale(beta2, eps))`.
 
-    The step is shorter if gradients are noisy. NAMO is
-    `muon(learning_rate, after=noise_scale(beta2, eps))`.
-
-    Args:
-        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
-        beta2, eps: As in `noise_scale`.
-        options: The options of `muon`.
-
-    Returns:
-        A transformation that requires `params` in `update`.
-
-    References:
-        NAMO, 2026, arXiv 2602.17080.
-
-    Example:
-        >>> import jax.numpy as jnp, muon_jax
-        >>> tx = muon_jax.namo(0.02, adam_learning_rate=3e-4)
-        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
-        >>> updates, state = tx.update(params, tx.init(params), params)
+    Each matrix has an adaptive step size, which is shorter if gradients are noisy.
     """
     return muon(learning_rate, after=noise_scale(beta2, eps), **options)

@@ -19,8 +19,7 @@ class NorMuonState(NamedTuple):
     """State of `scale_by_normuon`.
 
     Attributes:
-        count: The number of steps taken, an int32 scalar.
-        mu: The momentum, shaped like the params.
+        count, mu: As in `MuonState`.
         nu: The mean square of the orthogonal factor for each output neuron, float32, shaped like
             the params with fan_in axes of size 1.
     """
@@ -48,9 +47,6 @@ def scale_by_normuon(
         eps: A number added to the square root of the second moment.
         options: The options of `scale_by_muon`.
 
-    Returns:
-        A transformation whose state is `NorMuonState`.
-
     References:
         Li et al., 2025, NorMuon, arXiv 2510.05491, algorithm 1, with the norm of its code. The
         paper's 0.2 · sqrt(fan_in · fan_out) is `scale="match_rms_adamw"` if O has full rank.
@@ -67,19 +63,11 @@ def scale_by_normuon(
 
 
 def neuron_norm(beta2: float | jax.Array = 0.95, eps: float | jax.Array = 1e-10) -> Hook:
-    """Returns NorMuon's second moment as a hook for `after=`; see `scale_by_normuon`.
-
-    Args:
-        beta2, eps: As in `scale_by_normuon`.
-
-    Returns:
-        A hook, for `after=` of `muon`, `scale_by_muon` and their variants.
+    """NorMuon's second moment as a hook for `after=`; arguments as in `scale_by_normuon`.
 
     Example:
-        >>> import jax.numpy as jnp, muon_jax
+        >>> import muon_jax
         >>> tx = muon_jax.scale_by_muon(after=muon_jax.neuron_norm())
-        >>> params = {"kernel": jnp.ones((4, 8))}
-        >>> updates, state = tx.update(params, tx.init(params))
     """
     check_number("beta2", beta2, at_least=0, at_most=1)
     check_number("eps", eps, at_least=0)
@@ -112,24 +100,12 @@ def normuon(
     """Updates the hidden matrices with NorMuon and all other leaves with AdamW.
 
     NorMuon gives all output neurons steps of about equal size; see `scale_by_normuon`. In addition
-    to Muon's, its state has one number for each output neuron.
-
-    Args:
-        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
-        beta2, eps: As in `scale_by_normuon`.
-        options: The options of `muon`.
-
-    Returns:
-        A transformation that requires `params` in `update`.
-
-    References:
-        Li et al., 2025, NorMuon, arXiv 2510.05491.
+    to Muon's, its state has one number for each output neuron. All other options are those of
+    `muon`.
 
     Example:
-        >>> import jax.numpy as jnp, muon_jax
+        >>> import muon_jax
         >>> tx = muon_jax.normuon(0.02, weight_decay=0.1, adam_learning_rate=3e-4)
-        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
-        >>> updates, state = tx.update(params, tx.init(params), params)
     """
     scale_by = functools.partial(scale_by_normuon, beta2=beta2, eps=eps)
     return hybrid_muon(scale_by, learning_rate, **options)

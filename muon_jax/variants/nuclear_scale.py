@@ -11,23 +11,18 @@ from muon_jax._options import takes_options_of
 
 
 def nuclear_scale() -> Hook:
-    r"""Multiplies each orthogonal factor by the nuclear norm of the momentum.
+    r"""Multiplies each orthogonal factor by the momentum's nuclear norm, as a hook for `after=`.
 
     $O \leftarrow \langle O, M \rangle\,O$, since the inner product with the polar factor is the sum
     of the singular values. Steps then shrink with the gradient, as in gradient descent. Entries of
     the momentum are clipped at 2^100.
 
-    Returns:
-        A hook, for `after=` of `muon`, `scale_by_muon` and their variants.
-
     References:
         Lau et al., 2025, PolarGrad, arXiv 2505.21799.
 
     Example:
-        >>> import jax.numpy as jnp, muon_jax
+        >>> import muon_jax
         >>> tx = muon_jax.scale_by_muon(after=muon_jax.nuclear_scale())
-        >>> params = {"kernel": jnp.ones((4, 8))}
-        >>> updates, state = tx.update(params, tx.init(params))
     """
 
     def scaled(factors: Arrays, step: Step) -> Arrays:
@@ -45,25 +40,8 @@ def nuclear_scale() -> Hook:
 def polargrad(
     learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns PolarGrad, which is Muon with steps proportional to the nuclear norm of the momentum.
+    """Returns PolarGrad: `muon(learning_rate, after=nuclear_scale())`.
 
-    It is `muon(learning_rate, after=nuclear_scale())`.
-
-    Args:
-        learning_rate: The learning rate of the hidden matrices, a number or a schedule. Use a rate
-            like SGD's rather than Muon's, because the update grows with the gradient.
-        options: The options of `muon`.
-
-    Returns:
-        A transformation that requires `params` in `update`.
-
-    References:
-        Lau et al., 2025, PolarGrad, arXiv 2505.21799.
-
-    Example:
-        >>> import jax.numpy as jnp, muon_jax
-        >>> tx = muon_jax.polargrad(1.0, adam_learning_rate=3e-4)
-        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
-        >>> updates, state = tx.update(params, tx.init(params), params)
+    Use a learning rate like SGD's rather than Muon's, because the update grows with the gradient.
     """
     return muon(learning_rate, after=nuclear_scale(), **options)

@@ -29,12 +29,7 @@ class Ball(NamedTuple):
 
 
 def checked_ball(ball: Any) -> Ball:
-    """Returns a checked `Ball` from a `Ball` or a tuple of its fields.
-
-    Raises:
-        TypeError: `ball` is neither, or the radius is not a static number.
-        ValueError: The oracle is unknown, or the radius is out of range.
-    """
+    """Returns a checked `Ball` from a `Ball` or a tuple of its fields."""
     fields = ball if isinstance(ball, (tuple, list)) else None
     if fields is None or not 1 <= len(fields) <= 2:
         raise TypeError(f"A ball must be a muon_jax.Ball(oracle, radius); got {ball!r}.")
@@ -103,11 +98,7 @@ ORACLES = {
 
 
 def as_oracle(oracle: str | Oracle):
-    """Returns the function `(matrices, parts, like) -> parts` of a name or a user's function.
-
-    Raises:
-        ValueError: The name is unknown.
-    """
+    """Returns the function `(matrices, parts, like) -> parts` of a name or a user's function."""
     if callable(oracle):
         checked = _SameShape(oracle)
         return lambda matrices, d, like: matrices.orthogonalize(d, like, checked)

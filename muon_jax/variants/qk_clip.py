@@ -19,7 +19,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from muon_jax._checks import check_number
-from muon_jax._trees import path_strings
+from muon_jax._precision import widen
+from muon_jax._trees import path_strings, some
 from muon_jax.variants.attention_specs import AttentionSpec, Names
 
 Specs = AttentionSpec | Sequence[AttentionSpec]
@@ -56,18 +57,13 @@ def qk_clip(
             that have its leaves.
         threshold: The largest logit that is not clipped, greater than 0. Infinity disables
             clipping.
-        alpha: The exponent of gamma for the queries, from 0 to 1. The exponent for the keys is
-            `1 - alpha`.
-
-    Returns:
-        A stateless transformation that requires `params` and `max_logits` in `update`.
+        alpha: The exponent of gamma for the queries, from 0 to 1; for the keys it is `1 - alpha`.
 
     Raises:
-        TypeError: `update` is called without `max_logits`, `specs` is of another type, or a number
-            has the wrong type.
-        ValueError: A number is out of range, a spec fits no module, `max_logits` has no module or a
-            module has no `max_logits`, shapes do not fit, or a norm follows the projections. Norms
-            and specs without a module are errors of `init`.
+        TypeError: `update` is called without `max_logits`, or `specs` is of another type.
+        ValueError: A spec fits no module, `max_logits` has no module or a module has no
+            `max_logits`, shapes do not fit, or a norm follows the projections. Norms and specs
+            without a module are errors of `init`.
 
     References:
         Kimi Team, 2025, "Kimi K2", arXiv 2507.20534, algorithm 1.
@@ -108,7 +104,7 @@ def qk_clip(
             if factor is None:
                 return u
             # This is (params + u) * factor - params, in an order that gives exactly u for factor 1.
-            clipped = _widen(u) * factor + _widen(before[path]) * (factor - 1)
+            clipped = widen(u) * factor + widen(before[path]) * (factor - 1)
             return clipped.astype(u.dtype)
 
         return jax.tree_util.tree_map_with_path(clip, updates), state
@@ -126,17 +122,9 @@ def clip_qk(
 ) -> optax.Params:
     """Clips params like `qk_clip`, but as a function, for master weights outside of Optax.
 
-    Args:
-        params: The params after the optimizer's step.
-        max_logits: The largest logits of the forward pass before it, by attention module, as in
-            `qk_clip`.
-        specs, threshold, alpha: As in `qk_clip`.
-
-    Returns:
-        The params, scaled in float32 or wider and rounded to their own dtype.
-
-    Raises:
-        ValueError: As in `qk_clip`.
+    The params after the optimizer's step, and the largest logits of the forward pass before it,
+    make params in the same dtypes. They are scaled in float32 or wider. The other arguments and the
+    errors are those of `qk_clip`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -155,7 +143,7 @@ def clip_qk(
 
     def clip(path, x):
         factor = factors.get(names[path])
-        return x if factor is None else (_widen(x) * factor).astype(x.dtype)
+        return x if factor is None else (widen(x) * factor).astype(x.dtype)
 
     return jax.tree_util.tree_map_with_path(clip, params)
 
@@ -298,11 +286,5 @@ def _module_of(name: str, part: str) -> str | None:
     return module[1:] if found else None
 
 
-def _widen(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _some(names: Iterable[str], limit: int = 12) -> str:
-    listed = sorted(names)
-    more = f" and {len(listed) - limit} more" * (len(listed) > limit)
-    return ", ".join(map(repr, listed[:limit])) + more
+def _some(names: Iterable[str]) -> str:
+    return some(map(repr, sorted(names)))

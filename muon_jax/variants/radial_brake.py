@@ -17,9 +17,6 @@ def radial_brake(outward: float | jax.Array = 0.5, inward: float | jax.Array = 1
     Args:
         outward, inward: Fractions from 0, which keeps the norm, to 1, which keeps the step.
 
-    Returns:
-        A constraint, for `constraint=` of `muon` and its variants.
-
     References:
         NVIDIA Emerging-Optimizers, `RadialBrakeHook`; KellerJordan/modded-nanogpt, track 3.
 

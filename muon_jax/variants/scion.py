@@ -32,30 +32,17 @@ def scion(
             balls.
         balls: `(regex, Ball)` pairs that override these balls. The first regex that is found in a
             leaf's path decides, and each must match some leaf.
-        constrained: Whether to keep weights in their balls, which replaces weight decay.
+        constrained: Whether to keep weights in their balls, instead of a weight decay.
         weight_decay: As in `hybrid`.
-        options: `alpha`, the weight of the new gradient in the average; `ns_coeffs`, `ns_steps`,
-            `ns_dtype` and `orthogonalizer` for the spectral oracles as in `muon`;
-            `weight_decay_mask`, `cautious_weight_decay`, `mu_dtype`, `matrix_axes`, `mesh`,
-            `shardings` and `chunk_size` as in `hybrid`; `routing`, whose labels only choose the
-            ball here, except for `"frozen"`.
-
-    Returns:
-        A transformation that requires `params` in `update`.
-
-    Raises:
-        TypeError: An argument has the wrong type, or is an array but decides what is compiled.
-        ValueError: An oracle is unknown, a number is out of range, a rule matches no leaf, or
-            `constrained` is combined with a weight decay.
+        options: `alpha`, the weight of the new gradient in the average; `routing`, whose labels
+            only choose the ball here, except for `"frozen"`; and options as in `muon`.
 
     References:
         Pethick et al., 2025, arXiv 2502.07529, algorithms 1 and 2.
 
     Example:
-        >>> import jax.numpy as jnp, muon_jax
+        >>> import muon_jax
         >>> tx = muon_jax.scion(2**-12, balls=[("embed", muon_jax.Ball("col_norm", 1.0))])
-        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
-        >>> updates, state = tx.update(params, tx.init(params), params)
     """
     traced = isinstance(weight_decay, jax.core.Tracer)
     if constrained and not traced and (callable(weight_decay) or weight_decay != 0):

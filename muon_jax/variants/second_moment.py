@@ -13,7 +13,7 @@ from muon_jax._options import takes_options_of
 
 
 def second_moment(beta2: float | jax.Array = 0.95, eps: float | jax.Array = 1e-10) -> Hook:
-    r"""Divides the momentum by the root of the gradient's second moment, before orthogonalisation.
+    r"""Divides the momentum by the root of the gradient's second moment, as a hook for `before=`.
 
     $V \leftarrow \beta_2 V + (1-\beta_2) G^2$, $M \leftarrow M / (\sqrt V + \epsilon)$ elementwise.
     This makes the spectrum flatter, so that fewer steps of Newton-Schulz suffice. The state is the
@@ -23,17 +23,12 @@ def second_moment(beta2: float | jax.Array = 0.95, eps: float | jax.Array = 1e-1
         beta2: The decay of the second moment, from 0 to 1.
         eps: A number added to the square root of the second moment.
 
-    Returns:
-        A hook, for `before=` of `muon`, `scale_by_muon` and their variants.
-
     References:
         Muon², 2026, arXiv 2604.09967; beta2 and eps as in KellerJordan/modded-nanogpt, track 3.
 
     Example:
-        >>> import jax.numpy as jnp, muon_jax
+        >>> import muon_jax
         >>> tx = muon_jax.muon(0.02, before=muon_jax.second_moment(), ns_steps=3)
-        >>> params = {"kernel": jnp.ones((4, 8))}
-        >>> updates, state = tx.update(params, tx.init(params), params)
     """
     check_number("beta2", beta2, at_least=0, at_most=1)
     check_number("eps", eps, at_least=0)
@@ -55,27 +50,10 @@ def muon_squared(
     eps: float | jax.Array = 1e-10,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns Muon², which divides the momentum by the root of a second moment, as in Adam.
+    """Returns Muon²: `muon(learning_rate, before=second_moment(beta2, eps))`.
 
-    It is `muon(learning_rate, before=second_moment(beta2, eps))`. In addition to Muon's, its state
-    has a float32 number per entry.
-
-    Args:
-        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
-        beta2, eps: As in `second_moment`.
-        options: The options of `muon`. The paper saves time with `ns_steps=3`.
-
-    Returns:
-        A transformation that requires `params` in `update`.
-
-    References:
-        Muon², 2026, arXiv 2604.09967.
-
-    Example:
-        >>> import jax.numpy as jnp, muon_jax
-        >>> tx = muon_jax.muon_squared(0.02, ns_steps=3, adam_learning_rate=3e-4)
-        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
-        >>> updates, state = tx.update(params, tx.init(params), params)
+    In addition to Muon's, its state has a float32 number per entry. The paper saves time with
+    `ns_steps=3`.
     """
     return muon(learning_rate, before=second_moment(beta2, eps), **options)
 

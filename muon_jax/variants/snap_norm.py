@@ -10,13 +10,10 @@ from muon_jax._options import takes_options_of
 
 
 def snap_norm() -> Hook:
-    r"""Sets the Frobenius norm of each orthogonal factor to $\sqrt{\min(m, n)}$.
+    r"""Sets the norm of each orthogonal factor to $\sqrt{\min(m, n)}$, as a hook for `after=`.
 
     That is the norm of a semi-orthogonal matrix of full rank. After five steps of Newton-Schulz the
     norm is 0.7 to 1.2 times that, and less if the momentum has a low rank.
-
-    Returns:
-        A hook, for `after=` of `muon`, `scale_by_muon` and their variants.
 
     References:
         Muon+, 2026, arXiv 2602.21545.
@@ -41,24 +38,5 @@ def snap_norm() -> Hook:
 def muon_plus(
     learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns Muon+, which is Muon with orthogonal factors scaled to a fixed Frobenius norm.
-
-    It is `muon(learning_rate, after=snap_norm())`.
-
-    Args:
-        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
-        options: The options of `muon`.
-
-    Returns:
-        A transformation that requires `params` in `update`.
-
-    References:
-        Muon+, 2026, arXiv 2602.21545.
-
-    Example:
-        >>> import jax.numpy as jnp, muon_jax
-        >>> tx = muon_jax.muon_plus(0.02, adam_learning_rate=3e-4)
-        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
-        >>> updates, state = tx.update(params, tx.init(params), params)
-    """
+    """Returns Muon+: `muon(learning_rate, after=snap_norm())`."""
     return muon(learning_rate, after=snap_norm(), **options)

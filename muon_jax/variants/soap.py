@@ -44,7 +44,8 @@ def eigenbasis(
     every `every`-th step. V is not transformed to the new bases: each entry stays with the
     eigenvalues of the same rank.
 
-    The remark on repeated eigenvalues in `scale_by_splus` applies here as well.
+    This is a hook for `before=`. The remark on repeated eigenvalues in `scale_by_splus` applies
+    here as well.
 
     Args:
         b2: The decay of V, L and R.
@@ -52,18 +53,13 @@ def eigenbasis(
         max_dim: A side of at least this size keeps the identity as its basis.
         eps: A number added to the square root of V.
 
-    Returns:
-        A hook, for `before=` of `muon`, `scale_by_muon` and their variants.
-
     References:
         Vyas et al., 2024, SOAP, arXiv 2409.11321. Its code skips the first step and renews the
         bases by a power iteration and QR; this function computes eigenvectors.
 
     Example:
-        >>> import jax.numpy as jnp, muon_jax
+        >>> import muon_jax
         >>> tx = muon_jax.muon(0.02, before=muon_jax.eigenbasis(every=5))
-        >>> params = {"kernel": jnp.ones((4, 8))}
-        >>> updates, state = tx.update(params, tx.init(params), params)
     """
     eigenbases = Eigenbases(b2, every, max_dim)
     check_number("eps", eps, at_least=0)
@@ -117,27 +113,8 @@ def soap(
     """Updates the hidden matrices with SOAP and all other leaves with AdamW.
 
     SOAP is Adam in Shampoo's eigenbases: `muon` without orthogonalisation or shape scale, with
-    Adam's bias correction of the momentum and `before=eigenbasis(b2, ...)`.
-
-    Args:
-        learning_rate: The learning rate of the hidden matrices, a number or a schedule, similar to
-            AdamW's, about 3e-3.
-        beta: The decay of the momentum.
-        b2, every, max_dim, eps: As in `eigenbasis`.
-        nesterov: As in `muon`.
-        options: The options of `muon`.
-
-    Returns:
-        A transformation that requires `params` in `update`.
-
-    References:
-        Vyas et al., 2024, SOAP, arXiv 2409.11321.
-
-    Example:
-        >>> import jax.numpy as jnp, muon_jax
-        >>> tx = muon_jax.soap(3e-3, weight_decay=0.01)
-        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
-        >>> updates, state = tx.update(params, tx.init(params), params)
+    Adam's bias correction of the momentum and `before=eigenbasis(b2, ...)`. Use a learning rate
+    similar to AdamW's, about 3e-3. All other options are those of `muon`.
     """
     hook = eigenbasis(b2, every=every, max_dim=max_dim, eps=eps)
     return muon(
@@ -164,19 +141,8 @@ def soap_muon(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns SOAP-Muon: `muon(learning_rate, before=eigenbasis(b2, ...))`.
 
-    Args:
-        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
-        b2, every, max_dim, eps: As in `eigenbasis`.
-        options: The options of `muon`.
-
     References:
         KellerJordan/modded-nanogpt, track 3, 2026-06-09.
-
-    Example:
-        >>> import jax.numpy as jnp, muon_jax
-        >>> tx = muon_jax.soap_muon(0.02, adam_learning_rate=3e-4)
-        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
-        >>> updates, state = tx.update(params, tx.init(params), params)
     """
     hook = eigenbasis(b2, every=every, max_dim=max_dim, eps=eps)
     return muon(learning_rate, before=hook, **options)

@@ -28,14 +28,11 @@ def spectral_sphere(radius: float | jax.Array = 1.0, *, iterations: int = 1) -> 
         iterations: The number of power iterations per step, which start from the vector of the
             previous step. The state is that vector for each matrix.
 
-    Returns:
-        A constraint, for `constraint=` of `muon` and its variants.
-
     References:
         Spectral Sphere Optimizer, 2026, arXiv 2601.08393.
 
     Example:
-        >>> import jax.numpy as jnp, optax, muon_jax
+        >>> import jax.numpy as jnp, muon_jax, optax
         >>> tx = muon_jax.muon(0.1, constraint=muon_jax.spectral_sphere())
         >>> params = {"kernel": 3 * jnp.eye(4, 16)}
         >>> updates, state = tx.update(params, tx.init(params), params)
@@ -50,22 +47,15 @@ def spectral_sphere(radius: float | jax.Array = 1.0, *, iterations: int = 1) -> 
 def spectral_cap(bound: float | jax.Array, *, iterations: int = 1) -> Constraint:
     r"""Limits the spectral norm of weights to $c \sqrt{\mathrm{fan\_out} / \mathrm{fan\_in}}$.
 
-    A matrix with a larger norm is scaled down; others are not changed.
-
-    Args:
-        bound: The positive constant c.
-        iterations: As in `spectral_sphere`.
-
-    Returns:
-        A constraint, for `constraint=` of `muon` and its variants.
+    A matrix with a larger norm is scaled down; others are not changed. `bound` is the positive
+    constant c, and `iterations` is as in `spectral_sphere`.
 
     Example:
-        >>> import jax.numpy as jnp, optax, muon_jax
+        >>> import jax.numpy as jnp, muon_jax
         >>> tx = muon_jax.muon(0.1, constraint=muon_jax.spectral_cap(1.0))
         >>> params = {"kernel": 3 * jnp.eye(4, 16)}
         >>> updates, state = tx.update(params, tx.init(params), params)
-        >>> new = optax.apply_updates(params, updates)
-        >>> print(f"{jnp.linalg.norm(new['kernel'], 2):.2f}")
+        >>> print(f"{jnp.linalg.norm(params['kernel'] + updates['kernel'], 2):.2f}")
         2.00
     """
     check_number("bound", bound, above=0)
@@ -80,27 +70,10 @@ def spectral_cap(bound: float | jax.Array, *, iterations: int = 1) -> Constraint
 def muon_sphere(
     learning_rate: optax.ScalarOrSchedule, *, radius: float = 1.0, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns MuonSphere, whose updates and weights have the same spectral norm.
+    """Returns MuonSphere: updates and weights of the same spectral norm.
 
     It is `muon(learning_rate, scale=..., constraint=spectral_sphere(radius))` with the shape scale
-    `radius * sqrt(fan_out / fan_in)`.
-
-    Args:
-        learning_rate: The spectral norm of a step relative to that of the weights.
-        radius: As in `spectral_sphere`.
-        options: The options of `muon`.
-
-    Returns:
-        A transformation that requires `params` in `update`.
-
-    References:
-        Spectral Sphere Optimizer, 2026, arXiv 2601.08393.
-
-    Example:
-        >>> import jax.numpy as jnp, muon_jax
-        >>> tx = muon_jax.muon_sphere(0.02, adam_learning_rate=3e-4)
-        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
-        >>> updates, state = tx.update(params, tx.init(params), params)
+    `radius * sqrt(fan_out / fan_in)`, so the rate is the norm of a step relative to the weights'.
     """
 
     def scale(fan_in: int, fan_out: int) -> float:

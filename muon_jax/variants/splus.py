@@ -72,13 +72,6 @@ def scale_by_splus(
             eigendecomposition is computed once, on one device. XLA distributes the products; inside
             `shard_map` a sharded leaf is gathered for them.
 
-    Returns:
-        A transformation whose state is `SPlusState`.
-
-    Raises:
-        TypeError: An argument has the wrong type, or is an array but decides what is compiled.
-        ValueError: A number is out of range, or the axes do not fit a leaf.
-
     References:
         Frans et al., 2025, arXiv 2506.07254, algorithm 2, with the bases as in kvfrans/splus.
 
@@ -104,7 +97,9 @@ def scale_by_splus(
         kept = map(matrices.pack, eigenbases.init(matrices))
         return SPlusState(jnp.zeros([], jnp.int32), stages.init_momentum(params), *kept)
 
-    def step(updates, state):
+    @over_auto_axes
+    def update(updates, state, params):
+        del params
         matrices = stages.matrices(updates)
         count = optax.safe_increment(state.count)
         _, mu = stages.average(updates, state.mu, count)
@@ -116,10 +111,6 @@ def scale_by_splus(
         bases = eigenbases.renew(matrices, second, bases, count)
         state = SPlusState(count, mu, matrices.pack(second), matrices.pack(bases))
         return matrices.merge(matrices.scale(matrices.local(factors)), updates), state
-
-    def update(updates, state, params=None):
-        del params
-        return over_auto_axes(step, updates, state)
 
     return optax.GradientTransformation(init, update)
 
@@ -145,15 +136,8 @@ def splus(
         learning_rate: The learning rate, a number or a schedule; about 0.2.
         b1, b2, every, max_dim: As in `scale_by_splus`.
         average: The decay of the average of the params.
-        other_optimizer: As in `hybrid`.
-        options: The options of `hybrid`. Its decay is `learning_rate * weight_decay * w`; the
-            authors' code multiplies this by 2 / (fan_in + fan_out).
-
-    Returns:
-        A transformation that requires `params` in `update`.
-
-    References:
-        Frans et al., 2025, arXiv 2506.07254.
+        other_optimizer, options: As in `hybrid`. The decay is `learning_rate * weight_decay * w`;
+            the authors' code multiplies this by 2 / (fan_in + fan_out).
 
     Example:
         >>> import jax.numpy as jnp, muon_jax

@@ -29,14 +29,11 @@ def stiefel(
             steps of `"polar_express"`, which is accurate to 1e-3. Muon's own five steps are not
             accurate enough here, since their errors of up to 30 % would be in the weights.
 
-    Returns:
-        A constraint, for `constraint=` of `muon` and its variants.
-
     References:
         Manifold constrained steepest descent, 2026, arXiv 2601.21487 (SPEL).
 
     Example:
-        >>> import jax.numpy as jnp, optax, muon_jax
+        >>> import jax.numpy as jnp, muon_jax, optax
         >>> tx = muon_jax.muon(0.1, constraint=muon_jax.stiefel())
         >>> params = {"kernel": jnp.eye(4, 8)}
         >>> updates, state = tx.update({"kernel": jnp.ones((4, 8))}, tx.init(params), params)
@@ -59,25 +56,8 @@ def stiefel(
 def spel(
     learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns SPEL, which is Muon with weights whose rows or columns stay orthonormal.
+    """Returns SPEL: `muon(learning_rate, scale="none", constraint=stiefel())`.
 
-    It is `muon(learning_rate, scale="none", constraint=stiefel())`, without weight decay, which the
-    constraint would undo.
-
-    Args:
-        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
-        options: The options of `muon`.
-
-    Returns:
-        A transformation that requires `params` in `update`.
-
-    References:
-        Manifold constrained steepest descent, 2026, arXiv 2601.21487.
-
-    Example:
-        >>> import jax.numpy as jnp, muon_jax
-        >>> tx = muon_jax.spel(0.02, adam_learning_rate=3e-4)
-        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.eye(8, 32)}}
-        >>> updates, state = tx.update(params, tx.init(params), params)
+    There is no weight decay, which the constraint would undo.
     """
     return muon(learning_rate, scale="none", constraint=stiefel(), **options)

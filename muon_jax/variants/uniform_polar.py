@@ -31,10 +31,6 @@ class UniformPolar:
         power: The exponent p, from 0 to 1.
         orthogonalizer: The orthogonalizer of the scaled matrices. `None` means `newton_schulz`.
 
-    Raises:
-        TypeError: An argument has the wrong type.
-        ValueError: A number is out of range.
-
     References:
         Aurora: KellerJordan/modded-nanogpt, track 3, 2026-05-05 (2 iterations, power 0.5).
 
@@ -83,27 +79,13 @@ def aurora(
     ns_dtype: jax.typing.DTypeLike | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns Aurora, which is Muon with equal row norms of rectangular orthogonal factors.
+    """Returns Aurora: `muon(learning_rate, orthogonalizer=UniformPolar(iterations, power))`.
 
-    It is `muon(learning_rate, orthogonalizer=UniformPolar(iterations, power))`.
-
-    Args:
-        learning_rate: The learning rate of the hidden matrices, a number or a schedule.
-        iterations, power: As in `UniformPolar`. Each iteration costs as much as Muon.
-        ns_coeffs, ns_steps, ns_dtype: As in `muon`.
-        options: The options of `muon`.
-
-    Returns:
-        A transformation that requires `params` in `update`.
-
-    References:
-        KellerJordan/modded-nanogpt, track 3, 2026-05-05.
+    Each iteration costs as much as Muon. All other options are those of `muon`.
 
     Example:
-        >>> import jax.numpy as jnp, muon_jax
+        >>> import muon_jax
         >>> tx = muon_jax.aurora(0.02, adam_learning_rate=3e-4)
-        >>> params = {"embed": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
-        >>> updates, state = tx.update(params, tx.init(params), params)
     """
     inner = configured(None, ns_coeffs, ns_steps, ns_dtype)
     return muon(learning_rate, orthogonalizer=UniformPolar(iterations, power, inner), **options)

@@ -18,9 +18,6 @@ def update_floor(share: float | jax.Array = 0.35, *, over: str = "matrix") -> Co
         share: The constant c, at least 0.
         over: The axes of the norms: `"matrix"`, or `"fan_in"` for a norm of each output neuron.
 
-    Returns:
-        A constraint, for `constraint=` of `muon` and its variants.
-
     References:
         KellerJordan/modded-nanogpt, track 3: 0.35 (record 11), 0.3825 by neuron (record 46).
 
