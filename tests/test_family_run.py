@@ -258,10 +258,10 @@ def test_an_optimizer_sees_the_forward_pass_and_may_have_others_evaluated(tiny, 
     """An arm is one entry: it gets extra arguments by name, and says what is to be evaluated."""
     seen = {}
 
-    def build(settings, rate, rest, placed):
+    def build(given):
         def update(updates, state, params=None, *, max_logits, **extra):
             seen.update(jax.tree.map(jnp.shape, max_logits))
-            return jax.tree.map(lambda u: -rate(0) * u, updates), state
+            return jax.tree.map(lambda u: -given.rate(0) * u, updates), state
 
         return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 

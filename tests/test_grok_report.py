@@ -17,7 +17,7 @@ from experiments.grok.report_data import aggregate, censored_median, load_run
 from experiments.grok.report_figures import curves_figure, epochs_figure, pictures
 from experiments.optimizers import ARMS
 from experiments.report.__main__ import main
-from experiments.report.figures import optimizer_color
+from experiments.report.names import optimizer_color
 from experiments.report.page import write
 from experiments.report.series import middle
 

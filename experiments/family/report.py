@@ -18,9 +18,8 @@ from experiments.report.figures import (
     legend,
     legend_line,
     name_axes,
-    optimizer_color,
-    optimizer_label,
 )
+from experiments.report.names import optimizer_color, optimizer_label
 from experiments.report.page import Column, Picture, Report, Table
 from experiments.report.series import middle, series
 from experiments.report.text import all_told, form, interval_text, number

@@ -36,7 +36,7 @@ from experiments.language.hugging_face import CONFIG
 from experiments.language.launch import claimed, launch, preparing, showing
 from experiments.language.mesh import make_mesh, one_device
 from experiments.parallel import devices_for, one_cpu_device_per_core, run_in_parallel
-from experiments.report.figures import LABELS
+from experiments.report.names import optimizer_label
 from experiments.report.studies import show
 from experiments.runs import check_free, check_group
 
@@ -180,7 +180,7 @@ def _train(
     on_message = functools.partial(bar.console.print, highlight=False)
     with claimed(folder, loop.settings_of(trainer, start, rows), Training().as_json()):
         if (folder / "summary.json").exists():
-            on_message(f"{LABELS.get(arm, arm)}: already finished, in {folder}")
+            on_message(f"{optimizer_label(arm)}: already finished, in {folder}")
             return
         on_step = showing(arm, bar, trainer.config.steps)
         planning.check(plan.case(trainer), limit, planning.compiled_bytes(trainer.program))

@@ -23,7 +23,7 @@ from experiments.grok.report_data import (
     load_run,
     value,
 )
-from experiments.report.figures import optimizer_label
+from experiments.report.names import optimizer_label
 from experiments.report.page import Column, Report, Section, Table
 from experiments.report.text import flop, form, number, plural
 

@@ -13,7 +13,7 @@ from experiments.commands import print_warning
 from experiments.grok import grid
 from experiments.grok.config import Cell, Panel
 from experiments.json_files import loads, read_json
-from experiments.report.figures import optimizer_label
+from experiments.report.names import optimizer_label
 from experiments.report.text import number, plural
 
 BASELINE = "adamw"

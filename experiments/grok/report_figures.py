@@ -24,10 +24,9 @@ from experiments.report.figures import (
     legend_line,
     name_axes,
     new_figure,
-    optimizer_color,
-    optimizer_label,
     plain_log_axis,
 )
+from experiments.report.names import optimizer_color, optimizer_label
 from experiments.report.page import Picture
 from experiments.report.series import series
 

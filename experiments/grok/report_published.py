@@ -18,10 +18,9 @@ from experiments.report.figures import (
     legend,
     legend_line,
     new_figure,
-    optimizer_color,
-    optimizer_label,
     plain_log_axis,
 )
+from experiments.report.names import optimizer_color, optimizer_label
 from experiments.report.page import Picture, Table
 from experiments.report.text import number, p_text, plural
 

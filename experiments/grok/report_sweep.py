@@ -28,7 +28,7 @@ from experiments.grok.report_data import (
     uncounted,
 )
 from experiments.grok.report_sweep_figures import heat_figure, lines_figure
-from experiments.report.figures import optimizer_label
+from experiments.report.names import optimizer_label
 from experiments.report.page import Picture, Table
 from experiments.report.text import number, p_text
 

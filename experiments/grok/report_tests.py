@@ -14,7 +14,7 @@ from experiments.grok.report_data import (
     censored_median,
     value,
 )
-from experiments.report.figures import optimizer_label
+from experiments.report.names import optimizer_label
 from experiments.report.page import Column, Table
 from experiments.report.text import number, p_text, plural
 

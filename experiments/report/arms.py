@@ -8,14 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments.differences import Interval, difference, holm, p_value
-from experiments.report.figures import (
-    Final,
-    finals_figure,
-    legible,
-    optimizer_color,
-    optimizer_label,
-    rates_figure,
-)
+from experiments.report.figures import Final, finals_figure, legible, rates_figure
+from experiments.report.names import optimizer_color, optimizer_label
 from experiments.report.page import Column, Picture, Report, Section, Table
 from experiments.report.text import number, plural
 from experiments.runs import flat, read_json, read_settings
