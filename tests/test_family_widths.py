@@ -117,7 +117,7 @@ def test_over_the_width_activations_keep_their_size_and_logits_shrink():
     def sizes(width):
         model = LanguageModel(width=width, layers=1, head_size=32, rngs=nnx.Rngs(0))
         tokens = jax.random.randint(jax.random.key(1), (4, 16), 0, 256)
-        added = model.blocks[0](model.embedding(tokens))[0] - model.embedding(tokens)
+        added = model.blocks[0](model.embedding(tokens)) - model.embedding(tokens)
         return jnp.std(added), jnp.std(model(tokens)[0])
 
     hidden, logits = np.array([sizes(width) for width in (64, 128, 512)]).T

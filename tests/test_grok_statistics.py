@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.differences import student_t
 from experiments.grok import report_tests, statistics
 from experiments.grok.report_data import Run
 
@@ -100,7 +99,7 @@ def test_the_detectable_ratio_is_found_in_four_of_five_studies(deviation, n):
 def test_a_training_groks_strictly_at_twice_the_memorised_epoch():
     """Of four that grokked one is strict; two generalised within five epochs of memorising."""
     run = run_of({("add", "muon", seed): e for seed, e in enumerate([10, 15, 19, 20, None])})
-    (arm,) = report_tests.pooled(run)
+    (arm,) = run.pooled()
     row = [text(arm) for *_, text in report_tests.DELAYS]
     assert row == ["Muon", "5", "4", "2", "1", "10", "9", "19"]
 
@@ -109,7 +108,7 @@ def test_welch_pools_what_grokked_as_the_paper_does():
     slow, fast = [90, 120, None, 200, 150], [40, 60, 80]
     expected = stats.ttest_ind([90, 120, 200, 150], fast, equal_var=False)
     found = statistics.welch(slow, fast)
-    assert (found.t, found.p) == pytest.approx((expected.statistic, expected.pvalue))
+    assert (found.statistic, found.pvalue) == (expected.statistic, expected.pvalue)
     assert statistics.welch([1], fast) is None
 
 
@@ -124,10 +123,6 @@ def test_log_rank_tells_what_censoring_hides_from_a_mean():
 def test_survival_ends_at_the_budget():
     assert statistics.survival([None, None], 30) == ([0.0, 30.0], [1.0, 1.0])
     assert statistics.survival([10, 30], 30) == ([0.0, 10.0, 30.0, 30.0], [1.0, 0.5, 0.0, 0.0])
-
-
-def test_student_t_reaches_what_it_says():
-    assert stats.t.cdf(student_t(7), 7) == pytest.approx(0.975)
 
 
 def run_of(epochs: dict[tuple[str, str, int], int | None]) -> Run:

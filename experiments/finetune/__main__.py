@@ -57,11 +57,11 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
         plan.plan_suite(command, command.suite, console)
         if command.dry_run:
             return 0
-        check_free(epath.Path(command.out), command.as_json(), other="another --out")
+        check_free(epath.Path(command.out), command.as_json())
         return suite(command, command.suite, console, stop)
     if command.dry_run or command.compile_only:
         return plan.plan(command, console)
-    check_group(epath.Path(command.out), ARMS, command.as_json(), other="another --out")
+    check_group(epath.Path(command.out), ARMS, command.as_json())
     if command.model is None:  # before minutes of pretraining
         _check(command, base.architecture_of(command.base, command.base.vocabulary))
     start, rows, folder = _prepare(command, stop, console)

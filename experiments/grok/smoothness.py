@@ -9,7 +9,6 @@ then the line that 95 % of the measured ratios lie below.
 """
 
 import dataclasses
-import functools
 import re
 import sys
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from experiments.commands import guard
 from experiments.grok import tasks
 from experiments.grok.config import Cell, Config
 from experiments.grok.losses import LOSSES
-from experiments.grok.model import Transformer
+from experiments.grok.model import configured
 from experiments.grok.train import split
 from experiments.settings import Count, check
 
@@ -124,13 +123,7 @@ def measure(seed: int, epochs: int, every: int) -> dict[str, list[tuple[float, f
     [task], [softmax] = config.tasks, config.softmax
     cell = Cell(task, softmax, "gluon", seed)
     table, train_rows = tasks.table(task), split(config, cell).train
-    make = functools.partial(
-        Transformer,
-        table.vocabulary,
-        width=config.width,
-        layers=config.layers,
-        heads=config.heads,
-    )
+    make = configured(config, table.vocabulary)
     graph, params = nnx.split(make(rngs=nnx.Rngs(params=jax.random.key(seed))), nnx.Param)
     tokens, answers = jnp.asarray(table.tokens), jnp.asarray(table.answers)
     tx = optimizers.build("gluon", config, schedules.warmup(config.warmup))

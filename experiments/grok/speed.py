@@ -27,8 +27,9 @@ from experiments.command_line import parse
 from experiments.commands import guard
 from experiments.grok import tasks
 from experiments.grok.config import Cell, Config
-from experiments.grok.model import FEED_FORWARD_RATIO, RMS_EPSILON, ROPE_BASE
+from experiments.grok.model import FEED_FORWARD_RATIO, ROPE_BASE
 from experiments.grok.train import GROKKED_ACCURACY, compile_arm, evaluation_rows, split
+from experiments.layers import RMS_EPSILON
 from experiments.optimizers import AdamW, OptimizerName
 from experiments.settings import Count, at_least, check, fitting_divisor
 from experiments.timing import seconds_of
