@@ -56,18 +56,15 @@ def load(text: Path | None = None, limit: int | None = None) -> Corpus:
     return standard_library(limit) if text is None else one_file(text, limit)
 
 
-def standard_library(limit: int | None = None) -> Corpus:
+@functools.cache
+def standard_library(limit: int | None = None, root: Path | None = None) -> Corpus:
     """Returns the source of Python's standard library, without tests: about ten megabytes.
 
     Files are sorted by name, and about every tenth is for validation. A hash of its name decides
     this for each file, so that it does not depend on the version of Python. The tables of
     encodings, which are near copies of each other, are all for training.
     """
-    return _standard_library(Path(sysconfig.get_path("stdlib")), limit)
-
-
-@functools.cache
-def _standard_library(root: Path, limit: int | None) -> Corpus:
+    root = root or Path(sysconfig.get_path("stdlib"))
     train, validation = io.BytesIO(), io.BytesIO()
     for name, held_out in library_files(root):
         (validation if held_out else train).write((root / name).read_bytes())

@@ -13,7 +13,7 @@ import muon_jax
 from experiments import baselines
 from experiments import builders as make
 from experiments.schedules import Schedules
-from experiments.settings import Average, Count, Decay, Positive, Rate, Rule
+from experiments.settings import Average, Count, Decay, Part, Positive, Rate, Rule
 
 ScheduleName = Literal[
     "jordan",
@@ -31,7 +31,6 @@ _RANK = Rule(
     "a whole number of at least 1, or a fraction greater than 0 and at most 1",
     lambda value: value >= 1 if isinstance(value, int) else 0 < value <= 1,
 )
-_FRACTION = Rule("greater than 0 and at most 1", lambda value: 0 < value <= 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Variants:
     """splus: number of steps between eigendecompositions."""
     soap_every: Count = 10
     """soap, soap_muon: number of steps between eigendecompositions."""
-    fraction: Annotated[float, _FRACTION] = 0.25
+    fraction: Part = 0.25
     """dion2, dion3: fraction of a matrix's rows that each step orthogonalises."""
     gluon_norm: Positive = 1.0
     """gluon: dual norm of the gradient at which the step has half its maximal size, L0 / L1."""

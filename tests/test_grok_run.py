@@ -190,25 +190,10 @@ def test_a_run_from_before_an_optimizer_was_added_goes_on(tmp_path):
     assert run(*TINY, "--seeds", 1, "--epochs", 1, out=tmp_path) == 2
 
 
-@pytest.mark.parametrize(
-    ("options", "hint"),
-    [
-        (["--taks", "mul"], "--tasks"),
-        (["--tasks", "mull"], "'mul'"),
-        (["--optimizers", "adam"], "'adamw'"),
-        (["--width", "17"], "try --width 16"),
-        (["--width", "30", "--heads", "4"], "try --width 24"),
-        (["--train-fraction", "1.5"], "both must have at least one"),
-    ],
-)
-def test_wrong_options_are_refused_with_a_hint(options, hint, tmp_path, capsys):
+def test_wrong_options_are_refused_and_leave_no_folder(tmp_path):
     with pytest.raises(SystemExit) as stopped:
-        run(*options, out=tmp_path)
-    assert stopped.value.code == 2
-    captured = capsys.readouterr()
-    words = re.sub(r"[\s│]+", " ", captured.err + captured.out)
-    assert hint in words
-    assert not (tmp_path / "run").exists()
+        run("--taks", "mul", out=tmp_path)
+    assert stopped.value.code == 2 and not (tmp_path / "run").exists()
 
 
 def test_equal_settings_share_a_folder_and_others_do_not():

@@ -14,18 +14,17 @@ from experiments.report import arms
 from experiments.report.figures import rates_figure
 from experiments.report.page import Column, Picture, Report, Table
 from experiments.report.text import form, signed, told
-from experiments.sweep import Files, loss_of, optimum
+from experiments.sweep import Files, optimum
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line(arms.Arm):
-    """One width or depth, which is its `optimizer` too, under one shape scale.
+    """One width or depth, which is its `optimizer` too, under one shape scale."""
 
-    Attributes:
-        optimum: The rate at the minimum of a parabola through the best rate and its neighbours.
-    """
-
-    optimum: float
+    @property
+    def optimum(self) -> float:
+        """The rate at the minimum of a parabola through the best rate and its neighbours."""
+        return optimum(self.losses, self.best.rate)
 
     @property
     def mark(self) -> tuple[float, float]:
@@ -86,31 +85,27 @@ def aggregate(files: Files) -> list[Transfer]:
             for of in stored
         ]
     over = "layers" if "layers" in files.rows[0] else "width"
-    found: dict[str, list[Line]] = {row["scale"]: [] for row in files.rows}
-    of_seeds: dict[str, dict[str, dict[str, float]]] = {scale: defaultdict(dict) for scale in found}
+    lines: dict[str, list[Line]] = {row["scale"]: [] for row in files.rows}
+    optima: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)  # by scale and seed
     for (size, scale), (rows, _) in sorted(arms.grouped(files, over, "scale").items()):
-        own = arms.of_cells(rows)
-        best = optimum(own["losses"], own["best"].rate)
-        found[scale].append(Line(optimizer=str(size), optimum=best, **own))
+        lines[scale].append(Line(optimizer=str(size), **arms.of_cells(rows)))
         for seed in sorted({row["seed"] for row in rows}):
-            losses = {r["rate"]: loss_of(r) for r in rows if r["seed"] == seed}
-            losses = dict(sorted(losses.items()))
-            one = optimum(losses, min(losses, key=losses.__getitem__))
-            of_seeds[scale][str(seed)][str(size)] = one
+            own = arms.of_cells([row for row in rows if row["seed"] == seed])
+            optima[scale, str(seed)][str(size)] = optimum(own["losses"], own["best"].rate)
+    drifts: dict[str, dict[str, float]] = {scale: {} for scale in lines}
+    for (scale, seed), of_size in optima.items():
+        if (drift := drift_of(of_size)) is not None:
+            drifts[scale][seed] = drift
     return [
         Transfer(
             scale,
-            lines,
-            {line.optimizer: line.optimum for line in lines},
-            {line.optimizer: line.at_edge for line in lines},
+            own,
+            {line.optimizer: line.optimum for line in own},
+            {line.optimizer: line.at_edge for line in own},
             over,
-            {
-                seed: drift
-                for seed, optima in of_seeds[scale].items()
-                if len(of_seeds[scale]) > 1 and (drift := drift_of(optima)) is not None
-            },
+            drifts[scale] if len(drifts[scale]) > 1 else {},
         )
-        for scale, lines in found.items()
+        for scale, own in lines.items()
     ]
 
 
