@@ -25,18 +25,9 @@ from experiments.runs import Run
 
 # Seconds a run: two optimizers, three rates, two seeds of a narrow model on a little text.
 TINY = {
-    "width": 16,
-    "layers": 1,
-    "head_size": 8,
-    "context": 8,
-    "batch": 4,
-    "steps": 8,
-    "warmup": 2,
-    "evaluations": 2,
-    "validation": 8,
-    "corpus_bytes": 20_000,
-    "seeds": 2,
-}
+    "width": 16, "layers": 1, "head_size": 8, "context": 8, "batch": 4, "steps": 8, "warmup": 2,
+    "evaluations": 2, "validation": 8, "corpus_bytes": 20_000, "seeds": 2,
+}  # fmt: skip
 
 
 def run(*options, out):

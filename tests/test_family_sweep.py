@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from experiments import optimizers, schedules
-from experiments.differences import difference, student_t
+from experiments.differences import difference
 from experiments.family import train
 from experiments.family.config import Cell, Training
 from experiments.family.report import aggregate
@@ -107,12 +107,6 @@ def test_best_is_by_mean_and_a_diverged_seed_is_the_worst():
     rows += [row("x", 0.05, 0, 0.5)]
     assert 0.05 not in losses_by_rate(rows) and best(rows).rate == 0.1
     assert best([]) is None
-
-
-def test_student_t_is_the_table_s():
-    table = {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262, 30: 2.042}
-    for degrees, value in table.items():
-        assert student_t(degrees) == pytest.approx(value, abs=2e-3)
 
 
 def test_differences_are_paired_by_seed():
