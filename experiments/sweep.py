@@ -202,7 +202,10 @@ def cell_of(make: Callable[..., Cell], row: Row) -> Cell:
 
 
 class Files(NamedTuple):
-    """The contents of a run's files. `histories` are the evaluations of the cell of each row."""
+    """The contents of a run's files. `histories` are the evaluations of the cell of each row.
+
+    Stored results, which consist of a summary and perhaps the settings, have neither.
+    """
 
     config: dict[str, Any]
     summary: dict[str, Any]
@@ -212,7 +215,7 @@ class Files(NamedTuple):
 
 
 def load_run(folder: Path) -> Files:
-    """Reads the files of a finished or partly finished run.
+    """Reads the files of a finished or partly finished run, or of stored results without a log.
 
     Raises:
         FileNotFoundError: The folder or one of its files is missing.
@@ -220,19 +223,22 @@ def load_run(folder: Path) -> Files:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no run folder {folder}. Give the folder of a run.")
-    for name in ("config.json", "summary.json", "metrics.jsonl"):
-        if not (folder / name).is_file():
+    config, summary, log, costs = (
+        folder / name for name in ("config.json", "summary.json", "metrics.jsonl", "costs.json")
+    )
+    for path in (config, summary) if log.exists() else (summary,):
+        if not path.is_file():
             raise FileNotFoundError(
-                f"{folder} has no {name}. A report needs a run with at least one finished training."
+                f"{folder} has no {path.name}. A report needs a run with at least one finished "
+                "training."
             )
-    log = sealed.read(folder / "metrics.jsonl")
-    for damage in log.damage:
-        print_warning(f"{folder / 'metrics.jsonl'} is damaged: {damage}.")
-    pieces = finished_pieces(log)
-    costs = folder / "costs.json"
+    found = sealed.read(log)
+    for damage in found.damage:
+        print_warning(f"{log} is damaged: {damage}.")
+    pieces = finished_pieces(found)
     return Files(
-        read_settings(folder / "config.json"),
-        read_json(folder / "summary.json"),
+        read_settings(config) if config.is_file() else {},
+        read_json(summary),
         [row for _, row in pieces],
         [records for records, _ in pieces],
         read_json(costs)["costs"] if costs.exists() else {},

@@ -23,7 +23,7 @@ from experiments.report.names import optimizer_color, optimizer_label
 from experiments.report.page import Column, Picture, Report, Table
 from experiments.report.series import middle, series
 from experiments.report.text import all_told, form, interval_text, number
-from experiments.sweep import Files
+from experiments.sweep import Files, load_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ def curves_figure(found: Sequence[Arm]) -> Figure:
 
 def report(folder: Path) -> Report:
     """Returns the report of the variants at their best rates."""
-    files = arms.load(folder)
+    files = load_run(folder)
     found, facts = aggregate(files), {"config": files.config, "corpus": files.summary["corpus"]}
     table = Table(COLUMNS, found, CAPTION, "The family, lowest loss first", NOTE).known()
     curves = Picture(

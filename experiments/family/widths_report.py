@@ -14,7 +14,7 @@ from experiments.report import arms
 from experiments.report.figures import rates_figure
 from experiments.report.page import Column, Picture, Report, Table
 from experiments.report.text import form, signed, told
-from experiments.sweep import Files, optimum
+from experiments.sweep import Files, load_run, optimum
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,7 @@ def widths_figure(transfers: Sequence[Transfer]) -> Figure:
 
 def report(folder: Path) -> Report:
     """Returns the report of a sweep over sizes: the best rate of each."""
-    files = arms.load(folder)
+    files = load_run(folder)
     transfers = aggregate(files)
     rows: list[Row] = [
         (of, size, next((line for line in of.lines if line.optimizer == size), None))

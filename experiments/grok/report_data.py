@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments import sweep
 from experiments.grok import grid
 from experiments.grok.config import Cell, Panel
-from experiments.report import arms
 from experiments.report.names import optimizer_label
 from experiments.report.text import number, plural
 
@@ -181,7 +181,7 @@ def load_run(folder: Path) -> Run:
         FileNotFoundError: The folder or one of its files is missing.
         ValueError: A file has the wrong content; the message names the file.
     """
-    config, summary, rows, histories, _ = arms.load(folder)
+    config, summary, rows, histories, _ = sweep.load_run(folder)
     rows = rows or summary["cells"]
     axes = [grid.axis(text) for text in config["grid"]]
     points = (point for name in config["optimizers"] for point in grid.points(axes, name))

@@ -12,8 +12,8 @@ from experiments.report.figures import Final, finals_figure, legible, rates_figu
 from experiments.report.names import optimizer_color, optimizer_label
 from experiments.report.page import Column, Picture, Report, Section, Table
 from experiments.report.text import number, plural
-from experiments.runs import flat, read_json, read_settings
-from experiments.sweep import Best, Files, Row, best, chosen_by, load_run, losses_by_rate, mean
+from experiments.runs import flat
+from experiments.sweep import Best, Files, Row, best, chosen_by, losses_by_rate, mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,19 +154,6 @@ def grouped(files: Files, *keys: str) -> dict[tuple, tuple[list[Row], list[Any]]
         rows.append(row)
         histories.append(history)
     return found
-
-
-def load(folder: Path) -> Files:
-    """Reads the files of a sweep, or of stored results, which consist of a summary without a log.
-
-    Raises:
-        FileNotFoundError: The folder or one of its files is missing.
-        ValueError: A file has the wrong content; the message names the file.
-    """
-    config, summary = folder / "config.json", folder / "summary.json"
-    if (folder / "metrics.jsonl").exists() or not summary.is_file():
-        return load_run(folder)
-    return Files(read_settings(config) if config.is_file() else {}, read_json(summary), [], [], {})
 
 
 def baseline_of(found: Iterable[AnyArm], name: str = "adamw") -> AnyArm | None:
