@@ -295,7 +295,7 @@ def test_a_best_setting_inside_its_grid_is_told(tmp_path):
     assert "of its grid" not in " ".join(abstract(loaded(tmp_path / "widths", ADAMW + MUON)))
 
 
-def tested(folder):
+def table_of(folder):
     """The lines of the table of tests."""
     _, table, *_ = section(report(folder), "tests")
     return table.lines
@@ -306,15 +306,15 @@ def test_a_sweep_of_one_setting_is_lines_and_tests_at_each(tmp_path):
     (picture,) = report_sweep.pictures(load_run(folder))
     assert picture.name == "sweep" and len(picture.draw().axes) == 6
     settings = [f"div · softmax · width={width}" for width in (32, 64, 128)]
-    assert [line[:2] for line in tested(folder)] == [["Muon", on] for on in ("all", *settings)]
-    assert tested(folder)[1][2] == "> 200 (2 of 3 censored)"
+    assert [line[:2] for line in table_of(folder)] == [["Muon", on] for on in ("all", *settings)]
+    assert table_of(folder)[1][2] == "> 200 (2 of 3 censored)"
 
 
 def test_an_optimizer_that_the_axis_does_not_concern_is_the_baseline_of_each(tmp_path):
     rows = [cell("div", "softmax", "adamw", s, 5, 80 + s) for s in range(3)]
     rows += along("variants.rank", {k: [40 // k, 41 // k, 42] for k in (1, 2, 4)}, "low_rank")
     # Not over all of them: that would count the baseline's cells three times.
-    assert len(tested(make_run(tmp_path / "run", rows))) == 3
+    assert len(table_of(make_run(tmp_path / "run", rows))) == 3
 
 
 def test_the_papers_table_counts_what_the_mean_leaves_out(tmp_path):
