@@ -133,17 +133,10 @@ def check_different(settings: Any, *fields: str) -> None:
 
 
 def given_text(arguments: Sequence[str], name: str, known: Collection[str] | None = None) -> Any:
-    """Returns the text that a command line gives to one option, before the line is parsed.
+    """Returns the text that a command line gives to an option, before the line is parsed.
 
-    Defaults of other options can thus depend on it. Wrong values are reported later, by the parser.
-
-    Args:
-        arguments: The arguments of the command line.
-        name: The name of the option.
-        known: The allowed values, by default any.
-
-    Returns:
-        The text, or None if the option is not given or its value is not allowed.
+    Defaults of other options can thus depend on it. None if the option is not given, or if its
+    value is not among the `known` ones, which the parser reports later.
     """
     for i in reversed(range(len(arguments))):
         word, equals, text = arguments[i].partition("=")

@@ -86,10 +86,10 @@ class Study(Generic[Cell]):
             OSError: A file cannot be written; finished cells are kept.
         """
         run, console = self.run, self.console
-        for note in run.notes:
-            console.print(note, highlight=False, soft_wrap=True)
-        console.print(f"[bold]{run.folder}[/bold]: {self.plan}", highlight=False)
         try:
+            for note in run.notes:
+                console.print(note, highlight=False, soft_wrap=True)
+            console.print(f"[bold]{run.folder}[/bold]: {self.plan}", highlight=False)
             try:
                 if self.missing():
                     self._train_missing()
@@ -99,11 +99,12 @@ class Study(Generic[Cell]):
             if run.finished:
                 self._summarize()
                 show(run.folder, console)
+            if left := len(self.missing()):
+                again = "Run the same command to continue."
+                console.print(f"Interrupted; trainings left: {left}. {again}")
         except OSError as error:
             saved = f"{len(run.finished)} finished trainings are saved in {run.folder}."
             raise OSError(f"{explain(error)} {saved}") from error
-        if left := len(self.missing()):
-            console.print(f"Interrupted; trainings left: {left}. Run the same command to continue.")
         return INTERRUPTED if self.stop.is_set() else 0
 
     def _train_missing(self) -> None:

@@ -48,31 +48,23 @@ def explore(loss, default=0.1, sweep=SWEEP):
     return sorted(done)
 
 
-def test_a_best_rate_inside_the_grid_needs_no_more():
-    assert explore(lambda rate: abs(math.log(rate / 0.1))) == [0.05, 0.1, 0.2]
-    assert wanted_rates(0.1, {}, SWEEP)[0] == 0.1
-
-
 @pytest.mark.parametrize(
-    ("top", "rates"),
+    "loss, sweep, rates",
     [
-        (0.4, [0.05, 0.1, 0.2, 0.4, 0.8]),
-        (0.025, [0.0125, 0.025, 0.05, 0.1, 0.2]),
-        (100, [0.05, 0.1, 0.2, 0.4, 0.8]),
-        (1e-6, [0.0125, 0.025, 0.05, 0.1, 0.2]),
+        (lambda rate: abs(math.log(rate / 0.1)), SWEEP, [0.05, 0.1, 0.2]),
+        (lambda rate: abs(math.log(rate / 0.4)), SWEEP, [0.05, 0.1, 0.2, 0.4, 0.8]),
+        (lambda rate: abs(math.log(rate / 0.025)), SWEEP, [0.0125, 0.025, 0.05, 0.1, 0.2]),
+        (lambda rate: -rate, SWEEP, [0.05, 0.1, 0.2, 0.4, 0.8]),
+        (lambda rate: rate, SWEEP, [0.0125, 0.025, 0.05, 0.1, 0.2]),
+        (lambda rate: math.inf, SWEEP, [0.0125, 0.025, 0.05, 0.1, 0.2]),
+        (lambda rate: rate, Sweep(reach=0, limit=0), [0.1]),
+        (lambda rate: -rate, Sweep(reach=0, limit=1), [0.05, 0.1, 0.2]),
     ],
 )
-def test_a_sweep_goes_on_beyond_its_edge_up_to_the_limit(top, rates):
-    assert explore(lambda rate: abs(math.log(rate / top))) == rates
-
-
-def test_one_rate_without_reach_or_limit():
-    assert explore(lambda rate: rate, sweep=Sweep(reach=0, limit=0)) == [0.1]
-    assert explore(lambda rate: -rate, sweep=Sweep(reach=0, limit=1)) == [0.05, 0.1, 0.2]
-
-
-def test_where_all_diverges_the_sweep_goes_down():
-    assert explore(lambda rate: math.inf) == [0.0125, 0.025, 0.05, 0.1, 0.2]
+def test_a_sweep_goes_on_beyond_its_edge_up_to_the_limit(loss, sweep, rates):
+    """To lower rates where all diverge."""
+    assert explore(loss, sweep=sweep) == rates
+    assert wanted_rates(0.1, {}, sweep)[0] == 0.1
 
 
 def test_rates_are_the_same_numbers_wherever_they_are_written():

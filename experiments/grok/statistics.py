@@ -105,12 +105,9 @@ def signed_rank(
     budget: float,
     tasks: Sequence[Hashable] | None = None,
 ) -> float | None:
-    """Returns the two-sided p value of Wilcoxon's signed-rank test of the log ratios.
+    """Returns the two-sided p value of Wilcoxon's signed-rank test of the log ratios of `ratio`.
 
     None with fewer than six observations.
-
-    Args:
-        panels, budget, tasks: As in `ratio`.
 
     Example:
         >>> signed_rank([({0: 40 + i}, {0: 20}) for i in range(6)], budget=100)
