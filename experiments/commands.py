@@ -180,9 +180,8 @@ def stop_on_signals() -> threading.Event:
     return stop
 
 
-def print_error(error: Exception | str) -> None:
+def print_error(text: str) -> None:
     """Prints an error on stderr, in one line and without interpreting brackets as markup."""
-    text = explain(error) if isinstance(error, Exception) else error
     Console(stderr=True).print("[red]error:[/red]", Text(text), soft_wrap=True)
 
 

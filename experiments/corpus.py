@@ -53,7 +53,12 @@ def load(text: Path | None = None, limit: int | None = None) -> Corpus:
         ValueError: The text for training or for validation is empty.
         OSError: The file cannot be read.
     """
-    return standard_library(limit) if text is None else one_file(text, limit)
+    if text is None:
+        return standard_library(limit)
+    with open(text, "rb") as file:
+        found = file.read() if limit is None else file.read(limit)
+    cut = found.find(b"\n", len(found) - len(found) // VALIDATION_SHARE) + 1
+    return _corpus(text.name, found[:cut], found[cut:])
 
 
 @functools.cache
@@ -96,14 +101,6 @@ def library_files(root: Path) -> list[tuple[str, bool]]:
         for name in names
         if not _TESTS & set(name.removesuffix(".py").split("/"))
     ]
-
-
-def one_file(path: Path, limit: int | None = None) -> Corpus:
-    """Returns the corpus of any file."""
-    with open(path, "rb") as file:
-        text = file.read() if limit is None else file.read(limit)
-    cut = text.find(b"\n", len(text) - len(text) // VALIDATION_SHARE) + 1
-    return _corpus(path.name, text[:cut], text[cut:])
 
 
 def _corpus(name: str, train: bytes, validation: bytes) -> Corpus:

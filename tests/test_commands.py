@@ -27,7 +27,7 @@ def python(code, *arguments, **environment):
 
 @pytest.mark.parametrize("text", ["no param [blocks]", "[/tmp/x] is no folder", "word " * 40])
 def test_an_error_is_printed_to_the_letter_and_in_one_line(text, capsys):
-    print_error(ValueError(text))
+    print_error(text)
     assert capsys.readouterr() == ("", f"error: {text}\n")
 
 

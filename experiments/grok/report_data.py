@@ -44,16 +44,13 @@ UNITS: dict[str, Callable[[Row], float]] = {
 }
 
 
-def delay(row: Row) -> float | None:
-    """Returns the epochs from memorising to sustained grokking, or None for a censored cell."""
-    return None if row["censored"] else row["grok_epoch_sustained"] - row["memorized_epoch"]
-
-
 def value(row: Row, what: str) -> float | None:
     """Returns a cell's delay, its cost to grok in one of `UNITS`, or a field; None if missing."""
     if what in UNITS:
         return None if row["censored"] else row["grok_epoch_sustained"] * UNITS[what](row)
-    return delay(row) if what == "delay" else row[what]
+    if what == "delay":  # from memorising to sustained grokking
+        return None if row["censored"] else row["grok_epoch_sustained"] - row["memorized_epoch"]
+    return row[what]
 
 
 def bound(row: Row, what: str, budget: int) -> float:
@@ -101,7 +98,8 @@ class Arm(NamedTuple):
     @property
     def soon(self) -> int:
         """The number of cells that grokked within a few epochs of memorising."""
-        return sum(delay(row) <= SOON for row in self.cells if not row["censored"])
+        delays = (value(row, "delay") for row in self.cells)
+        return sum(delay is not None and delay <= SOON for delay in delays)
 
     @property
     def collapsed(self) -> int:

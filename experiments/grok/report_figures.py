@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.grok import grid, statistics
-from experiments.grok.config import Cell, Panel
+from experiments.grok.config import Cell
 from experiments.grok.report_data import BASELINE, FEW_OPTIMIZERS, Arm, Run, aggregate, plain
 from experiments.grok.train import GROKKED_ACCURACY
 from experiments.report.figures import (
@@ -57,7 +57,7 @@ def curves_figure(run: Run) -> Figure:
     With many optimizers, each of them has panels of its own, in which it is beside the baseline.
     """
     everywhere, many, panels = run.optimizers(), many_arms(run), run.panels()
-    views = [(_title(panel), panel, everywhere) for panel in panels]
+    views = [(panel.point.replace(" ", "\n") or str(panel), panel, everywhere) for panel in panels]
     if many:
         views = [
             (
@@ -113,10 +113,6 @@ def _draw_accuracy(axes: Axes, run: Run, arm: Arm) -> None:
     for field, height, mark in marks:
         if not (median := arm.median(field)).at_least:
             axes.plot(median.value, height, zorder=5, **color | mark)
-
-
-def _title(panel: Panel) -> str:
-    return str(panel) if not panel.point else panel.point.replace(" ", "\n")
 
 
 def epochs_figure(run: Run) -> Figure:
