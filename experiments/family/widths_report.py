@@ -36,9 +36,10 @@ class Transfer:
     """One shape scale, by width or depth.
 
     Attributes:
-        optimum, at_edge: of each size; stored results have no `lines`.
-        over: what the sizes are of, `"width"` or `"layers"`.
-        drift_by_seed: `drift` by the trainings of each seed alone; none with one seed.
+        lines: The results of each size. Empty for stored results.
+        optimum, at_edge: The best rate of each size, and whether a further rate may be better.
+        over: The name of the size, `"width"` or `"layers"`.
+        drift_by_seed: The `drift` of each seed's trainings alone. Empty with one seed.
     """
 
     scale: str
@@ -50,7 +51,7 @@ class Transfer:
 
     @property
     def drift(self) -> float | None:
-        """How the optimum moves with the size; None with one size."""
+        """The change of the optimum with the size. None with one size."""
         return drift_of(self.optimum)
 
     @property
@@ -58,7 +59,7 @@ class Transfer:
         return "–" if self.drift is None else signed(self.drift, 2)
 
     def as_json(self) -> dict[str, Any]:
-        """Its row of summary.json."""
+        """Returns the row of summary.json."""
         own = {"scale": self.scale, "over": self.over, "drift": self.drift, "optimum": self.optimum}
         own["drift_by_seed"] = self.drift_by_seed
         lines = {line.optimizer: line.as_json() for line in self.lines}
@@ -66,9 +67,9 @@ class Transfer:
 
 
 def drift_of(optimum: Mapping[str, float]) -> float | None:
-    """Least-squares slope of log2(optimum) over log2(size); None with one size.
+    """Returns the powers of two by which the best rate moves when the size doubles.
 
-    These are the powers of two by which the best rate moves when the size doubles.
+    It is the least-squares slope of log2(optimum) over log2(size). None with one size.
     """
     if len(optimum) < 2:
         return None
@@ -77,7 +78,7 @@ def drift_of(optimum: Mapping[str, float]) -> float | None:
 
 
 def aggregate(files: Files) -> list[Transfer]:
-    """The finished cells by shape scale and size; of stored results what these have."""
+    """Groups finished cells by shape scale and size."""
     if not files.rows:
         stored = files.summary.get("scales", [])
         return [
@@ -144,7 +145,7 @@ FIGURE = (
 
 
 def widths_figure(transfers: Sequence[Transfer]) -> Figure:
-    """Final loss against learning rate: a panel for each scale, a line for each size."""
+    """Draws final loss against learning rate, with a panel per scale and a line per size."""
     sizes = sorted({size for of in transfers for size in of.optimum}, key=int)
     shades = matplotlib.colormaps["viridis"](np.linspace(0.85, 0.1, len(sizes)))
     colors = dict(zip(sizes, shades, strict=True))

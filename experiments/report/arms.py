@@ -13,7 +13,7 @@ from experiments.report.names import optimizer_color, optimizer_label
 from experiments.report.page import Column, Picture, Report, Section, Table
 from experiments.report.text import number, plural
 from experiments.runs import flat
-from experiments.sweep import Best, Files, Row, best, chosen_by, losses_by_rate, mean
+from experiments.sweep import Best, Files, Row, best, chosen_by, loss_of, losses_by_rate, mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,9 +121,7 @@ def of_cells(rows: Sequence[Row], histories: Sequence[Any] = (), swept: int | No
         "best": top,
         "cells": len(rows),
         "diverged": sum(row["diverged"] for row in rows),
-        "points": [
-            (row["rate"], math.inf if row["diverged"] else row["validation_loss"]) for row in rows
-        ],
+        "points": [(row["rate"], loss_of(row)) for row in rows],
         "histories": [histories[place] for place in chosen] if histories else [],
     }
 
