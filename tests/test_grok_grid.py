@@ -11,6 +11,7 @@ from experiments.grok.__main__ import groups
 from experiments.grok.config import Cell, Config, Panel
 from experiments.grok.estimate import estimate
 from experiments.grok.train import after_grokking, compile_arm, milestones, train_cells
+from experiments.parallel import devices_for
 from experiments.runs import write_json
 from tests.test_grok_run import history
 
@@ -188,6 +189,7 @@ def test_an_estimate_times_the_smallest_and_the_largest_step(monkeypatch):
     swept = dataclasses.replace(TINY, optimizers=("muon",), seeds=2, grid=("width=64,16,32",))
     of = {cell.point: x for cell, x in estimated(swept).seconds.items()}
     assert sorted(cell.point for cell in timed) == ["width=16", "width=64"]
+    assert of["width=16"] * len(devices_for(6)) == 3 * 4  # epochs and their steps
     # The width of 32 has a fifth of the way from 16² to 64².
     assert of["width=32"] / of["width=16"] == pytest.approx(4)
 
