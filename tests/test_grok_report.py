@@ -126,8 +126,9 @@ def test_abstract_of_a_whole_run(tmp_path):
     assert text_of(tmp_path, ADAMW + MUON) == (
         "Muon reached 95 % validation accuracy, and held it, in 3 of 3 trainings, at a median of"
         " 17 epochs; AdamW in 3 of 3 trainings, at a median of 97 epochs."
-        " Trainings that grokked strictly, not before twice the memorised epoch: AdamW 3 of 3; Muon"
-        " 1 of 3. Trainings that grokked within 5 epochs of memorising: AdamW 0 of 3; Muon 1 of 3."
+        " Grokked strictly, at twice the memorised epoch or later: AdamW 3 of 3; Muon 1 of 3"
+        " trainings that grokked at all."
+        " Grokked within 5 epochs of memorising: AdamW 0 of 3; Muon 1 of 3."
         " Ratio of grokking epochs, AdamW over Muon, paired by training, with 95 % interval: 5.64"
         " [4.75, 6.69] (n = 3 seeds); of epochs to memorise 1.00 [1.00, 1.00]; of delay + 1 10.77"
         " [5.98, 19.40]."
@@ -200,7 +201,7 @@ def test_many_optimizers_are_ranked_and_have_rows_and_panels_of_their_own(tmp_pa
     folder = make_run(tmp_path / "run", rows)
     text = " ".join(abstract(load_run(folder)))
     assert text.startswith(
-        "Trainings that grokked strictly, not before twice the memorised epoch: all"
+        "Grokked strictly, at twice the memorised epoch or later: all optimizers 22 of 22 trainings"
     )
     assert "7 of 8 optimizers grokked, at a median epoch of: AdamW 91; Muon 91;" in text
     assert "Not within the budget of 200 epochs, by the median: AdamW, 0.01 × 4." in text

@@ -282,6 +282,17 @@ def test_settings_of_an_optimizers_own_make_a_heat_map_each(tmp_path):
     assert 'id="tests"' not in page and 'id="sweep"' in page
 
 
+def test_settings_of_one_value_are_not_drawn(tmp_path):
+    points = ("adamw.learning-rate=0.001 adamw.weight-decay=1", "muon.learning-rate=0.02")
+    rows = [
+        cell("div", "softmax", point[: point.index(".")], s, 5, 30 + s, point=point)
+        for point in points
+        for s in range(2)
+    ]
+    run = loaded(tmp_path, rows)
+    assert report_sweep.best_table(run) and not report_sweep.pictures(run)
+
+
 def test_a_best_setting_inside_its_grid_is_told(tmp_path):
     rows = along("muon.learning-rate", {0.1: [60, 61], 0.2: [30, 31], 0.4: [50, 51]})
     inside = " ".join(abstract(loaded(tmp_path, rows)))

@@ -173,7 +173,9 @@ def report(folder: Path) -> Report:
         "Validation loss against step, with one panel for each optimizer.",
     )
     unit = "nats per byte"
-    figures = [arms.finals(found, unit), arms.rates(found, unit), curves if files.rows else None]
+    figures = [arms.finals(found, unit)]
+    figures += [arms.rates(found, unit)] * any(arm.is_swept for arm in found)
+    figures += [curves] * bool(files.rows)
     return arms.report(
         "Variants of Muon on a small language model",
         folder,

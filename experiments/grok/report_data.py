@@ -258,12 +258,12 @@ def apart(values: Collection[float]) -> bool:
 
 
 def swept(run: Run) -> dict[str, list[str]]:
-    """Returns the settings that are swept for each optimizer."""
-    points = [(cell.optimizer, grid.values(cell.point)) for cell in run.cells]
-    return {
-        name: list(dict.fromkeys(s for owner, point in points if owner == name for s in point))
-        for name in run.optimizers()
-    }
+    """Returns, for each optimizer, the settings of which it has several values."""
+    found: dict[str, dict[str, set[Any]]] = {name: {} for name in run.optimizers()}
+    for cell in run.cells:
+        for setting, own in grid.values(cell.point).items():
+            found[cell.optimizer].setdefault(setting, set()).add(own)
+    return {name: [s for s, own in of.items() if len(own) > 1] for name, of in found.items()}
 
 
 def plain(setting: str) -> str:

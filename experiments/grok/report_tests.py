@@ -117,14 +117,16 @@ def strictly(run: Run) -> list[str]:
     """Returns sentences on how many trainings grokked strictly; nothing if none grokked."""
     arms = {arm.label: arm for arm in run.pooled() if arm.grokked}
     if len(arms) > FEW_OPTIMIZERS:
-        arms = {"all": Arm.of(run, run.rows)}
+        arms = {"all optimizers": Arm.of(run, run.rows)}
+    if not arms:
+        return []
     strict = "; ".join(f"{name} {arm.strict} of {arm.grokked}" for name, arm in arms.items())
     soon = "; ".join(f"{name} {arm.soon} of {arm.grokked}" for name, arm in arms.items())
-    sentence = (
-        f"Trainings that grokked strictly, not before twice the memorised epoch: {strict}. "
-        f"Trainings that grokked within {SOON} epochs of memorising: {soon}."
-    )
-    return [sentence] if arms else []
+    return [
+        f"Grokked strictly, at twice the memorised epoch or later: {strict} trainings that grokked "
+        "at all.",
+        f"Grokked within {SOON} epochs of memorising: {soon}.",
+    ]
 
 
 def sentences(run: Run) -> list[str]:

@@ -55,8 +55,13 @@ class Arm:
 
     @property
     def at_edge(self) -> bool:
-        """Whether a further rate might be better."""
-        return self.best.at_edge
+        """Whether the best rate is the highest or lowest of a sweep."""
+        return self.best.at_edge and self.is_swept
+
+    @property
+    def is_swept(self) -> bool:
+        """Whether more than one rate was tried."""
+        return len(self.losses) > 1
 
     @property
     def choosing(self) -> int:
@@ -246,13 +251,15 @@ def lowest(found: Sequence[Arm]) -> str:
 
 
 def caveats(found: Sequence[Arm], name: Any = lambda arm: arm.label) -> list[str]:
-    """Returns sentences about arms whose best rate is at an edge, and about diverged cells."""
+    """Returns sentences about rates at an edge, rates that were not swept and diverged cells."""
     sentences = []
     if edge := ", ".join(name(arm) for arm in found if arm.at_edge):
         sentences.append(
             "Best at the highest or lowest learning rate tried, so that a rate outside the sweep "
             f"may be better: {edge}."
         )
+    if found and not any(arm.is_swept for arm in found):
+        sentences.append("Each optimizer was trained at one learning rate.")
     if diverged := sum(arm.diverged for arm in found):
         sentences.append(f"{plural(diverged, 'training')} diverged.")
     return sentences
