@@ -148,7 +148,9 @@ def test_words_and_zero_lie_side_by_side_in_their_order(tmp_path, setting, epoch
 
 
 def test_flops_that_xla_does_not_count_are_not_compared(tmp_path):
-    rows = widths("adamw", {32: [90, 80, 85]}) + widths("polar", {32: [40, 50, 45]})
+    rows = widths("adamw", {32: [90, 80, 85], 64: [95, 85, 90]}) + widths(
+        "polar", {32: [40, 50, 45]}
+    )
     rows += [row | {"step_flops": 9e9} for row in widths("muon", {32: [40, 50, 45]})]
     run = loaded(tmp_path, rows)
     flops = {row[1]: row[2:] for row in report_sweep.best_table(run) if row[0] == "FLOP"}

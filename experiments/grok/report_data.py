@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,12 +259,16 @@ def apart(values: Collection[float]) -> bool:
 
 
 def swept(run: Run) -> dict[str, list[str]]:
-    """Returns, for each optimizer, the settings of which it has several values."""
-    found: dict[str, dict[str, set[Any]]] = {name: {} for name in run.optimizers()}
-    for cell in run.cells:
-        for setting, own in grid.values(cell.point).items():
-            found[cell.optimizer].setdefault(setting, set()).add(own)
-    return {name: [s for s, own in of.items() if len(own) > 1] for name, of in found.items()}
+    """Returns the settings that are swept for each optimizer: those with several values."""
+    points = [(cell.optimizer, grid.values(cell.point)) for cell in run.cells]
+    pairs = {pair for _, point in points for pair in point.items()}
+    several = {s for s, count in Counter(s for s, _ in pairs).items() if count > 1}
+    return {
+        name: [
+            *dict.fromkeys(s for of, point in points if of == name for s in point if s in several)
+        ]
+        for name in run.optimizers()
+    }
 
 
 def plain(setting: str) -> str:
