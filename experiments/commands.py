@@ -9,11 +9,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from experiments.programs import keep_compiled_programs
+from experiments.language.cache import home
 from experiments.runs import RunError
 
 INTERRUPTED = 130
@@ -41,6 +42,19 @@ def run_command(work: Callable[[threading.Event, Console], int]) -> int:
     stop = stop_on_signals()
     console = Console()
     return guard(lambda: work(stop, console))
+
+
+def keep_compiled_programs() -> None:
+    """Enables JAX's compilation cache, in the user's cache folder unless another is configured.
+
+    `JAX_COMPILATION_CACHE_DIR` names another folder, and `JAX_ENABLE_COMPILATION_CACHE=false` turns
+    the cache off. A program that JAX cannot read there is compiled again, with a warning.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(home("programs")))
+    # By default JAX does not cache programs that compile in less than a second. A run has many.
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def guard(work: Callable[[], int]) -> int:
@@ -166,9 +180,8 @@ def stop_on_signals() -> threading.Event:
     return stop
 
 
-def print_error(error: Exception | str) -> None:
+def print_error(text: str) -> None:
     """Prints an error on stderr, in one line and without interpreting brackets as markup."""
-    text = explain(error) if isinstance(error, Exception) else error
     Console(stderr=True).print("[red]error:[/red]", Text(text), soft_wrap=True)
 
 

@@ -53,21 +53,23 @@ def load(text: Path | None = None, limit: int | None = None) -> Corpus:
         ValueError: The text for training or for validation is empty.
         OSError: The file cannot be read.
     """
-    return standard_library(limit) if text is None else one_file(text, limit)
+    if text is None:
+        return standard_library(limit)
+    with open(text, "rb") as file:
+        found = file.read() if limit is None else file.read(limit)
+    cut = found.find(b"\n", len(found) - len(found) // VALIDATION_SHARE) + 1
+    return _corpus(text.name, found[:cut], found[cut:])
 
 
-def standard_library(limit: int | None = None) -> Corpus:
+@functools.cache
+def standard_library(limit: int | None = None, root: Path | None = None) -> Corpus:
     """Returns the source of Python's standard library, without tests: about ten megabytes.
 
     Files are sorted by name, and about every tenth is for validation. A hash of its name decides
     this for each file, so that it does not depend on the version of Python. The tables of
     encodings, which are near copies of each other, are all for training.
     """
-    return _standard_library(Path(sysconfig.get_path("stdlib")), limit)
-
-
-@functools.cache
-def _standard_library(root: Path, limit: int | None) -> Corpus:
+    root = root or Path(sysconfig.get_path("stdlib"))
     train, validation = io.BytesIO(), io.BytesIO()
     for name, held_out in library_files(root):
         (validation if held_out else train).write((root / name).read_bytes())
@@ -99,14 +101,6 @@ def library_files(root: Path) -> list[tuple[str, bool]]:
         for name in names
         if not _TESTS & set(name.removesuffix(".py").split("/"))
     ]
-
-
-def one_file(path: Path, limit: int | None = None) -> Corpus:
-    """Returns the corpus of any file."""
-    with open(path, "rb") as file:
-        text = file.read() if limit is None else file.read(limit)
-    cut = text.find(b"\n", len(text) - len(text) // VALIDATION_SHARE) + 1
-    return _corpus(path.name, text[:cut], text[cut:])
 
 
 def _corpus(name: str, train: bytes, validation: bytes) -> Corpus:

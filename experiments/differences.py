@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 from scipy import stats
 
-CONFIDENCE = 0.95
-
 
 class Interval(NamedTuple):
     """A mean of paired differences and its Student-t confidence interval."""
@@ -53,13 +51,13 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return corrected
 
 
-def student_t(degrees: int, confidence: float = CONFIDENCE) -> float:
-    """Returns the half-width of a two-sided confidence interval, in standard errors.
+def student_t(degrees: int) -> float:
+    """Returns the half-width of a two-sided 95 % confidence interval, in standard errors.
 
     >>> round(student_t(2), 2)
     4.3
     """
-    return float(stats.t.ppf((1 + confidence) / 2, degrees))
+    return float(stats.t.ppf(0.975, degrees))
 
 
 def _pairs(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float] | None:

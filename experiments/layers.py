@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,9 @@ from flax import nnx
 
 from experiments.settings import Count, Positive, check
 from muon_jax.variants.max_logits import max_attention_logits
+
+RMS_EPSILON = 1e-5
+rms_norm = functools.partial(nnx.RMSNorm, epsilon=RMS_EPSILON)
 
 
 def fan_in_uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
@@ -212,3 +216,40 @@ class Attention(nnx.Module):
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         out = self.out(mixed.reshape(x_BxTxD.shape))
         return (out, max_attention_logits(q, k, is_causal=True)) if return_max_logits else out
+
+
+class Block(nnx.Module):
+    """A pre-norm layer: `x += attention(norm(x))`, then `x += feed_forward(norm(x))`.
+
+    `hidden` is the width inside the feed-forward part, `norm` a function `(width, rngs=) -> layer`,
+    and `dropout` a probability at the outputs of both parts.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        rope_base: float,
+        *,
+        norm: Callable[..., Callable] = rms_norm,
+        dropout: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
+        self.attention_norm = norm(width, rngs=rngs)
+        self.attention = Attention(width, heads, rope_base, rngs=rngs)
+        self.feed_forward_norm = norm(width, rngs=rngs)
+        self.feed_forward = SwiGLU(width, hidden, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout)
+
+    def __call__(
+        self, x: jax.Array, rngs: nnx.Rngs | None = None, *, return_max_logits: bool = False
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """Returns the new `x`, and if asked for, the largest attention logit of each head."""
+        drop = functools.partial(self.dropout, deterministic=rngs is None, rngs=rngs)
+        mixed = self.attention(self.attention_norm(x), return_max_logits=return_max_logits)
+        if return_max_logits:
+            mixed, max_logits = mixed
+        x = x + drop(mixed)
+        x = x + drop(self.feed_forward(self.feed_forward_norm(x)))
+        return (x, max_logits) if return_max_logits else x

@@ -12,9 +12,8 @@ import tyro
 import muon_jax
 from experiments import baselines
 from experiments import builders as make
-from experiments.builders import Options
 from experiments.schedules import Schedules
-from experiments.settings import Average, Count, Decay, Positive, Rate, Rule
+from experiments.settings import Average, Count, Decay, Part, Positive, Rate, Rule
 
 ScheduleName = Literal[
     "jordan",
@@ -32,7 +31,6 @@ _RANK = Rule(
     "a whole number of at least 1, or a fraction greater than 0 and at most 1",
     lambda value: value >= 1 if isinstance(value, int) else 0 < value <= 1,
 )
-_FRACTION = Rule("greater than 0 and at most 1", lambda value: 0 < value <= 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Variants:
     """splus: number of steps between eigendecompositions."""
     soap_every: Count = 10
     """soap, soap_muon: number of steps between eigendecompositions."""
-    fraction: Annotated[float, _FRACTION] = 0.25
+    fraction: Part = 0.25
     """dion2, dion3: fraction of a matrix's rows that each step orthogonalises."""
     gluon_norm: Positive = 1.0
     """gluon: dual norm of the gradient at which the step has half its maximal size, L0 / L1."""
@@ -108,9 +106,7 @@ class Arm(NamedTuple):
 
     Attributes:
         about: A description in a few words.
-        build: A function `(settings, rate, rest, placed) -> transformation`. `rate` is the schedule
-            of the learning rate, `rest` holds AdamW's arguments for leaves that are not hidden
-            matrices, and `placed` the arguments for routing and sharding.
+        build: A function `builders.Given -> transformation`.
         rate: The default learning rate. None means Muon's, at which variants that differ from Muon
             in one respect are compared.
         eval_params: A function `(state, params) -> params` that returns the params to evaluate, if
@@ -119,7 +115,7 @@ class Arm(NamedTuple):
     """
 
     about: str
-    build: Callable[["Settings", optax.Schedule, Options, Options], optax.GradientTransformation]
+    build: make.Build
     rate: float | None = None
     eval_params: Callable[[Any, Any], Any] = lambda state, params: params
     member: bool = True
@@ -130,154 +126,139 @@ def clip_threshold(name: str, settings: "Settings") -> float | None:
     return settings.variants.clip_threshold if name == "muonclip" else None
 
 
-ARMS: dict[str, Arm] = {
+# AdamW, Muon and its variants
+_FAMILY: dict[str, Arm] = {
     "adamw": Arm("AdamW for all parameters", make.adamw),
-    "muon": Arm("Muon for the hidden matrices", make.like_muon(muon_jax.muon)),
+    "muon": Arm("Muon for the hidden matrices", make.muon()),
     "muon_only": Arm("Muon, with all other parameters frozen", make.muon_only),
-    "muon_sgd": Arm("Muon for hidden matrices, SGD for all other parameters", make.rest("sgd")),
-    "muon_lion": Arm("Muon for hidden matrices, Lion for all other parameters", make.rest("lion")),
-    "muon_split": Arm(
-        "Muon, with each head of queries, keys and values by itself",
-        make.muon_split,
-        member=False,
+    "muon_sgd": Arm("Muon for hidden matrices, SGD for all other parameters", make.beside("sgd")),
+    "muon_lion": Arm(
+        "Muon for hidden matrices, Lion for all other parameters", make.beside("lion")
     ),
-    "muon_bf16": Arm(
-        "Muon with momentum in bfloat16", make.like_muon(muon_jax.muon, mu_dtype=jnp.bfloat16)
-    ),
-    "muon_int8": Arm(
-        "Muon with momentum in int8", make.like_muon(muon_jax.muon, mu_dtype=jnp.int8)
-    ),
-    "muon_int4": Arm(
-        "Muon with momentum in int4",
-        make.like_muon(muon_jax.muon, mu_dtype=jnp.int4),
-        member=False,
-    ),
-    "muon_cautious": Arm(
-        "Muon with cautious decay", make.like_muon(muon_jax.muon, cautious_weight_decay=True)
-    ),
+    "muon_bf16": Arm("Muon with momentum in bfloat16", make.muon(mu_dtype=jnp.bfloat16)),
+    "muon_int8": Arm("Muon with momentum in int8", make.muon(mu_dtype=jnp.int8)),
+    "muon_cautious": Arm("Muon with cautious decay", make.muon(cautious_weight_decay=True)),
     "polar": Arm(
-        "Muon with the exact polar factor",
-        make.like_muon(muon_jax.muon, orthogonalizer=muon_jax.polar_factor),
+        "Muon with the exact polar factor", make.muon(orthogonalizer=muon_jax.polar_factor)
     ),
     "low_rank": Arm("Muon restricted to the top singular triplets, by SVD", make.low_rank("svd")),
     "low_rank_subspace": Arm(
         "Muon restricted to the top singular triplets, by subspace iteration",
         make.low_rank("subspace"),
     ),
-    "low_rank_whole": Arm(
-        "Muon of the top singular triplets, at the Frobenius norm of a whole update",
-        make.low_rank("svd", after=muon_jax.snap_norm()),
-        member=False,
+    "normuon": Arm("NorMuon", make.muon(muon_jax.normuon)),
+    "adamuon": Arm("AdaMuon", make.muon(muon_jax.adamuon, scale="match_rms_adamw"), 0.02),
+    "muonbp": Arm(
+        "MuonBP: orthogonalises blocks, and the whole matrix periodically",
+        make.muon(muon_jax.muonbp, make.of_variants(blocks="blocks", period="period")),
     ),
-    "normuon": Arm("NorMuon", make.like_muon(muon_jax.normuon)),
-    "adamuon": Arm("AdaMuon", make.like_muon(muon_jax.adamuon, scale="match_rms_adamw"), 0.02),
-    "muonbp": Arm("MuonBP: orthogonalises blocks, and the whole matrix periodically", make.muonbp),
-    "muonclip": Arm("Muon with QK-clip", make.muonclip),
+    "muonclip": Arm(
+        "Muon with QK-clip",
+        make.muon(
+            muon_jax.muonclip,
+            lambda of: {"specs": of.attention_spec, "threshold": of.variants.clip_threshold},
+        ),
+    ),
     "dion": Arm("Dion", make.dion),
-    "dion2": Arm("Dion2: orthogonalises a fraction of the rows", make.dion2(muon_jax.dion2)),
-    "dion3": Arm("Dion3: Dion2 with NorMuon's second moment", make.dion2(muon_jax.dion3)),
+    "dion2": Arm(
+        "Dion2: orthogonalises a fraction of the rows",
+        make.muon(muon_jax.dion2, make.of_variants(fraction="fraction")),
+    ),
+    "dion3": Arm(
+        "Dion3: Dion2 with NorMuon's second moment",
+        make.muon(muon_jax.dion3, make.of_variants(fraction="fraction")),
+    ),
     "muonh": Arm("MuonH: Muon on the hyperball", make.on_hyperball(muon_jax.muon), 0.02),
     "normuonh": Arm("NorMuon on the hyperball", make.on_hyperball(muon_jax.normuon), 0.02),
     "muon_sphere": Arm(
         "MuonSphere: updates and weights of fixed spectral norm",
-        make.like_muon(muon_jax.muon_sphere, weight_decay=0.0),
+        make.muon(muon_jax.muon_sphere, weight_decay=0.0),
         0.02,
     ),
     "spel": Arm(
-        "SPEL: weights with orthonormal rows or columns",
-        make.like_muon(muon_jax.spel, weight_decay=0.0),
+        "SPEL: weights with orthonormal rows or columns", make.muon(muon_jax.spel, weight_decay=0.0)
     ),
-    "muown": Arm("Muown: Adam trains the norms of neurons", make.like_muon(muon_jax.muown)),
-    "muon_eq": Arm("MuonEq: momentum with rows of equal norm", make.like_muon(muon_jax.muon_eq)),
-    "muon_plus": Arm("Muon+: orthogonal factors of fixed norm", make.like_muon(muon_jax.muon_plus)),
+    "muown": Arm("Muown: Adam trains the norms of neurons", make.muon(muon_jax.muown)),
+    "muon_eq": Arm("MuonEq: momentum with rows of equal norm", make.muon(muon_jax.muon_eq)),
+    "muon_plus": Arm("Muon+: orthogonal factors of fixed norm", make.muon(muon_jax.muon_plus)),
     "muon_squared": Arm(
-        "Muon²: Adam's second moment before orthogonalisation",
-        make.like_muon(muon_jax.muon_squared),
+        "Muon²: Adam's second moment before orthogonalisation", make.muon(muon_jax.muon_squared)
     ),
-    "namo": Arm("NAMO: one adaptive scale for each matrix", make.like_muon(muon_jax.namo), 0.08),
+    "namo": Arm("NAMO: one adaptive scale for each matrix", make.muon(muon_jax.namo), 0.08),
     "polargrad": Arm(
-        "PolarGrad: updates scaled by the nuclear norm", make.like_muon(muon_jax.polargrad), 0.5
+        "PolarGrad: updates scaled by the nuclear norm", make.muon(muon_jax.polargrad), 0.5
     ),
-    "aurora": Arm("Aurora: polar factors with rows of equal norm", make.like_muon(muon_jax.aurora)),
-    "soap": Arm("SOAP: Adam in Shampoo's eigenbases", make.soap(muon_jax.soap), 6e-3),
-    "soap_muon": Arm("SOAP's whitening, then Muon", make.soap(muon_jax.soap_muon)),
+    "aurora": Arm("Aurora: polar factors with rows of equal norm", make.muon(muon_jax.aurora)),
+    "soap": Arm(
+        "SOAP: Adam in Shampoo's eigenbases",
+        make.muon(muon_jax.soap, make.of_variants(every="soap_every")),
+        6e-3,
+    ),
+    "soap_muon": Arm(
+        "SOAP's whitening, then Muon",
+        make.muon(muon_jax.soap_muon, make.of_variants(every="soap_every")),
+    ),
     "splus": Arm(
-        "SPlus, evaluated at its average of weights",
-        make.splus,
-        0.8,
-        muon_jax.evaluation_params,
+        "SPlus, evaluated at its average of weights", make.splus, 0.8, muon_jax.evaluation_params
+    ),
+    "scion": Arm("Scion, unconstrained", make.scion, 1e-3),
+    "gluon": Arm("Gluon: Scion with step sizes from smoothness constants", make.gluon, 2e-3),
+}
+# Parts of Muon, other readings of equal settings, and baselines
+_ABLATIONS: dict[str, Arm] = {
+    "muon_split": Arm(
+        "Muon, with each head of queries, keys and values by itself",
+        make.muon(chosen=make.split_heads),
+    ),
+    "muon_int4": Arm("Muon with momentum in int4", make.muon(mu_dtype=jnp.int4)),
+    "low_rank_whole": Arm(
+        "Muon of the top singular triplets, at the Frobenius norm of a whole update",
+        make.low_rank("svd", after=muon_jax.snap_norm()),
     ),
     "splus_adamw": Arm(
         "SPlus for hidden matrices, AdamW for all other parameters",
         make.splus_adamw,
         0.8,
         muon_jax.evaluation_params,
-        member=False,
     ),
-    "scion": Arm("Scion, unconstrained", make.scion, 1e-3),
-    "gluon": Arm("Gluon: Scion with step sizes from smoothness constants", make.gluon, 2e-3),
-    "muon_equal_decay": Arm("Muon with AdamW's weight decay", make.equal_decay, member=False),
-    "muon_equal_shrink": Arm(
-        "Muon with AdamW's learning rate × weight decay", make.equal_shrink, member=False
+    "muon_equal_decay": Arm(
+        "Muon with AdamW's weight decay",
+        make.muon(chosen=lambda of: {"weight_decay": of.adamw.weight_decay}),
     ),
-    "muon_one_step": Arm(
-        "Muon with one Newton-Schulz step",
-        make.like_muon(muon_jax.muon, ns_steps=1),
-        member=False,
-    ),
-    "optax_muon": Arm(
-        "optax.contrib.muon with the routing of muon_jax", make.optax_muon, member=False
-    ),
-    "orthogonal": Arm(
-        "Muon without a shape scale",
-        make.like_muon(muon_jax.muon, scale="none"),
-        member=False,
-    ),
+    "muon_equal_shrink": Arm("Muon with AdamW's learning rate × weight decay", make.equal_shrink),
+    "muon_one_step": Arm("Muon with one Newton-Schulz step", make.muon(ns_steps=1)),
+    "optax_muon": Arm("optax.contrib.muon with the routing of muon_jax", make.optax_muon),
+    "orthogonal": Arm("Muon without a shape scale", make.muon(scale="none")),
     "spectral": Arm(
         "Momentum scaled to Muon's spectral norm, not orthogonalised",
-        make.like_muon(muon_jax.muon, orthogonalizer=baselines.unit_spectral_norm),
-        member=False,
+        make.muon(orthogonalizer=baselines.unit_spectral_norm),
     ),
-    "adamw_tuned": Arm(
-        "AdamW with a high learning rate and weight decay", make.adamw_tuned, 0.01, member=False
-    ),
+    "adamw_tuned": Arm("AdamW with a high learning rate and weight decay", make.adamw_tuned, 0.01),
     "adamw_hidden": Arm(
-        "AdamW, with the learning rate of the hidden matrices swept",
-        make.adamw_of("muon"),
-        6e-3,
-        member=False,
+        "AdamW, with the learning rate of the hidden matrices swept", make.adamw_of("muon"), 6e-3
     ),
     "adamw_rest": Arm(
         "AdamW, with the learning rate of all but the hidden matrices swept",
         make.adamw_of("other"),
         6e-3,
-        member=False,
     ),
     "muon_rest": Arm(
-        "Muon, with the learning rate of the AdamW beside it swept",
-        make.muon_rest,
-        6e-3,
-        member=False,
+        "Muon, with the learning rate of the AdamW beside it swept", make.muon_rest, 6e-3
     ),
     "orthogonal_gradient": Arm(
         "⊥Grad, then AdamW without weight decay, as published",
         make.after(baselines.orthogonal_gradient, weight_decay=0.0),
         1e-3,
-        member=False,
     ),
     "adamw_fixed_table": Arm(
-        "AdamW, with the embedding fixed as it starts",
-        make.fixed_table(make.adamw),
-        1e-3,
-        member=False,
+        "AdamW, with the embedding fixed as it starts", make.fixed_table(make.adamw), 1e-3
     ),
     "muon_fixed_table": Arm(
-        "Muon, with the embedding fixed as it starts",
-        make.fixed_table(make.like_muon(muon_jax.muon)),
-        member=False,
+        "Muon, with the embedding fixed as it starts", make.fixed_table(make.muon())
     ),
-    "grokfast": Arm("Grokfast-EMA, then AdamW", make.after(baselines.grokfast), 1e-3, member=False),
+    "grokfast": Arm("Grokfast-EMA, then AdamW", make.after(baselines.grokfast), 1e-3),
 }
+ARMS = _FAMILY | {name: arm._replace(member=False) for name, arm in _ABLATIONS.items()}
 
 OptimizerName = Literal[*ARMS]
 
@@ -364,5 +345,5 @@ def build(
     given = course.of(settings, steps)
     rest = {f"adam_{key}": value for key, value in dataclasses.asdict(given.adamw).items()}
     rest["adam_learning_rate"] = scheduled(settings.adamw.learning_rate)
-    tx = optax.with_extra_args_support(ARMS[name].build(given, own, rest, placed))
-    return course.averaged(tx)
+    tx = ARMS[name].build(make.Given(given, own, rest, placed))
+    return course.averaged(optax.with_extra_args_support(tx))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from experiments import sealed
 from experiments.json_files import read_json, write_json, write_text
@@ -26,8 +27,6 @@ CONFIG, LOG = "config.json", "metrics.jsonl"
 _STARTED = CONFIG, "tokenizer.json"  # files that are written before the log
 # Files that a killed or failed process may leave. A folder with no others is free for any run.
 _LEFT = re.compile(r"\.lock|\.\w+\.jsonl?\.[a-z0-9_]{8}")
-
-
 # Today's names of settings that earlier versions named otherwise.
 _RENAMED = {
     "arms": "optimizers",
@@ -38,6 +37,8 @@ _RENAMED = {
 
 # The files of a folder that record settings, each with these settings.
 Recorded = list[tuple[str, dict[str, Any]]]
+# The records of a finished piece of work, and its outcome.
+Piece = tuple[list[dict[str, Any]], dict[str, Any]]
 
 
 class RunError(Exception):
@@ -55,19 +56,16 @@ class Run:
     first copied to `metrics.jsonl.damaged`.
 
     Args:
-        folder: The folder, which is created if it is missing.
-        config: Settings as JSON values. A folder with other settings is an error.
+        folder, config, defaults: As in `claim`.
         grid: Keys of `config` that may differ from the folder's, since they select pieces of work
             and do not change their results.
-        defaults: Default settings, as in `claim`.
 
     Attributes:
         finished: The outcomes of finished pieces, oldest first.
         notes: Messages to the user about what was removed and why.
 
     Raises:
-        RunError: Another process writes the folder, or it holds a run with other settings or
-            files that belong to no run.
+        RunError: As in `claim`.
     """
 
     def __init__(
@@ -79,14 +77,14 @@ class Run:
     ):
         self.folder = folder
         self._identity = identity(config, grid)
-        self._lock = claim(folder, config, grid, other="another --out", defaults=defaults)
+        self._lock = claim(folder, config, grid, defaults)
         try:
             self.finished, self._sealed, self.notes = self._recover()
         except BaseException:
             self.close()
             raise
 
-    def extend(self, pieces: Sequence[tuple[list[dict[str, Any]], dict[str, Any]]]) -> None:
+    def extend(self, pieces: Sequence[Piece]) -> None:
         """Appends finished pieces of work and flushes them to disk, so that no kill loses them."""
         text, count = self._lines(pieces, self._sealed)
         with open(self.folder / LOG, "a", encoding="utf-8") as file:
@@ -100,9 +98,7 @@ class Run:
         """Releases the folder to other processes."""
         self._lock.close()
 
-    def _lines(
-        self, pieces: Iterable[tuple[list[dict[str, Any]], dict[str, Any]]], before: int
-    ) -> tuple[str, int]:
+    def _lines(self, pieces: Iterable[Piece], before: int) -> tuple[str, int]:
         text = ""
         for records, cell in pieces:
             lines = [sealed.record_line(record) for record in records]
@@ -122,10 +118,8 @@ class Run:
             )
         kept = sum(1 + len(records) for records, _ in pieces)
         if dropped := len(found.text) + bool(found.torn) - kept:
-            notes.append(
-                f"{dropped} lines of an unfinished or damaged training were removed; it will be "
-                "repeated."
-            )
+            what = "of an unfinished or damaged training were removed"
+            notes.append(f"{dropped} lines {what}; it will be repeated.")
         if found.damage:
             copy = path.with_name(f"{LOG}.damaged")
             shutil.copyfile(path, copy)
@@ -138,7 +132,7 @@ class Run:
         return [cell for _, cell in pieces], count, notes
 
 
-def finished_pieces(log: sealed.Lines) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
+def finished_pieces(log: sealed.Lines) -> list[Piece]:
     """Returns the records and the outcome of each complete piece of work, oldest first."""
     return [
         (block.records, block.seal["cell"])
@@ -156,8 +150,6 @@ def claim(
     folder: Path,
     config: dict[str, Any],
     free: tuple[str, ...] = (),
-    *,
-    other: str,
     defaults: Mapping[str, Any] | None = None,
 ) -> IO[str]:
     """Locks a run's folder for this process and writes its `config.json`.
@@ -169,7 +161,6 @@ def claim(
         folder: The folder, which is created if it is missing.
         config: Settings as JSON values. A folder with other settings is an error.
         free: Keys of `config` that may differ from the folder's.
-        other: What an error message advises to give, such as "another --out".
         defaults: The default settings. A run of an earlier version that lacks a setting counts as
             one with its default.
 
@@ -181,23 +172,21 @@ def claim(
             files that belong to no run.
     """
     if not (folder / ".lock").exists():
-        _check(folder, config, free, other, defaults)
+        _check(folder, config, free, defaults or {})
     folder.mkdir(parents=True, exist_ok=True)
     # Object stores (gs://, s3://) do not support file locks.
     lock = io.StringIO() if "://" in str(folder) else open(folder / ".lock", "w")  # noqa: SIM115
     try:
         if isinstance(lock, io.TextIOWrapper):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _check(folder, config, free, other, defaults)
-        _sweep(folder)
+        _check(folder, config, free, defaults or {})
+        _remove_temporary_files(folder)
         write_json(folder / CONFIG, config)
-    except BlockingIOError:
+    except BaseException as error:
         lock.close()
-        raise RunError(
-            f"Another process is writing {folder}. Wait for it, or give {other}."
-        ) from None
-    except BaseException:
-        lock.close()
+        if isinstance(error, BlockingIOError):
+            why = f"Another process is writing {folder}. Wait for it, or give another --out."
+            raise RunError(why) from None
         raise
     return lock
 
@@ -209,56 +198,44 @@ def leave_nothing_of_no_run(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def check_free(folder: Path, keys: Iterable[str], *, other: str) -> None:
+def check_free(folder: Path, keys: Iterable[str]) -> None:
     """Checks that a folder is missing, empty or a run of this study.
 
     Args:
         folder: The folder, which may be missing.
         keys: The names of the settings that runs of this study have. A config that lacks most of
             them belongs to another study.
-        other: What an error message advises to give, such as "another --out".
 
     Raises:
         RunError: The folder holds other files, or a run of another study.
     """
-    _refuse_strangers(folder, _names(folder), _recorded_settings(folder), keys, other)
+    _check_study(folder, _names(folder), _recorded_settings(folder), {*keys})
 
 
-def _refuse_strangers(
-    folder: Path, names: Collection[str], recorded: Recorded, keys: Iterable[str], other: str
+def _check_study(
+    folder: Path, names: Collection[str], recorded: Recorded, keys: Collection[str]
 ) -> None:
-    keys = {*keys}
-    if names and not recorded:
+    others = [where for where, its in recorded if 2 * len(its.keys() & keys) < len(keys)]
+    if others:
+        found = f"no run of this study according to {others[0]}"
+    elif names and not recorded:
         found = f"{CONFIG}, which is damaged," if CONFIG in names else min(names)
-        raise RunError(
-            f"{folder} holds {found} {'and other files ' * (len(names) > 1)}but no run of this "
-            f"study; nothing was written. Give {other}, or an empty folder."
-        )
-    for where, settings in recorded:
-        if 2 * len(settings.keys() & keys) < len(keys):
-            raise RunError(
-                f"{folder} holds no run of this study according to {where}; nothing was "
-                f"written. Give {other}, or an empty folder."
-            )
+        found += f"{' and other files' * (len(names) > 1)} but no run of this study"
+    else:
+        return
+    raise RunError(
+        f"{folder} holds {found}; nothing was written. Give another --out, or an empty folder."
+    )
 
 
-def check_group(folder: Path, parts: Iterable[str], keys: Iterable[str], *, other: str) -> None:
-    """Checks, as `check_free`, a folder of several runs, which lie in folders in it.
-
-    Args:
-        folder: The folder, which may be missing.
-        parts: The names that the folders of runs may have.
-        keys, other: As in `check_free`.
-
-    Raises:
-        RunError: The folder holds other files, or a run of another study.
-    """
+def check_group(folder: Path, parts: Iterable[str], keys: Iterable[str]) -> None:
+    """Checks, as `check_free`, a folder of several runs, which lie in folders of these names."""
     names, parts = _names(folder), {*parts}
     runs = [name for name in names if name in parts]
     for name in runs:
-        check_free(folder / name, keys, other=other)
+        check_free(folder / name, keys)
     if not any(_names(folder / name) for name in runs):
-        _refuse_strangers(folder, {*names} - parts, [], keys, other)
+        _check_study(folder, {*names} - parts, [], {*keys})
 
 
 def known_settings(folder: Path) -> dict[str, Any]:
@@ -287,12 +264,7 @@ def known_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Returns the settings in a `config.json` of any version, by today's names.
-
-    Raises:
-        ValueError: The file is damaged.
-        OSError: The file cannot be read.
-    """
+    """Returns the settings in a `config.json` of any version, by today's names, as `read_json`."""
     return current_names(read_json(path))
 
 
@@ -328,24 +300,20 @@ def _recorded_settings(folder: Path) -> Recorded:
 
 
 def _check(
-    folder: Path,
-    config: dict[str, Any],
-    free: tuple[str, ...],
-    other: str,
-    defaults: Mapping[str, Any] | None,
+    folder: Path, config: dict[str, Any], free: tuple[str, ...], defaults: Mapping[str, Any]
 ) -> None:
     """Raises a RunError unless a folder is empty or holds a run with this config."""
     here, known = identity(config, free), _recorded_settings(folder)
-    _refuse_strangers(folder, _names(folder), known, here, other)
+    _check_study(folder, _names(folder), known, here)
     for where, recorded in known:
-        there = with_defaults(recorded, defaults or {})
+        there = with_defaults(recorded, defaults)
         changed = changed_settings(there, here, free)
         if where != CONFIG:  # a seal of an earlier version may have fewer settings
             changed = [key for key in changed if key in recorded]
         if changed:
             raise RunError(
                 f"{folder} holds a run with other settings according to {where} "
-                f"({_differences(changed, there, here)}). Give {other}, or the same settings."
+                f"({_differences(changed, there, here)}). Give another --out, or the same settings."
             )
 
 
@@ -367,11 +335,9 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not _LEFT.fullmatch(path.name))
 
 
-def _sweep(folder: Path) -> None:
-    """Removes the temporary files of killed processes. The folder must be locked."""
-    if "://" in str(folder):
-        return
-    for path in Path(folder).iterdir():
+def _remove_temporary_files(folder: Path) -> None:
+    """Removes what killed processes have left. The folder must be locked."""
+    for path in [] if "://" in str(folder) else Path(folder).iterdir():
         if path.name != ".lock" and _LEFT.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
@@ -407,15 +373,9 @@ def with_defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> d
     return found
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns nested settings by dotted names, as on the command line."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
+    return flatten_dict(dict(settings), sep=".")
 
 
 def machine() -> dict[str, str]:
@@ -430,12 +390,10 @@ def machine() -> dict[str, str]:
         "jax": jax.__version__,
         "optax": importlib.metadata.version("optax"),
         "flax": importlib.metadata.version("flax"),
-        "command": " ".join(["python -m", *_command()]),
+        "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
     }
 
 
-def _command() -> list[str]:
-    main = sys.modules["__main__"]
-    spec = getattr(main, "__spec__", None)
-    name = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
-    return [name, *sys.argv[1:]]
+def _module() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name

@@ -2,13 +2,13 @@
 
 import dataclasses
 import types
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import optax
 
 import muon_jax
 from experiments.commands import option
-from experiments.settings import Average, Count, Decay, Rule, Share
+from experiments.settings import Average, Count, Decay, Part, Share
 
 DecayName = Literal["linear", "cosine", "constant", "wsd"]
 # Arms whose momentum or decay has another meaning, or that have an average of their own.
@@ -20,14 +20,13 @@ _CANNOT = {
     ),
     "average": ("splus", "splus_adamw"),
 }
-_NOT_NONE = Rule("greater than 0 and at most 1", lambda value: 0 < value <= 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedules:
     """Schedules beside the learning rate's, and the average of the params that is evaluated."""
 
-    wsd_share: Annotated[float, _NOT_NONE] = 0.2
+    wsd_share: Part = 0.2
     """--decay wsd: fraction of the steps after warm-up, at their end, in which the learning rate
     falls; until then it stays."""
     beta: tuple[Average, Average] | None = None

@@ -45,29 +45,26 @@ def even(why: str) -> Rule:
     return Rule(f"even and at least 2, since {why}", lambda value: value >= 2 and value % 2 == 0)
 
 
-def _is_positive(value: float) -> bool:
-    return value >= _SMALLEST
+def below_one(what: str) -> Rule:
+    """Returns the rule of a fraction that is never whole."""
+    return Rule(f"at least 0 and less than 1, as {what}", lambda value: 0 <= value < 1)
 
 
 Count = Annotated[int, at_least(1)]
 """A number of things of which there must be at least one."""
 Whole = Annotated[int, at_least(0)]
 """A number of things, which may be 0."""
-Positive = Annotated[float, Rule("greater than 0, in float32 too", _is_positive)]
+Positive = Annotated[
+    float, Rule("greater than 0, in float32 too", lambda value: value >= _SMALLEST)
+]
 Rate = Positive
 """A learning rate."""
 Decay = Annotated[float, at_least(0)]
 """A weight decay; 0 turns it off."""
 Share = Annotated[float, Rule("from 0 to 1", lambda value: 0 <= value <= 1)]
-Average = Annotated[
-    float,
-    Rule("at least 0 and less than 1, as the decay rate of an average",
-         lambda value: 0 <= value < 1),
-]  # fmt: skip
-Dropout = Annotated[
-    float, Rule("at least 0 and less than 1, as a probability",
-                lambda value: 0 <= value < 1),
-]  # fmt: skip
+Part = Annotated[float, Rule("greater than 0 and at most 1", lambda value: 0 < value <= 1)]
+Average = Annotated[float, below_one("the decay rate of an average")]
+Dropout = Annotated[float, below_one("a probability")]
 Clip = Annotated[float, above(0, "; a large number clips nothing")]
 
 
@@ -136,17 +133,10 @@ def check_different(settings: Any, *fields: str) -> None:
 
 
 def given_text(arguments: Sequence[str], name: str, known: Collection[str] | None = None) -> Any:
-    """Returns the text that a command line gives to one option, before the line is parsed.
+    """Returns the text that a command line gives to an option, before the line is parsed.
 
-    Defaults of other options can thus depend on it. Wrong values are reported later, by the parser.
-
-    Args:
-        arguments: The arguments of the command line.
-        name: The name of the option.
-        known: The allowed values, by default any.
-
-    Returns:
-        The text, or None if the option is not given or its value is not allowed.
+    Defaults of other options can thus depend on it. None if the option is not given, or if its
+    value is not among the `known` ones, which the parser reports later.
     """
     for i in reversed(range(len(arguments))):
         word, equals, text = arguments[i].partition("=")

@@ -85,40 +85,33 @@ class Study(Generic[Cell]):
         Raises:
             OSError: A file cannot be written; finished cells are kept.
         """
-        try:
-            return self._to_the_end()
-        except OSError as error:
-            raise OSError(
-                f"{explain(error)} {len(self.run.finished)} finished trainings are saved in "
-                f"{self.run.folder}."
-            ) from error
-
-    def _to_the_end(self) -> int:
         run, console = self.run, self.console
-        for note in run.notes:
-            console.print(note, highlight=False, soft_wrap=True)
-        console.print(f"[bold]{run.folder}[/bold]: {self.plan}", highlight=False)
         try:
-            if self.missing():
-                self._tell_time()
-                self._train_missing()
-            self._measure_costs()
-        except KeyboardInterrupt:
-            self.stop.set()
-        if run.finished:
-            self._summarize()
-            show(run.folder, console)
-        if left := len(self.missing()):
-            console.print(f"Interrupted; trainings left: {left}. Run the same command to continue.")
+            for note in run.notes:
+                console.print(note, highlight=False, soft_wrap=True)
+            console.print(f"[bold]{run.folder}[/bold]: {self.plan}", highlight=False)
+            try:
+                if self.missing():
+                    self._train_missing()
+                self._measure_costs()
+            except KeyboardInterrupt:
+                self.stop.set()
+            if run.finished:
+                self._summarize()
+                show(run.folder, console)
+            if left := len(self.missing()):
+                again = "Run the same command to continue."
+                console.print(f"Interrupted; trainings left: {left}. {again}")
+        except OSError as error:
+            saved = f"{len(run.finished)} finished trainings are saved in {run.folder}."
+            raise OSError(f"{explain(error)} {saved}") from error
         return INTERRUPTED if self.stop.is_set() else 0
 
-    def _tell_time(self) -> None:
+    def _train_missing(self) -> None:
         if self.estimate is not None:
             with self.console.status("estimating the time"):
                 expected = self.estimate(self.missing())
             self.console.print(f"Expected time: {expected}", highlight=False)
-
-    def _train_missing(self) -> None:
         done: dict[Cell, float] = {}  # the finished fraction of each cell that has started
         lock = threading.Lock()
 
@@ -244,22 +237,14 @@ def sweep_rates(
         return f"{loss}, {row['milliseconds_per_step']:.0f} ms per step"
 
     def work(cell: Cell) -> float:
-        return training(cell).steps * step_work(training(cell))
+        its = training(cell)
+        return its.steps * step_work(its)
 
     plan = (
         f"trainings left: {len(missing())}; finished: {len(run.finished)}. More are added while a "
         "best learning rate is the highest or the lowest one tried."
     )
-    study = Study(
-        run,
-        stop,
-        console,
-        missing=missing,
-        train=train_one,
-        plan=plan,
-        summary=lambda: {"corpus": corpus},
-        outcome=outcome,
-        work=work,
-        **options,
-    )
+    functions = {"missing": missing, "train": train_one, "outcome": outcome, "work": work}
+    summary = {"corpus": corpus}
+    study = Study(run, stop, console, plan=plan, summary=lambda: summary, **functions, **options)
     return study.to_the_end()

@@ -139,18 +139,17 @@ def wanted_rates(default: float, mean_losses: Mapping[float, float], sweep: Swee
         mean_losses: The mean loss at each rate that is finished.
         sweep: The grid, and how far it may be extended while its best rate is its last.
     """
-    low, high = -sweep.reach, sweep.reach
+    low, high, farthest = -sweep.reach, sweep.reach, sweep.reach + sweep.limit
     while True:
         rates = [rate_at(default, sweep.factor, notch) for notch in range(low, high + 1)]
-        if all(rate in mean_losses for rate in rates):
-            top = min(rates, key=lambda rate: mean_losses[rate])
-            if top == rates[0] and -low < sweep.reach + sweep.limit:
-                low -= 1
-                continue
-            if top == rates[-1] and high < sweep.reach + sweep.limit:
-                high += 1
-                continue
-        return sorted(rates, key=lambda rate: abs(math.log(rate / default)))
+        known = all(rate in mean_losses for rate in rates)
+        top = min(rates, key=mean_losses.__getitem__) if known else None
+        if top == rates[0] and -low < farthest:
+            low -= 1
+        elif top == rates[-1] and high < farthest:
+            high += 1
+        else:
+            return sorted(rates, key=lambda rate: abs(math.log(rate / default)))
 
 
 def rate_at(default: float, factor: float, notch: int) -> float:
@@ -186,14 +185,11 @@ def missing_cells(
     turns: dict[tuple[int, int], list[Cell]] = defaultdict(list)
     for arm, default in arms.items():
         own = [row for row in rows if cell_of(make, row)[:-2] == arm and row["seed"] < trying]
-        done = {
-            rate: mean(losses)
-            for rate, losses in losses_by_rate(own).items()
-            if len(losses) == trying
-        }
+        losses = losses_by_rate(own)
+        done = {rate: mean(of) for rate, of in losses.items() if len(of) == trying}
         rates = wanted_rates(default, done, sweep)
         known = all(rate in done for rate in rates)
-        confirmed = [min(rates, key=lambda rate: done[rate])] if known else []
+        confirmed = [min(rates, key=done.__getitem__)] if known else []
         for seed in range(seeds):
             for place, rate in enumerate(rates if seed < trying else confirmed):
                 turns[seed, place].append(make(*arm, rate, seed))
@@ -206,7 +202,10 @@ def cell_of(make: Callable[..., Cell], row: Row) -> Cell:
 
 
 class Files(NamedTuple):
-    """The contents of a run's files. `histories` are the evaluations of the cell of each row."""
+    """The contents of a run's files. `histories` are the evaluations of the cell of each row.
+
+    Stored results, which consist of a summary and perhaps the settings, have neither.
+    """
 
     config: dict[str, Any]
     summary: dict[str, Any]
@@ -216,7 +215,7 @@ class Files(NamedTuple):
 
 
 def load_run(folder: Path) -> Files:
-    """Reads the files of a finished or partly finished run.
+    """Reads the files of a finished or partly finished run, or of stored results without a log.
 
     Raises:
         FileNotFoundError: The folder or one of its files is missing.
@@ -224,19 +223,22 @@ def load_run(folder: Path) -> Files:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no run folder {folder}. Give the folder of a run.")
-    for name in ("config.json", "summary.json", "metrics.jsonl"):
-        if not (folder / name).is_file():
+    config, summary, log, costs = (
+        folder / name for name in ("config.json", "summary.json", "metrics.jsonl", "costs.json")
+    )
+    for path in (config, summary) if log.exists() else (summary,):
+        if not path.is_file():
             raise FileNotFoundError(
-                f"{folder} has no {name}. A report needs a run with at least one finished training."
+                f"{folder} has no {path.name}. A report needs a run with at least one finished "
+                "training."
             )
-    log = sealed.read(folder / "metrics.jsonl")
-    for damage in log.damage:
-        print_warning(f"{folder / 'metrics.jsonl'} is damaged: {damage}.")
-    pieces = finished_pieces(log)
-    costs = folder / "costs.json"
+    found = sealed.read(log)
+    for damage in found.damage:
+        print_warning(f"{log} is damaged: {damage}.")
+    pieces = finished_pieces(found)
     return Files(
-        read_settings(folder / "config.json"),
-        read_json(folder / "summary.json"),
+        read_settings(config) if config.is_file() else {},
+        read_json(summary),
         [row for _, row in pieces],
         [records for records, _ in pieces],
         read_json(costs)["costs"] if costs.exists() else {},

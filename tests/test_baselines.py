@@ -40,17 +40,25 @@ def test_what_differs_from_muon_in_one_thing_is_compared_at_its_rate():
     assert own.as_json()["rates"]["normuon"] == 0.123
 
 
+def steps(name, params, grads=None, schedule=lambda step: 1.0, rate=None, **settings):
+    """Yields the updates of an arm, step by step. By default gradients are zero."""
+    tx = optimizers.build(name, Config(**settings), schedule, rate)
+    state, grads = tx.init(params), grads or jax.tree.map(jnp.zeros_like, params)
+    while True:
+        updates, state = tx.update(grads, state, params)
+        yield updates
+
+
 def _update(name):
-    """Of leaves named as the grokking model's are, by an arm's first step without warm-up."""
+    """The first update, of leaves named as the grokking model's are."""
     normal = np.random.default_rng(0).normal
     params = {
         "embedding": {"embedding": normal(size=(9, 16))},
         "up": {"kernel": normal(size=(16, 64))},
     }
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-    config = Config(muon=optimizers.Muon(weight_decay=0.0), variants=optimizers.Variants(rank=2))
-    tx = optimizers.build(name, config, optax.constant_schedule(1.0))
-    return tx.update(jax.tree.map(jnp.cos, params), tx.init(params), params)[0]
+    own = {"muon": optimizers.Muon(weight_decay=0.0), "variants": optimizers.Variants(rank=2)}
+    return next(steps(name, params, jax.tree.map(jnp.cos, params), **own))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -129,14 +137,10 @@ def test_a_unit_spectral_norm_is_within_its_bound(shape, size):
 
 def first_update(name: str) -> tuple[jax.Array, jax.Array]:
     """Of a hidden matrix, without decay: the update, and its singular values."""
-    config = Config(
-        muon=optimizers.Muon(weight_decay=0.0), adamw=optimizers.AdamW(weight_decay=0.0)
-    )
     params = {"blocks": {"up": {"kernel": jnp.zeros((16, 64))}}}
     grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
-    tx = optimizers.build(name, config, optax.constant_schedule(1.0))
-    updates, _ = tx.update(grads, tx.init(params), params)
-    kernel = updates["blocks"]["up"]["kernel"]
+    muon, adamw = optimizers.Muon(weight_decay=0.0), optimizers.AdamW(weight_decay=0.0)
+    kernel = next(steps(name, params, grads, muon=muon, adamw=adamw))["blocks"]["up"]["kernel"]
     return kernel, jnp.linalg.svd(kernel, compute_uv=False)
 
 
@@ -152,43 +156,32 @@ def test_the_parts_of_muon_make_the_whole():
     assert spectral[-1] / spectral[0] < one[-1] / one[0] < values[-1] / values[0]
 
 
-def test_tuned_adamw_has_its_own_decay():
-    config = Config(variants=optimizers.Variants(tuned_weight_decay=4.0))
-    params = {"w": jnp.ones(3)}
-    tx = optimizers.build("adamw_tuned", config, optax.constant_schedule(1.0))
-    updates, _ = tx.update({"w": jnp.zeros(3)}, tx.init(params), params)
-    np.testing.assert_allclose(updates["w"], -0.01 * 4.0, rtol=1e-6)
+@pytest.mark.parametrize("name, decay", [("adamw_tuned", 4.0), ("orthogonal_gradient", 0.0)])
+def test_baselines_have_decays_of_their_own(name, decay):
+    """Prieto et al. use none."""
+    variants = optimizers.Variants(tuned_weight_decay=4.0)
+    updates = next(steps(name, {"w": jnp.ones(3)}, variants=variants))
+    np.testing.assert_allclose(updates["w"], -0.01 * decay, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["muon", "muon_sgd", "muon_lion"])
 def test_whatever_trains_the_rest_a_step_shrinks_it_as_adamw_would(name):
     """At SGD's rate of 0.1 AdamW's decay of 1 would shrink the embedding by a tenth a step."""
     params = {"embedding": {"embedding": jnp.ones((4, 8))}}
-    config = Config(adamw=optimizers.AdamW(learning_rate=2e-3, weight_decay=0.5))
-    tx = optimizers.build(name, config, schedules.warmup(2))
-    state = tx.init(params)
+    adamw = optimizers.AdamW(learning_rate=2e-3, weight_decay=0.5)
+    updates = steps(name, params, schedule=schedules.warmup(2), adamw=adamw)
     for factor in (0.5, 1.0):
-        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
-        np.testing.assert_allclose(updates["embedding"]["embedding"], -factor * 1e-3, rtol=1e-5)
+        wanted = -factor * 1e-3
+        np.testing.assert_allclose(next(updates)["embedding"]["embedding"], wanted, rtol=1e-5)
 
 
-def test_an_orthogonal_gradient_is_published_without_decay():
-    params = {"w": jnp.ones(3)}
-    tx = optimizers.build("orthogonal_gradient", Config(), optax.constant_schedule(1.0))
-    updates, _ = tx.update({"w": jnp.zeros(3)}, tx.init(params), params)
-    assert not updates["w"].any()
-
-
-@pytest.mark.parametrize(
-    ("name", "decay"), [("muon_equal_decay", 1.0), ("muon_equal_shrink", 0.05)]
-)
+@pytest.mark.parametrize("name, decay", [("muon_equal_decay", 1.0), ("muon_equal_shrink", 0.05)])
 def test_both_readings_of_equal_weight_decay(name, decay):
     """AdamW's default is 1e-3 × 1.0; Muon's rate is 0.02."""
     params = {"blocks": {"up": {"kernel": jnp.ones((4, 8))}}}
     for rate, swept in ((None, decay), (0.04, decay if name == "muon_equal_decay" else decay / 2)):
-        tx = optimizers.build(name, Config(), schedules.warmup(2), rate)
-        state = tx.init(params)
+        updates = steps(name, params, schedule=schedules.warmup(2), rate=rate)
         for factor in (0.5, 1.0):
-            updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
             wanted = -factor * (rate or 0.02) * swept
-            np.testing.assert_allclose(updates["blocks"]["up"]["kernel"], wanted, rtol=1e-5)
+            kernel = next(updates)["blocks"]["up"]["kernel"]
+            np.testing.assert_allclose(kernel, wanted, rtol=1e-5)

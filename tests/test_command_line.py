@@ -134,4 +134,4 @@ def test_settings_of_earlier_versions_are_read_by_the_names_of_today(tmp_path):
             "optimizers": ["adamw"],
         }
     # So the run goes on under the names of today.
-    runs.claim(tmp_path, new | {"steps": 5}, other="another --out").close()
+    runs.claim(tmp_path, new | {"steps": 5}).close()

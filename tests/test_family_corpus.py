@@ -17,7 +17,7 @@ def library(root, **files):
         path = root / f"{name.replace('.', '/')}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text.encode())
-    return corpus._standard_library(root, None)
+    return corpus.standard_library(root=root)
 
 
 def test_the_standard_library_is_megabytes_of_source():
@@ -97,4 +97,4 @@ def test_no_text_is_a_clear_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         corpus.load(tmp_path / "missing.txt")
     with pytest.raises(ValueError, match="give --text FILE"):
-        corpus._standard_library(tmp_path / "none", None)
+        corpus.standard_library(root=tmp_path / "none")

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from experiments import optimizers, schedules
-from experiments.differences import difference, student_t
+from experiments.differences import difference
 from experiments.family import train
 from experiments.family.config import Cell, Training
 from experiments.family.report import aggregate
@@ -48,31 +48,23 @@ def explore(loss, default=0.1, sweep=SWEEP):
     return sorted(done)
 
 
-def test_a_best_rate_inside_the_grid_needs_no_more():
-    assert explore(lambda rate: abs(math.log(rate / 0.1))) == [0.05, 0.1, 0.2]
-    assert wanted_rates(0.1, {}, SWEEP)[0] == 0.1
-
-
 @pytest.mark.parametrize(
-    ("top", "rates"),
+    "loss, sweep, rates",
     [
-        (0.4, [0.05, 0.1, 0.2, 0.4, 0.8]),
-        (0.025, [0.0125, 0.025, 0.05, 0.1, 0.2]),
-        (100, [0.05, 0.1, 0.2, 0.4, 0.8]),
-        (1e-6, [0.0125, 0.025, 0.05, 0.1, 0.2]),
+        (lambda rate: abs(math.log(rate / 0.1)), SWEEP, [0.05, 0.1, 0.2]),
+        (lambda rate: abs(math.log(rate / 0.4)), SWEEP, [0.05, 0.1, 0.2, 0.4, 0.8]),
+        (lambda rate: abs(math.log(rate / 0.025)), SWEEP, [0.0125, 0.025, 0.05, 0.1, 0.2]),
+        (lambda rate: -rate, SWEEP, [0.05, 0.1, 0.2, 0.4, 0.8]),
+        (lambda rate: rate, SWEEP, [0.0125, 0.025, 0.05, 0.1, 0.2]),
+        (lambda rate: math.inf, SWEEP, [0.0125, 0.025, 0.05, 0.1, 0.2]),
+        (lambda rate: rate, Sweep(reach=0, limit=0), [0.1]),
+        (lambda rate: -rate, Sweep(reach=0, limit=1), [0.05, 0.1, 0.2]),
     ],
 )
-def test_a_sweep_goes_on_beyond_its_edge_up_to_the_limit(top, rates):
-    assert explore(lambda rate: abs(math.log(rate / top))) == rates
-
-
-def test_one_rate_without_reach_or_limit():
-    assert explore(lambda rate: rate, sweep=Sweep(reach=0, limit=0)) == [0.1]
-    assert explore(lambda rate: -rate, sweep=Sweep(reach=0, limit=1)) == [0.05, 0.1, 0.2]
-
-
-def test_where_all_diverges_the_sweep_goes_down():
-    assert explore(lambda rate: math.inf) == [0.0125, 0.025, 0.05, 0.1, 0.2]
+def test_a_sweep_goes_on_beyond_its_edge_up_to_the_limit(loss, sweep, rates):
+    """To lower rates where all diverge."""
+    assert explore(loss, sweep=sweep) == rates
+    assert wanted_rates(0.1, {}, sweep)[0] == 0.1
 
 
 def test_rates_are_the_same_numbers_wherever_they_are_written():
@@ -107,13 +99,6 @@ def test_best_is_by_mean_and_a_diverged_seed_is_the_worst():
     rows += [row("x", 0.05, 0, 0.5)]
     assert 0.05 not in losses_by_rate(rows) and best(rows).rate == 0.1
     assert best([]) is None
-
-
-def test_student_t_is_the_table_s():
-    table = {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262, 30: 2.042}
-    for degrees, value in table.items():
-        assert student_t(degrees) == pytest.approx(value, abs=2e-3)
-    assert student_t(2, 0.9) == pytest.approx(2.920, abs=1e-3)
 
 
 def test_differences_are_paired_by_seed():

@@ -2,13 +2,12 @@
 
 import functools
 import json
-import signal
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import run_command
 from flax import nnx
 
 from experiments.family import widths, widths_report
@@ -23,17 +22,7 @@ TINY = (
 
 
 def run(*options, out):
-    """The command in this process, as `python -m experiments.family.widths` would run it."""
-    patch = pytest.MonkeyPatch()
-    with patch.context() as context:
-        words = [*TINY.split(), *map(str, options), "--out", str(out / "run")]
-        context.setattr(sys, "argv", ["widths", *words])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            return widths.main()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    return run_command(widths.main, *TINY.split(), *options, "--out", out / "run")
 
 
 def test_a_run_and_its_report(tmp_path, capsys):
@@ -117,7 +106,7 @@ def test_over_the_width_activations_keep_their_size_and_logits_shrink():
     def sizes(width):
         model = LanguageModel(width=width, layers=1, head_size=32, rngs=nnx.Rngs(0))
         tokens = jax.random.randint(jax.random.key(1), (4, 16), 0, 256)
-        added = model.blocks[0](model.embedding(tokens))[0] - model.embedding(tokens)
+        added = model.blocks[0](model.embedding(tokens)) - model.embedding(tokens)
         return jnp.std(added), jnp.std(model(tokens)[0])
 
     hidden, logits = np.array([sizes(width) for width in (64, 128, 512)]).T

@@ -1,17 +1,18 @@
 """Grids and suites: what a point sets, whose it is, and which cells a study has."""
 
 import dataclasses
-import json
 import re
 import threading
 
 import pytest
 
-from experiments.grok import grid, suites
+from experiments.grok import suites
 from experiments.grok.__main__ import groups
 from experiments.grok.config import Cell, Config, Panel
-from experiments.grok.estimate import Estimate, estimate
+from experiments.grok.estimate import estimate
 from experiments.grok.train import after_grokking, compile_arm, milestones, train_cells
+from experiments.parallel import devices_for
+from experiments.runs import write_json
 from tests.test_grok_run import history
 
 TINY = Config(tasks=("gcd",), width=16, batch=1024, epochs=3, seeds=1, probe_every=0)
@@ -85,27 +86,17 @@ def test_suites_are_defaults_that_options_go_before(name):
         suite.at(cell)
 
 
-def test_the_paper_suite_is_the_papers_grid():
+def test_suites_reach_what_was_published():
     paper = suites.SUITES["paper"]
-    assert len(paper.tasks) == 7 and len(paper.softmax) == 3 and paper.seeds == 3
-    assert len(paper.cells()) == 7 * 3 * 4 * 3
+    assert len(paper.cells()) == 7 * 3 * 4 * 3  # tasks, output functions, optimizers, seeds
     assert (paper.layers, paper.heads, paper.width, paper.dropout) == (2, 1, 128, 0.0)
-
-
-def test_the_sweeps_reach_what_was_published():
-    def values(name):
-        return [value for text in suites.SUITES[name].grid for value in grid.axis(text).values]
-
-    assert {"32", "512"} <= {*values("width")}
+    points = {name: {cell.point for cell in suites.SUITES[name].cells()} for name in suites.SUITES}
+    assert {"width=32", "width=512"} <= points["width"]
     # 4656 are all training rows of half of the table of division.
-    assert {"64", "4656"} <= {*values("batch")}
-    assert values("rank") == ["1", "2", "4", "8", "16", "32"]
+    assert {"batch=64", "batch=4656"} <= points["batch"]
+    assert {"", *(f"variants.rank={rank}" for rank in (1, 2, 4, 8, 16, 32))} == points["rank"]
     assert {"polar", "muon"} <= {*suites.SUITES["rank"].optimizers}
     assert {cell.optimizer for cell in suites.SUITES["rates"].cells()} == {"adamw", "muon"}
-
-
-def timeless(row):
-    return {key: row[key] for key in row.keys() - {"seconds", "steps_per_second", "together"}}
 
 
 def test_seeds_that_train_together_get_what_they_get_alone():
@@ -156,78 +147,71 @@ def test_groups_are_seeds_of_one_arm():
     assert sorted(cell for group in found for cell in group) == sorted(config.cells())
 
 
-def test_an_estimate_is_a_bound_where_nothing_is_known_and_says_so():
-    bound = estimate(TINY, TINY.cells(), threading.Event())
-    assert bound.known == 0 and min(bound.seconds.values()) > 0 and "at most" in str(bound)
-    twice = estimate(dataclasses.replace(TINY, epochs=3000), TINY.cells(), threading.Event())
-    assert sum(twice.seconds.values()) > 3 * sum(bound.seconds.values())
-    whole = str(
-        estimate(dataclasses.replace(TINY, full_length=True), TINY.cells(), threading.Event())
+def estimated(config):
+    return estimate(config, config.cells(), threading.Event())
+
+
+def timed_as(seconds, monkeypatch):
+    """The cells that an estimate times, where `seconds(cell)` is the time of a step."""
+    timed = []
+    monkeypatch.setattr(
+        "experiments.grok.estimate._seconds_per_step",
+        lambda config, cell, device: timed.append(cell) or seconds(cell),
     )
+    return timed
+
+
+def test_an_estimate_is_a_bound_where_nothing_is_known_and_says_so():
+    bound = estimated(TINY)
+    assert bound.known == 0 and min(bound.seconds.values()) > 0 and "at most" in str(bound)
+    twice = estimated(dataclasses.replace(TINY, epochs=3000))
+    assert sum(twice.seconds.values()) > 3 * sum(bound.seconds.values())
+    whole = str(estimated(dataclasses.replace(TINY, full_length=True)))
     assert not whole.startswith("at most") and "runs for all epochs" in whole
 
 
 def test_an_estimate_of_the_default_run_is_made_from_its_stored_result(monkeypatch):
-    monkeypatch.setattr("experiments.grok.estimate._seconds_per_step", lambda *_: 1e-3)
-    cells = Config().cells()
-    found = estimate(Config(), cells, threading.Event())
-    assert found.known == len(cells) == 6 and "from an earlier run" in str(found)
+    timed_as(lambda cell: 1e-3, monkeypatch)
+    found = estimated(Config())
+    assert found.known == len(found.seconds) == 6 and "from an earlier run" in str(found)
 
 
 def test_an_estimate_times_an_arm_of_each_optimizer(monkeypatch):
-    timed = []
-
-    def slow_muon(config, cell, device):
-        timed.append(cell.optimizer)
-        return {"adamw": 1.0, "muon": 100.0}[cell.optimizer]
-
-    monkeypatch.setattr("experiments.grok.estimate._seconds_per_step", slow_muon)
-    cells = TINY.cells()
-    found = estimate(TINY, cells, threading.Event()).seconds
-    assert sorted(timed) == ["adamw", "muon"]
-    of = {cell.optimizer: found[cell] for cell in cells}
+    timed = timed_as(lambda cell: {"adamw": 1.0, "muon": 100.0}[cell.optimizer], monkeypatch)
+    of = {cell.optimizer: x for cell, x in estimated(TINY).seconds.items()}
+    assert sorted(cell.optimizer for cell in timed) == ["adamw", "muon"]
     assert of["muon"] > 20 * of["adamw"]
 
 
 def test_an_estimate_times_the_smallest_and_the_largest_step(monkeypatch):
-    timed = []
-
-    def by_width(config, cell, device):
-        timed.append(cell.point)
-        return {"width=16": 1.0, "width=64": 16.0}[cell.point]
-
-    monkeypatch.setattr("experiments.grok.estimate._seconds_per_step", by_width)
+    timed = timed_as(lambda cell: {"width=16": 1.0, "width=64": 16.0}[cell.point], monkeypatch)
     monkeypatch.setattr("experiments.grok.estimate._COMPILING", 0.0)
     swept = dataclasses.replace(TINY, optimizers=("muon",), seeds=2, grid=("width=64,16,32",))
-    found = estimate(swept, swept.cells(), threading.Event()).seconds
-    assert sorted(timed) == ["width=16", "width=64"]
-    of = {cell.point: found[cell] for cell in swept.cells()}
+    of = {cell.point: x for cell, x in estimated(swept).seconds.items()}
+    assert sorted(cell.point for cell in timed) == ["width=16", "width=64"]
+    assert of["width=16"] * len(devices_for(6)) == 3 * 4  # epochs and their steps
     # The width of 32 has a fifth of the way from 16² to 64².
     assert of["width=32"] / of["width=16"] == pytest.approx(4)
 
 
 def test_an_estimate_follows_an_earlier_run_of_the_same_settings(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.grok.estimate.RESULTS", tmp_path)
-    folder = tmp_path / "default"
-    folder.mkdir()
     cells = TINY.cells()
     rows = [
-        {**cell._asdict(), "seconds": 1000.0 * (1 + i), "steps_per_second": 1.0}
+        cell._asdict() | {"seconds": 1000.0 * (1 + i), "steps_per_second": 1.0}
         for i, cell in enumerate(cells)
     ]
-    (folder / "config.json").write_text(json.dumps(TINY.as_json()))
-    (folder / "summary.json").write_text(json.dumps({"cells": rows}))
-    for name in ("another grid", "z"):  # equal settings, of which a run has none of these cells
+    elsewhere = [row | {"seed": 99} for row in rows]
+    # Equal settings, of which two runs have none of these cells.
+    for name, own in (("another grid", elsewhere), ("default", rows), ("z", elsewhere)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(TINY.as_json()))
-        elsewhere = [row | {"seed": 99} for row in rows]
-        (tmp_path / name / "summary.json").write_text(json.dumps({"cells": elsewhere}))
-    found = estimate(TINY, cells, threading.Event())
+        write_json(tmp_path / name / "config.json", TINY.as_json())
+        write_json(tmp_path / name / "summary.json", {"cells": own})
+    found = estimated(TINY)
     assert found.known == 2 and "from an earlier run" in str(found)
     first, second = (found.seconds[cell] for cell in cells)
     assert second > first
-    assert estimate(dataclasses.replace(TINY, epochs=4), cells, threading.Event()).known == 0
-    assert isinstance(found, Estimate)
+    assert estimated(dataclasses.replace(TINY, epochs=4)).known == 0
 
 
 def test_collapse_is_five_evaluations_below_after_grokking():

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +12,7 @@ from pathlib import Path
 import jax
 import optax
 import pytest
+from commands import run_command
 from waiting import wait_for
 
 from experiments.commands import INTERRUPTED
@@ -27,17 +27,7 @@ TINY = ["--tasks", "gcd", "--seeds", "2", "--epochs", "3", "--width", "16", "--b
 
 
 def run(*options, out):
-    """The command in this process, as `python -m experiments.grok` would run it."""
-    arguments = ["grok", *map(str, options), "--out", str(out / "run")]
-    patch = pytest.MonkeyPatch()
-    with patch.context() as context:
-        context.setattr(sys, "argv", arguments)
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            return command.main()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    return run_command(command.main, *options, "--out", out / "run")
 
 
 def start(*options, out):
@@ -200,29 +190,10 @@ def test_a_run_from_before_an_optimizer_was_added_goes_on(tmp_path):
     assert run(*TINY, "--seeds", 1, "--epochs", 1, out=tmp_path) == 2
 
 
-@pytest.mark.parametrize(
-    ("options", "hint"),
-    [
-        (["--taks", "mul"], "--tasks"),
-        (["--tasks", "mull"], "'mul'"),
-        (["--optimizers", "adam"], "'adamw'"),
-        (["--width", "17"], "try --width 16"),
-        (["--width", "30", "--heads", "4"], "try --width 24"),
-        (["--seeds", "0"], "--seeds must be at least 1"),
-        (["--tasks", "mul", "mul"], "requires one or more different values"),
-        (["--train-fraction", "1.5"], "both must have at least one"),
-        (["--dropout", "1"], "at least 0 and less than 1"),
-        (["--muon.scale", "huge"], "'spectral'"),
-    ],
-)
-def test_wrong_options_are_refused_with_a_hint(options, hint, tmp_path, capsys):
+def test_wrong_options_are_refused_and_leave_no_folder(tmp_path):
     with pytest.raises(SystemExit) as stopped:
-        run(*options, out=tmp_path)
-    assert stopped.value.code == 2
-    captured = capsys.readouterr()
-    words = re.sub(r"[\s│]+", " ", captured.err + captured.out)
-    assert hint in words
-    assert not (tmp_path / "run").exists()
+        run("--taks", "mul", out=tmp_path)
+    assert stopped.value.code == 2 and not (tmp_path / "run").exists()
 
 
 def test_equal_settings_share_a_folder_and_others_do_not():
@@ -262,18 +233,8 @@ def test_a_loss_that_is_no_longer_finite_ends_the_cell_and_says_so(tmp_path):
 
 
 def test_dropout_and_the_other_losses_train(tmp_path):
-    options = [
-        "--softmax",
-        "stablemax",
-        "sparsemax",
-        "--dropout",
-        "0.2",
-        "--seeds",
-        "1",
-        "--optimizers",
-        "muon",
-    ]
-    assert run(*TINY, *options, out=tmp_path) == 0
+    options = "--softmax stablemax sparsemax --dropout 0.2 --seeds 1 --optimizers muon"
+    assert run(*TINY, *options.split(), out=tmp_path) == 0
     rows, epochs = results(tmp_path)
     assert [row["softmax"] for row in rows] == ["stablemax", "sparsemax"]
     for softmax in ("stablemax", "sparsemax"):
@@ -289,12 +250,9 @@ def test_it_really_groks_and_muon_first(tmp_path):
     assert rows["muon"]["grok_epoch_sustained"] <= 25
     assert rows["muon"]["memorized_epoch"] <= rows["muon"]["grok_epoch"]
     assert rows["adamw"]["censored"]
-    looks = {
-        name: [e["epoch"] for e in epochs if e["optimizer"] == name and "probe" in e]
-        for name in rows
-    }
+    probed = [e["epoch"] for e in epochs if e["optimizer"] == "muon" and "probe" in e]
     last = rows["muon"]["epochs_run"]
-    assert looks == {"adamw": [1, 10, 20, 30], "muon": sorted({1, *range(10, last, 10), last})}
+    assert probed == sorted({1, *range(10, last, 10), last})
 
 
 def test_the_optimizer_knows_whose_program_it_is(monkeypatch):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.differences import student_t
 from experiments.grok import report_tests, statistics
 from experiments.grok.report_data import Run
 
@@ -41,18 +40,6 @@ def test_censored_cells_bound_the_ratio_or_tell_nothing():
     )
     assert statistics.ratio([({0: None}, {0: None})], budget=100) is None
     assert math.isnan(statistics.ratio([({0: 2}, {0: 1})], budget=100).low)
-
-
-@pytest.mark.parametrize("panels", [3, 6, 20])
-def test_the_interval_covers_what_it_should(panels):
-    """About 95 % of the intervals hold the true ratio, of three panels too."""
-    rng = np.random.default_rng(0)
-    held = 0
-    for _ in range(200):
-        logs = rng.normal(math.log(1.5), 0.4, panels)
-        found = statistics.ratio([({0: 100 * math.exp(x)}, {0: 100}) for x in logs], budget=1e6)
-        held += found.low <= 1.5 <= found.high
-    assert 180 <= held <= 198
 
 
 def test_mann_whitney_ranks_censored_cells_last():
@@ -100,7 +87,7 @@ def test_the_detectable_ratio_is_found_in_four_of_five_studies(deviation, n):
 def test_a_training_groks_strictly_at_twice_the_memorised_epoch():
     """Of four that grokked one is strict; two generalised within five epochs of memorising."""
     run = run_of({("add", "muon", seed): e for seed, e in enumerate([10, 15, 19, 20, None])})
-    (arm,) = report_tests.pooled(run)
+    (arm,) = run.pooled()
     row = [text(arm) for *_, text in report_tests.DELAYS]
     assert row == ["Muon", "5", "4", "2", "1", "10", "9", "19"]
 
@@ -109,7 +96,7 @@ def test_welch_pools_what_grokked_as_the_paper_does():
     slow, fast = [90, 120, None, 200, 150], [40, 60, 80]
     expected = stats.ttest_ind([90, 120, 200, 150], fast, equal_var=False)
     found = statistics.welch(slow, fast)
-    assert (found.t, found.p) == pytest.approx((expected.statistic, expected.pvalue))
+    assert (found.statistic, found.pvalue) == (expected.statistic, expected.pvalue)
     assert statistics.welch([1], fast) is None
 
 
@@ -126,22 +113,12 @@ def test_survival_ends_at_the_budget():
     assert statistics.survival([10, 30], 30) == ([0.0, 10.0, 30.0, 30.0], [1.0, 0.5, 0.0, 0.0])
 
 
-def test_student_t_reaches_what_it_says():
-    assert stats.t.cdf(student_t(7), 7) == pytest.approx(0.975)
-
-
 def run_of(epochs: dict[tuple[str, str, int], int | None]) -> Run:
     rows = [
         {
-            "task": task,
-            "softmax": "softmax",
-            "optimizer": optimizer,
-            "seed": seed,
-            "point": "",
-            "memorized_epoch": 10,
-            "censored": epoch is None,
-            "grok_epoch": epoch,
-            "grok_epoch_sustained": epoch,
+            **{"task": task, "optimizer": optimizer, "seed": seed, "softmax": "softmax"},
+            **{"point": "", "memorized_epoch": 10, "censored": epoch is None},
+            **dict.fromkeys(("grok_epoch", "grok_epoch_sustained"), epoch),
         }
         for (task, optimizer, seed), epoch in epochs.items()
     ]
@@ -149,10 +126,15 @@ def run_of(epochs: dict[tuple[str, str, int], int | None]) -> Run:
     return Run(config | {"epochs": 100, "grid": []}, "", {}, len(rows), rows, {})
 
 
+def rows_of(run):
+    """The rows of the table of tests, by column."""
+    return [dict(zip(report_tests.COLUMNS, row, strict=True)) for row in report_tests.tests(run)]
+
+
 def test_the_report_has_a_row_for_each_panel_and_one_for_all():
     cells = {("add", "adamw"): 60, ("add", "muon"): 30, ("mul", "adamw"): 80, ("mul", "muon"): 20}
     run = run_of({(*key, seed): e + seed for key, e in cells.items() for seed in range(4)})
-    rows = [dict(zip(report_tests.COLUMNS, row, strict=True)) for row in report_tests.tests(run)]
+    rows = rows_of(run)
     assert [row["on"] for row in rows] == ["all", "add · softmax", "mul · softmax"]
     assert [row["observations"] for row in rows] == ["2", "4", "4"]
     both, first, _ = rows
@@ -162,10 +144,8 @@ def test_the_report_has_a_row_for_each_panel_and_one_for_all():
     low, high = np.exp(stats.t.interval(0.95, 1, np.mean(logs), stats.sem(logs)))
     assert both["ratio of epochs"] == f"{math.exp(np.mean(logs)):.2f} [{low:.2f}, {high:.2f}]"
     assert both["ratio to memorise"] == "1.00 [1.00, 1.00]"
-    delays = [
-        np.mean(np.log([(a + s - 9) / (b + s - 9) for s in range(4)])) for a, b in ((60, 30),)
-    ]
-    assert first["ratio of delay + 1"].startswith(f"{math.exp(delays[0]):.2f} [")
+    delay = np.mean(np.log([(51 + s) / (21 + s) for s in range(4)]))
+    assert first["ratio of delay + 1"].startswith(f"{math.exp(delay):.2f} [")
     assert both["Mann–Whitney p"] == "–" and both["log-rank p"] != "–"
 
 
@@ -173,18 +153,14 @@ def test_all_panels_are_tested_by_signed_ranks_after_holm():
     tasks = ["add", "sub", "mul", "div", "exp", "gcd"]
     arms = {"adamw": 60, "muon": 30, "dion": 40}
     cells = {(t, name, 0): e + i * i for i, t in enumerate(tasks) for name, e in arms.items()}
-    rows = report_tests.tests(run_of(cells))
-    found = {row[0]: dict(zip(report_tests.COLUMNS, row, strict=True)) for row in rows[:2]}
-    assert [row["signed-rank p, Holm"] for row in found.values()] == ["0.062", "0.062"]
+    assert [row["signed-rank p, Holm"] for row in rows_of(run_of(cells))[:2]] == ["0.062"] * 2
 
 
 def test_a_baseline_that_is_not_swept_counts_once():
     """No row takes its cells for several observations, and nothing of all settings is pooled."""
     run = run_of({("add", name, 0): 40 for name in ("adamw", "muon")})
-    swept = [{**run.rows[1], "point": f"muon.weight-decay={decay}"} for decay in (0.1, 0.2)]
-    run.rows[1:] = swept
-    run.config["grid"] = ["muon.weight-decay=0.1,0.2"]
-    rows = [dict(zip(report_tests.COLUMNS, row, strict=True)) for row in report_tests.tests(run)]
+    run.rows[1:] = [run.rows[1] | {"point": f"muon.weight-decay={decay}"} for decay in (0.1, 0.2)]
+    rows = rows_of(run)
     assert [row["on"] for row in rows] == [
         "add · softmax · muon.weight-decay=0.1",
         "add · softmax · muon.weight-decay=0.2",

@@ -13,29 +13,22 @@ from experiments import optimizers
 from experiments.grok import report_published, report_sweep
 from experiments.grok.config import Config
 from experiments.grok.model import Transformer
-from experiments.grok.report import abstract
+from experiments.grok.report import abstract, report
 from experiments.grok.report_data import UNCOUNTED, Run, load_run
 from experiments.grok.report_sweep_figures import heat_figure, lines_figure
-from tests.test_grok_report import cell, make_run, write_report
-
-WIDTHS = ("width=32,64,128",)
+from tests.test_grok_report import along, cell, make_run, section, write_report
 
 
-def widths(optimizer: str, epochs: dict[int, list[int | None]], **changes):
-    """Seeds of an optimizer at each width."""
-    return [
-        cell("div", "softmax", optimizer, seed, 5, epoch, point=f"width={width}", **changes)
-        for width, found in epochs.items()
-        for seed, epoch in enumerate(found)
-    ]
+def widths(optimizer: str, epochs: dict[int, list[int | None]]):
+    return along("width", epochs, optimizer)
 
 
 ADAMW = widths("adamw", {32: [None, 190, None], 64: [120, 130, 110], 128: [60, 70, 80]})
 MUON = widths("muon", {32: [100, 90, 95], 64: [50, 60, 55], 128: [20, 30, 25]})
 
 
-def loaded(tmp_path, rows, grid=WIDTHS) -> Run:
-    return load_run(make_run(tmp_path / "run", rows, grid=grid))
+def loaded(tmp_path, rows) -> Run:
+    return load_run(make_run(tmp_path / "run", rows))
 
 
 def test_the_best_setting_of_each_and_their_ratio(tmp_path):
@@ -94,13 +87,9 @@ def test_trends_differ_by_axis(tmp_path):
     """Twice the batch, half the steps an epoch: epochs rise while steps fall."""
     rows = []
     for place, batch in enumerate((64, 128, 256, 512)):
-        changes = {"steps_per_epoch": 800 // 2**place, "tokens_per_epoch": 20_480}
-        rows += [
-            cell("div", "softmax", "muon", s, 5, 20 + 6 * place + s, point=f"batch={batch}")
-            | changes
-            for s in range(3)
-        ]
-    run = loaded(tmp_path, rows, ("batch=64,128,256,512",))
+        epochs = [20 + 6 * place + seed for seed in range(3)]
+        rows += along("batch", {batch: epochs}, steps_per_epoch=800 // 2**place)
+    run = loaded(tmp_path, rows)
     trends = {unit: report_sweep.trend(run, "muon", "batch", unit) for unit in report_sweep.UNITS}
     assert trends["epochs"][0] > 0.9 and trends["tokens"][0] > 0.9
     assert trends["steps"][0] < -0.9 and trends["FLOP"][0] < -0.9
@@ -111,14 +100,10 @@ def test_trends_differ_by_axis(tmp_path):
 def test_a_trend_does_not_come_from_budgets_that_fall(tmp_path):
     """In steps the budget of a larger batch is smaller: a censored cell there tells nothing."""
     rows = []
-    for batch, epochs in {64: 50, 128: 90, 256: 170, 512: None, 1024: None}.items():
-        changes = {"steps_per_epoch": 64 * 100 // batch, "tokens_per_epoch": 20_480}
-        rows += [
-            cell("div", "softmax", "muon", s, 5, epochs and epochs + s, point=f"batch={batch}")
-            | changes
-            for s in range(3)
-        ]
-    run = loaded(tmp_path, rows, ("batch=64,128,256,512,1024",))
+    for batch, epoch in {64: 50, 128: 90, 256: 170, 512: None, 1024: None}.items():
+        epochs = [epoch and epoch + seed for seed in range(3)]
+        rows += along("batch", {batch: epochs}, steps_per_epoch=6400 // batch)
+    run = loaded(tmp_path, rows)
     epochs, steps = (report_sweep.trend(run, "muon", "batch", u) for u in ("epochs", "steps"))
     assert epochs.rho > 0.9 and (epochs.values, epochs.left_out) == (5, 0)
     assert (steps.values, steps.left_out) == (3, 2)
@@ -144,23 +129,16 @@ def test_the_abstract_counts_cells_and_those_censored(tmp_path):
     assert "All of 9 trainings, 3 seeds per setting, grokked within 200 epochs." in text
 
 
-def along(setting, epochs, optimizer="muon"):
-    """Two seeds at each value of a setting."""
-    return [
-        cell("div", "softmax", optimizer, s, 5, e and e + s, point=f"{setting}={value}")
-        for value, e in epochs.items()
-        for s in range(2)
-    ]
-
-
 @pytest.mark.parametrize(
     ("setting", "epochs"),
-    [("muon.scale", {"spectral": 40, "mup": 20, "none": 60}), ("dropout", {0: 9, 0.1: 7})],
+    [
+        ("muon.scale", {"spectral": [40, 41], "mup": [20, 21], "none": [60, 61]}),
+        ("dropout", {0: [9, 10], 0.1: [7, 8]}),
+    ],
 )
 def test_words_and_zero_lie_side_by_side_in_their_order(tmp_path, setting, epochs):
     rows = [cell("div", "softmax", "adamw", 0, 5, 80), *along(setting, epochs)]
-    grid = (f"{setting}={','.join(map(str, epochs))}",)
-    folder = make_run(tmp_path / "run", rows, grid=grid)
+    folder = make_run(tmp_path / "run", rows)
     assert "Cost to grok against the swept setting" in write_report(folder).read_text()
     run = load_run(folder)
     axes, *_ = lines_figure(run).axes
@@ -170,7 +148,9 @@ def test_words_and_zero_lie_side_by_side_in_their_order(tmp_path, setting, epoch
 
 
 def test_flops_that_xla_does_not_count_are_not_compared(tmp_path):
-    rows = widths("adamw", {32: [90, 80, 85]}) + widths("polar", {32: [40, 50, 45]})
+    rows = widths("adamw", {32: [90, 80, 85], 64: [95, 85, 90]}) + widths(
+        "polar", {32: [40, 50, 45]}
+    )
     rows += [row | {"step_flops": 9e9} for row in widths("muon", {32: [40, 50, 45]})]
     run = loaded(tmp_path, rows)
     flops = {row[1]: row[2:] for row in report_sweep.best_table(run) if row[0] == "FLOP"}
@@ -183,8 +163,8 @@ def test_flops_that_xla_does_not_count_are_not_compared(tmp_path):
     drawn = {unit: {line.get_color() for line in panels[unit].lines} for unit in ("steps", "FLOP")}
     assert len(drawn["steps"]) == 3 and len(drawn["FLOP"]) == 2
     assert panels["FLOP"].get_title("right") == "– Exact polar"
-    polar = along("variants.rank", {1: 90, 2: 60, 4: 40}, "low_rank")
-    ranks = loaded(tmp_path / "rank", polar, ("variants.rank=1,2,4",))
+    polar = along("variants.rank", {1: [90, 91], 2: [60, 61], 4: [40, 41]}, "low_rank")
+    ranks = loaded(tmp_path / "rank", polar)
     assert report_sweep.trend(ranks, "low_rank", "variants.rank", "FLOP") is None
     assert report_sweep.trend(ranks, "low_rank", "variants.rank", "steps").rho < -0.9
 
@@ -217,9 +197,9 @@ def triangles(axes):
 
 
 def test_censored_cells_are_counted_and_stand_on_their_tick(tmp_path):
-    rows = along("variants.rank", {1: None, 2: None, 4: 60}, "low_rank")[1:]
+    rows = along("variants.rank", {1: [None], 2: [None] * 2, 4: [60, 61]}, "low_rank")
     rows += [cell("div", "softmax", name, 0, 5, 80) for name in ("adamw", "muon", "polar")]
-    run = loaded(tmp_path, rows, ("variants.rank=1,2,4",))
+    run = loaded(tmp_path, rows)
     figure = lines_figure(run)
     figure.draw_without_rendering()
     found, texts = triangles(figure.axes[0])
@@ -233,19 +213,14 @@ def test_censored_cells_are_counted_and_stand_on_their_tick(tmp_path):
 
 
 def test_censored_cells_of_two_optimizers_stand_apart(tmp_path):
-    rows = widths("adamw", {32: [None] * 3, 64: [None] * 3}) + widths(
-        "muon", {32: [None] * 3, 64: [9]}
-    )
-    figure = lines_figure(loaded(tmp_path, rows, ("width=32,64",)))
+    rows = widths("adamw", {32: [None] * 3, 64: [None] * 3})
+    rows += widths("muon", {32: [None] * 3, 64: [9]})
+    figure = lines_figure(loaded(tmp_path, rows))
     figure.draw_without_rendering()
     found, texts = triangles(figure.axes[0])
-    (left, right, alone) = sorted(x for x, _ in found)
-    assert (
-        30 < left < 31.5
-        and 32.5 < right < 34
-        and alone == pytest.approx(64)
-        and texts == ["×3"] * 3
-    )
+    left, right, alone = sorted(x for x, _ in found)
+    assert 30 < left < 31.5 and 32.5 < right < 34 and alone == pytest.approx(64)
+    assert texts == ["×3"] * 3
 
 
 def test_two_settings_of_all_are_heat_maps_in_what_they_make_differ(tmp_path):
@@ -262,8 +237,7 @@ def test_two_settings_of_all_are_heat_maps_in_what_they_make_differ(tmp_path):
         for batch in (256, 1024, 2048)
         for s in range(2)
     ]
-    grid = ("width=32,64", "batch=256,1024,2048")
-    run = loaded(tmp_path, rows, grid)
+    run = loaded(tmp_path, rows)
     assert [picture.name for picture in report_sweep.pictures(run)] == ["heat"]
     axes = {axes.get_title("left"): axes for axes in heat_figure(run).axes}
     units = ("epochs", "tokens", "steps", "FLOP")
@@ -287,7 +261,7 @@ def test_two_settings_of_all_are_heat_maps_in_what_they_make_differ(tmp_path):
         for d in (0, 1)
         for s in range(2)
     ]
-    run = loaded(tmp_path / "same", same, ("muon.beta=0.9,0.95", "muon.weight-decay=0,1"))
+    run = loaded(tmp_path / "same", same)
     titles = [axes.get_title("left") for axes in heat_figure(run).axes]
     assert titles == ["Muon: epochs", ""]
 
@@ -301,12 +275,7 @@ def test_settings_of_an_optimizers_own_make_a_heat_map_each(tmp_path):
         for s in range(2)
         for point in [f"{name}.learning-rate={rate} {name}.weight-decay={decay}"]
     ]
-    grid = [
-        f"{name}.{key}={values}"
-        for name in ("adamw", "muon")
-        for key, values in (("learning-rate", "0.001,0.01"), ("weight-decay", "0.1,1"))
-    ]
-    folder = make_run(tmp_path / "run", rows, grid=grid)
+    folder = make_run(tmp_path / "run", rows)
     page = write_report(folder).read_text()
     assert (folder / "heat.png").stat().st_size > 10_000 and not (folder / "sweep.png").exists()
     assert "learning rate 0.001, weight decay 0.1" in page
@@ -315,64 +284,65 @@ def test_settings_of_an_optimizers_own_make_a_heat_map_each(tmp_path):
     assert 'id="tests"' not in page and 'id="sweep"' in page
 
 
-def test_a_best_setting_inside_its_grid_is_told(tmp_path):
-    points = {0.1: 60, 0.2: 30, 0.4: 50}
+def test_settings_of_one_value_are_not_drawn(tmp_path):
+    points = ("adamw.learning-rate=0.001 adamw.weight-decay=1", "muon.learning-rate=0.02")
     rows = [
-        cell("div", "softmax", "muon", s, 5, epoch + s, point=f"muon.learning-rate={rate}")
-        for rate, epoch in points.items()
+        cell("div", "softmax", point[: point.index(".")], s, 5, 30 + s, point=point)
+        for point in points
         for s in range(2)
     ]
-    grid = ("muon.learning-rate=0.1,0.2,0.4",)
-    inside = " ".join(abstract(loaded(tmp_path, rows, grid)))
+    run = loaded(tmp_path, rows)
+    assert report_sweep.best_table(run) and not report_sweep.pictures(run)
+
+
+def test_a_best_setting_inside_its_grid_is_told(tmp_path):
+    rows = along("muon.learning-rate", {0.1: [60, 61], 0.2: [30, 31], 0.4: [50, 51]})
+    inside = " ".join(abstract(loaded(tmp_path, rows)))
     assert "No best setting is the lowest or highest of its grid." in inside
     assert "with larger" not in inside  # a rate has a best value, and no trend
     # A folder whose grid grew keeps what it had at the default rate.
     plain = [cell("div", "softmax", "muon", s, 5, 90 + s) for s in range(2)]
-    grown = " ".join(abstract(loaded(tmp_path / "grown", [*plain, *rows], grid)))
-    assert (
-        "No best setting is the lowest or highest of its grid." in grown
-        and "of 4 settings" in grown
-    )
+    grown = " ".join(abstract(loaded(tmp_path / "grown", [*plain, *rows])))
+    assert "No best setting is the lowest or highest of its grid." in grown
+    assert "of 4 settings" in grown
     assert "of its grid" not in " ".join(abstract(loaded(tmp_path / "widths", ADAMW + MUON)))
 
 
+def table_of(folder):
+    """The lines of the table of tests."""
+    _, table, *_ = section(report(folder), "tests")
+    return table.lines
+
+
 def test_a_sweep_of_one_setting_is_lines_and_tests_at_each(tmp_path):
-    folder = make_run(tmp_path / "run", ADAMW + MUON, grid=WIDTHS)
-    page = write_report(folder).read_text()
-    assert (folder / "sweep.png").stat().st_size > 10_000
-    tested = page.split('id="tests"')[1].split("</section>")[0]
-    on = re.findall(r"<tr>\s*<td>Muon</td><td>(.*?)</td>", tested)
-    assert on == ["all", *(f"div · softmax · width={width}" for width in (32, 64, 128))]
-    assert "<td>&gt; 200 (2 of 3 censored)</td>" in tested
+    folder = make_run(tmp_path / "run", ADAMW + MUON)
+    (picture,) = report_sweep.pictures(load_run(folder))
+    assert picture.name == "sweep" and len(picture.draw().axes) == 6
+    settings = [f"div · softmax · width={width}" for width in (32, 64, 128)]
+    assert [line[:2] for line in table_of(folder)] == [["Muon", on] for on in ("all", *settings)]
+    assert table_of(folder)[1][2] == "> 200 (2 of 3 censored)"
 
 
 def test_an_optimizer_that_the_axis_does_not_concern_is_the_baseline_of_each(tmp_path):
     rows = [cell("div", "softmax", "adamw", s, 5, 80 + s) for s in range(3)]
-    rows += [
-        cell("div", "softmax", "low_rank", s, 5, 40 // k + s, point=f"variants.rank={k}")
-        for k in (1, 2, 4)
-        for s in range(3)
-    ]
-    folder = make_run(tmp_path / "run", rows, grid=("variants.rank=1,2,4",))
-    tested = write_report(folder).read_text().split('id="tests"')[1].split("</section>")[0]
+    rows += along("variants.rank", {k: [40 // k, 41 // k, 42] for k in (1, 2, 4)}, "low_rank")
     # Not over all of them: that would count the baseline's cells three times.
-    assert len(re.findall(r"<td>Rank k, SVD</td>", tested)) == 3
+    assert len(table_of(make_run(tmp_path / "run", rows))) == 3
 
 
 def test_the_papers_table_counts_what_the_mean_leaves_out(tmp_path):
     rows = [cell("add", "softmax", "adamw", s, 5, e) for s, e in enumerate([100, 150, None])]
     rows += [cell("add", "softmax", "muon", s, 5, e) for s, e in enumerate([50, 60, 70])]
-    adamw, muon = report_published.table(loaded(tmp_path, rows, ()))
+    adamw, muon = report_published.table(loaded(tmp_path, rows))
     assert adamw[:5] == ["AdamW", "153.09", "125", "2 of 3", "≥ 150"]
     assert muon[:5] == ["Muon", "102.89", "60", "3 of 3", "60"]
     assert muon[6] == "2.50"  # (100 + 150 + 200) / 180: the censored cell counts
 
 
-@pytest.mark.parametrize("tasks", [("add", "mul")])
-def test_the_papers_boxes_stand_beside_the_runs(tmp_path, tasks):
+def test_the_papers_boxes_stand_beside_the_runs(tmp_path):
     rows = [
         cell(task, "softmax", name, s, 5, 40 + 9 * s)
-        for task in tasks
+        for task in ("add", "mul")
         for name in ("adamw", "muon")
         for s in range(3)
     ]

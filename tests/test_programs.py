@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments.programs import keep_compiled_programs
+from experiments.commands import keep_compiled_programs
 
 ROOT = Path(__file__).parent.parent
 # A grokking run in a process that counts what JAX compiles and what it finds in its cache.

@@ -96,6 +96,17 @@ def test_one_bad_arm_does_not_squeeze_the_others_and_is_counted():
     assert len(points(axes, "o")) == 6 and not points(axes, "^")
 
 
+def test_a_rate_that_was_not_swept_is_at_no_edge():
+    best = Best(0.1, {0: 1.0}, at_edge=True)
+    one, several = (
+        arms.Arm(optimizer="muon", losses=losses, best=best, cells=3, diverged=0)
+        for losses in ({0.1: 1.0}, {0.1: 1.0, 0.2: 2.0})
+    )
+    assert arms.caveats([one]) == ["Each optimizer was trained at one learning rate."]
+    (edge,) = arms.caveats([one, several])
+    assert edge.endswith("may be better: Muon.")
+
+
 def test_a_figure_of_rates_says_over_how_many_seeds_its_points_are():
     one = arm("muon", (1.0, 1.2, 1.4), {0.05: 1.3, 0.1: 1.0, 0.2: 1.4})
     all_three = arm("muon", (1.0, 1.2, 1.4), {0.05: 1.3, 0.1: 1.2, 0.2: 1.4})

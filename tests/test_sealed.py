@@ -148,8 +148,8 @@ def test_checkpoints_tell_the_settings_too(tmp_path):
     with pytest.raises(
         RunError, match=r"according to its newest checkpoint .*width: there 8, here 16"
     ):
-        claim(tmp_path, config | {"width": 16}, other="another --out")
-    claim(tmp_path, config, other="another --out").close()
+        claim(tmp_path, config | {"width": 16})
+    claim(tmp_path, config).close()
     assert json.loads((tmp_path / "config.json").read_text()) == config
 
 
@@ -246,29 +246,29 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(tmp_path, files
         (tmp_path / name).write_text(text)
     before = listing(tmp_path)
     with pytest.raises(RunError, match=r"no run of this study.*Give another --out"):
-        claim(tmp_path, SETTINGS, other="another --out")
+        claim(tmp_path, SETTINGS)
     with pytest.raises(RunError, match="no run of this study"):
-        check_group(tmp_path, ("adamw", "muon"), SETTINGS, other="another --out")
+        check_group(tmp_path, ("adamw", "muon"), SETTINGS)
     (tmp_path / "adamw").mkdir()
     with pytest.raises(RunError, match="no run of this study"):
-        check_group(tmp_path, ("adamw", "muon"), SETTINGS, other="another --out")
+        check_group(tmp_path, ("adamw", "muon"), SETTINGS)
     assert listing(tmp_path) == before
     with pytest.raises(RunError, match="is a file"):
-        claim(next(iter(before)), SETTINGS, other="another --out")
+        claim(next(iter(before)), SETTINGS)
 
 
 def test_what_a_kill_leaves_is_no_stranger_and_is_swept(tmp_path):
     for name in (".lock", ".config.json.ab12_xyz", ".metrics.jsonl.cd345678"):
         (tmp_path / name).write_text("x")
-    claim(tmp_path, SETTINGS, other="another --out").close()
+    claim(tmp_path, SETTINGS).close()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.json"]
     group = tmp_path / "group"
     three_cells(group / "adamw")
     (group / "report.html").write_text("x")
-    check_group(group, ("adamw", "muon"), SETTINGS, other="another --out")
+    check_group(group, ("adamw", "muon"), SETTINGS)
 
 
 def test_a_number_that_json_has_not_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"config.json cannot be written: a.b is inf"):
-        claim(tmp_path, {"a": {"b": float("inf")}}, other="another --out")
+        claim(tmp_path, {"a": {"b": float("inf")}})
     assert not re.findall("JSON compliant", str(listing(tmp_path)))

@@ -8,11 +8,13 @@ import pytest
 import tyro
 
 from experiments import optimizers, settings
+from experiments.bench.__main__ import Config as Bench
 from experiments.family import __main__ as family
 from experiments.family import widths
 from experiments.finetune import command as finetune
 from experiments.grok import suites
 from experiments.grok.config import Config as Grok
+from experiments.grok.speed import Command as Speed
 from experiments.language.processes import Processes
 from experiments.pretrain import __main__ as pretrain
 from experiments.pretrain.config import as_json
@@ -29,6 +31,8 @@ PARSERS = {
     "widths": functools.partial(parse_family, widths.Config),
     "pretrain": pretrain.parse,
     "finetune": finetune.parse,
+    "speed": lambda words: tyro.cli(Speed, args=words),
+    "bench": lambda words: tyro.cli(Bench, args=words),
 }
 
 
@@ -74,6 +78,12 @@ def test_settings_of_all_optimizers_are_held_to_one_rule(study, line, message, c
 @pytest.mark.parametrize(
     "study, line, message",
     [
+        ("grok", "--taks mul", "--tasks"),
+        ("grok", "--tasks mull", "'mul'"),
+        ("grok", "--width 17", "try --width 16"),
+        ("grok", "--width 30 --heads 4", "try --width 24"),
+        ("grok", "--train-fraction 1.5", "both must have at least one"),
+        ("grok", "--muon.scale huge", "'spectral'"),
         ("grok", "--grid width=32 width=64", "must name each setting once, with all its values"),
         ("grok", "--grid width=32,-64", "--width must be at least 1; got -64"),
         ("grok", "--grid muon.learning-rate=0.1,0", "--muon.learning-rate must be greater than 0"),
@@ -82,6 +92,11 @@ def test_settings_of_all_optimizers_are_held_to_one_rule(study, line, message, c
         ("grok", "--train-fraction nan", "--train-fraction must be a finite number"),
         ("grok", "--together 0", "--together must be at least 1"),
         ("grok", "--tasks mul mul", "--tasks requires one or more different values"),
+        ("family", "--optimizers adam", "'adamw'"),
+        ("family", "--optimizers muon muon", "requires one or more different values"),
+        ("family", "--steps 7 --warmup 2 --evaluations 2", "try --steps 6"),
+        ("family", "--head-size 5", "even for RoPE"),
+        ("family", "--muon.lerning-rate 1", "--muon.learning-rate"),
         ("family", "--sweep.factor nan", "--sweep.factor must be a finite number"),
         ("family", "--sweep.factor 1", "--sweep.factor must be greater than 1"),
         ("family", "--corpus-bytes -3", "--corpus-bytes must be at least 1"),
@@ -116,6 +131,17 @@ def test_settings_of_all_optimizers_are_held_to_one_rule(study, line, message, c
         ("finetune", "--device-memory nan", "--device-memory must be a finite number"),
         ("finetune", "--mesh.data -2", "--mesh.data must be at least 1, or -1"),
         ("finetune", "--save-every 0", "--save-every must be at least 1"),
+        ("speed", "--rounds 1", "--rounds must be at least 2; got 1"),
+        ("speed", "--rounds 9 --epochs 3", "--epochs must be at least --rounds 9; got 3"),
+        ("speed", "--layers 0", "--layers must be at least 1; got 0"),
+        ("speed", "--width -16", "--width must be at least 1; got -16"),
+        ("speed", "--width 17", "--width 17 must be a multiple of 2 × --heads"),
+        ("speed", "--batch 0", "--batch must be at least 1; got 0"),
+        ("bench", "--rounds 0", "--rounds must be at least 1; got 0"),
+        ("bench", "--devices 5", "--devices must be even and at least 4; got 5"),
+        ("bench", "--width 0", "--width must be at least 1; got 0"),
+        ("bench", "--parts speed speed", "--parts requires one or more different values"),
+        ("bench", "--parts", "--parts requires one or more different values; got none"),
     ],
 )
 def test_settings_of_one_study_are_held_to_theirs(study, line, message, capsys):

@@ -1,8 +1,7 @@
 """What a step of each optimizer costs beside AdamW's: time, FLOPs, state and working memory.
 
 Time is of `tx.update` and `optax.apply_updates` alone, on the study's model and one of its
-gradients. The optimizers take turns, so that a noisy machine disturbs all; what counts is the
-ratio. A turn has many steps, since some optimizers do their hard work only every so often.
+gradients. A turn has many steps, since some optimizers do their hard work only every so often.
 """
 
 import functools
@@ -48,32 +47,25 @@ def measure(
     gradient, observed = jax.jit(jax.grad(model.loss, has_aux=True))(params, windows)
     turns, memory = {}, {}
     for name in names:
-        state = start(config, name, 0).opt_state
         tx = transformation(config, name)
-        update = _update(tx, params, state, gradient, observed)
+        held = jax.tree.map(jnp.copy, params), start(config, name, 0).opt_state
+        update = jax.jit(functools.partial(_update, tx), donate_argnums=0)
+        compiled = update.lower(held, gradient=gradient, observed=observed).compile()
         planned = optax.GradientTransformation(tx.init, functools.partial(tx.update, **observed))
         (row,) = muon_jax.plan(params, planned).rows
         memory[name] = {
             "flops": row.flops,
             "decomposition_flops": row.decomposition_flops,
             "state_bytes_per_parameter": row.momentum_bytes / model.parameters,
-            "temp_bytes": update.memory_analysis().temp_size_in_bytes,
+            "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
         }
-        held = jax.tree.map(jnp.copy, params), state
-        step = functools.partial(_step, update, gradient, observed)
+        step = functools.partial(compiled, gradient=gradient, observed=observed)
         turns[name] = timing.repeated(step, held, STEPS)
     costs = timing.step_costs(turns, STEPS, BASELINE, on_turn)
     return {name: costs[name] | memory[name] for name in names}
 
 
-def _step(update: Any, gradient: Any, observed: Any, held: Any) -> Any:
-    return update(*held, gradient, observed)
-
-
-def _update(tx: optax.GradientTransformationExtraArgs, params, state, gradient, observed) -> Any:
-    def update(params, state, gradient, observed):
-        updates, state = tx.update(gradient, state, params, **observed)
-        return optax.apply_updates(params, updates), state
-
-    jitted = jax.jit(update, donate_argnums=(0, 1))
-    return jitted.lower(params, state, gradient, observed).compile()
+def _update(tx: optax.GradientTransformationExtraArgs, held: Any, gradient: Any, observed: Any):
+    params, state = held
+    updates, state = tx.update(gradient, state, params, **observed)
+    return optax.apply_updates(params, updates), state

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.corpus import VOCABULARY
-from experiments.layers import Attention, SwiGLU
+from experiments.layers import Block, rms_norm
 
 BASE_WIDTH = 128
-RMS_EPSILON = 1e-5
 ROPE_BASE = 1e4
 FEED_FORWARD_RATIO = 3
 
@@ -25,21 +24,6 @@ def head_uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> j
     """Initializes a kernel of any width with the bounds of `fan_in_uniform` at `BASE_WIDTH`."""
     bound = BASE_WIDTH**-0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-class Block(nnx.Module):
-    """One layer: `x += attention(norm(x))`, then `x += feed_forward(norm(x))`."""
-
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
-        self.attention_norm = nnx.RMSNorm(width, epsilon=RMS_EPSILON, rngs=rngs)
-        self.attention = Attention(width, heads, ROPE_BASE, rngs=rngs)
-        self.feed_forward_norm = nnx.RMSNorm(width, epsilon=RMS_EPSILON, rngs=rngs)
-        self.feed_forward = SwiGLU(width, FEED_FORWARD_RATIO * width, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mixed, max_logits = self.attention(self.attention_norm(x), return_max_logits=True)
-        x = x + mixed
-        return x + self.feed_forward(self.feed_forward_norm(x)), max_logits
 
 
 class LanguageModel(nnx.Module):
@@ -53,8 +37,9 @@ class LanguageModel(nnx.Module):
         self.embedding = nnx.Embed(
             VOCABULARY, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs
         )
-        self.blocks = nnx.List([Block(width, width // head_size, rngs=rngs) for _ in range(layers)])
-        self.norm = nnx.RMSNorm(width, epsilon=RMS_EPSILON, rngs=rngs)
+        sizes = width, width // head_size, FEED_FORWARD_RATIO * width, ROPE_BASE
+        self.blocks = nnx.List([Block(*sizes, rngs=rngs) for _ in range(layers)])
+        self.norm = rms_norm(width, rngs=rngs)
         self.head = nnx.Linear(
             width, VOCABULARY, use_bias=False, kernel_init=head_uniform, rngs=rngs
         )
@@ -63,5 +48,6 @@ class LanguageModel(nnx.Module):
     def __call__(self, tokens_BxT: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         x_BxTxD, max_logits = self.embedding(tokens_BxT), {}
         for depth, block in enumerate(self.blocks):
-            x_BxTxD, max_logits[f"blocks/{depth}/attention"] = block(x_BxTxD)
+            path = f"blocks/{depth}/attention"
+            x_BxTxD, max_logits[path] = block(x_BxTxD, return_max_logits=True)
         return self.output_factor * self.head(self.norm(x_BxTxD)), max_logits

@@ -18,13 +18,12 @@ from experiments.report.figures import (
     legend,
     legend_line,
     name_axes,
-    optimizer_color,
-    optimizer_label,
 )
+from experiments.report.names import optimizer_color, optimizer_label
 from experiments.report.page import Column, Picture, Report, Table
 from experiments.report.series import middle, series
 from experiments.report.text import all_told, form, interval_text, number
-from experiments.sweep import Files
+from experiments.sweep import Files, load_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,7 +163,7 @@ def curves_figure(found: Sequence[Arm]) -> Figure:
 
 def report(folder: Path) -> Report:
     """Returns the report of the variants at their best rates."""
-    files = arms.load(folder)
+    files = load_run(folder)
     found, facts = aggregate(files), {"config": files.config, "corpus": files.summary["corpus"]}
     table = Table(COLUMNS, found, CAPTION, "The family, lowest loss first", NOTE).known()
     curves = Picture(
@@ -174,7 +173,9 @@ def report(folder: Path) -> Report:
         "Validation loss against step, with one panel for each optimizer.",
     )
     unit = "nats per byte"
-    figures = [arms.finals(found, unit), arms.rates(found, unit), curves if files.rows else None]
+    figures = [arms.finals(found, unit)]
+    figures += [arms.rates(found, unit)] * any(arm.is_swept for arm in found)
+    figures += [curves] * bool(files.rows)
     return arms.report(
         "Variants of Muon on a small language model",
         folder,

@@ -1,12 +1,12 @@
 """`python -m experiments.family.widths`: does Muon's best learning rate stay as the model grows?
 
 The model follows muP (see `experiments.family.model`), so AdamW's rates for the embedding, the
-gains and the head are the same at every width. What is left is the size of an orthogonal update:
-`spectral` and `mup` keep its spectral norm at Θ(sqrt(fan_out / fan_in)), which is muP's condition
-(Yang et al., 2310.17813), and the best rate should stay; `match_rms_adamw` keeps its RMS, so its
-spectral norm grows as the root of the width, and the best rate should fall by half a power of two
-for each doubling. On the `hyperball` a matrix moves by a share of its norm, whatever its size; its
-rate is said to stay over width and depth (Wen et al., 2606.16899). `--depths` adds layers.
+gains and the head are the same at every width. The shape scale decides the rest. `spectral` and
+`mup` keep the update's spectral norm at Θ(sqrt(fan_out / fan_in)), which is muP's condition (Yang
+et al., 2310.17813), so the best rate should stay. `match_rms_adamw` keeps its RMS, so its spectral
+norm grows as the root of the width, and the best rate should fall by half a power of two for each
+doubling. On the `hyperball` a matrix moves by a fraction of its norm, and the best rate is said to
+stay over width and depth (Wen et al., 2606.16899).
 """
 
 from experiments.huge_pages import restart_with_huge_pages
@@ -35,13 +35,13 @@ from experiments.settings import Count, check, check_different
 from experiments.study import sweep_rates
 from experiments.sweep import Sweep
 
-# What only chooses cells; the rest decides what a cell is.
+# Settings that only select cells. All others decide the result of a cell.
 GRID = ("scales", "widths", "depths", "seeds", "sweep")
 
-# What decides how long a step is: a shape scale, or the sphere of MuonH, on which none counts.
+# A shape scale, or MuonH, whose updates have a length that no shape scale changes.
 RuleName = Literal[ScaleName, "hyperball"]
 
-# Where a sweep begins: about the best rate at width 128.
+# The rates in the middle of the sweeps: about the best ones at width 128.
 RATES: dict[RuleName, float] = {
     "spectral": 0.04,
     "mup": 0.04,
@@ -49,8 +49,7 @@ RATES: dict[RuleName, float] = {
     "none": 0.04,
     "hyperball": 0.08,
 }
-
-_ARMS: dict[str, OptimizerName] = {"hyperball": "muonh"}  # Muon's own else
+_ARMS: dict[str, OptimizerName] = {"hyperball": "muonh"}  # for all shape scales Muon
 
 
 class Cell(NamedTuple):
@@ -91,7 +90,7 @@ class Config(Training):
     """Muon, which optimizes the hidden matrices. Its learning rate and scale are swept."""
     width: tyro.conf.Suppress[int] = 128
     scales: tuple[RuleName, ...] = ("spectral", "mup", "match_rms_adamw")
-    """Shape scales to compare; `hyperball` is MuonH, on whose sphere none counts."""
+    """Shape scales to compare; `hyperball` is MuonH, which none of them changes."""
     widths: tuple[Count, ...] = (64, 128, 256)
     """Model widths to compare. Must be multiples of --head-size."""
     depths: tuple[Count, ...] = ()
@@ -115,11 +114,11 @@ class Config(Training):
 
     @property
     def sizes(self) -> tuple[type, tuple[int, ...]]:
-        """The class of the cells, and the sizes of their models."""
+        """The class of the cells, and the widths or depths of their models."""
         return (DepthCell, self.depths) if self.depths else (Cell, self.widths)
 
     def of(self, cell: Cell | DepthCell) -> Training:
-        """The settings of one training."""
+        """Returns the settings of one training."""
         sized = self.training(**{cell._fields[1]: cell[1]})
         if cell.scale == "hyperball":
             return sized

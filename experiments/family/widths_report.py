@@ -14,18 +14,17 @@ from experiments.report import arms
 from experiments.report.figures import rates_figure
 from experiments.report.page import Column, Picture, Report, Table
 from experiments.report.text import form, signed, told
-from experiments.sweep import Files, loss_of, optimum
+from experiments.sweep import Files, load_run, optimum
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line(arms.Arm):
-    """One width or depth, which is its `optimizer` too, under one shape scale.
+    """One width or depth, which is its `optimizer` too, under one shape scale."""
 
-    Attributes:
-        optimum: The rate at the minimum of a parabola through the best rate and its neighbours.
-    """
-
-    optimum: float
+    @property
+    def optimum(self) -> float:
+        """The rate at the minimum of a parabola through the best rate and its neighbours."""
+        return optimum(self.losses, self.best.rate)
 
     @property
     def mark(self) -> tuple[float, float]:
@@ -37,9 +36,10 @@ class Transfer:
     """One shape scale, by width or depth.
 
     Attributes:
-        optimum, at_edge: of each size; stored results have no `lines`.
-        over: what the sizes are of, `"width"` or `"layers"`.
-        drift_by_seed: `drift` by the trainings of each seed alone; none with one seed.
+        lines: The results of each size. Empty for stored results.
+        optimum, at_edge: The best rate of each size, and whether a further rate may be better.
+        over: The name of the size, `"width"` or `"layers"`.
+        drift_by_seed: The `drift` of each seed's trainings alone. Empty with one seed.
     """
 
     scale: str
@@ -51,7 +51,7 @@ class Transfer:
 
     @property
     def drift(self) -> float | None:
-        """How the optimum moves with the size; None with one size."""
+        """The change of the optimum with the size. None with one size."""
         return drift_of(self.optimum)
 
     @property
@@ -59,7 +59,7 @@ class Transfer:
         return "–" if self.drift is None else signed(self.drift, 2)
 
     def as_json(self) -> dict[str, Any]:
-        """Its row of summary.json."""
+        """Returns the row of summary.json."""
         own = {"scale": self.scale, "over": self.over, "drift": self.drift, "optimum": self.optimum}
         own["drift_by_seed"] = self.drift_by_seed
         lines = {line.optimizer: line.as_json() for line in self.lines}
@@ -67,9 +67,9 @@ class Transfer:
 
 
 def drift_of(optimum: Mapping[str, float]) -> float | None:
-    """Least-squares slope of log2(optimum) over log2(size); None with one size.
+    """Returns the powers of two by which the best rate moves when the size doubles.
 
-    These are the powers of two by which the best rate moves when the size doubles.
+    It is the least-squares slope of log2(optimum) over log2(size). None with one size.
     """
     if len(optimum) < 2:
         return None
@@ -78,7 +78,7 @@ def drift_of(optimum: Mapping[str, float]) -> float | None:
 
 
 def aggregate(files: Files) -> list[Transfer]:
-    """The finished cells by shape scale and size; of stored results what these have."""
+    """Groups finished cells by shape scale and size."""
     if not files.rows:
         stored = files.summary.get("scales", [])
         return [
@@ -86,31 +86,27 @@ def aggregate(files: Files) -> list[Transfer]:
             for of in stored
         ]
     over = "layers" if "layers" in files.rows[0] else "width"
-    found: dict[str, list[Line]] = {row["scale"]: [] for row in files.rows}
-    of_seeds: dict[str, dict[str, dict[str, float]]] = {scale: defaultdict(dict) for scale in found}
+    lines: dict[str, list[Line]] = {row["scale"]: [] for row in files.rows}
+    optima: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)  # by scale and seed
     for (size, scale), (rows, _) in sorted(arms.grouped(files, over, "scale").items()):
-        own = arms.of_cells(rows)
-        best = optimum(own["losses"], own["best"].rate)
-        found[scale].append(Line(optimizer=str(size), optimum=best, **own))
+        lines[scale].append(Line(optimizer=str(size), **arms.of_cells(rows)))
         for seed in sorted({row["seed"] for row in rows}):
-            losses = {r["rate"]: loss_of(r) for r in rows if r["seed"] == seed}
-            losses = dict(sorted(losses.items()))
-            one = optimum(losses, min(losses, key=losses.__getitem__))
-            of_seeds[scale][str(seed)][str(size)] = one
+            own = arms.of_cells([row for row in rows if row["seed"] == seed])
+            optima[scale, str(seed)][str(size)] = optimum(own["losses"], own["best"].rate)
+    drifts: dict[str, dict[str, float]] = {scale: {} for scale in lines}
+    for (scale, seed), of_size in optima.items():
+        if (drift := drift_of(of_size)) is not None:
+            drifts[scale][seed] = drift
     return [
         Transfer(
             scale,
-            lines,
-            {line.optimizer: line.optimum for line in lines},
-            {line.optimizer: line.at_edge for line in lines},
+            own,
+            {line.optimizer: line.optimum for line in own},
+            {line.optimizer: line.at_edge for line in own},
             over,
-            {
-                seed: drift
-                for seed, optima in of_seeds[scale].items()
-                if len(of_seeds[scale]) > 1 and (drift := drift_of(optima)) is not None
-            },
+            drifts[scale] if len(drifts[scale]) > 1 else {},
         )
-        for scale, lines in found.items()
+        for scale, own in lines.items()
     ]
 
 
@@ -149,7 +145,7 @@ FIGURE = (
 
 
 def widths_figure(transfers: Sequence[Transfer]) -> Figure:
-    """Final loss against learning rate: a panel for each scale, a line for each size."""
+    """Draws final loss against learning rate, with a panel per scale and a line per size."""
     sizes = sorted({size for of in transfers for size in of.optimum}, key=int)
     shades = matplotlib.colormaps["viridis"](np.linspace(0.85, 0.1, len(sizes)))
     colors = dict(zip(sizes, shades, strict=True))
@@ -164,7 +160,7 @@ def widths_figure(transfers: Sequence[Transfer]) -> Figure:
 
 def report(folder: Path) -> Report:
     """Returns the report of a sweep over sizes: the best rate of each."""
-    files = arms.load(folder)
+    files = load_run(folder)
     transfers = aggregate(files)
     rows: list[Row] = [
         (of, size, next((line for line in of.lines if line.optimizer == size), None))

@@ -36,7 +36,7 @@ from experiments.language.hugging_face import CONFIG
 from experiments.language.launch import claimed, launch, preparing, showing
 from experiments.language.mesh import make_mesh, one_device
 from experiments.parallel import devices_for, one_cpu_device_per_core, run_in_parallel
-from experiments.report.figures import LABELS
+from experiments.report.names import optimizer_label
 from experiments.report.studies import show
 from experiments.runs import check_free, check_group
 
@@ -57,11 +57,11 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
         plan.plan_suite(command, command.suite, console)
         if command.dry_run:
             return 0
-        check_free(epath.Path(command.out), command.as_json(), other="another --out")
+        check_free(epath.Path(command.out), command.as_json())
         return suite(command, command.suite, console, stop)
     if command.dry_run or command.compile_only:
         return plan.plan(command, console)
-    check_group(epath.Path(command.out), ARMS, command.as_json(), other="another --out")
+    check_group(epath.Path(command.out), ARMS, command.as_json())
     if command.model is None:  # before minutes of pretraining
         _check(command, base.architecture_of(command.base, command.base.vocabulary))
     start, rows, folder = _prepare(command, stop, console)
@@ -180,7 +180,7 @@ def _train(
     on_message = functools.partial(bar.console.print, highlight=False)
     with claimed(folder, loop.settings_of(trainer, start, rows), Training().as_json()):
         if (folder / "summary.json").exists():
-            on_message(f"{LABELS.get(arm, arm)}: already finished, in {folder}")
+            on_message(f"{optimizer_label(arm)}: already finished, in {folder}")
             return
         on_step = showing(arm, bar, trainer.config.steps)
         planning.check(plan.case(trainer), limit, planning.compiled_bytes(trainer.program))

@@ -50,8 +50,11 @@ def compare(stop: threading.Event, console: Console) -> int:
             accuracies = f"train {epoch.train_accuracy:4.0%} val {epoch.validation_accuracy:4.0%}"
             show(cell, epoch.epoch / config.epochs, accuracies)
 
+        def record(epoch: Epoch) -> dict[str, Any]:
+            return {key: value for key, value in epoch._asdict().items() if value is not None}
+
         outcomes = train_cells(config, group, on_epoch, device)
-        return [([_record(epoch) for epoch in history], row) for history, row in outcomes]
+        return [([record(epoch) for epoch in history], row) for history, row in outcomes]
 
     def summary() -> dict[str, Any]:
         """Returns one row for each finished cell, in the order of the grid."""
@@ -94,11 +97,6 @@ def groups(config: Config, cells: list[Cell]) -> list[list[Cell]]:
             found.append(of_arm[-1])
         of_arm[-1].append(cell)
     return found
-
-
-def _record(epoch: Epoch) -> dict[str, Any]:
-    """Returns an epoch as a record of the log, without diagnostics that were not computed."""
-    return {key: value for key, value in epoch._asdict().items() if value is not None}
 
 
 def _outcome(row: dict[str, Any]) -> str:

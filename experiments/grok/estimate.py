@@ -59,38 +59,48 @@ def estimate(config: Config, cells: Sequence[Cell], stop: threading.Event) -> Es
     first = {cell._replace(seed=0): cell for cell in reversed(cells)}
     busy = list(first.values())[-len(devices_for(len(first))) :]
     unknown = [cell for cell in cells if cell in busy or cell not in earlier]
-    seconds_of = _timed(config, unknown, stop)
+    step = _timed(config, unknown, stop)
     there = earlier.get(cells[0])
-    factor = seconds_of(cells[0]) * there["steps_per_second"] if there else 1.0
-    arms = {cell._replace(seed=0) for cell in cells}
-    compiling = _COMPILING * len(arms) / len(cells)
-    seconds = {}
-    for cell in cells:
+    factor = step(cells[0]) * there["steps_per_second"] if there else 1.0
+
+    def seconds(cell: Cell) -> float:
         if cell in earlier:
-            training = earlier[cell]["seconds"] * factor
-        else:
-            training = config.epochs * _steps(config, cell) * seconds_of(cell)
-        seconds[cell] = (training + compiling) / len(devices_for(len(cells)))
-    return Estimate(seconds, sum(cell in earlier for cell in cells), config.full_length)
+            return earlier[cell]["seconds"] * factor
+        settings, rows = config.at(cell), len(split(config.at(cell), cell).train)
+        return config.epochs * (rows // min(settings.batch, rows)) * step(cell)
+
+    compiling, devices = _COMPILING * len(first) / len(cells), len(devices_for(len(cells)))
+    expected = {cell: (seconds(cell) + compiling) / devices for cell in cells}
+    return Estimate(expected, sum(cell in earlier for cell in cells), config.full_length)
 
 
 def _timed(config: Config, cells: Sequence[Cell], stop: threading.Event) -> Callable[[Cell], float]:
     """Times steps and returns a function that gives the seconds per step of a cell."""
+
+    def kind(cell: Cell) -> tuple:
+        """Returns a key of cells among which the time of a step grows with its work."""
+        return cell.optimizer, table(cell.task).tokens.shape[1]
+
+    def work(cell: Cell) -> int:
+        """Returns the approximate work of a step: rows of the batch times parameters."""
+        settings = config.at(cell)
+        return settings.batch * settings.layers * settings.width**2
+
     works: dict[tuple, dict[int, Cell]] = {}
     for cell in cells:
-        works.setdefault(_kind(cell), {}).setdefault(_work(config, cell), cell)
-    points = {kind: sorted({min(of), max(of)}) for kind, of in works.items()}
-    chosen = [works[kind][work] for kind, at in points.items() for work in at]
+        works.setdefault(kind(cell), {}).setdefault(work(cell), cell)
+    chosen = {key: {at: of[at] for at in sorted({min(of), max(of)})} for key, of in works.items()}
     taken: dict[Cell, float] = {}
 
     def time_one(cell: Cell, device: jax.Device) -> None:
         taken[cell] = _seconds_per_step(config, cell, device)
 
-    run_in_parallel(chosen, lambda cell: cell, time_one, stop)
+    jobs = [cell for of in chosen.values() for cell in of.values()]
+    run_in_parallel(jobs, lambda cell: cell, time_one, stop)
 
     def seconds(cell: Cell) -> float:
-        kind, at = _kind(cell), points[_kind(cell)]
-        return float(np.interp(_work(config, cell), at, [taken[works[kind][w]] for w in at]))
+        of = chosen[kind(cell)]
+        return float(np.interp(work(cell), [*of], [taken[each] for each in of.values()]))
 
     return seconds
 
@@ -114,20 +124,3 @@ def _seconds_per_step(config: Config, cell: Cell, device: jax.Device) -> float:
     one = program.place(np.array([cell.seed], np.int32))
     epoch = repeated(lambda state: program.epoch(state, rows, one, one)[0], program.start(one), 1)
     return statistics.median(seconds_of(epoch) for _ in range(3)) / program.steps
-
-
-def _steps(config: Config, cell: Cell) -> int:
-    settings = config.at(cell)
-    train = len(split(settings, cell).train)
-    return train // min(settings.batch, train)
-
-
-def _kind(cell: Cell) -> tuple:
-    """Returns a key of cells among which the time of a step grows with its work."""
-    return cell.optimizer, table(cell.task).tokens.shape[1]
-
-
-def _work(config: Config, cell: Cell) -> int:
-    """Returns the approximate work of a step: rows of the batch times parameters."""
-    settings = config.at(cell)
-    return settings.batch * settings.layers * settings.width**2

@@ -9,13 +9,6 @@ import optax
 
 SoftmaxName = Literal["softmax", "stablemax", "sparsemax"]
 
-Loss = Callable[[jax.Array, jax.Array], jax.Array]
-
-
-def softmax_loss(logits: jax.Array, answers: jax.Array) -> jax.Array:
-    """Returns the cross-entropy of softmax, `(batch,)`."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, answers)
-
 
 def stablemax_loss(logits: jax.Array, answers: jax.Array) -> jax.Array:
     """Returns the cross-entropy of stablemax, `(batch,)` (2501.04697, eq. 4).
@@ -31,13 +24,8 @@ def stablemax_loss(logits: jax.Array, answers: jax.Array) -> jax.Array:
     return jnp.log(total) - jnp.take_along_axis(log_s, answers[:, None], axis=-1)[:, 0]
 
 
-def sparsemax_loss(logits: jax.Array, answers: jax.Array) -> jax.Array:
-    """Returns the sparsemax loss (Martins & Astudillo, 1602.02068), `(batch,)`."""
-    return optax.losses.multiclass_sparsemax_loss(logits, answers)
-
-
-LOSSES: dict[SoftmaxName, Loss] = {
-    "softmax": softmax_loss,
+LOSSES: dict[SoftmaxName, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "softmax": optax.softmax_cross_entropy_with_integer_labels,
     "stablemax": stablemax_loss,
-    "sparsemax": sparsemax_loss,
+    "sparsemax": optax.losses.multiclass_sparsemax_loss,  # Martins & Astudillo, 1602.02068
 }

@@ -1,14 +1,14 @@
 """The transformer of the grokking study: pre-norm, RoPE, SwiGLU, no biases, one answer token."""
 
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from flax import nnx
 
-from experiments.layers import Attention, Linear, SwiGLU
+from experiments.layers import Block, Linear, rms_norm
 
-RMS_EPSILON = 1e-5
 ROPE_BASE = 1e6
 FEED_FORWARD_RATIO = 4
 
@@ -21,38 +21,15 @@ def attention_path(depth: int) -> str:
     return f"blocks/{depth}/attention"
 
 
+def _no_norm(width: int, *, rngs: nnx.Rngs) -> Callable[[jax.Array], jax.Array]:
+    return _identity
+
+
 def _identity(x: jax.Array) -> jax.Array:
     return x
 
 
-def _norm(norm: NormName, width: int, rngs: nnx.Rngs) -> Callable[[jax.Array], jax.Array]:
-    if norm == "none":
-        return _identity
-    return nnx.RMSNorm(width, epsilon=RMS_EPSILON, rngs=rngs)
-
-
-class Block(nnx.Module):
-    """One layer: `x += attention(norm(x))`, then `x += feed_forward(norm(x))`."""
-
-    def __init__(self, width: int, heads: int, dropout: float, norm: NormName, *, rngs: nnx.Rngs):
-        self.attention_norm = _norm(norm, width, rngs)
-        self.attention = Attention(width, heads, ROPE_BASE, rngs=rngs)
-        self.feed_forward_norm = _norm(norm, width, rngs)
-        self.feed_forward = SwiGLU(width, FEED_FORWARD_RATIO * width, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout)
-
-    def __call__(
-        self, x: jax.Array, rngs: nnx.Rngs | None, *, return_max_logits: bool = False
-    ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        train = rngs is None
-        mixed = self.attention(self.attention_norm(x), return_max_logits=return_max_logits)
-        if return_max_logits:
-            mixed, max_logits = mixed
-        x = x + self.dropout(mixed, deterministic=train, rngs=rngs)
-        x = x + self.dropout(
-            self.feed_forward(self.feed_forward_norm(x)), deterministic=train, rngs=rngs
-        )
-        return (x, max_logits) if return_max_logits else x
+_NORMS = {"rms": rms_norm, "none": _no_norm}
 
 
 class Transformer(nnx.Module):
@@ -75,10 +52,10 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Embed(
             vocabulary, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs
         )
-        self.blocks = nnx.List(
-            [Block(width, heads, dropout, norm, rngs=rngs) for _ in range(layers)]
-        )
-        self.norm = _norm(norm, width, rngs)
+        sizes = width, heads, FEED_FORWARD_RATIO * width, ROPE_BASE
+        kinds = {"norm": _NORMS[norm], "dropout": dropout}
+        self.blocks = nnx.List([Block(*sizes, **kinds, rngs=rngs) for _ in range(layers)])
+        self.norm = _NORMS[norm](width, rngs=rngs)
         self.head = Linear(width, vocabulary, rngs=rngs)
 
     def __call__(
@@ -96,3 +73,10 @@ class Transformer(nnx.Module):
                 x, max_logits[attention_path(depth)] = x
         logits = self.head(self.norm(x[:, -1]))
         return (logits, max_logits) if return_max_logits else logits
+
+
+def configured(config: Any, vocabulary: int) -> Callable[..., Transformer]:
+    """Returns the model of a `Config`, as a function of `rngs`."""
+    fields = ("width", "layers", "heads", "dropout", "norm")
+    own = {name: getattr(config, name) for name in fields}
+    return functools.partial(Transformer, vocabulary, **own)

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.grok.model import Block, MaxLogits, Transformer, attention_path
+from experiments.grok.model import MaxLogits, Transformer, attention_path
 from experiments.grok.tasks import Table
-from experiments.layers import Attention, rotate
+from experiments.layers import Attention, Block, rotate
 
 
 class PrefixTree(NamedTuple):

@@ -23,12 +23,12 @@ from experiments.grok.report_data import (
     load_run,
     value,
 )
-from experiments.report.figures import optimizer_label
+from experiments.report.names import optimizer_label
 from experiments.report.page import Column, Report, Section, Table
 from experiments.report.text import flop, form, number, plural
 
 
-def _epochs(heading: str, short: str, field: str) -> Column:
+def _median(heading: str, short: str, field: str) -> Column:
     return heading, short, lambda arm: arm.median(field).text()
 
 
@@ -42,14 +42,14 @@ ARM_COLUMNS: tuple[Column, ...] = (
     ("softmax", "softmax", lambda arm: arm.panel.softmax),
     ("optimizer", "opt.", lambda arm: arm.label),
     ("n", "n", lambda arm: str(arm.n)),
-    _epochs("memorised (epoch)", "mem.", "memorized_epoch"),
-    _epochs("delay (epochs)", "delay", "delay"),
-    _epochs("grok, sustained (epoch)", "held", "grok_epoch_sustained"),
-    _epochs("grok, first (epoch)", "", "grok_epoch"),
-    _epochs("grok, near best (epoch)", "", "grok_epoch_near_best"),
+    _median("memorised (epoch)", "mem.", "memorized_epoch"),
+    _median("delay (epochs)", "delay", "delay"),
+    _median("grok, sustained (epoch)", "held", "grok_epoch_sustained"),
+    _median("grok, first (epoch)", "", "grok_epoch"),
+    _median("grok, near best (epoch)", "", "grok_epoch_near_best"),
     ("strict", "strict", lambda arm: f"{arm.strict} of {arm.n}"),
     ("censored", "cens.", lambda arm: f"{arm.censored} of {arm.n}"),
-    _epochs("time to grok (s)", "time\n(s)", "seconds"),
+    _median("time to grok (s)", "time\n(s)", "seconds"),
     ("compute to grok", "compute", compute),
     ("steps/s", "steps\n/s", lambda arm: arm.steps_per_second.text()),
 )
@@ -71,36 +71,35 @@ ARMS = (
 )
 
 
-def _number(heading: str, field: str) -> Column:
-    return heading, heading, lambda row: number(value(row, field))
+def _outcome(row: Row) -> str:
+    return "diverged" if row["diverged"] else "censored" if row["censored"] else "grokked"
 
 
-CELL_COLUMNS: tuple[Column, ...] = (
-    ("task", "", lambda row: row["task"]),
-    ("softmax", "", lambda row: row["softmax"]),
-    ("optimizer", "", lambda row: optimizer_label(row["optimizer"])),
-    ("seed", "", lambda row: str(row["seed"])),
-    ("setting", "", lambda row: row["point"] or "–"),
-    _number("memorised (epoch)", "memorized_epoch"),
-    _number("first crossing (epoch)", "first_crossing_epoch"),
-    _number("grok, first (epoch)", "grok_epoch"),
-    _number("grok, sustained (epoch)", "grok_epoch_sustained"),
-    _number("grok, near best (epoch)", "grok_epoch_near_best"),
-    _number("lost again (epoch)", "collapse_epoch"),
-    _number("delay (epochs)", "delay"),
-    (
-        "outcome",
-        "",
-        lambda row: "diverged" if row["diverged"] else "censored" if row["censored"] else "grokked",
-    ),
-    _number("epochs run", "epochs_run"),
-    ("training time (s)", "", lambda row: number(row["seconds"])),
-    _number("steps/s", "steps_per_second"),
-    _number("time to grok (s)", "seconds"),
-    ("compute to grok", "", lambda row: flop(value(row, "FLOP"))),
-    ("compute per step", "", lambda row: flop(row["step_flops"])),
-    _number("parameters", "parameters"),
-)
+CELL_COLUMNS: list[Column] = [
+    (heading, "", text)
+    for heading, text in {
+        "task": lambda row: row["task"],
+        "softmax": lambda row: row["softmax"],
+        "optimizer": lambda row: optimizer_label(row["optimizer"]),
+        "seed": lambda row: str(row["seed"]),
+        "setting": lambda row: row["point"] or "–",
+        "memorised (epoch)": lambda row: number(row["memorized_epoch"]),
+        "first crossing (epoch)": lambda row: number(row["first_crossing_epoch"]),
+        "grok, first (epoch)": lambda row: number(row["grok_epoch"]),
+        "grok, sustained (epoch)": lambda row: number(row["grok_epoch_sustained"]),
+        "grok, near best (epoch)": lambda row: number(row["grok_epoch_near_best"]),
+        "lost again (epoch)": lambda row: number(row["collapse_epoch"]),
+        "delay (epochs)": lambda row: number(value(row, "delay")),
+        "outcome": _outcome,
+        "epochs run": lambda row: number(row["epochs_run"]),
+        "training time (s)": lambda row: number(row["seconds"]),
+        "steps/s": lambda row: number(row["steps_per_second"]),
+        "time to grok (s)": lambda row: number(value(row, "seconds")),
+        "compute to grok": lambda row: flop(value(row, "FLOP")),
+        "compute per step": lambda row: flop(row["step_flops"]),
+        "parameters": lambda row: number(row["parameters"]),
+    }.items()
+]
 CELLS = "One row per finished training. “–” means not reached or not measured."
 DEFINITIONS = {
     "Memorised": "The first epoch after which training accuracy is at least 99 %, measured without "
@@ -136,19 +135,14 @@ def arm_columns(rows: Sequence[Row]) -> list[Column]:
     return [*columns[:3], POINT_COLUMN, *columns[3:]] if any(r["point"] for r in rows) else columns
 
 
-def terminal_table(rows: Sequence[Row], budget: int | None = None) -> Table:
-    """Returns the per-arm table for the terminal, without columns in which all arms agree.
-
-    Args:
-        rows: The rows of summary.json.
-        budget: The epoch budget; by default the most epochs that a cell ran.
-    """
-    one = [name for name in ("task", "softmax") if len({row[name] for row in rows}) == 1]
-    title = " · ".join(["Medians by optimizer", *(rows[0][name] for name in one)])
-    columns = [column for column in arm_columns(rows) if column[0] not in one]
+def terminal_table(run: Run) -> Table:
+    """Returns the per-arm table for the terminal, without columns in which all arms agree."""
+    one = [name for name in ("task", "softmax") if len({row[name] for row in run.rows}) == 1]
+    title = " · ".join(["Medians by optimizer", *(run.rows[0][name] for name in one)])
+    columns = [column for column in arm_columns(run.rows) if column[0] not in one]
     columns = [(*c[:2], _short_point) if c == POINT_COLUMN else c for c in columns]
     names = [heading for heading, *_ in columns].index("n")
-    return Table(columns, aggregate(rows, budget), title=title, note=NOTE, names=names)
+    return Table(columns, aggregate(run.rows, run.budget), title=title, note=NOTE, names=names)
 
 
 def _short_point(arm: Arm) -> str:
@@ -160,38 +154,37 @@ def _short_point(arm: Arm) -> str:
 
 def abstract(run: Run) -> list[str]:
     """Returns the results in sentences whose numbers are computed from the run."""
-    finished, begun = len(run.rows), len(run.cells)
-    if not finished:
-        return [f"No training has finished yet: 0 of {run.total}, {begun} started."]
-    partial = finished < run.total
-    sentences = [f"{finished} of {run.total} trainings finished so far."] if partial else []
+    finished = len(run.rows)
+    partial = [f"{finished} of {run.total} trainings finished so far."] * (finished < run.total)
     if run.is_sweep:
-        return sentences + report_sweep.sentences(run)
-    pooled = {arm.optimizer: arm for arm in report_tests.pooled(run)}
+        return partial + report_sweep.sentences(run)
+    pooled = run.pooled()
     if report_figures.many_arms(run):
-        ranked = ranking(run, list(pooled.values()))
-        return [*sentences, *report_tests.strictly(run), *ranked, *losses(run)]
+        return [*partial, *report_tests.strictly(run), *ranking(run, pooled), *losses(run)]
     # The baseline comes last, so that the sentence reads "Muon ...; AdamW ...".
-    names = sorted(pooled, key=lambda name: name == BASELINE)
-    clauses: list[str] = []
-    for name in names:
-        arm = pooled[name]
-        clause = f"in {arm.grokked} of {arm.n} trainings"
-        epochs = number(arm.median().value)
-        if arm.censored == arm.n:
-            clause += f" within the budget of {run.budget} epochs"
-        elif arm.median().at_least:
-            clause += f", so at a median beyond {epochs} epochs"
-        else:
-            clause += f", at a median of {epochs} epochs"
-        verb = "" if clauses else "reached 95 % validation accuracy, and held it, "
-        clauses.append(f"{optimizer_label(name)} {verb}{clause}")
-    sentences.append("; ".join(clauses) + ".")
-    sentences += [*report_tests.strictly(run), *report_tests.sentences(run)]
-    seconds = {name: pooled[name].median("seconds").text() for name in names}
-    times = (f"{optimizer_label(name)} {text} s" for name, text in seconds.items())
-    sentences.append(f"Median training time to grok: {'; '.join(times)}.")
-    return sentences + losses(run)
+    pooled.sort(key=lambda arm: arm.optimizer == BASELINE)
+    reached = [f"{arm.label} {_reached(arm)}" for arm in pooled]
+    verb = "reached 95 % validation accuracy, and held it,"
+    reached[0] = f"{pooled[0].label} {verb} {_reached(pooled[0])}"
+    times = (f"{arm.label} {arm.median('seconds').text()} s" for arm in pooled)
+    return [
+        *partial,
+        f"{'; '.join(reached)}.",
+        *report_tests.strictly(run),
+        *report_tests.sentences(run),
+        f"Median training time to grok: {'; '.join(times)}.",
+        *losses(run),
+    ]
+
+
+def _reached(arm: Arm) -> str:
+    """Returns in how many trainings an optimizer grokked, and when."""
+    count, epochs = f"in {arm.grokked} of {arm.n} trainings", number(arm.median().value)
+    if arm.censored == arm.n:
+        return f"{count} within the budget of {arm.budget} epochs"
+    if arm.median().at_least:
+        return f"{count}, so at a median beyond {epochs} epochs"
+    return f"{count}, at a median of {epochs} epochs"
 
 
 def ranking(run: Run, arms: Sequence[Arm]) -> list[str]:
@@ -238,7 +231,7 @@ def report(folder: Path) -> Report:
     }
     columns = arm_columns(run.rows) + [STABILITY_COLUMN] * bool(whole)
     arms = Table(columns, aggregate(run.rows, run.budget), ARMS, names=3).known()
-    delays = [report_tests.DELAY_TEXT, Table(report_tests.DELAYS, report_tests.pooled(run))]
+    delays = [report_tests.DELAY_TEXT, Table(report_tests.DELAYS, run.pooled())]
     cells = Table(CELL_COLUMNS, run.rows, CELLS, names=3).known()
     definitions = {term: text.format_map(facts) for term, text in DEFINITIONS.items()}
     return Report(
@@ -246,9 +239,9 @@ def report(folder: Path) -> Report:
         f"Run {folder.resolve().name} · {finished} of {run.total} trainings finished, one for each "
         "task, output function, optimizer and seed",
         abstract(run),
-        terminal_table(run.rows, run.budget) if run.rows else "",
+        terminal_table(run),
         [
-            Section("delay", "Is it grokking?", delays if run.rows else []),
+            Section("delay", "Is it grokking?", delays),
             Section("sweep", "Each optimizer at its best", report_sweep.items(run)),
             Section("published", "Comparison with the paper", report_published.items(run)),
             Section("figures", "Figures", report_figures.pictures(run)),

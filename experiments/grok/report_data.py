@@ -1,19 +1,17 @@
 """The data of a grokking report: the files of a run, its cells by arm, and their costs."""
 
-import contextlib
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import sealed
-from experiments.commands import print_warning
+from experiments import sweep
 from experiments.grok import grid
 from experiments.grok.config import Cell, Panel
-from experiments.json_files import loads, read_json
-from experiments.report.figures import optimizer_label
+from experiments.report.names import optimizer_label
 from experiments.report.text import number, plural
 
 BASELINE = "adamw"
@@ -21,14 +19,6 @@ BASELINE = "adamw"
 STRICT = 2
 FEW_OPTIMIZERS = 6  # with more, panels of curves and sentences are illegible
 SOON = 5  # epochs; a training that generalises this soon after memorising shows no grokking
-CONFIG_KEYS = ("tasks", "softmax", "optimizers", "epochs", "grid")
-EPOCH_KEYS = (*Cell._fields, "epoch", "train_accuracy", "validation_accuracy")
-ROW_KEYS = (
-    *Cell._fields, "memorized_epoch", "first_crossing_epoch", "grok_epoch",
-    "grok_epoch_sustained", "grok_epoch_near_best", "collapse_epoch", "delay", "censored",
-    "diverged", "epochs_run", "seconds", "steps_per_second", "steps_per_epoch", "tokens_per_epoch",
-    "step_flops", "parameters",
-)  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -55,16 +45,13 @@ UNITS: dict[str, Callable[[Row], float]] = {
 }
 
 
-def delay(row: Row) -> float | None:
-    """Returns the epochs from memorising to sustained grokking, or None for a censored cell."""
-    return None if row["censored"] else row["grok_epoch_sustained"] - row["memorized_epoch"]
-
-
 def value(row: Row, what: str) -> float | None:
     """Returns a cell's delay, its cost to grok in one of `UNITS`, or a field; None if missing."""
     if what in UNITS:
         return None if row["censored"] else row["grok_epoch_sustained"] * UNITS[what](row)
-    return delay(row) if what == "delay" else row[what]
+    if what == "delay":  # from memorising to sustained grokking
+        return None if row["censored"] else row["grok_epoch_sustained"] - row["memorized_epoch"]
+    return row[what]
 
 
 def bound(row: Row, what: str, budget: int) -> float:
@@ -112,7 +99,8 @@ class Arm(NamedTuple):
     @property
     def soon(self) -> int:
         """The number of cells that grokked within a few epochs of memorising."""
-        return sum(delay(row) <= SOON for row in self.cells if not row["censored"])
+        delays = (value(row, "delay") for row in self.cells)
+        return sum(delay is not None and delay <= SOON for delay in delays)
 
     @property
     def collapsed(self) -> int:
@@ -142,7 +130,10 @@ class Arm(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """The contents of a run: `rows` of its finished cells, `traces` of epochs of started cells."""
+    """The contents of a run: `rows` of its finished cells, and `traces` of their epochs.
+
+    Both are in the order of the settings. Stored results have no traces.
+    """
 
     config: dict[str, Any]
     version: str
@@ -157,20 +148,19 @@ class Run:
 
     @property
     def cells(self) -> list[Cell]:
-        """The finished and started cells, in the order of the settings."""
-        return sorted({*map(Cell.of, self.rows), *self.traces}, key=_rank(self.config))
+        return [Cell.of(row) for row in self.rows]
 
     @property
     def is_sweep(self) -> bool:
         return any(cell.point for cell in self.cells)
 
     def optimizers(self) -> list[str]:
-        """Returns the optimizers with a finished or started cell, in the order of the settings."""
+        """Returns the optimizers with a finished cell, in the order of the settings."""
         names = {cell.optimizer for cell in self.cells}
-        return sorted(names, key=_place(self.config["optimizers"]))
+        return sorted(names, key=lambda name: _place(self.config["optimizers"], name))
 
     def panels(self) -> list[Panel]:
-        """Returns the panels with a finished or started cell, in the order of the settings."""
+        """Returns the panels with a finished cell, in the order of the settings."""
         return list(dict.fromkeys(cell.panel for cell in self.cells))
 
     def of(self, panel: Panel | None, optimizer: str) -> list[Row]:
@@ -178,93 +168,47 @@ class Run:
         own = [row for row in self.rows if row["optimizer"] == optimizer]
         return own if panel is None else [row for row in own if Cell.of(row).panel == panel]
 
-
-def _place(names: Sequence[str]) -> Callable[[str], tuple]:
-    """Returns a sort key for this order of names. Unknown names are last and sorted by name."""
-    return lambda name: (names.index(name), "") if name in names else (len(names), name)
-
-
-def _rank(config: dict[str, Any]) -> Callable[[Cell], tuple]:
-    """Returns a sort key for cells: the order of the settings, and of the points of the grid."""
-    tasks, softmax, optimizers = (_place(config[key]) for key in ("tasks", "softmax", "optimizers"))
-    axes = [grid.axis(text) for text in config["grid"]]
-    names = dict.fromkeys(config["optimizers"])
-    points = dict.fromkeys(["", *(point for name in names for point in grid.points(axes, name))])
-    point = _place(list(points))
-
-    def rank(cell: Cell) -> tuple:
-        where = tasks(cell.task), softmax(cell.softmax), point(cell.point)
-        return *where, optimizers(cell.optimizer), cell.seed
-
-    return rank
-
-
-def _whole(found: Any, where: str, keys: Sequence[str]) -> Row:
-    """Checks that a JSON value is an object with these keys. `where` names it in messages."""
-    if not isinstance(found, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(found).__name__}.")
-    if missing := [key for key in keys if key not in found]:
-        raise ValueError(f"{where}: the record lacks {', '.join(missing)}.")
-    return found
-
-
-def _epochs(path: Path) -> Iterator[Row]:
-    """Yields the records of epochs in a log, without a last line that a kill left incomplete."""
-    log = sealed.read(path)
-    for damage in log.damage:
-        print_warning(f"{path} is damaged: {damage}.")
-    lines = list(log.text)
-    with contextlib.suppress(ValueError):
-        loads(log.torn)
-        lines.append(log.torn)
-    for place, line in enumerate(lines, start=1):
-        where = f"{path}, line {place}"
-        try:
-            found = loads(line) if line.strip() else {"cell": ""}
-        except ValueError as error:
-            raise ValueError(f"{where}: invalid JSON: {error}.") from None
-        if "cell" not in found:  # a line with "cell" is a seal, not a record
-            yield _whole(found, where, EPOCH_KEYS)
+    def pooled(self) -> list[Arm]:
+        """Returns one arm with all cells for each optimizer."""
+        return [Arm.of(self, self.of(None, name)) for name in self.optimizers()]
 
 
 def load_run(folder: Path) -> Run:
-    """Reads the files of a finished or partly finished run.
-
-    Args:
-        folder: The run's folder, with config.json, summary.json and metrics.jsonl. Stored results
-            have no metrics.jsonl; the result then has no traces.
+    """Reads the files of a finished or partly finished run, or of stored results.
 
     Raises:
-        FileNotFoundError: The folder, its config.json or its summary.json is missing.
-        ValueError: A file has the wrong content; the message names the file and the line.
+        FileNotFoundError: The folder or one of its files is missing.
+        ValueError: A file has the wrong content; the message names the file.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no run folder {folder}. Give the folder of a run.")
-    for name in ("config.json", "summary.json"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} has no {name}. Give the folder of a run of experiments.grok."
-            )
-    path = folder / "summary.json"
-    config = _whole(read_json(folder / "config.json"), f"{folder / 'config.json'}", CONFIG_KEYS)
-    summary = _whole(read_json(path), f"{path}", ("cells_total", "cells"))
-    for place, row in enumerate(summary["cells"], start=1):
-        _whole(row, f"{path}, cell {place}", ROW_KEYS)
-    traces: dict[Cell, list[Row]] = {}
-    for row in _epochs(folder / "metrics.jsonl"):
-        trace = traces.setdefault(Cell.of(row), [])
-        if trace and row["epoch"] <= trace[-1]["epoch"]:
-            trace.clear()  # the cell was interrupted and then trained again from its start
-        trace.append(row)
-    rank = _rank(config)
+    config, summary, rows, histories, _ = sweep.load_run(folder)
+    rows = rows or summary["cells"]
+    axes = [grid.axis(text) for text in config["grid"]]
+    points = (point for name in config["optimizers"] for point in grid.points(axes, name))
+    orders = {
+        "task": config["tasks"],
+        "softmax": config["softmax"],
+        "point": list(dict.fromkeys(["", *points])),
+        "optimizer": config["optimizers"],
+    }
+
+    def rank(place: int) -> list:
+        row = rows[place]
+        return [*(_place(order, row[field]) for field, order in orders.items()), row["seed"]]
+
+    places = sorted(range(len(rows)), key=rank)
     return Run(
         config=config,
-        version=str(summary.get("version", "unknown")),
-        machine=summary.get("machine") or {},
+        version=summary["version"],
+        machine=summary["machine"],
         total=summary["cells_total"],
-        rows=sorted(summary["cells"], key=lambda row: rank(Cell.of(row))),
-        traces=dict(sorted(traces.items(), key=lambda item: rank(item[0]))),
+        rows=[rows[place] for place in places],
+        traces={Cell.of(rows[place]): histories[place] for place in places if histories},
     )
+
+
+def _place(order: Sequence[str], name: str) -> tuple[int, str]:
+    """Returns a sort key for this order of names. Unknown names are last and sorted by name."""
+    return (order.index(name) if name in order else len(order)), name
 
 
 def censored_median(values: Iterable[float | None], bounds: Iterable[float]) -> Median:
@@ -287,15 +231,8 @@ def censored_median(values: Iterable[float | None], bounds: Iterable[float]) -> 
     return Median(statistics.median(b if v is None else v for v, b in pairs), at_least=True)
 
 
-def aggregate(rows: Sequence[Row], budget: int | None = None) -> list[Arm]:
-    """Groups finished cells by panel and optimizer, in the order of their first appearance.
-
-    Args:
-        rows: The rows of summary.json.
-        budget: The epoch budget; by default the most epochs that a cell ran.
-    """
-    if budget is None:
-        budget = max((row["epochs_run"] for row in rows), default=0)
+def aggregate(rows: Sequence[Row], budget: int) -> list[Arm]:
+    """Groups cells by panel and optimizer, in the order of their first appearance."""
     groups: dict[tuple[Panel, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((Cell.of(row).panel, row["optimizer"]), []).append(row)
@@ -322,10 +259,14 @@ def apart(values: Collection[float]) -> bool:
 
 
 def swept(run: Run) -> dict[str, list[str]]:
-    """Returns the settings that are swept for each optimizer."""
+    """Returns the settings that are swept for each optimizer: those with several values."""
     points = [(cell.optimizer, grid.values(cell.point)) for cell in run.cells]
+    pairs = {pair for _, point in points for pair in point.items()}
+    several = {s for s, count in Counter(s for s, _ in pairs).items() if count > 1}
     return {
-        name: list(dict.fromkeys(s for owner, point in points if owner == name for s in point))
+        name: [
+            *dict.fromkeys(s for of, point in points if of == name for s in point if s in several)
+        ]
         for name in run.optimizers()
     }
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.grok import grid, statistics
-from experiments.grok.config import Panel
+from experiments.grok.config import Cell
 from experiments.grok.report_data import BASELINE, FEW_OPTIMIZERS, Arm, Run, aggregate, plain
 from experiments.grok.train import GROKKED_ACCURACY
 from experiments.report.figures import (
@@ -24,17 +24,16 @@ from experiments.report.figures import (
     legend_line,
     name_axes,
     new_figure,
-    optimizer_color,
-    optimizer_label,
     plain_log_axis,
 )
+from experiments.report.names import optimizer_color, optimizer_label
 from experiments.report.page import Picture
 from experiments.report.series import series
 
 CURVES = (
     "Accuracy after each epoch: training solid, validation dashed. Thin lines are single seeds, "
     "thick lines the median over the epochs that all seeds reached. Marks show median epochs over "
-    "finished trainings, if within the budget. {begun} trainings started, {finished} finished."
+    "finished trainings, if within the budget."
 )
 EPOCHS = (
     "Sustained grokking epoch of every finished training. A line spans an optimizer's range, a bar "
@@ -57,16 +56,18 @@ def curves_figure(run: Run) -> Figure:
 
     With many optimizers, each of them has panels of its own, in which it is beside the baseline.
     """
-    everywhere, many = run.optimizers(), many_arms(run)
-    panels = run.panels() or [Panel("no cell", "begun")]
-    views = [(_title(panel), panel, everywhere) for panel in panels]
+    everywhere, many, panels = run.optimizers(), many_arms(run), run.panels()
+    views = [(panel.point.replace(" ", "\n") or str(panel), panel, everywhere) for panel in panels]
     if many:
         views = [
-            ("\n".join([title] * (len(panels) > 1) + [optimizer_label(name)]), panel,
-             [*dict.fromkeys((BASELINE, name))])
+            (
+                "\n".join([title] * (len(panels) > 1) + [optimizer_label(name)]),
+                panel,
+                [*dict.fromkeys((BASELINE, name))],
+            )
             for title, panel, _ in views
             for name in everywhere
-        ]  # fmt: skip
+        ]
     kinds = len({panel.softmax for panel in panels})
     columns = min(len(views), kinds if 1 < kinds <= 4 and not many else 4)
     wide, high = (6.6, 3.6) if len(views) == 1 else (max(3.1, 6.6 / columns), 2.3)
@@ -75,7 +76,8 @@ def curves_figure(run: Run) -> Figure:
     for axes, (title, panel, shown) in zip(places, views, strict=True):
         axes.axhline(100 * GROKKED_ACCURACY, **REFERENCE)
         for name in shown:
-            _draw_accuracy(axes, run, panel, name, arms.get((panel, name)))
+            if arm := arms.get((panel, name)):
+                _draw_accuracy(axes, run, arm)
         axes.set_ylim(-3, 105)
         axes.set_yticks(range(0, 101, 25))
         plain_log_axis(axes, "x")
@@ -94,29 +96,23 @@ def curves_figure(run: Run) -> Figure:
     return figure
 
 
-def _draw_accuracy(axes: Axes, run: Run, panel: Panel, name: str, arm: Arm | None) -> None:
+def _draw_accuracy(axes: Axes, run: Run, arm: Arm) -> None:
     """Draws every training thin, the medians thick, and marks at memorised and grokking epochs."""
-    own = [
-        trace for cell, trace in run.traces.items() if (cell.panel, cell.optimizer) == (panel, name)
-    ]
-    color = {"color": optimizer_color(name)}
-    medians = {"scale": 100, "smooth": False, "statistic": np.median}
+    own = [run.traces[Cell.of(row)] for row in arm.cells]
+    color = {"color": optimizer_color(arm.optimizer)}
     for key, style in (
         ("train_accuracy", {"lw": 1.1, "alpha": 0.55}),
         ("validation_accuracy", {"lw": 2, "ls": DASHES}),
     ):
-        draw_series(axes, [series(of, key, at="epoch") for of in own], color | style, **medians)
+        trainings = [series(of, key, at="epoch") for of in own]
+        draw_series(axes, trainings, color | style, scale=100, smooth=False, statistic=np.median)
     marks: list[tuple[str, float, dict[str, Any]]] = [
         ("memorized_epoch", 100, MEMORISED_MARK | {"mfc": "white"}),
         ("grok_epoch_sustained", 100 * GROKKED_ACCURACY, GROKKED_MARK),
     ]
-    for field, height, mark in marks if arm and own else []:
+    for field, height, mark in marks:
         if not (median := arm.median(field)).at_least:
             axes.plot(median.value, height, zorder=5, **color | mark)
-
-
-def _title(panel: Panel) -> str:
-    return str(panel) if not panel.point else panel.point.replace(" ", "\n")
 
 
 def epochs_figure(run: Run) -> Figure:
@@ -166,9 +162,8 @@ def survival_figure(run: Run) -> Figure:
         cells = [row["grok_epoch_sustained"] for row in run.of(None, name)]
         color, label = optimizer_color(name), f"{optimizer_label(name)}, n = {len(cells)}"
         handles.append(legend_line(label, color, lw=4))
-        if cells:
-            times, shares = statistics.survival(cells, run.budget)
-            axes.step(times, [100 * x for x in shares], where="post", color=color, lw=1.8)
+        times, shares = statistics.survival(cells, run.budget)
+        axes.step(times, [100 * x for x in shares], where="post", color=color, lw=1.8)
     axes.set(xlim=(0, run.budget), ylim=(0, 102), xlabel="epoch", ylabel="not yet grokked (%)")
     legend(figure, (), *handles, columns=3)
     return figure
@@ -177,25 +172,21 @@ def survival_figure(run: Run) -> Figure:
 def pictures(run: Run) -> list[Picture]:
     """Returns the figures: curves if there is a log, epochs, and survival if few optimizers."""
     censored, finished = sum(row["censored"] for row in run.rows), len(run.rows)
-    curves = CURVES.format(begun=len(run.cells), finished=finished)
-    marked = "The one censored one is an open triangle"
-    if censored != 1:
-        marked = (
-            f"The {censored} censored ones are open triangles" if censored else "None is censored"
-        )
-    epochs = EPOCHS.format(censored=marked, budget=run.budget)
+    marked = f"The {censored} censored ones are open triangles"
+    if censored < 2:
+        marked = "The one censored one is an open triangle" if censored else "None is censored"
     found = [
         Picture(
             "curves",
             lambda: curves_figure(run),
-            curves,
+            CURVES,
             "Training and validation accuracy against epoch, with one panel for each task and "
             "output function and one colour for each optimizer.",
         ),
         Picture(
             "grok_epochs",
             lambda: epochs_figure(run),
-            epochs,
+            EPOCHS.format(censored=marked, budget=run.budget),
             "The sustained grokking epoch of every training, by optimizer, task and output "
             f"function; {censored} of {finished} are censored.",
         ),

@@ -23,10 +23,9 @@ from experiments.report.figures import (
     legend_line,
     name_axes,
     new_figure,
-    optimizer_color,
-    optimizer_label,
     plain_log_axis,
 )
+from experiments.report.names import optimizer_color, optimizer_label
 from experiments.report.page import Picture
 from experiments.report.series import Series
 from experiments.report.text import number
@@ -49,12 +48,6 @@ class Measure(NamedTuple):
     percent: bool = False
 
 
-def _of_spectra(name: str) -> Measure:
-    keys = (f"{name.lower()}_{kind}_rank" for kind in ("stable", "effective"))
-    solid, dashed = zip(("stable", "effective"), keys, strict=True)
-    return Measure(f"Rank of the {name.lower()}s", "rank, median matrix", solid, dashed, log=True)
-
-
 MEASURES = (
     Measure(
         "Fourier components", "Gini coefficient",
@@ -72,8 +65,14 @@ MEASURES = (
         "Without five frequencies", "loss",
         ("excluded", "excluded_loss"), ("training", "train_loss"), log=True,
     ),
-    _of_spectra("Weight"),
-    _of_spectra("Update"),
+    Measure(
+        "Rank of the weights", "rank, median matrix",
+        ("stable", "weight_stable_rank"), ("effective", "weight_effective_rank"), log=True,
+    ),
+    Measure(
+        "Rank of the updates", "rank, median matrix",
+        ("stable", "update_stable_rank"), ("effective", "update_effective_rank"), log=True,
+    ),
     Measure("Softmax collapse", "training rows (%)", ("", "collapse_share"), percent=True),
     Measure(
         "RMS of an update", "RMS of one step",
@@ -123,13 +122,13 @@ def figures(run: Run) -> list[Picture]:
     drawn = []
     for place, (panel, diagnostics) in enumerate([*found.items()][:MOST_PANELS], start=1):
         more = "" if len(found) <= MOST_PANELS else f" Panel {place} of {len(found)}."
-        measures = " ".join(filter(None, [last_values(diagnostics), MEASURES_CAPTION]))
-        kinds: dict[str, tuple[str, Callable[..., Figure]]] = {
-            "measures": (measures, measures_figure),
-            "spectra": (SPECTRA_CAPTION, spectra_figure),
-        }
+        measures = " ".join([*last_values(diagnostics), MEASURES_CAPTION])
+        kinds: list[tuple[str, str, Callable[..., Figure]]] = [
+            ("measures", measures, measures_figure),
+            ("spectra", SPECTRA_CAPTION, spectra_figure),
+        ]
         if _powers(diagnostics):
-            kinds["power"] = (POWER_CAPTION, power_figure)
+            kinds.append(("power", POWER_CAPTION, power_figure))
         alt = f"Diagnostics of the models over training, on {panel}."
         drawn += [
             Picture(
@@ -138,35 +137,27 @@ def figures(run: Run) -> list[Picture]:
                 f"{panel}: {caption}{more}",
                 alt,
             )
-            for kind, (caption, draw) in kinds.items()
+            for kind, caption, draw in kinds
         ]
     return drawn
 
 
-def last_values(diagnostics: Diagnostics) -> str:
-    """Returns a sentence on the measures in `STATED`: medians over seeds at the last diagnostic."""
-    clauses = []
+def last_values(diagnostics: Diagnostics) -> list[str]:
+    """Returns sentences on the last medians of the measures in `STATED` and on collapse."""
+    clauses, sentences = [], []
     for key, words in STATED.items():
         medians = []
         for name, of in diagnostics.items():
-            values = [v for cell in of for v in _series(of[cell][-1:], key).values()]
-            if values:
+            if values := [x for own in of.values() for x in _series(own[-1:], key)[1]]:
                 medians.append(f"{optimizer_label(name)} {number(statistics.median(values))}")
         if medians:
             clauses.append(f"{words} {', '.join(medians)}")
-    sentences = (
-        [f"At the last diagnostic, median over seeds: {'; '.join(clauses)}."] if clauses else []
-    )
-    shares = [
-        x
-        for of in diagnostics.values()
-        for c in of
-        for x in _series(of[c], "collapse_share").values()
-    ]
-    sentences += (
-        ["No training example is in softmax collapse."] if shares and not any(shares) else []
-    )
-    return " ".join(sentences)
+    if clauses:
+        sentences.append(f"At the last diagnostic, median over seeds: {'; '.join(clauses)}.")
+    shares = _values(diagnostics, "collapse_share")
+    if len(shares) and not shares.any():
+        sentences.append("No training example is in softmax collapse.")
+    return sentences
 
 
 def measures_figure(diagnostics: Diagnostics, grokked: Grokked) -> Figure:
@@ -176,19 +167,15 @@ def measures_figure(diagnostics: Diagnostics, grokked: Grokked) -> Figure:
         diagnostics: The diagnostics of one panel, at least one.
         grokked: The epochs to mark.
     """
-    records = [own for of in diagnostics.values() for own in of.values()]
-    shown = [
-        measure
-        for measure in MEASURES
-        if (values := [x for own in records for x in _series(own, measure.solid[1]).values()])
-        and (any(values) or not measure.percent)  # if all are 0, the caption says so
-    ]
+    known = {measure: _values(diagnostics, measure.solid[1]) for measure in MEASURES}
+    # If no example is in softmax collapse, the caption says so.
+    shown = [of for of, values in known.items() if len(values) and (values.any() or not of.percent)]
     figure, panels = grid_of(len(shown), 2, 3.3, 2.05, sharex=True)
     marked = False
     for axes, measure in zip(panels, shown, strict=True):
         for name, of in diagnostics.items():
-            mark = _median_epoch([grokked.get(cell) for cell in of])
-            marked |= _draw(axes, measure, list(of.values()), optimizer_color(name), mark)
+            mark = statistics.median(grokked.get(cell) or np.inf for cell in of)
+            marked |= _draw(axes, measure, [*of.values()], optimizer_color(name), mark)
         axes.set_title(measure.title, loc="left")
         if measure.dashed[0]:
             named = zip((measure.solid[0], measure.dashed[0]), ("-", DASHES), strict=True)
@@ -290,7 +277,13 @@ def _known(value: Any) -> bool:
     return value is not None and None not in value
 
 
-def _series(records: Sequence[Record], name: str) -> dict[int, float]:
+def _values(diagnostics: Diagnostics, name: str) -> np.ndarray:
+    """Returns all values of a measure."""
+    cells = [own for of in diagnostics.values() for own in of.values()]
+    return np.concatenate([_series(own, name)[1] for own in cells])
+
+
+def _series(records: Sequence[Record], name: str) -> Series:
     """Returns a measure by epoch: its value, or the median if it has one value per matrix."""
     found = {}
     for record in records:
@@ -299,45 +292,35 @@ def _series(records: Sequence[Record], name: str) -> dict[int, float]:
             value = statistics.median(value) if _known(value) else None
         if value is not None:
             found[record["epoch"]] = value
-    return found
+    return np.array([*found], float), np.array([*found.values()], float)
 
 
 def _draw(
-    axes: Axes, measure: Measure, cells: list[Sequence[Record]], color: str, mark: float | None
+    axes: Axes, measure: Measure, cells: list[Sequence[Record]], color: str, mark: float
 ) -> bool:
     """Draws the cells of one optimizer, and a diamond on the solid median at the marked epoch.
 
     Returns:
         Whether a diamond was drawn. It is omitted if the epoch is outside of the diagnostics.
     """
-    marked = False
+    marked, scale = False, 100 if measure.percent else 1
     for name, dashes, width in ((measure.solid[1], "-", 1.8), (measure.dashed[1], DASHES, 1.3)):
-        every = [_array(_series(records, name)) for records in cells]
+        every = [_series(records, name) for records in cells]
         epochs, middle = draw_series(
             axes,
             every,
             {"color": color, "lw": width, "ls": dashes},
             thin=sum(len(of[0]) > 0 for of in every) > 1,
-            scale=100 if measure.percent else 1,
+            scale=scale,
             positive=measure.log,
             smooth=False,
             statistic=statistics.median,
         )
-        if name == measure.solid[1] and mark and len(epochs) and epochs[0] <= mark <= epochs[-1]:
-            height = np.interp(mark, epochs, middle) * (100 if measure.percent else 1)
+        if name == measure.solid[1] and len(epochs) and epochs[0] <= mark <= epochs[-1]:
+            height = scale * np.interp(mark, epochs, middle)
             axes.plot(mark, height, color=color, zorder=5, clip_on=False, **GROKKED_MARK)
             marked = True
     return marked
-
-
-def _array(found: Mapping[int, float]) -> Series:
-    return np.array([*found], float), np.array([*found.values()], float)
-
-
-def _median_epoch(epochs: list[float | None]) -> float | None:
-    """Returns the median, or None if it is censored."""
-    middle = statistics.median(np.inf if epoch is None else epoch for epoch in epochs)
-    return middle if np.isfinite(middle) else None
 
 
 def _borders(epochs: Sequence[int]) -> np.ndarray:

@@ -18,10 +18,9 @@ from experiments.report.figures import (
     legend,
     legend_line,
     new_figure,
-    optimizer_color,
-    optimizer_label,
     plain_log_axis,
 )
+from experiments.report.names import optimizer_color, optimizer_label
 from experiments.report.page import Picture, Table
 from experiments.report.text import number, p_text, plural
 
@@ -59,54 +58,54 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def pooled(run: Run, name: str) -> list[int | None]:
-    """Returns the first grokking epochs, the paper's criterion, of all cells of an optimizer."""
-    return [row["grok_epoch"] for row in run.of(None, name)]
-
-
 def table(run: Run) -> list[list[str]]:
     """Returns the rows of the table, in the order of `COLUMNS`."""
-    rows, means = [], {}
-    for name in run.optimizers():
-        if not (epochs := pooled(run, name)):
-            continue
-        arm = Arm.of(run, run.of(None, name))
+    rows, base, arms = [], None, {arm.optimizer: arm for arm in run.pooled()}
+    for name, arm in arms.items():
+        epochs = first_epochs(arm)
         grokked = [epoch for epoch in epochs if epoch is not None]
-        means[name] = statistics.fmean(run.budget if epoch is None else epoch for epoch in epochs)
-        t = None if name == BASELINE else tests.welch(pooled(run, BASELINE), epochs)
+        mean = statistics.fmean(run.budget if epoch is None else epoch for epoch in epochs)
+        base = mean if name == BASELINE else base
+        t = None
+        if name != BASELINE and BASELINE in arms:
+            t = tests.welch(first_epochs(arms[BASELINE]), epochs)
         rows.append(
             [
                 arm.label,
                 f"{MEANS[name]:.2f}" if name in MEANS else "–",
                 number(statistics.fmean(grokked)) if grokked else "–",
-                f"{len(grokked)} of {len(epochs)}",
-                f"{'≥ ' * (len(grokked) < len(epochs))}{number(means[name])}",
+                f"{len(grokked)} of {arm.n}",
+                f"{'≥ ' * (len(grokked) < arm.n)}{number(mean)}",
                 arm.median("grok_epoch").text(),
-                f"{means[BASELINE] / means[name]:.2f}" if BASELINE in means else "–",
+                f"{base / mean:.2f}" if base else "–",
                 arm.median("memorized_epoch").text(),
                 arm.median("delay").text(),
-                f"{t.t:.2f} (p {p_text(t.p)}, {t.degrees:.0f} df)" if t else "–",
+                f"{t.statistic:.2f} (p {p_text(t.pvalue)}, {t.df:.0f} df)" if t else "–",
             ]
         )
     return rows
 
 
+def first_epochs(arm: Arm) -> list[int | None]:
+    """Returns the first grokking epochs, the paper's criterion."""
+    return [row["grok_epoch"] for row in arm.cells]
+
+
 def figure(run: Run) -> Figure:
     """Draws the paper's boxes beside this run's, over all tasks and output functions."""
-    names = run.optimizers()
-    figure = new_figure(max(6.0, 1.5 * len(names) + 3.2), 3.6)
-    ratio = [2, max(2, 1.4 * len(names))]
+    arms = run.pooled()
+    figure = new_figure(max(6.0, 1.5 * len(arms) + 3.2), 3.6)
+    ratio = [2, max(2, 1.4 * len(arms))]
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=ratio)
     for place, (name, box) in enumerate(BOXES.items()):
         color = optimizer_color(name)
         _draw_quartiles(left, place, color, box)
         left.plot([place] * len(box["fliers"]), box["fliers"], "x", color=color)
         left.plot(place, MEANS[name], color=color, **PAPER_MEAN)
-    for place, name in enumerate(names):
-        _draw_trainings(right, place, optimizer_color(name), pooled(run, name), run.budget)
+    for place, arm in enumerate(arms):
+        _draw_trainings(right, place, arm)
     left.set_xticks(range(len(BOXES)), [optimizer_label(name) for name in BOXES])
-    sizes = [f"{optimizer_label(name)}\nn = {len(pooled(run, name))}" for name in names]
-    right.set_xticks(range(len(names)), sizes)
+    right.set_xticks(range(len(arms)), [f"{arm.label}\nn = {arm.n}" for arm in arms])
     left.set_title("paper, read off its figure", loc="left")
     right.set_title("this run, all tasks", loc="left")
     left.set_ylabel("grokking epoch (log scale)")
@@ -122,23 +121,20 @@ def figure(run: Run) -> Figure:
     return figure
 
 
-def _draw_trainings(
-    axes: Axes, place: int, color: str, epochs: Sequence[int | None], budget: int
-) -> None:
+def _draw_trainings(axes: Axes, place: int, arm: Arm) -> None:
     """Draws all epochs, their quartiles, and the number of censored trainings at the budget."""
-    known = [epoch for epoch in epochs if epoch is not None]
-    counted = [*known, *[budget] * (len(epochs) - len(known))]
-    if not counted:
-        return
-    q1, middle, q3 = np.percentile(counted, (25, 50, 75))
+    color = optimizer_color(arm.optimizer)
+    known = [epoch for epoch in first_epochs(arm) if epoch is not None]
+    censored = arm.n - len(known)
+    q1, middle, q3 = np.percentile([*known, *[arm.budget] * censored], (25, 50, 75))
     ends = {"whislo": min([*known, q1]), "whishi": max([*known, q3])}  # of those that grokked
     _draw_quartiles(axes, place, color, ends | {"q1": q1, "med": middle, "q3": q3})
     asides = np.linspace(-0.2, 0.2, len(known)) if len(known) > 1 else [0.0] * len(known)
     axes.plot(place + np.array(asides), known, color=color, zorder=4, **POINT_MARK)
-    if len(known) < len(epochs):
-        axes.plot(place, budget, color=color, zorder=4, **BEYOND)
+    if censored:
+        axes.plot(place, arm.budget, color=color, zorder=4, **BEYOND)
         at = {"xytext": (7, 4), "textcoords": "offset points"}
-        axes.annotate(f"×{len(epochs) - len(known)}", (place, budget), color=color, **at)
+        axes.annotate(f"×{censored}", (place, arm.budget), color=color, **at)
 
 
 def _draw_quartiles(axes: Axes, place: float, color: str, box: dict[str, Any]) -> None:
@@ -163,16 +159,14 @@ def items(run: Run) -> list[object]:
     """Returns the comparison with the paper, or nothing for sweeps and for many optimizers."""
     if run.is_sweep or many_arms(run):
         return []
-    facts = named("task", run.config["tasks"]), named("output function", run.config["softmax"])
-    found: list[object] = [PUBLISHED.format(*facts)]
-    if rows := table(run):
-        found.append(Table.of_texts(COLUMNS, rows))
-        if len(run.panels()) > 1:
-            caption = BESIDE.format(budget=run.budget)
-            alt = "Box plots of the grokking epoch: the paper's quartiles, and those of this run."
-            found.append(Picture("published", lambda: figure(run), caption, alt))
-        found.append(SLIP)
-    return [*found, DOUBT]
+    tasks, kinds = run.config["tasks"], run.config["softmax"]
+    facts = named("task", tasks), named("output function", kinds)
+    found: list[object] = [PUBLISHED.format(*facts), Table.of_texts(COLUMNS, table(run))]
+    if len(run.panels()) > 1:
+        caption = BESIDE.format(budget=run.budget)
+        alt = "Box plots of the grokking epoch: the paper's quartiles, and those of this run."
+        found.append(Picture("published", lambda: figure(run), caption, alt))
+    return [*found, SLIP, DOUBT]
 
 
 def named(noun: str, names: Sequence[str]) -> str:

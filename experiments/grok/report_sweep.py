@@ -28,7 +28,7 @@ from experiments.grok.report_data import (
     uncounted,
 )
 from experiments.grok.report_sweep_figures import heat_figure, lines_figure
-from experiments.report.figures import optimizer_label
+from experiments.report.names import optimizer_label
 from experiments.report.page import Picture, Table
 from experiments.report.text import number, p_text
 
@@ -78,11 +78,11 @@ def plain_point(point: str) -> str:
 
 def axes_apart(run: Run) -> list[str]:
     """Returns epochs and the units in which cells may rank differently than in epochs."""
-    costs = {
-        unit: [of(row) for row in run.rows if known(row["optimizer"], unit)]
-        for unit, of in UNITS.items()
-    }
-    return [unit for unit in UNITS if unit == "epochs" or apart(costs[unit])]
+
+    def differ(unit: str) -> bool:
+        return apart([UNITS[unit](row) for row in run.rows if known(row["optimizer"], unit)])
+
+    return [unit for unit in UNITS if unit == "epochs" or differ(unit)]
 
 
 def best(run: Run, unit: str = "epochs") -> list[Best]:
@@ -90,9 +90,6 @@ def best(run: Run, unit: str = "epochs") -> list[Best]:
 
     The run must have only one task and output function.
     """
-    arms: dict[str, list[Arm]] = {name: [] for name in run.optimizers()}
-    for arm in aggregate(run.rows, run.budget):
-        arms[arm.optimizer] += [arm] if known(arm.optimizer, unit) else []
 
     def order(arm: Arm) -> tuple[float, float]:
         """Sorts by median, with bounds last and means to break ties."""
@@ -100,16 +97,15 @@ def best(run: Run, unit: str = "epochs") -> list[Best]:
         mean = statistics.fmean(cost(run, row, unit) for row in arm.cells)
         return math.inf if median.at_least else median.value, mean
 
-    chosen = {name: min(tried, key=order) for name, tried in arms.items() if tried}
-    base = chosen.get(BASELINE)
+    names = [name for name in run.optimizers() if known(name, unit)]
+    tried = {name: aggregate(run.of(None, name), run.budget) for name in names}
+    chosen = {name: min(arms, key=order) for name, arms in tried.items()}
+    base = chosen.pop(BASELINE, None)
+    ratios = {name: base and _ratio(run, base.cells, x.cells, unit) for name, x in chosen.items()}
+    chosen |= {BASELINE: base} if base else {}
     return [
-        Best(
-            arm,
-            len(arms[name]),
-            arm.median(unit),
-            _ratio(run, base.cells, arm.cells, unit) if base and name != BASELINE else None,
-        )
-        for name, arm in chosen.items()
+        Best(chosen[name], len(tried[name]), chosen[name].median(unit), ratios.get(name))
+        for name in names
     ]
 
 
@@ -164,6 +160,10 @@ class Trend(NamedTuple):
     p: float
     values: int
     left_out: int
+
+    @property
+    def direction(self) -> str:
+        return "shows no trend" if self.p >= 0.05 else "rises" if self.rho > 0 else "falls"
 
 
 def trend(run: Run, optimizer: str, setting: str, unit: str) -> Trend | None:
@@ -226,14 +226,14 @@ def sentences(run: Run) -> list[str]:
     for name, found_ratios in ratios.items():
         of = f"AdamW over {name}, each at its best setting, with 95 % interval"
         result.append(f"Ratio of costs, {of}: {'; '.join(found_ratios)}.")
-    result += [text for text in (uncounted(run),) if text] + _edges(run)
+    result += [*filter(None, [uncounted(run)]), *_edges(run)]
     for setting in dict.fromkeys(s for settings in swept(run).values() for s in settings):
         directions: dict[str, list[str]] = {}
         for unit in UNITS if not _is_tuned(setting) else ():
             for name in run.optimizers():
                 if (at := trend(run, name, setting, unit)) is not None:
                     over = f" over the {at.values} values without a censored training"
-                    words = f"{_direction(at)}{over if at.left_out else ''}"
+                    words = f"{at.direction}{over if at.left_out else ''}"
                     directions.setdefault(f"{optimizer_label(name)}'s {words}", []).append(unit)
         clauses = [f"{who} ({', '.join(units)})" for who, units in directions.items()]
         if clauses:
@@ -265,22 +265,16 @@ def _edges(run: Run) -> list[str]:
     return ["No best setting is the lowest or highest of its grid."] if tuned else []
 
 
-def _direction(trend: Trend) -> str:
-    if trend.p >= 0.05:
-        return "shows no trend"
-    return "rises" if trend.rho > 0 else "falls"
-
-
 def pictures(run: Run) -> list[Picture]:
     """Returns a figure of lines if one setting is swept, and heat maps if an optimizer has two."""
     widths = {len(settings) for settings in swept(run).values()}
     named = {plain(s) for settings in swept(run).values() for s in settings}
     found = []
-    if run.rows and max(widths, default=0) == 1 and len(named) == 1:
+    if max(widths, default=0) == 1 and len(named) == 1:
         alt = "Cost to grok against the swept setting, with one panel for each unit."
         caption = SWEEP.format(budget=run.budget)
         found.append(Picture("sweep", lambda: lines_figure(run), caption, alt))
-    if run.rows and 2 in widths:
+    if 2 in widths:
         alt = "Heat maps of the median cost to grok over two settings, one for each optimizer."
         found.append(Picture("heat", lambda: heat_figure(run), HEAT.format(budget=run.budget), alt))
     return found
@@ -288,9 +282,9 @@ def pictures(run: Run) -> list[Picture]:
 
 def items(run: Run) -> list[object]:
     """Returns the tables and figures of a sweep, or nothing for another run."""
-    if not run.is_sweep or not (best := best_table(run)):
+    if not run.is_sweep:
         return []
-    found: list[object] = [BEST, Table.of_texts(BEST_COLUMNS, best, names=2)]
+    found: list[object] = [BEST, Table.of_texts(BEST_COLUMNS, best_table(run), names=2)]
     if table := trends(run):
         found += [TRENDS, Table.of_texts(("optimizer", "setting", *UNITS), table, names=2)]
     return found + pictures(run)

@@ -29,15 +29,8 @@ from experiments.grok.report_data import (
     uncounted,
     value,
 )
-from experiments.report.figures import (
-    BEYOND,
-    POINT_MARK,
-    legend,
-    legend_line,
-    new_figure,
-    optimizer_color,
-    optimizer_label,
-)
+from experiments.report.figures import BEYOND, POINT_MARK, legend, legend_line, new_figure
+from experiments.report.names import optimizer_color, optimizer_label
 from experiments.report.text import number
 
 Value = float | str

@@ -14,7 +14,7 @@ from experiments.grok.report_data import (
     censored_median,
     value,
 )
-from experiments.report.figures import optimizer_label
+from experiments.report.names import optimizer_label
 from experiments.report.page import Column, Table
 from experiments.report.text import number, p_text, plural
 
@@ -101,7 +101,10 @@ def _text(found: statistics.Ratio | None) -> str:
 
 
 def _detectable(found: statistics.Ratio | None) -> str:
-    return "–" if found is None else "> 10" if found.detectable > 10 else number(found.detectable)
+    if found is None:
+        return "–"
+    least = statistics.detectable(found.deviation, found.observations)
+    return "> 10" if least > 10 else number(least)
 
 
 def _others(run: Run) -> list[str]:
@@ -110,23 +113,20 @@ def _others(run: Run) -> list[str]:
     return [name for name in names if name != BASELINE] if BASELINE in names else []
 
 
-def pooled(run: Run) -> list[Arm]:
-    """Returns one arm with all cells for each optimizer."""
-    return [Arm.of(run, cells) for name in run.optimizers() if (cells := run.of(None, name))]
-
-
 def strictly(run: Run) -> list[str]:
     """Returns sentences on how many trainings grokked strictly; nothing if none grokked."""
-    arms = {arm.label: arm for arm in pooled(run) if arm.grokked}
+    arms = {arm.label: arm for arm in run.pooled() if arm.grokked}
     if len(arms) > FEW_OPTIMIZERS:
-        arms = {"all": Arm.of(run, run.rows)}
+        arms = {"all optimizers": Arm.of(run, run.rows)}
+    if not arms:
+        return []
     strict = "; ".join(f"{name} {arm.strict} of {arm.grokked}" for name, arm in arms.items())
     soon = "; ".join(f"{name} {arm.soon} of {arm.grokked}" for name, arm in arms.items())
-    sentence = (
-        f"Trainings that grokked strictly, not before twice the memorised epoch: {strict}. "
-        f"Trainings that grokked within {SOON} epochs of memorising: {soon}."
-    )
-    return [sentence] if arms else []
+    return [
+        f"Grokked strictly, at twice the memorised epoch or later: {strict} trainings that grokked "
+        "at all.",
+        f"Grokked within {SOON} epochs of memorising: {soon}.",
+    ]
 
 
 def sentences(run: Run) -> list[str]:

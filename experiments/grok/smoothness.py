@@ -9,7 +9,6 @@ then the line that 95 % of the measured ratios lie below.
 """
 
 import dataclasses
-import functools
 import re
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,6 @@ import optax
 from flax import nnx
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from scipy import optimize
 
 from experiments import optimizers, schedules
@@ -31,8 +29,9 @@ from experiments.commands import guard
 from experiments.grok import tasks
 from experiments.grok.config import Cell, Config
 from experiments.grok.losses import LOSSES
-from experiments.grok.model import Transformer
+from experiments.grok.model import configured
 from experiments.grok.train import split
+from experiments.report.page import Table
 from experiments.settings import Count, check
 
 QUANTILE = 0.95
@@ -124,13 +123,7 @@ def measure(seed: int, epochs: int, every: int) -> dict[str, list[tuple[float, f
     [task], [softmax] = config.tasks, config.softmax
     cell = Cell(task, softmax, "gluon", seed)
     table, train_rows = tasks.table(task), split(config, cell).train
-    make = functools.partial(
-        Transformer,
-        table.vocabulary,
-        width=config.width,
-        layers=config.layers,
-        heads=config.heads,
-    )
+    make = configured(config, table.vocabulary)
     graph, params = nnx.split(make(rngs=nnx.Rngs(params=jax.random.key(seed))), nnx.Param)
     tokens, answers = jnp.asarray(table.tokens), jnp.asarray(table.answers)
     tx = optimizers.build("gluon", config, schedules.warmup(config.warmup))
@@ -177,16 +170,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> int:
         command = parse(Command, "python -m experiments.grok.smoothness", arguments)
         seeds = [measure(seed, command.epochs, command.every) for seed in range(command.seeds)]
-        table, numbers = Table(box=None), []
-        for heading in ("layers", "L0", "L1", "measurements", "dual norm, median"):
-            table.add_column(heading, justify="left" if heading == "layers" else "right")
+        rows = []
         for kind in KINDS:
             norms, ratios = np.array([pair for of in seeds for pair in of[kind]]).T
-            l0, l1 = fit(norms, ratios)
-            numbers += [f"{l0:.3g}", f"{l1:.3g}"]
-            table.add_row(kind, *numbers[-2:], str(len(norms)), f"{np.median(norms):.3g}")
-        Console().print(table)
-        Console().print(f"--variants.gluon-smoothness {' '.join(numbers)}")
+            numbers = [f"{x:.3g}" for x in (*fit(norms, ratios), np.median(norms))]
+            rows.append([kind, *numbers[:2], str(len(norms)), numbers[2]])
+        headings = ("layers", "L0", "L1", "measurements", "dual norm, median")
+        found = " ".join(x for _, l0, l1, *_ in rows for x in (l0, l1))
+        Console().print(Table.of_texts(headings, rows))
+        Console().print(f"--variants.gluon-smoothness {found}")
         return 0
 
     return guard(work)

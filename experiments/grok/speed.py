@@ -21,15 +21,16 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from experiments.command_line import parse
 from experiments.commands import guard
 from experiments.grok import tasks
 from experiments.grok.config import Cell, Config
-from experiments.grok.model import FEED_FORWARD_RATIO, RMS_EPSILON, ROPE_BASE
+from experiments.grok.model import FEED_FORWARD_RATIO, ROPE_BASE
 from experiments.grok.train import GROKKED_ACCURACY, compile_arm, evaluation_rows, split
+from experiments.layers import RMS_EPSILON
 from experiments.optimizers import AdamW, OptimizerName
+from experiments.report.page import Table
 from experiments.settings import Count, at_least, check, fitting_divisor
 from experiments.timing import seconds_of
 
@@ -104,13 +105,9 @@ def torch_optimizer(model: Any, adamw: AdamW) -> Any:
     """Returns PyTorch's AdamW with the study's settings."""
     import torch
 
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=adamw.learning_rate,
-        betas=(adamw.b1, adamw.b2),
-        eps=adamw.eps,
-        weight_decay=adamw.weight_decay,
-    )
+    rates = {"lr": adamw.learning_rate, "weight_decay": adamw.weight_decay}
+    own = rates | {"betas": (adamw.b1, adamw.b2), "eps": adamw.eps}
+    return torch.optim.AdamW(model.parameters(), **own)
 
 
 class Loop(NamedTuple):
@@ -221,17 +218,11 @@ class Command:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-
-    def work() -> int:
-        return _compare(parse(Command, "python -m experiments.grok.speed", arguments))
-
-    return guard(work)
+    return guard(lambda: _compare(parse(Command, "python -m experiments.grok.speed", arguments)))
 
 
 def _compare(command: Command) -> int:
-    layers, width, batch = command.layers, command.width, command.batch
-    rounds, epochs = command.rounds, command.epochs
-    config = command.config()
+    rounds, epochs, config = command.rounds, command.epochs, command.config()
     loops = {
         "PyTorch, AdamW": torch_loop(config),
         "ours, AdamW": our_loop(config, "adamw"),
@@ -257,28 +248,28 @@ def _compare(command: Command) -> int:
     median = {
         name: statistics.median(times[name][1:rounds]) / loop.steps for name, loop in loops.items()
     }
-
-    table = Table(title=f"{TASK}, {layers} layers, width {width}, batch {batch}, seed 0")
-    for heading in (
-        "loop", "ms per step", "steps/s", "× PyTorch", "÷ our AdamW", "epochs to 95 %", "seconds",
-    ):  # fmt: skip
-        table.add_column(heading, justify="left" if heading == "loop" else "right")
-    for name, seconds in median.items():
-        epoch = reached.get(name)
-        table.add_row(
+    rows = [
+        [
             name,
             f"{seconds * 1e3:.1f}",
             f"{1 / seconds:.1f}",
             f"{median['PyTorch, AdamW'] / seconds:.2f}",
             f"{seconds / median['ours, AdamW']:.2f}",
-            str(epoch) if epoch else f"> {epochs}",
-            f"{epoch * loops[name].steps * seconds:.1f}" if epoch else "–",
-        )
-    Console().print(table)
-    Console().print(
+            str(reached.get(name, f"> {epochs}")),
+            f"{reached[name] * loops[name].steps * seconds:.1f}" if name in reached else "–",
+        ]
+        for name, seconds in median.items()
+    ]
+    headings = (
+        "loop", "ms per step", "steps/s", "× PyTorch", "÷ our AdamW", "epochs to 95 %", "seconds",
+    )  # fmt: skip
+    sizes = f"{command.layers} layers, width {command.width}, batch {command.batch}"
+    title = f"{TASK}, {sizes}, seed 0"
+    note = (
         f"Speeds are medians of {rounds - 1} alternating epochs. “seconds” is the training time to "
         "95 % validation accuracy at that speed."
     )
+    Console().print(Table.of_texts(headings, rows, title=title), note, sep="\n")
     return 0
 
 

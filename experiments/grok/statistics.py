@@ -8,14 +8,13 @@ tasks if there are several, otherwise panels if there are several, otherwise see
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize, stats
 
 from experiments.differences import student_t
 
-CONFIDENCE = 0.95
 _RESAMPLES = 9999
 _POWER = 0.8
 # With fewer observations, no signed-rank p value can be below 0.05.
@@ -66,22 +65,6 @@ class Ratio(NamedTuple):
         """The number of pairs of which one cell counts at the budget."""
         return self.at_least + self.at_most
 
-    @property
-    def detectable(self) -> float:
-        """The ratio that 80 % of studies with these numbers and deviations would detect.
-
-        NaN for a single observation.
-        """
-        return detectable(self.deviation, self.observations)
-
-
-class Welch(NamedTuple):
-    """The result of Welch's two-sided t test, with its degrees of freedom."""
-
-    t: float
-    p: float
-    degrees: float
-
 
 def ratio(
     panels: Sequence[tuple[Epochs, Epochs]],
@@ -112,7 +95,7 @@ def ratio(
     n, center, deviation, half = len(logs), float(np.mean(logs)), math.nan, math.nan
     if n > 1:
         deviation = float(np.std(logs, ddof=1))
-        half = student_t(n - 1, CONFIDENCE) * deviation / n**0.5
+        half = student_t(n - 1) * deviation / n**0.5
     low, high = math.exp(center - half), math.exp(center + half)
     return Ratio(math.exp(center), low, high, n, deviation, *counted)
 
@@ -122,12 +105,9 @@ def signed_rank(
     budget: float,
     tasks: Sequence[Hashable] | None = None,
 ) -> float | None:
-    """Returns the two-sided p value of Wilcoxon's signed-rank test of the log ratios.
+    """Returns the two-sided p value of Wilcoxon's signed-rank test of the log ratios of `ratio`.
 
     None with fewer than six observations.
-
-    Args:
-        panels, budget, tasks: As in `ratio`.
 
     Example:
         >>> signed_rank([({0: 40 + i}, {0: 20}) for i in range(6)], budget=100)
@@ -153,7 +133,7 @@ def detectable(deviation: float, observations: int) -> float:
     if observations < 2 or math.isnan(deviation):
         return math.nan
     degrees, error = observations - 1, max(deviation, 1e-12) / observations**0.5
-    critical = student_t(degrees, CONFIDENCE)
+    critical = student_t(degrees)
 
     def lacking(shift: float) -> float:
         return float(stats.nct.sf(critical, degrees, shift)) - _POWER
@@ -207,17 +187,17 @@ def mann_whitney(slow: Epochs, fast: Epochs) -> float | None:
     return float(found.pvalue)
 
 
-def welch(slow: Sequence[float | None], fast: Sequence[float | None]) -> Welch | None:
-    """Returns the test of the published study: over all cells that grokked, of any panel.
+def welch(slow: Sequence[float | None], fast: Sequence[float | None]) -> Any:
+    """Returns SciPy's result of the published study's test, over all cells that grokked.
 
     It treats tasks as repetitions and excludes censored cells, which favours the slower optimizer.
-    It only serves to compare a run with the paper.
+    It only serves to compare a run with the paper. None with fewer than two cells.
     """
     grokked = [[epoch for epoch in of if epoch is not None] for of in (slow, fast)]
     if min(map(len, grokked)) < 2:
         return None
     found = stats.ttest_ind(*grokked, equal_var=False)
-    return None if math.isnan(found.pvalue) else Welch(*map(float, (*found, found.df)))
+    return None if math.isnan(found.pvalue) else found
 
 
 def log_rank(

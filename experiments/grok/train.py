@@ -18,7 +18,7 @@ from experiments import optimizers, schedules
 from experiments.grok import prefixes, probes, tasks
 from experiments.grok.config import Cell, Config
 from experiments.grok.losses import LOSSES
-from experiments.grok.model import Transformer
+from experiments.grok.model import configured
 from experiments.language.mesh import one_device
 from experiments.parallel import once
 
@@ -113,15 +113,7 @@ def compile_arm(config: Config, cell: Cell, seeds: int, device: jax.Device) -> P
     tokens, answers = jnp.asarray(table.tokens), jnp.asarray(table.answers)
     tree = prefixes.PrefixTree.of(table, batch)
     loss_of = LOSSES[cell.softmax]
-    make = functools.partial(
-        Transformer,
-        table.vocabulary,
-        width=config.width,
-        layers=config.layers,
-        heads=config.heads,
-        dropout=config.dropout,
-        norm=config.norm,
-    )
+    make = configured(config, table.vocabulary)
     graph, shapes, _ = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), nnx.Param, ...)
 
     def forward(params, batch_rows, dropout_key=None):
@@ -282,10 +274,9 @@ def train_cells(
         state, means = jax.block_until_ready(program.epoch(state, train_rows, seeds, numbers))
         seconds += time.perf_counter() - began
         losses, correct = map(np.asarray, program.evaluate(state, eval_rows))
-        diagnostics = _diagnostics(program, state, train_rows) if _due(settings, number) else None
-        for i in range(len(cells)):
-            if i in rows:
-                continue
+        due = program.probe and (number == 1 or number % settings.probe_every == 0)
+        diagnostics = _diagnostics(program, state, train_rows) if due else None
+        for i in sorted({*range(len(cells))} - rows.keys()):
             epoch = Epoch(
                 epoch=number,
                 step=number * program.steps,
@@ -302,32 +293,29 @@ def train_cells(
             spent = number == settings.epochs
             ends = spent or not finite or (grokked and not settings.full_length)
             if finite:
-                if diagnostics is None and ends and program.probe is not None:
+                if ends and program.probe and diagnostics is None:
                     diagnostics = _diagnostics(program, state, train_rows)
-                if diagnostics is not None:
-                    epoch = epoch._replace(probe=diagnostics[i])
+                epoch = epoch._replace(probe=diagnostics and diagnostics[i])
                 histories[i].append(epoch)
                 on_epoch(cells[i], epoch)
             if ends:
-                params = jax.tree.map(lambda x: x[i], state.params)  # noqa: B023
-                timed = seconds, len(cells)
-                rows[i] = _row(settings, cells[i], program, histories[i], timed, not finite, params)
+                weights = [np.asarray(leaf[i]).tobytes() for leaf in jax.tree.leaves(state.params)]
+                rows[i] = {
+                    **_row(settings, cells[i], program, histories[i], seconds, not finite),
+                    "together": len(cells),
+                    "params_sha256": hashlib.sha256(b"".join(weights)).hexdigest(),
+                }
         if len(rows) == len(cells):
             break
     return [Outcome(histories[i], rows[i]) for i in range(len(cells))]
 
 
-def _due(settings: Config, number: int) -> bool:
-    every = settings.probe_every
-    return every > 0 and (number == 1 or number % every == 0)
-
-
 def _diagnostics(program: Program, state: State, train_rows: jax.Array) -> list[dict[str, Any]]:
     """Returns the diagnostics of each seed, as `probes.record` formats them."""
     assert program.probe is not None
-    measured = jax.tree.map(np.asarray, program.probe(state, train_rows))
-    seeds = len(train_rows)
-    return [probes.record({k: x[i] for k, x in measured.items()}) for i in range(seeds)]
+    measured = jax.device_get(program.probe(state, train_rows))
+    each = range(len(train_rows))
+    return [probes.record({key: x[i] for key, x in measured.items()}) for i in each]
 
 
 def milestones(history: list[Epoch]) -> dict[str, int | None]:
@@ -373,17 +361,15 @@ def _row(
     cell: Cell,
     program: Program,
     history: list[Epoch],
-    timed: tuple[float, int],
+    seconds: float,
     diverged: bool,
-    params: Any,
 ) -> dict[str, Any]:
-    found, (seconds, together) = milestones(history), timed
+    found = milestones(history)
     grokked = found["grok_epoch"]
     epochs = len(history) + diverged
     positions = tasks.table(cell.task).tokens.shape[1]
     batch = min(settings.batch, len(split(settings, cell).train))
     clipped = [epoch.clipped for epoch in history if epoch.clipped is not None]
-
     return {
         **cell._asdict(),
         **found,
@@ -402,8 +388,6 @@ def _row(
         "step_flops": program.step_flops,
         "parameters": program.parameters,
         **({"clipped_share": float(np.mean(clipped))} if clipped else {}),
-        "together": together,
-        "params_sha256": _digest(params),
     }
 
 
@@ -412,10 +396,3 @@ def after_grokking(history: list[Epoch], grokked: int | None) -> dict[str, int]:
     later = history[grokked:] if grokked else []
     below = sum(epoch.validation_accuracy < GROKKED_ACCURACY for epoch in later)
     return {"evaluations_after_grok": len(later), "below_after_grok": below}
-
-
-def _digest(params: Any) -> str:
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()

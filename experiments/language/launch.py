@@ -109,8 +109,7 @@ def claimed(
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             is_new = not holds_run(folder)
-            other = "another --out"
-            lock = claim(folder, settings, ("mesh",), other=other, defaults=defaults)
+            lock = claim(folder, settings, ("mesh",), defaults)
             stack.enter_context(contextlib.closing(lock))
             if is_new:
                 stack.callback(leave_nothing_of_no_run, folder)

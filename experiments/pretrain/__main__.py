@@ -199,14 +199,14 @@ def _check_folder(command: Command) -> None:
         folder = epath.Path(command.out or f"runs/pretrain/suite-{command.suite}")
     settings = settings_of(command.optimizers[0], command)
     if command.suite or len(command.optimizers) == 1:
-        check_free(folder, settings, other="another --out")
+        check_free(folder, settings)
     elif holds_run(folder):
         raise RunError(
             f"{folder} holds a run of one optimizer, but several require a folder each in --out. "
             "Give another --out, or only that run's optimizer as --optimizers."
         )
     else:
-        check_group(folder, ARMS, settings, other="another --out")
+        check_group(folder, ARMS, settings)
 
 
 def _prepare(command: Command, stop: threading.Event, console: Console) -> data.Tokens:

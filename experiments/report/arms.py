@@ -8,18 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments.differences import Interval, difference, holm, p_value
-from experiments.report.figures import (
-    Final,
-    finals_figure,
-    legible,
-    optimizer_color,
-    optimizer_label,
-    rates_figure,
-)
+from experiments.report.figures import Final, finals_figure, legible, rates_figure
+from experiments.report.names import optimizer_color, optimizer_label
 from experiments.report.page import Column, Picture, Report, Section, Table
 from experiments.report.text import number, plural
-from experiments.runs import flat, read_json, read_settings
-from experiments.sweep import Best, Files, Row, best, chosen_by, load_run, losses_by_rate, mean
+from experiments.runs import flat
+from experiments.sweep import Best, Files, Row, best, chosen_by, loss_of, losses_by_rate, mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,8 +55,13 @@ class Arm:
 
     @property
     def at_edge(self) -> bool:
-        """Whether a further rate might be better."""
-        return self.best.at_edge
+        """Whether the best rate is the highest or lowest of a sweep."""
+        return self.best.at_edge and self.is_swept
+
+    @property
+    def is_swept(self) -> bool:
+        """Whether more than one rate was tried."""
+        return len(self.losses) > 1
 
     @property
     def choosing(self) -> int:
@@ -127,9 +126,7 @@ def of_cells(rows: Sequence[Row], histories: Sequence[Any] = (), swept: int | No
         "best": top,
         "cells": len(rows),
         "diverged": sum(row["diverged"] for row in rows),
-        "points": [
-            (row["rate"], math.inf if row["diverged"] else row["validation_loss"]) for row in rows
-        ],
+        "points": [(row["rate"], loss_of(row)) for row in rows],
         "histories": [histories[place] for place in chosen] if histories else [],
     }
 
@@ -160,19 +157,6 @@ def grouped(files: Files, *keys: str) -> dict[tuple, tuple[list[Row], list[Any]]
         rows.append(row)
         histories.append(history)
     return found
-
-
-def load(folder: Path) -> Files:
-    """Reads the files of a sweep, or of stored results, which consist of a summary without a log.
-
-    Raises:
-        FileNotFoundError: The folder or one of its files is missing.
-        ValueError: A file has the wrong content; the message names the file.
-    """
-    config, summary = folder / "config.json", folder / "summary.json"
-    if (folder / "metrics.jsonl").exists() or not summary.is_file():
-        return load_run(folder)
-    return Files(read_settings(config) if config.is_file() else {}, read_json(summary), [], [], {})
 
 
 def baseline_of(found: Iterable[AnyArm], name: str = "adamw") -> AnyArm | None:
@@ -267,13 +251,15 @@ def lowest(found: Sequence[Arm]) -> str:
 
 
 def caveats(found: Sequence[Arm], name: Any = lambda arm: arm.label) -> list[str]:
-    """Returns sentences about arms whose best rate is at an edge, and about diverged cells."""
+    """Returns sentences about rates at an edge, rates that were not swept and diverged cells."""
     sentences = []
     if edge := ", ".join(name(arm) for arm in found if arm.at_edge):
         sentences.append(
             "Best at the highest or lowest learning rate tried, so that a rate outside the sweep "
             f"may be better: {edge}."
         )
+    if found and not any(arm.is_swept for arm in found):
+        sentences.append("Each optimizer was trained at one learning rate.")
     if diverged := sum(arm.diverged for arm in found):
         sentences.append(f"{plural(diverged, 'training')} diverged.")
     return sentences

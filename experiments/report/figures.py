@@ -2,7 +2,6 @@
 
 import io
 import math
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,114 +16,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
+from experiments.report.names import optimizer_color, optimizer_label, optimizer_style
 from experiments.report.series import NOTHING, Series, middle, smoothed
-
-# Every arm of the studies has its own colour. The first two are Okabe and Ito's; each later one has
-# the largest CIELAB distance from white and all earlier ones, so early ones are most distinct.
-COLORS = {
-    "adamw": "#0072B2",
-    "muon": "#D55E00",
-    "muon_equal_shrink": "#00CC00",
-    "muon_equal_decay": "#FF00AA",
-    "polar": "#EE1177",
-    "orthogonal": "#224400",
-    "spectral": "#662233",
-    "normuon": "#11CC99",
-    "low_rank": "#550088",
-    "muonclip": "#BBBB33",
-    "adamuon": "#DD99FF",
-    "scion": "#FF9999",
-    "splus": "#FF1155",
-    "dion": "#DD33FF",
-    "adamw_tuned": "#888877",
-    "orthogonal_gradient": "#0077FF",
-    "grokfast": "#33BBCC",
-    "muon_one_step": "#886611",
-    "gluon": "#228811",
-    "muonbp": "#004444",
-    "muon_sgd": "#FF0000",
-    "muon_lion": "#992277",
-    "muon_only": "#880000",
-    "optax_muon": "#CCAACC",
-    "low_rank_subspace": "#6644EE",
-    "low_rank_whole": "#667788",
-    "muon_split": "#55AA33",
-    "adamw_fixed_table": "#AA8855",
-    "muon_fixed_table": "#CC88AA",
-    "splus_adamw": "#443366",
-    "muon_cautious": "#99BB77",
-    "muon_bf16": "#FF77BB",
-    "muon_int8": "#DD9900",
-    "muonh": "#110011",
-    "muown": "#EEBB77",
-    "soap": "#BB3355",
-    "soap_muon": "#88DD66",
-    "dion2": "#007755",
-    "dion3": "#AADD00",
-    "muon_eq": "#332200",
-    "muon_plus": "#99CCFF",
-    "muon_squared": "#BB33BB",
-    "namo": "#BB6644",
-    "aurora": "#7766BB",
-    "polargrad": "#FF6655",
-    "normuonh": "#AA6677",
-    "muon_sphere": "#00EE88",
-    "spel": "#667700",
-    "muon_rest": "#FFBB99",
-    "muon_int4": "#7799EE",
-    "adamw_rest": "#5599AA",
-    "adamw_hidden": "#BB8899",
-}
-# The colours of other names, after Tol's muted scheme.
-OTHER_COLORS = ("#332288", "#117733", "#882255", "#999933", "#661100", "#777777")
-
-LABELS = {
-    "adamuon": "AdaMuon",
-    "adamw": "AdamW",
-    "adamw_hidden": "AdamW, hidden swept",
-    "adamw_rest": "AdamW, rest swept",
-    "adamw_fixed_table": "AdamW, fixed table",
-    "adamw_tuned": "AdamW, 0.01 × 4",
-    "low_rank": "Rank k, SVD",
-    "low_rank_subspace": "Rank k, subspace",
-    "low_rank_whole": "Rank k, whole norm",
-    "muon_adamw": "Muon + AdamW",
-    "muon_bf16": "Muon, bf16 state",
-    "muon_cautious": "Muon, cautious",
-    "muon_eq": "MuonEq",
-    "muon_equal_decay": "Muon, equal decay",
-    "muon_equal_shrink": "Muon, equal lr × decay",
-    "muon_fixed_table": "Muon, fixed table",
-    "muon_frozen1d": "Muon, gains frozen",
-    "muon_int4": "Muon, int4 state",
-    "muon_int8": "Muon, int8 state",
-    "muon_lion": "Muon + Lion",
-    "muon_one_step": "Muon, 1 step",
-    "muon_only": "Muon alone",
-    "muon_plus": "Muon+",
-    "muon_rest": "Muon, rest swept",
-    "muon_sgd": "Muon + SGD",
-    "muon_sphere": "MuonSphere",
-    "muon_split": "Muon, heads split",
-    "muon_squared": "Muon²",
-    "muonbp": "MuonBP",
-    "muonclip": "MuonClip",
-    "muonh": "MuonH",
-    "namo": "NAMO",
-    "normuon": "NorMuon",
-    "normuonh": "NorMuonH",
-    "optax_muon": "optax.contrib.muon",
-    "orthogonal": "Orthogonal alone",
-    "orthogonal_gradient": "⊥Grad",
-    "polar": "Exact polar",
-    "polargrad": "PolarGrad",
-    "soap": "SOAP",
-    "soap_muon": "SOAP-Muon",
-    "spectral": "Spectral alone",
-    "spel": "SPEL",
-    "splus": "SPlus",
-    "splus_adamw": "SPlus + AdamW",
-}
 
 DASHES = (0, (3.2, 1.2))
 MEMORISED_MARK: dict[str, Any] = {"marker": "o", "ms": 6, "mew": 1.4, "ls": "none"}
@@ -162,24 +55,6 @@ STYLE: Any = {
     # Names come from data, so a "$" in a name must not be read as mathematics.
     "text.parse_math": False,
 }
-
-
-def optimizer_color(name: str) -> str:
-    """Returns the hex colour of an optimizer, the same in every figure and every run."""
-    if name in COLORS:
-        return COLORS[name]
-    # crc32 is used, since hash() differs between Python processes.
-    return OTHER_COLORS[zlib.crc32(name.encode()) % len(OTHER_COLORS)]
-
-
-def optimizer_label(name: str) -> str:
-    """Returns an optimizer's display name: "AdamW" for "adamw", "Muon" for "muon"."""
-    return LABELS.get(name, name[:1].upper() + name[1:])
-
-
-def optimizer_style(name: str) -> dict[str, Any]:
-    """Returns the style of an optimizer's lines."""
-    return {"color": optimizer_color(name)}
 
 
 @contextmanager

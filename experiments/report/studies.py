@@ -101,5 +101,5 @@ def show(folder: Any, console: Console, *, table: bool = True, **options: Any) -
     found = report_of(folder, **options)
     path = page.write(found, folder)
     if table:
-        console.print(found.table, Text(" ".join(found.abstract)), sep="\n")
+        console.print(found.table, Text("\n".join(found.abstract)), sep="\n")
     console.print(Text(f"Report: {path}"), soft_wrap=True)

@@ -37,7 +37,7 @@ from experiments.report import arms
 from experiments.report.figures import Final, finals_figure, optimizer_label
 from experiments.report.page import Column, Picture, Report, Section, Table
 from experiments.report.text import all_told, form, number, p_text, plural, told
-from experiments.sweep import Files
+from experiments.sweep import Files, load_run
 
 # Short names of the quirks of the released code.
 QUIRK_NAMES = {
@@ -93,7 +93,7 @@ def load(folder: Path) -> Results:
         FileNotFoundError: If the folder or one of its files is missing.
         ValueError: If a file is damaged or not of this study. The message names it.
     """
-    files = arms.load(folder)
+    files = load_run(folder)
     which = files.config.get("suite")
     if which not in TITLES:
         raise ValueError(

@@ -49,11 +49,6 @@ class Group(arms.Arm):
     def arm(self) -> str:
         return self.optimizer
 
-    @property
-    def at_edge(self) -> bool:
-        """Whether the best rate is the highest or lowest of a sweep."""
-        return self.best.at_edge and len(self.losses) > 1
-
     def loss_text(self, digits: int = 4) -> str:
         return super().loss_text(digits)
 

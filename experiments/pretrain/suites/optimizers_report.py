@@ -14,7 +14,7 @@ from experiments.report import arms
 from experiments.report.figures import legend, new_figure, optimizer_color
 from experiments.report.page import Column, Picture, Report, Table
 from experiments.report.text import all_told, flop, interval_text, number, p_text, told
-from experiments.sweep import Files
+from experiments.sweep import Files, load_run
 
 
 def compare(found: Sequence[Arm]) -> list[Arm]:
@@ -197,7 +197,7 @@ def curves_figure(found: Sequence[Arm]) -> Figure:
 
 def report(folder: Path) -> Report:
     """Returns the report of the suite `optimizers`."""
-    files = arms.load(folder)
+    files = load_run(folder)
     found = compare(gather(files)) if files.rows else _stored(gather(files))
     facts = {"config": files.config, "corpus": files.summary["corpus"]}
     facts["tokens_per_step"] = found[0].tokens_per_step if found else 0

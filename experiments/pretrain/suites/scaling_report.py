@@ -37,6 +37,7 @@ from experiments.report.figures import (
 )
 from experiments.report.page import Column, Picture, Report, Section, Table
 from experiments.report.text import all_told, flop, number, told
+from experiments.sweep import load_run
 
 SEEDS: dict[str, Any] = {"lw": 2, "marker": "_", "ms": 8, "clip_on": False}
 PFLOPS_DAY = 8.64e19  # FLOPs
@@ -300,7 +301,7 @@ def _fit_rows(kinds: Mapping[str, Scaling | None]) -> list[list[str]]:
 
 def report(folder: Path) -> Report:
     """Returns the report of the suite `scaling`."""
-    files = arms.load(folder)
+    files = load_run(folder)
     found = gather(files)
     model, whole = (scaling(found, with_update) for with_update in (False, True))
     kinds = {"model": model, "model_and_update": whole}
