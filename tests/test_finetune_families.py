@@ -2,17 +2,14 @@
 
 import dataclasses
 import json
-import sys
-import threading
 
 import jax
 import numpy as np
 import pytest
+from finetuning import finetune
 from pretraining import one_device
 from tokenizers import Tokenizer, processors
 
-from experiments import commands
-from experiments.finetune import __main__ as command
 from experiments.finetune import architecture as config_json
 from experiments.finetune import chat, model, template, weights
 from experiments.finetune.architecture import PRESETS
@@ -105,6 +102,21 @@ def tokenizer_of(folder, kind):
     path.write_text(json.dumps(json.loads(path.read_text()) | names))
 
 
+def turn(asked, said):
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+
+
+TURN = turn("to be", "or not")
+
+
+def rows_of(folder, count, words):
+    """A file of conversations, of the question and the answer `words(i)`."""
+    rows = ({"messages": turn(*words(i)), "group": str(i)} for i in range(count))
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def rows():
     """Packed: texts one after another in a row, and padding."""
     rng = np.random.default_rng(0)
@@ -176,27 +188,14 @@ def test_logits_and_gradients_are_those_of_transformers(case, tmp_path, transfor
 
 
 @pytest.mark.parametrize("case", ["qwen3", "qwen2.5, untied", "llama 3.2"])
-def test_a_model_is_read_trained_exported_and_loaded(case, tmp_path, transformers, monkeypatch):
+def test_a_model_is_read_trained_exported_and_loaded(case, tmp_path, transformers):
     before = made(transformers, tmp_path / "hf", case)
     tokenizer_of(tmp_path / "hf", CASES[case][0])
-    lines = (
-        {
-            "messages": [
-                {"role": "user", "content": f"{i}?"},
-                {"role": "assistant", "content": words},
-            ]
-        }
-        for i in range(40)
-        for words in ["to be" + " or not" * (i % 5)]
-    )
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    words = f"finetune --model {tmp_path / 'hf'} --data {data} --context 64 --batch 4 --steps 8"
+    data = rows_of(tmp_path, 40, lambda i: (f"{i}?", "to be" + " or not" * (i % 5)))
+    words = f"--model {tmp_path / 'hf'} --data {data} --context 64 --batch 4 --steps 8"
     words += f" --warmup 1 --dtype float32 --optimizer.learning-rate 0.01 --out {tmp_path / 'runs'}"
     words += " --optimizers muonclip"
-    monkeypatch.setattr(sys, "argv", words.split())
-    monkeypatch.setattr(commands, "stop_on_signals", threading.Event)
-    assert command.main() == 0
+    assert finetune(words)[0] == 0
     log = (tmp_path / "runs" / "muonclip" / "metrics.jsonl").read_text().splitlines()
     losses = [one["validation_loss"] for one in map(json.loads, log) if "validation_loss" in one]
     assert losses[-1] < losses[0] - 0.5
@@ -214,10 +213,9 @@ def test_a_model_is_read_trained_exported_and_loaded(case, tmp_path, transformer
     moved = theirs_of(before, tokens, segments, targets)
     assert error(moved[there], expected[there]) > 1e-2
     same = transformers.AutoTokenizer.from_pretrained(folder)
-    turn = [{"role": "user", "content": "to be"}, {"role": "assistant", "content": "or not"}]
     given = chat.Chat(folder)
-    (encoded,) = given.encode([given.conversation(turn)])
-    assert encoded.tokens.tolist() == same.apply_chat_template(turn, return_dict=False)
+    (encoded,) = given.encode([given.conversation(TURN)])
+    assert encoded.tokens.tolist() == same.apply_chat_template(TURN, return_dict=False)
     end = chat.LLAMA3.end if a.family == "llama" else chat.CHATML.end
     assert same.decode(encoded.tokens[encoded.learnt]) == f"or not{end}"
     (encoded,) = given.encode([given.completion("to be", " or not")])
@@ -229,9 +227,8 @@ def test_a_model_is_read_trained_exported_and_loaded(case, tmp_path, transformer
 def test_a_llama_s_tokenizer_with_a_template_of_chatml_has_its_turns(tmp_path):
     tokenizer_of(tmp_path, "llama")
     (tmp_path / "chat_template.jinja").write_text(template.CHATML)
-    turn = [{"role": "user", "content": "to be"}, {"role": "assistant", "content": "or not"}]
     given = chat.Chat(tmp_path)
-    (encoded,) = given.encode([given.conversation(turn)])
+    (encoded,) = given.encode([given.conversation(TURN)])
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     learnt = encoded.tokens[encoded.learnt].tolist()
     assert tokenizer.decode(learnt, skip_special_tokens=False) == "or not<|im_end|>"
@@ -306,14 +303,15 @@ def read(tmp_path, given):
 
 def test_released_configs_are_read_and_counted(tmp_path):
     llama, qwen = read(tmp_path, FOUR), read(tmp_path, QWEN)
+    presets = PRESETS.values()
     assert llama.rope_scaling == RopeScaling(
         factor=32, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=8192
     )
-    assert (llama.parameters, qwen.parameters) == (1_235_814_400, 494_032_768)
     assert qwen.head_dim == 64 and qwen.qkv_bias and not qwen.qk_norm
-    for a in (llama, qwen, PRESETS["0.6b"]):
+    counts = 1_235_814_400, 494_032_768, 596_049_920, 1_720_574_976, 4_022_468_096
+    for a, count in zip((llama, qwen, *presets), counts, strict=True):
         assert read(tmp_path, config_json.to_json(a)) == a
-        assert sum(x.size for x in jax.tree.leaves(model.shapes(a))) == a.parameters
+        assert sum(x.size for x in jax.tree.leaves(model.shapes(a))) == count
     without = {key: value for key, value in FOUR.items() if key != "head_dim"}
     assert read(tmp_path, without) == llama
     del without["num_key_value_heads"]

@@ -2,15 +2,19 @@
 
 import json
 import sys
-import threading
 
 import jax
 import numpy as np
 import pytest
-from test_finetune_families import CASES, made, tokenizer_of, transformers  # noqa: F401 - a fixture
+from finetuning import finetune
+from test_finetune_families import (
+    CASES,
+    made,
+    rows_of,
+    tokenizer_of,
+    transformers,  # noqa: F401 - a fixture
+)
 
-from experiments import commands
-from experiments.finetune import __main__ as command
 from experiments.finetune import sample, weights
 from experiments.finetune.chat import Chat
 from experiments.finetune.model import LanguageModel
@@ -89,24 +93,11 @@ def test_a_users_way(transformers, tmp_path, monkeypatch, capsys):  # noqa: F811
     source = tmp_path / "llama"
     made(transformers, source, "llama 3.2")
     tokenizer_of(source, "llama")
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"say {i} or not"},
-                {"role": "assistant", "content": "to be or not to be"},
-            ],
-            "group": str(i),
-        }
-        for i in range(200)
-    ]
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = f"finetune --model {source} --data {data} --context 64 --batch 8 --steps 60 "
+    data = rows_of(tmp_path, 200, lambda i: (f"say {i} or not", "to be or not to be"))
+    words = f"--model {source} --data {data} --context 64 --batch 8 --steps 60 "
     words += "--dtype float32 --optimizers muon_adamw --optimizer.learning-rate 0.02 "
     words += f"--lora.rank 4 --evaluate-every 60 --out {tmp_path / 'runs'}"
-    monkeypatch.setattr(sys, "argv", words.split())
-    monkeypatch.setattr(commands, "stop_on_signals", threading.Event)
-    assert command.main() == 0
+    assert finetune(words)[0] == 0
     folder = tmp_path / "runs" / "muon_adamw"
     monkeypatch.setattr(
         sys, "argv", ["sample", str(folder), "--prompt", "say 3 or not", "--temperature", "0"]

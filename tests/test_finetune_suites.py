@@ -137,10 +137,10 @@ def test_a_suite_that_was_stopped_and_killed_goes_on_as_if_nothing_was(
     trained = []
     train_cell = loop.train_cell
 
-    def count(config_, rows_, arm, architecture, params, rate, seed, running, *args):
+    def count(config_, model, arm, rate, seed, running, *args):
         if running.evaluate_every == config.evaluate_every:  # those that only tell the time have 2
             trained.append(Cell("controlled", arm, rate, seed))
-        return train_cell(config_, rows_, arm, architecture, params, rate, seed, running, *args)
+        return train_cell(config_, model, arm, rate, seed, running, *args)
 
     monkeypatch.setattr(study, "_TIMED", 2)
     monkeypatch.setattr(loop, "train_cell", count)
@@ -439,7 +439,7 @@ def test_the_verdict_on_the_clip_is_of_what_was_measured(tmp_path):
         tmp_path / "b", "qk", losses, dict(zip(names, (acts, inert, inert), strict=True))
     )
     assert [of.verdict for of in other.verdicts] == ["disagrees"] * 3
-    (against,) = contrasts("qk", results.groups)
+    (against,) = contrasts(results.groups)
     assert against.mean == pytest.approx(0.1)
     told = " ".join(report.abstract(results))
     assert "of the last steps 2 with no clip, 2 with W_q and W_k clipped;" in told

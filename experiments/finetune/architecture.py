@@ -74,17 +74,6 @@ class Architecture:
         """Whether the projections to queries, keys and values have biases."""
         return FAMILIES[self.family].qkv_bias
 
-    @property
-    def parameters(self) -> int:
-        """The number of parameters; a tied embedding counts once."""
-        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        vectors = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
-        if self.qkv_bias:
-            vectors += (self.heads + 2 * self.kv_heads) * self.head_dim
-        layer = attention + 3 * self.hidden * self.ffn + vectors
-        tables = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return self.layers * layer + tables + self.hidden
-
 
 def _released(layers: int, hidden: int, ffn: int, heads: int) -> Architecture:
     return Architecture(
@@ -125,11 +114,7 @@ _COMMON = {
     "tied": "tie_word_embeddings",
     "rope_theta": "rope_theta",
 }
-_FIELDS = {
-    "llama": _COMMON | {"rope_scaling": "rope_scaling"},
-    "qwen2": _COMMON,
-    "qwen3": _COMMON,
-}
+_FIELDS = {"llama": _COMMON | {"rope_scaling": "rope_scaling"}, "qwen2": _COMMON, "qwen3": _COMMON}
 
 
 def to_json(architecture: Architecture) -> dict[str, Any]:

@@ -125,20 +125,18 @@ def _transformation(
     placed: dict[str, Any],
     rate: float | jax.Array,
 ) -> optax.GradientTransformationExtraArgs:
-    settings = config.optimizer
+    settings, course = config.optimizer, config.schedules
 
     def scheduled(step: jax.Array) -> jax.Array:
         return rate * schedule(step)
 
-    settings, course = config.optimizer, config.schedules
     decay = rest_decay = settings.weight_decay
     if "decay_apart" in settings.quirks:
         decay, rest_decay = _MUON_DECAY, _ADAMW_DECAY
     decay, rest_decay = (course.decay(x, config.steps) for x in (decay, rest_decay))
     adam = {"b1": settings.b1, "b2": settings.b2, "eps": settings.eps, "weight_decay": rest_decay}
     if name == "adamw":
-        tx = optax.adamw(scheduled, **adam)
-        return optax.with_extra_args_support(tx)
+        return optax.with_extra_args_support(optax.adamw(scheduled, **adam))
     rest = _rest(name, settings)
     own = {f"adam_{key}": value for key, value in adam.items()}
     if rest == "sgd":
@@ -259,8 +257,3 @@ def norm(leaves: list[jax.Array]) -> jax.Array:
 def rms(leaves: list[jax.Array]) -> jax.Array:
     """Returns the root mean square of all entries together, float32."""
     return norm(leaves) / jnp.sqrt(jnp.float32(sum(x.size for x in leaves)))
-
-
-def as_published(config: Training) -> Training:
-    """Returns a config with the quirks and the learning rate of the released code."""
-    return dataclasses.replace(config, optimizer=AS_PUBLISHED)

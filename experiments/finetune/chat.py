@@ -86,8 +86,8 @@ class Chat:
         self._tokenizer = tokenizer.read(path.read_bytes(), str(path))
         # Tokens that begin every text, such as Llama's <|begin_of_text|>.
         example = self._tokenizer.encode("a")
-        added = zip(example.tokens, example.special_tokens_mask, strict=True)
-        self._opening = "".join(token for token, _ in itertools.takewhile(_is_added, added))
+        count = example.special_tokens_mask.index(0)
+        self._opening = "".join([*example.tokens[:count], CUT]) if count else ""
         self._tokenizer.post_processor = None  # since Llama's trims the tokens' offsets
         self.vocabulary = 1 + max(self._tokenizer.get_vocab().values())
         settings = read_json(folder / SETTINGS)
@@ -189,8 +189,7 @@ class Chat:
             if not isinstance(part, str) or not part.strip():
                 raise ValueError(f'its "{name}" must be a non-blank text; got {short(part)}')
         prompt, completion = map(self._escape, parts.values())
-        opening = f"{self._opening}{CUT}" if self._opening else ""
-        text = unmark(f"{opening}{prompt}{CUT}{BEGIN}{completion}{CUT}{end}{END}")
+        text = unmark(f"{self._opening}{prompt}{CUT}{BEGIN}{completion}{CUT}{end}{END}")
         return text._replace(escaped=CUT in prompt + completion)
 
     def question(self, messages: Sequence[Any]) -> list[int]:
@@ -204,8 +203,7 @@ class Chat:
 
     def prompt(self, text: str) -> list[int]:
         """Tokens of a text to go on from, as `completion` has those of a prompt."""
-        opening = f"{self._opening}{CUT}" if self._opening else ""
-        return self._tokens(opening + self._escape(text))
+        return self._tokens(self._opening + self._escape(text))
 
     def _tokens(self, marked: str) -> list[int]:
         (encoded,) = self.encode([unmark(marked)])
@@ -276,7 +274,6 @@ class Chat:
     def _is_dropped(
         self, messages: list[Any], index: int, tools: Any, rendered: str, key: str, value: Any
     ) -> bool:
-        """Returns whether a message's value is omitted: if another value gives the same text."""
         changed = messages[index] | {key: value}
         return self._same([*messages[:index], changed, *messages[index + 1 :]], tools, rendered)
 
@@ -303,10 +300,6 @@ class Chat:
             case list() | tuple():
                 return [self._escape(item) for item in value]
         return value
-
-
-def _is_added(token: tuple[str, int]) -> bool:
-    return bool(token[1])
 
 
 def _content(folder: Path, name: str, token: Any) -> str:

@@ -71,6 +71,18 @@ class Report(NamedTuple):
         """Returns the record that a run stores."""
         return self._asdict()
 
+    def text(self, context: int) -> str:
+        """Returns a sentence for the user."""
+        dropped = (
+            f", {self.dropped:,} reasoning texts or remarks beside a tool call dropped by the chat "
+            "template"
+        )
+        return (
+            f"{self.name}: {self.rows:,} examples, {self.tokens:,} tokens, {self.learnt:,} of them "
+            f"trained on; {self.held_out_rows:,} examples held out, {self.truncated:,} truncated "
+            f"to {context:,} tokens, {self.too_long:,} left out{dropped if self.dropped else ''}."
+        )
+
 
 class Prepared(NamedTuple):
     """Rows to train on, held-out rows, and statistics of all rows."""
@@ -114,8 +126,7 @@ def read(
 
 
 def _check_digest(report: Report, pinned: str | None) -> None:
-    """Raises a ValueError where the rows are not those that are wanted."""
-    if pinned is None or report.sha256.startswith(pinned):
+    if report.sha256.startswith(pinned or ""):
         return
     remedy = "Give the same file, --model and --context"
     if report.packages:
@@ -149,7 +160,7 @@ def prepare(
         file: A .jsonl, .jsonl.gz or .parquet file, local or in gs:// or s3://. By default, the
             instructions made from the installed packages.
         chat: The tokenizer and chat template.
-        context: The maximum number of tokens of a row; longer rows are truncated.
+        context: The maximum number of tokens of a row, at least 2; longer rows are truncated.
         cache: The folder of the default instructions.
         on_progress: Called repeatedly with the number of finished rows.
 
@@ -158,28 +169,23 @@ def prepare(
             or no rows remain to train on or to hold out.
         OSError: If the file does not exist or cannot be read.
     """
-    if context < 2:
-        raise ValueError(f"A context must have at least two tokens; got {context}.")
     made = instructions.prepare(cache, lambda: on_progress(0)) if file is None else None
     path = located(made.path if made else file)
     name = f"functions of {len(made.rows)} installed Python modules" if made else path.name
     kept: list[tuple[str, Encoded]] = []
     groups: set[str] = set()
-    done = too_long = truncated = escaped = dropped = lost = 0
+    done, counts = 0, Counter(too_long=0, truncated=0, escaped=0, dropped=0, lost=0)
     for batch in _batches(_rows(path, chat)):
         for row, (tokens, learnt) in zip(batch, chat.encode(r.text for r in batch), strict=True):
             learnt[:1] = False  # the first token has no context to predict it from
             if not learnt.any():
                 raise ValueError(f"{row.place}: it has no tokens to train on.")
             groups.add(row.group)
-            escaped += row.text.escaped
-            dropped += row.text.dropped
-            truncated += len(tokens) > context
-            lost += max(len(tokens) - context, 0)
-            if learnt[:context].any():
+            beyond, fits = max(len(tokens) - context, 0), learnt[:context].any()
+            counts.update(too_long=not fits, truncated=beyond > 0, lost=beyond)
+            counts.update(escaped=row.text.escaped, dropped=row.text.dropped)
+            if fits:
                 kept.append((row.group, Encoded(tokens[:context], learnt[:context])))
-            else:
-                too_long += 1
         done += len(batch)
         on_progress(done)
     if not done:
@@ -200,16 +206,12 @@ def prepare(
     report = Report(
         name=name,
         rows=done,
-        too_long=too_long,
-        truncated=truncated,
-        escaped=escaped,
-        dropped=dropped,
+        **counts,
         groups=len(groups),
         tokens=sum(len(side.tokens) for side in sides),
         learnt=sum(int(side.learnt.sum()) for side in sides),
         held_out_rows=len(held_out.lengths),
         held_out_learnt=int(held_out.learnt.sum()),
-        lost=lost,
         sha256=digest.hexdigest(),
         packages=made and made.packages,
         modules=made and made.rows,
@@ -275,7 +277,6 @@ def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
 
 
 def _values(path: epath.Path) -> Iterator[tuple[str, Any]]:
-    """Yields the rows of a file, with their places for error messages."""
     if path.suffix == ".parquet":
         for number, row in enumerate(documents.table(path, _COLUMNS), 1):
             yield f"{path}, row {number}", _as_written(row)
@@ -304,7 +305,6 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _text(row: Any, chat: Chat) -> tuple[Text, str]:
-    """Returns the text and the group of a row."""
     if not isinstance(row, dict):
         raise ValueError(f"an example must be an object; got {type(row).__name__}")
     given = row

@@ -5,7 +5,6 @@ never imported. The order of the rows depends only on them.
 """
 
 import ast
-import contextlib
 import gc
 import gzip
 import importlib.metadata
@@ -33,6 +32,9 @@ _SKIPPED = {  # folders of tests, and of copies of other packages
     *("test", "tests", "_test", "_tests", "testing", "_testing", "idle_test"),
     *("_vendor", "_vendored", "vendor", "vendored", "extern", "externals", "third_party"),
 }
+
+
+_FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
 
 
 class Instructions(NamedTuple):
@@ -76,8 +78,11 @@ def prepare(folder: Path | None = None, on_wait: Callable[[], None] = lambda: No
 
     def write(partial: Path) -> dict[str, Any]:
         library = Path(sysconfig.get_path("stdlib"))
-        with _uncollected():
+        gc.disable()  # collections would take a third of the time and find nothing
+        try:
             rows = list(from_files(_files(library, map(Path, roots))))
+        finally:
+            gc.enable()
         if not rows:
             raise ValueError("No installed package has documented source code; give --data.")
         with gzip.GzipFile(partial / FILE, "wb", compresslevel=5, mtime=0) as file:
@@ -88,18 +93,6 @@ def prepare(folder: Path | None = None, on_wait: Callable[[], None] = lambda: No
     with cache.alone(folder, on_wait):
         meta = cache.read(folder) or cache.make(folder, write)
     return Instructions(folder / FILE, meta["rows"], packages, meta["sha256"])
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Disables garbage collection, which would take a third of the time and find nothing."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _files(library: Path, roots: Iterable[Path]) -> Iterator[tuple[str, Path]]:
@@ -152,16 +145,12 @@ def _functions(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
         for node in scope.body:
             if isinstance(node, ast.ClassDef):
                 scopes.append((node.name, node))
-            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                parts = _parts(node, lines)
-                if parts is not None:
-                    docstring = "".join((ast.get_docstring(node) or "").split())
-                    yield docstring, "".join(parts[1].split()), _row(name, *parts)
+            elif isinstance(node, _FUNCTIONS) and (parts := _parts(node, lines)):
+                docstring = "".join((ast.get_docstring(node) or "").split())
+                yield docstring, "".join(parts[1].split()), _row(name, *parts)
 
 
-def _parts(
-    node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]
-) -> tuple[str, str] | None:
+def _parts(node: Any, lines: list[str]) -> tuple[str, str] | None:
     """Returns a function's signature with docstring, and its body; None if it is unsuitable."""
     docstring = ast.get_docstring(node)
     if docstring is None or len(docstring) > _DOCSTRING or len(docstring.split()) < _WORDS:

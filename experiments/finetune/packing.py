@@ -63,14 +63,13 @@ class Batches:
         batch: The number of windows in a step, over all processes.
         context: The number of tokens in a window.
         seed: The seed of the order, not negative.
-        places: The indices in the batch of the windows to make, as in `processes.Share`. By
-            default all.
+        places: Which windows of a batch to make, as in `processes.Share`. By default all.
 
     Attributes:
         windows: The number of windows in an epoch.
 
     Raises:
-        ValueError: If a row is too long, or the batch or the seed is out of range.
+        ValueError: If a row is too long.
     """
 
     def __init__(
@@ -82,19 +81,13 @@ class Batches:
         seed: int,
         places: Sequence[int] | None = None,
     ):
-        _check_batch(batch)
-        if seed < 0:
-            raise ValueError(f"--seed must be at least 0; got {seed}.")
         self._rows, self._context, self._seed = rows, context, seed
-        self._batch = batch
-        self._places = range(batch) if places is None else [int(place) for place in places]
+        self._batch, self._places = batch, range(batch) if places is None else places
         self._packed = pack(np.sort(rows.lengths)[::-1], context)
         self.windows = len(self._packed)
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __getitem__(self, step: int) -> Batch:
-        if step < 0:
-            raise IndexError(f"The step must be at least 0; got {step}.")
         windows = [self._window(step * self._batch + place) for place in self._places]
         return assemble(self._rows, windows, self._context)
 
@@ -115,7 +108,6 @@ def in_order(rows: Rows, *, batch: int, context: int) -> list[Batch]:
 
     Arguments and errors are those of `Batches`.
     """
-    _check_batch(batch)
     windows = pack(rows.lengths, context)
     windows += [[] for _ in range(-len(windows) % batch)]
     return [
@@ -177,8 +169,3 @@ def assemble(rows: Rows, windows: Sequence[Sequence[int]], context: int) -> Batc
             batch.segments[i, here] = segment
             batch.positions[i, here] = np.arange(last - first)
     return batch
-
-
-def _check_batch(batch: int) -> None:
-    if batch < 1:
-        raise ValueError(f"--batch must be at least 1; got {batch}.")

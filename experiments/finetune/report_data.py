@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from experiments.finetune.arms import ARMS
+from experiments.finetune.claims import mean
 from experiments.finetune.config import ArmName
 from experiments.finetune.loop import steadiness
 from experiments.report import records
@@ -64,9 +65,9 @@ class Trained(NamedTuple):
         steps, accuracy = self.series.get("mean_token_accuracy", NOTHING)
         norm_steps, norms = self.series.get("gradient_norm", NOTHING)
         _, spread = steadiness([float(x) for x in norms[norm_steps > self.warmup]])
-        early = {"early_accuracy": _mean(accuracy[steps <= EARLY * self.steps])}
+        early = {"early_accuracy": mean(accuracy[steps <= EARLY * self.steps])}
         late = {
-            "late_accuracy": _mean(accuracy[steps > LATE * self.steps]),
+            "late_accuracy": mean(accuracy[steps > LATE * self.steps]),
             "gradient_norm_spread": math.nan if spread is None else spread,
             **{name: self.last(name) for name in _HELD_OUT},
         }
@@ -170,8 +171,3 @@ def idle_clip(trainings: Iterable[Trained], optimizer: Mapping[str, Any]) -> lis
         f"MuonClip never clips here: the largest attention logit is {known.max():.3g}, and its "
         f"threshold {threshold:g}."
     ]
-
-
-def _mean(values: np.ndarray) -> float:
-    known = values[np.isfinite(values)]
-    return float(np.mean(known)) if len(known) else math.nan

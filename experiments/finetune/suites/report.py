@@ -10,7 +10,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from experiments.finetune import claims
-from experiments.finetune.claims import MEASURES, Judged, difference_text
+from experiments.finetune.claims import MEASURES, Contrast, Judged
 from experiments.finetune.report import POST, about
 from experiments.finetune.report_data import Trained, idle_clip
 from experiments.finetune.report_figures import pictures, style_of
@@ -27,7 +27,6 @@ from experiments.finetune.suites.results import (
     BY_BASE,
     TO_ADAMW_BY_BASE,
     TO_PUBLISHED,
-    Contrast,
     Group,
     contrasts,
     groups,
@@ -100,7 +99,7 @@ def load(folder: Path) -> Results:
             f"{folder / 'config.json'} is not of a suite of this study; its suite is {which!r}."
         )
     found = groups(files)
-    return Results(which, files, found, contrasts(which, found), files.config["clips"])
+    return Results(which, files, found, contrasts(found), files.config["clips"])
 
 
 def _share(name: str) -> Callable[[Group], str]:
@@ -202,7 +201,7 @@ def plain(name: str) -> str:
 
 def contrast_text(of: Contrast) -> str:
     """Formats a difference, e.g. as "−0.0123 nats [−0.0200, −0.0046], p 0.012"."""
-    text = difference_text(MEASURES["validation_loss"], of.mean, of.interval)
+    text = of.text(MEASURES["validation_loss"])
     return text if of.p is None else f"{text}, p {p_text(of.p)}"
 
 
@@ -356,14 +355,9 @@ def report(folder: Path) -> Report:
     facts["models"] = ", ".join(config["models"])
     table = Table(COLUMNS, found, told(CAPTION, facts), TITLES[which], names=2).known()
     headings = ["difference of the final loss", "of", "mean [95 % interval]", "p, Holm", "n"]
+    loss = MEASURES["validation_loss"]
     differences = [
-        [
-            of.family,
-            plain(of.name),
-            contrast_text(of._replace(p=None)),
-            p_text(of.p),
-            str(len(of.gaps)),
-        ]
+        [of.family, plain(of.name), of.text(loss), p_text(of.p), str(len(of.gaps))]
         for of in results.contrasts
     ]
     heading, whose = ASKED.get(which, ("The post's claims and this run", POST))
@@ -371,6 +365,7 @@ def report(folder: Path) -> Report:
     of_arms = about([of.arm for of in found], config["optimizer"]["quirks"])
     of_texts = functools.partial(Table.of_texts, names=2)
     crossed = of_texts(*matrix(results), MATRIX) if which == "mismatch" else None
+    paired = differences and of_texts(headings, differences, DIFFERENCES)
     clips = of_texts(answers.CLIP, answers.clip_rows(results.clips), told(CLIPS, facts))
     return arms.report(
         TITLES[which],
@@ -385,13 +380,7 @@ def report(folder: Path) -> Report:
             Section("clips", "One clip, before any training", [results.clips and clips]),
             Section("claims", heading, [whose, verdicts] if verdicts else []),
         ],
-        beside=[
-            Section(
-                "differences",
-                "Differences",
-                [differences and of_texts(headings, differences, DIFFERENCES)],
-            )
-        ],
+        beside=[Section("differences", "Differences", [paired])],
         limits=limits,
         measured=of_arms | all_told(MEASURED, facts),
         groups=[of.as_json() for of in found],

@@ -7,24 +7,19 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from rich.console import Console
 
-from experiments.commands import INTERRUPTED
 from experiments.finetune import base, data, loop, weights
-from experiments.finetune.architecture import Architecture
 from experiments.finetune.chat import TOKENIZER
 from experiments.finetune.config import REAL_WARMUP, WARMUP, ArmName, Base, Training
-from experiments.finetune.model import Params
-from experiments.finetune.packing import Rows
+from experiments.finetune.loop import Model
 from experiments.finetune.suites import clip
 from experiments.finetune.suites.config import (
-    GAINS,
-    NO_QK_NORM,
     PROJECTIONS,
-    QK_NORM,
+    UNCLIPPED,
     Cell,
     SuiteName,
     Variant,
@@ -40,26 +35,14 @@ from experiments.sweep import Row
 
 # Settings that only select cells or devices, or are measured. All others determine the cells.
 _FREE = (
-    "optimizers",
-    "seeds",
-    "sweep_seeds",
-    "sweep",
-    "mesh",
-    "seed",
-    "max_nonfinite_steps",
-    "clips",
+    *("optimizers", "seeds", "sweep_seeds", "sweep"),
+    *("mesh", "seed", "max_nonfinite_steps", "clips"),
+)
+_RECORDED = (
+    *("optimizers", "seeds", "sweep_seeds"),
+    *("clip_share", "evaluate_every", "evaluation_tokens"),
 )
 _TIMED = 3  # number of steps that estimates time
-
-
-class Model(NamedTuple):
-    """What a variant fine-tunes, in the host's memory, its rows, and its pretraining's text."""
-
-    name: str
-    architecture: Architecture
-    params: Params
-    rows: data.Prepared
-    text: Rows | None = None
 
 
 def suite(command: Any, which: SuiteName, console: Console, stop: threading.Event) -> int:
@@ -82,10 +65,7 @@ def suite(command: Any, which: SuiteName, console: Console, stop: threading.Even
     """
     check_alone(which, command.out)
     planned = variants(command, which)
-    try:
-        models = _models(command, planned, console, stop)
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    models = _models(command, planned, console, stop)
     trainings = {name: _training(of, models[of.base]) for name, of in planned.items()}
     clips = _clips(command, planned, models) if which == "qk" else {}
     trainings |= {name: with_threshold(trainings[name], of.threshold) for name, of in clips.items()}
@@ -105,22 +85,13 @@ def suite(command: Any, which: SuiteName, console: Console, stop: threading.Even
     def train(
         cell: Cell, training: Training, show: Callable[[Row], None], device: Device, **running: Any
     ) -> Trained:
-        of = models[planned[cell.variant].base]
-        return loop.train_cell(
-            training,
-            of.rows,
-            cell.arm,
-            of.architecture,
-            of.params,
-            cell.rate,
-            cell.seed,
-            dataclasses.replace(command, **running),
-            device,
-            show,
-            of.text,
-        )
+        own = dataclasses.replace(command, **running)
+        model = models[planned[cell.variant].base]
+        given = training, model, cell.arm, cell.rate, cell.seed, own, device
+        return loop.train_cell(*given, show)
 
-    with contextlib.closing(Run(Path(command.out), settings, _FREE)) as run:
+    folder = Path(command.out)
+    with contextlib.closing(Run(folder, settings, _FREE, Training().as_json())) as run:
         return sweep_rates(
             run,
             stop,
@@ -178,23 +149,13 @@ def _settings(
     models: Mapping[Base | None, Model],
     trainings: Mapping[str, Training],
 ) -> dict[str, Any]:
-    names = (
-        "optimizers",
-        "seeds",
-        "sweep_seeds",
-        "clip_share",
-        "evaluate_every",
-        "evaluation_tokens",
-    )
-    own = {name: getattr(command, name) for name in names}
     known = next(iter(trainings.values()))
     return {
         "suite": which,
         **command.as_json(),
-        **own,
+        **{name: getattr(command, name) for name in _RECORDED},
         "steps": known.steps,
         "warmup": known.warmup,
-        "optimizers": list(command.optimizers),
         "sweep": dataclasses.asdict(command.sweep),
         "models": [of.name for of in models.values()],
         "data": next(iter(models.values())).rows.report.sha256,
@@ -264,14 +225,10 @@ def _clips(
 ) -> dict[str, clip.Clipped]:
     """Measures the effects of one clip on the initial models of --suite qk."""
     found = {}
-    for norm, clipped in ((QK_NORM, PROJECTIONS), (QK_NORM, GAINS), (NO_QK_NORM, PROJECTIONS)):
-        variant = planned[f"{norm}, {clipped}"]
-        of = models[variant.base]
-        found[f"{norm}, {clipped}"] = clip.measure(
-            of.architecture,
-            of.params,
-            loop.batches(of.rows.train, variant.training, 0)[0],
-            command.clip_share,
-            projections=clipped == PROJECTIONS,
-        )
+    for name, variant in planned.items():
+        if not name.endswith(UNCLIPPED):
+            of = models[variant.base]
+            batch = loop.batches(of.rows.train, variant.training, 0)[0]
+            given = of.architecture, of.params, batch, command.clip_share
+            found[name] = clip.measure(*given, projections=name.endswith(PROJECTIONS))
     return found
