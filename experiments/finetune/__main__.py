@@ -49,11 +49,11 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
     if command.data is not None:
         data.located(command.data)
     if command.suite:
-        plan.plan_suite(command, command.suite, console)
+        plan.plan_suite(command, console)
         if command.dry_run:
             return 0
         check_free(epath.Path(command.out), command.as_json(), other="another --out")
-        return suite(command, command.suite, console, stop)
+        return suite(command, console, stop)
     if command.dry_run or command.compile_only:
         return plan.plan(command, console)
     check_group(epath.Path(command.out), ARMS, command.as_json(), other="another --out")

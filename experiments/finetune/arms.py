@@ -234,26 +234,15 @@ def _scale(name: ArmName, quirks: tuple[QuirkName, ...]) -> Any:
     return "match_rms_adamw"
 
 
-def group_of(path: Any) -> str:
-    """Returns the group in `GROUPS` that a param belongs to."""
-    if vectors := {"scale": "gains", "bias": "biases"}.get(path[-1].key):
-        return vectors
-    return path[0].key if path[0].key in ("embedding", "head") else "matrices"
-
-
 def by_group(tree: Any, what: Callable[[list[jax.Array]], Any]) -> dict[str, Any]:
-    """Applies `what` to the leaves of each group in a tree like the params."""
+    """Applies `what` to the leaves of each of the `GROUPS` in a tree like the params."""
     leaves: dict[str, list[jax.Array]] = {group: [] for group in GROUPS}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        leaves[group_of(path)].append(leaf)
+    for path, leaf in flatten_dict(tree).items():
+        table = path[0] if path[0] in GROUPS else "matrices"
+        leaves[{"scale": "gains", "bias": "biases"}.get(path[-1], table)].append(leaf)
     return {group: what(of) for group, of in leaves.items() if of}
-
-
-def norm(leaves: list[jax.Array]) -> jax.Array:
-    """Returns the norm of all entries together, float32."""
-    return optax.tree.norm(leaves)
 
 
 def rms(leaves: list[jax.Array]) -> jax.Array:
     """Returns the root mean square of all entries together, float32."""
-    return norm(leaves) / jnp.sqrt(jnp.float32(sum(x.size for x in leaves)))
+    return optax.tree.norm(leaves) / jnp.sqrt(jnp.float32(sum(x.size for x in leaves)))

@@ -36,20 +36,11 @@ _ARMS: dict[str, ArmName] = {"adamw": "adamw", "muon": "muon_adamw"}
 OnProgress = Callable[[str, int, int], None]
 
 
-def prepare(
-    base: Base,
-    on_progress: OnProgress = lambda what, done, total: None,
-    folder: Path | None = None,
-) -> Path:
+def prepare(base: Base, on_progress: OnProgress = lambda what, done, total: None) -> Path:
     """Returns the folder of a small model, which is made unless the cache has it.
 
     One process of a host does the work, and others wait for it. Beside the model the folder has
     held-out text, and `meta.json` with the model's loss.
-
-    Args:
-        base: The model to pretrain.
-        on_progress: Called as it goes.
-        folder: The cache. By default muon_jax/finetune in $XDG_CACHE_HOME or ~/.cache.
 
     Raises:
         TrainingError: The loss is no longer finite.
@@ -57,7 +48,7 @@ def prepare(
     """
     text = corpus.standard_library().sha256
     key = cache.digest([_FORMAT, dataclasses.asdict(base), text])[:16]
-    folder = (folder or cache.home("finetune")) / f"base-{key}"
+    folder = cache.home("finetune") / f"base-{key}"
 
     def write(partial: Path) -> dict[str, Any]:
         scratch = partial / "scratch"

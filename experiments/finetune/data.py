@@ -103,12 +103,12 @@ def read(
     folder: Path,
     architecture: Architecture,
     on_progress: Callable[[str, int, int | None], None],
-) -> "Prepared":
+) -> Prepared:
     """Reads the rows of a command's `data`, as tokens of the model in a folder.
 
     Raises:
-        ValueError: the tokenizer has tokens that the model lacks, the rows have another digest than
-            the command's `data_sha256`, or as `prepare`.
+        ValueError: As for `prepare`, or if the tokenizer has tokens that the model lacks, or the
+            digest of the rows is not the command's `data_sha256`.
     """
     chat = Chat(folder)
     if chat.vocabulary > architecture.vocabulary:
@@ -146,7 +146,6 @@ def prepare(
     chat: Chat,
     context: int,
     *,
-    cache: Path | None = None,
     on_progress: OnProgress = lambda done: None,
 ) -> Prepared:
     """Reads a file's rows as tokens.
@@ -161,7 +160,6 @@ def prepare(
             instructions made from the installed packages.
         chat: The tokenizer and chat template.
         context: The maximum number of tokens of a row, at least 2; longer rows are truncated.
-        cache: The folder of the default instructions.
         on_progress: Called repeatedly with the number of finished rows.
 
     Raises:
@@ -169,13 +167,14 @@ def prepare(
             or no rows remain to train on or to hold out.
         OSError: If the file does not exist or cannot be read.
     """
-    made = instructions.prepare(cache, lambda: on_progress(0)) if file is None else None
+    made = instructions.prepare(lambda: on_progress(0)) if file is None else None
     path = located(made.path if made else file)
     name = f"functions of {len(made.rows)} installed Python modules" if made else path.name
     kept: list[tuple[str, Encoded]] = []
     groups: set[str] = set()
     done, counts = 0, Counter(too_long=0, truncated=0, escaped=0, dropped=0, lost=0)
-    for batch in _batches(_rows(path, chat)):
+    rows = _rows(path, chat)
+    while batch := list(itertools.islice(rows, _BATCH)):
         for row, (tokens, learnt) in zip(batch, chat.encode(r.text for r in batch), strict=True):
             learnt[:1] = False  # the first token has no context to predict it from
             if not learnt.any():
@@ -220,11 +219,11 @@ def prepare(
 
 
 def pretraining_text(command: Any, folder: Path) -> Rows | None:
-    """Rows of a command's `pretraining_text`, or of what the small model in a folder held out.
+    """Returns rows of a command's `pretraining_text`, or of the small model's held-out text.
 
     Raises:
-        ValueError: the file has no text, or is damaged.
-        OSError: it cannot be read.
+        ValueError: If the file has no text, or is damaged.
+        OSError: If it cannot be read.
     """
     context = command.context
     if command.pretraining_text is not None:
@@ -269,11 +268,6 @@ def _rows(path: epath.Path, chat: Chat) -> Iterator[_Row]:
         except ValueError as error:
             raise ValueError(f"{place}: {error}.") from None
         yield _Row(text, group, place)
-
-
-def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
-    while batch := list(itertools.islice(rows, _BATCH)):
-        yield batch
 
 
 def _values(path: epath.Path) -> Iterator[tuple[str, Any]]:
@@ -337,9 +331,8 @@ def _text(row: Any, chat: Chat) -> tuple[Text, str]:
 
 def _held_out(groups: Iterable[str]) -> set[str]:
     """Returns the groups to hold out: about one in ten, at least one, at most half of the rows."""
-    rows = Counter(groups)
+    rows, held = Counter(groups), set()
     room = rows.total() // 2
-    held: set[str] = set()
 
     def order(group: str) -> tuple[bool, int, str]:
         number = zlib.crc32(group.encode(errors="replace"))

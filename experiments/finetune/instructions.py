@@ -53,14 +53,13 @@ class Instructions(NamedTuple):
     sha256: str
 
 
-def prepare(folder: Path | None = None, on_wait: Callable[[], None] = lambda: None) -> Instructions:
+def prepare(on_wait: Callable[[], None] = lambda: None) -> Instructions:
     """Makes the instructions of the installed packages, or takes them from the cache.
 
     No two rows have the same docstring or body up to white space, so that copies of a function in
     other modules are omitted.
 
     Args:
-        folder: The cache. By default muon_jax/finetune in $XDG_CACHE_HOME or ~/.cache.
         on_wait: Called repeatedly while another process makes the same rows. It may raise to give
             up.
 
@@ -74,7 +73,7 @@ def prepare(folder: Path | None = None, on_wait: Callable[[], None] = lambda: No
     packages = {"Python": platform.python_version(), **dict(sorted(packages.items()))}
     limits = [_GROUP, _WORDS, _DOCSTRING, _BODY, _LINES.start, _LINES.stop, sorted(_SKIPPED)]
     key = cache.digest([_FORMAT, packages, roots, limits])[:16]
-    folder = (folder or cache.home("finetune")) / f"instructions-{key}"
+    folder = cache.home("finetune") / f"instructions-{key}"
 
     def write(partial: Path) -> dict[str, Any]:
         library = Path(sysconfig.get_path("stdlib"))

@@ -52,9 +52,8 @@ def unmark(marked: str) -> Text:
 
 
 def join(text: Text, encodings: Sequence[Any]) -> Encoded:
-    ids: list[int] = []
-    places = []
-    at = 0
+    """Joins the encodings of a text's pieces. A token is learnt if one of its characters is."""
+    ids, places, at = [], [], 0
     for piece, encoding in zip(text.pieces, encodings, strict=True):
         ids += encoding.ids
         places.append(np.array(encoding.offsets, np.int64).reshape(-1, 2) + at)

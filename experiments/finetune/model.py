@@ -59,7 +59,7 @@ class LanguageModel:
             float32.
         remat: Whether to store only the layers' inputs and the results of attention kernels, and
             recompute the rest in the backward pass.
-        lora: which kernels have adapters.
+        lora: Which kernels have adapters.
     """
 
     def __init__(
@@ -116,11 +116,10 @@ class LanguageModel:
         x_BxTxD, largest = jax.lax.scan(
             jax.checkpoint(layer, policy=KEEP_KERNELS) if self.remat else layer,
             x_BxTxD,
-            self._cast({"layers": params["layers"]})["layers"],
+            self._cast(params, "layers"),
             unroll=self.architecture.layers <= _UNROLLED,
         )
-        x_BxTxD = nnx.merge(self._norm, self._cast({"norm": params["norm"]})["norm"])(x_BxTxD)
-        return x_BxTxD, {"layers/attention": largest} if max_logits else {}
+        return self._normed(params, x_BxTxD), {"layers/attention": largest} if max_logits else {}
 
     def continued(
         self,
@@ -129,11 +128,9 @@ class LanguageModel:
         caches: Cache | None = None,
         at: int | jax.Array = 0,
     ) -> tuple[jax.Array, Cache]:
-        """What the head reads of tokens from position `at` on, and the caches with them.
+        """Returns what the head reads of tokens from position `at` on, and the caches with them.
 
-        Args:
-            params, tokens_BxT: as `hidden` takes them.
-            caches, at: as `decoder.Layer.continued` takes them, caches of all layers stacked.
+        `caches` and `at` are as for `decoder.Layer.continued`; caches of all layers are stacked.
         """
 
         def layer(x_BxTxD, inputs):
@@ -141,10 +138,10 @@ class LanguageModel:
             return nnx.merge(self._layer, kernels).continued(x_BxTxD, cache, at)
 
         x_BxTxD = vocabulary.look_up(params["embedding"]["embedding"], tokens_BxT, self.dtype)
-        layers = self._cast({"layers": params["layers"]})["layers"]
+        layers = self._cast(params, "layers")
         unroll = self.architecture.layers <= _UNROLLED
         x_BxTxD, caches = jax.lax.scan(layer, x_BxTxD, (layers, caches), unroll=unroll)
-        return nnx.merge(self._norm, self._cast({"norm": params["norm"]})["norm"])(x_BxTxD), caches
+        return self._normed(params, x_BxTxD), caches
 
     def losses(
         self,
@@ -158,9 +155,7 @@ class LanguageModel:
     ) -> Losses:
         """Returns the loss of each position's target, with only chunks of logits in memory.
 
-        Args:
-            params, tokens_BxT, segments_BxT, max_logits, threshold: As for `hidden`.
-            targets_BxT: The targets, int32, negative where there is none.
+        Targets are int32, and negative where there is none; other arguments are as for `hidden`.
         """
         hidden, largest = self.hidden(
             params, tokens_BxT, segments_BxT, max_logits=max_logits, threshold=threshold
@@ -198,16 +193,19 @@ class LanguageModel:
 
     def _head(self, params: Params) -> jax.Array:
         if self.architecture.tied:
-            table = params["embedding"]["embedding"]
-            return self._cast({"embedding": {"embedding": table}})["embedding"]["embedding"].T
-        return self._cast({"head": params["head"]})["head"]["kernel"]
+            return self._cast(params, "embedding")["embedding"].T
+        return self._cast(params, "head")["kernel"]
 
-    def _cast(self, params: Params) -> Params:
+    def _normed(self, params: Params, x_BxTxD: jax.Array) -> jax.Array:
+        return nnx.merge(self._norm, self._cast(params, "norm"))(x_BxTxD)
+
+    def _cast(self, params: Params, name: str) -> Params:
         """Casts params to the model's dtype before they are gathered, which halves the bytes."""
+        params = {name: params[name]}
         specs = sharding.param_specs(params, jax.sharding.get_abstract_mesh())
         return jax.tree.map(
             lambda x, s: jax.lax.with_sharding_constraint(x.astype(self.dtype), s), params, specs
-        )
+        )[name]
 
 
 def shapes(architecture: Architecture, lora: Lora = Lora()) -> Params:  # noqa: B008

@@ -52,10 +52,10 @@ class Trainer(trainer.Trainer):
         mesh: The mesh, from `mesh.make_mesh`.
 
     Attributes:
-        places: the shardings of the model's params, which have no adapters.
+        places: The shardings of the model's params, which have no adapters.
 
     Raises:
-        ValueError: an axis that the mesh does not divide, or as `arms.check`.
+        ValueError: As for `arms.check`, or if the mesh does not divide an axis.
     """
 
     def __init__(
@@ -74,7 +74,6 @@ class Trainer(trainer.Trainer):
         self.clips_at = self.arm.clips_at
         shape = config.accumulate, config.microbatch, config.context
         windows: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
-        columns = architecture.head_dim
         super().__init__(
             config,
             mesh,
@@ -84,11 +83,11 @@ class Trainer(trainer.Trainer):
             begin=model.shapes(architecture),
             windows=Windows(windows, windows, windows),
             shows_logits=attention.shows_logits(
-                mesh, config.context, columns, config.dtype, packed=True
+                mesh, config.context, architecture.head_dim, config.dtype, packed=True
             ),
             frozen=frozen,
         )
-        self._whole_places = lora.join(self.shardings.params, self.shardings.frozen)
+        whole = lora.join(self.shardings.params, self.shardings.frozen)
         donated = () if frozen and config.dtype != "float32" else 0
         self._compiled_start = jax.jit(
             self._start,
@@ -99,12 +98,12 @@ class Trainer(trainer.Trainer):
         self._averaged = jax.jit(muon_jax.evaluation_params, out_shardings=self.shardings.params)
         self._compiled_evaluate = jax.jit(
             self._evaluate,
-            in_shardings=(self._whole_places, self.windows),
+            in_shardings=(whole, self.windows),
             out_shardings=self._whole,
         )
         self._compiled_merge = jax.jit(
             functools.partial(lora.merge, lora=config.lora),
-            in_shardings=(self._whole_places,),
+            in_shardings=(whole,),
             out_shardings=self.places,
         )
 
@@ -132,20 +131,14 @@ class Trainer(trainer.Trainer):
             return self._compiled_start(params)
 
     def evaluated(self, state: State) -> Params:
-        """All that the model computes with, adapters beside their kernels.
-
-        What is trained is that of the step, or an average where one is asked for.
-        """
+        """Returns all params, adapters beside their kernels, or their average if one is kept."""
         params = state.params
         if self.config.schedules.average is not None:
             params = self._averaged(state.opt_state, params)
         return lora.join(params, state.frozen)
 
     def evaluate(self, params: Params, windows: Windows) -> dict[str, jax.Array]:
-        """Returns sums over the trained-on tokens: the `loss` in nats, and how many are `correct`.
-
-        `learnt` is the number of these tokens.
-        """
+        """Returns the `loss` in nats and how many are `correct`, summed over `learnt` tokens."""
         with jax.set_mesh(self.mesh):
             return self._compiled_evaluate(params, windows)
 
@@ -185,7 +178,7 @@ class Trainer(trainer.Trainer):
             "mean_token_accuracy": jnp.mean(correct / jnp.maximum(learnt, 1)),
             "learnt": jnp.sum(learnt),
             "gradient_norm": norm,
-            "gradient_norms": arms.by_group(gradient, arms.norm),
+            "gradient_norms": arms.by_group(gradient, optax.tree.norm),
             "update_rms": size,
             "max_logit": attention.largest_known(seen["max_logits"], self._threshold(look)),
             "learning_rate": rate * self.arm.schedule(updates_before),

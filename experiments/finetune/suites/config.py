@@ -71,17 +71,9 @@ class Variant(NamedTuple):
     arms: tuple[ArmName, ...]
 
 
-def variants(command: Any, which: SuiteName) -> dict[str, Variant]:
-    """Returns the variants of a suite by name.
-
-    Args:
-        command: A `Training` with `arms`, `base` and `model`.
-        which: The suite.
-
-    Raises:
-        ValueError: If a `model` is given to a suite that pretrains its own.
-    """
-    training, arms = command.training(), tuple(command.optimizers)
+def variants(command: Any) -> dict[str, Variant]:
+    """Returns the variants of a command's `suite` by name."""
+    which, training, arms = command.suite, command.training(), tuple(command.optimizers)
     base = None if command.model else command.base
     if which == "controlled":
         return {CONTROLLED: Variant(base, training, arms)}
@@ -97,11 +89,6 @@ def variants(command: Any, which: SuiteName) -> dict[str, Variant]:
         }
         without = {name: variant for name, variant in without.items() if variant.arms}
         return {PUBLISHED: Variant(base, training, arms)} | without
-    if command.model:
-        raise ValueError(
-            f"--suite {which} pretrains the models that it compares; remove --model "
-            f"{command.model}."
-        )
     if which == "mismatch":
         return {
             name: Variant(dataclasses.replace(command.base, optimizer=optimizer), training, arms)

@@ -24,8 +24,6 @@ from experiments.finetune.suites.config import (
     SuiteName,
 )
 from experiments.finetune.suites.results import (
-    BY_BASE,
-    TO_ADAMW_BY_BASE,
     TO_PUBLISHED,
     Group,
     contrasts,
@@ -33,7 +31,7 @@ from experiments.finetune.suites.results import (
     values,
 )
 from experiments.report import arms
-from experiments.report.figures import Final, finals_figure, optimizer_label
+from experiments.report.figures import Final, finals_figure
 from experiments.report.page import Column, Picture, Report, Section, Table
 from experiments.report.text import all_told, form, number, p_text, plural, told
 from experiments.sweep import Files
@@ -227,7 +225,7 @@ def abstract(results: Results) -> list[str]:
 
 def _arms(results: Results) -> list[str]:
     """Returns sentences on the best arm and on the arms' differences from AdamW."""
-    own = [of for of in results.groups if of.variant == results.variant]
+    own = (of for of in results.groups if of.variant == results.variant)
     ranked = sorted((of for of in own if math.isfinite(of.loss)), key=lambda of: of.loss)
     if not ranked:
         return ["Every optimizer diverged."]
@@ -255,9 +253,8 @@ def _removals(found: Sequence[Contrast]) -> list[str]:
     if not tested:
         return []
     told = sorted((of for of in tested if of.sign), key=lambda of: -abs(of.mean))
-    first, rest = told[:TOLD], told[TOLD:]
-    names = [f"{plain(of.name)} ({contrast_text(of)})" for of in first]
-    if rest:
+    names = [f"{plain(of.name)} ({contrast_text(of)})" for of in told[:TOLD]]
+    if rest := told[TOLD:]:
         at_most = MEASURES["validation_loss"].text(abs(rest[0].mean))
         names.append(f"the other {len(rest)} by at most {at_most}")
     return [
@@ -268,37 +265,28 @@ def _removals(found: Sequence[Contrast]) -> list[str]:
 
 def matrix(results: Results) -> tuple[list[str], list[list[str]]]:
     """Returns the columns and rows of the table base × arm of the suite `mismatch`."""
-    by_name = {(of.family, of.name): contrast_text(of) for of in results.contrasts}
-    losses = {(of.variant, of.arm): of.loss_text() for of in results.groups}
+    by_name = {of.name: contrast_text(of) for of in results.contrasts}
+    losses = {(of.variant, of.label): of.loss_text() for of in results.groups}
     columns = ["fine-tuned with"]
     for base in PRETRAINED.values():
         columns += [f"{base}: final loss", f"{base}: minus AdamW"]
     rows = []
-    for arm in dict.fromkeys(of.arm for of in results.groups):
-        row = [label := optimizer_label(arm)]
+    for label in dict.fromkeys(of.label for of in results.groups):
+        row = [label]
         for base in PRETRAINED.values():
-            row.append(losses.get((base, arm), "–"))
-            row.append(by_name.get((TO_ADAMW_BY_BASE, f"{label}, {base}"), "–"))
-        rows.append([*row, by_name.get((BY_BASE, label), "–")])
+            row += [losses.get((base, label), "–"), by_name.get(f"{label}, {base}", "–")]
+        rows.append([*row, by_name.get(label, "–")])
     return [*columns, "difference of the two differences"], rows
 
 
 def curves(which: SuiteName, found: Sequence[Group]) -> dict[str, dict[str, Sequence[Trained]]]:
     """Returns the trainings to draw against step, by title: a variant's arms, or qk's clips."""
-    if which == "qk":
-        return {
-            norm: {
-                of.variant.removeprefix(f"{norm}, "): of.trained
-                for of in found
-                if of.variant.startswith(f"{norm}, ")
-            }
-            for norm in (QK_NORM, NO_QK_NORM)
-        }
-    shown = {"controlled": [CONTROLLED], "as_published": [PUBLISHED]}
-    return {
-        variant: {of.arm: of.trained for of in found if of.variant == variant}
-        for variant in shown.get(which, PRETRAINED.values())
-    }
+    titles = {"controlled": [CONTROLLED], "as_published": [PUBLISHED], "qk": [QK_NORM, NO_QK_NORM]}
+    drawn: dict[str, dict[str, Sequence[Trained]]] = {}
+    for title in titles.get(which, PRETRAINED.values()):
+        own = [(of, of.variant.removeprefix(title)) for of in found if of.variant.startswith(title)]
+        drawn[title] = {rest.removeprefix(", ") or of.arm: of.trained for of, rest in own}
+    return drawn
 
 
 def drawn_differences(told: Sequence[Contrast]) -> Figure:
@@ -326,6 +314,7 @@ def figures(results: Results) -> list[Picture]:
     """Returns the figures of a suite."""
     found, pairs = results.groups, [of for of in results.contrasts if of.gaps]
     several = any(len(of.losses) > 1 for of in found)
+    drawn = curves(results.which, found)
     differences = Picture(
         "differences",
         lambda: drawn_differences(pairs),
@@ -336,11 +325,7 @@ def figures(results: Results) -> list[Picture]:
     return [
         *[differences] * bool(pairs),
         *[rates(found)] * (several and any(math.isfinite(of.loss) for of in found)),
-        *(
-            picture
-            for title, trainings in curves(results.which, found).items()
-            for picture in pictures(trainings, title)
-        ),
+        *(picture for title, own in drawn.items() for picture in pictures(own, title)),
     ]
 
 

@@ -2,11 +2,11 @@
 
 import contextlib
 import dataclasses
-import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jax
@@ -21,7 +21,6 @@ from experiments.finetune.suites.config import (
     PROJECTIONS,
     UNCLIPPED,
     Cell,
-    SuiteName,
     Variant,
     variants,
     with_threshold,
@@ -45,35 +44,29 @@ _RECORDED = (
 _TIMED = 3  # number of steps that estimates time
 
 
-def suite(command: Any, which: SuiteName, console: Console, stop: threading.Event) -> int:
-    """Trains the missing cells of a suite, and reports on all finished ones.
+def suite(command: Any, console: Console, stop: threading.Event) -> int:
+    """Trains the missing cells of a suite, reports on all finished ones, and returns an exit code.
 
     Args:
         command: A `Training`, `Running` and `Suite` in one, with `optimizers`, `base`, `model`,
             `data` and `out`.
-        which: The suite.
         console: The console for progress.
         stop: Set to request an early end. Finished cells are kept.
 
-    Returns:
-        The command's exit code.
-
     Raises:
         RunError: If the folder is in use, or contains a suite with other settings.
-        ValueError: If the settings do not suit the suite, there are several processes, or the
-            folder is not local.
+        ValueError: If the settings do not suit the suite or its folder, or there are several
+            processes.
     """
-    check_alone(which, command.out)
-    planned = variants(command, which)
+    check_alone(command.suite, command.out)
+    planned = variants(command)
     models = _models(command, planned, console, stop)
     trainings = {name: _training(of, models[of.base]) for name, of in planned.items()}
-    clips = _clips(command, planned, models) if which == "qk" else {}
+    clips = _clips(command, planned, models) if command.suite == "qk" else {}
     trainings |= {name: with_threshold(trainings[name], of.threshold) for name, of in clips.items()}
-    settings = _settings(command, which, models, trainings)
-    settings |= {
-        "clips": {name: of._asdict() for name, of in clips.items()},
-        "thresholds": {name: of.threshold for name, of in clips.items()},
-    }
+    settings = _settings(command, models, trainings)
+    settings["clips"] = {name: of._asdict() for name, of in clips.items()}
+    settings["thresholds"] = {name: of.threshold for name, of in clips.items()}
     arms = {
         (name, arm): of.training.optimizer.learning_rate
         for name, of in planned.items()
@@ -109,7 +102,7 @@ def suite(command: Any, which: SuiteName, console: Console, stop: threading.Even
 
 
 def _program(cells: list[Cell]) -> tuple[str, ArmName]:
-    """Returns a key that is equal for cells with the same compiled program."""
+    """Equal for cells with the same compiled program."""
     return cells[0].variant, cells[0].arm
 
 
@@ -145,13 +138,12 @@ def _training(variant: Variant, of: Model) -> Training:
 
 def _settings(
     command: Any,
-    which: SuiteName,
     models: Mapping[Base | None, Model],
     trainings: Mapping[str, Training],
 ) -> dict[str, Any]:
     known = next(iter(trainings.values()))
     return {
-        "suite": which,
+        "suite": command.suite,
         **command.as_json(),
         **{name: getattr(command, name) for name in _RECORDED},
         "steps": known.steps,
@@ -181,6 +173,7 @@ def _estimate(
 
     def time_some(cell: Cell, device: jax.Device) -> None:
         training, clock = trainings[cell.variant], [time.perf_counter()]
+        steps, evaluations = training.steps, 1 + -(-training.steps // command.evaluate_every)
 
         def watch(evaluation: Row) -> None:
             if stop.is_set():
@@ -189,22 +182,18 @@ def _estimate(
             if step := evaluation["step"]:
                 began, first, second = clock
                 seconds = evaluation["seconds"]
-                evaluations = 1 + -(-training.steps // command.evaluate_every)
                 compiling.append(first - began)
-                whole.append(
-                    training.steps * seconds / step + evaluations * (second - first - seconds)
-                )
+                whole.append(steps * seconds / step + evaluations * (second - first - seconds))
                 raise _EnoughError
 
         with contextlib.suppress(_EnoughError):
             train(cell, training, watch, device, evaluate_every=_TIMED)
 
-    devices = len(devices_for(count))
     timed = programs[: len(devices_for(len(programs)))]
     run_in_parallel(timed, lambda cell: cell, time_some, stop)
     if not whole:
         return "unknown, since all timed trainings diverged at once."
-    once, each = statistics.fmean(compiling), statistics.fmean(whole)
+    once, each, devices = fmean(compiling), fmean(whole), len(devices_for(count))
     total = (count * each + (len(programs) - len(whole)) * once) / devices
     return (
         f"{_duration(total)} for {count} trainings; {_duration(each)} each on "
