@@ -43,7 +43,7 @@ ROOT = Path(__file__).parent.parent
         ("--seed -1", "--seed must be at least 0; got -1"),
         ("--epochs inf", "--epochs must be a finite number"),
         ("--warmup 3 --steps 3", "less than --steps 3; got 3. Use fewer"),
-        ("--base.hidden 0", "--base.hidden must be at least 1; got 0"),
+        ("--base.width 0", "--base.width must be at least 1; got 0"),
         ("--base.heads 3", "--base.heads must be even and at least 2"),
         ("--base.head-dim 3", "--base.head-dim must be even and at least 2, since RoPE"),
         ("--base.vocabulary 258", "--base.vocabulary must be at least 259"),
@@ -161,7 +161,7 @@ def test_a_step_is_compiled_for_a_topology(monkeypatch):
     monkeypatch.setitem(MEMORY, "cpu", 1.0)
     monkeypatch.setattr(compile_only, "topology_devices", lambda name: jax.devices()[:2])
     words = "--compile-only --topology made:2 --optimizers muon_adamw --context 16"
-    words += " --base.layers 1 --base.hidden 16 --base.ffn 16 --base.heads 2 --base.head-dim 8"
+    words += " --base.layers 1 --base.width 16 --base.ffn 16 --base.heads 2 --base.head-dim 8"
     code, said, _ = finetune(words)
     assert code == 0 and "on 2 devices of made:2 (cpu), data 1 × fsdp 2" in said
     for text in ("kernels", "HBM traffic", "roofline", "all-reduce", "temporaries"):

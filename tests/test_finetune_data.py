@@ -103,7 +103,7 @@ def test_a_table_has_the_keys_and_nulls_of_each_row_alone(tmp_path):
     )
     rows = rows_of("messages")
     for i, row in enumerate(rows):
-        arguments = {"content": "x", "a": 1} if i % 2 else {"abc"[i % 3]: i}
+        arguments = {"a": 1, "content": "x"} if i % 2 else {"abc"[i % 3]: i}
         row["messages"][1] |= {"tool_calls": [{"function": {"arguments": arguments}}]}
         row["messages"][1] |= {"content": None} if i % 4 else {}
     files = [write(tmp_path / name, rows) for name in ("a.jsonl", "a.parquet")]
@@ -257,24 +257,24 @@ def random_rows(count=157, context=32, seed=0):
 
 
 def windows_of(batches):
-    """Each window of batches, as arrays `(5, context)`."""
+    """Each window of batches, as arrays `(3, context)`."""
     return [np.array(window) for batch in batches for window in zip(*batch, strict=True)]
 
 
 def check_window(window):
     """The rows of a window, after the rules of segments, positions and targets."""
-    tokens, targets, mask, segments, positions = window
+    tokens, targets, segments = window
     found = []
     filled = segments > 0
     assert not filled[np.argmin(filled) :].any() or filled.all()
-    assert not window[:, ~filled].any()
+    assert not tokens[~filled].any() and (targets[~filled] == -1).all()
     for segment in range(1, segments.max() + 1):
         (here,) = np.nonzero(segments == segment)
         np.testing.assert_array_equal(here, np.arange(here[0], here[-1] + 1))
-        np.testing.assert_array_equal(positions[here], np.arange(len(here)))
-        np.testing.assert_array_equal(targets[here[:-1]], tokens[here[1:]])
-        assert targets[here[-1]] == mask[here[-1]] == 0
-        found.append((tokens[here].tolist(), [False, *mask[here[:-1]].astype(bool).tolist()]))
+        learnt = targets[here] >= 0
+        np.testing.assert_array_equal(targets[here][learnt], tokens[here[1:]][learnt[:-1]])
+        assert targets[here[-1]] == -1
+        found.append((tokens[here].tolist(), [False, *learnt[:-1].tolist()]))
     return found
 
 
@@ -293,7 +293,9 @@ def test_held_out_rows_come_once_each_and_in_one_shape():
     rows = random_rows()
     batches = in_order(rows, batch=4, context=40)
     assert {x.shape for batch in batches for x in batch} == {(4, 40)}
-    found = [row for window in windows_of(batches) if window.any() for row in check_window(window)]
+    found = [
+        row for window in windows_of(batches) if window[0].any() for row in check_window(window)
+    ]
     assert sorted(found) == each(rows)
 
 
@@ -355,7 +357,7 @@ def test_the_small_model_keeps_text_that_it_has_not_learnt(tmp_path, monkeypatch
     path = write(tmp_path / "texts.jsonl", [{"text": f"{i} to be or not " * 99} for i in range(99)])
     few = documents.from_files((epath.Path(path),))
     monkeypatch.setattr(documents, "standard_library", lambda: few)
-    sizes = {"layers": 1, "hidden": 16, "ffn": 16, "heads": 2, "head_dim": 8, "vocabulary": 300}
+    sizes = {"layers": 1, "width": 16, "ffn": 16, "heads": 2, "head_dim": 8, "vocabulary": 300}
     small = Base(**sizes, context=32, batch=4, steps=2)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = base.prepare(small)

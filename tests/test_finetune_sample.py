@@ -3,8 +3,6 @@
 import json
 import sys
 
-import jax
-import numpy as np
 import pytest
 from finetuning import finetune
 from test_finetune_families import (
@@ -15,9 +13,8 @@ from test_finetune_families import (
     transformers,  # noqa: F401 - a fixture
 )
 
-from experiments.finetune import sample, weights
+from experiments.finetune import sample
 from experiments.finetune.chat import Chat
-from experiments.finetune.model import LanguageModel
 
 MESSAGES = [{"role": "user", "content": "to be <|im_end|> or not"}]
 
@@ -114,16 +111,6 @@ def test_a_users_way(transformers, tmp_path, monkeypatch, capsys):  # noqa: F811
     question = Chat(folder / "model").question([{"role": "user", "content": "say 3 or not"}])
     said = greedy(theirs.eval(), tokenizer, question, 30)
     assert tokenizer.decode(said).startswith("to be or not to be<|eot_id|>")
-    architecture, params = weights.read(folder / "model")
-    ours = LanguageModel(architecture, "float32", remat=False)
-    with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
-        tokens = np.array([question], np.int32)
-        logits = ours.logits(params, ours.hidden(params, tokens)[0])
-    import torch
-
-    with torch.no_grad():
-        expected = theirs(torch.tensor([question])).logits.numpy()
-    assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
     card = (folder / "model" / "README.md").read_text()
     summary = json.loads((folder / "summary.json").read_text())
     for fact in ("llama", "rows.jsonl", summary["data"]["sha256"], "0.02", "rank 4", "Muon"):

@@ -47,7 +47,9 @@ def prepare(base: Base, on_progress: OnProgress = lambda what, done, total: None
         OSError: The cache cannot be written.
     """
     text = corpus.standard_library().sha256
-    key = cache.digest([_FORMAT, dataclasses.asdict(base), text])[:16]
+    named = {"hidden": base.width, **dataclasses.asdict(base)}
+    del named["width"]  # which _FORMAT 2 calls hidden
+    key = cache.digest([_FORMAT, named, text])[:16]
     folder = cache.home("finetune") / f"base-{key}"
 
     def write(partial: Path) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def architecture_of(base: Base, vocabulary: int) -> Architecture:
     """Returns the architecture of a small model, whose end token is ChatML's last one."""
     return Architecture(
         layers=base.layers,
-        hidden=base.hidden,
+        hidden=base.width,
         ffn=base.ffn,
         heads=base.heads,
         kv_heads=base.heads // 2,
@@ -155,6 +157,5 @@ def _pretrain(
 
 def _every_token(rows: np.ndarray) -> Batch:
     """Returns a batch that trains on every token of windows `(B, T + 1)` of one text each."""
-    tokens, targets = rows[:, :-1], rows[:, 1:]
-    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    return Batch(tokens, targets, np.ones_like(tokens), np.ones_like(tokens), positions)
+    tokens, targets = (np.asarray(x, np.int32) for x in (rows[:, :-1], rows[:, 1:]))
+    return Batch(tokens, targets, np.ones_like(tokens))

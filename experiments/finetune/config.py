@@ -241,7 +241,7 @@ class Base:
     """Normalise queries and keys, as Qwen3 does. Without it, the model is a Llama."""
     layers: Count = 4
     """Number of layers."""
-    hidden: Count = 128
+    width: Count = 128
     """Width of the residual stream."""
     ffn: Count = 384
     """Hidden size of SwiGLU."""

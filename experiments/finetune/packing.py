@@ -2,7 +2,7 @@
 
 import bisect
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,21 +33,17 @@ class Rows(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Windows of rows, as arrays `(windows, context)` int32, with padding of 0.
+    """Windows of rows, as arrays `(windows, context)` int32.
 
     Attributes:
-        tokens: The input tokens.
-        targets: The next token in the row; 0 at its end.
-        mask: 1 where the target is trained on, else 0.
-        segments: 1 for the first row of a window, 2 for the second, and so on.
-        positions: The position of a token in its row, from 0.
+        tokens: The input tokens; padding is 0.
+        targets: The next token in the row where it is trained on; elsewhere -1.
+        segments: 1 for the first row of a window, 2 for the second, and so on; 0 for padding.
     """
 
-    tokens: np.ndarray
-    targets: np.ndarray
-    mask: np.ndarray
-    segments: np.ndarray
-    positions: np.ndarray
+    tokens: Any
+    targets: Any
+    segments: Any
 
 
 class Batches:
@@ -156,16 +152,16 @@ def pack(lengths: np.ndarray, context: int) -> list[list[int]]:
 
 def assemble(rows: Rows, windows: Sequence[Sequence[int]], context: int) -> Batch:
     """Returns the batch of these windows, each a list of rows from `pack`."""
-    batch = Batch(*np.zeros((len(Batch._fields), len(windows), context), np.int32))
+    empty = np.zeros((len(windows), context), np.int32)
+    batch = Batch(empty, np.full_like(empty, -1), np.zeros_like(empty))
     for i, window in enumerate(windows):
-        position = 0
+        begin = 0
         for segment, row in enumerate(window, 1):
-            first, last = rows.starts[row], rows.starts[row + 1]
-            here = slice(position, position := position + int(last - first))
-            before = slice(here.start, here.stop - 1)
-            batch.tokens[i, here] = rows.tokens[first:last]
-            batch.targets[i, before] = rows.tokens[first + 1 : last]
-            batch.mask[i, before] = rows.learnt[first + 1 : last]
-            batch.segments[i, here] = segment
-            batch.positions[i, here] = np.arange(last - first)
+            whole = slice(rows.starts[row], rows.starts[row + 1])
+            tokens, learnt = rows.tokens[whole], rows.learnt[whole]
+            end = begin + len(tokens)
+            batch.tokens[i, begin:end] = tokens
+            batch.targets[i, begin : end - 1] = np.where(learnt[1:], tokens[1:], -1)
+            batch.segments[i, begin:end] = segment
+            begin = end
     return batch

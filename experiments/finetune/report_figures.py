@@ -20,7 +20,6 @@ from experiments.report.figures import (
     plain_log_axis,
 )
 from experiments.report.page import Picture
-from experiments.report.series import NOTHING
 
 Arms = Mapping[str, Sequence[Trained]]  # the trainings of each arm
 
@@ -57,7 +56,7 @@ def held_out_figure(arms: Arms) -> Figure:
 
     And the loss on the pretraining text, if there is one.
     """
-    known = [of.series.get("pretraining_loss", NOTHING)[1] for own in arms.values() for of in own]
+    known = [of.series["pretraining_loss"][1] for own in arms.values() for of in own]
     retained = any(np.isfinite(values).any() for values in known)
     figure = new_figure(10.4 + 3.4 * retained, 3.7)
     panels = figure.subplots(1, 3 + retained)

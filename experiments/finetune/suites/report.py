@@ -122,7 +122,7 @@ COLUMNS: tuple[Column, ...] = (
     ("token accuracy, first quarter", "", _share("early_accuracy")),
     ("token accuracy, last quarter", "", _share("late_accuracy")),
     ("gradient norm, interquartile range ÷ median", "", _share("gradient_norm_spread")),
-    ("largest attention logit", "logit", lambda of: number(of.largest_logit())),
+    ("largest attention logit", "logit", lambda of: number(of.max_logit)),
     ("seeds", "", lambda of: str(len(of.best.losses))),
     ("cells", "", lambda of: str(of.cells)),
     ("diverged", "", lambda of: str(of.diverged)),

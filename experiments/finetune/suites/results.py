@@ -20,7 +20,6 @@ from experiments.finetune.suites.config import (
 )
 from experiments.report import arms
 from experiments.report.figures import optimizer_label
-from experiments.report.series import NOTHING
 from experiments.sweep import Files
 
 
@@ -29,18 +28,19 @@ class Group(arms.Arm):
     """The cells of one arm of a variant; `optimizer` is the arm.
 
     Attributes:
-        trained: the cells at the best rate; none of stored results, which have `max_logit` and
-            `forgotten`: by seed, how much the loss on the pretraining text has risen.
-        before: held-out loss of the model that all begin with; NaN if all diverged at once.
-        skipped: steps of the cells at the best rate that changed nothing.
+        trained: The cells at the best rate; none of stored results.
+        max_logit: The largest attention logit of the whole training, mean over seeds.
+        rises: How much the loss on the pretraining text has risen, by seed, where it is known.
+        before: The held-out loss of the initial model; NaN if all cells diverged at once.
+        skipped: The number of skipped steps of the cells at the best rate.
     """
 
     variant: str
+    max_logit: float
+    rises: Mapping[str, float]
     trained: Sequence[Trained] = ()
     before: float = math.nan
     skipped: int | None = None
-    max_logit: float | None = None
-    forgotten: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def arm(self) -> str:
@@ -58,39 +58,21 @@ class Group(arms.Arm):
         """Returns the mean of one of `Trained.values()` over the seeds; NaN if none has it."""
         return mean(trained.values()[name] for trained in self.trained)
 
-    def largest_logit(self) -> float:
-        """Returns the largest attention logit of the whole training, mean over seeds."""
-        if not self.trained:
-            return math.nan if self.max_logit is None else self.max_logit
-        logits = [of.series.get("max_logit", NOTHING)[1] for of in self.trained]
-        return mean(np.nanmax(x) for x in logits if np.isfinite(x).any())
-
     def last_logit(self) -> float:
         """Returns the largest logit between the last two evaluations, mean over seeds."""
         return mean(of.last("max_logit") for of in self.trained)
 
     def gradient_norm(self) -> float:
         """Returns the median gradient norm after warm-up, before clipping, mean over seeds."""
-        norms = []
-        for of in self.trained:
-            steps, values = of.series["gradient_norm"]
-            known = values[(steps > of.warmup) & np.isfinite(values)]
-            norms += [float(np.median(known))] if len(known) else []
-        return mean(norms)
+        medians = [of.steadiness()[0] for of in self.trained]
+        return mean(median for median in medians if median is not None)
 
     def as_json(self) -> dict[str, Any]:
         own = {"variant": self.variant, "arm": self.arm}
         beside = ("optimizer", "spread", "difference_to_adamw", "p_holm")
         base = {key: value for key, value in super().as_json().items() if key not in beside}
         rises = {"pretraining_rise_by_seed": self.rises} if self.rises else {}
-        return own | base | {"max_logit": arms.finite(self.largest_logit())} | rises
-
-    @property
-    def rises(self) -> dict[str, float]:
-        """By seed, of the loss on the pretraining text, those that are known."""
-        if not self.trained:
-            return dict(self.forgotten)
-        return {str(of.seed): of.forgot for of in self.trained if math.isfinite(of.forgot)}
+        return own | base | {"max_logit": arms.finite(self.max_logit)} | rises
 
 
 def groups(files: Files) -> list[Group]:
@@ -103,8 +85,8 @@ def groups(files: Files) -> list[Group]:
             Group(
                 variant=stored["variant"],
                 optimizer=stored["arm"],
-                max_logit=stored["max_logit"],
-                forgotten=stored.get("pretraining_rise_by_seed", {}),
+                max_logit=math.nan if stored["max_logit"] is None else stored["max_logit"],
+                rises=stored.get("pretraining_rise_by_seed", {}),
                 **arms.of_json(stored),
             )
             for stored in files.summary.get("groups", [])
@@ -132,10 +114,14 @@ def _group(files: Files, variant: str, arm: str, rows: list[Any], histories: lis
     )
     steps, warmup = files.config["steps"], files.config["warmup"]
     starts = [h[0]["validation_loss"] for h in histories if h and h[0]["step"] == 0]
+    trained = [of_cell(arm, seed, histories[place], steps, warmup) for seed, place in chosen]
+    logits = [of.series["max_logit"][1] for of in trained]
     return Group(
         variant=variant,
         optimizer=arm,
-        trained=[of_cell(arm, seed, histories[place], steps, warmup) for seed, place in chosen],
+        max_logit=mean(np.nanmax(x) for x in logits if np.isfinite(x).any()),
+        rises={str(of.seed): of.forgot for of in trained if math.isfinite(of.forgot)},
+        trained=trained,
         before=starts[0] if starts else math.nan,
         skipped=sum(rows[place]["skipped"] for _, place in chosen),
         **own,
