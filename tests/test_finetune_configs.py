@@ -28,7 +28,6 @@ COMMON = {
 }
 # Of Llama 3.2 1B, as transformers 4 has written it, without what no model is told by.
 LLAMA = COMMON | {
-    "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
     "bos_token_id": 128000,
     "eos_token_id": [128001, 128008, 128009],
@@ -41,7 +40,6 @@ LLAMA = COMMON | {
     "num_attention_heads": 32,
     "num_hidden_layers": 16,
     "num_key_value_heads": 8,
-    "pretraining_tp": 1,
     "rms_norm_eps": 1e-05,
     "rope_scaling": SCALING,
     "rope_theta": 500000.0,
@@ -49,7 +47,6 @@ LLAMA = COMMON | {
 }
 # Of Qwen2.5 0.5B.
 QWEN2 = COMMON | {
-    "architectures": ["Qwen2ForCausalLM"],
     "bos_token_id": 151643,
     "eos_token_id": 151643,
     "hidden_size": 896,
@@ -63,7 +60,6 @@ QWEN2 = COMMON | {
     "rms_norm_eps": 1e-06,
     "rope_theta": 1000000.0,
     "sliding_window": 32768,
-    "use_mrope": False,
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
@@ -86,7 +82,6 @@ QWEN3 = COMMON | {
     "rope_scaling": None,
     "rope_theta": 1000000,
     "sliding_window": None,
-    "transformers_version": "4.51.0",
     "use_sliding_window": False,
     "vocab_size": 151936,
 }

@@ -15,21 +15,19 @@ class Architecture:
     """Sizes and constants of a model. The defaults are those of the first Qwen3 below 8 B.
 
     Attributes:
-        family: The family, as in `config.json`. It determines whether queries and keys have an
-            RMSNorm, and whether the projections to queries, keys and values have biases.
         layers: The number of decoder layers.
-        hidden: The width of the residual stream.
-        ffn: The hidden size of SwiGLU.
-        heads: The number of query heads.
-        kv_heads: The number of key and value heads; each serves `heads / kv_heads` query heads.
+        hidden, ffn: The widths of the residual stream and of SwiGLU.
+        heads, kv_heads: The numbers of query heads, and of key and value heads, which each serve
+            `heads / kv_heads` query heads.
         head_dim: The dimensions of a head; `heads * head_dim` need not be `hidden`.
         vocabulary: The vocabulary size.
-        rope_theta: The base of RoPE's wavelengths.
+        rope_theta, rope_scaling: The base of RoPE's wavelengths, and, in a Llama, their scaling.
         epsilon: The epsilon of every RMSNorm.
         tied: Whether the head is the transposed embedding.
         initializer_range: The standard deviation of initial matrices.
         context: The maximum context length.
-        rope_scaling: The scaling of RoPE's frequencies, for Llama only.
+        family: As in `config.json`. It determines whether queries and keys have an RMSNorm, and
+            whether the projections to queries, keys and values have biases.
         begin_token, end_token, pad_token: The ids of special tokens.
 
     Raises:

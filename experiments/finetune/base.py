@@ -37,10 +37,10 @@ OnProgress = Callable[[str, int, int], None]
 
 
 def prepare(base: Base, on_progress: OnProgress = lambda what, done, total: None) -> Path:
-    """Returns the folder of a small model, which is made unless the cache has it.
+    """The folder of a base, which it makes if the cache has it not whole.
 
-    One process of a host does the work, and others wait for it. Beside the model the folder has
-    held-out text, and `meta.json` with the model's loss.
+    One process of a host does the work, and others wait for it; a kill leaves nothing that is
+    taken for whole. Beside the model it has held-out text, and `meta.json` with its loss.
 
     Raises:
         TrainingError: The loss is no longer finite.

@@ -67,10 +67,6 @@ class Report(NamedTuple):
     packages: dict[str, str] | None
     modules: dict[str, int] | None
 
-    def as_json(self) -> dict[str, Any]:
-        """Returns the record that a run stores."""
-        return self._asdict()
-
     def text(self, context: int) -> str:
         """Returns a sentence for the user."""
         dropped = (

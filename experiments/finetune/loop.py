@@ -180,7 +180,7 @@ class FineTuning(TrainingLoop):
             **_observed(norms, [r["max_logit"] for r in steps]),
             "model": self.model.name,
             "architecture": dataclasses.asdict(self.trainer.architecture),
-            "data": self.rows.report.as_json(),
+            "data": self.rows.report._asdict(),
         }
 
 

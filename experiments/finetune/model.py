@@ -149,19 +149,14 @@ class LanguageModel:
         tokens_BxT: jax.Array,
         targets_BxT: jax.Array,
         segments_BxT: jax.Array | None = None,
-        *,
-        max_logits: bool = False,
-        threshold: float | None = None,
     ) -> Losses:
         """Returns the loss of each position's target, with only chunks of logits in memory.
 
         Targets are int32, and negative where there is none; other arguments are as for `hidden`.
         """
-        hidden, largest = self.hidden(
-            params, tokens_BxT, segments_BxT, max_logits=max_logits, threshold=threshold
-        )
+        hidden, _ = self.hidden(params, tokens_BxT, segments_BxT)
         loss, correct = vocabulary.cross_entropy(self._head(params), hidden, targets_BxT)
-        return Losses(jnp.where(targets_BxT >= 0, loss, 0), correct, largest)
+        return Losses(jnp.where(targets_BxT >= 0, loss, 0), correct, {})
 
     def loss(
         self,
@@ -258,12 +253,14 @@ def init(architecture: Architecture, key: jax.Array) -> Params:
     return jax.tree.unflatten(tree, params)
 
 
-def attention_spec(architecture: Architecture) -> muon_jax.GroupedQuery:
-    """Returns the spec of attention for `muon_jax.qk_clip`, with the norms of QK-norm if any."""
+def attention_spec(a: Architecture, projections: bool = False) -> muon_jax.GroupedQuery:
+    """Returns the spec of attention for `muon_jax.qk_clip`.
+
+    With QK-norm it clips the norms' gains, or the `projections`, which the norm undoes.
+    """
+    norm = ("query_norm", "key_norm") if a.qk_norm else "refuse"
     return muon_jax.GroupedQuery(
-        heads=architecture.heads,
-        kv_heads=architecture.kv_heads,
-        qk_norm=("query_norm", "key_norm") if architecture.qk_norm else "refuse",
+        heads=a.heads, kv_heads=a.kv_heads, qk_norm="ignore" if projections else norm
     )
 
 

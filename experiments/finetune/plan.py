@@ -145,7 +145,7 @@ def case(trainer: Trainer) -> Case:
         trainer=trainer,
         again=functools.partial(case_of, architecture=a),
         muon=None if arm == "adamw" else optimizer,
-        routing=None if arm == "adamw" else arms.routing(arm, config, a),
+        routing=None if arm == "adamw" else arms.routing(arm, optimizer, config.lora, a),
         labels=trainer.arm.labels,
         heads=(a.heads, a.head_dim, a.head_dim),
         flops=(2 * products + 3 * attention) * config.tokens_per_step,

@@ -167,7 +167,7 @@ class Trainer(trainer.Trainer):
             "mean_token_accuracy": jnp.mean(correct / jnp.maximum(learnt, 1)),
             "learnt": jnp.sum(learnt),
             "gradient_norm": norm,
-            "gradient_norms": arms.by_group(gradient, optax.tree.norm),
+            "gradient_norms": arms.by_group(gradient, arms.norm),
             "update_rms": size,
             "max_logit": attention.largest_known(seen["max_logits"], self._threshold(look)),
             "learning_rate": rate * self.arm.schedule(updates_before),

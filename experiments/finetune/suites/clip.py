@@ -1,6 +1,5 @@
 """Measures the effect of one QK-clip on the largest attention logit and on the predictions."""
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -43,9 +42,7 @@ def measure(
         share: The threshold as a fraction of the largest logit. It is rounded to three digits.
         projections: Whether to scale W_q and W_k in models with QK-norm, not the norms' gains.
     """
-    spec = model.attention_spec(architecture)
-    if projections:
-        spec = dataclasses.replace(spec, qk_norm="ignore")
+    spec = model.attention_spec(architecture, projections)
     look = jax.jit(functools.partial(_look, LanguageModel(architecture, "float32", remat=False)))
     tokens, segments = jnp.asarray(batch.tokens), jnp.asarray(batch.segments)
     mesh = one_device()

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Annotated, Any, Literal, NamedTuple
 
-from experiments.finetune.arms import AS_PUBLISHED
-from experiments.finetune.config import ArmName, Base, QuirkName, Training
+from experiments.finetune.arms import AS_PUBLISHED, QUIRKS
+from experiments.finetune.config import ArmName, Base, Training
 from experiments.settings import Rule
 from experiments.sweep import Seeded, Sweep
 
@@ -16,17 +16,6 @@ PRETRAINED = {"adamw": "AdamW base", "muon": "Muon base"}  # by the optimizer th
 QK_NORM, NO_QK_NORM = "QK-norm", "no QK-norm"
 UNCLIPPED, PROJECTIONS, GAINS = "no clip", "W_q and W_k clipped", "gains clipped"
 
-# Which arms each quirk changes when added to the others. SGD's params never decay.
-_CONCERNS: dict[QuirkName, tuple[ArmName, ...]] = {
-    "warmup_of_muonclip_alone": ("adamw", "muon_frozen1d", "muon_adamw"),
-    "decay_apart": ("adamw", "muon_frozen1d", "muon_adamw"),
-    "spectral_scale": ("muon_frozen1d", "muon_adamw"),
-    "scale_in_root": ("muonclip",),
-    "sgd_of_gains": ("muonclip",),
-    "no_clip": ("muonclip",),
-    "frozen_in_norm": ("muon_frozen1d",),
-    "muon_of_tables": ("muon_frozen1d", "muon_adamw", "muonclip"),
-}
 _CLIPPED = Rule(
     "greater than 0 and less than 1, so that something is clipped", lambda value: 0 < value < 1
 )
@@ -83,7 +72,7 @@ def variants(command: Any) -> dict[str, Variant]:
             f"without {quirk}": Variant(
                 base,
                 _with(training, quirks=tuple(other for other in quirks if other != quirk)),
-                tuple(arm for arm in arms if arm in _CONCERNS[quirk]),
+                tuple(arm for arm in arms if arm in QUIRKS[quirk].arms),
             )
             for quirk in quirks
         }

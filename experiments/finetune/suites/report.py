@@ -10,6 +10,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from experiments.finetune import claims
+from experiments.finetune.arms import QUIRKS
 from experiments.finetune.claims import MEASURES, Contrast, Judged
 from experiments.finetune.report import POST, about
 from experiments.finetune.report_data import Trained, idle_clip
@@ -36,17 +37,6 @@ from experiments.report.page import Column, Picture, Report, Section, Table
 from experiments.report.text import all_told, form, number, p_text, plural, told
 from experiments.sweep import Files
 
-# Short names of the quirks of the released code.
-QUIRK_NAMES = {
-    "decay_apart": "unequal decay",
-    "frozen_in_norm": "frozen gradients in the norm",
-    "muon_of_tables": "Muon of embedding and head",
-    "no_clip": "a clip that never runs",
-    "scale_in_root": "the scale under the root",
-    "sgd_of_gains": "SGD of the gains",
-    "spectral_scale": "the spectral scale",
-    "warmup_of_muonclip_alone": "warm-up for MuonClip alone",
-}
 TITLES: dict[SuiteName, str] = {
     "as_published": "Fine-tuning as in the released code",
     "controlled": "Fine-tuning with all optimizers on equal terms",
@@ -192,8 +182,8 @@ _SWEPT = (
 
 def plain(name: str) -> str:
     """Returns the name of a variant or difference with quirks in words."""
-    for quirk, words in QUIRK_NAMES.items():
-        name = name.replace(f"without {quirk}", f"without {words}")
+    for key, quirk in QUIRKS.items():
+        name = name.replace(f"without {key}", f"without {quirk.name}")
     return name
 
 

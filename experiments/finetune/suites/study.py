@@ -94,7 +94,7 @@ def suite(command: Any, console: Console, stop: threading.Event) -> int:
             arms=arms,
             training=lambda cell: trainings[cell.variant],
             train=train,
-            corpus=next(iter(models.values())).rows.report.as_json(),
+            corpus=next(iter(models.values())).rows.report._asdict(),
             swept=swept,
             program=_program,
             estimate=lambda cells: _estimate(command, cells, trainings, train, swept or 0, stop),
