@@ -14,40 +14,26 @@ from experiments.settings import Count, Positive, check, even
 class Architecture:
     """Sizes and constants of a model. The defaults are those of the first Qwen3 below 8 B.
 
-    Attributes:
-        layers: The number of decoder layers.
-        hidden, ffn: The widths of the residual stream and of SwiGLU.
-        heads, kv_heads: The numbers of query heads, and of key and value heads, which each serve
-            `heads / kv_heads` query heads.
-        head_dim: The dimensions of a head; `heads * head_dim` need not be `hidden`.
-        vocabulary: The vocabulary size.
-        rope_theta, rope_scaling: The base of RoPE's wavelengths, and, in a Llama, their scaling.
-        epsilon: The epsilon of every RMSNorm.
-        tied: Whether the head is the transposed embedding.
-        initializer_range: The standard deviation of initial matrices.
-        context: The maximum context length.
-        family: As in `config.json`. It determines whether queries and keys have an RMSNorm, and
-            whether the projections to queries, keys and values have biases.
-        begin_token, end_token, pad_token: The ids of special tokens.
-
     Raises:
         ValueError: If the sizes are inconsistent, or the family does not support `rope_scaling`.
     """
 
     layers: Count
-    hidden: Count
-    ffn: Count
-    heads: Count
-    kv_heads: Count
-    head_dim: Annotated[int, even("RoPE rotates pairs")]
+    hidden: Count  # width of the residual stream
+    ffn: Count  # width of SwiGLU
+    heads: Count  # query heads
+    kv_heads: Count  # key and value heads; each serves `heads / kv_heads` query heads
+    head_dim: Annotated[int, even("RoPE rotates pairs")]  # `heads * head_dim` need not be `hidden`
     vocabulary: Count
-    rope_theta: Positive = 1e6
-    epsilon: Positive = 1e-6
-    tied: bool = True
-    initializer_range: Positive = 0.02
-    context: Count = 40_960
+    rope_theta: Positive = 1e6  # base of RoPE's wavelengths
+    epsilon: Positive = 1e-6  # of every RMSNorm
+    tied: bool = True  # whether the head is the transposed embedding
+    initializer_range: Positive = 0.02  # standard deviation of initial matrices
+    context: Count = 40_960  # maximum context length
+    # As in `config.json`. It determines whether queries and keys have an RMSNorm, and whether the
+    # projections to queries, keys and values have biases.
     family: Literal["llama", "qwen2", "qwen3"] = "qwen3"
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | None = None  # of RoPE's frequencies, for Llama only
     begin_token: Ids = None
     end_token: Ids = None
     pad_token: Ids = None

@@ -95,21 +95,14 @@ GROUPS = ("embedding", "matrices", "head", "gains", "biases")
 
 
 class Arm(NamedTuple):
-    """The optimizer of one training.
+    """The optimizer of one training."""
 
-    Attributes:
-        labels: Which optimizer updates each param: "muon", "adamw", "sgd" or "frozen".
-        counted: Whether each param is part of the gradient norm.
-        schedule: The schedule, a factor of the learning rate.
-        build: The function `rate -> transformation`; the rate after warm-up may be traced.
-        clips_at: The threshold of its QK-clip; None without one.
-    """
-
-    labels: Any
-    counted: Any
-    schedule: optax.Schedule
+    labels: Any  # which optimizer updates each param: "muon", "adamw", "sgd" or "frozen"
+    counted: Any  # whether each param is part of the gradient norm
+    schedule: optax.Schedule  # a factor of the learning rate
+    # `rate -> transformation`; the rate after warm-up may be traced.
     build: Callable[[float | jax.Array], optax.GradientTransformationExtraArgs]
-    clips_at: float | None
+    clips_at: float | None  # threshold of its QK-clip; None without one
 
 
 def make(name: ArmName, config: Training, architecture: Architecture, **placed: Any) -> Arm:

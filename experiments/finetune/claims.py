@@ -102,23 +102,14 @@ CLAIMS = (
 
 
 class Contrast(NamedTuple):
-    """A difference of a measure, paired by seed.
+    """A difference of a measure, paired by seed."""
 
-    Attributes:
-        name: The name of the difference, for readers.
-        arm: The arm whose colour it has.
-        family: Contrasts of one family share Holm's correction and a heading.
-        gaps: The difference for each seed.
-        interval: The 95 % interval of the mean; None with fewer than two seeds.
-        p: The p of the paired t test after Holm's correction; None with fewer than two seeds.
-    """
-
-    name: str
-    arm: str
-    family: str
-    gaps: dict[int, float]
-    interval: Interval | None
-    p: float | None
+    name: str  # for readers
+    arm: str  # arm whose colour it has
+    family: str  # contrasts of one family share Holm's correction and a heading
+    gaps: dict[int, float]  # by seed
+    interval: Interval | None  # of the mean, 95 %; None with fewer than two seeds
+    p: float | None  # of the paired t test, after Holm's correction; None with fewer than two seeds
 
     @property
     def mean(self) -> float:
@@ -170,14 +161,10 @@ def corrected(found: Sequence[Contrast]) -> list[Contrast]:
 
 
 class Judged(NamedTuple):
-    """The verdict on a claim.
-
-    Attributes:
-        measured: A description of the measured result; empty if an arm is missing.
-    """
+    """The verdict on a claim."""
 
     claim: str
-    measured: str
+    measured: str  # description of the measured result; empty if an arm is missing
     verdict: Verdict
     seeds: int
 

@@ -30,42 +30,23 @@ OnProgress = Callable[[int], None]  # takes the number of finished rows; it may 
 
 
 class Report(NamedTuple):
-    """Statistics of how a file's rows were used.
+    """Statistics of how a file's rows were used."""
 
-    Attributes:
-        name: The name of the source.
-        rows: The number of rows in the file.
-        too_long: The number of rows omitted because nothing to train on is within the context.
-        truncated: The number of rows truncated to the context.
-        escaped: The number of rows whose content spells a special token or a marker as plain text.
-        dropped: The number of reasoning texts, and remarks beside tool calls, that the chat
-            template omits, mostly those of earlier turns.
-        groups: The number of groups of rows. None is both trained on and held out.
-        tokens: The number of tokens of kept rows within the context.
-        learnt: The number of these tokens that count in the loss.
-        held_out_rows: The number of held-out rows.
-        held_out_learnt: The number of their tokens that count in the loss.
-        lost: The number of tokens beyond the context, over all rows.
-        sha256: The digest of all tokens, and of which ones are trained on.
-        packages: The packages that the default rows are from; None for a file.
-        modules: The number of default rows of each module; None for a file.
-    """
-
-    name: str
+    name: str  # of the source
     rows: int
-    too_long: int
-    truncated: int
-    escaped: int
-    dropped: int
-    groups: int
-    tokens: int
-    learnt: int
+    too_long: int  # rows omitted because nothing to train on is within the context
+    truncated: int  # rows truncated to the context
+    escaped: int  # rows whose content spells a special token or a marker as plain text
+    dropped: int  # reasoning texts, and remarks beside tool calls, that the chat template omits
+    groups: int  # of rows; none is both trained on and held out
+    tokens: int  # of kept rows, within the context
+    learnt: int  # how many of these count in the loss
     held_out_rows: int
-    held_out_learnt: int
-    lost: int
-    sha256: str
-    packages: dict[str, str] | None
-    modules: dict[str, int] | None
+    held_out_learnt: int  # how many of their tokens count in the loss
+    lost: int  # tokens beyond the context, over all rows
+    sha256: str  # of all tokens, and of which ones are trained on
+    packages: dict[str, str] | None  # packages that the default rows are from; None for a file
+    modules: dict[str, int] | None  # number of default rows of each module; None for a file
 
     def text(self, context: int) -> str:
         """Returns a sentence for the user."""

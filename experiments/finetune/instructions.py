@@ -38,19 +38,12 @@ _FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
 
 
 class Instructions(NamedTuple):
-    """A file of instructions.
+    """A file of instructions."""
 
-    Attributes:
-        path: The .jsonl.gz file. Each row has `messages`, and its top-level module as `group`.
-        rows: The number of rows of each top-level module.
-        packages: The versions of the installed distributions and of Python.
-        sha256: The digest of all rows.
-    """
-
-    path: Path
-    rows: dict[str, int]
-    packages: dict[str, str]
-    sha256: str
+    path: Path  # of a .jsonl.gz; each row has `messages`, and its top-level module as `group`
+    rows: dict[str, int]  # how many of each top-level module
+    packages: dict[str, str]  # versions of the installed distributions and of Python
+    sha256: str  # of all rows
 
 
 def prepare(on_wait: Callable[[], None] = lambda: None) -> Instructions:

@@ -29,19 +29,13 @@ from experiments.report.figures import optimizer_label
 
 
 class Start(NamedTuple):
-    """The initial model of a fine-tuning.
+    """The initial model of a fine-tuning."""
 
-    Attributes:
-        name: The name of the model, for records.
-        architecture: The architecture of the model.
-        load: Reads the params, sharded over a mesh. It is called if there is no checkpoint.
-        text: Text like that of its pretraining, to see what is forgotten; None if unknown.
-    """
-
-    name: str
+    name: str  # for records
     architecture: Architecture
+    # Reads the params, sharded over a mesh. It is called if there is no checkpoint.
     load: Callable[[jax.sharding.Mesh], Params]
-    text: Rows | None = None
+    text: Rows | None = None  # like that of its pretraining, to see what is forgotten
 
 
 class Model(NamedTuple):

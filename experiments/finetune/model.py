@@ -36,17 +36,12 @@ _UNROLLED = 8
 
 
 class Losses(NamedTuple):
-    """The result of a forward pass for each target.
+    """The result of a forward pass for each target."""
 
-    Attributes:
-        loss: The cross-entropy in nats, `(B, T)` float32; 0 where there is no target.
-        correct: Whether the target has the largest logit, `(B, T)` bool.
-        max_logits: The largest attention logits `(layers, N)` by the path of the attention, as for
-            `muon_jax.qk_clip`, without padding; empty if not requested.
-    """
-
-    loss: jax.Array
-    correct: jax.Array
+    loss: jax.Array  # cross-entropy in nats, `(B, T)` float32; 0 where there is no target
+    correct: jax.Array  # whether the target has the largest logit, `(B, T)` bool
+    # Largest attention logits `(layers, N)` by the path of the attention, as for
+    # `muon_jax.qk_clip`, without padding; empty if not requested.
     max_logits: dict[str, jax.Array]
 
 

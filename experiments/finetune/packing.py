@@ -8,17 +8,11 @@ import numpy as np
 
 
 class Rows(NamedTuple):
-    """Concatenated rows of tokens.
+    """Concatenated rows of tokens."""
 
-    Attributes:
-        tokens: The tokens, `(tokens,)` int32.
-        learnt: `(tokens,)` bool, whether to train on each token; False for the first of a row.
-        starts: `(rows + 1,)` int64, the index where each row begins, and the end of the last.
-    """
-
-    tokens: np.ndarray
-    learnt: np.ndarray
-    starts: np.ndarray
+    tokens: np.ndarray  # `(tokens,)` int32
+    learnt: np.ndarray  # `(tokens,)` bool, whether to train on each; False for the first of a row
+    starts: np.ndarray  # `(rows + 1,)` int64, where each row begins, and the end of the last
 
     @classmethod
     def of(cls, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> "Rows":
@@ -33,17 +27,11 @@ class Rows(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Windows of rows, as arrays `(windows, context)` int32.
+    """Windows of rows, as arrays `(windows, context)` int32."""
 
-    Attributes:
-        tokens: The input tokens; padding is 0.
-        targets: The next token in the row where it is trained on; elsewhere -1.
-        segments: 1 for the first row of a window, 2 for the second, and so on; 0 for padding.
-    """
-
-    tokens: Any
-    targets: Any
-    segments: Any
+    tokens: Any  # padding is 0
+    targets: Any  # next token in the row where it is trained on; elsewhere -1
+    segments: Any  # 1 for the first row of a window, 2 for the second, and so on; 0 for padding
 
 
 class Batches:

@@ -23,22 +23,15 @@ _EVALUATED = (*_HELD_OUT, "pretraining_loss")
 
 
 class Trained(NamedTuple):
-    """One training of one arm, which may be unfinished.
-
-    Attributes:
-        series: The series by name; those of a group of params are "gradient_norms/GROUP" and
-            "update_rms/GROUP".
-        steps: The number of steps of the whole training.
-        warmup: The number of warm-up steps.
-        noisy: Whether each accuracy is of a single step, not a mean of several.
-    """
+    """One training of one arm, which may be unfinished."""
 
     arm: ArmName
     seed: int
+    # By name; those of a group of params are "gradient_norms/GROUP" and "update_rms/GROUP".
     series: dict[str, Series]
-    steps: int
+    steps: int  # of the whole training
     warmup: int
-    noisy: bool
+    noisy: bool  # whether each accuracy is of a single step, not a mean of several
 
     @property
     def done(self) -> int:

@@ -15,20 +15,13 @@ from muon_jax import clip_qk
 
 
 class Clipped(NamedTuple):
-    """The effect of one QK-clip on a model.
-
-    Attributes:
-        threshold: The threshold of the clip.
-        before, after: The largest attention logit before and after it.
-        logits: The largest absolute output logit before it.
-        change: The largest absolute change of an output logit.
-    """
+    """The effect of one QK-clip on a model."""
 
     threshold: float
-    before: float
-    after: float
-    logits: float
-    change: float
+    before: float  # largest attention logit before the clip
+    after: float  # and after it
+    logits: float  # largest absolute output logit before the clip
+    change: float  # largest absolute change of an output logit
 
 
 def measure(

@@ -47,17 +47,11 @@ class Cell(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """One training setup of a suite, which several arms share.
+    """One training setup of a suite, which several arms share."""
 
-    Attributes:
-        base: The model to fine-tune. None means --model.
-        training: The settings, without the number of steps.
-        arms: The arms to train, in order.
-    """
-
-    base: Base | None
-    training: Training
-    arms: tuple[ArmName, ...]
+    base: Base | None  # the model to fine-tune; None means --model
+    training: Training  # without the number of steps
+    arms: tuple[ArmName, ...]  # to train, in order
 
 
 def variants(command: Any) -> dict[str, Variant]:

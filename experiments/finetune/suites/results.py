@@ -25,22 +25,16 @@ from experiments.sweep import Files
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group(arms.Arm):
-    """The cells of one arm of a variant; `optimizer` is the arm.
-
-    Attributes:
-        trained: The cells at the best rate; none of stored results.
-        max_logit: The largest attention logit of the whole training, mean over seeds.
-        rises: How much the loss on the pretraining text has risen, by seed, where it is known.
-        before: The held-out loss of the initial model; NaN if all cells diverged at once.
-        skipped: The number of skipped steps of the cells at the best rate.
-    """
+    """The cells of one arm of a variant; `optimizer` is the arm."""
 
     variant: str
-    max_logit: float
+    max_logit: float  # largest attention logit of the whole training, mean over seeds
+    # How much the loss on the pretraining text has risen, by seed, where it is known.
     rises: Mapping[str, float]
-    trained: Sequence[Trained] = ()
+    trained: Sequence[Trained] = ()  # at the best rate; none of stored results
+    # Held-out loss of the initial model; NaN if all cells diverged at once.
     before: float = math.nan
-    skipped: int | None = None
+    skipped: int | None = None  # steps of the cells at the best rate
 
     @property
     def arm(self) -> str:
