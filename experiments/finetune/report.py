@@ -126,7 +126,7 @@ def abstract(runs: Sequence[Run]) -> list[str]:
         sentences += claims.sentences(judged(runs))
         sentences.append("Each is one training with one seed, so there are no statistics.")
     settings = runs[0].records.settings
-    if (lora := settings.get("lora")) and lora["rank"]:
+    if (lora := settings["lora"])["rank"]:
         sentences.append(
             f"LoRA trains factors of rank {lora['rank']}, alpha {lora['alpha']:g}, of "
             f"{', '.join(lora['targets'])}; all else is frozen."
