@@ -5,7 +5,6 @@ never imported. The order of the rows depends only on them.
 """
 
 import ast
-import contextlib
 import gc
 import gzip
 import importlib.metadata
@@ -35,30 +34,25 @@ _SKIPPED = {  # folders of tests, and of copies of other packages
 }
 
 
+_FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
+
+
 class Instructions(NamedTuple):
-    """A file of instructions.
+    """A file of instructions."""
 
-    Attributes:
-        path: The .jsonl.gz file. Each row has `messages`, and its top-level module as `group`.
-        rows: The number of rows of each top-level module.
-        packages: The versions of the installed distributions and of Python.
-        sha256: The digest of all rows.
-    """
-
-    path: Path
-    rows: dict[str, int]
-    packages: dict[str, str]
-    sha256: str
+    path: Path  # of a .jsonl.gz; each row has `messages`, and its top-level module as `group`
+    rows: dict[str, int]  # how many of each top-level module
+    packages: dict[str, str]  # versions of the installed distributions and of Python
+    sha256: str  # of all rows
 
 
-def prepare(folder: Path | None = None, on_wait: Callable[[], None] = lambda: None) -> Instructions:
+def prepare(on_wait: Callable[[], None] = lambda: None) -> Instructions:
     """Makes the instructions of the installed packages, or takes them from the cache.
 
     No two rows have the same docstring or body up to white space, so that copies of a function in
     other modules are omitted.
 
     Args:
-        folder: The cache. By default muon_jax/finetune in $XDG_CACHE_HOME or ~/.cache.
         on_wait: Called repeatedly while another process makes the same rows. It may raise to give
             up.
 
@@ -72,12 +66,15 @@ def prepare(folder: Path | None = None, on_wait: Callable[[], None] = lambda: No
     packages = {"Python": platform.python_version(), **dict(sorted(packages.items()))}
     limits = [_GROUP, _WORDS, _DOCSTRING, _BODY, _LINES.start, _LINES.stop, sorted(_SKIPPED)]
     key = cache.digest([_FORMAT, packages, roots, limits])[:16]
-    folder = (folder or cache.home("finetune")) / f"instructions-{key}"
+    folder = cache.home("finetune") / f"instructions-{key}"
 
     def write(partial: Path) -> dict[str, Any]:
         library = Path(sysconfig.get_path("stdlib"))
-        with _uncollected():
+        gc.disable()  # collections would take a third of the time and find nothing
+        try:
             rows = list(from_files(_files(library, map(Path, roots))))
+        finally:
+            gc.enable()
         if not rows:
             raise ValueError("No installed package has documented source code; give --data.")
         with gzip.GzipFile(partial / FILE, "wb", compresslevel=5, mtime=0) as file:
@@ -88,18 +85,6 @@ def prepare(folder: Path | None = None, on_wait: Callable[[], None] = lambda: No
     with cache.alone(folder, on_wait):
         meta = cache.read(folder) or cache.make(folder, write)
     return Instructions(folder / FILE, meta["rows"], packages, meta["sha256"])
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Disables garbage collection, which would take a third of the time and find nothing."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _files(library: Path, roots: Iterable[Path]) -> Iterator[tuple[str, Path]]:
@@ -152,16 +137,12 @@ def _functions(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
         for node in scope.body:
             if isinstance(node, ast.ClassDef):
                 scopes.append((node.name, node))
-            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                parts = _parts(node, lines)
-                if parts is not None:
-                    docstring = "".join((ast.get_docstring(node) or "").split())
-                    yield docstring, "".join(parts[1].split()), _row(name, *parts)
+            elif isinstance(node, _FUNCTIONS) and (parts := _parts(node, lines)):
+                docstring = "".join((ast.get_docstring(node) or "").split())
+                yield docstring, "".join(parts[1].split()), _row(name, *parts)
 
 
-def _parts(
-    node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]
-) -> tuple[str, str] | None:
+def _parts(node: Any, lines: list[str]) -> tuple[str, str] | None:
     """Returns a function's signature with docstring, and its body; None if it is unsuitable."""
     docstring = ast.get_docstring(node)
     if docstring is None or len(docstring) > _DOCSTRING or len(docstring.split()) < _WORDS:

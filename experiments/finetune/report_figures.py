@@ -20,7 +20,6 @@ from experiments.report.figures import (
     plain_log_axis,
 )
 from experiments.report.page import Picture
-from experiments.report.series import NOTHING
 
 Arms = Mapping[str, Sequence[Trained]]  # the trainings of each arm
 
@@ -57,17 +56,18 @@ def held_out_figure(arms: Arms) -> Figure:
 
     And the loss on the pretraining text, if there is one.
     """
-    known = [of.series.get("pretraining_loss", NOTHING)[1] for own in arms.values() for of in own]
+    known = [of.series["pretraining_loss"][1] for own in arms.values() for of in own]
     retained = any(np.isfinite(values).any() for values in known)
     figure = new_figure(10.4 + 3.4 * retained, 3.7)
     panels = figure.subplots(1, 3 + retained)
-    _draw(panels[0], arms, "validation_loss", "Held-out loss (nats per token)", marked=True)
-    accuracy = {"scale": 100, "marked": True}
-    _draw(panels[1], arms, "validation_accuracy", "Held-out accuracy (%)", **accuracy)
-    _draw(panels[2], arms, "max_logit", "Largest attention logit", gaps=False)
-    if retained:
-        title = "Loss on the pretraining text (nats)"
-        _draw(panels[3], arms, "pretraining_loss", title, marked=True)
+    shown = (
+        ("validation_loss", "Held-out loss (nats per token)", {"marked": True}),
+        ("validation_accuracy", "Held-out accuracy (%)", {"scale": 100, "marked": True}),
+        ("max_logit", "Largest attention logit", {"gaps": False}),
+        ("pretraining_loss", "Loss on the pretraining text (nats)", {"marked": True}),
+    )
+    for axes, (name, title, how) in zip(panels, shown, strict=False):
+        _draw(axes, arms, name, title, **how)
     _finish(figure, panels, arms)
     return figure
 
