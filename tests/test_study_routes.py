@@ -35,7 +35,7 @@ def finetune(**changes):
     sizes = {"layers": 2, "hidden": 64, "ffn": 176, "heads": 4, "kv_heads": 2, "head_dim": 32}
     model = architecture.Architecture(vocabulary=256, **sizes | changes)
     settings = finetune_config.Optimizer(), finetune_config.Lora()
-    arms._routing.__wrapped__("muon_adamw", *settings, model)
+    arms.routing.__wrapped__("muon_adamw", *settings, model)
 
 
 PROGRAMS = {
