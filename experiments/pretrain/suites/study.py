@@ -59,7 +59,8 @@ def suite(
         Timed(names, partial(cells.measure, [(n, training) for n in names]), str(width))
         for width, training in trainings.items()
     ]
-    with contextlib.closing(Run(folder, _settings(config, which, tokens), _FREE)) as run:
+    settings, usual = _settings(config, which, tokens), as_json(Training())
+    with contextlib.closing(Run(folder, settings, _FREE, usual)) as run:
         return sweep_rates(
             run,
             stop,
