@@ -1,13 +1,13 @@
 """Models as Hugging Face folders: the logits of transformers, and the way back, bit by bit."""
 
 import json
-import resource
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full_disk import full_disk
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
@@ -380,11 +380,6 @@ def test_params_of_another_model_are_refused(tmp_path):
 def test_a_folder_is_whole_or_not_there(written, tmp_path):
     with pytest.raises(ValueError, match="not empty"):
         write(written, LATENT, *start(LATENT), context=64)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))  # as a full disk
-    try:
-        with pytest.raises(OSError, match="cannot be written"):
-            write(tmp_path / "new", LATENT, *start(LATENT), context=64)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(9000), pytest.raises(OSError, match="cannot be written"):
+        write(tmp_path / "new", LATENT, *start(LATENT), context=64)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -20,6 +20,7 @@ from experiments.pretrain.costs import active_entries
 from experiments.pretrain.experts import combine, dispatch, gate, sort_by_expert, updated_bias
 from experiments.pretrain.model import LanguageModel
 from experiments.pretrain.presets import PRESETS
+from experiments.pretrain.step import Trainer
 
 
 def normal(seed, *shape):
@@ -227,6 +228,27 @@ def test_the_loss_that_is_differentiated_is_the_mean_of_all(sizes):
     assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-6)
     for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_muonclip_bounds_the_logits_of_latent_attention():
+    model = dataclasses.replace(SMALL, layers=2, dense_layers=2, init_std=0.5)
+    config, rows = training(model, warmup=0), np.random.default_rng(0).integers(0, 64, (1, 8, 17))
+
+    def largest(threshold):
+        variants = dataclasses.replace(config.variants, clip_threshold=threshold)
+        clipping = dataclasses.replace(config, variants=variants)
+        trainer = Trainer(clipping, "muonclip", one_device(), VOCABULARY)
+        state, found = trainer.start(0), []
+        windows = jax.device_put(rows.astype(np.int32), trainer.windows)
+        for _ in range(4):
+            state, metrics = trainer.advance(state, windows, rate=1e-4)
+            found.append(float(metrics["max_logit"]))
+        return found
+
+    free, clipped = largest(1e9), largest(2.0)
+    assert min(free) > 4
+    # What later layers see has changed too, so that theirs come near the threshold, not to it.
+    assert clipped[0] == free[0] and max(clipped[1:]) < 3.5 and max(clipped[2:]) < 2.3
 
 
 # --- The whole model on meshes ---------------------------------------------------------------

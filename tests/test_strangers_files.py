@@ -68,7 +68,6 @@ def test_brackets_in_brackets_are_a_damaged_file(copy):
         (copy / name).unlink() if before is None else (copy / name).write_bytes(before)
     (copy / "manifest.json").write_text(DEEP)
     assert manifests.read(epath.Path(copy)) == {}
-    (copy / "meta.json").write_text(DEEP)
     assert cache.read(copy) is None
     (copy / "a.jsonl").write_text(DEEP)
     with pytest.raises(ValueError, match=r"a.jsonl:1 must be a JSON object"):

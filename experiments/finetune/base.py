@@ -23,6 +23,7 @@ from experiments.finetune.config import ArmName, Base, Optimizer, Training
 from experiments.finetune.model import Params
 from experiments.finetune.packing import Batch
 from experiments.finetune.step import State, Trainer
+from experiments.json_files import digest
 from experiments.language import cache, data, documents, windows
 from experiments.language.cell import Metrics, train_in_memory
 from experiments.language.mesh import make_mesh
@@ -45,7 +46,7 @@ def prepare(
     """The folder of a base, which it makes if the cache has it not whole.
 
     One process of a host does the work, and others wait for it; a kill leaves nothing that is
-    taken for whole. Beside the model it has held-out text, and `meta.json` with its loss.
+    taken for whole. Beside the model it has held-out text, and `manifest.json` with its loss.
 
     Args:
         base: what to pretrain.
@@ -57,7 +58,7 @@ def prepare(
         OSError: the cache cannot be written.
     """
     text = corpus.standard_library().sha256
-    key = cache.digest([_FORMAT, dataclasses.asdict(base), text])[:16]
+    key = digest([_FORMAT, dataclasses.asdict(base), text])[:16]
     folder = (folder or cache.home("finetune")) / f"base-{key}"
 
     def write(partial: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 import time
@@ -10,9 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.json_files import digest, file_digest, read_json
+from etils import epath
 
-_META = "meta.json"
+from experiments.language import manifests
+
 _POLL = 0.1  # seconds
 
 
@@ -48,15 +48,12 @@ def read(folder: Path) -> dict[str, Any] | None:
 
     Returns None unless every file is unchanged since then.
     """
-    try:
-        meta = read_json(folder / _META)
-        seal = meta.pop("seal")
-        whole = seal == digest(meta) and meta["files"] == {
-            name: file_digest(folder / name) for name in meta["files"]
-        }
-    except (OSError, ValueError, KeyError, AttributeError):
-        return None
-    return meta if whole else None
+    manifest = manifests.read(epath.Path(folder))
+    return None if manifests.problems(epath.Path(folder), manifest) else _record(manifest)
+
+
+def _record(manifest: dict[str, Any]) -> dict[str, Any]:
+    return manifest["meta"] | {"files": {name: sha for name, (_, sha) in manifest["files"].items()}}
 
 
 def make(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -74,15 +71,14 @@ def make(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any
     _sweep(folder.parent)
     partial.mkdir()
     try:
-        meta = write(partial)
-        meta["files"] = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
-        (partial / _META).write_text(json.dumps(meta | {"seal": digest(meta)}, indent=2) + "\n")
+        manifest = {"meta": write(partial)}
+        manifests.seal(epath.Path(partial), manifest)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return meta
+    return _record(manifest)
 
 
 def _sweep(folder: Path) -> None:

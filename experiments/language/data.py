@@ -13,6 +13,7 @@ import numpy as np
 import tokenizers
 from etils import epath
 
+from experiments.json_files import digest
 from experiments.language import cache, documents, shards, tokenizer
 from experiments.settings import Count, Positive
 
@@ -181,7 +182,7 @@ def _mixed(config: Data, given: bytes | None, on_progress: OnProgress) -> Tokens
         train=sum((tokens.train for tokens in every), ()),
         validation=sum((tokens.validation for tokens in every), ()),
         bytes_per_token=every[0].bytes_per_token if exact else None,
-        sha256=cache.digest([[name, weight, tokens.sha256] for name, weight, tokens in parts]),
+        sha256=digest([[name, weight, tokens.sha256] for name, weight, tokens in parts]),
         parts=tuple(parts),
     )
 
@@ -192,7 +193,7 @@ def _tokenizer_of(
     """Of several sources, trained on as much of each, and kept."""
     settings = [[documents.fingerprint(file) for file in files] for files in sources]
     settings = [_FORMAT, "tokenizer", settings, config.vocabulary, config.end_of_text]
-    folder = config.folder() / cache.digest(settings)[:16]
+    folder = config.folder() / digest(settings)[:16]
 
     def write(partial: Path) -> dict[str, Any]:
         on_progress("training a tokenizer", 0, 1)
@@ -215,7 +216,7 @@ def _from_texts(
     sources = [documents.fingerprint(file) for file in (library.files if library else files)]
     least = config.vocabulary if given is None else 0
     settings = [least, given and given.decode(errors="replace"), config.end_of_text]
-    folder = config.folder() / cache.digest([_FORMAT, sources, settings])[:16]
+    folder = config.folder() / digest([_FORMAT, sources, settings])[:16]
 
     def load(source: bytes) -> tokenizer.Vocabulary:
         return tokenizer.load(source, config.tokenizer or _TOKENIZER, config.end_of_text, least)
@@ -335,9 +336,9 @@ def _from_shards(
     digests = {}
     with ThreadPoolExecutor() as threads:
         checked = threads.map(lambda file: shards.check(tokens[file], vocabulary.size, file), files)
-        for file, digest in zip(files, checked, strict=True):
+        for file, sha256 in zip(files, checked, strict=True):
             on_progress("checking shards", len(digests), len(files))
-            digests[file] = digest
+            digests[file] = sha256
     train, validation = ([tokens[file] for file in side] for side in names)
     if not validation:
         last = train.pop()
@@ -367,5 +368,5 @@ def _tokens(
         bytes_per_token=table,
         tokenizer=bpe,
         end_of_text=end_of_text,
-        sha256=cache.digest([digests, size, None if table is None else table.tolist()]),
+        sha256=digest([digests, size, None if table is None else table.tolist()]),
     )

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from experiments.language import sharding
+from experiments.language import attention, guard, sharding
 from experiments.language.processes import Share, place_whole
 
 Metrics = dict[str, Any]
@@ -41,12 +42,14 @@ class Trainer(abc.ABC):
             needs.
         clips_at: up to where upper bounds of the largest attention logits will do for the
             optimizer; None where it needs none.
+        schedule: The schedule, a factor of the learning rates.
 
     Raises:
         ValueError: an axis that the mesh does not divide.
     """
 
     clips_at: float | None
+    schedule: optax.Schedule
 
     def __init__(
         self,
@@ -84,6 +87,10 @@ class Trainer(abc.ABC):
         self, state: Any, windows: Any, rate: jax.Array, look: bool = False
     ) -> tuple[Any, Metrics]:
         """Returns the state after a step, and metrics; `look` is as for `advance`."""
+
+    @abc.abstractmethod
+    def transformation(self, rate: Any) -> optax.GradientTransformationExtraArgs:
+        """Returns the optimizer; `rate` is its learning rate after warm-up, and may be traced."""
 
     @functools.cached_property
     def share(self) -> Share:
@@ -139,6 +146,39 @@ class Trainer(abc.ABC):
     def _threshold(self, look: bool) -> float | None:
         """Returns the value up to which upper bounds of largest logits suffice."""
         return None if look else self.clips_at
+
+    def _updated(
+        self,
+        state: Any,
+        loss: jax.Array,
+        gradient: Any,
+        rate: jax.Array,
+        max_logits: dict[str, jax.Array],
+        look: bool,
+        spike: float | None = None,
+    ) -> tuple[Any, Any, Metrics]:
+        """Returns the state after a step, the updates even if the guard skips them, and metrics."""
+        norm = optax.tree.norm(gradient)
+        updates_before = state.step - state.guard.skipped
+        taken, guarded = guard.judge(state.guard, updates_before, loss, norm, spike)
+        clipping = jnp.minimum(1.0, self.config.clip / jnp.maximum(norm, 1e-30))
+        clipped = jax.tree.map(lambda g: clipping * g, gradient)
+        updates, opt_state = self.transformation(rate).update(
+            clipped, state.opt_state, state.params, max_logits=max_logits
+        )
+        new = optax.apply_updates(state.params, updates), opt_state
+        params, opt_state = guard.choose(taken, new, (state.params, state.opt_state))
+        metrics = {
+            "loss": loss,
+            "gradient_norm": norm,
+            "learning_rate": rate * self.schedule(updates_before),
+            "max_logit": attention.largest_known(max_logits, self._threshold(look)),
+            "taken": taken,
+            "skipped": guarded.skipped,
+            "nonfinite_in_a_row": guarded.in_a_row,
+        }
+        new = {"params": params, "opt_state": opt_state, "guard": guarded}
+        return state._replace(step=state.step + 1, **new), updates, metrics
 
 
 def _placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
