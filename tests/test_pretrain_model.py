@@ -273,22 +273,19 @@ def loss_and_gradient(model, sizes):
         return jax.device_get(step(params, placed))
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 4, 1), (2, 2, 2, 2)])
-@pytest.mark.parametrize("model", [SMALL, DENSE], ids=["moe", "dense"])
-def test_a_mesh_changes_neither_loss_nor_gradient(model, sizes):
-    (loss, observed), gradient = loss_and_gradient(model, sizes)
+@pytest.mark.parametrize(
+    ("model", "sizes", "remat"),
+    [
+        *((m, sizes, "none") for m in (SMALL, DENSE) for sizes in ((1, 1, 4, 1), (2, 2, 2, 2))),
+        *((DENSE, (1, 1, 1, 1), remat) for remat in ("dots", "full")),
+    ],
+)
+def test_neither_a_mesh_nor_remat_changes_loss_or_gradient(model, sizes, remat):
+    changed = dataclasses.replace(model, remat=remat)
+    (loss, observed), gradient = loss_and_gradient(changed, sizes)
     (expected, seen), plain = loss_and_gradient(model, (1, 1, 1, 1))
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     np.testing.assert_array_equal(observed.load, seen.load)
-    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(plain), strict=True):
-        assert np.max(np.abs(a - b)) < 1e-4 * np.max(np.abs(b))
-
-
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_nothing(remat):
-    (loss, _), gradient = loss_and_gradient(dataclasses.replace(DENSE, remat=remat), (1, 1, 1, 1))
-    (expected, _), plain = loss_and_gradient(DENSE, (1, 1, 1, 1))
-    np.testing.assert_allclose(loss, expected, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(plain), strict=True):
         assert np.max(np.abs(a - b)) < 1e-4 * np.max(np.abs(b))
 
@@ -335,9 +332,7 @@ def test_the_state_lies_like_the_params():
 
 
 def test_a_config_says_which_option_is_wrong():
-    with pytest.raises(
-        ValueError, match=r"--model.active must be at most --model.experts 8; got 9"
-    ):
+    with pytest.raises(ValueError, match=r"--model.active must be at most .*experts 8; got 9"):
         dataclasses.replace(SMALL, active=9)
     with pytest.raises(ValueError, match=r"--accumulate must divide --batch 8; got 3"):
         training(accumulate=3)
@@ -359,11 +354,6 @@ def test_the_presets_have_the_sizes_that_they_are_named_for():
 
     assert sizes("moonlight-16b")[1:] == (15_289_019_904, 2_243_685_888)
     assert sizes("nanogpt-124m")[0] == 123_587_328
-    for name, params in (
-        ("399m", 399),
-        ("545m", 545),
-        ("822m", 822),
-        ("1.1b", 1100),
-        ("1.5b", 1500),
-    ):
+    millions = {"399m": 399, "545m": 545, "822m": 822, "1.1b": 1100, "1.5b": 1500}
+    for name, params in millions.items():
         assert sizes(f"dense-{name}")[1] == pytest.approx(params * 1e6, rel=0.015)

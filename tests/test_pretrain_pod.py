@@ -155,14 +155,19 @@ def test_a_report_tells_the_roofline_and_the_dearest_kernels(report):
     assert "2 µs per launch, 3.35 TB/s" in said and "exclude 3 × other" in said
 
 
-def test_kernels_of_attention_count_in_the_roofline():
+def test_kernels_of_attention_count_and_others_are_named():
     shape = Shape(sequences=2, heads=4, length=1024, key=64, value=32)
     kernels = Kernel("splash_mha_fwd_residuals.7", runs=3), Kernel("other.1", runs=2)
-    unread = {"splash_mha_fwd_residuals": 3, "other": 2}
+    unread = {"splash_mha_fwd_residuals": 3, "splash_mha_dkv_no_residuals": 1, "other": 2}
     program = with_attention(Program(10, {}, unread=unread, kernels=kernels), shape)
-    once = 2 * 4 * 3 * 2 * BLOCK**2 * (64 + 32)  # three pairs of blocks
-    assert [kernel.flops for kernel in program.kernels] == [once, 0]
-    assert (program.flops, program.unread) == (10 + 3 * once, {"other": 2})
+    pairs = 2 * 4 * 3 * 2 * BLOCK**2  # three pairs of blocks
+    assert [kernel.flops for kernel in program.kernels] == [pairs * (64 + 32), 0]
+    columns = 3 * (64 + 32) + 2 * (64 + 32)
+    assert (program.flops, program.unread) == (10 + pairs * columns, {"other": 2})
+    config = change(PRESETS["moonlight-16b"], batch=512, accumulate=4)
+    # 16 sequences and 8 heads on each device
+    case = plan.case(config, "adamw", mesh_of(1, 8, 1, 2))
+    assert case.attention == Shape(16, 8, 8192, 192, 128)
 
 
 def test_the_compilers_refusal_is_passed_on(report, monkeypatch):
@@ -176,19 +181,6 @@ def test_the_compilers_refusal_is_passed_on(report, monkeypatch):
     _, error = run(case, None, monkeypatch)
     assert error.startswith("The step of adamw does not fit: 5T exceed 95.74G. ")
     assert "use a smaller model" in error
-
-
-def test_kernels_of_attention_are_counted_and_others_named():
-    config = change(PRESETS["moonlight-16b"], batch=512, accumulate=4)
-    mesh = mesh_of(1, 8, 1, 2)  # 16 sequences and 8 heads on each device
-    runs = {"splash_mha_fwd_residuals": 3, "splash_mha_dkv_no_residuals": 1, "other": 7}
-    program = with_attention(
-        Program(0, {}, unread=runs), plan.case(config, "adamw", mesh).attention
-    )
-    pairs = 16 * 17 // 2 * BLOCK**2
-    columns = 3 * (192 + 128) + 2 * (192 + 128)
-    assert program.flops == 16 * 8 * pairs * 2 * columns
-    assert program.unread == {"other": 7}
 
 
 # --- Kernels of TPUs, interpreted ------------------------------------------------------------

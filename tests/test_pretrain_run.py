@@ -30,7 +30,7 @@ from pretraining import (
 )
 from same_bits import assert_same_bits
 from trajectories import apart
-from waiting import run_pair, wait_for
+from waiting import wait_for
 
 from experiments.language import data
 from experiments.language.checkpoints import Checkpoints
@@ -365,23 +365,6 @@ def test_a_stop_saves_and_loses_no_step(text, tmp_path, ends):
         again = start(*command)
         said, _ = again.communicate(timeout=240)
         assert again.returncode == 75 and f"continuing from step {last}" in said
-
-
-@pytest.mark.slow
-def test_two_processes_train_and_save_together(text, tmp_path):
-    shared = [*options(text, tmp_path / "two"), "--optimizers", "muon", "--steps", "7"]
-
-    def join(port, index):
-        where = {"coordinator": f"localhost:{port}", "count": 2, "index": index}
-        return start(*shared, *(f"--processes.{name}={x}" for name, x in where.items()))
-
-    run_pair(join)
-    alone = start(*options(text, tmp_path / "one"), "--optimizers", "muon", "--steps", "7")
-    _, error = alone.communicate(timeout=240)
-    assert alone.returncode == 0, error[-3000:]
-    two, one = (records(tmp_path / name) for name in ("two", "one"))
-    assert [r["step"] for r in two] == [r["step"] for r in one]
-    assert two[-1]["validation_loss"] == pytest.approx(one[-1]["validation_loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize("optimizers", [["muon"], ["adamw", "muon"]])

@@ -144,6 +144,17 @@ def test_seconds_are_of_training_alone(clock, folder, every, stops):
         assert record["tokens_per_second"] == TOKENS / STEP
 
 
+def test_a_clock_that_stands_twice_goes_on_after_the_first(clock):
+    timer = clocks.Clock(3.0)
+    timer.go()
+    with timer.standing():
+        with timer.standing():
+            clock.now += 5
+        clock.now += 5
+    clock.now += 1
+    assert timer.seconds == 4
+
+
 @pytest.mark.parametrize(
     ("log_every", "expected"),
     [(1, [1, 11, 21, 31, 41, 51]), (10, [10, 20, 30, 40, 50, 60]), (25, [25, 50])]

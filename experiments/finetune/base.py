@@ -23,7 +23,6 @@ from experiments.finetune.config import ArmName, Base, Optimizer, Training
 from experiments.finetune.model import Params
 from experiments.finetune.packing import Batch
 from experiments.finetune.step import State, Trainer
-from experiments.json_files import digest
 from experiments.language import cache, data, documents, windows
 from experiments.language.cell import Metrics, train_in_memory
 from experiments.language.mesh import make_mesh
@@ -46,7 +45,7 @@ def prepare(
     """The folder of a base, which it makes if the cache has it not whole.
 
     One process of a host does the work, and others wait for it; a kill leaves nothing that is
-    taken for whole. Beside the model it has held-out text, and `manifest.json` with its loss.
+    taken for whole. Beside the model it has held-out text, and `meta.json` with its loss.
 
     Args:
         base: what to pretrain.
@@ -58,7 +57,7 @@ def prepare(
         OSError: the cache cannot be written.
     """
     text = corpus.standard_library().sha256
-    key = digest([_FORMAT, dataclasses.asdict(base), text])[:16]
+    key = cache.digest([_FORMAT, dataclasses.asdict(base), text])[:16]
     folder = (folder or cache.home("finetune")) / f"base-{key}"
 
     def write(partial: Path) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import corpus
-from experiments.json_files import digest
 from experiments.language import cache
 
 FILE = "instructions.jsonl.gz"
@@ -72,7 +71,7 @@ def prepare(folder: Path | None = None, on_wait: Callable[[], None] = lambda: No
     packages = {item.name: item.version for item in installed if item.name}
     packages = {"Python": platform.python_version(), **dict(sorted(packages.items()))}
     limits = [_GROUP, _WORDS, _DOCSTRING, _BODY, _LINES.start, _LINES.stop, sorted(_SKIPPED)]
-    key = digest([_FORMAT, packages, roots, limits])[:16]
+    key = cache.digest([_FORMAT, packages, roots, limits])[:16]
     folder = (folder or cache.home("finetune")) / f"instructions-{key}"
 
     def write(partial: Path) -> dict[str, Any]:
@@ -84,7 +83,7 @@ def prepare(folder: Path | None = None, on_wait: Callable[[], None] = lambda: No
         with gzip.GzipFile(partial / FILE, "wb", compresslevel=5, mtime=0) as file:
             file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
         groups = Counter(row["group"] for row in rows)
-        return {"rows": dict(groups), "sha256": digest(rows)}
+        return {"rows": dict(groups), "sha256": cache.digest(rows)}
 
     with cache.alone(folder, on_wait):
         meta = cache.read(folder) or cache.make(folder, write)

@@ -1,4 +1,4 @@
-"""Cached folders: each is made by one process, once, and is complete or absent."""
+"""Folders that are complete or absent; cached ones are made by one process, once."""
 
 import contextlib
 import fcntl
@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from experiments.json_files import digest as digest
 from experiments.language import manifests
 
 _POLL = 0.1  # seconds
@@ -66,18 +67,11 @@ def make(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any
     Returns:
         The record, as `read` returns it.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     _sweep(folder.parent)
-    partial.mkdir()
-    try:
+    shutil.rmtree(folder, ignore_errors=True)
+    with new_folder(folder) as partial:
         manifest = {"meta": write(partial)}
         manifests.seal(epath.Path(partial), manifest)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return _record(manifest)
 
 
@@ -87,3 +81,44 @@ def _sweep(folder: Path) -> None:
         with contextlib.suppress(OSError), open(f"{partial.with_suffix('')}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Gives a temporary folder to fill, which is renamed to `folder` at the end.
+
+    One process at a time may fill it. What a killed process has left is removed.
+
+    Raises:
+        ValueError: If `folder` is not empty, or another process is filling it.
+    """
+    _check_empty(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = partial.exists() and partial.stat().st_ino == os.fstat(handle).st_ino
+        except BlockingIOError:
+            ours = False
+        if not ours:
+            raise ValueError(
+                f"Another process is writing {folder}. Wait for it, or give another folder."
+            )
+        try:
+            _check_empty(folder)
+            for left in partial.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield partial
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(handle)
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty. Remove it, or give another folder.")

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.json_files import write_json
 from experiments.language import hugging_face
+from experiments.language.cache import new_folder
 from experiments.language.hugging_face import CONFIG, SHARD, File
 from experiments.language.processes import on_host
 
@@ -263,7 +264,7 @@ def write(
     if jax.process_index() > 0:
         collections.deque(one_by_one(), maxlen=0)  # takes part in gathering the arrays
         return
-    with hugging_face.new_folder(folder) as partial:
+    with new_folder(folder) as partial:
         beside(partial)
         hugging_face.write_tensors(partial, one_by_one(), shard)
         write_json(partial / CONFIG, config)

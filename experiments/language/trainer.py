@@ -18,34 +18,30 @@ Metrics = dict[str, Any]
 
 
 class Trainer(abc.ABC):
-    """What trainers share; a study's own has the model, and the step as a function.
+    """What trainers share; a study's own has the model and the gradient of a step.
 
-    Params, optimizer state and accumulated gradients are float32 and lie as `sharding` says.
+    Params, optimizer state and accumulated gradients are float32, sharded as `sharding` says.
 
     Args:
-        config: what to train; it has `batch`, `accumulate` and `microbatch`.
-        mesh: of `mesh.make_mesh`.
-        rate: the config's learning rate after warm-up.
-        params: shapes.
-        specs: of the params.
-        begin: what the state before the first step is made of, as shapes.
-        windows: what a step reads, `(microbatches, B, ...)`, as shapes.
-        shows_logits: whether attention has its logits at hand.
-        **others: specs of what else the state has that does not lie whole on every device.
+        config: The settings, with `batch`, `accumulate`, `microbatch` and `clip`.
+        mesh: The mesh, from `mesh.make_mesh`.
+        rate: The config's learning rate after warm-up.
+        params, specs: The shapes of the params, and their specs.
+        begin: The argument of `_start`, as shapes.
+        windows: The batch of a step, `(microbatches, B, ...)`, as shapes.
+        shows_logits: Whether attention returns exact largest logits at no cost.
+        **others: Specs of further parts of the state that are not replicated.
 
     Attributes:
-        abstract: the state as shapes with shardings.
-        shardings: of the state.
-        windows: the sharding of what a step reads.
-        abstract_windows: what a step reads, as shapes with shardings.
-        step: a step as a jitted function, which is told no more of attention than the optimizer
-            needs.
-        clips_at: up to where upper bounds of the largest attention logits will do for the
-            optimizer; None where it needs none.
+        abstract, shardings: The state as shapes with shardings, and these shardings.
+        abstract_windows, windows: The same for a step's batch.
+        step: The jitted step, which computes attention logits only as the optimizer needs them.
+        clips_at: The value up to which upper bounds of the largest attention logits suffice for the
+            optimizer; None if it needs none.
         schedule: The schedule, a factor of the learning rates.
 
     Raises:
-        ValueError: an axis that the mesh does not divide.
+        ValueError: If the mesh does not divide an axis.
     """
 
     clips_at: float | None

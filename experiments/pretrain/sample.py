@@ -30,19 +30,10 @@ def generate(
     length: int,
     **settings: Any,
 ) -> np.ndarray:
-    """Continues each prompt, with a context of the last `trainer.config.context` tokens.
+    """Continues each prompt, as `generation.generate` does with the same arguments.
 
-    Args:
-        trainer: The trainer with the model, mesh and context length.
-        params: The model's params, float32.
-        bias: The model's selection biases.
-        prompts, length, settings: as `generation.generate` has them.
-
-    Returns:
-        The new tokens, `(B, length)` int32.
-
-    Raises:
-        ValueError: If a prompt is empty, or a number is out of range.
+    The model, with these float32 params and selection biases, reads the last
+    `trainer.config.context` tokens.
     """
     program = functools.partial(_extend, trainer, params, bias)
     return generation.generate(program, trainer.mesh, prompts, length, **settings)
