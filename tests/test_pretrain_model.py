@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -212,20 +213,24 @@ def test_no_position_sees_a_later_one(model):
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 2, 1, 2)], ids=["one device", "fsdp, tensor"])
-def test_the_loss_that_is_differentiated_is_the_mean_of_all(sizes):
+def test_the_loss_and_its_gradient_are_those_of_all_logits(sizes):
     lm = LanguageModel(DENSE, VOCABULARY)
     windows = np.random.default_rng(0).integers(0, VOCABULARY, (4, 17)).astype(np.int32)
 
-    def mean(params):
-        return jnp.mean(lm.losses(params, lm.initial_bias(), windows)[0])
+    def plain(params):
+        hidden, _ = lm.hidden(params, lm.initial_bias(), windows[:, :-1])
+        logits = lm.logits(params, hidden)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]))
 
     def loss(params):
         return lm.loss(params, lm.initial_bias(), windows)[0]
 
     with jax.set_mesh(mesh_of(*sizes)):
         params = lm.init(jax.random.key(0))
-        found, expected = (jax.jit(jax.value_and_grad(f))(params) for f in (loss, mean))
+        found, expected = (jax.jit(jax.value_and_grad(f))(params) for f in (loss, plain))
+        losses, _ = jax.jit(lm.losses)(params, lm.initial_bias(), windows)
     assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-6)
+    assert float(jnp.mean(losses)) == pytest.approx(float(expected[0]), rel=1e-6)
     for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
@@ -261,8 +266,8 @@ def loss_and_gradient(model, sizes):
     windows = np.random.default_rng(0).integers(0, VOCABULARY, (16, 17)).astype(np.int32)
 
     def objective(params, windows):
-        losses, observed = lm.losses(params, lm.initial_bias(), windows)
-        return jnp.mean(losses) + 0.1 * jnp.sum(observed.balance), observed
+        loss, observed = lm.loss(params, lm.initial_bias(), windows)
+        return loss + 0.1 * jnp.sum(observed.balance), observed
 
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lm.init, jax.random.key(0))

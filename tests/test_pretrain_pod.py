@@ -47,23 +47,18 @@ def test_model_flops_are_those_of_the_program_but_for_what_it_computes_twice(mod
     params = jax.eval_shape(lm.init, jax.random.key(0))
     windows = jax.ShapeDtypeStruct((config.batch, config.context + 1), jnp.int32)
 
-    def loss(params, bias, windows):
-        return jnp.mean(lm.losses(params, bias, windows)[0])
-
     with jax.set_mesh(one_device()):
-        step = jax.jit(jax.value_and_grad(loss))
+        step = jax.jit(jax.value_and_grad(lm.loss, has_aux=True))
         found = measure(step.lower(params, lm.initial_bias(), windows).compile()).flops
 
     tokens = config.tokens_per_step
-    # The head's logits again in the backward pass.
-    extra = 2 * model.width * VOCABULARY * tokens
     # Both halves of the logits, and the mixed values again, which a division's gradient needs: 3
     # products over columns of a key, 4 of a value. In loops so short XLA finds the logits again.
     latent = model.attention == "latent"
     key = model.nope + model.rope if latent else model.width // model.heads
     value = model.value if latent else key
     pairs = model.layers * model.heads * config.context * tokens
-    extra += 2 * pairs * (3 * key + 4 * value) - 3 * pairs * (key + value)
+    extra = 2 * pairs * (3 * key + 4 * value) - 3 * pairs * (key + value)
     # Experts' blocks of 64 places that are not full.
     sparse = model.layers - model.dense_layers
     routed = tokens * model.active
