@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -57,13 +56,10 @@ def told_by(folder: epath.Path, settings: dict[str, Any]) -> tuple[OptimizerName
     return optimizer, config
 
 
-def load_run(folder: epath.PathLike, on_message: Callable[[str], None] = print_warning) -> Loaded:
+def load_run(folder: epath.PathLike) -> Loaded:
     """Reads a run's folder, on the run's mesh if it fits this machine, else on the first device.
 
-    Args:
-        folder: The folder of the run.
-        on_message: Called with a message for each damaged checkpoint. By default it is printed to
-            stderr.
+    Damaged checkpoints are skipped, with a warning.
 
     Raises:
         RunError: If the folder has no run, no complete checkpoint, or params that are not finite,
@@ -86,7 +82,7 @@ def load_run(folder: epath.PathLike, on_message: Callable[[str], None] = print_w
     if restored is None:
         raise RunError(f"{folder} has no checkpoint yet; wait until the first one is saved.")
     for damage in restored.damaged:
-        on_message(
+        print_warning(
             f"A damaged checkpoint of {folder} was skipped, and that of step {restored.step} is "
             f"used: {damage}"
         )
