@@ -95,14 +95,11 @@ def compiled(a, dtype="float32", remat=True):
     """Params, tokens, targets and segments → losses, the gradient of their mean, and logits."""
     lm = LanguageModel(a, dtype, remat)
 
-    def objective(params, tokens, targets, segments):
-        found = lm.losses(params, tokens, targets, segments, max_logits=True)
-        return jnp.sum(found.loss) / jnp.sum(targets >= 0), found
-
-    def run(params, tokens, targets, segments):
-        (_, found), gradient = jax.value_and_grad(objective, has_aux=True)(
-            params, tokens, targets, segments
-        )
+    def run(params, *given):
+        tokens, targets, segments = given
+        total = jnp.sum(targets >= 0).astype(jnp.float32)
+        objective = functools.partial(lm.loss, max_logits=True)
+        gradient, found = jax.grad(objective, has_aux=True)(params, *given, total)
         return found, gradient, lm.logits(params, lm.hidden(params, tokens, segments)[0])
 
     return jax.jit(run)
