@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 from pretraining import one_device
 
-from experiments.language import clocks, training_loop
+from experiments.language import clocks, log, training_loop
 from experiments.language.checkpoints import Restored
 from experiments.language.rollback import Rollback
 from experiments.language.training_loop import Keeping, TrainingError, TrainingLoop
@@ -142,6 +142,21 @@ def test_seconds_are_of_training_alone(clock, folder, every, stops):
     for record in trained(folder):
         assert record["seconds"] == record["step"] * STEP
         assert record["tokens_per_second"] == TOKENS / STEP
+
+
+def test_a_record_has_what_json_has_and_tensorboard_its_numbers(folder, monkeypatch):
+    seen = []
+    done = lambda: None  # noqa: E731
+    board = types.SimpleNamespace(
+        add_scalar=lambda *told: seen.append(told), flush=done, close=done
+    )
+    monkeypatch.setattr(log, "SummaryWriter", lambda *given, **more: board)
+    written = log.Log(folder, -1)
+    written.add(3, loss=math.nan, update_rms={"all": 0.5}, load=[math.inf, 1.0])
+    written.close()
+    assert seen == [("update_rms/all", 0.5, 3)]
+    kept = {"step": 3, "loss": None, "update_rms": {"all": 0.5}, "load": [None, 1.0]}
+    assert written.records == [kept]
 
 
 def test_a_clock_that_stands_twice_goes_on_after_the_first(clock):
