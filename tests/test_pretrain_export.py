@@ -77,8 +77,7 @@ def start(config):
         x = rng.uniform(0.5, 1.5, leaf.shape) if gain else rng.normal(0, 0.2, leaf.shape)
         return x.astype(np.float32)
 
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    params = jax.tree_util.tree_map_with_path(draw, shapes)
+    params = jax.tree_util.tree_map_with_path(draw, model.shapes)
     return params, rng.normal(0, 0.2, model.initial_bias().shape).astype(np.float32)
 
 

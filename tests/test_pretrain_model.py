@@ -270,8 +270,7 @@ def loss_and_gradient(model, sizes):
         return loss + 0.1 * jnp.sum(observed.balance), observed
 
     with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(lm.init, jax.random.key(0))
-        where = sharding.shardings(sharding.param_specs(shapes, mesh), mesh)
+        where = sharding.shardings(sharding.param_specs(lm.shapes, mesh), mesh)
         params = jax.device_put(jax.device_get(lm.init(jax.random.key(0))), where)
         placed = jax.device_put(windows, NamedSharding(mesh, sharding.spec("batch", None)))
         step = jax.jit(jax.value_and_grad(objective, has_aux=True))
@@ -299,9 +298,7 @@ def test_neither_a_mesh_nor_remat_changes_loss_or_gradient(model, sizes, remat):
 
 
 def test_every_param_has_the_optimizer_that_moonlight_gives_it():
-    labels = muon_jax.label_params(
-        jax.eval_shape(LanguageModel(SMALL, VOCABULARY).init, jax.random.key(0))
-    )
+    labels = muon_jax.label_params(LanguageModel(SMALL, VOCABULARY).shapes)
     by_label = {"muon": set(), "other": set()}
     for path, label in jax.tree_util.tree_leaves_with_path(labels):
         by_label[label].add(jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-2])
@@ -312,7 +309,7 @@ def test_every_param_has_the_optimizer_that_moonlight_gives_it():
 
 def test_a_size_that_the_mesh_does_not_divide_is_named():
     mesh = mesh_of(1, 16, 1, 1)
-    params = jax.eval_shape(LanguageModel(SMALL, VOCABULARY).init, jax.random.key(0))
+    params = LanguageModel(SMALL, VOCABULARY).shapes
     with pytest.raises(ValueError, match=r"experts/down: axis 0 \(experts\) must be.*= 16; got 8"):
         sharding.param_specs({"moe_layers": params["moe_layers"]}, mesh)
 
@@ -348,8 +345,7 @@ def test_the_presets_have_the_sizes_that_they_are_named_for():
 
     def sizes(name):
         config = PRESETS[name]
-        model = LanguageModel(config.model, config.data.vocabulary)
-        params = jax.eval_shape(model.init, jax.random.key(0))
+        params = LanguageModel(config.model, config.data.vocabulary).shapes
         of = {path: math.prod(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(params)}
         ends = sum(n for path, n in of.items() if path[0].key in ("embedding", "head"))
         gains = sum(n for path, n in of.items() if path[-1].key == "scale")

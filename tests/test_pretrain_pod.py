@@ -44,7 +44,7 @@ def test_model_flops_are_those_of_the_program_but_for_what_it_computes_twice(mod
     monkeypatch.setattr("experiments.language.vocabulary.LOSS_TOKENS", 64)
     config = training(model)
     lm = LanguageModel(config.model, VOCABULARY)
-    params = jax.eval_shape(lm.init, jax.random.key(0))
+    params = lm.shapes
     windows = jax.ShapeDtypeStruct((config.batch, config.context + 1), jnp.int32)
 
     with jax.set_mesh(one_device()):
@@ -71,7 +71,7 @@ def test_moonlight_takes_19_gflop_a_token():
     """As Liu et al., 2502.16982, count: 590 TFLOP of Newton-Schulz a step in the standard form."""
     config = PRESETS["moonlight-16b"]
     lm = LanguageModel(config.model, config.data.vocabulary)
-    costs = step_costs(config, "muon", jax.eval_shape(lm.init, jax.random.key(0)))
+    costs = step_costs(config, "muon", lm.shapes)
     assert costs.model_flops / costs.tokens == pytest.approx(18.9e9, rel=0.005)
     assert 0.7 * 590e12 < costs.newton_schulz_flops < 590e12
 

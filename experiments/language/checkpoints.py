@@ -22,6 +22,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from experiments.language import manifests
 from experiments.language.processes import on_host
+from experiments.language.sharding import named_leaves
 from experiments.runs import RunError
 
 _NAMED = 8  # maximum number of leaves or files that an error names
@@ -241,7 +242,7 @@ def params_sha256(params: Any) -> str:
     to the host one at a time, so all processes must call this.
     """
     digest = hashlib.sha256()
-    for name, leaf in sorted(_named(params, "/"), key=lambda item: item[0]):
+    for name, leaf in sorted(named_leaves(params), key=lambda item: item[0]):
         array = on_host(leaf)
         digest.update(json.dumps([name, array.shape, str(array.dtype)]).encode() + b"\n")
         digest.update(array.tobytes())
@@ -282,17 +283,10 @@ def _orbax() -> ocp.Context:
     return context
 
 
-def _named(tree: Any, separator: str) -> list[tuple[str, Any]]:
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator=separator), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-
-
 def _leaves(tree: Any) -> dict[str, list[Any]]:
     """Returns `[shape, dtype]` of each leaf by name."""
     leaves: dict[str, list[Any]] = {}
-    for name, leaf in _named(tree, "."):
+    for name, leaf in named_leaves(tree, "."):
         if name in leaves:
             raise ValueError(
                 f"Two leaves have the name {name}, and Orbax would keep only one. Rename one."

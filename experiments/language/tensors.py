@@ -22,6 +22,7 @@ from experiments.language import hugging_face
 from experiments.language.cache import new_folder
 from experiments.language.hugging_face import CONFIG, SHARD, File
 from experiments.language.processes import on_host
+from experiments.language.sharding import named_leaves
 
 Params = dict[str, Any]
 Dtype = Literal["float32", "bfloat16"]
@@ -266,11 +267,7 @@ def write(
 
 
 def _check_params(found: Params, wanted: Params) -> None:
-    def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in leaves}
-
-    ours, theirs = shapes(found), shapes(wanted)
+    ours, theirs = ({name: x.shape for name, x in named_leaves(t)} for t in (found, wanted))
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise ValueError(

@@ -149,8 +149,7 @@ def _shapes(config: Model, vocabulary: int) -> Params:
             "DeepSeek-V3 has experts and latent attention, Llama and Qwen3 have neither."
         )
     model = LanguageModel(config, vocabulary)
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    return _with_bias(params, jax.eval_shape(model.initial_bias))
+    return _with_bias(model.shapes, jax.eval_shape(model.initial_bias))
 
 
 def _columns(config: Model) -> dict[str, np.ndarray]:

@@ -65,7 +65,7 @@ class Trainer(trainer.Trainer):
             config.schedules.wsd_share,
         )
         self.clips_at = optimizers.clip_threshold(optimizer, config)
-        params = jax.eval_shape(self.model.init, jax.random.key(0))
+        params = self.model.shapes
         self.specs = check(config, mesh, params)
         self.routing = self._routing(params)
         self.labels = muon_jax.label_params(params, self.routing)
@@ -262,7 +262,5 @@ def check(config: Training, mesh: jax.sharding.Mesh, params: Params | None = Non
     """Checks that the mesh divides the batch and the model, and returns the specs of the params."""
     trainer.check_batch(config, mesh)
     sharding.check_heads(mesh, heads=config.model.heads, kv_heads=config.model.key_heads)
-    if params is None:
-        model = LanguageModel(config.model, config.data.vocabulary)
-        params = jax.eval_shape(model.init, jax.random.key(0))
+    params = params or LanguageModel(config.model, config.data.vocabulary).shapes
     return sharding.param_specs(params, mesh)

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import tokenizers
 from etils import epath
@@ -12,6 +11,7 @@ from etils import epath
 from experiments.commands import print_warning
 from experiments.language.checkpoints import Checkpoints
 from experiments.language.mesh import make_mesh, one_device
+from experiments.language.sharding import named_leaves
 from experiments.language.tokenizer import read as read_tokenizer
 from experiments.optimizers import ARMS, OptimizerName
 from experiments.pretrain.config import Training, as_json, from_json
@@ -97,12 +97,8 @@ def digest_of(tokenizer: str) -> str:
 
 
 def _check_finite(folder: epath.Path, step: int, state: State) -> None:
-    params = jax.tree_util.tree_leaves_with_path({"params": state.params, "bias": state.bias})
-    broken = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, leaf in params
-        if not bool(jnp.all(jnp.isfinite(leaf)))
-    ]
+    params = named_leaves({"params": state.params, "bias": state.bias})
+    broken = [name for name, leaf in params if not bool(jnp.all(jnp.isfinite(leaf)))]
     if broken:
         raise RunError(
             f"The checkpoint of step {step} in {folder} has NaN or Inf in {len(broken)} "
