@@ -135,6 +135,13 @@ def shardings(specs: Any, mesh: Mesh) -> Any:
     )
 
 
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Returns shapes with shardings, from two trees."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Constrains the sharding of an activation on the mesh of the context."""
     return jax.lax.with_sharding_constraint(x, spec(*logical))

@@ -69,8 +69,8 @@ class Trainer(abc.ABC):
         )
         self.shardings = sharding.shardings(of_state, mesh)
         self.windows = jax.NamedSharding(mesh, sharding.spec(None, "batch", None))
-        self.abstract = jax.tree.map(_placed, shapes, self.shardings)
-        self.abstract_windows = jax.tree.map(lambda x: _placed(x, self.windows), windows)
+        self.abstract = sharding.placed(shapes, self.shardings)
+        self.abstract_windows = jax.tree.map(lambda x: sharding.placed(x, self.windows), windows)
         self._whole = jax.NamedSharding(mesh, jax.P())
         self.step = self._jitted(look=shows_logits)
 
@@ -175,10 +175,6 @@ class Trainer(abc.ABC):
         }
         new = {"params": params, "opt_state": opt_state, "guard": guarded}
         return state._replace(step=state.step + 1, **new), updates, metrics
-
-
-def _placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def sum_microbatches(

@@ -171,13 +171,7 @@ def _columns(config: Model) -> dict[str, np.ndarray]:
 
 
 def write_card(folder: Path, loaded: Loaded, summary: Mapping[str, Any]) -> None:
-    """What the model of a run is, for those who find it.
-
-    Args:
-        folder: of the model.
-        loaded: the run.
-        summary: of its `summary.json`; empty where it is not finished.
-    """
+    """Writes the model card of a run; `summary` is its `summary.json`, empty if unfinished."""
     config, optimizer, settings = loaded.config, loaded.optimizer, loaded.config.adamw
     data, step = summary.get("data") or {}, int(loaded.state.step)
     is_muon = config.muon if optimizer != "adamw" else None

@@ -35,17 +35,13 @@ def check(config: Any, which: SuiteName) -> dict[int, Training]:
 def suite(
     config: Any, which: SuiteName, tokens: data.Tokens, console: Console, stop: threading.Event
 ) -> int:
-    """Trains the missing cells of a suite, and reports on all finished ones.
+    """Trains the missing cells of a suite, reports on all finished ones, and returns an exit code.
 
     Args:
         config: A `Training`, `Running` and `Suite` in one, with `optimizers` and `out`.
         which: The suite.
         tokens: The text, from `data.prepare(config.data)`.
-        console: The console for progress.
-        stop: Set to request an early end. Finished cells are kept.
-
-    Returns:
-        The command's exit code.
+        console, stop: As for `study.sweep_rates`.
 
     Raises:
         RunError: If the folder is in use, or contains a suite with other settings.
