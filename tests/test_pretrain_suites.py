@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import threading
 
 import numpy as np
@@ -30,7 +31,7 @@ from experiments.pretrain.suites.config import (
 )
 from experiments.pretrain.suites.fit import Points, PowerLaw
 from experiments.report.__main__ import main
-from experiments.runs import RunError
+from experiments.runs import RunError, read_json, write_json
 from experiments.study import Study
 from experiments.sweep import Sweep, missing_cells
 
@@ -139,7 +140,15 @@ def test_a_stopped_suite_goes_on_bit_for_bit(whole, text, tmp_path, monkeypatch)
     assert rows(tmp_path) == rows(whole) and len(trained) == 4 + 8 - 3
 
 
-def test_other_settings_are_refused(whole, text):
+def test_other_settings_are_refused_and_missing_ones_have_their_defaults(
+    whole, text, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(whole, tmp_path / "of an earlier version")
+    settings = read_json(folder / "config.json")
+    del settings["schedules"]
+    write_json(folder / "config.json", settings)
+    monkeypatch.setattr("experiments.study.show", lambda *given: None)
+    assert run(configured(text, out=str(folder))) == 0 and rows(folder) == rows(whole)
     config = configured(text, out=str(whole))
     with pytest.raises(RunError, match="context: there 16, here 8"):
         run(dataclasses.replace(config, context=8))
