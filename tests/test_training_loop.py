@@ -159,17 +159,6 @@ def test_a_record_has_what_json_has_and_tensorboard_its_numbers(folder, monkeypa
     assert written.records == [kept]
 
 
-def test_a_clock_that_stands_twice_goes_on_after_the_first(clock):
-    timer = clocks.Clock(3.0)
-    timer.go()
-    with timer.standing():
-        with timer.standing():
-            clock.now += 5
-        clock.now += 5
-    clock.now += 1
-    assert timer.seconds == 4
-
-
 @pytest.mark.parametrize(
     ("log_every", "expected"),
     [(1, [1, 11, 21, 31, 41, 51]), (10, [10, 20, 30, 40, 50, 60]), (25, [25, 50])]

@@ -41,11 +41,9 @@ class Clock:
     @contextlib.contextmanager
     def standing(self) -> Iterator[None]:
         """Stops the clock while the context lasts."""
-        was_going = self._since is not None
         self.stand()
         yield
-        if was_going:
-            self.go()
+        self.go()
 
 
 class Profiler:
