@@ -124,9 +124,9 @@ def folder(tmp_path):
     return epath.Path(tmp_path)
 
 
-def trained(folder):
+def trained(folder, key="loss"):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if "loss" in record]
+    return [record for record in map(json.loads, lines) if key in record]
 
 
 @pytest.mark.parametrize(
@@ -234,6 +234,9 @@ def test_lost_params_are_not_saved(clock, folder, bad):
         else "No checkpoint was saved"
     )
     assert safe in str(caught.value) and "lower the rate" in str(caught.value)
+    assert Loop(clock, saved, folder, 12, save_every=5, evaluate_every=100).to_the_end()
+    evaluated = [record["step"] for record in trained(folder, "validation_loss")]
+    assert evaluated == [0, 12]  # once each, from the start as well
 
 
 @pytest.mark.parametrize("evaluate_every", [5, 100])
