@@ -52,6 +52,7 @@ def test_both_commands_take_the_names_and_files_of_before_stay():
         assert parse(["--decay", "constant"]).decay == "constant"
         assert found.schedules == dataclasses.replace(found.schedules, wsd_share=0.5, average=0.99)
     settings = as_json(training())
+    assert list(settings) == [field.name for field in dataclasses.fields(Training)]
     before = {name: settings[name] for name in settings if name not in ("schedules", "rollback")}
     assert settings == with_defaults(before, as_json(Training()))
     assert settings == as_json(from_json(Training, before))
