@@ -234,6 +234,8 @@ def test_lost_params_are_not_saved(clock, folder, bad):
         else "No checkpoint was saved"
     )
     assert safe in str(caught.value) and "lower the rate" in str(caught.value)
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))  # not sealed
     assert Loop(clock, saved, folder, 12, save_every=5, evaluate_every=100).to_the_end()
     evaluated = [record["step"] for record in trained(folder, "validation_loss")]
     assert evaluated == [0, 12]  # once each, from the start as well
