@@ -305,7 +305,7 @@ class TrainingLoop(abc.ABC):
             self._save(held_out)
 
     def _must_go_back(self) -> bool:
-        """Judges the newest step, once. It raises if the step is bad and `rollback` allows it."""
+        """Judges the newest step, once. Without a rule to go back, a bad step raises an error."""
         metrics, self._unjudged = self._unjudged, None
         if metrics is None:
             return False
