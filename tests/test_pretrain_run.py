@@ -19,6 +19,7 @@ import pytest
 from etils import epath
 from pretraining import (
     DENSE,
+    SMALL,
     VOCABULARY,
     mesh_of,
     one_device,
@@ -279,7 +280,7 @@ def updated(config, mesh, optimizer="muon"):
 
 
 def test_microbatches_and_meshes_change_no_update():
-    config = training()
+    config = training(dataclasses.replace(SMALL, layers=2))
     state, metrics = updated(config, one_device())
     start = jax.device_get(Trainer(config, "muon", one_device(), VOCABULARY).start(0).params)
     split, halves = updated(dataclasses.replace(config, accumulate=2), one_device())
@@ -292,7 +293,7 @@ def test_microbatches_and_meshes_change_no_update():
 
 
 def test_a_run_goes_on_with_fewer_devices(text, tokens, tmp_path):
-    for sizes in ((1, 4, 1, 2), (1, 2, 1, 2), (1, 2, 1, 1), (1, 1, 1, 1)):
+    for sizes in ((1, 4, 1, 2), (1, 2, 1, 1), (1, 1, 1, 1)):
         config = training(data=text, model=DENSE, mesh=Mesh(*sizes))
         finished = run(config, tokens, tmp_path, stop_after=None if sizes == (1,) * 4 else 1)
         state = state_in(config, tmp_path, sizes=sizes)
