@@ -1,10 +1,13 @@
-"""A model that compiles fast, and texts for it."""
+"""A model that compiles fast, texts for it, and what its runs leave."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
+from etils import epath
 
+from experiments.language import log
 from experiments.language.data import Data
 from experiments.language.mesh import Mesh, make_mesh
 from experiments.pretrain.config import Model, Training
@@ -51,3 +54,21 @@ def text_file(folder, words=6000, seed=0):
     for name in ("a", "b"):
         (folder / f"{name}.txt").write_text("\n".join(lines) + f"\n{name}\n" + "to be\n" * 400)
     return str(folder / "*.txt")
+
+
+def text_of(folder, **sizes):
+    """The settings of such a text as data."""
+    data = {"vocabulary": VOCABULARY + 256, "cache": folder / "cache"}
+    return Data(files=(text_file(folder, **sizes),), **data)
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def records(folder):
+    """The log of a run, which is whole, without its times."""
+    timed = ("seconds", "tokens_per_second", "flops_per_second", "mfu")
+    found, damage = log.read(epath.Path(folder))
+    assert not damage
+    return [{k: v for k, v in record.items() if k not in timed} for record in found]

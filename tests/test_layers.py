@@ -5,13 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
 from experiments import layers
 from experiments.language import vocabulary
-from experiments.language.vocabulary import token_loss
 
 
 def normal(seed, *shape):
@@ -90,26 +88,6 @@ def test_a_rotation_keeps_norms_and_its_gradient_turns_back():
     norms = jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1)
     np.testing.assert_allclose(*norms, rtol=1e-5)
     np.testing.assert_allclose(pull(turned)[0], x, rtol=1e-5, atol=1e-6)
-
-
-def test_a_token_s_loss_is_optax_s_cross_entropy():
-    mesh = jax.make_mesh((1,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
-    targets = jnp.array([0, 3, 10])
-
-    def ours(logits):
-        return jax.shard_map(
-            lambda x: jax.vmap(token_loss)(x, targets),
-            mesh=mesh,
-            in_specs=jax.P(None, "tensor"),
-            out_specs=jax.P(),
-            check_vma=False,
-        )(logits)
-
-    def plain(logits):
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-
-    for size in (1.0, 100.0):
-        same_value_and_gradients(ours, plain, size * normal(0, 3, 11))
 
 
 def test_logits_read_at_once_are_as_read_one_after_another():

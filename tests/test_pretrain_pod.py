@@ -44,26 +44,21 @@ def test_model_flops_are_those_of_the_program_but_for_what_it_computes_twice(mod
     monkeypatch.setattr("experiments.language.vocabulary.LOSS_TOKENS", 64)
     config = training(model)
     lm = LanguageModel(config.model, VOCABULARY)
-    params = jax.eval_shape(lm.init, jax.random.key(0))
+    params = lm.shapes
     windows = jax.ShapeDtypeStruct((config.batch, config.context + 1), jnp.int32)
 
-    def loss(params, bias, windows):
-        return jnp.mean(lm.losses(params, bias, windows)[0])
-
     with jax.set_mesh(one_device()):
-        step = jax.jit(jax.value_and_grad(loss))
+        step = jax.jit(jax.value_and_grad(lm.loss, has_aux=True))
         found = measure(step.lower(params, lm.initial_bias(), windows).compile()).flops
 
     tokens = config.tokens_per_step
-    # The head's logits again in the backward pass.
-    extra = 2 * model.width * VOCABULARY * tokens
     # Both halves of the logits, and the mixed values again, which a division's gradient needs: 3
     # products over columns of a key, 4 of a value. In loops so short XLA finds the logits again.
     latent = model.attention == "latent"
     key = model.nope + model.rope if latent else model.width // model.heads
     value = model.value if latent else key
     pairs = model.layers * model.heads * config.context * tokens
-    extra += 2 * pairs * (3 * key + 4 * value) - 3 * pairs * (key + value)
+    extra = 2 * pairs * (3 * key + 4 * value) - 3 * pairs * (key + value)
     # Experts' blocks of 64 places that are not full.
     sparse = model.layers - model.dense_layers
     routed = tokens * model.active
@@ -76,7 +71,7 @@ def test_moonlight_takes_19_gflop_a_token():
     """As Liu et al., 2502.16982, count: 590 TFLOP of Newton-Schulz a step in the standard form."""
     config = PRESETS["moonlight-16b"]
     lm = LanguageModel(config.model, config.data.vocabulary)
-    costs = step_costs(config, "muon", jax.eval_shape(lm.init, jax.random.key(0)))
+    costs = step_costs(config, "muon", lm.shapes)
     assert costs.model_flops / costs.tokens == pytest.approx(18.9e9, rel=0.005)
     assert 0.7 * 590e12 < costs.newton_schulz_flops < 590e12
 
@@ -155,14 +150,19 @@ def test_a_report_tells_the_roofline_and_the_dearest_kernels(report):
     assert "2 µs per launch, 3.35 TB/s" in said and "exclude 3 × other" in said
 
 
-def test_kernels_of_attention_count_in_the_roofline():
+def test_kernels_of_attention_count_and_others_are_named():
     shape = Shape(sequences=2, heads=4, length=1024, key=64, value=32)
     kernels = Kernel("splash_mha_fwd_residuals.7", runs=3), Kernel("other.1", runs=2)
-    unread = {"splash_mha_fwd_residuals": 3, "other": 2}
+    unread = {"splash_mha_fwd_residuals": 3, "splash_mha_dkv_no_residuals": 1, "other": 2}
     program = with_attention(Program(10, {}, unread=unread, kernels=kernels), shape)
-    once = 2 * 4 * 3 * 2 * BLOCK**2 * (64 + 32)  # three pairs of blocks
-    assert [kernel.flops for kernel in program.kernels] == [once, 0]
-    assert (program.flops, program.unread) == (10 + 3 * once, {"other": 2})
+    pairs = 2 * 4 * 3 * 2 * BLOCK**2  # three pairs of blocks
+    assert [kernel.flops for kernel in program.kernels] == [pairs * (64 + 32), 0]
+    columns = 3 * (64 + 32) + 2 * (64 + 32)
+    assert (program.flops, program.unread) == (10 + pairs * columns, {"other": 2})
+    config = change(PRESETS["moonlight-16b"], batch=512, accumulate=4)
+    # 16 sequences and 8 heads on each device
+    case = plan.case(config, "adamw", mesh_of(1, 8, 1, 2))
+    assert case.attention == Shape(16, 8, 8192, 192, 128)
 
 
 def test_the_compilers_refusal_is_passed_on(report, monkeypatch):
@@ -176,19 +176,6 @@ def test_the_compilers_refusal_is_passed_on(report, monkeypatch):
     _, error = run(case, None, monkeypatch)
     assert error.startswith("The step of adamw does not fit: 5T exceed 95.74G. ")
     assert "use a smaller model" in error
-
-
-def test_kernels_of_attention_are_counted_and_others_named():
-    config = change(PRESETS["moonlight-16b"], batch=512, accumulate=4)
-    mesh = mesh_of(1, 8, 1, 2)  # 16 sequences and 8 heads on each device
-    runs = {"splash_mha_fwd_residuals": 3, "splash_mha_dkv_no_residuals": 1, "other": 7}
-    program = with_attention(
-        Program(0, {}, unread=runs), plan.case(config, "adamw", mesh).attention
-    )
-    pairs = 16 * 17 // 2 * BLOCK**2
-    columns = 3 * (192 + 128) + 2 * (192 + 128)
-    assert program.flops == 16 * 8 * pairs * 2 * columns
-    assert program.unread == {"other": 7}
 
 
 # --- Kernels of TPUs, interpreted ------------------------------------------------------------

@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import types
 from pathlib import Path
 
 import jax
@@ -18,16 +17,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from pretraining import DENSE, SMALL, VOCABULARY, mesh_of, one_device, text_file, training
+from pretraining import (
+    DENSE,
+    SMALL,
+    VOCABULARY,
+    mesh_of,
+    one_device,
+    records,
+    summary_of,
+    text_file,
+    text_of,
+    training,
+)
+from same_bits import assert_same_bits
 from trajectories import apart
 from waiting import wait_for
 
-from experiments.language import data, log
+from experiments.language import data
 from experiments.language.checkpoints import Checkpoints
 from experiments.language.mesh import Mesh
 from experiments.language.training_loop import TrainingError
 from experiments.optimizers import AdamW, Muon
-from experiments.pretrain import costs, loop
+from experiments.pretrain import loop
 from experiments.pretrain.__main__ import main, parse
 from experiments.pretrain.config import Running, from_json
 from experiments.pretrain.config import as_json as config_as_json
@@ -44,19 +55,12 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """Tokens of a text, and the options that name it."""
-    folder = tmp_path_factory.mktemp("text")
-    settings = {"files": (text_file(folder),), "cache": folder / "cache"}
-    return data.Data(vocabulary=VOCABULARY + 256, **settings)
+    return text_of(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
 def tokens(text):
     return data.prepare(text)
-
-
-def configured(text, **changes):
-    return training(data=text, **changes)
 
 
 def run(config, tokens, folder, stop_after=None, optimizer="muon", running=OFTEN, **calls):
@@ -81,21 +85,6 @@ def state_in(config, folder, optimizer="muon", step=None, sizes=(1, 1, 1, 1)):
     return restored.state
 
 
-def records(folder):
-    timeless = ("seconds", "tokens_per_second", "flops_per_second", "mfu")
-    found, damage = log.read(epath.Path(folder))
-    assert not damage
-    return [{k: v for k, v in record.items() if k not in timeless} for record in found]
-
-
-def assert_same_bits(a, b):
-    for (path, x), y in zip(
-        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
-    ):
-        assert x.dtype == y.dtype
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
-
-
 @functools.cache
 def trainer_of(*arguments):
     """Compiled once for all runs with the same settings."""
@@ -116,15 +105,17 @@ def few_devices():
 def whole(text, tokens, tmp_path_factory):
     """A run without interruption."""
     folder = tmp_path_factory.mktemp("whole")
-    config = configured(text)
+    config = training(data=text)
     assert run(config, tokens, folder)
     return config, folder
 
 
 def test_a_run_learns_and_leaves_its_files(whole):
     _, folder = whole
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = summary_of(folder)
     assert summary["tokens"] == 12 * 8 * 16
+    speed = summary["tokens"] / summary["seconds"]
+    assert summary["tokens_per_second"] == pytest.approx(speed, rel=0.05)
     assert len(summary["params_sha256"]) == 64
     seen = records(folder)
     losses = [r["loss"] for r in seen if "loss" in r]
@@ -144,8 +135,7 @@ def test_stopping_and_going_on_gives_the_same_bits(whole, text, tokens, tmp_path
     assert run(config, tokens, tmp_path)
     assert_same_bits(state_in(config, tmp_path), state_in(config, folder))
     assert records(tmp_path) == records(folder)
-    ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (tmp_path, folder))
-    assert ours["params_sha256"] == theirs["params_sha256"]
+    assert summary_of(tmp_path)["params_sha256"] == summary_of(folder)["params_sha256"]
 
 
 def test_damage_costs_the_steps_since_the_save_before(whole, tokens, tmp_path):
@@ -178,22 +168,17 @@ def test_a_log_that_is_lost_is_told_and_a_finished_run_stays(whole, tokens, tmp_
         run(config, tokens, tmp_path)
 
 
-def test_another_text_is_refused(whole, text, tmp_path):
+def test_another_text_and_more_tokens_than_the_model_knows_are_refused(
+    whole, text, tokens, tmp_path
+):
     config, folder = whole
     other = dataclasses.replace(text, files=(text_file(tmp_path, seed=1),))
     with pytest.raises(ValueError, match="trained on other data"):
         run(dataclasses.replace(config, data=other), data.prepare(other), folder)
-
-
-def test_more_tokens_than_the_model_knows_are_refused(tokens, tmp_path):
     with pytest.raises(ValueError, match=r"vocabulary must be at least \d+, the voc.*; got"):
         run(training(), tokens, tmp_path)
-
-
-def test_a_config_comes_back_from_its_json(text):
-    config = configured(text)
-    back = from_json(type(config), json.loads(json.dumps(config_as_json(config))))
-    assert config_as_json(back) == config_as_json(config)
+    again = from_json(type(config), json.loads(json.dumps(config_as_json(config))))
+    assert config_as_json(again) == config_as_json(config)
 
 
 # --- Bad steps -------------------------------------------------------------------------------
@@ -201,18 +186,24 @@ def test_a_config_comes_back_from_its_json(text):
 BAD = VOCABULARY - 1
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """The loss of a window that begins with this token is NaN; another's gradient is huge."""
+def scale_loss(monkeypatch, factor):
     plain = LanguageModel.loss
 
     def loss(self, params, bias, windows, **how):
         found, observed = plain(self, params, bias, windows, **how)
-        factor = jnp.where(jnp.any(windows[:, 0] == BAD), jnp.nan, 1.0)
-        factor *= jnp.where(jnp.any(windows[:, 0] == BAD - 1), 1e4, 1.0)
-        return found * factor, observed
+        return found * factor(windows[:, 0]), observed
 
     monkeypatch.setattr(LanguageModel, "loss", loss)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """The loss of a window that begins with this token is NaN; another's gradient is huge."""
+    spikes = {BAD: jnp.nan, BAD - 1: 1e4}
+    scale_loss(
+        monkeypatch,
+        lambda first: math.prod(jnp.where(jnp.any(first == t), x, 1) for t, x in spikes.items()),
+    )
 
 
 def batch_of(trainer, first, seed=0):
@@ -250,34 +241,24 @@ def test_spikes_are_skipped_where_asked_for(poisoned):
 
 
 def test_a_run_without_finite_steps_stops_and_says_so(text, tokens, tmp_path, monkeypatch):
-    plain = LanguageModel.loss
-
-    def loss(self, params, bias, windows, **how):
-        found, observed = plain(self, params, bias, windows, **how)
-        return found * jnp.nan, observed
-
-    monkeypatch.setattr(LanguageModel, "loss", loss)
-    config = configured(text, model=DENSE, max_nonfinite_steps=3)
+    scale_loss(monkeypatch, lambda first: jnp.nan)
+    config = training(data=text, model=DENSE, max_nonfinite_steps=3)
     with pytest.raises(TrainingError, match="3 consecutive steps had NaN or Inf in their loss"):
         run(config, tokens, tmp_path, optimizer="adamw")
     assert all(r.get("loss") is None for r in records(tmp_path) if "loss" in r)
 
 
 @pytest.mark.parametrize(
-    "optimizer, changes, remedy",
+    ("optimizer", "settings", "remedy"),
     [
-        ("muon", {"muon": Muon(learning_rate=3e38)}, r"lower --muon.learning-rate 3e\+38 or "),
-        (
-            "adamw",
-            {"adamw": AdamW(learning_rate=3e38)},
-            "raise --adamw.eps 1e-08. No checkpoint was saved",
-        ),
+        ("muon", Muon(learning_rate=3e38), r"lower --muon.learning-rate 3e\+38 or "),
+        ("adamw", AdamW(learning_rate=3e38), r"raise --adamw.eps 1e-08\. No checkpoint was saved"),
     ],
 )
 def test_params_that_an_update_breaks_are_not_saved(
-    text, tokens, tmp_path, optimizer, changes, remedy
+    text, tokens, tmp_path, optimizer, settings, remedy
 ):
-    config = configured(text, model=DENSE, warmup=0, **changes)
+    config = training(data=text, model=DENSE, warmup=0, **{optimizer: settings})
     often = dataclasses.replace(OFTEN, save_every=1)
     with pytest.raises(TrainingError, match=f"update contains NaN or Inf.*{remedy}"):
         run(config, tokens, tmp_path, optimizer=optimizer, running=often)
@@ -299,7 +280,7 @@ def updated(config, mesh, optimizer="muon"):
 
 
 def test_microbatches_and_meshes_change_no_update():
-    config = training()
+    config = training(dataclasses.replace(SMALL, layers=2))
     state, metrics = updated(config, one_device())
     start = jax.device_get(Trainer(config, "muon", one_device(), VOCABULARY).start(0).params)
     split, halves = updated(dataclasses.replace(config, accumulate=2), one_device())
@@ -312,82 +293,36 @@ def test_microbatches_and_meshes_change_no_update():
 
 
 def test_a_run_goes_on_with_fewer_devices(text, tokens, tmp_path):
-    for sizes in ((1, 4, 1, 2), (1, 2, 1, 2), (1, 2, 1, 1), (1, 1, 1, 1)):
-        config = configured(text, model=DENSE, mesh=Mesh(*sizes))
+    for sizes in ((1, 4, 1, 2), (1, 2, 1, 1), (1, 1, 1, 1)):
+        config = training(data=text, model=DENSE, mesh=Mesh(*sizes))
         finished = run(config, tokens, tmp_path, stop_after=None if sizes == (1,) * 4 else 1)
         state = state_in(config, tmp_path, sizes=sizes)
         assert_same_bits(state.params, state_in(config, tmp_path, sizes=(1, 1, 1, 1)).params)
     assert finished
 
 
-def test_a_batch_that_devices_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match=r"= 8 sequences, which must be a multiple .* = 16"):
-        Trainer(training(), "adamw", mesh_of(1, 16, 1, 1), VOCABULARY)
-
-
-def test_heads_that_devices_do_not_divide_are_refused():
-    with pytest.raises(
-        ValueError, match=r"divide the model's heads, 4; got 8\. Use --mesh\.tensor 1, 2, 4"
-    ):
-        Trainer(training(), "adamw", mesh_of(1, 1, 1, 8), VOCABULARY)
-
-
-def test_a_peak_is_of_one_kind_of_device_exactly(monkeypatch):
-    def costs_on(kind):
-        device = types.SimpleNamespace(device_kind=kind, platform="gpu")
-        monkeypatch.setattr(jax, "devices", lambda: [device])
-        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-        return costs.step_costs(training(model=DENSE), "adamw", params)
-
-    params = LanguageModel(DENSE, VOCABULARY).init(jax.random.key(0))
-    count = jax.device_count()
-    for kind, peak in [("80GB HBM3", 989e12), ("NVL", 835e12), ("PCIe", 756e12)]:
-        assert costs_on(f"NVIDIA H100 {kind}").peak_flops_per_second == peak * count
-        assert costs.unknown_peak() is None
-    unknown = costs_on("NVIDIA H200 MIG 1g.18gb")
-    assert unknown.peak_flops_per_second is None and "mfu" not in unknown.rates(1.0)
-    assert "NVIDIA H200 MIG 1g.18gb" in costs.unknown_peak()
-
-
-# --- MuonClip --------------------------------------------------------------------------------
-
-
-def test_muonclip_bounds_the_logits_of_latent_attention():
-    rows = np.random.default_rng(0).integers(0, VOCABULARY, (1, 8, 17)).astype(np.int32)
-
-    def largest(optimizer, threshold):
-        model = dataclasses.replace(SMALL, layers=2, dense_layers=2, init_std=0.5)
-        config = training(model=model, warmup=0)
-        variants = dataclasses.replace(config.variants, clip_threshold=threshold)
-        config = dataclasses.replace(config, variants=variants)
-        trainer = Trainer(config, optimizer, one_device(), VOCABULARY)
-        state, found = trainer.start(0), []
-        for _ in range(4):
-            state, metrics = trainer.advance(
-                state, jax.device_put(rows, trainer.windows), rate=1e-4
-            )
-            found.append(float(metrics["max_logit"]))
-        return found
-
-    free, clipped = largest("muonclip", 1e9), largest("muonclip", 2.0)
-    assert min(free) > 4
-    # What later layers see has changed too, so that theirs come near the threshold, not to it.
-    assert clipped[0] == free[0] and max(clipped[1:]) < 3.5 and max(clipped[2:]) < 2.3
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((1, 16, 1, 1), r"= 8 sequences, which must be a multiple .* = 16"),
+        ((1, 1, 1, 8), r"divide the model's heads, 4; got 8\. Use --mesh\.tensor 1, 2, 4"),
+    ],
+)
+def test_sizes_that_devices_do_not_divide_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(training(), "adamw", mesh_of(*sizes), VOCABULARY)
 
 
 # --- The command -----------------------------------------------------------------------------
 
 
-def test_the_command_line_takes_the_form_of_the_readme():
+def test_the_command_line_takes_the_form_of_the_readme(capsys):
     line = "--preset tiny --optimizers muon --steps 400 --save-every 100 --seed 0 --model.layers 5"
     command = parse([*line.split(), "--out", "somewhere"])
     assert command.optimizers == ("muon",) and command.model.layers == 5
     assert command.model.experts == parse([]).model.experts
     assert str(command.folder("muon")) == "somewhere"
     assert parse(["--preset", "moonlight-16b"]).model.experts == 64
-
-
-def test_an_unknown_option_is_refused_with_a_suggestion(capsys):
     with pytest.raises(SystemExit):
         parse(["--save-evry", "3"])
     assert "--save-every" in capsys.readouterr().err
@@ -413,51 +348,24 @@ def start(*arguments):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_loses_no_step(text, tmp_path):
+@pytest.mark.parametrize("ends", ["SIGTERM", "--hours"])
+def test_a_stop_saves_and_loses_no_step(text, tmp_path, ends):
     command = [*options(text, tmp_path), "--optimizers", "adamw", "--steps", "100000"]
+    command += ["--hours", "0.003"] * (ends == "--hours")
     process = start(*command)
-    log = tmp_path / "metrics.jsonl"
-    wait_for(lambda: log.exists() and '"step": 4' in log.read_text(), process)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130, error
-    last = records(tmp_path)[-1]["step"]
-    steps = sorted(int(p.name[5:]) for p in (tmp_path / "checkpoints").glob("step_*"))
-    assert steps[-1] == last >= 4
-
-
-@pytest.mark.slow
-def test_hours_save_and_exit_with_a_status_of_their_own(text, tmp_path):
-    command = [*options(text, tmp_path), "--optimizers", "adamw", "--steps", "100000"]
-    process = start(*command, "--hours", "0.003")
+    if ends == "SIGTERM":
+        log = tmp_path / "metrics.jsonl"
+        wait_for(lambda: log.exists() and '"step": 4' in log.read_text(), process)
+        process.send_signal(signal.SIGTERM)
     said, error = process.communicate(timeout=240)
-    assert process.returncode == 75, error
-    assert "since --hours 0.003 have passed; the same command continues" in said
+    assert process.returncode == (130 if ends == "SIGTERM" else 75), error
     last = records(tmp_path)[-1]["step"]
-    steps = sorted(int(p.name[5:]) for p in (tmp_path / "checkpoints").glob("step_*"))
-    assert steps[-1] == last > 0
-    again = start(*command, "--hours", "0.003")
-    said, _ = again.communicate(timeout=240)
-    assert again.returncode == 75 and f"continuing from step {last}" in said
-
-
-@pytest.mark.slow
-def test_two_processes_train_and_save_together(text, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared = [*options(text, tmp_path / "two"), "--optimizers", "muon", "--steps", "7"]
-    shared += ["--processes.coordinator", f"localhost:{port}", "--processes.count", "2"]
-    both = [start(*shared, "--processes.index", str(i)) for i in range(2)]
-    for process in both:
-        _, error = process.communicate(timeout=240)
-        assert process.returncode == 0, error[-3000:]
-    alone = start(*options(text, tmp_path / "one"), "--optimizers", "muon", "--steps", "7")
-    _, error = alone.communicate(timeout=240)
-    assert alone.returncode == 0, error[-3000:]
-    two, one = (records(tmp_path / name) for name in ("two", "one"))
-    assert [r["step"] for r in two] == [r["step"] for r in one]
-    assert two[-1]["validation_loss"] == pytest.approx(one[-1]["validation_loss"], rel=1e-3)
+    assert max(int(p.name[5:]) for p in (tmp_path / "checkpoints").glob("step_*")) == last > 0
+    if ends == "--hours":
+        assert "since --hours 0.003 have passed; the same command continues" in said
+        again = start(*command)
+        said, _ = again.communicate(timeout=240)
+        assert again.returncode == 75 and f"continuing from step {last}" in said
 
 
 @pytest.mark.parametrize("optimizers", [["muon"], ["adamw", "muon"]])
@@ -470,11 +378,6 @@ def test_an_out_with_other_files_is_refused_before_text_is_read(
     for more in ([], ["--suite", "optimizers"]):
         monkeypatch.setattr(sys, "argv", arguments + more)
         assert main() == 2
-        assert "holds thesis.tex but no run of this study" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "error:" in said and "holds thesis.tex but no run of this study" in said
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_errors_of_the_command_are_one_line(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["pretrain", "--data.files", str(tmp_path / "*.txt")])
-    assert main() == 2
-    assert "error:" in capsys.readouterr().err

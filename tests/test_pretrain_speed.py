@@ -1,12 +1,15 @@
 """`python -m experiments.pretrain.speed`: both loops train one model, from one start."""
 
 import dataclasses
+import types
 
+import jax
 import numpy as np
 import pytest
 from pretraining import DENSE, SMALL, VOCABULARY, one_device, training
 
-from experiments.pretrain import speed
+from experiments.pretrain import costs, speed
+from experiments.pretrain.model import LanguageModel
 from experiments.pretrain.step import Trainer
 
 
@@ -68,3 +71,20 @@ def test_neither_the_first_turn_counts_nor_the_first_step_of_any(monkeypatch):
     monkeypatch.setattr(speed.time, "sleep", lambda _: None)
     assert speed.median_seconds({"ours": loop}, steps=2, rounds=3) == {"ours": 3.0}
     assert calls == [1, 2] * 4
+
+
+def test_a_peak_is_of_one_kind_of_device_exactly(monkeypatch):
+    def costs_on(kind):
+        device = types.SimpleNamespace(device_kind=kind, platform="gpu")
+        monkeypatch.setattr(jax, "devices", lambda: [device])
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        return costs.step_costs(training(model=DENSE), "adamw", params)
+
+    params = LanguageModel(DENSE, VOCABULARY).init(jax.random.key(0))
+    count = jax.device_count()
+    for kind, peak in [("80GB HBM3", 989e12), ("NVL", 835e12), ("PCIe", 756e12)]:
+        assert costs_on(f"NVIDIA H100 {kind}").peak_flops_per_second == peak * count
+        assert costs.unknown_peak() is None
+    unknown = costs_on("NVIDIA H200 MIG 1g.18gb")
+    assert unknown.peak_flops_per_second is None and "mfu" not in unknown.rates(1.0)
+    assert "NVIDIA H200 MIG 1g.18gb" in costs.unknown_peak()

@@ -1,7 +1,6 @@
 """Many processes are one run: what each loads of a batch, and that together they train the same."""
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from pretraining import mesh_of
+from waiting import run_pair
 
 from experiments.language import sharding
 from experiments.language.mesh import MESH_AXES
@@ -54,20 +54,12 @@ def test_rows_become_microbatches_in_their_order():
 def pair(tmp_path_factory):
     """What two processes of one device each saw."""
     folder = tmp_path_factory.mktemp("pair")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "tests.training_pair", port]
-    both = [
-        subprocess.Popen([*command, str(i), folder], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=600)[1] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
+
+    def start(port, index):
+        command = [sys.executable, "-m", "tests.training_pair", str(port), str(index), folder]
+        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+    run_pair(start, 600)
     return [json.loads((folder / f"{i}.json").read_text()) for i in range(2)]
 
 

@@ -14,13 +14,12 @@ from etils import epath
 from finetuning import NORMED, initial, prepared
 from finetuning import trainer_of as trainer_of_finetuning
 from finetuning import training as finetuning
-from pretraining import DENSE, VOCABULARY, mesh_of, training
+from pretraining import DENSE, VOCABULARY, mesh_of, records, summary_of, training
 
 from experiments.finetune import model
 from experiments.finetune.config import Lora
 from experiments.finetune.config import Running as FinetuneRunning
 from experiments.finetune.loop import FineTuning, Start
-from experiments.language import log
 from experiments.language.data import Tokens
 from experiments.language.rollback import Rollback, SpikeError, Watch
 from experiments.pretrain import loop
@@ -91,15 +90,9 @@ def train(folder, spikes=(), hole=(), rule=RULE, kill=None, stop=None, running=R
     return run
 
 
-def summary(folder):
-    found = json.loads((folder / "summary.json").read_text())
+def ended(folder):
+    found = summary_of(folder)
     return found["params_sha256"], found.get("rollbacks")
-
-
-def records(folder):
-    timed = ("seconds", "tokens_per_second", "flops_per_second", "mfu")
-    found = log.read(epath.Path(folder))[0]
-    return [{k: v for k, v in record.items() if k not in timed} for record in found]
 
 
 SPIKES = (9, 10)  # its second is step 11, after the checkpoint of step 8
@@ -118,13 +111,13 @@ def test_a_run_goes_back_and_leaves_the_batches_out(whole, tmp_path):
     assert max(losses[step] for step in range(8, 19)) < losses[8] * 1.4
     assert "back to step 8" in run.said[0] and "1 of 2 times" in run.said[0]
     assert records(folder)[-1].get("rollbacks", 1) == 1
-    digest, rollbacks = summary(folder)
+    digest, rollbacks = ended(folder)
     assert rollbacks == [{"from_step": 11, "to_step": 8}]
     # As if the text had never had these batches.
     train(tmp_path / "without", hole=range(8, 11), rule=Rollback())
-    assert summary(tmp_path / "without") == (digest, None)
+    assert ended(tmp_path / "without") == (digest, None)
     train(tmp_path / "with", SPIKES, rule=Rollback())
-    assert summary(tmp_path / "with")[0] != digest
+    assert ended(tmp_path / "with")[0] != digest
 
 
 @pytest.mark.parametrize(
@@ -145,7 +138,7 @@ def test_a_run_that_ends_in_the_middle_comes_to_the_same(whole, tmp_path, ends):
         else:
             assert not train(tmp_path, SPIKES, stop=when).ended
     assert train(tmp_path, SPIKES).ended
-    assert summary(tmp_path) == summary(whole[0])
+    assert ended(tmp_path) == ended(whole[0])
     assert records(tmp_path) == records(whole[0])
 
 
@@ -181,7 +174,9 @@ def test_going_back_is_to_the_losses_of_then():
         watch.judge(1.0)
     watch.saves(8, periodic=True)
     then = watch.as_json()
-    assert [watch.judge(loss) for loss in (1.1, 9.0, 9.0)] == [False, False, True]
+    assert [watch.judge(loss) for loss in (1.1, 9.0)] == [False, False]
+    watch.saves(10, periodic=True)  # in the spike
+    assert watch.judge(9.0)
     watch.go_back(11, lambda text: None, "")
     assert watch.as_json() == then | {"done": [[8, 11]]} and watch.left_out == 3
 
@@ -198,11 +193,11 @@ def test_params_that_are_lost_are_gone_back_from(tmp_path, spoilt):
                 return {"validation_loss": math.nan}, math.nan
             return super().evaluate(state)
 
-        def _is_to_go_back(self, metrics, step):
-            if left == ["update"] and step == 9:
+        def _must_go_back(self):
+            if left == ["update"] and self._step == 9:
                 left.pop()
-                metrics = metrics | {"update_rms": {"all": math.inf}}
-            return super()._is_to_go_back(metrics, step)
+                self._unjudged = self._unjudged | {"update_rms": {"all": math.inf}}
+            return super()._must_go_back()
 
     run = train(tmp_path, kind=Spoilt)
     assert run.ended and not left
@@ -212,10 +207,10 @@ def test_params_that_are_lost_are_gone_back_from(tmp_path, spoilt):
 class Lost(FineTuning):
     """The update after the batch of number 9 is not finite."""
 
-    def _is_to_go_back(self, metrics, step):
-        if metrics is not None and step + self._watch.left_out == 10:
-            metrics = metrics | {"update_rms": {"all": math.inf}}
-        return super()._is_to_go_back(metrics, step)
+    def _must_go_back(self):
+        if self._unjudged is not None and self._step + self._watch.left_out == 10:
+            self._unjudged = self._unjudged | {"update_rms": {"all": math.inf}}
+        return super()._must_go_back()
 
 
 def test_fine_tuning_goes_back_with_what_is_frozen(tmp_path):
@@ -234,7 +229,7 @@ def test_fine_tuning_goes_back_with_what_is_frozen(tmp_path):
                 on_message=said.append,
             )  # fmt: skip
             assert run.to_the_end() == (stop is None)
-        digests.append(summary(tmp_path / name))
+        digests.append(ended(tmp_path / name))
         assert any("back to step 8" in text for text in said) == (name == "whole")
     assert digests[0] == digests[1] and digests[0][1] == [{"from_step": 10, "to_step": 8}]
     jax.tree.map(np.testing.assert_array_equal, *merged)

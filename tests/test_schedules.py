@@ -18,8 +18,9 @@ from experiments.finetune.packing import Batch
 from experiments.finetune.step import Trainer as FineTuner
 from experiments.pretrain import __main__ as command
 from experiments.pretrain import plan
-from experiments.pretrain.config import as_json
+from experiments.pretrain.config import Training, as_json, from_json
 from experiments.pretrain.step import Trainer
+from experiments.runs import with_defaults
 from experiments.schedules import Schedules, warmup_then_decay
 
 STEPS = (1, 2, 9, 10, 14, 17)  # of 20, of which 2 warm up
@@ -50,7 +51,11 @@ def test_both_commands_take_the_names_and_files_of_before_stay():
         assert (found.decay, found.schedules.beta) == ("wsd", (0.85, 0.95))
         assert parse(["--decay", "constant"]).decay == "constant"
         assert found.schedules == dataclasses.replace(found.schedules, wsd_share=0.5, average=0.99)
-    assert not {"schedules", "rollback"} & as_json(training()).keys()
+    settings = as_json(training())
+    assert list(settings) == [field.name for field in dataclasses.fields(Training)]
+    before = {name: settings[name] for name in settings if name not in ("schedules", "rollback")}
+    assert settings == with_defaults(before, as_json(Training()))
+    assert settings == as_json(from_json(Training, before))
 
 
 COURSE = Schedules(beta=(0.5, 0.9), beta_steps=4, weight_decay=(1.0, 0.0))

@@ -68,7 +68,6 @@ def test_brackets_in_brackets_are_a_damaged_file(copy):
         (copy / name).unlink() if before is None else (copy / name).write_bytes(before)
     (copy / "manifest.json").write_text(DEEP)
     assert manifests.read(epath.Path(copy)) == {}
-    (copy / "meta.json").write_text(DEEP)
     assert cache.read(copy) is None
     (copy / "a.jsonl").write_text(DEEP)
     with pytest.raises(ValueError, match=r"a.jsonl:1 must be a JSON object"):
@@ -208,17 +207,17 @@ def test_two_exports_to_one_folder_do_not_mix(tmp_path):
     left = tmp_path / ".model.partial"
     (left / "sub").mkdir(parents=True)
     (left / "old.safetensors").write_text("of a killed one")
-    with hugging_face.new_folder(folder) as first:
+    with cache.new_folder(folder) as first:
         (first / "a").write_text("x")
         with (
             pytest.raises(ValueError, match="Another process is writing"),
-            hugging_face.new_folder(folder),
+            cache.new_folder(folder),
         ):
             pass
     assert [path.name for path in folder.iterdir()] == ["a"]
     with pytest.raises(ValueError, match="is not empty"):
         weights.write(folder, NORMED, initial())
-    with pytest.raises(OSError, match="full"), hugging_face.new_folder(tmp_path / "b") as second:
+    with pytest.raises(OSError, match="full"), cache.new_folder(tmp_path / "b") as second:
         (second / "a").write_text("x")
         raise OSError("full")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]

@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 from pretraining import one_device
 
-from experiments.language import clocks, training_loop
+from experiments.language import clocks, log, training_loop
 from experiments.language.checkpoints import Restored
 from experiments.language.rollback import Rollback
 from experiments.language.training_loop import Keeping, TrainingError, TrainingLoop
@@ -35,7 +35,7 @@ class Saved:
         state = types.SimpleNamespace(step=step)
         return Restored(step, state, meta, damaged=())
 
-    def save(self, step, state, meta):
+    def save(self, step, state, meta, spare):
         self.clock.now += SAVE
         self.steps.append(step)
 
@@ -124,9 +124,9 @@ def folder(tmp_path):
     return epath.Path(tmp_path)
 
 
-def trained(folder):
+def trained(folder, key="loss"):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if "loss" in record]
+    return [record for record in map(json.loads, lines) if key in record]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,21 @@ def test_seconds_are_of_training_alone(clock, folder, every, stops):
     for record in trained(folder):
         assert record["seconds"] == record["step"] * STEP
         assert record["tokens_per_second"] == TOKENS / STEP
-    assert training_loop.speed(loop.log, TOKENS) == TOKENS / STEP
+
+
+def test_a_record_has_what_json_has_and_tensorboard_its_numbers(folder, monkeypatch):
+    seen = []
+    done = lambda: None  # noqa: E731
+    board = types.SimpleNamespace(
+        add_scalar=lambda *told: seen.append(told), flush=done, close=done
+    )
+    monkeypatch.setattr(log, "SummaryWriter", lambda *given, **more: board)
+    written = log.Log(folder, -1)
+    written.add(3, loss=math.nan, update_rms={"all": 0.5}, load=[math.inf, 1.0])
+    written.close()
+    assert seen == [("update_rms/all", 0.5, 3)]
+    kept = {"step": 3, "loss": None, "update_rms": {"all": 0.5}, "load": [None, 1.0]}
+    assert written.records == [kept]
 
 
 @pytest.mark.parametrize(
@@ -195,7 +209,7 @@ def test_a_profile_has_the_steps_that_this_part_of_a_run_has(
     loop = Loop(clock, saved, folder, steps, profile=profile, **settings)
     loop.evaluate = lambda state: ({"validation_loss": 1.0}, 1.0)
     loop.trainer.looking = loop.trainer.program  # compiled by now, as where logits are at hand
-    monkeypatch.setattr(saved, "save", lambda *_: None)
+    monkeypatch.setattr(saved, "save", lambda *_, **__: None)
     assert loop.to_the_end()
     assert seen == watched
     assert bool(watched) != any("has no effect" in text for text in loop.said)
@@ -220,6 +234,11 @@ def test_lost_params_are_not_saved(clock, folder, bad):
         else "No checkpoint was saved"
     )
     assert safe in str(caught.value) and "lower the rate" in str(caught.value)
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))  # not sealed
+    assert Loop(clock, saved, folder, 12, save_every=5, evaluate_every=100).to_the_end()
+    evaluated = [record["step"] for record in trained(folder, "validation_loss")]
+    assert evaluated == [0, 12]  # once each, from the start as well
 
 
 @pytest.mark.parametrize("evaluate_every", [5, 100])

@@ -5,7 +5,7 @@ import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import tyro
@@ -17,15 +17,14 @@ from experiments.finetune.architecture import Architecture
 from experiments.finetune.chat import TOKENIZER, Chat
 from experiments.finetune.model import LanguageModel, Params
 from experiments.language import generation
+from experiments.language.generation import DIVIDER, Sampling
 from experiments.language.mesh import one_device
 from experiments.language.tensors import Dtype
-from experiments.settings import Count, at_least, check
-
-DIVIDER = f"\n{'─' * 40}\n"
+from experiments.settings import Count
 
 
 @dataclasses.dataclass(frozen=True)
-class Command:
+class Command(Sampling):
     """Prints the answers of a model to a prompt, in the form of its chat template."""
 
     model: tyro.conf.Positional[str]
@@ -38,21 +37,13 @@ class Command:
     raw: bool = False
     """Continue the prompt without the chat template, for a model that was trained on rows with
     "prompt" and "completion"."""
-    length: Count = 200
-    """Maximum number of tokens to generate per text."""
-    temperature: Annotated[float, at_least(0)] = 0.8
-    """Sampling temperature. 0 always takes the most likely token."""
-    top_k: Count | None = 40
-    """Sample from this many of the most likely tokens. None means all tokens."""
-    seed: int = 0
-    """Random seed. It sets what is sampled."""
-    count: Count = 1
+    count: Count = dataclasses.field(default=1, kw_only=True)
     """Number of texts to generate."""
     dtype: Dtype = "float32"
     """Precision of the arithmetic. On accelerators bfloat16 takes half of the memory."""
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if self.raw and self.system is not None:
             raise ValueError(
                 f"--system {self.system!r} requires the chat template, which --raw leaves out; "

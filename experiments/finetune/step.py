@@ -60,7 +60,7 @@ class Trainer(trainer.Trainer):
         self.places = model.shardings(architecture, mesh)
         placed = {"mesh": mesh, "shardings": specs} if arm != "adamw" else {}
         self.arm = arms.make(arm, config, architecture, **placed)
-        self.clips_at = self.arm.clips_at
+        self.clips_at, self.schedule = self.arm.clips_at, self.arm.schedule
         shape = config.accumulate, config.microbatch, config.context
         window = jax.ShapeDtypeStruct(shape, jnp.int32)
         super().__init__(
@@ -95,6 +95,9 @@ class Trainer(trainer.Trainer):
             in_shardings=(whole,),
             out_shardings=self.places,
         )
+
+    def transformation(self, rate: Any) -> optax.GradientTransformationExtraArgs:
+        return self.arm.build(rate)
 
     def _split(self, tree: Params) -> tuple[Params, Params]:
         return arms.split(self.name, self.config, self.architecture, tree)
@@ -144,38 +147,19 @@ class Trainer(trainer.Trainer):
         counted = jax.tree.map(
             lambda g, counts: g if counts else jnp.zeros_like(g), gradient, self.arm.counted
         )
-        norm = optax.tree.norm(counted)
-        updates_before = state.step - state.guard.skipped
-        taken, guarded = guard.judge(state.guard, updates_before, loss, norm)
-        clipping = jnp.minimum(1.0, self.config.clip / jnp.maximum(norm, 1e-30))
-
-        updates, opt_state = self.arm.build(rate).update(
-            jax.tree.map(lambda g: clipping * g, counted),
-            state.opt_state,
-            state.params,
-            max_logits=seen["max_logits"],
-        )
-        new = optax.apply_updates(state.params, updates), opt_state
-        params, opt_state = guard.choose(taken, new, (state.params, state.opt_state))
+        new, updates, metrics = self._updated(state, loss, counted, rate, seen["max_logits"], look)
         size = arms.by_group(updates, arms.rms)
-        size = jax.tree.map(lambda rms: jnp.where(taken, rms, 0.0), size)
+        size = jax.tree.map(lambda rms: jnp.where(metrics["taken"], rms, 0.0), size)
         learnt, correct = seen["learnt"], seen["correct"]
-        metrics = {
-            "loss": loss,
+        metrics |= {
             "accuracy": jnp.sum(correct) / jnp.maximum(jnp.sum(learnt), 1),
             # As in trl, the mean over microbatches, whatever their numbers of trained-on tokens.
             "mean_token_accuracy": jnp.mean(correct / jnp.maximum(learnt, 1)),
             "learnt": jnp.sum(learnt),
-            "gradient_norm": norm,
             "gradient_norms": arms.by_group(gradient, arms.norm),
             "update_rms": size,
-            "max_logit": attention.largest_known(seen["max_logits"], self._threshold(look)),
-            "learning_rate": rate * self.arm.schedule(updates_before),
-            "taken": taken,
-            "skipped": guarded.skipped,
-            "nonfinite_in_a_row": guarded.in_a_row,
         }
-        return State(state.step + 1, params, opt_state, guarded, state.frozen), metrics
+        return new, metrics
 
     def _gradient(
         self, params: Params, frozen: Params, windows: Batch, look: bool = False

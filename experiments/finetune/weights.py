@@ -72,13 +72,4 @@ def write(
     dtypes = {"dtype": dtype, "torch_dtype": dtype}  # for transformers 5 and 4
     config = config_json.to_json(architecture) | dtypes
     wanted = shapes(architecture)
-    tensors.write(
-        folder,
-        params,
-        wanted,
-        config,
-        dtype,
-        shard=shard,
-        beside=beside,
-        order=lambda tensor: tensor.path,  # all tensors of a leaf together
-    )
+    tensors.write(folder, params, wanted, config, dtype, shard=shard, beside=beside)

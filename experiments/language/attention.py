@@ -26,6 +26,7 @@ _CUDNN_COLUMNS = 128
 # The splash kernel requires lengths that are multiples of a vector.
 _LANES = 128
 
+Heads = tuple[jax.Array, jax.Array, jax.Array]
 
 # Policy for `jax.checkpoint` that stores the results of our kernels and of the splash kernel, which
 # are costly to recompute and no larger than a layer's input. JAX does not allow it for cuDNN's.
@@ -143,13 +144,10 @@ def _block(
     return mixed, jnp.max(largest, axis=(0, 2, 3))
 
 
-def _by_cudnn(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array | None,
-    threshold: float | None,
-) -> tuple[jax.Array, jax.Array]:
+# Each takes `(q, k, v, segments, threshold)` and returns what `causal_attention` does.
+
+
+def _by_cudnn(q, k, v, segments, threshold):
     padding = q.shape[-1] - v.shape[-1]
     padded = jnp.pad(v, ((0, 0),) * 3 + ((0, padding),))  # cuDNN requires heads of equal size
     mask = None
@@ -161,50 +159,32 @@ def _by_cudnn(
     return mixed[..., : v.shape[-1]], _largest(q, k, segments, logsumexp, threshold)
 
 
-def _by_packed(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array | None,
-    threshold: float | None,
-) -> tuple[jax.Array, jax.Array]:
-    place, heads = spec("batch", None, "heads", None), spec("batch", "heads", None)
-    mixed, largest = jax.shard_map(
-        packed_attention.attend,
-        in_specs=(place, place, place, None if segments is None else spec("batch", None)),
-        out_specs=(place, heads),
-        check_vma=False,
-    )(q, k, v, segments)
+def _by_packed(q, k, v, segments, threshold):
+    heads = spec("batch", "heads", None)
+    mixed, largest = _on_devices(packed_attention.attend, q, k, v, segments, heads)
     if segments is not None:
         largest = jnp.where(segments[:, None] > 0, largest, -jnp.inf)
     return mixed, jnp.max(largest, axis=(0, 2))
 
 
-def _by_splash(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array | None,
-    threshold: float | None,
-) -> tuple[jax.Array, jax.Array]:
-    # XLA cannot partition a kernel, so each device runs it on its own sequences and heads.
-    place = spec("batch", None, "heads", None)
-    mixed, logsumexp = jax.shard_map(
-        splash,
-        in_specs=(place, place, place, None if segments is None else spec("batch", None)),
-        out_specs=(place, spec("batch", None, "heads")),
-        check_vma=False,
-    )(q, k, v, segments)
+def _by_splash(q, k, v, segments, threshold):
+    heads = spec("batch", None, "heads")
+    mixed, logsumexp = _on_devices(splash, q, k, v, segments, heads)
     return mixed, _largest(q, k, segments, logsumexp, threshold)
 
 
-def _largest(
-    q: jax.Array,
-    k: jax.Array,
-    segments: jax.Array | None,
-    logsumexp: jax.Array,
-    threshold: float | None,
-) -> jax.Array:
+def _on_devices(kernel, q, k, v, segments, heads):
+    """Runs a kernel, which XLA cannot partition, on each device's own sequences and heads."""
+    place = spec("batch", None, "heads", None)
+    return jax.shard_map(
+        kernel,
+        in_specs=(place, place, place, None if segments is None else spec("batch", None)),
+        out_specs=(place, heads),
+        check_vma=False,
+    )(q, k, v, segments)
+
+
+def _largest(q, k, segments, logsumexp, threshold):
     """Returns each head's largest logit, or its upper bound, for a kernel; −∞ for padding."""
     mask = None
     if threshold == math.inf:
@@ -257,9 +237,7 @@ class _Attention(nnx.Module):
 
     out: Linear
 
-    def project(
-        self, x_BxTxD: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x_BxTxD: jax.Array, positions: jax.Array) -> Heads:
         """Returns queries, keys and values, as `causal_attention` takes them."""
         raise NotImplementedError
 
@@ -317,9 +295,7 @@ class GroupedQuery(_Attention):
             self.query_norm = RMSNorm(columns, epsilon=norm_epsilon, rngs=rngs)
             self.key_norm = RMSNorm(columns, epsilon=norm_epsilon, rngs=rngs)
 
-    def project(
-        self, x_BxTxD: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x_BxTxD: jax.Array, positions: jax.Array) -> Heads:
         q = split_heads(self.query(x_BxTxD), self.heads)
         k = split_heads(self.key(x_BxTxD), self.kv_heads)
         v = split_heads(self.value(x_BxTxD), self.kv_heads)
@@ -354,9 +330,7 @@ class Latent(_Attention):
         self.key_value = Linear(latent, heads * (nope + value), init=init, rngs=rngs)
         self.out = Linear(heads * value, width, init=init, rngs=rngs)
 
-    def project(
-        self, x_BxTxD: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x_BxTxD: jax.Array, positions: jax.Array) -> Heads:
         q = split_heads(self.query(x_BxTxD), self.heads)
         latent, shared_key = jnp.split(self.latent(x_BxTxD), [self.latent_size], axis=-1)
         key_value = split_heads(self.key_value(self.latent_norm(latent)), self.heads)

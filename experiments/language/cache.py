@@ -1,8 +1,7 @@
-"""Cached folders: each is made by one process, once, and is complete or absent."""
+"""Folders that are complete or absent; cached ones are made by one process, once."""
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 import time
@@ -10,9 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.json_files import digest, file_digest, read_json
+from etils import epath
 
-_META = "meta.json"
+from experiments.json_files import digest as digest
+from experiments.language import manifests
+
 _POLL = 0.1  # seconds
 
 
@@ -48,15 +49,12 @@ def read(folder: Path) -> dict[str, Any] | None:
 
     Returns None unless every file is unchanged since then.
     """
-    try:
-        meta = read_json(folder / _META)
-        seal = meta.pop("seal")
-        whole = seal == digest(meta) and meta["files"] == {
-            name: file_digest(folder / name) for name in meta["files"]
-        }
-    except (OSError, ValueError, KeyError, AttributeError):
-        return None
-    return meta if whole else None
+    manifest = manifests.read(epath.Path(folder))
+    return None if manifests.problems(epath.Path(folder), manifest) else _record(manifest)
+
+
+def _record(manifest: dict[str, Any]) -> dict[str, Any]:
+    return manifest["meta"] | {"files": {name: sha for name, (_, sha) in manifest["files"].items()}}
 
 
 def make(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -69,20 +67,12 @@ def make(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any
     Returns:
         The record, as `read` returns it.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     _sweep(folder.parent)
-    partial.mkdir()
-    try:
-        meta = write(partial)
-        meta["files"] = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
-        (partial / _META).write_text(json.dumps(meta | {"seal": digest(meta)}, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return meta
+    shutil.rmtree(folder, ignore_errors=True)
+    with new_folder(folder) as partial:
+        manifest = {"meta": write(partial)}
+        manifests.seal(epath.Path(partial), manifest)
+    return _record(manifest)
 
 
 def _sweep(folder: Path) -> None:
@@ -91,3 +81,44 @@ def _sweep(folder: Path) -> None:
         with contextlib.suppress(OSError), open(f"{partial.with_suffix('')}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Gives a temporary folder to fill, which is renamed to `folder` at the end.
+
+    One process at a time may fill it. What a killed process has left is removed.
+
+    Raises:
+        ValueError: If `folder` is not empty, or another process is filling it.
+    """
+    _check_empty(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = partial.exists() and partial.stat().st_ino == os.fstat(handle).st_ino
+        except BlockingIOError:
+            ours = False
+        if not ours:
+            raise ValueError(
+                f"Another process is writing {folder}. Wait for it, or give another folder."
+            )
+        try:
+            _check_empty(folder)
+            for left in partial.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield partial
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(handle)
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty. Remove it, or give another folder.")

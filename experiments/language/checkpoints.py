@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental.multihost_utils import process_allgather
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from experiments.language import manifests
-from experiments.language.processes import from_every_process, on_host
+from experiments.language.processes import on_host
+from experiments.language.sharding import named_leaves
 from experiments.runs import RunError
 
 _NAMED = 8  # maximum number of leaves or files that an error names
@@ -62,9 +64,6 @@ class Checkpoints:
         folder: The folder, local or in `gs://` or `s3://`. The first save makes it.
         keep: The number of newest checkpoints to keep. An older one is deleted when a newer one is
             complete.
-
-    Attributes:
-        spared: the step of one that stays beside these; None for none.
     """
 
     def __init__(self, folder: epath.PathLike, *, keep: int = 3):
@@ -77,17 +76,17 @@ class Checkpoints:
         if os.fspath(folder).startswith("s3://"):
             _teach_orbax_s3()
         self.keep = keep
-        self.spared: int | None = None
         self._damaged: set[int] = set()
         self._saver = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, meta: dict[str, Any], spare: int | None = None) -> None:
         """Starts a save in the background, and returns as soon as `state` may be donated.
 
         Args:
             state: A tree of JAX arrays (including PRNG keys), NumPy arrays and Python numbers.
             meta: Small, JSON-able data.
+            spare: The step of a checkpoint to keep beside the newest ones.
 
         Raises:
             RunError: If the folder has a checkpoint of this step or a later one.
@@ -103,7 +102,7 @@ class Checkpoints:
         _in_first_process(lambda: self._make_room(step))
         with _orbax():
             arrays = ocp.save_async(self._path(step), _without_empty(state))
-        self._saving = step, self._saver.submit(self._finish, arrays, manifest)
+        self._saving = step, self._saver.submit(self._finish, arrays, manifest, spare)
 
     def wait(self) -> None:
         """Waits until the last save is complete.
@@ -171,9 +170,9 @@ class Checkpoints:
         self.wait()
 
         def remove() -> None:
-            for number, path in sorted(self._folders().items(), reverse=True):
+            for number in reversed(manifests.steps(self.folder)):
                 if number > step:
-                    _remove(path)
+                    _remove(self._path(number))
 
         _in_first_process(remove)
 
@@ -188,17 +187,8 @@ class Checkpoints:
         return self.folder / f"step_{step}"
 
     def _finished(self) -> list[int]:
-        return [
-            step
-            for step, path in sorted(self._folders().items())
-            if step not in self._damaged and "sha256" in manifests.read(path)
-        ]
-
-    def _folders(self) -> dict[int, epath.Path]:
-        if not self.folder.exists():
-            return {}
-        names = (re.fullmatch(manifests.STEP, path.name) for path in self.folder.iterdir())
-        return {int(name[1]): self._path(int(name[1])) for name in names if name}
+        whole = (s for s in manifests.steps(self.folder) if manifests.of_step(self.folder, s))
+        return [step for step in whole if step not in self._damaged]
 
     def _make_room(self, step: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -208,32 +198,30 @@ class Checkpoints:
                 f"A new checkpoint must be of a later step than {finished[-1]}, the newest in "
                 f"{self.folder}; got step {step}. Remove the later ones first."
             )
-        for number, path in self._folders().items():
-            if number not in finished:
-                _remove(path)
+        for number in {*manifests.steps(self.folder)} - {*finished}:
+            _remove(self._path(number))
         self._damaged.clear()
 
-    def _finish(self, arrays: ocp.AsyncResponse[None], manifest: dict[str, Any]) -> None:
+    def _finish(
+        self, arrays: ocp.AsyncResponse[None], manifest: dict[str, Any], spare: int | None
+    ) -> None:
         arrays.result()
         if jax.process_index() == 0:
             manifests.seal(self._path(manifest["step"]), manifest)
             for step in self._finished()[: -self.keep]:
-                if step != self.spared:
+                if step != spare:
                     _remove(self._path(step))
 
     def _choose(self, wanted: int | None) -> tuple[dict[str, Any] | None, list[tuple[int, str]]]:
         """Returns the manifest of the one to restore, and the faults of newer ones."""
-        candidates = {
-            s: path for s, path in self._folders().items() if (path / manifests.NAME).exists()
-        }
-        if wanted is not None and wanted not in candidates:
-            raise RunError(
-                f"{self.folder} has no checkpoint of step {wanted}; it has {sorted(candidates)}."
-            )
+        steps = manifests.steps(self.folder)
+        steps = [step for step in steps if (self._path(step) / manifests.NAME).exists()]
+        if wanted is not None and wanted not in steps:
+            raise RunError(f"{self.folder} has no checkpoint of step {wanted}; it has {steps}.")
         damaged = []
-        for step in [wanted] if wanted is not None else sorted(candidates, reverse=True):
-            manifest = manifests.read(candidates[step])
-            problems = manifests.problems(candidates[step], manifest)
+        for step in reversed(steps) if wanted is None else [wanted]:
+            manifest = manifests.of_step(self.folder, step)
+            problems = manifests.problems(self._path(step), manifest)
             if not problems:
                 return manifest, damaged
             damaged.append((step, _enumerated(problems)))
@@ -254,7 +242,7 @@ def params_sha256(params: Any) -> str:
     to the host one at a time, so all processes must call this.
     """
     digest = hashlib.sha256()
-    for name, leaf in sorted(_named(params, "/"), key=lambda item: item[0]):
+    for name, leaf in sorted(named_leaves(params), key=lambda item: item[0]):
         array = on_host(leaf)
         digest.update(json.dumps([name, array.shape, str(array.dtype)]).encode() + b"\n")
         digest.update(array.tobytes())
@@ -295,17 +283,10 @@ def _orbax() -> ocp.Context:
     return context
 
 
-def _named(tree: Any, separator: str) -> list[tuple[str, Any]]:
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator=separator), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-
-
 def _leaves(tree: Any) -> dict[str, list[Any]]:
     """Returns `[shape, dtype]` of each leaf by name."""
     leaves: dict[str, list[Any]] = {}
-    for name, leaf in _named(tree, "."):
+    for name, leaf in named_leaves(tree, "."):
         if name in leaves:
             raise ValueError(
                 f"Two leaves have the name {name}, and Orbax would keep only one. Rename one."
@@ -375,9 +356,7 @@ def _errno(error: BaseException | None) -> int:
 
 
 def _in_any_process(here: bool) -> bool:
-    if jax.process_count() == 1:
-        return here
-    return bool(np.any(from_every_process(np.array(here))))
+    return bool(np.any(process_allgather(np.array(here))))
 
 
 def _in_first_process(work: Callable[[], Any]) -> Any:
@@ -391,8 +370,8 @@ def _in_first_process(work: Callable[[], Any]) -> Any:
         except Exception as caught:
             error, reason = caught, str(caught)
     text = np.frombuffer(json.dumps([answer, reason]).encode(), np.uint8)
-    size = int(from_every_process(np.array(len(text), np.int32))[0])
-    text = from_every_process(np.resize(text, size))[0]
+    size = int(process_allgather(np.array(len(text), np.int32))[0])
+    text = process_allgather(np.resize(text, size))[0]
     answer, reason = json.loads(text.tobytes())
     if reason is not None:
         raise error or RunError(reason)

@@ -1,7 +1,8 @@
 """Measurements of a training loop: seconds of training alone, and profiles of steps."""
 
+import contextlib
 import time
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 from etils import epath
@@ -37,6 +38,13 @@ class Clock:
         """Stops the clock until `go`."""
         self._until, self._since = self.seconds, None
 
+    @contextlib.contextmanager
+    def standing(self) -> Iterator[None]:
+        """Stops the clock while the context lasts."""
+        self.stand()
+        yield
+        self.go()
+
 
 class Profiler:
     """Profiles a range of steps, as far as this process runs them.
@@ -51,18 +59,15 @@ class Profiler:
 
     def before(self, step: int) -> None:
         """Starts or stops profiling; call it before each step."""
-        if self._steps is None:
-            return
-        begin, end = self._steps
+        begin, end = self._steps or (0, 0)
         if self._watches and step >= end:
-            self.stop()
+            self.close()
         elif not self._watches and begin <= step < end:
             jax.profiler.start_trace(str(self._folder))
             self._watches = True
 
-    def stop(self, wait_for: Any = None) -> None:
-        """Writes the trace after `wait_for` has been computed."""
+    def close(self) -> None:
+        """Writes the trace, if there is one."""
         if self._watches:
-            jax.block_until_ready(wait_for)
             jax.profiler.stop_trace()
             self._watches = False

@@ -160,9 +160,7 @@ def _update_alone(case: Case, tx: Any, params: Any, specs: Any) -> Program:
     mesh = case.mesh
     state = jax.eval_shape(tx.init, params)
     shardings = sharding.shardings(sharding.state_specs(state, params, specs), mesh)
-    state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
-    )
+    state = sharding.placed(state, shardings)
     # Replicated arguments need a sharding on the mesh, too; GPUs reject them otherwise.
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     max_logits = {

@@ -106,15 +106,12 @@ class Tokens(NamedTuple):
 
 
 def fitted(default: Data, path: str, sized: bool) -> Data:
-    """Defaults of what is tokenised by a Hugging Face folder's tokenizer; of a file as they were.
+    """Returns default settings with the end of text of a Hugging Face folder's tokenizer.
 
-    Args:
-        default: without the folder.
-        path: of --data.tokenizer.
-        sized: whether the vocabulary is the folder's, too.
+    They also have the size of its vocabulary if `sized`. A `tokenizer.json` changes nothing.
 
     Raises:
-        ValueError, OSError: as `tokenizer.facts_of`.
+        ValueError, OSError: As for `tokenizer.facts_of`.
     """
     folder = epath.Path(path).expanduser()
     if not folder.is_dir():
@@ -137,12 +134,9 @@ def prepare(config: Data, on_progress: OnProgress = lambda what, done, total: No
             on or to hold out.
         OSError: If files cannot be read, or the cache cannot be written.
     """
-    given = None
-    if config.tokenizer is not None:
-        given = tokenizer.file_of(config.tokenizer).read_bytes()
-    if config.mixture:
-        return _mixed(config, given, on_progress)
-    return _prepared(config, given, on_progress)
+    given = tokenizer.file_of(config.tokenizer).read_bytes() if config.tokenizer else None
+    make = _mixed if config.mixture else _prepared
+    return make(config, given, on_progress)
 
 
 def _prepared(config: Data, given: bytes | None, on_progress: OnProgress) -> Tokens:
@@ -152,7 +146,7 @@ def _prepared(config: Data, given: bytes | None, on_progress: OnProgress) -> Tok
 
 
 def _files(globs: tuple[str, ...]) -> tuple[tuple[epath.Path, ...], bool]:
-    """Those that they name, and whether they hold tokens."""
+    """Returns the files that match globs, and whether they contain tokens."""
     files = documents.matching(globs, documents.SUFFIXES + shards.SUFFIXES)
     tokenised = sum(file.name.endswith(shards.SUFFIXES) for file in files)
     if 0 < tokenised < len(files):
@@ -189,7 +183,7 @@ def _mixed(config: Data, given: bytes | None, on_progress: OnProgress) -> Tokens
 def _tokenizer_of(
     sources: list[tuple[epath.Path, ...]], config: Data, on_progress: OnProgress
 ) -> bytes:
-    """Of several sources, trained on as much of each, and kept."""
+    """Returns the cached tokenizer of several sources, trained on as much text of each."""
     settings = [[documents.fingerprint(file) for file in files] for files in sources]
     settings = [_FORMAT, "tokenizer", settings, config.vocabulary, config.end_of_text]
     folder = config.folder() / cache.digest(settings)[:16]
@@ -335,9 +329,9 @@ def _from_shards(
     digests = {}
     with ThreadPoolExecutor() as threads:
         checked = threads.map(lambda file: shards.check(tokens[file], vocabulary.size, file), files)
-        for file, digest in zip(files, checked, strict=True):
+        for file, sha256 in zip(files, checked, strict=True):
             on_progress("checking shards", len(digests), len(files))
-            digests[file] = digest
+            digests[file] = sha256
     train, validation = ([tokens[file] for file in side] for side in names)
     if not validation:
         last = train.pop()

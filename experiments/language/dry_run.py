@@ -124,17 +124,12 @@ def _routing(params: Any, names: set[str]) -> str:
     return note * ("adamw" in names) + muon_jax.routing_table(params)
 
 
-def _paths(params: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
 def _axes_table(params: Any, mesh: jax.sharding.Mesh) -> Table:
     """Returns a table of each leaf's logical axes, and of the mesh axes that split them."""
     table = Table(
         "leaves", "logical axes", "split over", box=None, padding=(0, 2, 0, 0), pad_edge=False
     )
-    paths = list(_paths(params))
+    paths = [name for name, _ in sharding.named_leaves(params)]
     for regex, axes in sharding.LEAVES:
         own = [path for path in paths if re.search(regex, path)]
         paths = [path for path in paths if path not in own]
@@ -152,8 +147,8 @@ def _axes_table(params: Any, mesh: jax.sharding.Mesh) -> Table:
 
 def _parameters_text(case: Case) -> str:
     """Returns the number of parameters, in all and active per token, as text."""
-    leaves = _paths(case.params) | _paths(case.frozen)
-    sizes = {name: leaf.size for name, leaf in leaves.items()}
+    leaves = map(sharding.named_leaves, (case.params, case.frozen))
+    sizes = {name: leaf.size for tree in leaves for name, leaf in tree}
     whole = sum(sizes.values())
     inner = whole - sum(n for name, n in sizes.items() if re.match("embedding/|head/", name))
     return (

@@ -1,17 +1,40 @@
 """Generates tokens after prompts with any model, with a cache of keys and values."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.language import sharding
+from experiments.settings import Count, at_least, check
+
+DIVIDER = f"\n{'─' * 40}\n"  # between texts
 
 Continued = Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Settings of the texts that a command generates."""
+
+    length: Count = 200
+    """Maximum number of tokens to generate per text."""
+    temperature: Annotated[float, at_least(0)] = 0.8
+    """Sampling temperature. 0 always takes the most likely token."""
+    top_k: Count | None = 40
+    """Sample from this many of the most likely tokens. None means all tokens."""
+    seed: int = 0
+    """Random seed. It sets what is sampled."""
+    count: Count = 3
+    """Number of texts to generate."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def generate(

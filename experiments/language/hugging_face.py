@@ -1,10 +1,7 @@
 """Reads and writes folders of Hugging Face models, with one or several safetensors files."""
 
 import contextlib
-import fcntl
 import hashlib
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from reprlib import repr as short
@@ -25,47 +22,6 @@ class File(NamedTuple):
 
     path: Path
     opened: Any
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Gives a temporary folder to fill, which is renamed to `folder` at the end.
-
-    One process at a time may fill it. What a killed process has left is removed.
-
-    Raises:
-        ValueError: If `folder` is not empty, or another process is filling it.
-    """
-    _check_empty(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = partial.exists() and partial.stat().st_ino == os.fstat(handle).st_ino
-        except BlockingIOError:
-            ours = False
-        if not ours:
-            raise ValueError(
-                f"Another process is writing {folder}. Wait for it, or give another folder."
-            )
-        try:
-            _check_empty(folder)
-            for left in partial.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            yield partial
-            partial.rename(folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    finally:
-        os.close(handle)
-
-
-def _check_empty(folder: Path) -> None:
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} is not empty. Remove it, or give another folder.")
 
 
 def write_tensors(

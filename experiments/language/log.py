@@ -1,7 +1,7 @@
 """The log of a run: `metrics.jsonl`, and the same values for TensorBoard."""
 
 import itertools
-import math
+import json
 import os
 from typing import Any
 
@@ -10,6 +10,7 @@ from tensorboardX import SummaryWriter
 
 from experiments import sealed
 from experiments.json_files import write_bytes
+from experiments.runs import flat
 
 
 class Log:
@@ -52,12 +53,14 @@ class Log:
 
     def add(self, step: int, **values: Any) -> None:
         """Adds a record of numbers, lists or dicts. Values that are not finite become None."""
-        record = {"step": step} | {key: _finite(value) for key, value in values.items()}
+        text = json.dumps({"step": step} | values)
+        record = json.loads(text, parse_constant=lambda constant: None)
         self.records.append(record)
         self._pending.append(sealed.record_line(record))
         self._append(self._pending[-1])
-        for name, value in _scalars(record):
-            self._board.add_scalar(name, value, step)
+        for name, value in flat(record).items():
+            if isinstance(value, int | float) and name != "step":
+                self._board.add_scalar(name.replace(".", "/"), value, step)
 
     def flush(self) -> None:
         """Seals the records. Call it before saving a checkpoint of these steps."""
@@ -92,21 +95,3 @@ def read(folder: epath.Path) -> tuple[list[dict[str, Any]], list[str]]:
     stored = sealed.read(folder / "metrics.jsonl")
     sure = [record for block in stored.blocks for record in block.records]
     return sure + [record for _, record in stored.tail], stored.damage
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(x) for key, x in value.items()}
-    if isinstance(value, list):
-        return [_finite(x) for x in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else None
-
-
-def _scalars(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    scalars = []
-    for key, value in record.items():
-        if isinstance(value, dict):
-            scalars += _scalars(value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)) and key != "step":
-            scalars.append((prefix + key, float(value)))
-    return scalars

@@ -1,4 +1,7 @@
-"""Manifests with the sizes and digests of a folder's files, which mark a checkpoint as complete."""
+"""Manifests with the sizes and digests of a folder's files, which mark it as complete.
+
+They seal checkpoints and cached folders. `experiments.sealed` seals logs, which grow.
+"""
 
 import concurrent.futures
 import errno
@@ -14,7 +17,6 @@ from etils import epath
 from experiments.json_files import digest, file_digest, read_json, write_json
 
 NAME = "manifest.json"
-STEP = r"step_(\d+)"  # names of checkpoints
 _READERS = 4  # threads that compute digests; hashlib releases the GIL
 
 
@@ -41,22 +43,30 @@ def seal(path: epath.Path, manifest: dict[str, Any]) -> None:
 
 
 def read(path: epath.Path) -> dict[str, Any]:
-    """Returns the manifest, or an empty one if it is missing or damaged."""
+    """Returns the manifest of a folder, or an empty one if it is missing or damaged."""
     try:
         manifest = read_json(path / NAME)
-        whole = manifest["sha256"] == _digest(manifest) and f"step_{manifest['step']}" == path.name
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return manifest if manifest["sha256"] == _digest(manifest) else {}
+    except (FileNotFoundError, ValueError, KeyError):
         return {}
-    return manifest if whole else {}
+
+
+def steps(folder: epath.PathLike) -> list[int]:
+    """Returns the steps of the checkpoints in a folder, finished or not, ascending."""
+    folder = epath.Path(folder)
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return sorted(int(name[5:]) for name in names if re.fullmatch(r"step_\d+", name))
+
+
+def of_step(folder: epath.PathLike, step: int) -> dict[str, Any]:
+    """Returns the manifest of a checkpoint, or an empty one, as `read`, or if it was moved."""
+    manifest = read(epath.Path(folder) / f"step_{step}")
+    return manifest if manifest.get("step") == step else {}
 
 
 def newest_meta(folder: epath.PathLike) -> dict[str, Any]:
     """Returns the `meta` of the newest checkpoint with a valid manifest; empty if there is none."""
-    folder = epath.Path(folder)
-    if not folder.exists():
-        return {}
-    steps = [int(path.name[5:]) for path in folder.iterdir() if re.fullmatch(STEP, path.name)]
-    manifests = (read(folder / f"step_{step}") for step in sorted(steps, reverse=True))
+    manifests = (of_step(folder, step) for step in reversed(steps(folder)))
     return next(filter(None, manifests), {}).get("meta", {})
 
 
@@ -82,7 +92,7 @@ def problems(path: epath.Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def _sizes(folder: epath.Path, inside: str = "") -> Iterator[tuple[str, int]]:
-    """Yields the name and the bytes of each file of a checkpoint, except the manifest."""
+    """Yields the name and the bytes of each file of a folder, except the manifest."""
     for path in sorted(folder.iterdir()):
         name, stat = inside + path.name, path.stat()
         if stat.is_directory:

@@ -108,24 +108,23 @@ class Case:
     """A training with one optimizer, as shapes. Its devices need not be present.
 
     Attributes:
-        config: of the training.
-        name: of the optimizer.
-        trainer: of the study: the state as shapes, the specs of its params, the compiled step.
-        again: the case of another config, optimizer or mesh; a ValueError of an axis that the mesh
-            does not divide.
-        muon: the settings `ns_coeffs` and `ns_dtype`; None for what has no Newton-Schulz.
-        routing: which params Muon takes, as `muon_jax.muon` is told.
-        labels: of each param that Muon takes "muon".
-        heads: of queries: how many, and columns of their keys and values.
-        flops: of the model in a step, over all devices, without what is computed twice.
-        arithmetic: its precision and rematerialisation, in words.
-        idle: entries of params that a token does not pass through.
-        passes: bytes of one device that the passes have beside the state, by part.
-        savings: settings that would take less memory, in words.
-        optimizers: that may be advised in the place of this one.
-        frozen: params that are held and not trained, as shapes with shardings.
-        updates: its update, and that of routed experts alone where there are any: for each the
-            optimizer, params and specs of these.
+        config: The settings of the training.
+        name: The name of the optimizer.
+        trainer: The study's trainer.
+        again: Returns the case of another config, optimizer and mesh. It raises ValueError if the
+            mesh does not divide an axis.
+        muon: The settings `ns_coeffs` and `ns_dtype`; None for optimizers without Newton-Schulz.
+        routing, labels: The routing of the params, as for `muon_jax.muon`, and their labels.
+        heads: The number of query heads, and the columns of their keys and values.
+        flops: FLOPs of the model in a step over all devices, without recomputation.
+        arithmetic: The precision and rematerialisation, as text.
+        passes: Bytes on one device that the passes need beside the state, by part.
+        savings: Settings that would take less memory, as text.
+        optimizers: Optimizers that may be recommended in place of this one.
+        updates: Returns the optimizer, params and specs of the update, and those of the update of
+            the routed experts alone if there are any.
+        idle: The number of parameters that a token does not use.
+        frozen: Params that are held but not trained, as shapes with shardings.
     """
 
     config: Any

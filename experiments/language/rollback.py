@@ -44,26 +44,18 @@ class Watch:
         told: The value of `as_json` in the checkpoint that is restored; None for a new run.
 
     Attributes:
-        rule: The rule.
         target: The step of the checkpoint to go back to; None means the start of the run.
         left_out: The number of batches that were skipped so far.
     """
 
     def __init__(self, rule: Rollback, told: dict[str, Any] | None = None):
-        self.rule = rule
-        start: dict[str, Any] = {
-            "losses": [],
-            "in_a_row": 0,
-            "target": None,
-            "then": [],
-            "done": [],
-        }
-        told = told or start
-        self._losses: list[float] = list(told["losses"])
-        self._in_a_row: int = told["in_a_row"]
-        self.target: int | None = told["target"]
-        self._then: list[float] = list(told["then"])  # the losses when the target was saved
-        self._done: list[list[int]] = list(told["done"])
+        told = told or {}
+        self._rule = rule
+        self._losses: list[float] = told.get("losses", [])
+        self._in_a_row: int = told.get("in_a_row", 0)
+        self.target: int | None = told.get("target")
+        self._then: list[float] = told.get("then", [])  # the losses when the target was saved
+        self._done: list[list[int]] = [*told.get("done", [])]
         self._reason = ""
 
     @property
@@ -71,34 +63,42 @@ class Watch:
         return sum(until - begin for begin, until in self._done)
 
     def judge(self, loss: float, *, is_lost: bool = False) -> bool:
-        """Records the loss of the next step; returns whether the run must go back.
+        """Records the loss of the next step; returns whether the run must go back by its rule.
 
         Args:
             loss: The loss of the step.
             is_lost: Whether the params are NaN or Inf after its update; then it goes back at once.
         """
+        if self._rule.above is None:
+            return False
         median = statistics.median(self._losses) if len(self._losses) >= _SETTLED else math.inf
-        if not is_lost and math.isfinite(loss) and loss <= self.rule.above * median:
+        if not is_lost and math.isfinite(loss) and loss <= self._rule.above * median:
             self._losses = [*self._losses, loss][-_WINDOW:]
             self._in_a_row = 0
             return False
         self._in_a_row += 1
         self._reason = f"the loss is {loss:.4g}, after a median of {median:.4g}"
-        return is_lost or self._in_a_row >= self.rule.steps
+        return is_lost or self._in_a_row >= self._rule.steps
 
     def loses(self, held_out: float) -> bool:
         """Returns whether the run must go back because its held-out loss is NaN or Inf."""
         self._reason = "the held-out loss is NaN or Inf"
-        return self.rule.above is not None and not math.isfinite(held_out)
+        return self._rule.above is not None and not math.isfinite(held_out)
 
-    def saves(self, step: int, periodic: bool) -> None:
+    def saves(self, step: int, periodic: bool) -> dict[str, Any]:
         """Makes a checkpoint that is about to be saved the target, unless a spike is under way.
 
         Only periodic checkpoints count: one that is saved because the run was stopped would not
         exist in a run without the stop.
+
+        Returns:
+            What the checkpoint's meta must have for this watch.
         """
+        if self._rule.above is None:
+            return {}
         if periodic and not self._in_a_row:
             self.target, self._then = step, self._losses
+        return {"rollback": self.as_json()}
 
     def go_back(self, step: int, on_message: Callable[[str], None], remedy: str) -> None:
         """Goes back to the target from `step`, the last one that was judged.
@@ -107,7 +107,7 @@ class Watch:
             SpikeError: The run has gone back too often. The message ends with `remedy`.
         """
         to, often = self.target or 0, len(self._done)
-        if often >= self.rule.limit:
+        if often >= self._rule.limit:
             raise SpikeError(
                 f"Step {step}: {self._reason}, and the run has gone back {often} times, which is "
                 f"--rollback.limit. Check the training data, or {remedy}"
@@ -116,7 +116,7 @@ class Watch:
         self._losses, self._in_a_row = self._then, 0
         on_message(
             f"[yellow]step {step}:[/yellow] {self._reason}; back to step {to}, without the batches "
-            f"in between ({often + 1} of {self.rule.limit} times)"
+            f"in between ({often + 1} of {self._rule.limit} times)"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -131,9 +131,9 @@ class Watch:
 
     def record(self) -> dict[str, int]:
         """Returns the values for the log."""
-        return {} if self.rule.above is None else {"rollbacks": len(self._done)}
+        return {} if self._rule.above is None else {"rollbacks": len(self._done)}
 
     def summary(self) -> dict[str, Any]:
         """Returns the values for the run's summary."""
         back = [{"from_step": until, "to_step": begin} for begin, until in self._done]
-        return {} if self.rule.above is None else {"rollbacks": back}
+        return {} if self._rule.above is None else {"rollbacks": back}

@@ -44,6 +44,14 @@ LEAVES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
+def named_leaves(tree: Any, separator: str = "/") -> list[tuple[str, Any]]:
+    """Returns the leaves of a tree with their names, such as "layers/up/kernel"."""
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator=separator), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
 def spec(*logical: str | None) -> PartitionSpec:
     """Returns the spec of an array with these logical axes. An axis None is never split."""
     return PartitionSpec(*(RULES[axis] if axis else None for axis in logical))
@@ -124,6 +132,13 @@ def shardings(specs: Any, mesh: Mesh) -> Any:
     """Converts a tree of specs to NamedShardings."""
     return jax.tree.map(
         lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Returns shapes with shardings, from two trees."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
 
 

@@ -7,7 +7,6 @@ has one for each layer and expert. Kernels are `(fan_in, fan_out)` here and tran
 
 import collections
 import functools
-import math
 import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,13 +19,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.json_files import write_json
 from experiments.language import hugging_face
+from experiments.language.cache import new_folder
 from experiments.language.hugging_face import CONFIG, SHARD, File
 from experiments.language.processes import on_host
+from experiments.language.sharding import named_leaves
 
 Params = dict[str, Any]
 Dtype = Literal["float32", "bfloat16"]
 
-# In the order of the files. A model has the rows of the params that it has.
+# A model has the rows of the params that it has.
 NAMES = {
     "embedding/embedding": "model.embed_tokens.weight",
     # For each layer, after the prefix `model.layers.NUMBER.`:
@@ -89,28 +90,26 @@ class Tensor(NamedTuple):
 
 
 def tensors(shapes: Params) -> list[Tensor]:
-    """Returns the tensors of a model with these params or shapes, layer after layer.
+    """Returns the tensors of a model with these params or shapes, leaf after leaf.
 
     Raises:
         ValueError: If a leaf is not in `NAMES`.
     """
-    rows = {row: number for number, row in enumerate(NAMES)}
     dense = shapes.get("dense_layers")
     first = {"moe_layers": dense["attention_norm"]["scale"].shape[0] if dense else 0}
-    keyed = []
+    found = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         path = tuple(key.key for key in keys)
         row = "/".join(path[path[0] in _STACKS :])
         if row not in NAMES:
             raise ValueError(f"NAMES has no tensor of the leaf {'/'.join(path)}.")
+        shape = _of_one(path, leaf.shape)
         for index in np.ndindex(leaf.shape[: _leading(path)]):
-            name, layer = NAMES[row], -1 if row == "embedding/embedding" else math.inf
+            name = NAMES[row].format(*index)
             if index:
-                layer = first.get(path[0], 0) + index[-1]
-                name = f"model.layers.{layer}.{name.format(*index)}"
-            shape = _of_one(path, leaf.shape)
-            keyed.append(((layer, rows[row], index), Tensor(name, row, path, index, shape)))
-    return [tensor for _, tensor in sorted(keyed)]
+                name = f"model.layers.{first.get(path[0], 0) + index[-1]}.{name}"
+            found.append(Tensor(name, row, path, index, shape))
+    return found
 
 
 def check(folder: Path, files: Mapping[str, File], shapes: Params) -> list[Tensor]:
@@ -226,7 +225,6 @@ def write(
     columns: Columns = types.MappingProxyType({}),
     shard: int = SHARD,
     beside: Callable[[Path], None] = lambda partial: None,
-    order: Callable[[Tensor], Any] = lambda tensor: 0,
 ) -> None:
     """Writes a model's folder. All processes must call it; the first one writes.
 
@@ -240,7 +238,6 @@ def write(
         shard: Maximum bytes of a tensor file, unless a single tensor is larger. This much is in
             host memory at a time.
         beside: Writes the other files into the folder.
-        order: Sort key of the tensors. By default they are sorted by layer.
 
     Raises:
         ValueError: If the params are not the model's or not finite, or the folder is not empty.
@@ -249,7 +246,7 @@ def write(
     _check_params(params, shapes)
 
     def one_by_one() -> Iterator[tuple[str, np.ndarray]]:
-        for tensor in sorted(tensors(shapes), key=order):
+        for tensor in tensors(shapes):
             leaf = functools.reduce(lambda tree, key: tree[key], tensor.path, params)
             one = jnp.asarray(leaf[tensor.index] if tensor.index else leaf)
             # Rounding a router would change which experts it chooses.
@@ -263,18 +260,14 @@ def write(
     if jax.process_index() > 0:
         collections.deque(one_by_one(), maxlen=0)  # takes part in gathering the arrays
         return
-    with hugging_face.new_folder(folder) as partial:
+    with new_folder(folder) as partial:
         beside(partial)
         hugging_face.write_tensors(partial, one_by_one(), shard)
         write_json(partial / CONFIG, config)
 
 
 def _check_params(found: Params, wanted: Params) -> None:
-    def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in leaves}
-
-    ours, theirs = shapes(found), shapes(wanted)
+    ours, theirs = ({name: x.shape for name, x in named_leaves(t)} for t in (found, wanted))
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise ValueError(

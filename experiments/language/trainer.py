@@ -9,44 +9,43 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from experiments.language import sharding
+from experiments.language import attention, guard, sharding
 from experiments.language.processes import Share, place_whole
 
 Metrics = dict[str, Any]
 
 
 class Trainer(abc.ABC):
-    """What trainers share; a study's own has the model, and the step as a function.
+    """What trainers share; a study's own has the model and the gradient of a step.
 
-    Params, optimizer state and accumulated gradients are float32 and lie as `sharding` says.
+    Params, optimizer state and accumulated gradients are float32, sharded as `sharding` says.
 
     Args:
-        config: what to train; it has `batch`, `accumulate` and `microbatch`.
-        mesh: of `mesh.make_mesh`.
-        rate: the config's learning rate after warm-up.
-        params: shapes.
-        specs: of the params.
-        begin: what the state before the first step is made of, as shapes.
-        windows: what a step reads, `(microbatches, B, ...)`, as shapes.
-        shows_logits: whether attention has its logits at hand.
-        **others: specs of what else the state has that does not lie whole on every device.
+        config: The settings, with `batch`, `accumulate`, `microbatch` and `clip`.
+        mesh: The mesh, from `mesh.make_mesh`.
+        rate: The config's learning rate after warm-up.
+        params, specs: The shapes of the params, and their specs.
+        begin: The argument of `_start`, as shapes.
+        windows: The batch of a step, `(microbatches, B, ...)`, as shapes.
+        shows_logits: Whether attention returns exact largest logits at no cost.
+        **others: Specs of further parts of the state that are not replicated.
 
     Attributes:
-        abstract: the state as shapes with shardings.
-        shardings: of the state.
-        windows: the sharding of what a step reads.
-        abstract_windows: what a step reads, as shapes with shardings.
-        step: a step as a jitted function, which is told no more of attention than the optimizer
-            needs.
-        clips_at: up to where upper bounds of the largest attention logits will do for the
-            optimizer; None where it needs none.
+        abstract, shardings: The state as shapes with shardings, and these shardings.
+        abstract_windows, windows: The same for a step's batch.
+        step: The jitted step, which computes attention logits only as the optimizer needs them.
+        clips_at: The value up to which upper bounds of the largest attention logits suffice for the
+            optimizer; None if it needs none.
+        schedule: The schedule, a factor of the learning rates.
 
     Raises:
-        ValueError: an axis that the mesh does not divide.
+        ValueError: If the mesh does not divide an axis.
     """
 
     clips_at: float | None
+    schedule: optax.Schedule
 
     def __init__(
         self,
@@ -70,8 +69,8 @@ class Trainer(abc.ABC):
         )
         self.shardings = sharding.shardings(of_state, mesh)
         self.windows = jax.NamedSharding(mesh, sharding.spec(None, "batch", None))
-        self.abstract = jax.tree.map(_placed, shapes, self.shardings)
-        self.abstract_windows = jax.tree.map(lambda x: _placed(x, self.windows), windows)
+        self.abstract = sharding.placed(shapes, self.shardings)
+        self.abstract_windows = jax.tree.map(lambda x: sharding.placed(x, self.windows), windows)
         self._whole = jax.NamedSharding(mesh, jax.P())
         self.step = self._jitted(look=shows_logits)
 
@@ -84,6 +83,10 @@ class Trainer(abc.ABC):
         self, state: Any, windows: Any, rate: jax.Array, look: bool = False
     ) -> tuple[Any, Metrics]:
         """Returns the state after a step, and metrics; `look` is as for `advance`."""
+
+    @abc.abstractmethod
+    def transformation(self, rate: Any) -> optax.GradientTransformationExtraArgs:
+        """Returns the optimizer; `rate` is its learning rate after warm-up, and may be traced."""
 
     @functools.cached_property
     def share(self) -> Share:
@@ -140,9 +143,38 @@ class Trainer(abc.ABC):
         """Returns the value up to which upper bounds of largest logits suffice."""
         return None if look else self.clips_at
 
-
-def _placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    def _updated(
+        self,
+        state: Any,
+        loss: jax.Array,
+        gradient: Any,
+        rate: jax.Array,
+        max_logits: dict[str, jax.Array],
+        look: bool,
+        spike: float | None = None,
+    ) -> tuple[Any, Any, Metrics]:
+        """Returns the state after a step, the updates even if the guard skips them, and metrics."""
+        norm = optax.tree.norm(gradient)
+        updates_before = state.step - state.guard.skipped
+        taken, guarded = guard.judge(state.guard, updates_before, loss, norm, spike)
+        clipping = jnp.minimum(1.0, self.config.clip / jnp.maximum(norm, 1e-30))
+        clipped = jax.tree.map(lambda g: clipping * g, gradient)
+        updates, opt_state = self.transformation(rate).update(
+            clipped, state.opt_state, state.params, max_logits=max_logits
+        )
+        new = optax.apply_updates(state.params, updates), opt_state
+        params, opt_state = guard.choose(taken, new, (state.params, state.opt_state))
+        metrics = {
+            "loss": loss,
+            "gradient_norm": norm,
+            "learning_rate": rate * self.schedule(updates_before),
+            "max_logit": attention.largest_known(max_logits, self._threshold(look)),
+            "taken": taken,
+            "skipped": guarded.skipped,
+            "nonfinite_in_a_row": guarded.in_a_row,
+        }
+        new = {"params": params, "opt_state": opt_state, "guard": guarded}
+        return state._replace(step=state.step + 1, **new), updates, metrics
 
 
 def sum_microbatches(

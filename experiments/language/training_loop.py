@@ -38,7 +38,6 @@ class Progress(NamedTuple):
 
 
 OnStep = Callable[[Progress], None]
-OnMessage = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +93,7 @@ class TrainingLoop(abc.ABC):
         folder: epath.Path,
         stop: threading.Event,
         on_step: OnStep = lambda progress: None,
-        on_message: OnMessage = lambda text: None,
+        on_message: Callable[[str], None] = lambda text: None,
     ):
         self.trainer, self.config, self.keeping = trainer, trainer.config, keeping
         self.folder, self.stop = folder, stop
@@ -141,11 +140,7 @@ class TrainingLoop(abc.ABC):
         digest = params_sha256(state.params)
         if self.log is None:
             return
-        trained, evaluated = (
-            next(record for record in reversed(self.log.records) if key in record)
-            for key in ("loss", "validation_loss")
-        )
-        config = self.config
+        config, (trained, evaluated) = self.config, self._summarised()
         summary = {
             "steps": config.steps,
             "tokens": config.steps * config.tokens_per_step,
@@ -154,7 +149,7 @@ class TrainingLoop(abc.ABC):
             "skipped_steps": trained["skipped"],
             **self._watch.summary(),
             "seconds": self.seconds,
-            "tokens_per_second": speed(self.log, config.tokens_per_step),
+            "tokens_per_second": trained["step"] * config.tokens_per_step / trained["seconds"],
             "params_sha256": digest,
             "machine": machine(),
         }
@@ -188,239 +183,217 @@ class TrainingLoop(abc.ABC):
             ValueError: If the checkpoints are of another training.
             OSError: If a checkpoint could not be written. Earlier ones are complete.
         """
-        keep = self.keeping.max_checkpoints
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=keep)
-        with contextlib.closing(self.checkpoints):
-            return self._to_the_end()
-
-    def _to_the_end(self) -> bool:
         keeping, steps = self.keeping, self.config.steps
         if keeping.profile and keeping.profile[0] >= steps:
             raise ValueError(
                 f"--profile FIRST must be less than --steps {steps}; got {keeping.profile[0]}. "
                 "Give an earlier step."
             )
-        when = {f.name: getattr(keeping, f.name) for f in dataclasses.fields(Keeping)}
-        check_same(flat(self.meta(0) | when))
-        state = self._begin()
-        step = self._saved = int(state.step)
-        self._open_log(step)
-        trains = step < steps
-        if not trains and (self.folder / "summary.json").exists():
-            if self.log:
-                self.log.close()
-            return True  # it was finished before
-        trained = [r for r in self.log.records if "loss" in r] if self.log else []
-        self._clock = Clock(trained[-1]["seconds"] if trained else 0.0)
-        self._told = step, self.seconds
+        folder = self.folder / "checkpoints"
+        self.checkpoints = Checkpoints(folder, keep=keeping.max_checkpoints)
+        with contextlib.closing(self.checkpoints):
+            when = {f.name: getattr(keeping, f.name) for f in dataclasses.fields(Keeping)}
+            check_same(flat(self.meta(0) | when))
+            self._begin()
+            try:
+                if self._step == steps and (self.folder / "summary.json").exists():
+                    return True  # it was finished before
+                self._train()
+                self.checkpoints.wait()
+                if self._step == steps:
+                    self._summarised()  # before more is written
+                    self.finish(self._state)
+                return self._step == steps
+            except OSError as error:
+                raise OSError(
+                    f"{error}. The checkpoint of step {self._saved} or the one before it is "
+                    "complete"
+                ) from error
+            finally:
+                if self.log:
+                    self.log.close()
+
+    def _begin(self) -> None:
+        restored = self._restore()
+        self._watch = Watch(self.config.rollback, restored and restored.meta.get("rollback"))
+        if restored:
+            for damage in restored.damaged:
+                self.on_message(f"[yellow]skipped a damaged checkpoint:[/yellow] {damage}")
+            there, here = (meta.get("data_sha256") for meta in (restored.meta, self.meta(0)))
+            if there != here:
+                raise ValueError(
+                    f"The checkpoints in {self.folder} were trained on other data (digest "
+                    f"{there[:12]}…; that of this command is {here[:12]}…). Give the same --data "
+                    "and --context, or another --out."
+                )
+            self.on_message(f"continuing from step {restored.step}")
         self._shown: float | None = None
-        self._window: list[Metrics] = []
-        self._judged = step
-        agreement = Agreement(self.trainer.mesh)
-        batches = self.batches(step + self._watch.left_out)
-        profiler = Profiler(keeping.profile, self.folder / "profile")
-        if keeping.profile and step >= keeping.profile[1]:
-            self.on_message(f"--profile has no effect: the run is already at step {step}")
-        stopping = looked = False
-        metrics: Metrics | None = None
-        try:
-            self.trainer.program  # noqa: B018 - compiles now, before the clock runs
-            if step == 0:
-                self._evaluate(state)
-            self._clock.go()
-            while step < steps and not stopping:
-                look = looks(step + 1, keeping.log_every)
-                if look and not looked:
-                    self._clock.stand()
-                    self.trainer.looking  # noqa: B018 - compiles now, if that is another program
-                    self._clock.go()
-                    looked = True
-                profiler.before(step)
-                state, newest = self.trainer.advance(state, next(batches), look=look)
-                # Reads the metrics of the previous step while this one runs.
-                if self._is_to_go_back(metrics, step):
-                    state, step, batches = self._go_back(state, step)
-                    metrics = None
-                    continue
-                metrics, step = newest, step + 1
-                self._window.append(newest)
-                if jax.default_backend() == "cpu":
-                    jax.block_until_ready(state)  # collectives of two steps at once deadlock there
-                stopping = agreement.any(self.stop.is_set())
-                saves = step % keeping.save_every == 0 or step == steps or stopping
-                # Logs before each checkpoint, so that a resumed run logs the same records.
-                if step % keeping.log_every == 0 or saves:
-                    self._tell(step)
-                evaluates = step % keeping.evaluate_every == 0 or step == steps
-                if evaluates or saves:
-                    jax.block_until_ready(metrics)
-                    self._clock.stand()
-                    goes_back = self._is_to_go_back(metrics, step)
-                    if not goes_back:
-                        held_out = self._evaluate(state, log=evaluates)
-                        goes_back = saves and self._watch.loses(held_out)
-                    if goes_back:
-                        state, step, batches = self._go_back(state, step)
-                        metrics = None
-                    elif saves:
-                        self._save(state, step, held_out)
-                    self._clock.go()
-            profiler.stop(wait_for=state)
-            self._clock.stand()
-            self.checkpoints.wait()
-            finished = step == steps
-            if finished:
-                if not trains:  # otherwise this process wrote the records
-                    self._check_log()
-                self.finish(state)
-            return finished
-        except OSError as error:
-            raise OSError(
-                f"{error}. The checkpoint of step {self._saved} or the one before it is complete"
-            ) from error
-        finally:
-            profiler.stop()
-            if self.log:
-                self.log.close()
+        self._continue(restored)
+        trained = [record for record in self.log.records if "loss" in record] if self.log else []
+        self._clock = Clock(trained[-1]["seconds"] if trained else 0.0)
+        self._told = self._step, self.seconds
 
     def _restore(self, step: int | None = None) -> Restored | None:
-        """A checkpoint with its whole state, by default the newest one."""
         restored = self.checkpoints.restore(self.kept(self.trainer.abstract), step=step)
         return restored and restored._replace(state=self.completed(restored.state))
 
-    def _begin(self) -> Any:
-        restored = self._restore()
-        told = restored.meta.get("rollback") if restored else None
-        self._watch = Watch(self.config.rollback, told)
-        self.checkpoints.spared = self._watch.target
-        if restored is None:
-            return self.start()
-        for damage in restored.damaged:
-            self.on_message(f"[yellow]skipped a damaged checkpoint:[/yellow] {damage}")
-        there, here = (meta.get("data_sha256") for meta in (restored.meta, self.meta(0)))
-        if there != here:
-            raise ValueError(
-                f"The checkpoints in {self.folder} were trained on other data (digest "
-                f"{there[:12]}…; that of this command is {here[:12]}…). Give the same --data and "
-                "--context, or another --out."
-            )
-        self.on_message(f"continuing from step {restored.step}")
-        return restored.state
-
-    def _open_log(self, step: int) -> None:
-        """With the records until a step. At the start nothing is kept: all of it comes again."""
-        config = self.meta(step).get("config")
-        self.log = Log(self.folder, step or -1, config) if self.first else None
+    def _continue(self, restored: Restored | None) -> None:
+        """Continues from a checkpoint, or from the start, with the log until its step."""
+        self._state = restored.state if restored else self.start()
+        self._step = self._saved = restored.step if restored else 0
+        self._batches = self.batches(self._step + self._watch.left_out)
+        self._window: list[Metrics] = []
+        self._unjudged: Metrics | None = None
+        config = self.meta(self._step).get("config")
+        # A run that starts computes all records, that of step 0 as well.
+        self.log = Log(self.folder, self._step or -1, config) if self.first else None
         for damage in self.log.damage if self.log else ():
             self.on_message(f"[yellow]metrics.jsonl is damaged:[/yellow] {damage}")
 
-    def _is_to_go_back(self, metrics: Metrics | None, step: int) -> bool:
-        """Judges a step, once; where that is not for the rule of `rollback`, it may raise."""
-        if metrics is None or step <= self._judged:
+    def _train(self) -> None:
+        """Trains to the last step, or until a process is asked to stop."""
+        keeping, steps = self.keeping, self.config.steps
+        agreement = Agreement(self.trainer.mesh)
+        stopping = False
+        if keeping.profile and self._step >= keeping.profile[1]:
+            self.on_message(f"--profile has no effect: the run is already at step {self._step}")
+        with contextlib.closing(Profiler(keeping.profile, self.folder / "profile")) as profiler:
+            self.trainer.program  # noqa: B018 - compiles now, before the clock runs
+            self._clock.go()
+            while self._step < steps and not stopping:
+                if self._step == 0:
+                    with self._clock.standing():
+                        self._evaluate()
+                look = looks(self._step + 1, keeping.log_every)
+                if look:
+                    with self._clock.standing():
+                        self.trainer.looking  # noqa: B018 - compiles the first time
+                profiler.before(self._step)
+                self._state, newest = self.trainer.advance(
+                    self._state, next(self._batches), look=look
+                )
+                # Reads the metrics of the previous step while this one runs.
+                if self._must_go_back():
+                    self._go_back()
+                    continue
+                self._step, self._unjudged = self._step + 1, newest
+                self._window.append(newest)
+                if jax.default_backend() == "cpu":
+                    jax.block_until_ready(self._state)  # collectives of two steps deadlock there
+                stopping = agreement.any(self.stop.is_set())
+                is_last = self._step == steps
+                saves = is_last or stopping or self._step % keeping.save_every == 0
+                evaluates = is_last or self._step % keeping.evaluate_every == 0
+                # Logs before each checkpoint, so that a resumed run logs the same records.
+                if saves or self._step % keeping.log_every == 0:
+                    self._tell()
+                if saves or evaluates:
+                    jax.block_until_ready(newest)
+                    with self._clock.standing():
+                        self._evaluate_and_save(evaluates, saves)
+            jax.block_until_ready(self._state)
+            self._clock.stand()
+
+    def _evaluate_and_save(self, evaluates: bool, saves: bool) -> None:
+        goes_back = self._must_go_back()
+        if not goes_back:
+            held_out = self._evaluate(log=evaluates)
+            goes_back = saves and self._watch.loses(held_out)
+        if goes_back:
+            self._go_back()
+        elif saves:
+            self._save(held_out)
+
+    def _must_go_back(self) -> bool:
+        """Judges the newest step, once. Without a rule to go back, a bad step raises an error."""
+        metrics, self._unjudged = self._unjudged, None
+        if metrics is None:
             return False
-        self._judged = step
-        if self._watch.rule.above is not None:
-            rms = [float(x) for x in metrics["update_rms"].values()]
-            if self._watch.judge(float(metrics["loss"]), is_lost=not np.isfinite(rms).all()):
-                return True
-        self._refuse_to_diverge(metrics)
+        is_finite = np.isfinite([float(rms) for rms in metrics["update_rms"].values()]).all()
+        if self._watch.judge(float(metrics["loss"]), is_lost=not is_finite):
+            return True
+        most = self.config.max_nonfinite_steps
+        if int(metrics["nonfinite_in_a_row"]) >= most:
+            raise TrainingError(
+                f"{most} consecutive steps had NaN or Inf in their loss or gradient, and were "
+                f"skipped. Check the training data, or {self._advice()}"
+            )
+        # The guard checks the loss and gradient only. To check the update as well, it would have to
+        # keep the old params in memory. Instead, params with a bad update are discarded here. If
+        # the update's root mean square is finite, so are the update and the params.
+        if not is_finite:
+            raise TrainingError(
+                "The update contains NaN or Inf; parameters were discarded, not saved. To "
+                f"continue, {self._advice()}"
+            )
         return False
 
-    def _go_back(self, state: Any, step: int) -> tuple[Any, int, Iterator[Any]]:
-        """The state of the rule's checkpoint, its step, and batches behind those until `step`.
+    def _go_back(self) -> None:
+        """Continues from the rule's checkpoint, without the batches from there to this step."""
+        with self._clock.standing():
+            self.checkpoints.wait()
+            # There may be no room for two states.
+            for leaf in jax.tree.leaves(jax.block_until_ready(self._state)):
+                leaf.delete()
+            self._watch.go_back(self._step, self.on_message, self._advice())
+            target = self._watch.target or 0
+            self.checkpoints.remove_later(target)
+            if self.log:
+                self.log.close()
+            self._continue(self._restore(target) if target else None)
+            self._told = self._step, self.seconds
 
-        The state at hand is deleted first: there may be no room for both.
-        """
-        self.checkpoints.wait()
-        for leaf in jax.tree.leaves(jax.block_until_ready(state)):
-            leaf.delete()
-        self._watch.go_back(step, self.on_message, f"{self.remedy()}. {self._what_is_safe()}")
-        step = self._saved = self._judged = self._watch.target or 0
-        self.checkpoints.remove_later(step)
-        restored = self._restore(step) if step else None
-        state = restored.state if restored else self.start()
-        if self.log:
-            self.log.close()
-        self._open_log(step)
-        self._told, self._window = (step, self.seconds), []
-        if step == 0:
-            self._evaluate(state)
-        return state, step, self.batches(step + self._watch.left_out)
-
-    def _check_log(self) -> None:
-        """Checks that the log has the records that the summary needs."""
-        for key in ("loss", "validation_loss"):
-            if self.log and not any(key in record for record in self.log.records):
+    def _summarised(self) -> list[Metrics]:
+        """Returns the last record with a loss and that with a held-out loss, for the summary."""
+        found = []
+        for key in ("loss", "validation_loss") if self.log else ():
+            record = next((r for r in reversed(self.log.records) if key in r), None)
+            if record is None:
                 raise TrainingError(
                     f"{self.folder / 'metrics.jsonl'} has no records of {key}, so the summary "
                     "cannot be written. Restore the file from a backup, or train in another "
                     "folder. The checkpoints are complete."
                 )
+            found.append(record)
+        return found
 
-    def _refuse_to_diverge(self, metrics: Metrics) -> None:
-        most = self.config.max_nonfinite_steps
-        if int(metrics["nonfinite_in_a_row"]) >= most:
-            raise TrainingError(
-                f"{most} consecutive steps had NaN or Inf in their loss or gradient, and were "
-                f"skipped. Check the training data, or {self.remedy()}. {self._what_is_safe()}"
-            )
-        # The guard checks the loss and gradient only. To check the update as well, it would have to
-        # keep the old params in memory. Instead, params with a bad update are discarded here. If
-        # the update's root mean square is finite, so are the update and the params.
-        if not np.isfinite([float(x) for x in metrics["update_rms"].values()]).all():
-            raise TrainingError(
-                "The update contains NaN or Inf; parameters were discarded, not saved. To "
-                f"continue, {self.remedy()}. {self._what_is_safe()}"
-            )
+    def _advice(self) -> str:
+        step = self._saved
+        saved = f"The checkpoint of step {step} is valid" if step else "No checkpoint was saved"
+        return f"{self.remedy()}. {saved}; other settings require another --out."
 
-    def _what_is_safe(self) -> str:
-        saved = (
-            f"The checkpoint of step {self._saved} is valid"
-            if self._saved
-            else "No checkpoint was saved"
-        )
-        return f"{saved}; other settings require another --out."
-
-    def _tell(self, step: int) -> None:
-        found = self.told(jax.device_get(self._window))
+    def _tell(self) -> None:
+        metrics = self.told(jax.device_get(self._window))
         self._window = []
-        steps, seconds = step - self._told[0], self.seconds - self._told[1]
-        self._told = step, self.seconds
+        steps, seconds = self._step - self._told[0], self.seconds - self._told[1]
+        self._told = self._step, self.seconds
         speed = steps * self.config.tokens_per_step / seconds
         if self.log:
-            values = jax.tree.map(lambda x: x.tolist(), found)
+            values = jax.tree.map(lambda x: x.tolist(), metrics)
             values |= {"seconds": self.seconds, "tokens_per_second": speed}
             values |= self._watch.record()
-            self.log.add(step, **values | self.rates(seconds / steps))
-        self.on_step(Progress(step, float(found["loss"]), self._shown, speed))
+            self.log.add(self._step, **values | self.rates(seconds / steps))
+        self.on_step(Progress(self._step, float(metrics["loss"]), self._shown, speed))
 
-    def _evaluate(self, state: Any, log: bool = True) -> float:
+    def _evaluate(self, log: bool = True) -> float:
         """Evaluates and logs; returns the value to show."""
-        values, shown = self.evaluate(state)
+        values, shown = self.evaluate(self._state)
         if log:
             self._shown = shown
             if self.log:
-                self.log.add(int(state.step), **values)
+                self.log.add(self._step, **values)
         return shown
 
-    def _save(self, state: Any, step: int, held_out: float) -> None:
+    def _save(self, held_out: float) -> None:
+        step = self._step
         if not math.isfinite(held_out):
             raise TrainingError(
                 f"The held-out loss after step {step} is NaN or Inf; parameters were discarded, "
-                f"not saved. To continue, {self.remedy()}. {self._what_is_safe()}"
+                f"not saved. To continue, {self._advice()}"
             )
         if self.log:
             self.log.flush()
-        meta = self.meta(step)
-        if self._watch.rule.above is not None:
-            self._watch.saves(step, periodic=step % self.keeping.save_every == 0)
-            self.checkpoints.spared = self._watch.target
-            meta |= {"rollback": self._watch.as_json()}
-        self.checkpoints.save(step, self.kept(state), meta)
+        periodic = step % self.keeping.save_every == 0
+        meta = self.meta(step) | self._watch.saves(step, periodic)
+        self.checkpoints.save(step, self.kept(self._state), meta, spare=self._watch.target)
         self._saved = step
-
-
-def speed(log: Log, tokens_per_step: int) -> float | None:
-    """Returns the tokens per second of a run, over all of its steps."""
-    last = next((r for r in reversed(log.records) if "loss" in r), None)
-    return last["step"] * tokens_per_step / last["seconds"] if last else None

@@ -56,26 +56,23 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns each target's loss in nats and whether it is the logits' argmax, `(B, T)` each.
 
-    Only a chunk of logits is in memory at a time. A device gathers the kernel once for all of its
-    tokens, accumulates the kernel's gradient in float32, and scatters it once.
+    This is for evaluation, with only a chunk of logits in memory at a time. `weighted_loss` is to
+    be differentiated.
     """
 
     def local(kernel, hidden, targets):
-        whole = gather(kernel, "fsdp").astype(jnp.float32)
+        whole = gather(kernel, "fsdp").astype(hidden.dtype)
         first = jax.lax.axis_index("tensor") * kernel.shape[1]
 
-        def loss(token):
+        def read(token):
             hidden, target = token
-            of_token = logits(whole.astype(hidden.dtype), hidden)
-            seen = jax.lax.stop_gradient(of_token)
-            return token_loss(of_token, target - first), _read(seen)[1] == target - first
+            of_token = logits(whole, hidden)
+            normaliser, place = _read(of_token)
+            return normaliser - _own(of_token, target), place == target
 
-        flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        flat = hidden.reshape(-1, hidden.shape[-1]), targets.ravel() - first
         tokens = loss_tokens(targets.size, kernel.shape[1], platform())
-        if targets.size == tokens:
-            results = jax.vmap(loss)(flat)
-        else:
-            results = jax.lax.map(jax.checkpoint(loss), flat, batch_size=tokens)
+        results = jax.lax.map(read, flat, batch_size=tokens)
         return tuple(x.reshape(targets.shape) for x in results)
 
     return jax.shard_map(
@@ -91,11 +88,11 @@ def weighted_loss(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Returns the sum of weight × loss, to be differentiated, and the results of `cross_entropy`.
 
-    With its gradient this takes three products of the size of the logits, where `cross_entropy`
-    takes four: since the weights are known, the forward pass turns the logits into their gradient,
-    in the products' dtype, and the backward pass need not compute them again. `tied` means that the
-    kernel is the transposed embedding. It is then gathered in one stage, since XLA for TPUs lays
-    out its gradient like the embedding's and would turn both stages of `gather` into all-reduces.
+    With its gradient this takes three products of the size of the logits, not four: since the
+    weights are known, the forward pass turns the logits into their gradient, in the products'
+    dtype, and the backward pass need not compute them again. `tied` means that the kernel is the
+    transposed embedding. It is then gathered in one stage, since XLA for TPUs lays out its gradient
+    like the embedding's and would turn both stages of `gather` into all-reduces.
     """
 
     def local(kernel, hidden, targets, weights):
@@ -161,32 +158,9 @@ def _weighted_loss_backward(gradients, g):
 _weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
 
 
-@jax.custom_vjp
-def token_loss(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """Returns the cross-entropy of one token, whose logits are split over the axis "tensor".
-
-    The custom derivative, `softmax - one_hot`, takes one pass over the logits, not several.
-    """
-    return _token_loss_forward(logits, target)[0]
-
-
-def _token_loss_forward(logits, target):
-    normaliser, _ = _read(logits)
-    return normaliser - _own(logits, target), (logits, normaliser, target)
-
-
-def _token_loss_backward(saved, g):
-    logits, normaliser, target = saved
-    g = jax.lax.psum(g, "tensor")  # each device has a share of the loss that all of them return
-    return _token_loss_gradient(logits, normaliser, target, g), None
-
-
 def _token_loss_gradient(logits, normaliser, target, g):
     own = jnp.arange(logits.size) == target
     return g * (jnp.exp(logits - normaliser) - own)
-
-
-token_loss.defvjp(_token_loss_forward, _token_loss_backward)
 
 
 def _own(logits: jax.Array, target: jax.Array) -> jax.Array:

@@ -17,19 +17,18 @@ def batches(
 ) -> grain.MapDataset:
     """Returns the batches of windows to train on, or the part that this process loads.
 
-    Documents follow each other, and every `context` tokens a window begins: each token but the
-    first is a target once an epoch. Every epoch has its own order, and the windows of an epoch that
-    fill no batch share one with the next. The sources of a mixture take turns by their weights, and
-    each has its own epochs. A step's batch depends on the seed and the step alone, so
-    that `batches(...)[step]` is all that it takes to go on from any step.
+    Documents follow each other, and a window begins every `context` tokens, so that each token but
+    the first is a target once an epoch. Every epoch has its own order, and windows that fill no
+    batch share one with the next epoch. The sources of a mixture alternate by their weights, each
+    in its own epochs. A step's batch depends on the seed and the step alone, so that
+    `batches(...)[step]` suffices to resume at any step.
 
     Args:
         tokens: The tokens.
         batch: The number of windows in a step, over all processes.
         context: The number of targets in a window.
         seed: The seed of the order, not negative.
-        rows: The indices in the batch of the windows to load, as in `processes.Share`. By default
-            all.
+        rows: The windows of the batch to load, as in `processes.Share`. By default all.
 
     Returns:
         An endless data set, indexed by step: `(rows, context + 1)` int32.

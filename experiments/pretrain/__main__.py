@@ -139,8 +139,8 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
     if command.suite:
         tokens = _prepare(command, stop, console)
         return study.suite(command, command.suite, tokens, console, stop)
-    step.check(command.training(), make_mesh(command.mesh.sizes))
     config = command.training()
+    step.check(config, make_mesh(command.mesh.sizes))
     with contextlib.ExitStack() as stack:
         for optimizer in command.optimizers:  # before what takes long
             folder, settings = command.folder(optimizer), settings_of(optimizer, config)

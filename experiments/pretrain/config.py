@@ -231,26 +231,8 @@ class Running(Keeping):
 
 def as_json(config: Training) -> dict[str, Any]:
     """Returns the settings as JSON values, without the machine's path of the token cache."""
-    own = {field.name: getattr(config, field.name) for field in dataclasses.fields(Training)}
-    settings = {
-        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-        for name, value in own.items()
-    }
-    settings["rates"] = config.known_rates()
+    settings = dataclasses.asdict(config.training()) | {"rates": config.known_rates()}
     del settings["data"]["cache"]
-    if not config.data.mixture:
-        del settings["data"]["mixture"]
-    if not config.isolate_documents:
-        del settings["isolate_documents"]
-    # Omitted at their defaults, so that runs of earlier versions, which lack them, can resume.
-    if config.origin is None:
-        del settings["origin"]
-    for name, usual in (("rollback", Rollback()), ("schedules", Schedules())):
-        if getattr(config, name) == usual:
-            del settings[name]
-    for name in ("kv_heads", "head_dim", "qk_norm"):
-        if not settings["model"][name]:
-            del settings["model"][name]
     return json.loads(json.dumps(settings))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 import muon_jax
+from experiments.language.sharding import named_leaves
 from experiments.optimizers import OptimizerName
 from experiments.pretrain.config import Model, Training
 
@@ -109,8 +110,7 @@ def model_flops(config: Training, params: Any) -> int:
 def active_entries(model: Model, params: Any) -> int:
     """Returns the number of parameters that multiply a token, with the head, not the embedding."""
     total = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+    for name, leaf in named_leaves(params):
         size = math.prod(leaf.shape)
         if "/experts/" in name:
             size = size // model.experts * model.active

@@ -100,19 +100,18 @@ class Experts(nnx.Module):
         far = mesh.shape["expert"] > ids.shape[-1]
         exchange = exchange or ("ragged" if far and platform() != "cpu" else "gather")
         run = {"gather": _by_gather, "ragged": _by_ragged}[exchange]
+
+        def local(x, ids, weights, *kernels):
+            return run(x, ids, weights, *(gather(kernel, "fsdp") for kernel in kernels))
+
         tokens = spec("batch", None, None)
         up, down = spec("experts", None, "hidden"), spec("experts", "hidden", None)
         return jax.shard_map(
-            functools.partial(_with_gathered_kernels, run),
+            local,
             in_specs=(tokens, tokens, tokens, up, up, down),
             out_specs=tokens,
             check_vma=False,
         )(x_BxTxD, ids, weights, self.gate[...], self.up[...], self.down[...])
-
-
-def _with_gathered_kernels(run, x, ids, weights, *kernels):
-    """Calls `run` with the group's kernels, which are gathered along fsdp."""
-    return run(x, ids, weights, *(gather(kernel, "fsdp") for kernel in kernels))
 
 
 def _by_gather(x, ids, weights, *kernels):

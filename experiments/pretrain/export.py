@@ -149,8 +149,7 @@ def _shapes(config: Model, vocabulary: int) -> Params:
             "DeepSeek-V3 has experts and latent attention, Llama and Qwen3 have neither."
         )
     model = LanguageModel(config, vocabulary)
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    return _with_bias(params, jax.eval_shape(model.initial_bias))
+    return _with_bias(model.shapes, jax.eval_shape(model.initial_bias))
 
 
 def _columns(config: Model) -> dict[str, np.ndarray]:
@@ -172,13 +171,7 @@ def _columns(config: Model) -> dict[str, np.ndarray]:
 
 
 def write_card(folder: Path, loaded: Loaded, summary: Mapping[str, Any]) -> None:
-    """What the model of a run is, for those who find it.
-
-    Args:
-        folder: of the model.
-        loaded: the run.
-        summary: of its `summary.json`; empty where it is not finished.
-    """
+    """Writes the model card of a run; `summary` is its `summary.json`, empty if unfinished."""
     config, optimizer, settings = loaded.config, loaded.optimizer, loaded.config.adamw
     data, step = summary.get("data") or {}, int(loaded.state.step)
     is_muon = config.muon if optimizer != "adamw" else None

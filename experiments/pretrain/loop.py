@@ -26,16 +26,15 @@ class Pretraining(TrainingLoop):
     """The training loop of a pretraining run.
 
     Args:
-        config: The settings of the training.
-        optimizer: The name of the optimizer.
+        config, optimizer: The settings of the training, and the name of the optimizer.
         running: The settings of checkpoints, evaluations, logs and samples.
         tokens: The text, from `data.prepare`.
         folder, stop, callbacks: As for `TrainingLoop`.
         begin: Returns the state before the first step. None initialises it from the seed.
 
     Raises:
-        ValueError: the model has fewer tokens than the text, a size that the mesh does not divide,
-            or documents to keep apart whose ends are not known.
+        ValueError: If the text has more tokens than the model, the mesh does not divide a size, or
+            documents are to be kept apart and the token that ends them is unknown.
     """
 
     trainer: Trainer

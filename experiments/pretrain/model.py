@@ -96,6 +96,11 @@ class LanguageModel:
             params["head"] = {"kernel": normal(of["head"], table[::-1])}
         return _swap_expert_axes(params)
 
+    @functools.cached_property
+    def shapes(self) -> Params:
+        """The shapes of the params."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
     def initial_bias(self) -> jax.Array:
         """Returns the initial selection biases, `(layers with experts, experts)`."""
         layers = self.config.layers - self.config.dense_layers

@@ -3,9 +3,9 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from experiments import optimizers
+from experiments.language import sharding
 from experiments.language.dry_run import many
 from experiments.language.planning import Case
 from experiments.language.sharding import on_device
@@ -60,18 +60,13 @@ def _experts(params):
 
 def _passes(trainer: Trainer) -> dict[str, int]:
     config = trainer.config
-    size = config.accumulate, config.batch // config.accumulate, config.context + 1
-    windows = jax.ShapeDtypeStruct(size, jnp.int32, sharding=trainer.windows)
-    batch = {"batch, without activations (see --compile-only)": on_device(windows)}
+    size = on_device(trainer.abstract_windows)
+    batch = {"batch, without activations (see --compile-only)": size}
     if config.model.dtype == "float32":
         return batch
     with jax.set_mesh(trainer.mesh):
         compute = jax.eval_shape(trainer.in_model_dtype, trainer.abstract.params)
-    placed = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        compute,
-        trainer.shardings.params,
-    )
+    placed = sharding.placed(compute, trainer.shardings.params)
     return {f"params, {config.model.dtype}": on_device(placed)} | batch
 
 

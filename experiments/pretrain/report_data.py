@@ -10,7 +10,7 @@ from etils import epath
 
 from experiments.optimizers import ARMS, OptimizerName
 from experiments.pretrain.config import Training
-from experiments.pretrain.trained import told_by
+from experiments.pretrain.trained import settings_of, told_by
 from experiments.report import records
 from experiments.report.figures import optimizer_label, optimizer_style
 from experiments.report.series import Series, series
@@ -101,6 +101,7 @@ def load_run(folder: epath.Path) -> Run:
     """
     stored, samples = records.read(folder), folder / "samples.txt"
     optimizer, config = told_by(folder, stored.settings)
+    stored = stored._replace(settings=settings_of(optimizer, config))
     text = samples.read_bytes().decode(errors="replace") if samples.exists() else ""
     return Run(optimizer, config, stored, text)
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,12 +14,10 @@ import tyro
 from experiments.command_line import parse
 from experiments.commands import guard
 from experiments.language import generation
+from experiments.language.generation import DIVIDER, Sampling
 from experiments.pretrain.model import Params
 from experiments.pretrain.step import State, Trainer
 from experiments.pretrain.trained import load_run
-from experiments.settings import Count, at_least, check
-
-DIVIDER = f"\n{'─' * 40}\n"
 
 
 def generate(
@@ -30,19 +28,10 @@ def generate(
     length: int,
     **settings: Any,
 ) -> np.ndarray:
-    """Continues each prompt, with a context of the last `trainer.config.context` tokens.
+    """Continues each prompt, as `generation.generate` does with the same arguments.
 
-    Args:
-        trainer: The trainer with the model, mesh and context length.
-        params: The model's params, float32.
-        bias: The model's selection biases.
-        prompts, length, settings: as `generation.generate` has them.
-
-    Returns:
-        The new tokens, `(B, length)` int32.
-
-    Raises:
-        ValueError: If a prompt is empty, or a number is out of range.
+    The model, with these float32 params and selection biases, reads the last
+    `trainer.config.context` tokens.
     """
     program = functools.partial(_extend, trainer, params, bias)
     return generation.generate(program, trainer.mesh, prompts, length, **settings)
@@ -108,26 +97,13 @@ def write_texts(
 
 
 @dataclasses.dataclass(frozen=True)
-class Command:
+class Command(Sampling):
     """Prints texts generated with the newest checkpoint of a run."""
 
     run: tyro.conf.Positional[str]
     """Folder of the run, local or in gs:// or s3://."""
     prompt: str = ""
     """Text to continue. By default, each text is a new document."""
-    length: Count = 200
-    """Maximum number of tokens to generate per text."""
-    temperature: Annotated[float, at_least(0)] = 0.8
-    """Sampling temperature. 0 always takes the most likely token."""
-    top_k: Count | None = 40
-    """Sample from this many of the most likely tokens. None means all tokens."""
-    seed: int = 0
-    """Random seed. It sets what is sampled."""
-    count: Count = 3
-    """Number of texts to generate."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 def main() -> int:

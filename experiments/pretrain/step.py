@@ -41,9 +41,6 @@ class Trainer(trainer.Trainer):
         end_of_text: the token that begins a document, where documents are kept apart; any will do
             for a training that is only planned.
 
-    Attributes:
-        schedule: The schedule, a factor of the learning rates.
-
     Raises:
         ValueError: If the mesh does not divide an axis.
     """
@@ -68,7 +65,7 @@ class Trainer(trainer.Trainer):
             config.schedules.wsd_share,
         )
         self.clips_at = optimizers.clip_threshold(optimizer, config)
-        params = jax.eval_shape(self.model.init, jax.random.key(0))
+        params = self.model.shapes
         self.specs = check(config, mesh, params)
         self.routing = self._routing(params)
         self.labels = muon_jax.label_params(params, self.routing)
@@ -97,7 +94,6 @@ class Trainer(trainer.Trainer):
         )
 
     def transformation(self, rate: float | jax.Array) -> optax.GradientTransformationExtraArgs:
-        """Returns the optimizer; `rate` is its learning rate after warm-up, and may be traced."""
         placed = {"mesh": self.mesh, "shardings": self.specs, "routing": self.routing}
         return optimizers.build(
             self.optimizer,
@@ -144,38 +140,19 @@ class Trainer(trainer.Trainer):
     def _step(
         self, state: State, windows: jax.Array, rate: jax.Array, look: bool = False
     ) -> tuple[State, dict[str, Any]]:
-        config = self.config
         loss, gradient, observed = self._gradient(state, windows, look)
-        norm = optax.tree.norm(gradient)
-        updates_before = state.step - state.guard.skipped
-        taken, guarded = guard.judge(state.guard, updates_before, loss, norm, config.spike)
-        clipping = jnp.minimum(1.0, config.clip / jnp.maximum(norm, 1e-30))
-        gradient = jax.tree.map(lambda g: clipping * g, gradient)
-        updates, opt_state = self.transformation(rate).update(
-            gradient, state.opt_state, state.params, max_logits=observed.max_logits
+        new, updates, metrics = self._updated(
+            state, loss, gradient, rate, observed.max_logits, look, self.config.spike
         )
-        resting = updates_before >= config.steps - config.cooldown
-        bias_rate = jnp.where(resting, 0.0, config.model.bias_rate)
-        new = (
-            optax.apply_updates(state.params, updates),
-            opt_state,
-            updated_bias(state.bias, observed.load, bias_rate) if state.bias.size else state.bias,
-        )
-        old = (state.params, state.opt_state, state.bias)
-        params, opt_state, bias = guard.choose(taken, new, old)
-        metrics = {
-            "loss": loss,
-            "gradient_norm": norm,
-            "learning_rate": rate * self.schedule(updates_before),
-            "update_rms": {
-                name: jnp.where(taken, rms, 0.0) for name, rms in self._update_rms(updates).items()
-            },
-            "max_logit": attention.largest_known(observed.max_logits, self._threshold(look)),
-            "taken": taken,
-            "skipped": guarded.skipped,
-            "nonfinite_in_a_row": guarded.in_a_row,
-        }
+        taken = metrics["taken"]
+        rms = self._update_rms(updates)
+        metrics["update_rms"] = jax.tree.map(lambda rms: jnp.where(taken, rms, 0.0), rms)
         if state.bias.size:
+            config, updates_before = self.config, state.step - state.guard.skipped
+            resting = updates_before >= config.steps - config.cooldown
+            bias_rate = jnp.where(resting, 0.0, config.model.bias_rate)
+            bias = updated_bias(state.bias, observed.load, bias_rate)
+            new = new._replace(bias=jnp.where(taken, bias, state.bias))
             load = observed.load / jnp.mean(observed.load, axis=1, keepdims=True)
             metrics |= {
                 "balance": jnp.mean(observed.balance),
@@ -184,7 +161,7 @@ class Trainer(trainer.Trainer):
                 "smallest_load": jnp.min(load),
                 "load": load,
             }
-        return State(state.step + 1, params, opt_state, bias, guarded), metrics
+        return new, metrics
 
     def _gradient(
         self, state: State, windows: jax.Array, look: bool = False
@@ -285,7 +262,5 @@ def check(config: Training, mesh: jax.sharding.Mesh, params: Params | None = Non
     """Checks that the mesh divides the batch and the model, and returns the specs of the params."""
     trainer.check_batch(config, mesh)
     sharding.check_heads(mesh, heads=config.model.heads, kv_heads=config.model.key_heads)
-    if params is None:
-        model = LanguageModel(config.model, config.data.vocabulary)
-        params = jax.eval_shape(model.init, jax.random.key(0))
+    params = params or LanguageModel(config.model, config.data.vocabulary).shapes
     return sharding.param_specs(params, mesh)

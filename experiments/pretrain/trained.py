@@ -2,10 +2,8 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import tokenizers
 from etils import epath
@@ -13,6 +11,7 @@ from etils import epath
 from experiments.commands import print_warning
 from experiments.language.checkpoints import Checkpoints
 from experiments.language.mesh import make_mesh, one_device
+from experiments.language.sharding import named_leaves
 from experiments.language.tokenizer import read as read_tokenizer
 from experiments.optimizers import ARMS, OptimizerName
 from experiments.pretrain.config import Training, as_json, from_json
@@ -57,13 +56,10 @@ def told_by(folder: epath.Path, settings: dict[str, Any]) -> tuple[OptimizerName
     return optimizer, config
 
 
-def load_run(folder: epath.PathLike, on_message: Callable[[str], None] = print_warning) -> Loaded:
+def load_run(folder: epath.PathLike) -> Loaded:
     """Reads a run's folder, on the run's mesh if it fits this machine, else on the first device.
 
-    Args:
-        folder: The folder of the run.
-        on_message: Called with a message for each damaged checkpoint. By default it is printed to
-            stderr.
+    Damaged checkpoints are skipped, with a warning.
 
     Raises:
         RunError: If the folder has no run, no complete checkpoint, or params that are not finite,
@@ -86,7 +82,7 @@ def load_run(folder: epath.PathLike, on_message: Callable[[str], None] = print_w
     if restored is None:
         raise RunError(f"{folder} has no checkpoint yet; wait until the first one is saved.")
     for damage in restored.damaged:
-        on_message(
+        print_warning(
             f"A damaged checkpoint of {folder} was skipped, and that of step {restored.step} is "
             f"used: {damage}"
         )
@@ -101,12 +97,8 @@ def digest_of(tokenizer: str) -> str:
 
 
 def _check_finite(folder: epath.Path, step: int, state: State) -> None:
-    params = jax.tree_util.tree_leaves_with_path({"params": state.params, "bias": state.bias})
-    broken = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, leaf in params
-        if not bool(jnp.all(jnp.isfinite(leaf)))
-    ]
+    params = named_leaves({"params": state.params, "bias": state.bias})
+    broken = [name for name, leaf in params if not bool(jnp.all(jnp.isfinite(leaf)))]
     if broken:
         raise RunError(
             f"The checkpoint of step {step} in {folder} has NaN or Inf in {len(broken)} "

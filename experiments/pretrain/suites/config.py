@@ -5,8 +5,6 @@ import functools
 import math
 from typing import Any, Literal, NamedTuple
 
-import jax
-
 from experiments.language.data import Data
 from experiments.optimizers import AdamW, Muon, OptimizerName, Rates
 from experiments.pretrain import costs
@@ -90,8 +88,7 @@ def model_flops(config: Training) -> int:
 
 
 def _shapes(config: Training) -> Params:
-    model = LanguageModel(config.model, config.data.vocabulary)
-    return jax.eval_shape(model.init, jax.random.key(0))
+    return LanguageModel(config.model, config.data.vocabulary).shapes
 
 
 # Optimizers without settings of their own start their sweep at Muon's learning rate, since their

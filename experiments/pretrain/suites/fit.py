@@ -8,9 +8,7 @@ import numpy as np
 
 from experiments.differences import student_t
 
-# Liu et al., 2502.16982: L = a·C^−b with C in PFLOP/s-days, up to 1.5 B params.
-PAPER = {"muon": (2.506, 0.052), "adamw": (2.608, 0.054)}
-PAPER_RATIO = 0.519
+PAPER_RATIO = 0.519  # of Liu et al., 2502.16982, up to 1.5 B params
 
 _DRAWS = 10_000
 _GRID = 200  # number of irreducible losses to try
@@ -162,16 +160,6 @@ def without_each(
         kept = {n: Points(*(np.delete(part, out) for part in of)) for n, of in points.items()}
         values.append(statistic(fit(kept).laws))
     return min(values), max(values)
-
-
-def paper_ratio(compute: float) -> float:
-    """Returns Muon's compute over AdamW's at equal loss by the paper's curves.
-
-    >>> round(paper_ratio(10.0), 2), round(paper_ratio(1.0), 2)
-    (0.51, 0.46)
-    """
-    laws = {name: PowerLaw(*law) for name, law in PAPER.items()}
-    return laws["muon"].compute(float(laws["adamw"].loss(compute))) / compute
 
 
 def overlap(points: Mapping[str, Points]) -> tuple[float, float]:

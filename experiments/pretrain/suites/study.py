@@ -35,17 +35,13 @@ def check(config: Any, which: SuiteName) -> dict[int, Training]:
 def suite(
     config: Any, which: SuiteName, tokens: data.Tokens, console: Console, stop: threading.Event
 ) -> int:
-    """Trains the missing cells of a suite, and reports on all finished ones.
+    """Trains the missing cells of a suite, reports on all finished ones, and returns an exit code.
 
     Args:
         config: A `Training`, `Running` and `Suite` in one, with `optimizers` and `out`.
         which: The suite.
         tokens: The text, from `data.prepare(config.data)`.
-        console: The console for progress.
-        stop: Set to request an early end. Finished cells are kept.
-
-    Returns:
-        The command's exit code.
+        console, stop: As for `study.sweep_rates`.
 
     Raises:
         RunError: If the folder is in use, or contains a suite with other settings.
@@ -59,7 +55,8 @@ def suite(
         Timed(names, partial(cells.measure, [(n, training) for n in names]), str(width))
         for width, training in trainings.items()
     ]
-    with contextlib.closing(Run(folder, _settings(config, which, tokens), _FREE)) as run:
+    settings, usual = _settings(config, which, tokens), as_json(Training())
+    with contextlib.closing(Run(folder, settings, _FREE, usual)) as run:
         return sweep_rates(
             run,
             stop,
