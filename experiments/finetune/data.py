@@ -47,8 +47,9 @@ class Report(NamedTuple):
         held_out_learnt: The number of their tokens that count in the loss.
         lost: The number of tokens beyond the context, over all rows.
         sha256: The digest of all tokens, and of which ones are trained on.
-        packages: The packages that the default rows are from; None for a file.
-        modules: The number of default rows of each module; None for a file.
+        packages: The packages that functions are from; None for a file.
+        modules: The number of functions of each module; None for a file.
+        absent: The number of default rows that the installed packages lack.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Report(NamedTuple):
     sha256: str
     packages: dict[str, str] | None
     modules: dict[str, int] | None
+    absent: int
 
     def as_json(self) -> dict[str, Any]:
         """Returns the record that a run stores."""
@@ -121,8 +123,9 @@ def _check_digest(report: Report, pinned: str | None) -> None:
     if report.packages:
         versions = ", ".join(f"{name} {version}" for name, version in report.packages.items())
         remedy = (
-            "They depend on the packages that are installed; install the versions that the "
-            f"study's summary.json names. Here are {versions}"
+            f"{report.absent:,} listed functions are not in the packages that are installed, and "
+            "--data installed takes all of their functions; install the versions that the study's "
+            f"summary.json names. Here are {versions}"
         )
     raise ValueError(
         f"--data-sha256 is {pinned}, but the digest of the examples of {report.name} is "
@@ -146,8 +149,8 @@ def prepare(
     group in ten is held out, depending on its name, but never more than half of the rows.
 
     Args:
-        file: A .jsonl, .jsonl.gz or .parquet file, local or in gs:// or s3://. By default, the
-            instructions made from the installed packages.
+        file: A .jsonl, .jsonl.gz or .parquet file, local or in gs:// or s3://. None means the
+            listed functions of the installed packages, and "installed" all of them.
         chat: The tokenizer and chat template.
         context: The maximum number of tokens of a row; longer rows are truncated.
         cache: The folder of the default instructions.
@@ -160,9 +163,14 @@ def prepare(
     """
     if context < 2:
         raise ValueError(f"A context must have at least two tokens; got {context}.")
-    made = instructions.prepare(cache, lambda: on_progress(0)) if file is None else None
+    made = None
+    if file in (None, instructions.INSTALLED):
+        chosen = {} if file is None else {"listed": None}
+        made = instructions.prepare(cache, lambda: on_progress(0), **chosen)
     path = located(made.path if made else file)
     name = f"functions of {len(made.rows)} installed Python modules" if made else path.name
+    if made and made.absent:
+        name += f" ({made.absent:,} of the {made.absent + sum(made.rows.values()):,} listed absent)"
     kept: list[tuple[str, Encoded]] = []
     groups: set[str] = set()
     done = too_long = truncated = escaped = dropped = lost = 0
@@ -213,6 +221,7 @@ def prepare(
         sha256=digest.hexdigest(),
         packages=made and made.packages,
         modules=made and made.rows,
+        absent=made.absent if made else 0,
     )
     return Prepared(train, held_out, report)
 
