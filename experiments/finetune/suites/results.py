@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ class Group(arms.Arm):
     Attributes:
         trained: the cells at the best rate; none of stored results, which have `max_logit` and
             `forgotten`: by seed, how much the loss on the pretraining text has risen.
+        forgotten_by_rate: The same by rate, over the seeds that choose the rate.
         before: held-out loss of the model that all begin with; NaN if all diverged at once.
         skipped: steps of the cells at the best rate that changed nothing.
     """
@@ -44,6 +46,7 @@ class Group(arms.Arm):
     skipped: int | None = None
     max_logit: float | None = None
     forgotten: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    forgotten_by_rate: Mapping[float, float] = dataclasses.field(default_factory=dict)
 
     @property
     def arm(self) -> str:
@@ -85,7 +88,10 @@ class Group(arms.Arm):
         own = {"variant": self.variant, "arm": self.arm}
         beside = ("optimizer", "spread", "difference_to_adamw", "p_holm")
         base = {key: value for key, value in super().as_json().items() if key not in beside}
-        rises = {"pretraining_rise_by_seed": self.rises} if self.rises else {}
+        rises: dict[str, Any] = {"pretraining_rise_by_seed": self.rises} if self.rises else {}
+        if self.forgotten_by_rate:
+            by_rate = {f"{rate:g}": x for rate, x in self.forgotten_by_rate.items()}
+            rises["pretraining_rise_by_rate"] = by_rate
         return own | base | {"max_logit": arms.finite(self.largest_logit())} | rises
 
     @property
@@ -113,6 +119,9 @@ def groups(files: Files) -> list[Group]:
                 optimizer=stored["arm"],
                 max_logit=stored["max_logit"],
                 forgotten=stored.get("pretraining_rise_by_seed", {}),
+                forgotten_by_rate={
+                    float(rate): x for rate, x in stored.get("pretraining_rise_by_rate", {}).items()
+                },
                 **arms.of_json(stored),
             )
             for stored in files.summary.get("groups", [])
@@ -140,9 +149,15 @@ def _group(files: Files, variant: str, arm: str, rows: list[Any], histories: lis
     )
     steps, warmup = files.config["steps"], files.config["warmup"]
     starts = [h[0]["validation_loss"] for h in histories if h and h[0]["step"] == 0]
+    by_rate = defaultdict(list)
+    for row, history in zip(rows, histories, strict=True):
+        rise = of_cell(arm, row["seed"], history, steps, warmup).forgot
+        if row["seed"] < files.config["sweep_seeds"] and math.isfinite(rise):
+            by_rate[row["rate"]].append(rise)
     return Group(
         variant=variant,
         optimizer=arm,
+        forgotten_by_rate={rate: statistics.fmean(by_rate[rate]) for rate in sorted(by_rate)},
         trained=[of_cell(arm, seed, histories[place], steps, warmup) for seed, place in chosen],
         before=starts[0] if starts else math.nan,
         skipped=sum(rows[place]["skipped"] for _, place in chosen),
