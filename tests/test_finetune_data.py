@@ -96,6 +96,7 @@ def test_rows_are_what_the_chat_makes_of_them(model, tmp_path):
         "packages": None,
         "modules": None,
         "absent": 0,
+        "text_sha256": None,
     }
     json.dumps(report.as_json())
 
@@ -544,6 +545,7 @@ def test_other_examples_than_the_pinned_ones_are_refused(installed, model):
     report = data.prepare("installed", model, 512, cache=folder).report
     data._check_digest(report, None)
     data._check_digest(report, report.sha256[:8])
+    data._check_digest(report, report.text_sha256[:8])
     with pytest.raises(ValueError, match=r"install the versions .* Here are Python .*copies 1\.2"):
         data._check_digest(report, "0" * 8)
     with pytest.raises(ValueError, match="Give the same file, --model and --context"):

@@ -50,6 +50,7 @@ class Report(NamedTuple):
         packages: The packages that functions are from; None for a file.
         modules: The number of functions of each module; None for a file.
         absent: The number of default rows that the installed packages lack.
+        text_sha256: The digest of the functions' rows as text; None for a file.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Report(NamedTuple):
     packages: dict[str, str] | None
     modules: dict[str, int] | None
     absent: int
+    text_sha256: str | None
 
     def as_json(self) -> dict[str, Any]:
         """Returns the record that a run stores."""
@@ -117,7 +119,8 @@ def read(
 
 def _check_digest(report: Report, pinned: str | None) -> None:
     """Raises a ValueError where the rows are not those that are wanted."""
-    if pinned is None or report.sha256.startswith(pinned):
+    known = [digest for digest in (report.text_sha256, report.sha256) if digest]
+    if pinned is None or any(digest.startswith(pinned) for digest in known):
         return
     remedy = "Give the same file, --model and --context"
     if report.packages:
@@ -127,9 +130,10 @@ def _check_digest(report: Report, pinned: str | None) -> None:
             "--data installed takes all of their functions; install the versions that the study's "
             f"summary.json names. Here are {versions}"
         )
+    digests = " as text, and as tokens ".join(known)
     raise ValueError(
         f"--data-sha256 is {pinned}, but the digest of the examples of {report.name} is "
-        f"{report.sha256}. {remedy}; or omit --data-sha256 for a study of its own."
+        f"{digests}. {remedy}; or omit --data-sha256 for a study of its own."
     )
 
 
@@ -222,6 +226,7 @@ def prepare(
         packages=made and made.packages,
         modules=made and made.rows,
         absent=made.absent if made else 0,
+        text_sha256=made and made.sha256,
     )
     return Prepared(train, held_out, report)
 
