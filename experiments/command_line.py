@@ -9,6 +9,7 @@ import tyro
 RENAMED = {
     "--arms": "--optimizers",
     "--optimizer": "--optimizers",
+    "--base.hidden": "--base.width",
     "--final": "--final-lr-fraction",
     "--keep": "--max-checkpoints",
     "--patience": "--max-nonfinite-steps",

@@ -3,9 +3,11 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from finetuning import NORMED, batch, initial, start, trainer_of, training
+from flax.traverse_util import flatten_dict
 
 from experiments.finetune import arms
 from experiments.finetune.arms import ARMS, AS_PUBLISHED, QUIRKS
@@ -82,7 +84,6 @@ def test_all_that_is_not_frozen_moves_by_the_rate(arm):
 def test_every_quirk_is_told_and_the_published_form_has_all():
     assert set(AS_PUBLISHED.quirks) == set(QUIRKS) == set(arms.QuirkName.__args__)
     assert AS_PUBLISHED.learning_rate == 5e-5
-    assert arms.as_published(training()).optimizer == AS_PUBLISHED
     with pytest.raises(ValueError, match="must be different values; got no_clip no_clip"):
         Optimizer(quirks=("no_clip", "no_clip"))
 
@@ -222,3 +223,22 @@ def test_the_published_muonclip_clips_nothing():
     gains = [x["layers"]["attention"]["key_norm"]["scale"] for x in (plain, clipped, published)]
     np.testing.assert_array_equal(gains[0], gains[2])
     assert np.abs(gains[1] - gains[0]).max() > 0.3
+
+
+@pytest.mark.parametrize("projections", [False, True])
+def test_muonclip_clips_the_gains_or_by_request_the_projections(projections):
+    config = training(with_={"clip_threshold": 1.0, "clip_projections": projections})
+    params = initial(SHALLOW)
+
+    def update(name):
+        tx = arms.make(name, config, SHALLOW).build(1e-2)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        logits = {"layers/attention": jnp.full((1, SHALLOW.heads), 4.0)}
+        return tx.update(zeros, tx.init(params), params, max_logits=logits)[0]
+
+    plain, clipped_ = (flatten_dict(update(name)) for name in ("muon_adamw", "muonclip"))
+    changed = {path[-2:] for path, x in plain.items() if not np.array_equal(x, clipped_[path])}
+    leaf = "kernel" if projections else "scale"
+    assert changed == {
+        (f"{name}{'' if projections else '_norm'}", leaf) for name in ("query", "key")
+    }

@@ -1,12 +1,8 @@
-"""Rows of files become tokens, windows of them, and batches; and rows are made of what there is."""
+"""Rows of files become tokens, windows of them, and batches."""
 
-import ast
-import functools
 import gzip
 import itertools
 import json
-import sys
-import sysconfig
 import zlib
 from types import SimpleNamespace
 
@@ -16,7 +12,7 @@ import pytest
 from etils import epath
 from pyarrow import parquet
 
-from experiments.finetune import base, chat, data, instructions
+from experiments.finetune import base, chat, data
 from experiments.finetune.config import Base
 from experiments.finetune.packing import Batches, Rows, in_order, pack
 from experiments.language import documents
@@ -79,26 +75,13 @@ def test_rows_are_what_the_chat_makes_of_them(model, tmp_path):
         wanted = [encoded[i] for i in range(60) if held[i] is side]
         assert each(rows) == [(tokens.tolist(), learnt.tolist()) for tokens, learnt in wanted]
     tokens, learnt = (np.concatenate(part) for part in zip(*encoded, strict=True))
-    assert report.as_json() == {
-        "name": "a.jsonl",
-        "rows": 60,
-        "too_long": 0,
-        "truncated": 0,
-        "escaped": 0,
-        "dropped": 0,
-        "groups": 60,
-        "tokens": len(tokens),
-        "learnt": learnt.sum(),
-        "held_out_rows": sum(held),
-        "held_out_learnt": held_out.learnt.sum(),
-        "lost": 0,
-        "sha256": report.sha256,
-        "packages": None,
-        "modules": None,
-        "absent": 0,
-        "text_sha256": None,
-    }
-    json.dumps(report.as_json())
+    told = {"name": "a.jsonl", "rows": 60, "groups": 60, "sha256": report.sha256}
+    told |= {"tokens": len(tokens), "learnt": learnt.sum(), "held_out_rows": sum(held)}
+    told |= {"held_out_learnt": held_out.learnt.sum(), "packages": None, "modules": None}
+    told |= {"absent": 0, "text_sha256": None}
+    told |= dict.fromkeys(("too_long", "truncated", "escaped", "dropped", "lost"), 0)
+    assert report._asdict() == told
+    json.dumps(report._asdict())
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
@@ -112,31 +95,18 @@ def test_kinds_of_files_hold_the_same(model, tmp_path, name, kind):
                 for k in ("messages", "lists", kind)}) == 1 + (kind == "texts")  # fmt: skip
 
 
-def test_a_table_gives_objects_no_keys_of_other_rows(tmp_path):
+def test_a_table_has_the_keys_and_nulls_of_each_row_alone(tmp_path):
+    """Calls have different arguments, and some have the content null."""
     chat.write_tokenizer(tmp_path, ["abc"], 300)
-    show = "{% for m in messages %}{{ m.tool_calls | tojson if m.tool_calls else m.content }}"
-    source = "{% generation %}" + show + "{% endfor %}{% endgeneration %}"
-    (tmp_path / "chat_template.jinja").write_text(source)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% generation %}{% for m in messages %}{{ m.role }}{{ m.tool_calls | tojson if "
+        "m.tool_calls }}{{ m.content is none }}{{ m.content }}{% endfor %}{% endgeneration %}"
+    )
     rows = rows_of("messages")
     for i, row in enumerate(rows):
-        row["messages"][1] |= {"tool_calls": [{"function": {"arguments": {"abc"[i % 3]: i}}}]}
-    files = [write(tmp_path / name, rows) for name in ("a.jsonl", "a.parquet")]
-    one, other = (data.prepare(file, chat.Chat(tmp_path), 200).report.sha256 for file in files)
-    assert one == other
-
-
-def test_a_table_keeps_the_null_content_of_a_call(tmp_path):
-    chat.write_tokenizer(tmp_path, ["abc"], 300)
-    show = "{% for m in messages %}{{ m.role }}{{ m.tool_calls | tojson if m.tool_calls }}"
-    show += "{{ m.content is none }}{{ m.content }}"
-    source = show.replace("{% for", "{% generation %}{% for") + "{% endfor %}{% endgeneration %}"
-    (tmp_path / "chat_template.jinja").write_text(source)
-    rows = rows_of("messages")
-    for row in rows[::2]:
-        call = {"function": {"arguments": {"content": "x", "a": 1}}}
-        row["messages"][1] |= {"content": None, "tool_calls": [call]}
-    for row in rows[1::4]:
-        row["messages"][1] |= {"tool_calls": [{"function": {"arguments": {"a": 2}}}]}
+        arguments = {"a": 1, "content": "x"} if i % 2 else {"abc"[i % 3]: i}
+        row["messages"][1] |= {"tool_calls": [{"function": {"arguments": arguments}}]}
+        row["messages"][1] |= {"content": None} if i % 4 else {}
     files = [write(tmp_path / name, rows) for name in ("a.jsonl", "a.parquet")]
     one, other = (data.prepare(file, chat.Chat(tmp_path), 200).report.sha256 for file in files)
     assert one == other
@@ -169,24 +139,22 @@ def test_a_row_is_cut_at_its_end_and_left_out_where_nothing_is_to_learn(model, t
     none = r"60 examples in 60 groups.* 3 tokens, 0 of these can be trained on and 0 held"
     with pytest.raises(ValueError, match=none):
         data.prepare(file, model, 3)
-    with pytest.raises(ValueError, match="at least two tokens; got 1"):
-        data.prepare(file, model, 1)
 
 
 def test_groups_stay_together(model, tmp_path):
     rows = [row | {"group": f"book {i % 20}"} for i, row in enumerate(rows_of("texts"))]
+    rows[7]["prompt"] += "<|im_end|>"
     train, held_out, report = data.prepare(write(tmp_path / "a.jsonl", rows), model, 100)
     held = {i % 20 for i in range(60) if zlib.crc32(f"book {i % 20}".encode()) % 10 == 0}
+    assert report.escaped == 1  # a prompt spells a special token
     assert report.groups == 20 and len(held_out.lengths) == 3 * len(held) == report.held_out_rows
     assert len(held) > 0 and len(train.lengths) == 60 - 3 * len(held)
     two = [row | {"group": f"book {i % 2}"} for i, row in enumerate(rows_of("texts", 10))]
     *sides, _ = data.prepare(write(tmp_path / "two.jsonl", two), model, 100)
     assert [len(side.lengths) for side in sides] == [5, 5]
     one = [{"prompt": "Why?", "completion": str(i)} for i in range(9)]
-    with pytest.raises(
-        ValueError,
-        match=r"one\.jsonl has 9 examples in 1 groups.* 9 of these can be trained on and 0",
-    ):
+    none = r"one\.jsonl has 9 examples in 1 groups.* 9 of these can be trained on and 0"
+    with pytest.raises(ValueError, match=none):
         data.prepare(write(tmp_path / "one.jsonl", one), model, 100)
 
 
@@ -209,12 +177,6 @@ def test_of_many_groups_the_hash_decides_alone():
     assert data._held_out(groups) == held and len(held) > 30
 
 
-def test_content_that_spells_special_tokens_is_counted(model, tmp_path):
-    rows = rows_of("texts")
-    rows[7]["prompt"] += "<|im_end|>"
-    assert data.prepare(write(tmp_path / "a.jsonl", rows), model, 100).report.escaped == 1
-
-
 @pytest.mark.parametrize(
     ("line", "error"),
     [
@@ -223,14 +185,8 @@ def test_content_that_spells_special_tokens_is_counted(model, tmp_path):
         ('"\udcff"', r"invalid JSON: "),
         ("[]", "an example must be an object; got list"),
         ("{}", 'must have "messages", or "prompt" and "completion".*; this has no keys'),
-        (
-            '{"conversations": [], "id": 1, "group": null}',
-            "'conversations', 'group' .null., 'id'; c",
-        ),
-        (
-            '{"instruction": "a", "input": "", "output": "b"}',
-            "has 'input', 'instruction', 'output'",
-        ),
+        ('{"conversations": [], "id": 1, "group": null}', "'conversations', 'group' .null., 'id'"),
+        ('{"instruction": "a", "input": "", "output": "b"}', "has 'input', 'instruction', 'outpu"),
         ('{"messages": null}', r"none of them null; this has 'messages' \(null\); convert"),
         (
             '{"messages": [{"role": "user", "content": null, "tool_calls": [1]}, {"role": '
@@ -255,11 +211,8 @@ def test_content_that_spells_special_tokens_is_counted(model, tmp_path):
 )
 def test_an_error_names_the_line(model, tmp_path, line, error):
     path = tmp_path / "a.jsonl"
-    path.write_text(
-        json.dumps(rows_of("texts")[0]) + f"\n\n{line}\n",
-        encoding="utf-8",
-        errors="surrogateescape",
-    )
+    text = json.dumps(rows_of("texts")[0]) + f"\n\n{line}\n"
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ValueError, match=r"a\.jsonl:3: .*" + error):
         data.prepare(str(path), model, 100)
 
@@ -305,24 +258,24 @@ def random_rows(count=157, context=32, seed=0):
 
 
 def windows_of(batches):
-    """Each window of batches, as arrays `(5, context)`."""
+    """Each window of batches, as arrays `(3, context)`."""
     return [np.array(window) for batch in batches for window in zip(*batch, strict=True)]
 
 
 def check_window(window):
     """The rows of a window, after the rules of segments, positions and targets."""
-    tokens, targets, mask, segments, positions = window
+    tokens, targets, segments = window
     found = []
     filled = segments > 0
     assert not filled[np.argmin(filled) :].any() or filled.all()
-    assert not window[:, ~filled].any()
+    assert not tokens[~filled].any() and (targets[~filled] == -1).all()
     for segment in range(1, segments.max() + 1):
         (here,) = np.nonzero(segments == segment)
         np.testing.assert_array_equal(here, np.arange(here[0], here[-1] + 1))
-        np.testing.assert_array_equal(positions[here], np.arange(len(here)))
-        np.testing.assert_array_equal(targets[here[:-1]], tokens[here[1:]])
-        assert targets[here[-1]] == mask[here[-1]] == 0
-        found.append((tokens[here].tolist(), [False, *mask[here[:-1]].astype(bool).tolist()]))
+        learnt = targets[here] >= 0
+        np.testing.assert_array_equal(targets[here][learnt], tokens[here[1:]][learnt[:-1]])
+        assert targets[here[-1]] == -1
+        found.append((tokens[here].tolist(), [False, *learnt[:-1].tolist()]))
     return found
 
 
@@ -341,7 +294,9 @@ def test_held_out_rows_come_once_each_and_in_one_shape():
     rows = random_rows()
     batches = in_order(rows, batch=4, context=40)
     assert {x.shape for batch in batches for x in batch} == {(4, 40)}
-    found = [row for window in windows_of(batches) if window.any() for row in check_window(window)]
+    found = [
+        row for window in windows_of(batches) if window[0].any() for row in check_window(window)
+    ]
     assert sorted(found) == each(rows)
 
 
@@ -377,233 +332,14 @@ def test_processes_make_rows_of_the_same_batch():
 def test_rows_fill_the_window_with_least_space_left():
     assert pack(np.array([3, 7, 6, 4, 10, 2]), 10) == [[4], [1, 0], [2, 3], [5]]
     assert pack(np.array([5, 8, 2, 5]), 10) == [[1, 2], [0, 3]]
-
-
-def test_batches_that_cannot_be_are_refused():
-    rows = random_rows()
-    for settings, error in (
-        ({"batch": 0}, "--batch must be at least 1; got 0"),
-        ({"seed": -1}, "--seed must be at least 0; got -1"),
-        ({"context": 31}, "must have 1 to 31 tokens"),
-    ):
-        with pytest.raises(ValueError, match=error):
-            Batches(rows, **({"batch": 2, "context": 32, "seed": 0} | settings))
-    with pytest.raises(IndexError):
-        Batches(rows, batch=2, context=32, seed=0)[-1]
-
-
-MODULE = '''
-import functools
-
-def add(a, b):
-    """Adds one number to another one."""
-    total = a  # of both
-    total += b
-
-    return total
-
-@functools.cache
-async def later(x: int = 1,
-                *, y) -> int:
-    r"""Says later what \\d is, with words enough.
-
-    And more of them.
-    """
-    def inner():
-        """An inner function is part of the outer one."""
-        return y
-    return x
-
-class Book:
-    class Page:
-        def turn(self):
-            'Turns one page of the book.'
-            self.number += 1
-            return self
-
-    def text(self):
-        """Gives a text that begins at the line's start."""
-        x = """
-at the start"""
-        return x
-
-def short(x):
-    """One line is no exercise for anybody."""
-    return x
-
-def quiet(x):
-    """Too few words."""
-    y = x
-    return y
-
-def beside(x): "Has its docstring beside the signature."; y = x; return y
-
-def nothing():
-    """Has no body at all, but a docstring."""
-'''
-TEST = '''
-def test():
-    """What tests do is no instruction."""
-    found = 1 + 1
-    assert found == 2
-'''
-
-
-def test_a_row_is_a_documented_function_without_its_body(tmp_path):
-    (tmp_path / "a.py").write_text(MODULE)
-    (tmp_path / "b.py").write_text(MODULE.replace("    total = a", "      \n    total  = a"))
-    (tmp_path / "c.py").write_text(MODULE.replace("total", "x").replace("return x", "return 1"))
-    (tmp_path / "d.py").write_text(MODULE.replace("words enough", "enough").replace("Adds", "Has"))
-    (tmp_path / "e.py").write_text('"""No Python."""\nprint "x"')
-    names = "a", "b", "c", "d", "e"
-    rows = list(instructions.from_files((name, tmp_path / f"{name}.py") for name in names))
-    assert {row["group"] for row in rows} == {"a"}  # the others are copies
-    asked, answered = zip(*([m["content"] for m in row["messages"]] for row in rows), strict=True)
-    assert [text.split("\n")[0] for text in asked] == [
-        "Write the body of this Python function.",
-        "Write the body of this Python function.",
-        "Write the body of this method of the Python class `Page`.",
-    ]
-    assert asked[0].endswith(
-        '\n\n```python\ndef add(a, b):\n    """Adds one number to another one."""\n```'
-    )
-    assert (
-        answered[0]
-        == "```python\n    total = a  # of both\n    total += b\n\n    return total\n```"
-    )
-    assert "@functools.cache\nasync def later(" in asked[1] and "def inner" in answered[1]
-    tree = ast.parse(MODULE)
-    functions = [tree.body[1], tree.body[2], tree.body[3].body[0].body[0]]
-    for row, function in zip(rows, functions, strict=True):
-        assert ast.dump(ast.parse(joined(row)).body[0]) == ast.dump(function)
-
-
-def joined(row):
-    """The function of a row's two halves."""
-    return "\n".join(
-        message["content"].split("```python\n")[1].removesuffix("\n```")
-        for message in row["messages"]
-    )
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """What is installed is the standard library, and a package that has a copy of a part of it."""
-    site = tmp_path_factory.mktemp("site")
-    library = sysconfig.get_path("stdlib")
-    (site / "copies" / "tests").mkdir(parents=True)
-    (site / "copies-1.2.dist-info").mkdir()
-    (site / "copies-1.2.dist-info" / "METADATA").write_text("Name: copies\nVersion: 1.2\n")
-    with open(f"{library}/textwrap.py") as file:
-        (site / "copies" / "textwrap.py").write_text(file.read() + MODULE)
-    (site / "copies" / "tests" / "a.py").write_text(TEST)
-    paths = {"stdlib": library, "purelib": str(site), "platlib": str(site)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(instructions.sysconfig, "get_path", paths.get)
-        folder = tmp_path_factory.mktemp("cache")
-        yield folder, instructions.prepare(folder, listed=None)
-
-
-def test_instructions_are_made_once(installed):
-    folder, made = installed
-    assert made.packages.keys() == {"Python", "copies"} and made.packages["copies"] == "1.2"
-    assert made.rows["copies"] == 3 and made.rows["textwrap"] > 2
-    assert sum(made.rows.values()) > 2500 and max(made.rows.values()) <= 500
-    before = made.path.stat().st_mtime_ns
-    again = functools.partial(instructions.prepare, folder, listed=None)
-    assert again() == made and made.path.stat().st_mtime_ns == before
-    whole = made.path.read_bytes()
-    made.path.write_bytes(whole[:-1])
-    assert again() == made and made.path.read_bytes() == whole
-
-
-def test_no_module_and_no_function_is_on_both_sides(installed, model):
-    folder, made = installed
-    rows = [json.loads(line) for line in gzip.decompress(made.path.read_bytes()).splitlines()]
-    for row in rows:
-        ast.parse(joined(row))
-    groups = [row["group"] for row in rows]
-    held = data._held_out(groups)
-    functions = [{}, {}]
-    for row in rows:
-        function = ast.parse(joined(row)).body[0]
-        docstring = function.body.pop(0)
-        functions[row["group"] in held] |= {
-            ast.dump(docstring): 1,
-            ast.dump(ast.Module(function.body)): 1,
-        }
-    assert not functions[0].keys() & functions[1].keys()
-    train, held_out, report = data.prepare("installed", model, 512, cache=folder)
-    assert report.modules == made.rows and report.packages == made.packages
-    assert report.held_out_rows == len(held_out.lengths) <= sum(made.rows[name] for name in held)
-    assert 0.02 < report.held_out_rows / report.rows < 0.3
-    assert len(train.lengths) + len(held_out.lengths) + report.too_long == len(rows) == report.rows
-
-
-def test_other_examples_than_the_pinned_ones_are_refused(installed, model):
-    folder, _ = installed
-    report = data.prepare("installed", model, 512, cache=folder).report
-    data._check_digest(report, None)
-    data._check_digest(report, report.sha256[:8])
-    data._check_digest(report, report.text_sha256[:8])
-    with pytest.raises(ValueError, match=r"install the versions .* Here are Python .*copies 1\.2"):
-        data._check_digest(report, "0" * 8)
-    with pytest.raises(ValueError, match="Give the same file, --model and --context"):
-        data._check_digest(report._replace(packages=None), "0" * 8)
-
-
-def test_listed_rows_do_not_depend_on_what_else_is_installed(tmp_path):
-    """Further functions change nothing, and one that is edited is left out."""
-    edited = MODULE.replace("total += b", "total = total + b")
-    listed: dict[str, str] = {}
-    for name, text in {"a": MODULE, "b": edited}.items():
-        (tmp_path / f"{name}.py").write_text(text)
-    files = [(name, tmp_path / f"{name}.py") for name in "ba"]
-    whole = list(instructions.from_files([files[1]]))
-    listed["a"] = "".join(instructions._digest(row) for row in reversed(whole))
-    assert list(instructions.from_list(files, listed)) == whole[::-1]
-    (tmp_path / "a.py").write_text(edited)
-    assert list(instructions.from_list(files, listed)) == whole[:0:-1]
-
-
-def test_a_list_has_what_all_environments_have(monkeypatch, tmp_path):
-    library, site = tmp_path / "library", tmp_path / "site"
-    for folder, text in {library: MODULE, site / "copies": MODULE.replace("total", "own")}.items():
-        folder.mkdir(parents=True)
-        (folder / "textwrap.py").write_text(text)
-    paths = {"stdlib": library, "purelib": site, "platlib": site}
-    monkeypatch.setattr(instructions.sysconfig, "get_path", lambda name: str(paths[name]))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    listed = tmp_path / "rows.json"
-    instructions.narrow(listed)
-    rows = json.loads(listed.read_text())
-    whole = instructions.prepare(listed=None)
-    assert {name: len(own) // 8 for name, own in rows.items()} == whole.rows == {"textwrap": 3}
-    assert instructions.prepare(listed=listed)[1:] == whole[1:]
-    fewer = {"textwrap": rows["textwrap"][8:]}
-    listed.write_text(json.dumps({"other": "01234567"} | fewer))
-    assert instructions.prepare(listed=listed).absent == 1
-    instructions.narrow(listed)
-    assert json.loads(listed.read_text()) == fewer
-
-
-def test_the_default_rows_are_in_every_python(installed):
-    folder, _ = installed
-    digests = json.loads(instructions.LIST.read_text())
-    listed = {name: len(own) // 8 for name, own in digests.items()}
-    made = instructions.prepare(folder)
-    assert made.absent + sum(made.rows.values()) == sum(listed.values()) > 8000
-    library = sum(rows for name, rows in listed.items() if name in sys.stdlib_module_names)
-    assert 0.97 * library < sum(made.rows.values()) <= library
+    with pytest.raises(ValueError, match="must have 1 to 31 tokens"):
+        Batches(random_rows(), batch=2, context=31, seed=0)
 
 
 def test_the_text_of_a_pretraining_is_read(model, tmp_path):
-    path = tmp_path / "texts.jsonl"
-    path.write_text(
-        "".join(json.dumps({"text": f"to be or not {i} " * 9}) + "\n" for i in range(9))
-    )
+    path = write(tmp_path / "texts.jsonl", [{"text": f"to be or not {i} " * 9} for i in range(9)])
     chat.write_tokenizer(tmp_path / "model", ["to be or not to be"] * 9, 300)
-    command = SimpleNamespace(pretraining_text=str(path), context=16, evaluation_tokens=1000)
+    command = SimpleNamespace(pretraining_text=path, context=16, evaluation_tokens=1000)
     rows = data.pretraining_text(command, tmp_path / "model")
     assert len(rows.lengths) > 4 and set(rows.lengths) == {16}
     assert not rows.learnt[rows.starts[:-1]].any() and rows.learnt.sum() == 15 * len(rows.lengths)
@@ -619,20 +355,19 @@ def test_the_text_of_a_pretraining_is_read(model, tmp_path):
 
 
 def test_the_small_model_keeps_text_that_it_has_not_learnt(tmp_path, monkeypatch):
-    path = tmp_path / "texts.jsonl"
-    path.write_text(
-        "".join(json.dumps({"text": f"{i} to be or not " * 99}) + "\n" for i in range(99))
-    )
+    path = write(tmp_path / "texts.jsonl", [{"text": f"{i} to be or not " * 99} for i in range(99)])
     few = documents.from_files((epath.Path(path),))
     monkeypatch.setattr(documents, "standard_library", lambda: few)
-    sizes = {"layers": 1, "hidden": 16, "ffn": 16, "heads": 2, "head_dim": 8, "vocabulary": 300}
+    sizes = {"layers": 1, "width": 16, "ffn": 16, "heads": 2, "head_dim": 8, "vocabulary": 300}
     small = Base(**sizes, context=32, batch=4, steps=2)
-    folder = base.prepare(small, folder=tmp_path / "cache")
-    assert base.prepare(small, folder=tmp_path / "cache") == folder
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = base.prepare(small)
+    assert base.prepare(small) == folder and not any(path.is_dir() for path in folder.iterdir())
+    assert {"model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
     windows = np.load(folder / data.HELD_OUT)
     assert windows.shape[1] == 33 and len(windows) >= 4
     command = SimpleNamespace(pretraining_text=None, context=64)
     rows = data.pretraining_text(command, folder)
     assert rows.tokens.tolist() == windows.ravel().tolist() and set(rows.lengths) == {33}
     told = chat.Chat(folder)._tokenizer.decode(windows[0].tolist())
-    assert "to be or not" in told and folder.joinpath("model.safetensors").exists()
+    assert "to be or not" in told

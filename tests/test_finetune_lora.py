@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import threading
 from pathlib import Path
 
 import jax
@@ -11,14 +10,14 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
-from finetuning import NORMED, batch, initial, prepared, start, trainer_of, training
+from finetuning import NORMED, batch, initial, run, start, stepped, trainer_of, training
 from pretraining import mesh_of
 from trajectories import apart
 
 import muon_jax
-from experiments.finetune import arms, loop, lora, model, plan
+from experiments.finetune import arms, lora, model, plan
 from experiments.finetune.architecture import PRESETS
-from experiments.finetune.config import Lora, Running
+from experiments.finetune.config import Lora
 from experiments.finetune.packing import Rows
 from experiments.finetune.step import Trainer
 from experiments.language import log, planning
@@ -30,18 +29,10 @@ OF = Lora(rank=4, targets=("query", "out", "down"))
 PLAIN = dataclasses.replace(NORMED, family="llama")
 
 
-def stepped(trainer, steps=3):
-    state = start(trainer)
-    for seed in range(steps):
-        state, metrics = trainer.advance(state, trainer.place(batch(seed=seed)))
-        jax.block_until_ready(state)
-    return state, metrics
-
-
 @functools.cache
 def trained(arm):
     trainer = trainer_of(training(lora=OF, with_={"clip_threshold": 1.0}), arm)
-    return trainer, *stepped(trainer)
+    return trainer, *stepped(trainer, steps=3)
 
 
 def paths(tree):
@@ -115,60 +106,29 @@ def test_a_mesh_and_microbatches_change_no_factor():
     assert apart(jax.device_get(spread.params), one.params, begun.params) < 5e-4
 
 
-def run(folder, stop_after=None, arm="muonclip"):
-    trainer, stop = trained(arm)[0], threading.Event()
-
-    def on_step(progress):
-        if stop_after is not None and progress.step >= stop_after:
-            stop.set()
-
-    def load(mesh):
-        return jax.device_put(initial(), trainer.places, may_alias=False)
-
-    folder.mkdir(exist_ok=True)
-    often = Running(save_every=4, evaluate_every=6, evaluation_tokens=100)
-    text = Rows.of([(np.arange(12, dtype=np.int32) % 5, np.arange(12) > 0)] * 9)
-    begin = loop.Start("counting", NORMED, load, text)
-    given = trainer, often, prepared(), begin, epath.Path(folder), stop
-    merged = []
-    finished = loop.FineTuning(*given, on_step=on_step, on_finish=merged.append).to_the_end()
-    return finished, merged
-
-
-def by_hand_loss(trainer, tokens):
-    """Mean cross-entropy of the tokens after the first, of the model before training."""
+def test_a_run_goes_on_with_the_same_bits_and_its_checkpoints_have_no_model(tmp_path):
+    trainer, parts, merged = trained("muonclip")[0], tmp_path / "parts", []
+    row = np.arange(12, dtype=np.int32) % 5
+    told = {"text": Rows.of([(row, np.arange(12) > 0)] * 9), "on_finish": merged.append}
+    assert run(trainer, tmp_path / "whole", **told)
+    for stop in (3, 9, None):
+        assert run(trainer, parts, stop, **told) == (stop is None)
+    jax.tree.map(np.testing.assert_array_equal, *merged)
+    # What is forgotten of other text is measured whenever held-out rows are.
+    ours, whole = (
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("parts", "whole")
+    )
+    found, _ = log.read(epath.Path(parts))
+    told = {r["step"]: r["pretraining_loss"] for r in found if "validation_loss" in r}
+    assert sorted(told) == [0, 6, 12] and told[12] == ours["pretraining_loss"] != told[0]
     lm = model.LanguageModel(NORMED, "float32", remat=False)
     with jax.set_mesh(trainer.mesh):
         params = jax.device_put(initial(), trainer.places)
-        logits = lm.logits(params, lm.hidden(params, tokens)[0])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
-    return float(losses.mean())
-
-
-def test_a_run_goes_on_with_the_same_bits_and_its_checkpoints_have_no_model(tmp_path):
-    finished, (whole,) = run(tmp_path / "whole")
-    assert finished
-    for stop in (3, 9, None):
-        finished, merged = run(tmp_path / "parts", stop)
-        assert finished == (stop is None)
-    for x, y in zip(jax.tree.leaves(merged[0]), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_array_equal(x, y)
-    # What is forgotten of other text is measured whenever held-out rows are.
-    found, _ = log.read(epath.Path(tmp_path / "parts"))
-    told = {r["step"]: r["pretraining_loss"] for r in found if "validation_loss" in r}
-    summary = json.loads((tmp_path / "parts" / "summary.json").read_text())
-    assert sorted(told) == [0, 6, 12] and told[12] == summary["pretraining_loss"]
-    own = trained("muonclip")[0]
-    row = np.arange(12, dtype=np.int32)[None] % 5
-    before = by_hand_loss(own, row)
-    assert told[0] == pytest.approx(before, rel=1e-5) and told[12] != told[0]
-    digests = {
-        json.loads((tmp_path / name / "summary.json").read_text())["params_sha256"]
-        for name in ("parts", "whole")
-    }
-    assert len(digests) == 1
-    checkpoints = Checkpoints(tmp_path / "parts" / "checkpoints")
-    trainer = trained("muonclip")[0]
+        logits = lm.logits(params, lm.hidden(params, row[None])[0])[0]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:-1], row[1:])
+    assert told[0] == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert ours["params_sha256"] == whole["params_sha256"]
+    checkpoints = Checkpoints(parts / "checkpoints")
     kept = checkpoints.restore(trainer.abstract._replace(frozen={})).state
     assert not kept.frozen and paths(kept.params).keys() == paths(trainer.abstract.params).keys()
     checkpoints.close()

@@ -2,18 +2,19 @@
 
 import json
 import sys
-import threading
 
-import jax
-import numpy as np
 import pytest
-from test_finetune_families import CASES, made, tokenizer_of, transformers  # noqa: F401 - a fixture
+from finetuning import finetune
+from test_finetune_families import (
+    CASES,
+    made,
+    rows_of,
+    tokenizer_of,
+    transformers,  # noqa: F401 - a fixture
+)
 
-from experiments import commands
-from experiments.finetune import __main__ as command
-from experiments.finetune import sample, weights
+from experiments.finetune import sample
 from experiments.finetune.chat import Chat
-from experiments.finetune.model import LanguageModel
 
 MESSAGES = [{"role": "user", "content": "to be <|im_end|> or not"}]
 
@@ -89,24 +90,11 @@ def test_a_users_way(transformers, tmp_path, monkeypatch, capsys):  # noqa: F811
     source = tmp_path / "llama"
     made(transformers, source, "llama 3.2")
     tokenizer_of(source, "llama")
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"say {i} or not"},
-                {"role": "assistant", "content": "to be or not to be"},
-            ],
-            "group": str(i),
-        }
-        for i in range(200)
-    ]
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = f"finetune --model {source} --data {data} --context 64 --batch 8 --steps 60 "
+    data = rows_of(tmp_path, 200, lambda i: (f"say {i} or not", "to be or not to be"))
+    words = f"--model {source} --data {data} --context 64 --batch 8 --steps 60 "
     words += "--dtype float32 --optimizers muon_adamw --optimizer.learning-rate 0.02 "
     words += f"--lora.rank 4 --evaluate-every 60 --out {tmp_path / 'runs'}"
-    monkeypatch.setattr(sys, "argv", words.split())
-    monkeypatch.setattr(commands, "stop_on_signals", threading.Event)
-    assert command.main() == 0
+    assert finetune(words)[0] == 0
     folder = tmp_path / "runs" / "muon_adamw"
     monkeypatch.setattr(
         sys, "argv", ["sample", str(folder), "--prompt", "say 3 or not", "--temperature", "0"]
@@ -123,16 +111,6 @@ def test_a_users_way(transformers, tmp_path, monkeypatch, capsys):  # noqa: F811
     question = Chat(folder / "model").question([{"role": "user", "content": "say 3 or not"}])
     said = greedy(theirs.eval(), tokenizer, question, 30)
     assert tokenizer.decode(said).startswith("to be or not to be<|eot_id|>")
-    architecture, params = weights.read(folder / "model")
-    ours = LanguageModel(architecture, "float32", remat=False)
-    with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
-        tokens = np.array([question], np.int32)
-        logits = ours.logits(params, ours.hidden(params, tokens)[0])
-    import torch
-
-    with torch.no_grad():
-        expected = theirs(torch.tensor([question])).logits.numpy()
-    assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
     card = (folder / "model" / "README.md").read_text()
     summary = json.loads((folder / "summary.json").read_text())
     for fact in ("llama", "rows.jsonl", summary["data"]["sha256"], "0.02", "rank 4", "Muon"):

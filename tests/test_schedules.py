@@ -14,8 +14,8 @@ from pretraining import DENSE, VOCABULARY, mesh_of, training
 import muon_jax
 from experiments import optimizers
 from experiments.finetune import __main__ as finetune_command
+from experiments.finetune.packing import Batch
 from experiments.finetune.step import Trainer as FineTuner
-from experiments.finetune.step import Windows
 from experiments.pretrain import __main__ as command
 from experiments.pretrain import plan
 from experiments.pretrain.config import as_json
@@ -124,7 +124,7 @@ def test_the_average_is_what_is_evaluated(study):
         state = trainer.start(params)
         shape = trainer.abstract_windows.tokens.shape
         tokens = rng.integers(0, NORMED.vocabulary, shape, np.int32)
-        windows = jax.device_put(Windows(tokens, tokens, np.ones_like(tokens)), trainer.windows)
+        windows = jax.device_put(Batch(tokens, tokens, np.ones_like(tokens)), trainer.windows)
         evaluate = lambda state: trainer.evaluate(trainer.evaluated(state), windows)["loss"]  # noqa: E731
     seen = []
     for _ in range(3):

@@ -27,7 +27,7 @@ DEEP = "[" * 100_000
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return written(tmp_path_factory.mktemp("model"))[0]
+    return written(tmp_path_factory.mktemp("model"), NORMED)[0]
 
 
 @pytest.fixture

@@ -22,12 +22,7 @@ from experiments.finetune import arms, base, data, instructions, loop, model, pl
 from experiments.finetune.architecture import Architecture
 from experiments.finetune.arms import ARMS
 from experiments.finetune.command import Command, parse
-from experiments.finetune.config import (
-    REAL_WARMUP,
-    WARMUP,
-    ArmName,
-    Training,
-)
+from experiments.finetune.config import REAL_WARMUP, WARMUP, ArmName, Training
 from experiments.finetune.model import Params
 from experiments.finetune.step import Trainer
 from experiments.finetune.suites.study import suite
@@ -54,11 +49,11 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
     if command.data not in (None, instructions.INSTALLED):
         data.located(command.data)
     if command.suite:
-        plan.plan_suite(command, command.suite, console)
+        plan.plan_suite(command, console)
         if command.dry_run:
             return 0
         check_free(epath.Path(command.out), command.as_json(), other="another --out")
-        return suite(command, command.suite, console, stop)
+        return suite(command, console, stop)
     if command.dry_run or command.compile_only:
         return plan.plan(command, console)
     check_group(epath.Path(command.out), ARMS, command.as_json(), other="another --out")
@@ -71,41 +66,34 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
     )
     alone = plan.apart(command)
     places = devices_for(len(command.optimizers)) if alone else [None]
-    meshes = (
-        {device: one_device(device) for device in places}
-        if alone
-        else {None: make_mesh(config.mesh.sizes)}
+    mesh_of = functools.cache(
+        lambda device: one_device(device) if alone else make_mesh(config.mesh.sizes)
     )
-    made = functools.cache(
-        lambda arm, device: Trainer(config, arm, start.architecture, meshes[device])
+    trainer_of = functools.cache(
+        lambda arm, device: Trainer(config, arm, start.architecture, mesh_of(device))
     )
-    first = next(iter(meshes))
-    limit = command.limit(meshes[first], len(places))
-    trainers = [made(arm, first) for arm in command.optimizers]
+    limit = command.limit(mesh_of(places[0]), len(places))
+    trainers = [trainer_of(arm, places[0]) for arm in command.optimizers]
     plan.refuse_too_large(command, trainers, limit, console)
     try:
         with progress_bar(console) as bar:
 
-            def work(arm: ArmName, device: jax.Device | None) -> None:
-                _train(command, made(arm, device), limit, start, rows, folder, stop, bar)
+            def work(arm: ArmName, device: jax.Device | None = None) -> None:
+                _train(command, trainer_of(arm, device), limit, start, rows, folder, stop, bar)
 
             if alone:
                 run_in_parallel(command.optimizers, lambda arm: arm, work, stop)
             else:
                 for arm in command.optimizers:
-                    work(arm, None)
+                    work(arm)
     except KeyboardInterrupt:
-        _tell(command, console)
-        raise
-    _tell(command, console)
-    return 0
-
-
-def _tell(command: Command, console: Console) -> None:
-    """Prints the table and writes the report of the arms that have records."""
+        stop.set()
     begun = [arm for arm in command.optimizers if (command.folder(arm) / "metrics.jsonl").exists()]
     if jax.process_index() == 0 and begun:
         show(command.out, console, arms=begun)
+    if stop.is_set():
+        raise KeyboardInterrupt
+    return 0
 
 
 def _prepare(
@@ -123,24 +111,10 @@ def _prepare(
         _check(command, architecture)
         weights.check(folder, architecture)  # before slow work, and before --out is claimed
         rows = data.read(command, folder, architecture, show)
-    report = rows.report
-    dropped = (
-        f", {report.dropped:,} reasoning texts or remarks beside a tool call dropped by the chat "
-        "template"
-    )
-    console.print(
-        f"{report.name}: {report.rows:,} examples, {report.tokens:,} tokens, {report.learnt:,} "
-        f"of them trained on; {report.held_out_rows:,} examples held out, {report.truncated:,} "
-        f"truncated to {command.context:,} tokens, {report.too_long:,} left "
-        f"out{dropped if report.dropped else ''}.",
-        highlight=False,
-    )
-
-    def load(mesh: jax.sharding.Mesh) -> Params:
-        return weights.read(folder, mesh)[1]
-
-    text = data.pretraining_text(command, folder)
-    return loop.Start(hugging_face.fingerprint(folder), architecture, load, text), rows, folder
+    console.print(rows.report.text(command.context), highlight=False)
+    name, text = hugging_face.fingerprint(folder), data.pretraining_text(command, folder)
+    start = loop.Start(name, architecture, lambda mesh: weights.read(folder, mesh)[1], text)
+    return start, rows, folder
 
 
 def _check(command: Command, architecture: Architecture) -> None:

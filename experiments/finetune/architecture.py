@@ -14,42 +14,26 @@ from experiments.settings import Count, Positive, check, even
 class Architecture:
     """Sizes and constants of a model. The defaults are those of the first Qwen3 below 8 B.
 
-    Attributes:
-        family: The family, as in `config.json`. It determines whether queries and keys have an
-            RMSNorm, and whether the projections to queries, keys and values have biases.
-        layers: The number of decoder layers.
-        hidden: The width of the residual stream.
-        ffn: The hidden size of SwiGLU.
-        heads: The number of query heads.
-        kv_heads: The number of key and value heads; each serves `heads / kv_heads` query heads.
-        head_dim: The dimensions of a head; `heads * head_dim` need not be `hidden`.
-        vocabulary: The vocabulary size.
-        rope_theta: The base of RoPE's wavelengths.
-        epsilon: The epsilon of every RMSNorm.
-        tied: Whether the head is the transposed embedding.
-        initializer_range: The standard deviation of initial matrices.
-        context: The maximum context length.
-        rope_scaling: The scaling of RoPE's frequencies, for Llama only.
-        begin_token, end_token, pad_token: The ids of special tokens.
-
     Raises:
         ValueError: If the sizes are inconsistent, or the family does not support `rope_scaling`.
     """
 
     layers: Count
-    hidden: Count
-    ffn: Count
-    heads: Count
-    kv_heads: Count
-    head_dim: Annotated[int, even("RoPE rotates pairs")]
+    hidden: Count  # width of the residual stream
+    ffn: Count  # width of SwiGLU
+    heads: Count  # query heads
+    kv_heads: Count  # key and value heads; each serves `heads / kv_heads` query heads
+    head_dim: Annotated[int, even("RoPE rotates pairs")]  # `heads * head_dim` need not be `hidden`
     vocabulary: Count
-    rope_theta: Positive = 1e6
-    epsilon: Positive = 1e-6
-    tied: bool = True
-    initializer_range: Positive = 0.02
-    context: Count = 40_960
+    rope_theta: Positive = 1e6  # base of RoPE's wavelengths
+    epsilon: Positive = 1e-6  # of every RMSNorm
+    tied: bool = True  # whether the head is the transposed embedding
+    initializer_range: Positive = 0.02  # standard deviation of initial matrices
+    context: Count = 40_960  # maximum context length
+    # As in `config.json`. It determines whether queries and keys have an RMSNorm, and whether the
+    # projections to queries, keys and values have biases.
     family: Literal["llama", "qwen2", "qwen3"] = "qwen3"
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | None = None  # of RoPE's frequencies, for Llama only
     begin_token: Ids = None
     end_token: Ids = None
     pad_token: Ids = None
@@ -73,17 +57,6 @@ class Architecture:
     def qkv_bias(self) -> bool:
         """Whether the projections to queries, keys and values have biases."""
         return FAMILIES[self.family].qkv_bias
-
-    @property
-    def parameters(self) -> int:
-        """The number of parameters; a tied embedding counts once."""
-        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        vectors = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
-        if self.qkv_bias:
-            vectors += (self.heads + 2 * self.kv_heads) * self.head_dim
-        layer = attention + 3 * self.hidden * self.ffn + vectors
-        tables = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return self.layers * layer + tables + self.hidden
 
 
 def _released(layers: int, hidden: int, ffn: int, heads: int) -> Architecture:
@@ -125,11 +98,7 @@ _COMMON = {
     "tied": "tie_word_embeddings",
     "rope_theta": "rope_theta",
 }
-_FIELDS = {
-    "llama": _COMMON | {"rope_scaling": "rope_scaling"},
-    "qwen2": _COMMON,
-    "qwen3": _COMMON,
-}
+_FIELDS = {"llama": _COMMON | {"rope_scaling": "rope_scaling"}, "qwen2": _COMMON, "qwen3": _COMMON}
 
 
 def to_json(architecture: Architecture) -> dict[str, Any]:

@@ -5,7 +5,6 @@ scaled to the root mean square of AdamW's. The quirks, one by one or all of them
 `AS_PUBLISHED`, reproduce the published comparison.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -32,25 +31,59 @@ ARMS: dict[ArmName, str] = {
     "muonclip": "Muon and AdamW as before, with QK-clip of the gains of QK-norm, if there is one",
 }
 
+
+class Quirk(NamedTuple):
+    """A peculiarity of the published code: its name, the arms it changes, and what it does."""
+
+    name: str
+    arms: tuple[ArmName, ...]
+    about: str
+
+
 # KingNish, "Muon vs MuonClip vs Muon+AdamW for Fine-Tuning", Hugging Face blog, December 2025.
-QUIRKS: dict[QuirkName, str] = {
-    "warmup_of_muonclip_alone": "only muonclip has a warm-up; the others begin at the full "
-    "learning rate",
-    "decay_apart": "weight decay is 0.1 for Muon's parameters, 0.01 for AdamW's, and 0 for SGD's",
-    "spectral_scale": (
+QUIRKS: dict[QuirkName, Quirk] = {
+    "warmup_of_muonclip_alone": Quirk(
+        "warm-up for MuonClip alone",
+        ("adamw", "muon_frozen1d", "muon_adamw"),
+        "only muonclip has a warm-up; the others begin at the full learning rate",
+    ),
+    "decay_apart": Quirk(
+        "unequal decay",
+        ("adamw", "muon_frozen1d", "muon_adamw"),  # SGD's params never decay
+        "weight decay is 0.1 for Muon's parameters, 0.01 for AdamW's, and 0 for SGD's",
+    ),
+    "spectral_scale": Quirk(
+        "the spectral scale",
+        ("muon_frozen1d", "muon_adamw"),
         "updates of muon_frozen1d and muon_adamw have the spectral norm √max(1, fan_out/fan_in) "
-        "instead of AdamW's RMS; for Qwen3 4B they are 1/10 to 1/20 as large"
+        "instead of AdamW's RMS; for Qwen3 4B they are 1/10 to 1/20 as large",
     ),
-    "scale_in_root": (
+    "scale_in_root": Quirk(
+        "the scale under the root",
+        ("muonclip",),
         "updates of muonclip are scaled by √(0.2·max(fan_in, fan_out)), 2.24 times AdamW's RMS, "
-        "instead of 0.2·√max(fan_in, fan_out)"
+        "instead of 0.2·√max(fan_in, fan_out)",
     ),
-    "sgd_of_gains": "with muonclip, SGD with momentum trains all that is not a matrix",
-    "no_clip": "muonclip finds no layer to clip, so it never clips",
-    "frozen_in_norm": (
-        "the gradient norm, as logged and as used for clipping, includes frozen parameters"
+    "sgd_of_gains": Quirk(
+        "SGD of the gains",
+        ("muonclip",),
+        "with muonclip, SGD with momentum trains all that is not a matrix",
     ),
-    "muon_of_tables": "Muon trains embedding and head like hidden matrices",
+    "no_clip": Quirk(
+        "a clip that never runs",
+        ("muonclip",),
+        "muonclip finds no layer to clip, so it never clips",
+    ),
+    "frozen_in_norm": Quirk(
+        "frozen gradients in the norm",
+        ("muon_frozen1d",),
+        "the gradient norm, as logged and as used for clipping, includes frozen parameters",
+    ),
+    "muon_of_tables": Quirk(
+        "Muon of embedding and head",
+        ("muon_frozen1d", "muon_adamw", "muonclip"),
+        "Muon trains embedding and head like hidden matrices",
+    ),
 }
 
 # The settings of that comparison.
@@ -62,21 +95,14 @@ GROUPS = ("embedding", "matrices", "head", "gains", "biases")
 
 
 class Arm(NamedTuple):
-    """The optimizer of one training.
+    """The optimizer of one training."""
 
-    Attributes:
-        labels: Which optimizer updates each param: "muon", "adamw", "sgd" or "frozen".
-        counted: Whether each param is part of the gradient norm.
-        schedule: The schedule, a factor of the learning rate.
-        build: The function `rate -> transformation`; the rate after warm-up may be traced.
-        clips_at: The threshold of its QK-clip; None without one.
-    """
-
-    labels: Any
-    counted: Any
-    schedule: optax.Schedule
+    labels: Any  # which optimizer updates each param: "muon", "adamw", "sgd" or "frozen"
+    counted: Any  # whether each param is part of the gradient norm
+    schedule: optax.Schedule  # a factor of the learning rate
+    # `rate -> transformation`; the rate after warm-up may be traced.
     build: Callable[[float | jax.Array], optax.GradientTransformationExtraArgs]
-    clips_at: float | None
+    clips_at: float | None  # threshold of its QK-clip; None without one
 
 
 def make(name: ArmName, config: Training, architecture: Architecture, **placed: Any) -> Arm:
@@ -102,7 +128,7 @@ def make(name: ArmName, config: Training, architecture: Architecture, **placed: 
     if name == "adamw":
         labels = jax.tree.map(lambda x: "adamw", params)
     else:
-        labels = muon_jax.label_params(params, routing(name, config, architecture))
+        labels = muon_jax.label_params(params, routing(name, settings, config.lora, architecture))
         other = _rest(name, settings)
         labels = jax.tree.map(lambda x: other if x == "other" else x, labels)
     counts_frozen = "frozen_in_norm" in quirks
@@ -125,20 +151,18 @@ def _transformation(
     placed: dict[str, Any],
     rate: float | jax.Array,
 ) -> optax.GradientTransformationExtraArgs:
-    settings = config.optimizer
+    settings, course = config.optimizer, config.schedules
 
     def scheduled(step: jax.Array) -> jax.Array:
         return rate * schedule(step)
 
-    settings, course = config.optimizer, config.schedules
     decay = rest_decay = settings.weight_decay
     if "decay_apart" in settings.quirks:
         decay, rest_decay = _MUON_DECAY, _ADAMW_DECAY
     decay, rest_decay = (course.decay(x, config.steps) for x in (decay, rest_decay))
     adam = {"b1": settings.b1, "b2": settings.b2, "eps": settings.eps, "weight_decay": rest_decay}
     if name == "adamw":
-        tx = optax.adamw(scheduled, **adam)
-        return optax.with_extra_args_support(tx)
+        return optax.with_extra_args_support(optax.adamw(scheduled, **adam))
     rest = _rest(name, settings)
     own = {f"adam_{key}": value for key, value in adam.items()}
     if rest == "sgd":
@@ -151,15 +175,13 @@ def _transformation(
         scale=_scale(name, settings.quirks),
         weight_decay=decay,
         other_optimizer=rest,
-        routing=routing(name, config, architecture),
+        routing=routing(name, settings, config.lora, architecture),
         **own,
         **placed,
     )
     if not _clips(name, settings):
         return muon
-    spec = model.attention_spec(architecture)
-    if settings.clip_projections:
-        spec = dataclasses.replace(spec, qk_norm="ignore")
+    spec = model.attention_spec(architecture, settings.clip_projections)
     return optax.chain(muon, muon_jax.qk_clip(spec, threshold=settings.clip_threshold))
 
 
@@ -196,17 +218,9 @@ def split(
     return lora.split(tree, config.lora, clipped)
 
 
-def routing(name: ArmName, config: Training, architecture: Architecture) -> Any:
-    """Returns which params Muon updates, by the arm, the quirks and the params' use in the loss.
-
-    It is cached, since it cannot be traced inside a compiled step.
-    """
-    # Of a config what counts, so that others need no trace of their own.
-    return _routing(name, config.optimizer, config.lora, architecture)
-
-
-@functools.cache
-def _routing(name: ArmName, settings: Optimizer, of: Lora, architecture: Architecture) -> Any:
+@functools.cache  # since it cannot be traced inside a compiled step
+def routing(name: ArmName, settings: Optimizer, of: Lora, architecture: Architecture) -> Any:
+    """Returns which params Muon updates, by the arm, the quirks and the params' use in the loss."""
     config = Training(optimizer=settings, lora=of)
     params, frozen = split(name, config, architecture, model.shapes(architecture, of))
     rules: list[tuple[str, Any]] = []
@@ -236,31 +250,18 @@ def _scale(name: ArmName, quirks: tuple[QuirkName, ...]) -> Any:
     return "match_rms_adamw"
 
 
-def group_of(path: Any) -> str:
-    """Returns the group in `GROUPS` that a param belongs to."""
-    if vectors := {"scale": "gains", "bias": "biases"}.get(path[-1].key):
-        return vectors
-    return path[0].key if path[0].key in ("embedding", "head") else "matrices"
-
-
 def by_group(tree: Any, what: Callable[[list[jax.Array]], Any]) -> dict[str, Any]:
-    """Applies `what` to the leaves of each group in a tree like the params."""
+    """Applies `what` to the leaves of each of the `GROUPS` in a tree like the params."""
     leaves: dict[str, list[jax.Array]] = {group: [] for group in GROUPS}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        leaves[group_of(path)].append(leaf)
+    for path, leaf in flatten_dict(tree).items():
+        table = path[0] if path[0] in GROUPS else "matrices"
+        leaves[{"scale": "gains", "bias": "biases"}.get(path[-1], table)].append(leaf)
     return {group: what(of) for group, of in leaves.items() if of}
 
 
-def norm(leaves: list[jax.Array]) -> jax.Array:
-    """Returns the norm of all entries together, float32."""
-    return optax.tree.norm(leaves)
+norm = optax.tree.norm
 
 
 def rms(leaves: list[jax.Array]) -> jax.Array:
     """Returns the root mean square of all entries together, float32."""
     return norm(leaves) / jnp.sqrt(jnp.float32(sum(x.size for x in leaves)))
-
-
-def as_published(config: Training) -> Training:
-    """Returns a config with the quirks and the learning rate of the released code."""
-    return dataclasses.replace(config, optimizer=AS_PUBLISHED)

@@ -3,11 +3,10 @@
 It is trained on every token of the running Python's standard library.
 """
 
-import contextlib
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,47 +36,43 @@ _ARMS: dict[str, ArmName] = {"adamw": "adamw", "muon": "muon_adamw"}
 OnProgress = Callable[[str, int, int], None]
 
 
-def prepare(
-    base: Base,
-    on_progress: OnProgress = lambda what, done, total: None,
-    folder: Path | None = None,
-) -> Path:
+def prepare(base: Base, on_progress: OnProgress = lambda what, done, total: None) -> Path:
     """The folder of a base, which it makes if the cache has it not whole.
 
     One process of a host does the work, and others wait for it; a kill leaves nothing that is
     taken for whole. Beside the model it has held-out text, and `meta.json` with its loss.
 
-    Args:
-        base: what to pretrain.
-        on_progress: called as it goes.
-        folder: of the cache; by default muon_jax/finetune in $XDG_CACHE_HOME or ~/.cache.
-
     Raises:
-        TrainingError: the loss is no longer finite.
-        OSError: the cache cannot be written.
+        TrainingError: The loss is no longer finite.
+        OSError: The cache cannot be written.
     """
     text = corpus.standard_library().sha256
-    key = cache.digest([_FORMAT, dataclasses.asdict(base), text])[:16]
-    folder = (folder or cache.home("finetune")) / f"base-{key}"
+    named = {"hidden": base.width, **dataclasses.asdict(base)}
+    del named["width"]  # which _FORMAT 2 calls hidden
+    key = cache.digest([_FORMAT, named, text])[:16]
+    folder = cache.home("finetune") / f"base-{key}"
 
     def write(partial: Path) -> dict[str, Any]:
-        with _scratch(folder) as temporary:
-            tokenizer = temporary / "tokenizer"
-            on_progress("training a tokenizer", 0, 1)
-            texts = documents.standard_library().sample(_SAMPLE)
-            write_tokenizer(tokenizer, texts, base.vocabulary)
-            settings = data.Data(
-                tokenizer=str(tokenizer / TOKENIZER),
-                vocabulary=base.vocabulary,
-                end_of_text=END_OF_TEXT,
-                cache=temporary / "tokens",
-            )
-            tokens = data.prepare(settings, on_progress)
-            architecture = architecture_of(base, tokens.vocabulary)
-            held_out = windows.held_out(tokens, base.context, _HELD_OUT).windows
-            params, found = _pretrain(base, architecture, tokens, held_out, on_progress)
-            weights.write(partial, architecture, params, tokenizer, dtype="float32")
-            np.save(partial / rows_of.HELD_OUT, held_out)
+        scratch = partial / "scratch"
+        tokenizer, made = scratch / "tokenizer", scratch / "model"
+        on_progress("training a tokenizer", 0, 1)
+        texts = documents.standard_library().sample(_SAMPLE)
+        write_tokenizer(tokenizer, texts, base.vocabulary)
+        settings = data.Data(
+            tokenizer=str(tokenizer / TOKENIZER),
+            vocabulary=base.vocabulary,
+            end_of_text=END_OF_TEXT,
+            cache=scratch / "tokens",
+        )
+        tokens = data.prepare(settings, on_progress)
+        architecture = architecture_of(base, tokens.vocabulary)
+        held_out = windows.held_out(tokens, base.context, _HELD_OUT).windows
+        params, found = _pretrain(base, architecture, tokens, held_out, on_progress)
+        weights.write(made, architecture, params, tokenizer, dtype="float32")
+        for path in made.iterdir():
+            path.rename(partial / path.name)
+        np.save(partial / rows_of.HELD_OUT, held_out)
+        shutil.rmtree(scratch)
         return {"base": dataclasses.asdict(base), "text": tokens.as_json()} | found
 
     with cache.alone(folder, lambda: on_progress("waiting for another process", 0, 1)):
@@ -86,23 +81,11 @@ def prepare(
     return folder
 
 
-@contextlib.contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside another one. After a kill, the next call removes it."""
-    scratch = folder.with_name(f".{folder.name}.scratch")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
 def architecture_of(base: Base, vocabulary: int) -> Architecture:
     """Returns the architecture of a small model, whose end token is ChatML's last one."""
     return Architecture(
         layers=base.layers,
-        hidden=base.hidden,
+        hidden=base.width,
         ffn=base.ffn,
         heads=base.heads,
         kv_heads=base.heads // 2,
@@ -167,13 +150,12 @@ def _pretrain(
             "The loss of the small model is NaN or Inf. Lower --base.learning-rate "
             f"{base.learning_rate:g}."
         )
-    outcome["skipped"] = int(state.guard.skipped)
-    told = ("train_loss", "skipped", "validation_loss", "validation_accuracy")
-    return state.params, {name: outcome[name] for name in told}
+    told = ("train_loss", "validation_loss", "validation_accuracy")
+    facts = {name: outcome[name] for name in told}
+    return state.params, facts | {"skipped": int(state.guard.skipped)}
 
 
 def _every_token(rows: np.ndarray) -> Batch:
     """Returns a batch that trains on every token of windows `(B, T + 1)` of one text each."""
-    tokens, targets = rows[:, :-1], rows[:, 1:]
-    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    return Batch(tokens, targets, np.ones_like(tokens), np.ones_like(tokens), positions)
+    tokens, targets = (np.asarray(x, np.int32) for x in (rows[:, :-1], rows[:, 1:]))
+    return Batch(tokens, targets, np.ones_like(tokens))

@@ -62,9 +62,8 @@ class Chat:
 
     Args:
         folder: The folder, with `tokenizer.json`, `tokenizer_config.json`, and the template in the
-            latter or in `chat_template.jinja`.
-        markers: The markers of an assistant's turn. By default the template's `{% generation %}`
-            blocks; without these Llama 3's, if the template writes their header, or else ChatML's.
+            latter or in `chat_template.jinja`. The assistant's turns are its `{% generation %}`
+            blocks; without these, Llama 3's markers if it writes their header, or else ChatML's.
 
     Attributes:
         vocabulary: The vocabulary size; all ids are less.
@@ -74,7 +73,7 @@ class Chat:
         OSError: If a file cannot be read.
     """
 
-    def __init__(self, folder: Path, markers: Markers | None = None):
+    def __init__(self, folder: Path):
         for name in (TOKENIZER, SETTINGS):
             if not (folder / name).exists():
                 raise FileNotFoundError(
@@ -87,24 +86,25 @@ class Chat:
         # Tokens that begin every text, such as Llama's <|begin_of_text|>.
         example = self._tokenizer.encode("a")
         added = zip(example.tokens, example.special_tokens_mask, strict=True)
-        self._opening = "".join(token for token, _ in itertools.takewhile(_is_added, added))
+        opening = "".join(token for token, _ in itertools.takewhile(lambda pair: pair[1], added))
+        self._opening = opening and opening + CUT
         self._tokenizer.post_processor = None  # since Llama's trims the tokens' offsets
         self.vocabulary = 1 + max(self._tokenizer.get_vocab().values())
         settings = read_json(folder / SETTINGS)
         self._names = {
-            name: _content(folder, name, value)
+            name: self._content(name, value)
             for name, value in settings.items()
             if name.endswith("_token") and isinstance(value, str | dict)
         }
         self._check_tokens(settings.get("added_tokens_decoder") or {})
         self._template, source = template.read(folder, settings)
-        if not markers and not template.BLOCK.search(source):
-            markers = LLAMA3 if _HEADER in source else CHATML
-        self._markers = markers
-        begin, end = map(re.escape, self._markers or CHATML)
+        self._has_blocks = template.BLOCK.search(source) is not None
+        self._markers = LLAMA3 if _HEADER in source else CHATML
+        begin, end = map(re.escape, self._markers)
         self._turn = re.compile(f"({begin})(.*?{end})", re.DOTALL)
         added = self._tokenizer.get_added_tokens_decoder().values()
-        reserved = {token.content for token in added if token.special} | {*(self._markers or ())}
+        reserved = {token.content for token in added if token.special}
+        reserved |= set() if self._has_blocks else {*self._markers}
         if single := [text for text in reserved if len(text) < 2]:
             raise ValueError(
                 "Special tokens and markers must have at least two characters, or they could "
@@ -114,6 +114,15 @@ class Chat:
             f"(?={'|'.join(map(re.escape, sorted(reserved))) or '(?!)'})(.)", re.DOTALL
         )
 
+    def _content(self, name: str, token: Any) -> str:
+        content = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(content, str) or not content:
+            raise ValueError(
+                f"{self._folder / SETTINGS}: {name} is {short(token)}, but a token must be a "
+                "non-empty text; download the file again, or remove that token."
+            )
+        return content
+
     def _check_tokens(self, added: Any) -> None:
         """Checks that the tokenizer has the tokens that the settings name."""
         path = self._folder / SETTINGS
@@ -122,7 +131,7 @@ class Chat:
                 f"{path}: added_tokens_decoder is {short(added)}, but must be an object."
             )
         for index, token in added.items():
-            content = _content(self._folder, f"added token {index}", token)
+            content = self._content(f"added token {index}", token)
             if str(self._tokenizer.token_to_id(content)) != index:
                 raise ValueError(
                     f"{path} has the token {content!r} as {index}, but {TOKENIZER} does not; save "
@@ -155,12 +164,11 @@ class Chat:
         rendered = self._render(escaped, tools)
         dropped = self._dropped(escaped, tools, rendered)
         where = "{% generation %} blocks"
-        if self._markers:
+        if not self._has_blocks:
             rendered = rendered.replace(BEGIN, "").replace(END, "")
             rendered = self._turn.sub(rf"\1{BEGIN}\2{END}", rendered)
             where = " … ".join(map(repr, self._markers))
-        text = unmark(rendered)
-        turns = roles.count("assistant")
+        text, turns = unmark(rendered), roles.count("assistant")
         if len(text.learnt) != turns:
             raise ValueError(
                 f"the assistant has {turns} turns, but the chat template shows {len(text.learnt)} "
@@ -168,9 +176,8 @@ class Chat:
                 f"each of the assistant's turns in {self._folder / TEMPLATE}, which takes "
                 f"precedence over the template in {SETTINGS}"
             )
-        return text._replace(
-            learnt=text.learnt[roles[:given].count("assistant") :], dropped=dropped
-        )
+        learnt = text.learnt[roles[:given].count("assistant") :]
+        return text._replace(learnt=learnt, dropped=dropped)
 
     def completion(self, prompt: str, completion: str) -> Text:
         """Joins a prompt, a completion to train on and an end-of-turn token, without a template.
@@ -189,31 +196,29 @@ class Chat:
             if not isinstance(part, str) or not part.strip():
                 raise ValueError(f'its "{name}" must be a non-blank text; got {short(part)}')
         prompt, completion = map(self._escape, parts.values())
-        opening = f"{self._opening}{CUT}" if self._opening else ""
-        text = unmark(f"{opening}{prompt}{CUT}{BEGIN}{completion}{CUT}{end}{END}")
+        text = unmark(f"{self._opening}{prompt}{CUT}{BEGIN}{completion}{CUT}{end}{END}")
         return text._replace(escaped=CUT in prompt + completion)
 
     def question(self, messages: Sequence[Any]) -> list[int]:
-        """Tokens of a conversation, up to where the assistant is to speak.
+        """Returns the tokens of a conversation, up to where the assistant is to speak.
 
         Raises:
-            ValueError: the template refuses the messages, or they have what no text has.
+            ValueError: If the template rejects the messages, or they are no valid text.
         """
         rendered = self._render(self._escape(messages), None, answer=True)
         return self._tokens(rendered.replace(BEGIN, "").replace(END, ""))
 
     def prompt(self, text: str) -> list[int]:
-        """Tokens of a text to go on from, as `completion` has those of a prompt."""
-        opening = f"{self._opening}{CUT}" if self._opening else ""
-        return self._tokens(opening + self._escape(text))
+        """Returns the tokens of a text to continue, as `completion` has those of a prompt."""
+        return self._tokens(self._opening + self._escape(text))
 
     def _tokens(self, marked: str) -> list[int]:
         (encoded,) = self.encode([unmark(marked)])
         return encoded.tokens.tolist()
 
     def answer(self, tokens: Sequence[int], ends: Collection[int]) -> str:
-        """The text of tokens up to one of `ends`, or of the tokenizer's own end of a turn."""
-        names = (self._names.get("eos_token"), (self._markers or CHATML).end.strip())
+        """Returns the text of tokens up to one of `ends` or the tokenizer's own end of a turn."""
+        names = (self._names.get("eos_token"), self._markers.end.strip())
         known = {*ends, *(self._tokenizer.token_to_id(name) for name in names if name)}
         kept = itertools.takewhile(lambda token: token not in known, tokens)
         return self._tokenizer.decode(list(kept), skip_special_tokens=True)
@@ -229,23 +234,14 @@ class Chat:
         return [join(text, [next(encodings) for _ in text.pieces]) for text in texts]
 
     def _render(self, messages: Sequence[Any], tools: Any, answer: bool = False) -> str:
+        values = {"messages": messages, "tools": tools, "documents": None}
         try:
-            return self._template.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=answer,
-                **self._names,
-            )
+            return self._template.render(**values, add_generation_prompt=answer, **self._names)
         except ValueError as error:
             raise ValueError(f"the chat template rejects it: {error}") from None
 
     def _dropped(self, messages: list[Any], tools: Any, rendered: str) -> int:
-        """Counts the reasoning texts, and remarks beside tool calls, that the template omits.
-
-        Raises:
-            ValueError: If the template omits a message, a call or the tools.
-        """
+        """Counts omitted thoughts, and remarks beside tool calls; refuses other omissions."""
         if tools and self._same(messages, [{"name": _OTHER}], rendered):
             raise ValueError(_LEFT_OUT.format("its tools are", "them"))
         dropped = 0
@@ -276,7 +272,6 @@ class Chat:
     def _is_dropped(
         self, messages: list[Any], index: int, tools: Any, rendered: str, key: str, value: Any
     ) -> bool:
-        """Returns whether a message's value is omitted: if another value gives the same text."""
         changed = messages[index] | {key: value}
         return self._same([*messages[:index], changed, *messages[index + 1 :]], tools, rendered)
 
@@ -305,21 +300,6 @@ class Chat:
         return value
 
 
-def _is_added(token: tuple[str, int]) -> bool:
-    return bool(token[1])
-
-
-def _content(folder: Path, name: str, token: Any) -> str:
-    """Returns the spelling of a token of `tokenizer_config.json`."""
-    content = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(content, str) or not content:
-        raise ValueError(
-            f"{folder / SETTINGS}: {name} is {short(token)}, but a token must be a non-empty "
-            "text; download the file again, or remove that token."
-        )
-    return content
-
-
 def write_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int) -> None:
     """Trains a byte-level BPE with ChatML's tokens and template, in the format of transformers.
 
@@ -338,10 +318,9 @@ def write_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int) -> None
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / TOKENIZER, bpe.to_str())
     write_text(folder / TEMPLATE, template.CHATML)
-    settings = {
+    settings = {"eos_token": CHATML.end, "pad_token": END_OF_TEXT}
+    settings |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": CHATML.end,
-        "pad_token": END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
     }
     write_json(folder / SETTINGS, settings)

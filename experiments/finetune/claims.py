@@ -7,8 +7,9 @@ the signs of the differences decide, if these differ in the digits shown.
 """
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from experiments.differences import Interval, difference, holm, p_value
 from experiments.finetune.arms import ARMS
@@ -100,33 +101,70 @@ CLAIMS = (
 )
 
 
-class Compared(NamedTuple):
-    """The measured result of a comparison.
+class Contrast(NamedTuple):
+    """A difference of a measure, paired by seed."""
 
-    Attributes:
-        claimed: The comparison.
-        mean: The mean difference, paired by seed.
-        interval: The 95 % interval of the mean; None with one seed.
-        seeds: The number of seeds that both arms have.
-        outcome: 1 if it is as claimed, −1 if it is the opposite, else 0.
-    """
+    name: str  # for readers
+    arm: str  # arm whose colour it has
+    family: str  # contrasts of one family share Holm's correction and a heading
+    gaps: dict[int, float]  # by seed
+    interval: Interval | None  # of the mean, 95 %; None with fewer than two seeds
+    p: float | None  # of the paired t test, after Holm's correction; None with fewer than two seeds
 
-    claimed: Comparison
-    mean: float
-    interval: Interval | None
-    seeds: int
-    outcome: int
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.gaps.values()) if self.gaps else math.nan
+
+    @property
+    def sign(self) -> int:
+        """The sign of the mean if p < 0.05, else 0."""
+        if self.p is None or self.p >= _SIGNIFICANT:
+            return 0
+        return 1 if self.mean > 0 else -1
+
+    def text(self, form: Measure) -> str:
+        """Formats the difference and its interval, e.g. as "+1.10 points [0.31, 1.89]"."""
+        text = form.signed(self.mean) + form.of_difference
+        if self.interval is None:
+            return text
+        return f"{text} [{form.signed(self.interval.low)}, {form.signed(self.interval.high)}]"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "family": self.family,
+            "name": self.name,
+            "by_seed": {str(seed): gap for seed, gap in self.gaps.items()},
+            "mean": self.mean if self.gaps else None,
+            "interval": self.interval and [self.interval.low, self.interval.high],
+            "p_holm": self.p,
+        }
+
+
+def contrast(
+    name: str, arm: str, family: str, ours: Mapping[int, float], theirs: Mapping[int, float]
+) -> Contrast:
+    """Returns the contrast of two arms' values by seed, over the seeds at which both are finite."""
+    gaps = {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
+    gaps = {seed: gap for seed, gap in gaps.items() if math.isfinite(gap)}
+    zero = dict.fromkeys(gaps, 0.0)
+    return Contrast(name, arm, family, gaps, difference(gaps, zero), p_value(gaps, zero))
+
+
+def corrected(found: Sequence[Contrast]) -> list[Contrast]:
+    """Returns contrasts, whose names differ in each family, with Holm's correction."""
+    p_values: dict[str, dict[str, float]] = {}
+    for of in found:
+        if of.p is not None:
+            p_values.setdefault(of.family, {})[of.name] = of.p
+    holms = {family: holm(own) for family, own in p_values.items()}
+    return [of._replace(p=holms.get(of.family, {}).get(of.name)) for of in found]
 
 
 class Judged(NamedTuple):
-    """The verdict on a claim.
-
-    Attributes:
-        measured: A description of the measured result; empty if an arm is missing.
-    """
+    """The verdict on a claim."""
 
     claim: str
-    measured: str
+    measured: str  # description of the measured result; empty if an arm is missing
     verdict: Verdict
     seeds: int
 
@@ -137,14 +175,15 @@ def judge(values: Values) -> list[Judged]:
 
 
 def _judge(claim: Claim, values: Values) -> Judged:
-    results = compare([c for c in claim.comparisons if {c.ours, c.theirs} <= values.keys()], values)
-    seeds = min((of.seeds for of in results), default=0)
+    asked = [c for c in claim.comparisons if {c.ours, c.theirs} <= values.keys()]
+    results = list(zip(asked, compare(asked, values), strict=True))
+    seeds = min((len(of.gaps) for _, of in results), default=0)
     if len(results) < len(claim.comparisons) or not seeds:
         missing = {arm for c in claim.comparisons for arm in (c.ours, c.theirs)}
         missing -= {arm for arm in values if _known(claim, values, arm)}
         names = ", ".join(map(optimizer_label, sorted(missing)))
         return Judged(claim.text, f"Not finished: {names}." if names else "", "cannot tell", seeds)
-    outcomes = [of.outcome for of in results]
+    outcomes = [_outcome(*result) for result in results]
     verdict: Verdict = (
         "disagrees" if min(outcomes) < 0 else "agrees" if min(outcomes) > 0 else "cannot tell"
     )
@@ -156,88 +195,60 @@ def _known(claim: Claim, values: Values, arm: str) -> bool:
     return all(any(math.isfinite(v[m]) for v in values[arm].values()) for m in measures)
 
 
-def compare(comparisons: Sequence[Comparison], values: Values) -> list[Compared]:
-    """Returns the results of comparisons, with Holm's correction for all of them."""
-    pairs = [_pair(c, values) for c in comparisons]
-    p_values = {str(i): p_value(*pair) for i, pair in enumerate(pairs)}
-    corrected = holm({i: p for i, p in p_values.items() if p is not None})
-    results = []
-    for i, (c, (ours, theirs)) in enumerate(zip(comparisons, pairs, strict=True)):
-        seeds = sorted(ours.keys() & theirs.keys())
-        gaps = [ours[seed] - theirs[seed] for seed in seeds]
-        mean = sum(gaps) / len(gaps) if gaps else math.nan
-        interval = difference(ours, theirs)
-        results.append(
-            Compared(
-                c, mean, interval, len(seeds), _outcome(c, mean, interval, corrected.get(str(i)))
-            )
-        )
-    return results
+def compare(comparisons: Sequence[Comparison], values: Values) -> list[Contrast]:
+    """Returns the differences of comparisons, with Holm's correction for all of them."""
+
+    def of(arm: ArmName, measure: str) -> dict[int, float]:
+        return {seed: own[measure] for seed, own in values[arm].items()}
+
+    return corrected(
+        [
+            contrast(str(c), c.ours, "", of(c.ours, c.measure), of(c.theirs, c.measure))
+            for c in comparisons
+        ]
+    )
 
 
-def _pair(c: Comparison, values: Values) -> tuple[dict[int, float], dict[int, float]]:
-    def of(arm: ArmName) -> dict[int, float]:
-        known = {seed: own[c.measure] for seed, own in values[arm].items()}
-        return {seed: x for seed, x in known.items() if math.isfinite(x)}
-
-    return of(c.ours), of(c.theirs)
-
-
-def _outcome(c: Comparison, mean: float, interval: Interval | None, p: float | None) -> int:
-    if not math.isfinite(mean) or not MEASURES[c.measure].differs(mean):
+def _outcome(c: Comparison, of: Contrast) -> int:
+    """Returns 1 if a difference is as claimed, −1 if it is the opposite, else 0."""
+    if not of.gaps or not MEASURES[c.measure].differs(of.mean):
         return 0
-    if interval is None:
-        return 1 if c.sign * mean > 0 else -1
-    if c.sign * mean > 0:
-        return int(not interval.low <= 0 <= interval.high)
-    return -int(p is not None and p < _SIGNIFICANT)
+    if of.interval is None:
+        return 1 if c.sign * of.mean > 0 else -1
+    if c.sign * of.mean > 0:
+        return int(not of.interval.low <= 0 <= of.interval.high)
+    return -abs(of.sign)
 
 
-def _measured_text(results: Sequence[Compared], values: Values) -> list[str]:
+def _measured_text(results: Sequence[tuple[Comparison, Contrast]], values: Values) -> list[str]:
     """Returns a sentence for each measure: the arms' means and the decisive difference."""
     sentences = []
-    for measure in dict.fromkeys(of.claimed.measure for of in results):
+    for measure in dict.fromkeys(c.measure for c, _ in results):
         form = MEASURES[measure]
-        own = [of for of in results if of.claimed.measure == measure]
-        arms = dict.fromkeys(arm for of in own for arm in (of.claimed.ours, of.claimed.theirs))
-        means = {arm: _mean(x[measure] for x in values[arm].values()) for arm in arms}
+        own = [(c, of) for c, of in results if c.measure == measure]
+        arms = dict.fromkeys(arm for c, _ in own for arm in (c.ours, c.theirs))
+        means = {arm: mean(x[measure] for x in values[arm].values()) for arm in arms}
         each = ", ".join(f"{optimizer_label(arm)} {form.text(x)}" for arm, x in means.items())
-        decides = min(own, key=lambda of: (of.outcome, of.claimed.sign * of.mean))
+        c, of = min(own, key=lambda pair: (_outcome(*pair), pair[0].sign * pair[1].mean))
         sentences.append(
-            f"{form.name[:1].upper()}{form.name[1:]}: {each}; "
-            f"{optimizer_label(decides.claimed.ours)} minus "
-            f"{optimizer_label(decides.claimed.theirs)} "
-            f"{difference_text(form, decides.mean, decides.interval)}."
+            f"{form.name[:1].upper()}{form.name[1:]}: {each}; {optimizer_label(c.ours)} minus "
+            f"{optimizer_label(c.theirs)} {of.text(form)}."
         )
     return sentences
 
 
-def difference_text(form: Measure, mean: float, interval: Interval | None) -> str:
-    """Formats a difference and its interval, e.g. as "+1.10 points [0.31, 1.89]"."""
-    text = form.signed(mean) + form.of_difference
-    if interval is None:
-        return text
-    return f"{text} [{form.signed(interval.low)}, {form.signed(interval.high)}]"
-
-
-def _mean(values: Iterable[float]) -> float:
-    known = [x for x in values if math.isfinite(x)]
-    return sum(known) / len(known) if known else math.nan
+def mean(values: Iterable[float]) -> float:
+    """Returns the mean of the finite values; NaN if there are none."""
+    known = [float(x) for x in values if math.isfinite(x)]
+    return statistics.fmean(known) if known else math.nan
 
 
 def sentences(judged: Sequence[Judged]) -> list[str]:
     """Returns the sentence of an abstract that sums up the verdicts."""
 
-    def by(verdict: Verdict) -> list[str]:
-        return [f"“{of.claim.rstrip('.')}”" for of in judged if of.verdict == verdict]
-
-    parts = [
-        f"{verb} {len(found)} ({', '.join(found)})"
-        for verb, found in (
-            ("agrees with", by("agrees")),
-            ("disagrees with", by("disagrees")),
-            ("cannot decide", by("cannot tell")),
-        )
-        if found
-    ]
+    verbs = {"agrees": "agrees with", "disagrees": "disagrees with", "cannot tell": "cannot decide"}
+    parts = []
+    for verdict, verb in verbs.items():
+        if own := [f"“{of.claim.rstrip('.')}”" for of in judged if of.verdict == verdict]:
+            parts.append(f"{verb} {len(own)} ({', '.join(own)})")
     return [f"Of the post's {len(judged)} claims, this run {', '.join(parts)}."]

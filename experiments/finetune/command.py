@@ -70,17 +70,18 @@ class Command(Suite, Planning, Running, Training):
                 "--preset requires --dry-run or --compile-only. To train such a model, give its "
                 "folder as --model."
             )
-        if self.compile_only and self.suite:
-            raise ValueError(f"--compile-only excludes --suite {self.suite}; remove one of them.")
-        if self.rollback.above and self.suite:
-            raise ValueError(f"--rollback.above excludes --suite {self.suite}; remove one of them.")
+        alone = {"--compile-only": self.compile_only, "--rollback.above": self.rollback.above}
+        for name, value in alone.items():
+            if value and self.suite:
+                raise ValueError(f"{name} excludes --suite {self.suite}; remove one of them.")
         if self.preset and self.model:
             raise ValueError("Give --preset or --model, not both.")
-        if self.preset and self.suite in ("mismatch", "qk"):
-            raise ValueError(
-                f"--suite {self.suite} pretrains the models that it compares; remove --preset "
-                f"{self.preset}."
-            )
+        for name, value in {"--preset": self.preset, "--model": self.model}.items():
+            if value and self.suite in ("mismatch", "qk"):
+                raise ValueError(
+                    f"--suite {self.suite} pretrains the models that it compares; remove {name} "
+                    f"{value}."
+                )
         if self.exports and not self.suite and "://" in self.out:
             raise ValueError(
                 "The fine-tuned model can only be written to a local folder; got --out "

@@ -163,10 +163,14 @@ class Training:
             raise ValueError(
                 f"--accumulate must divide --batch {self.batch}; got {self.accumulate}."
             )
-        if self.warmup is not None and self.steps and self.warmup >= self.steps:
+        if self.steps:
+            self._check_warmup(self.steps, "--steps")
+
+    def _check_warmup(self, steps: int, name: str) -> None:
+        if (self.warmup or 0) >= steps:
             raise ValueError(
-                f"--warmup must be less than --steps {self.steps}; got {self.warmup}. Use fewer, "
-                "or omit --warmup for a tenth of the steps."
+                f"--warmup must be less than {name} {steps}; got {self.warmup}. Use fewer, or omit "
+                "--warmup for a tenth of the steps."
             )
 
     @property
@@ -190,11 +194,7 @@ class Training:
             ValueError: If the settings' own warm-up is not shorter than the training.
         """
         steps = self.steps or max(math.ceil(self.epochs * windows / self.batch), 1)
-        if self.warmup is not None and self.warmup >= steps:
-            raise ValueError(
-                f"--warmup must be less than the steps of --epochs {self.epochs:g}, {steps}; got "
-                f"{self.warmup}. Use fewer, or omit --warmup for a tenth of the steps."
-            )
+        self._check_warmup(steps, f"the steps of --epochs {self.epochs:g},")
         warmup = tenth_at_most(steps, warmup) if self.warmup is None else self.warmup
         return dataclasses.replace(self, steps=steps, warmup=warmup)
 
@@ -204,15 +204,7 @@ class Training:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the settings as plain JSON values."""
-        settings = dataclasses.asdict(self.training())
-        for name, usual in (
-            ("lora", Lora()),
-            ("rollback", Rollback()),
-            ("schedules", Schedules()),
-        ):
-            if getattr(self, name) == usual:  # as earlier versions had it
-                del settings[name]
-        return json.loads(json.dumps(settings))
+        return json.loads(json.dumps(dataclasses.asdict(self.training())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +241,7 @@ class Base:
     """Normalise queries and keys, as Qwen3 does. Without it, the model is a Llama."""
     layers: Count = 4
     """Number of layers."""
-    hidden: Count = 128
+    width: Count = 128
     """Width of the residual stream."""
     ffn: Count = 384
     """Hidden size of SwiGLU."""

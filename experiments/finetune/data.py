@@ -30,50 +30,37 @@ OnProgress = Callable[[int], None]  # takes the number of finished rows; it may 
 
 
 class Report(NamedTuple):
-    """Statistics of how a file's rows were used.
+    """Statistics of how a file's rows were used."""
 
-    Attributes:
-        name: The name of the source.
-        rows: The number of rows in the file.
-        too_long: The number of rows omitted because nothing to train on is within the context.
-        truncated: The number of rows truncated to the context.
-        escaped: The number of rows whose content spells a special token or a marker as plain text.
-        dropped: The number of reasoning texts, and remarks beside tool calls, that the chat
-            template omits, mostly those of earlier turns.
-        groups: The number of groups of rows. None is both trained on and held out.
-        tokens: The number of tokens of kept rows within the context.
-        learnt: The number of these tokens that count in the loss.
-        held_out_rows: The number of held-out rows.
-        held_out_learnt: The number of their tokens that count in the loss.
-        lost: The number of tokens beyond the context, over all rows.
-        sha256: The digest of all tokens, and of which ones are trained on.
-        packages: The packages that functions are from; None for a file.
-        modules: The number of functions of each module; None for a file.
-        absent: The number of default rows that the installed packages lack.
-        text_sha256: The digest of the functions' rows as text; None for a file.
-    """
-
-    name: str
+    name: str  # of the source
     rows: int
-    too_long: int
-    truncated: int
-    escaped: int
-    dropped: int
-    groups: int
-    tokens: int
-    learnt: int
+    too_long: int  # rows omitted because nothing to train on is within the context
+    truncated: int  # rows truncated to the context
+    escaped: int  # rows whose content spells a special token or a marker as plain text
+    dropped: int  # reasoning texts, and remarks beside tool calls, that the chat template omits
+    groups: int  # of rows; none is both trained on and held out
+    tokens: int  # of kept rows, within the context
+    learnt: int  # how many of these count in the loss
     held_out_rows: int
-    held_out_learnt: int
-    lost: int
-    sha256: str
-    packages: dict[str, str] | None
-    modules: dict[str, int] | None
-    absent: int
-    text_sha256: str | None
+    held_out_learnt: int  # how many of their tokens count in the loss
+    lost: int  # tokens beyond the context, over all rows
+    sha256: str  # of all tokens, and of which ones are trained on
+    packages: dict[str, str] | None  # packages that functions are from; None for a file
+    modules: dict[str, int] | None  # number of functions of each module; None for a file
+    absent: int  # default rows that the installed packages lack
+    text_sha256: str | None  # of the functions' rows as text; None for a file
 
-    def as_json(self) -> dict[str, Any]:
-        """Returns the record that a run stores."""
-        return self._asdict()
+    def text(self, context: int) -> str:
+        """Returns a sentence for the user."""
+        dropped = (
+            f", {self.dropped:,} reasoning texts or remarks beside a tool call dropped by the chat "
+            "template"
+        )
+        return (
+            f"{self.name}: {self.rows:,} examples, {self.tokens:,} tokens, {self.learnt:,} of them "
+            f"trained on; {self.held_out_rows:,} examples held out, {self.truncated:,} truncated "
+            f"to {context:,} tokens, {self.too_long:,} left out{dropped if self.dropped else ''}."
+        )
 
 
 class Prepared(NamedTuple):
@@ -95,12 +82,12 @@ def read(
     folder: Path,
     architecture: Architecture,
     on_progress: Callable[[str, int, int | None], None],
-) -> "Prepared":
+) -> Prepared:
     """Reads the rows of a command's `data`, as tokens of the model in a folder.
 
     Raises:
-        ValueError: the tokenizer has tokens that the model lacks, the rows have another digest than
-            the command's `data_sha256`, or as `prepare`.
+        ValueError: As for `prepare`, or if the tokenizer has tokens that the model lacks, or the
+            digest of the rows is not the command's `data_sha256`.
     """
     chat = Chat(folder)
     if chat.vocabulary > architecture.vocabulary:
@@ -118,9 +105,8 @@ def read(
 
 
 def _check_digest(report: Report, pinned: str | None) -> None:
-    """Raises a ValueError where the rows are not those that are wanted."""
     known = [digest for digest in (report.text_sha256, report.sha256) if digest]
-    if pinned is None or any(digest.startswith(pinned) for digest in known):
+    if any(digest.startswith(pinned or "") for digest in known):
         return
     remedy = "Give the same file, --model and --context"
     if report.packages:
@@ -142,7 +128,6 @@ def prepare(
     chat: Chat,
     context: int,
     *,
-    cache: Path | None = None,
     on_progress: OnProgress = lambda done: None,
 ) -> Prepared:
     """Reads a file's rows as tokens.
@@ -156,8 +141,7 @@ def prepare(
         file: A .jsonl, .jsonl.gz or .parquet file, local or in gs:// or s3://. None means the
             listed functions of the installed packages, and "installed" all of them.
         chat: The tokenizer and chat template.
-        context: The maximum number of tokens of a row; longer rows are truncated.
-        cache: The folder of the default instructions.
+        context: The maximum number of tokens of a row, at least 2; longer rows are truncated.
         on_progress: Called repeatedly with the number of finished rows.
 
     Raises:
@@ -165,33 +149,29 @@ def prepare(
             or no rows remain to train on or to hold out.
         OSError: If the file does not exist or cannot be read.
     """
-    if context < 2:
-        raise ValueError(f"A context must have at least two tokens; got {context}.")
     made = None
     if file in (None, instructions.INSTALLED):
         chosen = {} if file is None else {"listed": None}
-        made = instructions.prepare(cache, lambda: on_progress(0), **chosen)
+        made = instructions.prepare(lambda: on_progress(0), **chosen)
     path = located(made.path if made else file)
     name = f"functions of {len(made.rows)} installed Python modules" if made else path.name
     if made and made.absent:
         name += f" ({made.absent:,} of the {made.absent + sum(made.rows.values()):,} listed absent)"
     kept: list[tuple[str, Encoded]] = []
     groups: set[str] = set()
-    done = too_long = truncated = escaped = dropped = lost = 0
-    for batch in _batches(_rows(path, chat)):
+    done, counts = 0, Counter(too_long=0, truncated=0, escaped=0, dropped=0, lost=0)
+    rows = _rows(path, chat)
+    while batch := list(itertools.islice(rows, _BATCH)):
         for row, (tokens, learnt) in zip(batch, chat.encode(r.text for r in batch), strict=True):
             learnt[:1] = False  # the first token has no context to predict it from
             if not learnt.any():
                 raise ValueError(f"{row.place}: it has no tokens to train on.")
             groups.add(row.group)
-            escaped += row.text.escaped
-            dropped += row.text.dropped
-            truncated += len(tokens) > context
-            lost += max(len(tokens) - context, 0)
-            if learnt[:context].any():
+            beyond, fits = max(len(tokens) - context, 0), learnt[:context].any()
+            counts.update(too_long=not fits, truncated=beyond > 0, lost=beyond)
+            counts.update(escaped=row.text.escaped, dropped=row.text.dropped)
+            if fits:
                 kept.append((row.group, Encoded(tokens[:context], learnt[:context])))
-            else:
-                too_long += 1
         done += len(batch)
         on_progress(done)
     if not done:
@@ -212,16 +192,12 @@ def prepare(
     report = Report(
         name=name,
         rows=done,
-        too_long=too_long,
-        truncated=truncated,
-        escaped=escaped,
-        dropped=dropped,
+        **counts,
         groups=len(groups),
         tokens=sum(len(side.tokens) for side in sides),
         learnt=sum(int(side.learnt.sum()) for side in sides),
         held_out_rows=len(held_out.lengths),
         held_out_learnt=int(held_out.learnt.sum()),
-        lost=lost,
         sha256=digest.hexdigest(),
         packages=made and made.packages,
         modules=made and made.rows,
@@ -232,11 +208,11 @@ def prepare(
 
 
 def pretraining_text(command: Any, folder: Path) -> Rows | None:
-    """Rows of a command's `pretraining_text`, or of what the small model in a folder held out.
+    """Returns rows of a command's `pretraining_text`, or of the small model's held-out text.
 
     Raises:
-        ValueError: the file has no text, or is damaged.
-        OSError: it cannot be read.
+        ValueError: If the file has no text, or is damaged.
+        OSError: If it cannot be read.
     """
     context = command.context
     if command.pretraining_text is not None:
@@ -283,13 +259,7 @@ def _rows(path: epath.Path, chat: Chat) -> Iterator[_Row]:
         yield _Row(text, group, place)
 
 
-def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
-    while batch := list(itertools.islice(rows, _BATCH)):
-        yield batch
-
-
 def _values(path: epath.Path) -> Iterator[tuple[str, Any]]:
-    """Yields the rows of a file, with their places for error messages."""
     if path.suffix == ".parquet":
         for number, row in enumerate(documents.table(path, _COLUMNS), 1):
             yield f"{path}, row {number}", _as_written(row)
@@ -318,7 +288,6 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _text(row: Any, chat: Chat) -> tuple[Text, str]:
-    """Returns the text and the group of a row."""
     if not isinstance(row, dict):
         raise ValueError(f"an example must be an object; got {type(row).__name__}")
     given = row
@@ -351,9 +320,8 @@ def _text(row: Any, chat: Chat) -> tuple[Text, str]:
 
 def _held_out(groups: Iterable[str]) -> set[str]:
     """Returns the groups to hold out: about one in ten, at least one, at most half of the rows."""
-    rows = Counter(groups)
+    rows, held = Counter(groups), set()
     room = rows.total() // 2
-    held: set[str] = set()
 
     def order(group: str) -> tuple[bool, int, str]:
         number = zlib.crc32(group.encode(errors="replace"))

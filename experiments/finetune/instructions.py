@@ -9,7 +9,6 @@ another, makes such a list.
 """
 
 import ast
-import contextlib
 import gc
 import gzip
 import importlib.metadata
@@ -44,29 +43,21 @@ _SKIPPED = {  # folders of tests, and of copies of other packages
 }
 
 
+_FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
+
+
 class Instructions(NamedTuple):
-    """A file of instructions.
+    """A file of instructions."""
 
-    Attributes:
-        path: The .jsonl.gz file. Each row has `messages`, and its top-level module as `group`.
-        rows: The number of rows of each top-level module.
-        packages: The versions of the installed distributions and of Python.
-        sha256: The digest of all rows.
-        absent: The number of listed rows that the installed packages lack.
-    """
-
-    path: Path
-    rows: dict[str, int]
-    packages: dict[str, str]
-    sha256: str
-    absent: int
+    path: Path  # of a .jsonl.gz; each row has `messages`, and its top-level module as `group`
+    rows: dict[str, int]  # how many of each top-level module
+    packages: dict[str, str]  # versions of the installed distributions and of Python
+    sha256: str  # of all rows
+    absent: int  # listed rows that the installed packages lack
 
 
 def prepare(
-    folder: Path | None = None,
-    on_wait: Callable[[], None] = lambda: None,
-    *,
-    listed: Path | None = LIST,
+    on_wait: Callable[[], None] = lambda: None, *, listed: Path | None = LIST
 ) -> Instructions:
     """Makes the instructions of the installed packages, or takes them from the cache.
 
@@ -74,7 +65,6 @@ def prepare(
     other modules are omitted.
 
     Args:
-        folder: The cache. By default muon_jax/finetune in $XDG_CACHE_HOME or ~/.cache.
         listed: The list of the rows to take. None means all functions of what is installed.
         on_wait: Called repeatedly while another process makes the same rows. It may raise to give
             up.
@@ -90,12 +80,15 @@ def prepare(
     digests = {} if listed is None else read_json(listed)
     limits = [_GROUP, _WORDS, _DOCSTRING, _BODY, _LINES.start, _LINES.stop, sorted(_SKIPPED)]
     key = cache.digest([_FORMAT, packages, roots, limits, digests])[:16]
-    folder = (folder or cache.home("finetune")) / f"instructions-{key}"
+    folder = cache.home("finetune") / f"instructions-{key}"
 
     def write(partial: Path) -> dict[str, Any]:
         files = _files(Path(sysconfig.get_path("stdlib")), map(Path, roots))
-        with _uncollected():
+        gc.disable()  # collections would take a third of the time and find nothing
+        try:
             rows = list(from_files(files) if listed is None else from_list(files, digests))
+        finally:
+            gc.enable()
         if not rows:
             raise ValueError(
                 "No installed package has the source code of one of the default rows; give --data."
@@ -111,18 +104,6 @@ def prepare(
     return Instructions(
         folder / FILE, meta["rows"], packages, meta["sha256"], absent if listed else 0
     )
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Disables garbage collection, which would take a third of the time and find nothing."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _files(library: Path, roots: Iterable[Path]) -> Iterator[tuple[str, Path]]:
@@ -202,16 +183,12 @@ def _functions(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
         for node in scope.body:
             if isinstance(node, ast.ClassDef):
                 scopes.append((node.name, node))
-            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                parts = _parts(node, lines)
-                if parts is not None:
-                    docstring = "".join((ast.get_docstring(node) or "").split())
-                    yield docstring, "".join(parts[1].split()), _row(name, *parts)
+            elif isinstance(node, _FUNCTIONS) and (parts := _parts(node, lines)):
+                docstring = "".join((ast.get_docstring(node) or "").split())
+                yield docstring, "".join(parts[1].split()), _row(name, *parts)
 
 
-def _parts(
-    node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]
-) -> tuple[str, str] | None:
+def _parts(node: Any, lines: list[str]) -> tuple[str, str] | None:
     """Returns a function's signature with docstring, and its body; None if it is unsuitable."""
     docstring = ast.get_docstring(node)
     if docstring is None or len(docstring) > _DOCSTRING or len(docstring.split()) < _WORDS:

@@ -29,19 +29,25 @@ from experiments.report.figures import optimizer_label
 
 
 class Start(NamedTuple):
-    """The initial model of a fine-tuning.
+    """The initial model of a fine-tuning."""
 
-    Attributes:
-        name: The name of the model, for records.
-        architecture: The architecture of the model.
-        load: Reads the params, sharded over a mesh. It is called if there is no checkpoint.
-        text: like that which the model was pretrained on, to see what is forgotten; None where
-            nobody knows it.
+    name: str  # for records
+    architecture: Architecture
+    # Reads the params, sharded over a mesh. It is called if there is no checkpoint.
+    load: Callable[[jax.sharding.Mesh], Params]
+    text: Rows | None = None  # like that of its pretraining, to see what is forgotten
+
+
+class Model(NamedTuple):
+    """The initial model of a suite's cells, its rows, and text like that of its pretraining.
+
+    The params are NumPy arrays, which are not changed.
     """
 
     name: str
     architecture: Architecture
-    load: Callable[[jax.sharding.Mesh], Params]
+    params: Params
+    rows: Prepared
     text: Rows | None = None
 
 
@@ -81,8 +87,7 @@ class FineTuning(TrainingLoop):
         super().__init__(trainer, running, folder, stop, **callbacks)
         self.rows, self.model, self.on_finish = rows, model, on_finish
         self.packed = batches(rows.train, self.config, self.config.seed, trainer.share.rows)
-        self.held_out = held_out(rows.held_out, self.config, running.evaluation_tokens)
-        self.text = text_of(model.text, self.config, running)
+        self.windows = evaluated_windows(rows, model.text, self.config, running)
 
     def start(self) -> State:
         return self.trainer.start(self.model.load(self.trainer.mesh))
@@ -102,7 +107,7 @@ class FineTuning(TrainingLoop):
         return window[-1] | {"mean_token_accuracy": np.mean(_column(window, "mean_token_accuracy"))}
 
     def evaluate(self, state: State) -> tuple[Metrics, float]:
-        values = evaluate(self.trainer, self.trainer.evaluated(state), self.held_out, self.text)
+        values = evaluate(self.trainer, self.trainer.evaluated(state), *self.windows)
         return values, values["validation_loss"]
 
     def remedy(self) -> str:
@@ -124,60 +129,52 @@ class FineTuning(TrainingLoop):
 
     def write_card(self, folder: Path) -> None:
         """What the exported model is, for those who find it."""
-        config, report = self.config, self.rows.report
-        settings, base = config.optimizer, self.model.name.split()[0]
-        held_out, text = (
-            [f"{record[name]:.4f}" for record in self.log.records if name in record]
-            for name in ("validation_loss", "pretraining_loss")
-        )
-        low_rank = {
-            "rank": config.lora.rank,
-            "alpha": config.lora.alpha,
-            "of": " ".join(config.lora.targets),
-        }
+        config, report, arm = self.config, self.rows.report, self.trainer.name
+        settings, lora, quirks = config.optimizer, config.lora, config.optimizer.quirks
+        base, digest = self.model.name.split()[0], self.model.name.split()[-1]
+
+        def change(name: str) -> str | None:
+            known = [f"{record[name]:.4f}" for record in self.log.records if name in record]
+            return f"{known[0]} before, {known[-1]} after" if known else None
+
         facts = {
-            "Base model": f"{base}, digest {self.model.name.split()[-1]}",
+            "Base model": f"{base}, digest {digest}",
             "Data": f"{report.name}: {len(self.rows.train.lengths):,} examples to train on, "
             f"{report.held_out_rows:,} held out",
             "Digest of the data's tokens": report.sha256,
-            "Optimizer": arms.ARMS[self.trainer.name]
-            + "; here of LoRA's factors alone" * bool(config.lora.rank),
+            "Optimizer": arms.ARMS[arm] + "; here of LoRA's factors alone" * bool(lora.rank),
             "Learning rate": f"{settings.learning_rate:g}, after {config.warmup} steps of warm-up, "
             f"then {config.decay} decay to {config.final_lr_fraction:g} of it",
             "Weight decay": settings.weight_decay,
             "Adam": {"b1": settings.b1, "b2": settings.b2, "eps": settings.eps},
-            "Muon": None
-            if self.trainer.name == "adamw"
-            else {"momentum": settings.beta, "coefficients": settings.ns_coeffs},
-            "Reproduces errors of published code": ", ".join(settings.quirks) or None,
-            "LoRA, merged": low_rank if config.lora.rank else None,
+            "Muon": {"momentum": settings.beta, "coefficients": settings.ns_coeffs},
+            "Reproduces errors of published code": ", ".join(quirks) or None,
+            "LoRA, merged": {"rank": lora.rank, "alpha": lora.alpha, "of": " ".join(lora.targets)},
             "Steps": f"{config.steps:,} of {config.batch} sequences of {config.context:,} tokens",
             "Precision": f"{config.dtype}, params and optimizer float32",
-            "Held-out loss, nats per token": f"{held_out[0]} before, {held_out[-1]} after",
-            "On text like the pretraining's": f"{text[0]} before, {text[-1]} after"
-            if text
-            else None,
+            "Held-out loss, nats per token": change("validation_loss"),
+            "On text like the pretraining's": change("pretraining_loss"),
         }
-        summary = f"{base}, fine-tuned with {optimizer_label(self.trainer.name)} by muon_jax."
+        if arm == "adamw":
+            del facts["Muon"]
+        if not lora.rank:
+            del facts["LoRA, merged"]
+        summary = f"{base}, fine-tuned with {optimizer_label(arm)} by muon_jax."
         model_card.write(folder, f"{base}, fine-tuned", summary, facts, base=base)
 
     def summary(self, trained: Metrics, evaluated: Metrics) -> Metrics:
         steps = [record for record in self.log.records if "loss" in record] if self.log else []
         norms = [r["gradient_norm"] for r in steps if r["step"] > self.config.warmup]
-        median, spread = steadiness(norms)
-        logits = [r["max_logit"] for r in steps if r["max_logit"] is not None]
         return {
             "arm": self.trainer.name,
             "windows_per_epoch": self.packed.windows,
             "mean_token_accuracy": trained["mean_token_accuracy"],
             "validation_accuracy": evaluated["validation_accuracy"],
             "pretraining_loss": evaluated.get("pretraining_loss"),
-            "gradient_norm_median": median,
-            "gradient_norm_spread": spread,
-            "max_logit": max(logits, default=None),
+            **_observed(norms, [r["max_logit"] for r in steps]),
             "model": self.model.name,
             "architecture": dataclasses.asdict(self.trainer.architecture),
-            "data": self.rows.report.as_json(),
+            "data": self.rows.report._asdict(),
         }
 
 
@@ -201,9 +198,13 @@ def held_out(rows: Rows, config: Training, limit: int) -> list[Batch]:
     )
 
 
-def text_of(text: Rows | None, config: Training, running: Running) -> list[Batch]:
-    """Windows of the pretraining text, with half as many tokens as the held-out rows."""
-    return held_out(text, config, running.evaluation_tokens // 2) if text else []
+def evaluated_windows(
+    rows: Prepared, text: Rows | None, config: Training, running: Running
+) -> tuple[list[Batch], list[Batch]]:
+    """Returns windows of the held-out rows, and half as many tokens of the pretraining text."""
+    limit = running.evaluation_tokens
+    windows = held_out(rows.held_out, config, limit)
+    return windows, held_out(text, config, limit // 2) if text else []
 
 
 def evaluate(
@@ -213,18 +214,17 @@ def evaluate(
 
     And `pretraining_loss` of a text, if there is one.
     """
-    loss, accuracy = _means(trainer, params, windows)
+
+    def means(windows: Sequence[Batch]) -> tuple[float, float]:
+        sums = {"loss": 0.0, "correct": 0.0, "learnt": 0.0}
+        for batch in windows:
+            found = jax.device_get(trainer.evaluate(params, trainer.place_whole(batch)))
+            sums = {name: sums[name] + float(np.sum(x, dtype=float)) for name, x in found.items()}
+        return sums["loss"] / sums["learnt"], sums["correct"] / sums["learnt"]
+
+    loss, accuracy = means(windows)
     found = {"validation_loss": loss, "validation_accuracy": accuracy}
-    return found | ({"pretraining_loss": _means(trainer, params, text)[0]} if text else {})
-
-
-def _means(trainer: Trainer, params: Params, windows: Sequence[Batch]) -> tuple[float, float]:
-    """Loss and accuracy."""
-    sums = {"loss": 0.0, "correct": 0.0, "learnt": 0.0}
-    for batch in windows:
-        found = jax.device_get(trainer.evaluate(params, trainer.place_whole(batch)))
-        sums = {name: sums[name] + float(np.sum(x, dtype=float)) for name, x in found.items()}
-    return sums["loss"] / sums["learnt"], sums["correct"] / sums["learnt"]
+    return found | ({"pretraining_loss": means(text)[0]} if text else {})
 
 
 def steadiness(norms: Sequence[float | None]) -> tuple[float | None, float | None]:
@@ -248,37 +248,32 @@ def cell_trainer(
 
 def train_cell(
     config: Training,
-    rows: Prepared,
+    model: Model,
     arm: ArmName,
-    architecture: Architecture,
-    params: Params,
     rate: float,
     seed: int,
     running: Running,
     device: jax.Device,
     on_evaluation: Callable[[Metrics], None] = lambda evaluation: None,
-    text: Rows | None = None,
 ) -> tuple[list[Metrics], Metrics]:
     """Trains a cell to its last step; returns the evaluations and the outcome of `train_in_memory`.
 
     Args:
         config: The settings, with known `steps`. Their learning rate and seed are ignored.
-        rows: The rows to train on and to hold out.
+        model: The initial model and its rows.
         arm: The name of the optimizer.
-        architecture, params: The model, in NumPy arrays, which are not changed.
         rate: The learning rate after warm-up.
         seed: The seed of the rows' order.
         running: The settings of evaluations.
         device: The device to train on. Threads may train on different ones.
         on_evaluation: Called after each evaluation. It may raise to stop the cell.
-        text: as of `Start`.
     """
     config = dataclasses.replace(
         config, seed=0, optimizer=dataclasses.replace(config.optimizer, learning_rate=1.0)
     )
-    trainer = cell_trainer(config, arm, architecture, device)
-    windows = held_out(rows.held_out, config, running.evaluation_tokens)
-    pretraining, packed = text_of(text, config, running), batches(rows.train, config, seed)
+    trainer = cell_trainer(config, arm, model.architecture, device)
+    packed = batches(model.rows.train, config, seed)
+    windows = evaluated_windows(model.rows, model.text, config, running)
 
     def advance(state: State, first: int, until: int) -> tuple[State, Metrics]:
         seen = []
@@ -288,36 +283,36 @@ def train_cell(
         return state, _since_last(jax.device_get(seen))
 
     state, history, outcome = train_in_memory(
-        trainer.start(jax.device_put(params, trainer.places, may_alias=False)),
+        trainer.start(jax.device_put(model.params, trainer.places, may_alias=False)),
         config.steps,
         running.evaluate_every,
         advance,
-        lambda state: evaluate(trainer, trainer.evaluated(state), windows, pretraining),
+        lambda state: evaluate(trainer, trainer.evaluated(state), *windows),
         on_evaluation,
         first=True,
     )
     norms = [norm for evaluation in history for norm in evaluation["gradient_norms"]]
-    median, spread = steadiness(norms[config.warmup :])
-    logits = [e["max_logit"] for e in history if e["max_logit"] is not None]
-    return history, outcome | {
+    observed = _observed(norms[config.warmup :], [e["max_logit"] for e in history])
+    return history, outcome | observed | {"skipped": int(state.guard.skipped)}
+
+
+def _observed(norms: Sequence[float | None], logits: Sequence[float | None]) -> Metrics:
+    median, spread = steadiness(norms)
+    return {
         "gradient_norm_median": median,
         "gradient_norm_spread": spread,
-        "max_logit": max(logits, default=None),
-        "skipped": int(state.guard.skipped),
+        "max_logit": max((logit for logit in logits if logit is not None), default=None),
     }
 
 
 def _since_last(window: Sequence[Metrics]) -> Metrics:
     """Returns the metrics of the steps since the last evaluation, if there are any.
 
-    They are the mean loss, in nats per trained-on token, and mean token accuracy as in trl; the
-    losses and gradient norms of all steps; RMS values of the last update; and the largest attention
-    logit.
+    Losses are in nats per trained-on token, and the mean token accuracy is as in trl.
     """
-    losses = _column(window, "loss")
+    losses, accuracies = (_column(window, name) for name in ("loss", "mean_token_accuracy"))
     norms = [metrics["gradient_norms"] for metrics in window]
     logits = [logit for logit in _column(window, "max_logit") if math.isfinite(logit)]
-    accuracies = _column(window, "mean_token_accuracy")
     return {
         "train_loss": float(np.mean(losses)) if window else None,
         "mean_token_accuracy": float(np.mean(accuracies)) if window else None,

@@ -12,19 +12,12 @@ MARK = re.compile(f"([{template.CUT}{template.BEGIN}{template.END}])")
 
 
 class Text(NamedTuple):
-    """A text to tokenise.
+    """A text to tokenise."""
 
-    Attributes:
-        pieces: The parts of the text, which are tokenised separately.
-        learnt: The ranges of characters to train on, ascending.
-        escaped: Whether its content spells a special token or a marker.
-        dropped: How many reasoning texts and remarks beside tool calls the template omits.
-    """
-
-    pieces: tuple[str, ...]
-    learnt: tuple[tuple[int, int], ...]
-    escaped: bool
-    dropped: int = 0
+    pieces: tuple[str, ...]  # parts of the text, which are tokenised separately
+    learnt: tuple[tuple[int, int], ...]  # ranges of characters to train on, ascending
+    escaped: bool  # whether its content spells a special token or a marker
+    dropped: int = 0  # how many reasoning texts and remarks beside tool calls the template omits
 
 
 class Encoded(NamedTuple):
@@ -52,9 +45,8 @@ def unmark(marked: str) -> Text:
 
 
 def join(text: Text, encodings: Sequence[Any]) -> Encoded:
-    ids: list[int] = []
-    places = []
-    at = 0
+    """Joins the encodings of a text's pieces. A token is learnt if one of its characters is."""
+    ids, places, at = [], [], 0
     for piece, encoding in zip(text.pieces, encodings, strict=True):
         ids += encoding.ids
         places.append(np.array(encoding.offsets, np.int64).reshape(-1, 2) + at)

@@ -36,17 +36,12 @@ _UNROLLED = 8
 
 
 class Losses(NamedTuple):
-    """The result of a forward pass for each target.
+    """The result of a forward pass for each target."""
 
-    Attributes:
-        loss: The cross-entropy in nats, `(B, T)` float32; 0 where there is no target.
-        correct: Whether the target has the largest logit, `(B, T)` bool.
-        max_logits: The largest attention logits `(layers, N)` by the path of the attention, as for
-            `muon_jax.qk_clip`, without padding; empty if not requested.
-    """
-
-    loss: jax.Array
-    correct: jax.Array
+    loss: jax.Array  # cross-entropy in nats, `(B, T)` float32; 0 where there is no target
+    correct: jax.Array  # whether the target has the largest logit, `(B, T)` bool
+    # Largest attention logits `(layers, N)` by the path of the attention, as for
+    # `muon_jax.qk_clip`, without padding; empty if not requested.
     max_logits: dict[str, jax.Array]
 
 
@@ -59,7 +54,7 @@ class LanguageModel:
             float32.
         remat: Whether to store only the layers' inputs and the results of attention kernels, and
             recompute the rest in the backward pass.
-        lora: which kernels have adapters.
+        lora: Which kernels have adapters.
     """
 
     def __init__(
@@ -116,11 +111,10 @@ class LanguageModel:
         x_BxTxD, largest = jax.lax.scan(
             jax.checkpoint(layer, policy=KEEP_KERNELS) if self.remat else layer,
             x_BxTxD,
-            self._cast({"layers": params["layers"]})["layers"],
+            self._cast(params, "layers"),
             unroll=self.architecture.layers <= _UNROLLED,
         )
-        x_BxTxD = nnx.merge(self._norm, self._cast({"norm": params["norm"]})["norm"])(x_BxTxD)
-        return x_BxTxD, {"layers/attention": largest} if max_logits else {}
+        return self._normed(params, x_BxTxD), {"layers/attention": largest} if max_logits else {}
 
     def continued(
         self,
@@ -129,11 +123,9 @@ class LanguageModel:
         caches: Cache | None = None,
         at: int | jax.Array = 0,
     ) -> tuple[jax.Array, Cache]:
-        """What the head reads of tokens from position `at` on, and the caches with them.
+        """Returns what the head reads of tokens from position `at` on, and the caches with them.
 
-        Args:
-            params, tokens_BxT: as `hidden` takes them.
-            caches, at: as `decoder.Layer.continued` takes them, caches of all layers stacked.
+        `caches` and `at` are as for `decoder.Layer.continued`; caches of all layers are stacked.
         """
 
         def layer(x_BxTxD, inputs):
@@ -141,10 +133,10 @@ class LanguageModel:
             return nnx.merge(self._layer, kernels).continued(x_BxTxD, cache, at)
 
         x_BxTxD = vocabulary.look_up(params["embedding"]["embedding"], tokens_BxT, self.dtype)
-        layers = self._cast({"layers": params["layers"]})["layers"]
+        layers = self._cast(params, "layers")
         unroll = self.architecture.layers <= _UNROLLED
         x_BxTxD, caches = jax.lax.scan(layer, x_BxTxD, (layers, caches), unroll=unroll)
-        return nnx.merge(self._norm, self._cast({"norm": params["norm"]})["norm"])(x_BxTxD), caches
+        return self._normed(params, x_BxTxD), caches
 
     def losses(
         self,
@@ -152,21 +144,14 @@ class LanguageModel:
         tokens_BxT: jax.Array,
         targets_BxT: jax.Array,
         segments_BxT: jax.Array | None = None,
-        *,
-        max_logits: bool = False,
-        threshold: float | None = None,
     ) -> Losses:
         """Returns the loss of each position's target, with only chunks of logits in memory.
 
-        Args:
-            params, tokens_BxT, segments_BxT, max_logits, threshold: As for `hidden`.
-            targets_BxT: The targets, int32, negative where there is none.
+        Targets are int32, and negative where there is none; other arguments are as for `hidden`.
         """
-        hidden, largest = self.hidden(
-            params, tokens_BxT, segments_BxT, max_logits=max_logits, threshold=threshold
-        )
+        hidden, _ = self.hidden(params, tokens_BxT, segments_BxT)
         loss, correct = vocabulary.cross_entropy(self._head(params), hidden, targets_BxT)
-        return Losses(jnp.where(targets_BxT >= 0, loss, 0), correct, largest)
+        return Losses(jnp.where(targets_BxT >= 0, loss, 0), correct, {})
 
     def loss(
         self,
@@ -198,16 +183,19 @@ class LanguageModel:
 
     def _head(self, params: Params) -> jax.Array:
         if self.architecture.tied:
-            table = params["embedding"]["embedding"]
-            return self._cast({"embedding": {"embedding": table}})["embedding"]["embedding"].T
-        return self._cast({"head": params["head"]})["head"]["kernel"]
+            return self._cast(params, "embedding")["embedding"].T
+        return self._cast(params, "head")["kernel"]
 
-    def _cast(self, params: Params) -> Params:
+    def _normed(self, params: Params, x_BxTxD: jax.Array) -> jax.Array:
+        return nnx.merge(self._norm, self._cast(params, "norm"))(x_BxTxD)
+
+    def _cast(self, params: Params, name: str) -> Params:
         """Casts params to the model's dtype before they are gathered, which halves the bytes."""
+        params = {name: params[name]}
         specs = sharding.param_specs(params, jax.sharding.get_abstract_mesh())
         return jax.tree.map(
             lambda x, s: jax.lax.with_sharding_constraint(x.astype(self.dtype), s), params, specs
-        )
+        )[name]
 
 
 def shapes(architecture: Architecture, lora: Lora = Lora()) -> Params:  # noqa: B008
@@ -260,12 +248,14 @@ def init(architecture: Architecture, key: jax.Array) -> Params:
     return jax.tree.unflatten(tree, params)
 
 
-def attention_spec(architecture: Architecture) -> muon_jax.GroupedQuery:
-    """Returns the spec of attention for `muon_jax.qk_clip`, with the norms of QK-norm if any."""
+def attention_spec(a: Architecture, projections: bool = False) -> muon_jax.GroupedQuery:
+    """Returns the spec of attention for `muon_jax.qk_clip`.
+
+    With QK-norm it clips the norms' gains, or the `projections`, which the norm undoes.
+    """
+    norm = ("query_norm", "key_norm") if a.qk_norm else "refuse"
     return muon_jax.GroupedQuery(
-        heads=architecture.heads,
-        kv_heads=architecture.kv_heads,
-        qk_norm=("query_norm", "key_norm") if architecture.qk_norm else "refuse",
+        heads=a.heads, kv_heads=a.kv_heads, qk_norm="ignore" if projections else norm
     )
 
 

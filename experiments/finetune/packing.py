@@ -2,23 +2,17 @@
 
 import bisect
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 
 class Rows(NamedTuple):
-    """Concatenated rows of tokens.
+    """Concatenated rows of tokens."""
 
-    Attributes:
-        tokens: The tokens, `(tokens,)` int32.
-        learnt: `(tokens,)` bool, whether to train on each token; False for the first of a row.
-        starts: `(rows + 1,)` int64, the index where each row begins, and the end of the last.
-    """
-
-    tokens: np.ndarray
-    learnt: np.ndarray
-    starts: np.ndarray
+    tokens: np.ndarray  # `(tokens,)` int32
+    learnt: np.ndarray  # `(tokens,)` bool, whether to train on each; False for the first of a row
+    starts: np.ndarray  # `(rows + 1,)` int64, where each row begins, and the end of the last
 
     @classmethod
     def of(cls, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> "Rows":
@@ -33,21 +27,11 @@ class Rows(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Windows of rows, as arrays `(windows, context)` int32, with padding of 0.
+    """Windows of rows, as arrays `(windows, context)` int32."""
 
-    Attributes:
-        tokens: The input tokens.
-        targets: The next token in the row; 0 at its end.
-        mask: 1 where the target is trained on, else 0.
-        segments: 1 for the first row of a window, 2 for the second, and so on.
-        positions: The position of a token in its row, from 0.
-    """
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    mask: np.ndarray
-    segments: np.ndarray
-    positions: np.ndarray
+    tokens: Any  # padding is 0
+    targets: Any  # next token in the row where it is trained on; elsewhere -1
+    segments: Any  # 1 for the first row of a window, 2 for the second, and so on; 0 for padding
 
 
 class Batches:
@@ -63,14 +47,13 @@ class Batches:
         batch: The number of windows in a step, over all processes.
         context: The number of tokens in a window.
         seed: The seed of the order, not negative.
-        places: The indices in the batch of the windows to make, as in `processes.Share`. By
-            default all.
+        places: Which windows of a batch to make, as in `processes.Share`. By default all.
 
     Attributes:
         windows: The number of windows in an epoch.
 
     Raises:
-        ValueError: If a row is too long, or the batch or the seed is out of range.
+        ValueError: If a row is too long.
     """
 
     def __init__(
@@ -82,19 +65,13 @@ class Batches:
         seed: int,
         places: Sequence[int] | None = None,
     ):
-        _check_batch(batch)
-        if seed < 0:
-            raise ValueError(f"--seed must be at least 0; got {seed}.")
         self._rows, self._context, self._seed = rows, context, seed
-        self._batch = batch
-        self._places = range(batch) if places is None else [int(place) for place in places]
+        self._batch, self._places = batch, range(batch) if places is None else places
         self._packed = pack(np.sort(rows.lengths)[::-1], context)
         self.windows = len(self._packed)
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __getitem__(self, step: int) -> Batch:
-        if step < 0:
-            raise IndexError(f"The step must be at least 0; got {step}.")
         windows = [self._window(step * self._batch + place) for place in self._places]
         return assemble(self._rows, windows, self._context)
 
@@ -115,7 +92,6 @@ def in_order(rows: Rows, *, batch: int, context: int) -> list[Batch]:
 
     Arguments and errors are those of `Batches`.
     """
-    _check_batch(batch)
     windows = pack(rows.lengths, context)
     windows += [[] for _ in range(-len(windows) % batch)]
     return [
@@ -164,21 +140,16 @@ def pack(lengths: np.ndarray, context: int) -> list[list[int]]:
 
 def assemble(rows: Rows, windows: Sequence[Sequence[int]], context: int) -> Batch:
     """Returns the batch of these windows, each a list of rows from `pack`."""
-    batch = Batch(*np.zeros((len(Batch._fields), len(windows), context), np.int32))
+    empty = np.zeros((len(windows), context), np.int32)
+    batch = Batch(empty, np.full_like(empty, -1), np.zeros_like(empty))
     for i, window in enumerate(windows):
-        position = 0
+        begin = 0
         for segment, row in enumerate(window, 1):
-            first, last = rows.starts[row], rows.starts[row + 1]
-            here = slice(position, position := position + int(last - first))
-            before = slice(here.start, here.stop - 1)
-            batch.tokens[i, here] = rows.tokens[first:last]
-            batch.targets[i, before] = rows.tokens[first + 1 : last]
-            batch.mask[i, before] = rows.learnt[first + 1 : last]
-            batch.segments[i, here] = segment
-            batch.positions[i, here] = np.arange(last - first)
+            whole = slice(rows.starts[row], rows.starts[row + 1])
+            tokens, learnt = rows.tokens[whole], rows.learnt[whole]
+            end = begin + len(tokens)
+            batch.tokens[i, begin:end] = tokens
+            batch.targets[i, begin : end - 1] = np.where(learnt[1:], tokens[1:], -1)
+            batch.segments[i, begin:end] = segment
+            begin = end
     return batch
-
-
-def _check_batch(batch: int) -> None:
-    if batch < 1:
-        raise ValueError(f"--batch must be at least 1; got {batch}.")

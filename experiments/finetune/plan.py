@@ -15,7 +15,7 @@ from experiments.finetune.command import Command
 from experiments.finetune.config import ArmName, Base, Training
 from experiments.finetune.model import Params
 from experiments.finetune.step import Trainer
-from experiments.finetune.suites.config import SuiteName, variants
+from experiments.finetune.suites.config import variants
 from experiments.language import sharding, vocabulary
 from experiments.language.compile_only import compile_only
 from experiments.language.dry_run import dry_run, show_memory
@@ -51,27 +51,20 @@ def refuse_too_large(
     command: Command, trainers: Iterable[Trainer], limit: int | None, console: Console
 ) -> None:
     """Prints the memory of trainings, and checks that they fit the device."""
-    cases = [case(trainer) for trainer in trainers]
+    cases = list(map(case, trainers))
     warn_of_context(command.context, cases[0].trainer.architecture.context, console)
     show_memory(cases, limit, console, _where(command, len(devices_for(len(cases)))))
     for one in cases:
         check(one, limit)
 
 
-def plan_suite(command: Command, which: SuiteName, console: Console) -> None:
+def plan_suite(command: Command, console: Console) -> None:
     """Prints the memory of each variant's arms, and names variants with equal memory only."""
-    cases = {
-        name: [
-            case_of(
-                of.training.with_steps(_MADE_UP_STEPS * command.batch),
-                arm,
-                one_device(),
-                _architecture(command, of.base or command.base),
-            )
-            for arm in of.arms
-        ]
-        for name, of in variants(command, which).items()
-    }
+    cases = {}
+    for name, of in variants(command).items():
+        config = of.training.with_steps(_MADE_UP_STEPS * command.batch)
+        given = one_device(), _architecture(command, of.base or command.base)
+        cases[name] = [case_of(config, arm, *given) for arm in of.arms]
     every = [one for of in cases.values() for one in of]
     warn_of_context(command.context, every[0].trainer.architecture.context, console)
     at_once = len(devices_for(command.seeds * len(every)))
@@ -89,7 +82,9 @@ def plan_suite(command: Command, which: SuiteName, console: Console) -> None:
     if same:
         console.print(f"The same memory is required by: {', '.join(same)}.", highlight=False)
     large = {one.name for one in every if limit is not None and one.memory.total > limit}
-    choice = () if which == "qk" else [arm for arm in command.optimizers if arm not in large]
+    choice = (
+        () if command.suite == "qk" else [arm for arm in command.optimizers if arm not in large]
+    )
     for one in every:
         check(one, limit, choice=choice, shared=False)
 
@@ -150,7 +145,7 @@ def case(trainer: Trainer) -> Case:
         trainer=trainer,
         again=functools.partial(case_of, architecture=a),
         muon=None if arm == "adamw" else optimizer,
-        routing=None if arm == "adamw" else arms.routing(arm, config, a),
+        routing=None if arm == "adamw" else arms.routing(arm, optimizer, config.lora, a),
         labels=trainer.arm.labels,
         heads=(a.heads, a.head_dim, a.head_dim),
         flops=(2 * products + 3 * attention) * config.tokens_per_step,

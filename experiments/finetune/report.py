@@ -88,7 +88,7 @@ MEASURED = {
 def about(arms: Sequence[ArmName], quirks: Sequence[str]) -> dict[str, str]:
     """Returns descriptions of the arms and of the quirks that they have."""
     of_arms = {optimizer_label(arm): f"{ARMS[arm]}." for arm in dict.fromkeys(arms)}
-    return of_arms | {f"Quirk {name}": f"{QUIRKS[name]}." for name in dict.fromkeys(quirks)}
+    return of_arms | {f"Quirk {name}": f"{QUIRKS[name].about}." for name in dict.fromkeys(quirks)}
 
 
 def table(runs: Sequence[Run]) -> Table:

@@ -8,11 +8,12 @@ import numpy as np
 from etils import epath
 
 from experiments.finetune.arms import ARMS
+from experiments.finetune.claims import mean
 from experiments.finetune.config import ArmName
 from experiments.finetune.loop import steadiness
 from experiments.report import records
 from experiments.report.figures import optimizer_label
-from experiments.report.series import NOTHING, Series, array, series
+from experiments.report.series import Series, array, series
 from experiments.runs import RunError, holds_run
 
 EARLY, LATE = 0.25, 0.75  # fractions of the steps: end of "early", beginning of "late"
@@ -22,22 +23,15 @@ _EVALUATED = (*_HELD_OUT, "pretraining_loss")
 
 
 class Trained(NamedTuple):
-    """One training of one arm, which may be unfinished.
-
-    Attributes:
-        series: The series by name; those of a group of params are "gradient_norms/GROUP" and
-            "update_rms/GROUP".
-        steps: The number of steps of the whole training.
-        warmup: The number of warm-up steps.
-        noisy: Whether each accuracy is of a single step, not a mean of several.
-    """
+    """One training of one arm, which may be unfinished."""
 
     arm: ArmName
     seed: int
+    # By name; those of a group of params are "gradient_norms/GROUP" and "update_rms/GROUP".
     series: dict[str, Series]
-    steps: int
+    steps: int  # of the whole training
     warmup: int
-    noisy: bool
+    noisy: bool  # whether each accuracy is of a single step, not a mean of several
 
     @property
     def done(self) -> int:
@@ -50,23 +44,27 @@ class Trained(NamedTuple):
 
     def last(self, name: str) -> float:
         """Returns the newest value of a series; NaN if it is empty."""
-        _, values = self.series.get(name, NOTHING)
+        _, values = self.series[name]
         return float(values[-1]) if len(values) else math.nan
 
     @property
     def forgot(self) -> float:
         """How much the loss on the pretraining text has risen, NaN where it is not known."""
-        steps, losses = self.series.get("pretraining_loss", NOTHING)
+        steps, losses = self.series["pretraining_loss"]
         return float(losses[-1] - losses[0]) if len(steps) and not steps[0] else math.nan
+
+    def steadiness(self) -> tuple[float | None, float | None]:
+        """Returns median and relative spread of the gradient norm after warm-up."""
+        steps, norms = self.series["gradient_norm"]
+        return steadiness(norms[steps > self.warmup].tolist())
 
     def values(self) -> dict[str, float]:
         """Returns the measures of the claims, by the keys of `claims.MEASURES`; NaN if unknown."""
-        steps, accuracy = self.series.get("mean_token_accuracy", NOTHING)
-        norm_steps, norms = self.series.get("gradient_norm", NOTHING)
-        _, spread = steadiness([float(x) for x in norms[norm_steps > self.warmup]])
-        early = {"early_accuracy": _mean(accuracy[steps <= EARLY * self.steps])}
+        steps, accuracy = self.series["mean_token_accuracy"]
+        _, spread = self.steadiness()
+        early = {"early_accuracy": mean(accuracy[steps <= EARLY * self.steps])}
         late = {
-            "late_accuracy": _mean(accuracy[steps > LATE * self.steps]),
+            "late_accuracy": mean(accuracy[steps > LATE * self.steps]),
             "gradient_norm_spread": math.nan if spread is None else spread,
             **{name: self.last(name) for name in _HELD_OUT},
         }
@@ -161,17 +159,12 @@ def of_cell(
 
 def idle_clip(trainings: Iterable[Trained], optimizer: Mapping[str, Any]) -> list[str]:
     """Returns a sentence if MuonClip never clipped, given the settings of `config.Optimizer`."""
-    logits = [of.series["max_logit"][1] for of in trainings if of.arm == "muonclip"]
-    known = np.concatenate(logits or [NOTHING[0]])
-    known, threshold = known[np.isfinite(known)], optimizer["clip_threshold"]
-    if not len(known) or "no_clip" in optimizer["quirks"] or known.max() > threshold:
+    clipped = (of.series["max_logit"][1] for of in trainings if of.arm == "muonclip")
+    largest = max((x for logits in clipped for x in logits if math.isfinite(x)), default=math.inf)
+    threshold = optimizer["clip_threshold"]
+    if "no_clip" in optimizer["quirks"] or largest > threshold:
         return []
     return [
-        f"MuonClip never clips here: the largest attention logit is {known.max():.3g}, and its "
+        f"MuonClip never clips here: the largest attention logit is {largest:.3g}, and its "
         f"threshold {threshold:g}."
     ]
-
-
-def _mean(values: np.ndarray) -> float:
-    known = values[np.isfinite(values)]
-    return float(np.mean(known)) if len(known) else math.nan

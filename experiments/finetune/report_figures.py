@@ -24,7 +24,6 @@ from experiments.report.figures import (
     plain_log_axis,
 )
 from experiments.report.page import Picture
-from experiments.report.series import NOTHING
 
 Arms = Mapping[str, Sequence[Trained]]  # the trainings of each arm
 
@@ -61,17 +60,18 @@ def held_out_figure(arms: Arms) -> Figure:
 
     And the loss on the pretraining text, if there is one.
     """
-    known = [of.series.get("pretraining_loss", NOTHING)[1] for own in arms.values() for of in own]
+    known = [of.series["pretraining_loss"][1] for own in arms.values() for of in own]
     retained = any(np.isfinite(values).any() for values in known)
     figure = new_figure(10.4 + 3.4 * retained, 3.7)
     panels = figure.subplots(1, 3 + retained)
-    _draw(panels[0], arms, "validation_loss", "Held-out loss (nats per token)", marked=True)
-    accuracy = {"scale": 100, "marked": True}
-    _draw(panels[1], arms, "validation_accuracy", "Held-out accuracy (%)", **accuracy)
-    _draw(panels[2], arms, "max_logit", "Largest attention logit", gaps=False)
-    if retained:
-        title = "Loss on the pretraining text (nats)"
-        _draw(panels[3], arms, "pretraining_loss", title, marked=True)
+    shown = (
+        ("validation_loss", "Held-out loss (nats per token)", {"marked": True}),
+        ("validation_accuracy", "Held-out accuracy (%)", {"scale": 100, "marked": True}),
+        ("max_logit", "Largest attention logit", {"gaps": False}),
+        ("pretraining_loss", "Loss on the pretraining text (nats)", {"marked": True}),
+    )
+    for axes, (name, title, how) in zip(panels, shown, strict=False):
+        _draw(axes, arms, name, title, **how)
     _finish(figure, panels, arms)
     return figure
 
@@ -103,9 +103,9 @@ def forgetting_figure(panels: Mapping[str, Sequence[Any]]) -> Figure:
     for (title, own), axes in zip(panels.items(), grid, strict=True):
         for group in own:
             its = style_of(group.arm)
-            points = [(group.losses[rate], x) for rate, x in group.forgotten_by_rate.items()]
+            points = [(group.losses[rate], x) for rate, x in group.rises_by_rate.items()]
             axes.plot(*zip(*points, strict=True), lw=1.4, **its)
-            for rate, point in zip(group.forgotten_by_rate, points, strict=True):
+            for rate, point in zip(group.rises_by_rate, points, strict=True):
                 mark = GROKKED_MARK if rate == group.best.rate else POINT_MARK
                 axes.plot(*point, **mark | {"color": its["color"]})
                 offset = {"textcoords": "offset points", "xytext": (5, 3), "fontsize": 7}

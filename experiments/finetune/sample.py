@@ -118,29 +118,14 @@ def answers(
     return [chat.answer(row, ends) for row in found]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 6))
+@functools.partial(jax.jit, static_argnums=(0, 1, 6))  # 6 is top_k
 def _extend(
-    architecture: Architecture,
-    dtype: Dtype,
-    params: Params,
-    tokens,
-    lengths,
-    temperature,
-    top_k,
-    seed,
+    architecture: Architecture, dtype: Dtype, params: Params, tokens: jax.Array, *how: Any
 ) -> jax.Array:
     model = LanguageModel(architecture, dtype, remat=False)
     params = jax.tree.map(lambda x: x.astype(dtype), params)  # once, and not for each token
-    return generation.extend(
-        functools.partial(model.continued, params),
-        functools.partial(model.logits, params),
-        tokens,
-        lengths,
-        temperature,
-        top_k,
-        seed,
-        context=tokens.shape[1],
-    )
+    parts = (functools.partial(f, params) for f in (model.continued, model.logits))
+    return generation.extend(*parts, tokens, *how, context=tokens.shape[1])
 
 
 def main() -> int:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import muon_jax
@@ -21,8 +20,6 @@ from experiments.language import attention, guard, sharding, trainer
 from experiments.language.guard import Guard
 from experiments.language.processes import place_whole
 
-_NONE = -1  # the target of a position that is not learnt
-
 
 class State(NamedTuple):
     """The state of a training; `step` counts all batches, including skipped ones."""
@@ -32,14 +29,6 @@ class State(NamedTuple):
     opt_state: Any
     guard: Guard
     frozen: Params  # in the model's dtype: with LoRA all but the adapters
-
-
-class Windows(NamedTuple):
-    """A step's batch, each array `(microbatches, B, T)` int32; targets are -1 if not trained on."""
-
-    tokens: jax.Array
-    targets: jax.Array
-    segments: jax.Array
 
 
 class Trainer(trainer.Trainer):
@@ -52,10 +41,10 @@ class Trainer(trainer.Trainer):
         mesh: The mesh, from `mesh.make_mesh`.
 
     Attributes:
-        places: the shardings of the model's params, which have no adapters.
+        places: The shardings of the model's params, which have no adapters.
 
     Raises:
-        ValueError: an axis that the mesh does not divide, or as `arms.check`.
+        ValueError: As for `arms.check`, or if the mesh does not divide an axis.
     """
 
     def __init__(
@@ -73,8 +62,7 @@ class Trainer(trainer.Trainer):
         self.arm = arms.make(arm, config, architecture, **placed)
         self.clips_at = self.arm.clips_at
         shape = config.accumulate, config.microbatch, config.context
-        windows: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
-        columns = architecture.head_dim
+        window = jax.ShapeDtypeStruct(shape, jnp.int32)
         super().__init__(
             config,
             mesh,
@@ -82,13 +70,13 @@ class Trainer(trainer.Trainer):
             params=self._split(self._wanted)[0],
             specs=specs,
             begin=model.shapes(architecture),
-            windows=Windows(windows, windows, windows),
+            windows=Batch(window, window, window),
             shows_logits=attention.shows_logits(
-                mesh, config.context, columns, config.dtype, packed=True
+                mesh, config.context, architecture.head_dim, config.dtype, packed=True
             ),
             frozen=frozen,
         )
-        self._whole_places = lora.join(self.shardings.params, self.shardings.frozen)
+        whole = lora.join(self.shardings.params, self.shardings.frozen)
         donated = () if frozen and config.dtype != "float32" else 0
         self._compiled_start = jax.jit(
             self._start,
@@ -99,12 +87,12 @@ class Trainer(trainer.Trainer):
         self._averaged = jax.jit(muon_jax.evaluation_params, out_shardings=self.shardings.params)
         self._compiled_evaluate = jax.jit(
             self._evaluate,
-            in_shardings=(self._whole_places, self.windows),
+            in_shardings=(whole, self.windows),
             out_shardings=self._whole,
         )
         self._compiled_merge = jax.jit(
             functools.partial(lora.merge, lora=config.lora),
-            in_shardings=(self._whole_places,),
+            in_shardings=(whole,),
             out_shardings=self.places,
         )
 
@@ -118,13 +106,13 @@ class Trainer(trainer.Trainer):
         with jax.set_mesh(self.mesh):
             return self._compiled_merge(self.evaluated(state))
 
-    def place(self, batch: Batch) -> Windows:
-        """Returns a step's batch from the part that this process makes, as in `share`."""
-        return Windows(*map(self.share.place, _parts(batch)))
+    def place(self, batch: Batch) -> Batch:
+        """Places a step's batch, of which this process has its `share`: `(microbatches, B, T)`."""
+        return Batch(*map(self.share.place, batch))
 
-    def place_whole(self, batch: Batch) -> Windows:
-        """Returns one microbatch for evaluation, from a batch that every process has in full."""
-        return Windows(*(place_whole(x[None], self.windows) for x in _parts(batch)))
+    def place_whole(self, batch: Batch) -> Batch:
+        """Places one microbatch for evaluation, which every process has in full."""
+        return Batch(*(place_whole(x[None], self.windows) for x in batch))
 
     def start(self, params: Params) -> State:
         """Returns the state before the first step. `params`, sharded as `places`, are donated."""
@@ -132,20 +120,14 @@ class Trainer(trainer.Trainer):
             return self._compiled_start(params)
 
     def evaluated(self, state: State) -> Params:
-        """All that the model computes with, adapters beside their kernels.
-
-        What is trained is that of the step, or an average where one is asked for.
-        """
+        """Returns all params, adapters beside their kernels, or their average if one is kept."""
         params = state.params
         if self.config.schedules.average is not None:
             params = self._averaged(state.opt_state, params)
         return lora.join(params, state.frozen)
 
-    def evaluate(self, params: Params, windows: Windows) -> dict[str, jax.Array]:
-        """Returns sums over the trained-on tokens: the `loss` in nats, and how many are `correct`.
-
-        `learnt` is the number of these tokens.
-        """
+    def evaluate(self, params: Params, windows: Batch) -> dict[str, jax.Array]:
+        """Returns the `loss` in nats and how many are `correct`, summed over `learnt` tokens."""
         with jax.set_mesh(self.mesh):
             return self._compiled_evaluate(params, windows)
 
@@ -156,7 +138,7 @@ class Trainer(trainer.Trainer):
         return State(jnp.zeros([], jnp.int32), params, tx.init(params), guard.begin(), frozen)
 
     def _step(
-        self, state: State, windows: Windows, rate: jax.Array, look: bool = False
+        self, state: State, windows: Batch, rate: jax.Array, look: bool = False
     ) -> tuple[State, dict[str, Any]]:
         loss, gradient, seen = self._gradient(state.params, state.frozen, windows, look)
         counted = jax.tree.map(
@@ -196,7 +178,7 @@ class Trainer(trainer.Trainer):
         return State(state.step + 1, params, opt_state, guarded, state.frozen), metrics
 
     def _gradient(
-        self, params: Params, frozen: Params, windows: Windows, look: bool = False
+        self, params: Params, frozen: Params, windows: Batch, look: bool = False
     ) -> tuple[jax.Array, Params, dict[str, Any]]:
         """Returns the mean loss over all trained-on tokens, its gradient and the observations."""
         told = look or self.clips_at is not None
@@ -207,7 +189,7 @@ class Trainer(trainer.Trainer):
 
         total = jnp.maximum(jnp.sum(windows.targets >= 0), 1).astype(jnp.float32)
 
-        def microbatch(windows: Windows) -> tuple[jax.Array, Params, dict[str, Any]]:
+        def microbatch(windows: Batch) -> tuple[jax.Array, Params, dict[str, Any]]:
             (loss, found), gradient = jax.value_and_grad(loss_of, has_aux=True)(
                 params, *windows, total
             )
@@ -230,8 +212,8 @@ class Trainer(trainer.Trainer):
         largest = jax.tree.map(lambda x: jnp.max(x, axis=0), seen["max_logits"])
         return loss, gradient, seen | {"max_logits": largest}
 
-    def _evaluate(self, params: Params, windows: Windows) -> dict[str, jax.Array]:
-        def sums(windows: Windows) -> dict[str, jax.Array]:
+    def _evaluate(self, params: Params, windows: Batch) -> dict[str, jax.Array]:
+        def sums(windows: Batch) -> dict[str, jax.Array]:
             found = self.model.losses(params, *windows)
             learnt = windows.targets >= 0
             return {
@@ -241,12 +223,6 @@ class Trainer(trainer.Trainer):
             }
 
         return jax.lax.map(sums, windows)
-
-
-def _parts(batch: Batch) -> list[np.ndarray]:
-    """Returns the arrays of `Windows` for a batch, each `(B, T)` int32."""
-    parts = batch.tokens, np.where(batch.mask > 0, batch.targets, _NONE), batch.segments
-    return [np.asarray(x, np.int32) for x in parts]
 
 
 def check(config: Training, architecture: Architecture, mesh: jax.sharding.Mesh) -> Any:

@@ -55,8 +55,8 @@ class Template:
         return self._ask(values)
 
     def _ask(self, value: Any) -> str:
-        sent, given = self._process.stdin, self._process.stdout
-        assert sent is not None and given is not None
+        sent: Any = self._process.stdin
+        given: Any = self._process.stdout
         try:
             sent.write(json.dumps(value).encode() + b"\n")
             sent.flush()

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from experiments.finetune.claims import MEASURES, Judged, Verdict, difference_text
+from experiments.finetune.claims import MEASURES, Contrast, Judged, Verdict
 from experiments.finetune.suites.config import GAINS, NO_QK_NORM, PRETRAINED, PROJECTIONS, QK_NORM
-from experiments.finetune.suites.results import BY_BASE, TO_ADAMW_BY_BASE, Contrast, Group
+from experiments.finetune.suites.results import BY_BASE, TO_ADAMW_BY_BASE, Group
 from experiments.report.figures import optimizer_label
 from experiments.report.text import number
 
@@ -17,24 +17,19 @@ _NEAR = 1.2  # an effective clip brings the largest logit below this × threshol
 def mismatch(found: Sequence[Contrast]) -> list[Judged]:
     """Tests, for each arm of Muon, whether it degrades AdamW-pretrained models (2605.10468)."""
     judged = []
-    for arm in dict.fromkeys(of.arm for of in found):
-        label = optimizer_label(arm)
-        beside = _of(found, TO_ADAMW_BY_BASE, f"{label}, {PRETRAINED['adamw']}")
-        crossed = _of(found, BY_BASE, label)
-        claims = (
-            (f"{label} fine-tunes an AdamW-pretrained model worse than AdamW does.", beside),
-            (
-                f"{label} is worse relative to AdamW there than from a Muon-pretrained model.",
-                crossed,
-            ),
-        )
-        judged += [_by_sign(claim, of) for claim, of in claims if of]
+    for label in dict.fromkeys(optimizer_label(of.arm) for of in found):
+        if beside := _of(found, TO_ADAMW_BY_BASE, f"{label}, {PRETRAINED['adamw']}"):
+            claim = f"{label} fine-tunes an AdamW-pretrained model worse than AdamW does."
+            judged.append(_by_sign(claim, beside))
+        if crossed := _of(found, BY_BASE, label):
+            claim = f"{label} is worse relative to AdamW there than from a Muon-pretrained model."
+            judged.append(_by_sign(claim, crossed))
     return judged
 
 
 def _by_sign(claim: str, of: Contrast) -> Judged:
     verdicts: dict[int, Verdict] = {1: "agrees", -1: "disagrees", 0: "cannot tell"}
-    text = difference_text(MEASURES["validation_loss"], of.mean, of.interval)
+    text = of.text(MEASURES["validation_loss"])
     measured = f"Held-out loss {of.family}: {text}." if of.gaps else ""
     return Judged(claim, measured, verdicts[of.sign], len(of.gaps))
 
@@ -46,8 +41,7 @@ def _of(found: Sequence[Contrast], family: str, name: str) -> Contrast | None:
 def mismatch_sentences(found: Sequence[Contrast], text: Callable[[Contrast], str]) -> list[str]:
     """Returns sentences with the result of each arm of Muon, and a summary."""
     sentences = []
-    for arm in dict.fromkeys(of.arm for of in found):
-        label = optimizer_label(arm)
+    for label in dict.fromkeys(optimizer_label(of.arm) for of in found):
         sides = [
             (base, _of(found, TO_ADAMW_BY_BASE, f"{label}, {base}")) for base in PRETRAINED.values()
         ]
@@ -71,14 +65,13 @@ def clip(clips: Clips) -> list[Judged]:
     judged = []
     for name, claim, inert in _EXPECTED:
         if of := clips.get(name):
-            same = (
-                abs(of["after"] - of["before"]) <= _SAME * of["before"]
-                and of["change"] <= _SAME * of["logits"]
-            )
+            moved = abs(of["after"] - of["before"])
+            same = moved <= _SAME * of["before"] and of["change"] <= _SAME * of["logits"]
             acts = of["after"] <= _NEAR * of["threshold"]
-            verdicts: dict[bool, Verdict] = {True: "agrees", False: "disagrees"}
-            verdict = verdicts[same if inert else acts] if same or acts else "cannot tell"
-            judged.append(Judged(claim, _clipped(of), verdict, 0))
+            verdict: Verdict = "agrees" if (same if inert else acts) else "disagrees"
+            judged.append(
+                Judged(claim, _clipped(of), verdict if same or acts else "cannot tell", 0)
+            )
     return judged
 
 
@@ -140,14 +133,7 @@ CLIP = (
 
 def clip_rows(clips: Clips) -> list[list[str]]:
     """Returns the rows of the table of the effects of one clip."""
+    forms = {"threshold": "g", "before": ".4g", "after": ".4g", "change": ".2g", "logits": ".3g"}
     return [
-        [
-            name,
-            f"{of['threshold']:g}",
-            f"{of['before']:.4g}",
-            f"{of['after']:.4g}",
-            f"{of['change']:.2g}",
-            f"{of['logits']:.3g}",
-        ]
-        for name, of in clips.items()
+        [name, *(f"{of[key]:{form}}" for key, form in forms.items())] for name, of in clips.items()
     ]

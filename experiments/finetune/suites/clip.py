@@ -1,6 +1,5 @@
 """Measures the effect of one QK-clip on the largest attention logit and on the predictions."""
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -16,20 +15,13 @@ from muon_jax import clip_qk
 
 
 class Clipped(NamedTuple):
-    """The effect of one QK-clip on a model.
-
-    Attributes:
-        threshold: The threshold of the clip.
-        before, after: The largest attention logit before and after it.
-        logits: The largest absolute output logit before it.
-        change: The largest absolute change of an output logit.
-    """
+    """The effect of one QK-clip on a model."""
 
     threshold: float
-    before: float
-    after: float
-    logits: float
-    change: float
+    before: float  # largest attention logit before the clip
+    after: float  # and after it
+    logits: float  # largest absolute output logit before the clip
+    change: float  # largest absolute change of an output logit
 
 
 def measure(
@@ -43,9 +35,7 @@ def measure(
         share: The threshold as a fraction of the largest logit. It is rounded to three digits.
         projections: Whether to scale W_q and W_k in models with QK-norm, not the norms' gains.
     """
-    spec = model.attention_spec(architecture)
-    if projections:
-        spec = dataclasses.replace(spec, qk_norm="ignore")
+    spec = model.attention_spec(architecture, projections)
     look = jax.jit(functools.partial(_look, LanguageModel(architecture, "float32", remat=False)))
     tokens, segments = jnp.asarray(batch.tokens), jnp.asarray(batch.segments)
     mesh = one_device()

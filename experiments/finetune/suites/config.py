@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Annotated, Any, Literal, NamedTuple
 
-from experiments.finetune.arms import AS_PUBLISHED
-from experiments.finetune.config import ArmName, Base, QuirkName, Training
+from experiments.finetune.arms import AS_PUBLISHED, QUIRKS
+from experiments.finetune.config import ArmName, Base, Training
 from experiments.settings import Rule
 from experiments.sweep import Seeded, Sweep
 
@@ -16,17 +16,6 @@ PRETRAINED = {"adamw": "AdamW base", "muon": "Muon base"}  # by the optimizer th
 QK_NORM, NO_QK_NORM = "QK-norm", "no QK-norm"
 UNCLIPPED, PROJECTIONS, GAINS = "no clip", "W_q and W_k clipped", "gains clipped"
 
-# Which arms each quirk changes when added to the others. SGD's params never decay.
-_CONCERNS: dict[QuirkName, tuple[ArmName, ...]] = {
-    "warmup_of_muonclip_alone": ("adamw", "muon_frozen1d", "muon_adamw"),
-    "decay_apart": ("adamw", "muon_frozen1d", "muon_adamw"),
-    "spectral_scale": ("muon_frozen1d", "muon_adamw"),
-    "scale_in_root": ("muonclip",),
-    "sgd_of_gains": ("muonclip",),
-    "no_clip": ("muonclip",),
-    "frozen_in_norm": ("muon_frozen1d",),
-    "muon_of_tables": ("muon_frozen1d", "muon_adamw", "muonclip"),
-}
 _CLIPPED = Rule(
     "greater than 0 and less than 1, so that something is clipped", lambda value: 0 < value < 1
 )
@@ -58,30 +47,16 @@ class Cell(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """One training setup of a suite, which several arms share.
+    """One training setup of a suite, which several arms share."""
 
-    Attributes:
-        base: The model to fine-tune. None means --model.
-        training: The settings, without the number of steps.
-        arms: The arms to train, in order.
-    """
-
-    base: Base | None
-    training: Training
-    arms: tuple[ArmName, ...]
+    base: Base | None  # the model to fine-tune; None means --model
+    training: Training  # without the number of steps
+    arms: tuple[ArmName, ...]  # to train, in order
 
 
-def variants(command: Any, which: SuiteName) -> dict[str, Variant]:
-    """Returns the variants of a suite by name.
-
-    Args:
-        command: A `Training` with `arms`, `base` and `model`.
-        which: The suite.
-
-    Raises:
-        ValueError: If a `model` is given to a suite that pretrains its own.
-    """
-    training, arms = command.training(), tuple(command.optimizers)
+def variants(command: Any) -> dict[str, Variant]:
+    """Returns the variants of a command's `suite` by name."""
+    which, training, arms = command.suite, command.training(), tuple(command.optimizers)
     base = None if command.model else command.base
     if which == "controlled":
         return {CONTROLLED: Variant(base, training, arms)}
@@ -91,17 +66,12 @@ def variants(command: Any, which: SuiteName) -> dict[str, Variant]:
             f"without {quirk}": Variant(
                 base,
                 _with(training, quirks=tuple(other for other in quirks if other != quirk)),
-                tuple(arm for arm in arms if arm in _CONCERNS[quirk]),
+                tuple(arm for arm in arms if arm in QUIRKS[quirk].arms),
             )
             for quirk in quirks
         }
         without = {name: variant for name, variant in without.items() if variant.arms}
         return {PUBLISHED: Variant(base, training, arms)} | without
-    if command.model:
-        raise ValueError(
-            f"--suite {which} pretrains the models that it compares; remove --model "
-            f"{command.model}."
-        )
     if which == "mismatch":
         return {
             name: Variant(dataclasses.replace(command.base, optimizer=optimizer), training, arms)

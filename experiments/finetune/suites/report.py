@@ -10,7 +10,8 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from experiments.finetune import claims
-from experiments.finetune.claims import MEASURES, Judged, difference_text
+from experiments.finetune.arms import QUIRKS
+from experiments.finetune.claims import MEASURES, Contrast, Judged
 from experiments.finetune.report import POST, about
 from experiments.finetune.report_data import Trained, idle_clip
 from experiments.finetune.report_figures import forgetting_figure, pictures, style_of
@@ -24,32 +25,18 @@ from experiments.finetune.suites.config import (
     SuiteName,
 )
 from experiments.finetune.suites.results import (
-    BY_BASE,
-    TO_ADAMW_BY_BASE,
     TO_PUBLISHED,
-    Contrast,
     Group,
     contrasts,
     groups,
     values,
 )
 from experiments.report import arms
-from experiments.report.figures import Final, finals_figure, optimizer_label
+from experiments.report.figures import Final, finals_figure
 from experiments.report.page import Column, Picture, Report, Section, Table
 from experiments.report.text import all_told, form, number, p_text, plural, told
 from experiments.sweep import Files
 
-# Short names of the quirks of the released code.
-QUIRK_NAMES = {
-    "decay_apart": "unequal decay",
-    "frozen_in_norm": "frozen gradients in the norm",
-    "muon_of_tables": "Muon of embedding and head",
-    "no_clip": "a clip that never runs",
-    "scale_in_root": "the scale under the root",
-    "sgd_of_gains": "SGD of the gains",
-    "spectral_scale": "the spectral scale",
-    "warmup_of_muonclip_alone": "warm-up for MuonClip alone",
-}
 TITLES: dict[SuiteName, str] = {
     "as_published": "Fine-tuning as in the released code",
     "controlled": "Fine-tuning with all optimizers on equal terms",
@@ -100,7 +87,7 @@ def load(folder: Path) -> Results:
             f"{folder / 'config.json'} is not of a suite of this study; its suite is {which!r}."
         )
     found = groups(files)
-    return Results(which, files, found, contrasts(which, found), files.config["clips"])
+    return Results(which, files, found, contrasts(found), files.config["clips"])
 
 
 def _share(name: str) -> Callable[[Group], str]:
@@ -125,7 +112,7 @@ COLUMNS: tuple[Column, ...] = (
     ("token accuracy, first quarter", "", _share("early_accuracy")),
     ("token accuracy, last quarter", "", _share("late_accuracy")),
     ("gradient norm, interquartile range ÷ median", "", _share("gradient_norm_spread")),
-    ("largest attention logit", "logit", lambda of: number(of.largest_logit())),
+    ("largest attention logit", "logit", lambda of: number(of.max_logit)),
     ("seeds", "", lambda of: str(len(of.best.losses))),
     ("cells", "", lambda of: str(of.cells)),
     ("diverged", "", lambda of: str(of.diverged)),
@@ -195,14 +182,14 @@ _SWEPT = (
 
 def plain(name: str) -> str:
     """Returns the name of a variant or difference with quirks in words."""
-    for quirk, words in QUIRK_NAMES.items():
-        name = name.replace(f"without {quirk}", f"without {words}")
+    for key, quirk in QUIRKS.items():
+        name = name.replace(f"without {key}", f"without {quirk.name}")
     return name
 
 
 def contrast_text(of: Contrast) -> str:
     """Formats a difference, e.g. as "−0.0123 nats [−0.0200, −0.0046], p 0.012"."""
-    text = difference_text(MEASURES["validation_loss"], of.mean, of.interval)
+    text = of.text(MEASURES["validation_loss"])
     return text if of.p is None else f"{text}, p {p_text(of.p)}"
 
 
@@ -228,7 +215,7 @@ def abstract(results: Results) -> list[str]:
 
 def _arms(results: Results) -> list[str]:
     """Returns sentences on the best arm and on the arms' differences from AdamW."""
-    own = [of for of in results.groups if of.variant == results.variant]
+    own = (of for of in results.groups if of.variant == results.variant)
     ranked = sorted((of for of in own if math.isfinite(of.loss)), key=lambda of: of.loss)
     if not ranked:
         return ["Every optimizer diverged."]
@@ -256,9 +243,8 @@ def _removals(found: Sequence[Contrast]) -> list[str]:
     if not tested:
         return []
     told = sorted((of for of in tested if of.sign), key=lambda of: -abs(of.mean))
-    first, rest = told[:TOLD], told[TOLD:]
-    names = [f"{plain(of.name)} ({contrast_text(of)})" for of in first]
-    if rest:
+    names = [f"{plain(of.name)} ({contrast_text(of)})" for of in told[:TOLD]]
+    if rest := told[TOLD:]:
         at_most = MEASURES["validation_loss"].text(abs(rest[0].mean))
         names.append(f"the other {len(rest)} by at most {at_most}")
     return [
@@ -269,37 +255,28 @@ def _removals(found: Sequence[Contrast]) -> list[str]:
 
 def matrix(results: Results) -> tuple[list[str], list[list[str]]]:
     """Returns the columns and rows of the table base × arm of the suite `mismatch`."""
-    by_name = {(of.family, of.name): contrast_text(of) for of in results.contrasts}
-    losses = {(of.variant, of.arm): of.loss_text() for of in results.groups}
+    by_name = {of.name: contrast_text(of) for of in results.contrasts}
+    losses = {(of.variant, of.label): of.loss_text() for of in results.groups}
     columns = ["fine-tuned with"]
     for base in PRETRAINED.values():
         columns += [f"{base}: final loss", f"{base}: minus AdamW"]
     rows = []
-    for arm in dict.fromkeys(of.arm for of in results.groups):
-        row = [label := optimizer_label(arm)]
+    for label in dict.fromkeys(of.label for of in results.groups):
+        row = [label]
         for base in PRETRAINED.values():
-            row.append(losses.get((base, arm), "–"))
-            row.append(by_name.get((TO_ADAMW_BY_BASE, f"{label}, {base}"), "–"))
-        rows.append([*row, by_name.get((BY_BASE, label), "–")])
+            row += [losses.get((base, label), "–"), by_name.get(f"{label}, {base}", "–")]
+        rows.append([*row, by_name.get(label, "–")])
     return [*columns, "difference of the two differences"], rows
 
 
 def curves(which: SuiteName, found: Sequence[Group]) -> dict[str, dict[str, Sequence[Trained]]]:
     """Returns the trainings to draw against step, by title: a variant's arms, or qk's clips."""
-    if which == "qk":
-        return {
-            norm: {
-                of.variant.removeprefix(f"{norm}, "): of.trained
-                for of in found
-                if of.variant.startswith(f"{norm}, ")
-            }
-            for norm in (QK_NORM, NO_QK_NORM)
-        }
-    shown = {"controlled": [CONTROLLED], "as_published": [PUBLISHED]}
-    return {
-        variant: {of.arm: of.trained for of in found if of.variant == variant}
-        for variant in shown.get(which, PRETRAINED.values())
-    }
+    titles = {"controlled": [CONTROLLED], "as_published": [PUBLISHED], "qk": [QK_NORM, NO_QK_NORM]}
+    drawn: dict[str, dict[str, Sequence[Trained]]] = {}
+    for title in titles.get(which, PRETRAINED.values()):
+        own = [(of, of.variant.removeprefix(title)) for of in found if of.variant.startswith(title)]
+        drawn[title] = {rest.removeprefix(", ") or of.arm: of.trained for of, rest in own}
+    return drawn
 
 
 def drawn_differences(told: Sequence[Contrast]) -> Figure:
@@ -329,13 +306,14 @@ def rates(found: Sequence[Group]) -> list[Picture]:
         "What is forgotten against what is learnt, a line through each optimizer's learning rates.",
     )
     losses = arms.rates(found, panels=panels, style=style_of, shared=False, width=4.6)
-    return [losses] + [forgetting] * all(of.forgotten_by_rate for of in found)
+    return [losses] + [forgetting] * all(of.rises_by_rate for of in found)
 
 
 def figures(results: Results) -> list[Picture]:
     """Returns the figures of a suite."""
     found, pairs = results.groups, [of for of in results.contrasts if of.gaps]
     several = any(len(of.losses) > 1 for of in found)
+    drawn = curves(results.which, found)
     differences = Picture(
         "differences",
         lambda: drawn_differences(pairs),
@@ -346,11 +324,7 @@ def figures(results: Results) -> list[Picture]:
     return [
         *[differences] * bool(pairs),
         *(rates(found) if several and any(math.isfinite(of.loss) for of in found) else []),
-        *(
-            picture
-            for title, trainings in curves(results.which, found).items()
-            for picture in pictures(trainings, title)
-        ),
+        *(picture for title, own in drawn.items() for picture in pictures(own, title)),
     ]
 
 
@@ -365,14 +339,9 @@ def report(folder: Path) -> Report:
     facts["models"] = ", ".join(config["models"])
     table = Table(COLUMNS, found, told(CAPTION, facts), TITLES[which], names=2).known()
     headings = ["difference of the final loss", "of", "mean [95 % interval]", "p, Holm", "n"]
+    loss = MEASURES["validation_loss"]
     differences = [
-        [
-            of.family,
-            plain(of.name),
-            contrast_text(of._replace(p=None)),
-            p_text(of.p),
-            str(len(of.gaps)),
-        ]
+        [of.family, plain(of.name), of.text(loss), p_text(of.p), str(len(of.gaps))]
         for of in results.contrasts
     ]
     heading, whose = ASKED.get(which, ("The post's claims and this run", POST))
@@ -380,6 +349,7 @@ def report(folder: Path) -> Report:
     of_arms = about([of.arm for of in found], config["optimizer"]["quirks"])
     of_texts = functools.partial(Table.of_texts, names=2)
     crossed = of_texts(*matrix(results), MATRIX) if which == "mismatch" else None
+    paired = differences and of_texts(headings, differences, DIFFERENCES)
     clips = of_texts(answers.CLIP, answers.clip_rows(results.clips), told(CLIPS, facts))
     return arms.report(
         TITLES[which],
@@ -394,13 +364,7 @@ def report(folder: Path) -> Report:
             Section("clips", "One clip, before any training", [results.clips and clips]),
             Section("claims", heading, [whose, verdicts] if verdicts else []),
         ],
-        beside=[
-            Section(
-                "differences",
-                "Differences",
-                [differences and of_texts(headings, differences, DIFFERENCES)],
-            )
-        ],
+        beside=[Section("differences", "Differences", [paired])],
         limits=limits,
         measured=of_arms | all_told(MEASURED, facts),
         groups=[of.as_json() for of in found],

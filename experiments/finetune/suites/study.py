@@ -2,31 +2,25 @@
 
 import contextlib
 import dataclasses
-import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import fmean
+from typing import Any
 
 import jax
 from rich.console import Console
 
-from experiments.commands import INTERRUPTED
 from experiments.finetune import base, data, loop, weights
-from experiments.finetune.architecture import Architecture
 from experiments.finetune.chat import TOKENIZER
 from experiments.finetune.config import REAL_WARMUP, WARMUP, ArmName, Base, Training
-from experiments.finetune.model import Params
-from experiments.finetune.packing import Rows
+from experiments.finetune.loop import Model
 from experiments.finetune.suites import clip
 from experiments.finetune.suites.config import (
-    GAINS,
-    NO_QK_NORM,
     PROJECTIONS,
-    QK_NORM,
+    UNCLIPPED,
     Cell,
-    SuiteName,
     Variant,
     variants,
     with_threshold,
@@ -40,60 +34,39 @@ from experiments.sweep import Row
 
 # Settings that only select cells or devices, or are measured. All others determine the cells.
 _FREE = (
-    "optimizers",
-    "seeds",
-    "sweep_seeds",
-    "sweep",
-    "mesh",
-    "seed",
-    "max_nonfinite_steps",
-    "clips",
+    *("optimizers", "seeds", "sweep_seeds", "sweep"),
+    *("mesh", "seed", "max_nonfinite_steps", "clips"),
+)
+_RECORDED = (
+    *("optimizers", "seeds", "sweep_seeds"),
+    *("clip_share", "evaluate_every", "evaluation_tokens"),
 )
 _TIMED = 3  # number of steps that estimates time
 
 
-class Model(NamedTuple):
-    """What a variant fine-tunes, in the host's memory, its rows, and its pretraining's text."""
-
-    name: str
-    architecture: Architecture
-    params: Params
-    rows: data.Prepared
-    text: Rows | None = None
-
-
-def suite(command: Any, which: SuiteName, console: Console, stop: threading.Event) -> int:
-    """Trains the missing cells of a suite, and reports on all finished ones.
+def suite(command: Any, console: Console, stop: threading.Event) -> int:
+    """Trains the missing cells of a suite, reports on all finished ones, and returns an exit code.
 
     Args:
         command: A `Training`, `Running` and `Suite` in one, with `optimizers`, `base`, `model`,
             `data` and `out`.
-        which: The suite.
         console: The console for progress.
         stop: Set to request an early end. Finished cells are kept.
 
-    Returns:
-        The command's exit code.
-
     Raises:
         RunError: If the folder is in use, or contains a suite with other settings.
-        ValueError: If the settings do not suit the suite, there are several processes, or the
-            folder is not local.
+        ValueError: If the settings do not suit the suite or its folder, or there are several
+            processes.
     """
-    check_alone(which, command.out)
-    planned = variants(command, which)
-    try:
-        models = _models(command, planned, console, stop)
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    check_alone(command.suite, command.out)
+    planned = variants(command)
+    models = _models(command, planned, console, stop)
     trainings = {name: _training(of, models[of.base]) for name, of in planned.items()}
-    clips = _clips(command, planned, models) if which == "qk" else {}
+    clips = _clips(command, planned, models) if command.suite == "qk" else {}
     trainings |= {name: with_threshold(trainings[name], of.threshold) for name, of in clips.items()}
-    settings = _settings(command, which, models, trainings)
-    settings |= {
-        "clips": {name: of._asdict() for name, of in clips.items()},
-        "thresholds": {name: of.threshold for name, of in clips.items()},
-    }
+    settings = _settings(command, models, trainings)
+    settings["clips"] = {name: of._asdict() for name, of in clips.items()}
+    settings["thresholds"] = {name: of.threshold for name, of in clips.items()}
     arms = {
         (name, arm): of.training.optimizer.learning_rate
         for name, of in planned.items()
@@ -105,22 +78,13 @@ def suite(command: Any, which: SuiteName, console: Console, stop: threading.Even
     def train(
         cell: Cell, training: Training, show: Callable[[Row], None], device: Device, **running: Any
     ) -> Trained:
-        of = models[planned[cell.variant].base]
-        return loop.train_cell(
-            training,
-            of.rows,
-            cell.arm,
-            of.architecture,
-            of.params,
-            cell.rate,
-            cell.seed,
-            dataclasses.replace(command, **running),
-            device,
-            show,
-            of.text,
-        )
+        own = dataclasses.replace(command, **running)
+        model = models[planned[cell.variant].base]
+        given = training, model, cell.arm, cell.rate, cell.seed, own, device
+        return loop.train_cell(*given, show)
 
-    with contextlib.closing(Run(Path(command.out), settings, _FREE)) as run:
+    folder = Path(command.out)
+    with contextlib.closing(Run(folder, settings, _FREE, Training().as_json())) as run:
         return sweep_rates(
             run,
             stop,
@@ -130,7 +94,7 @@ def suite(command: Any, which: SuiteName, console: Console, stop: threading.Even
             arms=arms,
             training=lambda cell: trainings[cell.variant],
             train=train,
-            corpus=next(iter(models.values())).rows.report.as_json(),
+            corpus=next(iter(models.values())).rows.report._asdict(),
             swept=swept,
             program=_program,
             estimate=lambda cells: _estimate(command, cells, trainings, train, swept or 0, stop),
@@ -138,7 +102,7 @@ def suite(command: Any, which: SuiteName, console: Console, stop: threading.Even
 
 
 def _program(cells: list[Cell]) -> tuple[str, ArmName]:
-    """Returns a key that is equal for cells with the same compiled program."""
+    """Equal for cells with the same compiled program."""
     return cells[0].variant, cells[0].arm
 
 
@@ -174,27 +138,16 @@ def _training(variant: Variant, of: Model) -> Training:
 
 def _settings(
     command: Any,
-    which: SuiteName,
     models: Mapping[Base | None, Model],
     trainings: Mapping[str, Training],
 ) -> dict[str, Any]:
-    names = (
-        "optimizers",
-        "seeds",
-        "sweep_seeds",
-        "clip_share",
-        "evaluate_every",
-        "evaluation_tokens",
-    )
-    own = {name: getattr(command, name) for name in names}
     known = next(iter(trainings.values()))
     return {
-        "suite": which,
+        "suite": command.suite,
         **command.as_json(),
-        **own,
+        **{name: getattr(command, name) for name in _RECORDED},
         "steps": known.steps,
         "warmup": known.warmup,
-        "optimizers": list(command.optimizers),
         "sweep": dataclasses.asdict(command.sweep),
         "models": [of.name for of in models.values()],
         "data": next(iter(models.values())).rows.report.sha256,
@@ -220,6 +173,7 @@ def _estimate(
 
     def time_some(cell: Cell, device: jax.Device) -> None:
         training, clock = trainings[cell.variant], [time.perf_counter()]
+        steps, evaluations = training.steps, 1 + -(-training.steps // command.evaluate_every)
 
         def watch(evaluation: Row) -> None:
             if stop.is_set():
@@ -228,22 +182,18 @@ def _estimate(
             if step := evaluation["step"]:
                 began, first, second = clock
                 seconds = evaluation["seconds"]
-                evaluations = 1 + -(-training.steps // command.evaluate_every)
                 compiling.append(first - began)
-                whole.append(
-                    training.steps * seconds / step + evaluations * (second - first - seconds)
-                )
+                whole.append(steps * seconds / step + evaluations * (second - first - seconds))
                 raise _EnoughError
 
         with contextlib.suppress(_EnoughError):
             train(cell, training, watch, device, evaluate_every=_TIMED)
 
-    devices = len(devices_for(count))
     timed = programs[: len(devices_for(len(programs)))]
     run_in_parallel(timed, lambda cell: cell, time_some, stop)
     if not whole:
         return "unknown, since all timed trainings diverged at once."
-    once, each = statistics.fmean(compiling), statistics.fmean(whole)
+    once, each, devices = fmean(compiling), fmean(whole), len(devices_for(count))
     total = (count * each + (len(programs) - len(whole)) * once) / devices
     return (
         f"{_duration(total)} for {count} trainings; {_duration(each)} each on "
@@ -264,14 +214,10 @@ def _clips(
 ) -> dict[str, clip.Clipped]:
     """Measures the effects of one clip on the initial models of --suite qk."""
     found = {}
-    for norm, clipped in ((QK_NORM, PROJECTIONS), (QK_NORM, GAINS), (NO_QK_NORM, PROJECTIONS)):
-        variant = planned[f"{norm}, {clipped}"]
-        of = models[variant.base]
-        found[f"{norm}, {clipped}"] = clip.measure(
-            of.architecture,
-            of.params,
-            loop.batches(of.rows.train, variant.training, 0)[0],
-            command.clip_share,
-            projections=clipped == PROJECTIONS,
-        )
+    for name, variant in planned.items():
+        if not name.endswith(UNCLIPPED):
+            of = models[variant.base]
+            batch = loop.batches(of.rows.train, variant.training, 0)[0]
+            given = of.architecture, of.params, batch, command.clip_share
+            found[name] = clip.measure(*given, projections=name.endswith(PROJECTIONS))
     return found
