@@ -107,10 +107,10 @@ def forgetting_figure(panels: Mapping[str, Sequence[Any]]) -> Figure:
             axes.plot(*zip(*points, strict=True), lw=1.4, **its)
             for rate, point in zip(group.forgotten_by_rate, points, strict=True):
                 mark = GROKKED_MARK if rate == group.best.rate else POINT_MARK
-                axes.plot(*point, **mark | {"color": its["color"]})
+                axes.plot(*point, **mark | {"color": its["color"], "zorder": 4})
                 place = {"textcoords": "offset points", "xytext": (6, 4), "fontsize": 7}
                 box = {"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8}
-                axes.annotate(f"{rate:g}", point, color=its["color"], bbox=box, **place)
+                axes.annotate(f"{rate:g}", point, color=its["color"], bbox=box, zorder=3, **place)
         axes.set_title(title, loc="left")
         axes.margins(0.13)
     name_axes(grid, "final held-out loss (nats per token)", "rise on the pretraining text (nats)")
