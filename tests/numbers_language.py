@@ -125,6 +125,60 @@ def bases():
     return found
 
 
+def of_bases(name, key):
+    """Losses or rises by seed, of each base and arm."""
+    return {
+        (group["variant"], group["arm"]): group[key] for group in stored("finetune", name)["groups"]
+    }
+
+
+def forgetting():
+    found, keys = [], ("losses_by_seed", "pretraining_rise_by_seed")
+    losses, rises = (of_bases("forgetting", key) for key in keys)
+    rates = of_bases("forgetting", "best_rate")
+    for base, arm in losses:
+        row = [f"{rates[base, arm]:g}"]
+        for by_seed, sign in ((losses, ""), (rises, "+")):
+            apart = gap(by_seed[base, arm], by_seed[base, "adamw"]) if arm != "adamw" else ""
+            row += [sign + spread(by_seed[base, arm]), apart]
+        found.append(row)
+    return found
+
+
+def of_forgetting():
+    rises, losses, rates = (
+        of_bases("forgetting", key)
+        for key in ("pretraining_rise_by_rate", "losses_by_rate", "best_rate")
+    )
+    by_seed = of_bases("forgetting", "pretraining_rise_by_seed")
+    bases = "AdamW base", "Muon base"
+    sides = [[by_seed[base, arm] for arm in ("muon_adamw", "adamw")] for base in bases]
+    p = holm([p_of(*side) for side in sides])
+    told = [f"{gap(*side)} nats (p = {of:.3f})" for side, of in zip(sides, p, strict=True)]
+    yield f"by {told[0]} from AdamW's base and {told[1]} from Muon's"
+    yield f"Muon forgets more, {gap(*sides[0])} from AdamW's base, {gap(*sides[1])} from Muon's"
+    gaps = [{seed: ours[seed] - theirs[seed] for seed in ours} for ours, theirs in sides]
+    yield f"smaller from its own base, by {gap(*gaps)[1:]} (p = {p_of(*gaps):.3f})"
+    yield f"find {max(found_by(*side) for side in sides):.3f} nats in 80 %"
+    less, more = [], []
+    for base in bases:
+        ours, theirs = rises[base, "muon_adamw"], rises[base, "adamw"]
+        less += [theirs[rate] - ours[rate] for rate in ours if rate in theirs]
+        # At Muon's lowest loss, on the line through AdamW's rates up to its best one.
+        best = f"{rates[base, 'muon_adamw']:g}"
+        line = [rate for rate in theirs if float(rate) <= rates[base, "adamw"]][::-1]
+        known = [losses[base, "adamw"][rate] for rate in line], [theirs[rate] for rate in line]
+        more.append(ours[best] - np.interp(losses[base, "muon_adamw"][best], *known))
+    yield f"less at each of {len(less)} equal rates, by {min(less):.2f} to {max(less):.2f}"
+    finals = of_bases("forgetting", "losses_by_seed")
+    sides = [[finals[base, arm] for arm in ("muon_adamw", "adamw")] for base in bases]
+    gaps = [{seed: ours[seed] - theirs[seed] for seed in ours} for ours, theirs in sides]
+    yield f"after 50 steps {gap(*sides[0])} and {gap(*sides[1])}"
+    p = holm([p_of(*side) for side in (*sides, gaps)])
+    yield f"{gap(*gaps)}, p = {p[2]:.2f} after Holm for three"
+    yield "lowest, by {:.2f} and {:.2f} nats".format(*more)
+
+
 def clips():
     groups = {g["variant"]: g for g in stored("finetune", "qk")["groups"]}
     shown = ("QK-norm, no clip", "QK-norm, W_q and W_k clipped", "QK-norm, gains clipped")
@@ -290,6 +344,7 @@ def of_speed():
 def sentences():
     """Of these READMEs and of the root's, by the study's name or an empty one."""
     yield from (("pretrain", text) for text in claims_of_pretrain())
+    yield from (("finetune", text) for text in of_forgetting())
     yield from (*of_pretrain(), *of_finetune(), *of_speed())
 
 
@@ -301,5 +356,6 @@ TABLES = {
     ("finetune", "On equal terms", 1): post_claims,
     ("finetune", "As the code was released", 0): as_released,
     ("finetune", "From models that AdamW and Muon pretrained", 0): bases,
+    ("finetune", "What fine-tuning forgets", 0): forgetting,
     ("finetune", "QK-clip", 0): clips,
 }

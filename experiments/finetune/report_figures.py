@@ -107,18 +107,24 @@ def forgetting_figure(panels: Mapping[str, Sequence[Any]]) -> Figure:
             axes.plot(*zip(*points, strict=True), lw=1.4, **its)
             for rate, point in zip(group.rises_by_rate, points, strict=True):
                 mark = GROKKED_MARK if rate == group.best.rate else POINT_MARK
-                axes.plot(*point, **mark | {"color": its["color"]})
-                offset = {"textcoords": "offset points", "xytext": (5, 3), "fontsize": 7}
-                axes.annotate(f"{rate:g}", point, color=its["color"], **offset)
+                axes.plot(*point, **mark | {"color": its["color"], "zorder": 4})
+                place = {"textcoords": "offset points", "xytext": (6, 4), "fontsize": 7}
+                box = {"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8}
+                axes.annotate(f"{rate:g}", point, color=its["color"], bbox=box, zorder=3, **place)
         axes.set_title(title, loc="left")
         axes.margins(0.13)
     name_axes(grid, "final held-out loss (nats per token)", "rise on the pretraining text (nats)")
-    drawn = dict.fromkeys(group.arm for own in panels.values() for group in own)
+    every = [group for own in panels.values() for group in own]
+    seeds = min(group.choosing for group in every)
+    label = "a learning rate, " + ("one seed" if seeds == 1 else f"mean over {seeds} seeds")
     legend(
         figure,
         (),
-        *(legend_line(optimizer_label(arm), lw=2, **style_of(arm)) for arm in drawn),
-        legend_line("a learning rate", **POINT_MARK),
+        *(
+            legend_line(optimizer_label(arm), lw=2, **style_of(arm))
+            for arm in dict.fromkeys(group.arm for group in every)
+        ),
+        legend_line(label, **POINT_MARK),
         legend_line("best rate", **GROKKED_MARK),
     )
     return figure
