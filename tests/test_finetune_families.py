@@ -34,7 +34,8 @@ CASES = {
     "qwen3": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen2.5, tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2.5, untied": ("qwen2", {"tie_word_embeddings": False}),
-    "llama 3": ("llama", {"rms_norm_eps": 1e-5, "num_hidden_layers": 9}),  # a loop of layers
+    "llama 3": ("llama", {"rms_norm_eps": 1e-5}),
+    "nine layers, a loop": ("llama", {"num_hidden_layers": 9}),
     "llama 3.1": ("llama", {"rope_parameters": LLAMA3}),
     "llama 3.2": (
         "llama",

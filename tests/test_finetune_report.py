@@ -107,6 +107,15 @@ def test_nothing_is_told_of_arms_that_are_missing_or_unfinished(tmp_path):
     assert write_report(epath.Path(tmp_path)).exists()
 
 
+def test_a_setting_that_an_earlier_version_left_out_had_its_default(tmp_path):
+    folder = plant(tmp_path)
+    path = folder / "adamw" / "config.json"
+    for rank, differs in ((0, False), (4, True)):
+        settings = json.loads(path.read_text()) | {"lora": {"rank": rank}}
+        path.write_text(json.dumps(settings))
+        assert ("differ in lora.rank" in " ".join(report.abstract(read(folder)))) == differs
+
+
 def test_an_arm_that_has_no_record_yet_is_told_of(tmp_path):
     folder = plant(tmp_path, {arm: POST[arm] for arm in ("adamw", "muonclip")})
     for name in ("metrics.jsonl", "summary.json"):

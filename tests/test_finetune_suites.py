@@ -184,7 +184,7 @@ def test_the_page_is_whole_and_has_the_numbers(whole):
         assert (whole / f"{name}.png").exists()
 
 
-def test_what_needs_one_machine_refuses_others(tmp_path):
+def test_what_needs_one_machine_refuses_others():
     with pytest.raises(ValueError, match="local folder"):
         run(command("controlled", out="gs://bucket/run"))
     with pytest.raises(ValueError, match="pretrains the models"):
@@ -397,16 +397,16 @@ def test_a_clip_halves_the_logits_but_for_projections_under_qk_norm():
 def test_the_verdict_on_the_clip_is_of_what_was_measured(tmp_path):
     inert = clipped(qk_norm=True, projections=True)._asdict()
     acts = clipped(qk_norm=False, projections=True)._asdict()
-    names = ("QK-norm, W_q and W_k clipped", "QK-norm, gains clipped")
-    names += ("no QK-norm, W_q and W_k clipped",)
+    names = [f"QK-norm, {clipped}" for clipped in ("W_q and W_k clipped", "gains clipped")]
+    names += [f"no {names[0]}"]
     losses = {("QK-norm, no clip", MUON): BASELINE, (names[0], "muonclip"): LOSES}
-    cases = ("disagrees", (acts, inert, inert)), ("agrees", (inert, acts, acts))
-    for verdict, measured in cases:
+    losses |= {("no QK-norm, no clip", MUON): LOSES, (names[2], "muonclip"): WINS}
+    cases = {"disagrees": (acts, inert, inert), "agrees": (inert, acts, acts)}
+    for verdict, measured in cases.items():
         clips = dict(zip(names, measured, strict=True))
         results = planted(tmp_path / verdict, "qk", losses, clips)
         assert [of.verdict for of in results.verdicts] == [verdict] * 3
-    (against,) = contrasts(results.groups)
-    assert against.mean == pytest.approx(0.1)
+    assert [of.mean for of in contrasts(results.groups)] == pytest.approx([0.1, -0.2])
     told = " ".join(report.abstract(results))
     assert write(report.report(tmp_path / verdict), tmp_path / verdict).exists()
     assert "of the last steps 2 with no clip, 2 with W_q and W_k clipped;" in told

@@ -51,7 +51,6 @@ def test_both_commands_take_the_names_and_files_of_before_stay():
         assert parse(["--decay", "constant"]).decay == "constant"
         assert found.schedules == dataclasses.replace(found.schedules, wsd_share=0.5, average=0.99)
     assert not {"schedules", "rollback"} & as_json(training()).keys()
-    assert not {"schedules", "rollback"} & finetuning().as_json().keys()
 
 
 COURSE = Schedules(beta=(0.5, 0.9), beta_steps=4, weight_decay=(1.0, 0.0))

@@ -524,7 +524,7 @@ PROGRAMS = {
     "pretrain": lambda: step.Trainer(
         pretraining.training(), "muon", pretraining.one_device(), pretraining.VOCABULARY
     ),
-    "finetune": lambda: arms._routing.__wrapped__(
+    "finetune": lambda: arms.routing.__wrapped__(
         "muon_adamw",
         finetune_config.Optimizer(),
         finetune_config.Lora(),

@@ -175,9 +175,15 @@ def judge(values: Values) -> list[Judged]:
 
 
 def _judge(claim: Claim, values: Values) -> Judged:
+    def of(arm: ArmName, measure: str) -> dict[int, float]:
+        return {seed: own[measure] for seed, own in values[arm].items()}
+
     asked = [c for c in claim.comparisons if {c.ours, c.theirs} <= values.keys()]
-    results = list(zip(asked, compare(asked, values), strict=True))
-    seeds = min((len(of.gaps) for _, of in results), default=0)
+    found = [
+        contrast(str(c), c.ours, "", of(c.ours, c.measure), of(c.theirs, c.measure)) for c in asked
+    ]
+    results = list(zip(asked, corrected(found), strict=True))
+    seeds = min((len(own.gaps) for _, own in results), default=0)
     if len(results) < len(claim.comparisons) or not seeds:
         missing = {arm for c in claim.comparisons for arm in (c.ours, c.theirs)}
         missing -= {arm for arm in values if _known(claim, values, arm)}
@@ -193,20 +199,6 @@ def _judge(claim: Claim, values: Values) -> Judged:
 def _known(claim: Claim, values: Values, arm: str) -> bool:
     measures = {c.measure for c in claim.comparisons if arm in (c.ours, c.theirs)}
     return all(any(math.isfinite(v[m]) for v in values[arm].values()) for m in measures)
-
-
-def compare(comparisons: Sequence[Comparison], values: Values) -> list[Contrast]:
-    """Returns the differences of comparisons, with Holm's correction for all of them."""
-
-    def of(arm: ArmName, measure: str) -> dict[int, float]:
-        return {seed: own[measure] for seed, own in values[arm].items()}
-
-    return corrected(
-        [
-            contrast(str(c), c.ours, "", of(c.ours, c.measure), of(c.theirs, c.measure))
-            for c in comparisons
-        ]
-    )
 
 
 def _outcome(c: Comparison, of: Contrast) -> int:

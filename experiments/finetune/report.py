@@ -91,10 +91,6 @@ def about(arms: Sequence[ArmName], quirks: Sequence[str]) -> dict[str, str]:
     return of_arms | {f"Quirk {name}": f"{QUIRKS[name].about}." for name in dict.fromkeys(quirks)}
 
 
-def table(runs: Sequence[Run]) -> Table:
-    return Table(COLUMNS, runs, CAPTION, "Fine-tuning, by arm", NOTE).known()
-
-
 def judged(runs: Sequence[Run]) -> list[claims.Judged]:
     """Judges the post's claims by the runs."""
     return claims.judge({run.arm: {run.trained.seed: run.trained.values()} for run in runs})
@@ -126,7 +122,7 @@ def abstract(runs: Sequence[Run]) -> list[str]:
         sentences += claims.sentences(judged(runs))
         sentences.append("Each is one training with one seed, so there are no statistics.")
     settings = runs[0].records.settings
-    if (lora := settings.get("lora")) and lora["rank"]:
+    if (lora := settings["lora"])["rank"]:
         sentences.append(
             f"LoRA trains factors of rank {lora['rank']}, alpha {lora['alpha']:g}, of "
             f"{', '.join(lora['targets'])}; all else is frozen."
@@ -159,6 +155,7 @@ def report(folder: epath.Path, arms: Sequence[ArmName] = ()) -> Report:
         ValueError: If a file is damaged. The message names it.
     """
     runs = [load_run(folder / arm) for arm in arms or found_arms(folder)]
+    table = Table(COLUMNS, runs, CAPTION, "Fine-tuning, by arm", NOTE).known()
     verdicts = judged(runs)
     quirks = [q for run in runs for q in run.records.settings["optimizer"]["quirks"]]
     facts = next(({"data": run.summary["data"]} for run in runs if "data" in run.summary), {})
@@ -168,9 +165,9 @@ def report(folder: epath.Path, arms: Sequence[ArmName] = ()) -> Report:
         folder,
         runs,
         abstract(runs),
-        table(runs),
+        table,
         [
-            Section("arms", "The optimizers", [table(runs)]),
+            Section("arms", "The optimizers", [table]),
             Section("claims", "The post's claims and this run", [POST, verdicts]),
             Section("figures", "Figures", pictures({run.arm: [run.trained] for run in runs})),
             Section("criteria", "How it was measured", [measured]),

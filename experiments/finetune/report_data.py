@@ -9,12 +9,12 @@ from etils import epath
 
 from experiments.finetune.arms import ARMS
 from experiments.finetune.claims import mean
-from experiments.finetune.config import ArmName
+from experiments.finetune.config import ArmName, Training
 from experiments.finetune.loop import steadiness
 from experiments.report import records
 from experiments.report.figures import optimizer_label
 from experiments.report.series import Series, array, series
-from experiments.runs import RunError, holds_run
+from experiments.runs import RunError, holds_run, with_defaults
 
 EARLY, LATE = 0.25, 0.75  # fractions of the steps: end of "early", beginning of "late"
 _GROUPED = ("gradient_norms", "update_rms")
@@ -106,6 +106,8 @@ def load_run(folder: epath.Path) -> Run:
         ValueError: If a file is damaged. The message names it.
     """
     found = records.read(folder)
+    # Earlier versions left some settings out where they had their defaults.
+    found = found._replace(settings=with_defaults(found.settings, Training().as_json()))
     try:
         arm, seed, steps, warmup = (found.settings[k] for k in ("arm", "seed", "steps", "warmup"))
         if arm not in ARMS:
