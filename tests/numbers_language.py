@@ -1,5 +1,6 @@
 """The numbers of the pretraining and fine-tuning READMEs, recomputed from their stored rows."""
 
+import functools
 import json
 import math
 import re
@@ -132,10 +133,10 @@ def of_bases(name, key):
     }
 
 
-def forgetting():
+def forgetting(name):
     found, keys = [], ("losses_by_seed", "pretraining_rise_by_seed")
-    losses, rises = (of_bases("forgetting", key) for key in keys)
-    rates = of_bases("forgetting", "best_rate")
+    losses, rises = (of_bases(name, key) for key in keys)
+    rates = of_bases(name, "best_rate")
     for base, arm in losses:
         row = [f"{rates[base, arm]:g}"]
         for by_seed, sign in ((losses, ""), (rises, "+")):
@@ -176,6 +177,10 @@ def of_forgetting():
     yield f"after 50 steps {gap(*sides[0])} and {gap(*sides[1])}"
     p = holm([p_of(*side) for side in (*sides, gaps)])
     yield f"{gap(*gaps)}, p = {p[2]:.2f} after Holm for three"
+    adapted = of_bases("lora", "losses_by_seed")
+    pair = [adapted["controlled", arm] for arm in ("muon_adamw", "adamw")]
+    yield f"{gap(*pair)}, p = {p_of(*pair):.3f}, after 50 steps at rank 16"
+    yield f"three seeds find {found_by(*pair):.3f} nats in 80 %"
     yield "lowest, by {:.2f} and {:.2f} nats".format(*more)
 
 
@@ -356,6 +361,7 @@ TABLES = {
     ("finetune", "On equal terms", 1): post_claims,
     ("finetune", "As the code was released", 0): as_released,
     ("finetune", "From models that AdamW and Muon pretrained", 0): bases,
-    ("finetune", "What fine-tuning forgets", 0): forgetting,
+    ("finetune", "What fine-tuning forgets", 0): functools.partial(forgetting, "forgetting"),
+    ("finetune", "LoRA", 0): functools.partial(forgetting, "lora"),
     ("finetune", "QK-clip", 0): clips,
 }
