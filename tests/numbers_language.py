@@ -1,11 +1,13 @@
 """The numbers of the pretraining and fine-tuning READMEs, recomputed from their stored rows."""
 
+import functools
+import json
 import math
 import re
 
 import numpy as np
 from scipy import stats
-from stored_rows import arms, found_by, gap, holm, interval, p_of, signed, spread, stored
+from stored_rows import STUDIES, arms, found_by, gap, holm, interval, p_of, signed, spread, stored
 
 NUMBER = r"[+−]?\d+\.\d+"
 POINTS = re.compile(rf"{NUMBER} points \[{NUMBER}, {NUMBER}\]")
@@ -124,6 +126,64 @@ def bases():
     return found
 
 
+def of_bases(name, key):
+    """Losses or rises by seed, of each base and arm."""
+    return {
+        (group["variant"], group["arm"]): group[key] for group in stored("finetune", name)["groups"]
+    }
+
+
+def forgetting(name):
+    found, keys = [], ("losses_by_seed", "pretraining_rise_by_seed")
+    losses, rises = (of_bases(name, key) for key in keys)
+    rates = of_bases(name, "best_rate")
+    for base, arm in losses:
+        row = [f"{rates[base, arm]:g}"]
+        for by_seed, sign in ((losses, ""), (rises, "+")):
+            apart = gap(by_seed[base, arm], by_seed[base, "adamw"]) if arm != "adamw" else ""
+            row += [sign + spread(by_seed[base, arm]), apart]
+        found.append(row)
+    return found
+
+
+def of_forgetting():
+    rises, losses, rates = (
+        of_bases("forgetting", key)
+        for key in ("pretraining_rise_by_rate", "losses_by_rate", "best_rate")
+    )
+    by_seed = of_bases("forgetting", "pretraining_rise_by_seed")
+    bases = "AdamW base", "Muon base"
+    sides = [[by_seed[base, arm] for arm in ("muon_adamw", "adamw")] for base in bases]
+    p = holm([p_of(*side) for side in sides])
+    told = [f"{gap(*side)} nats (p = {of:.3f})" for side, of in zip(sides, p, strict=True)]
+    yield f"by {told[0]} from AdamW's base and {told[1]} from Muon's"
+    yield f"Muon forgets more, {gap(*sides[0])} from AdamW's base, {gap(*sides[1])} from Muon's"
+    gaps = [{seed: ours[seed] - theirs[seed] for seed in ours} for ours, theirs in sides]
+    yield f"smaller from its own base, by {gap(*gaps)[1:]} (p = {p_of(*gaps):.3f})"
+    yield f"find {max(found_by(*side) for side in sides):.3f} nats in 80 %"
+    less, more = [], []
+    for base in bases:
+        ours, theirs = rises[base, "muon_adamw"], rises[base, "adamw"]
+        less += [theirs[rate] - ours[rate] for rate in ours if rate in theirs]
+        # At Muon's lowest loss, on the line through AdamW's rates up to its best one.
+        best = f"{rates[base, 'muon_adamw']:g}"
+        line = [rate for rate in theirs if float(rate) <= rates[base, "adamw"]][::-1]
+        known = [losses[base, "adamw"][rate] for rate in line], [theirs[rate] for rate in line]
+        more.append(ours[best] - np.interp(losses[base, "muon_adamw"][best], *known))
+    yield f"less at each of {len(less)} equal rates, by {min(less):.2f} to {max(less):.2f}"
+    finals = of_bases("forgetting", "losses_by_seed")
+    sides = [[finals[base, arm] for arm in ("muon_adamw", "adamw")] for base in bases]
+    gaps = [{seed: ours[seed] - theirs[seed] for seed in ours} for ours, theirs in sides]
+    yield f"after 50 steps {gap(*sides[0])} and {gap(*sides[1])}"
+    p = holm([p_of(*side) for side in (*sides, gaps)])
+    yield f"{gap(*gaps)}, p = {p[2]:.2f} after Holm for three"
+    adapted = of_bases("lora", "losses_by_seed")
+    pair = [adapted["controlled", arm] for arm in ("muon_adamw", "adamw")]
+    yield f"{gap(*pair)}, p = {p_of(*pair):.3f}, after 50 steps at rank 16"
+    yield f"three seeds find {found_by(*pair):.3f} nats in 80 %"
+    yield "lowest, by {:.2f} and {:.2f} nats".format(*more)
+
+
 def clips():
     groups = {g["variant"]: g for g in stored("finetune", "qk")["groups"]}
     shown = ("QK-norm, no clip", "QK-norm, W_q and W_k clipped", "QK-norm, gains clipped")
@@ -232,7 +292,8 @@ def of_finetune():
     p = holm([p_of(tuned_losses[arm], base) for arm in order[1:]])[1]
     yield "", f"held-out loss {below} below AdamW, each at its best of swept rates (p = {p:.2f}"
     deviation = np.std([hybrid[s] - base[s] for s in base], ddof=1)
-    yield "finetune", f"{deviation:.3f} nats, one of {found_by(hybrid, base):.3f} in 80 %"
+    seen = found_by(hybrid, base)
+    yield "finetune", f"{deviation:.3f} nats, so that a difference of {seen:.3f} is found"
     groups = stored("finetune", "controlled")["groups"]
     (logit,) = (g["max_logit"] for g in groups if g["arm"] == "muonclip")
     threshold = stored("finetune", "controlled", "config")["optimizer"]["clip_threshold"]
@@ -249,6 +310,10 @@ def of_finetune():
     yield "finetune", f"ends lower (p = {holm(six)[0]:.2f} after Holm for the six"
     yield "finetune", f"(p = {holm(three)[0]:.2f} after Holm for three)"
     yield "finetune", f"over all nine together the first p is {holm([*six, *three])[0]:.3f}"
+    digests = json.loads((STUDIES / "finetune" / "rows.json").read_text()).values()
+    listed = f"{sum(map(len, digests)) // 8:,}".replace(",", " ")
+    yield "finetune", f"({listed} rows from the standard library"
+    yield "finetune", f"give the same {listed} rows"
     once = stored("finetune", "qk", "config")["clips"]["QK-norm, W_q and W_k clipped"]
     assert f"{once['before']:.2f}" == f"{once['after']:.2f}"
     qk = {g["variant"]: g["losses_by_seed"] for g in stored("finetune", "qk")["groups"]}
@@ -284,6 +349,7 @@ def of_speed():
 def sentences():
     """Of these READMEs and of the root's, by the study's name or an empty one."""
     yield from (("pretrain", text) for text in claims_of_pretrain())
+    yield from (("finetune", text) for text in of_forgetting())
     yield from (*of_pretrain(), *of_finetune(), *of_speed())
 
 
@@ -295,5 +361,7 @@ TABLES = {
     ("finetune", "On equal terms", 1): post_claims,
     ("finetune", "As the code was released", 0): as_released,
     ("finetune", "From models that AdamW and Muon pretrained", 0): bases,
+    ("finetune", "What fine-tuning forgets", 0): functools.partial(forgetting, "forgetting"),
+    ("finetune", "LoRA", 0): functools.partial(forgetting, "lora"),
     ("finetune", "QK-clip", 0): clips,
 }

@@ -78,6 +78,7 @@ def test_rows_are_what_the_chat_makes_of_them(model, tmp_path):
     told = {"name": "a.jsonl", "rows": 60, "groups": 60, "sha256": report.sha256}
     told |= {"tokens": len(tokens), "learnt": learnt.sum(), "held_out_rows": sum(held)}
     told |= {"held_out_learnt": held_out.learnt.sum(), "packages": None, "modules": None}
+    told |= {"absent": 0, "text_sha256": None}
     told |= dict.fromkeys(("too_long", "truncated", "escaped", "dropped", "lost"), 0)
     assert report._asdict() == told
     json.dumps(report._asdict())

@@ -1,8 +1,10 @@
 """Rows are made of the functions of installed packages."""
 
 import ast
+import functools
 import gzip
 import json
+import sys
 import sysconfig
 
 import pytest
@@ -121,14 +123,14 @@ def installed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(instructions.sysconfig, "get_path", paths.get)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield instructions.prepare()
+        yield instructions.prepare(listed=None)
 
 
 @pytest.fixture(scope="module")
 def prepared(installed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     chat.write_tokenizer(folder, [MODULE], 300)
-    return data.prepare(None, chat.Chat(folder), 512)
+    return data.prepare("installed", chat.Chat(folder), 512)
 
 
 def test_instructions_are_made_once(installed):
@@ -137,10 +139,11 @@ def test_instructions_are_made_once(installed):
     assert made.rows["copies"] == 3 and made.rows["textwrap"] > 2
     assert sum(made.rows.values()) > 2500 and max(made.rows.values()) <= 500
     before = made.path.stat().st_mtime_ns
-    assert instructions.prepare() == made and made.path.stat().st_mtime_ns == before
+    again = functools.partial(instructions.prepare, listed=None)
+    assert again() == made and made.path.stat().st_mtime_ns == before
     whole = made.path.read_bytes()
     made.path.write_bytes(whole[:-1])
-    assert instructions.prepare() == made and made.path.read_bytes() == whole
+    assert again() == made and made.path.read_bytes() == whole
 
 
 def test_no_module_and_no_function_is_on_both_sides(installed, prepared):
@@ -164,7 +167,52 @@ def test_other_examples_than_the_pinned_ones_are_refused(prepared):
     report = prepared.report
     data._check_digest(report, None)
     data._check_digest(report, report.sha256[:8])
+    data._check_digest(report, report.text_sha256[:8])
     with pytest.raises(ValueError, match=r"install the versions .* Here are Python .*copies 1\.2"):
         data._check_digest(report, "0" * 8)
     with pytest.raises(ValueError, match="Give the same file, --model and --context"):
         data._check_digest(report._replace(packages=None), "0" * 8)
+
+
+def test_listed_rows_do_not_depend_on_what_else_is_installed(tmp_path):
+    """Further functions change nothing, and one that is edited is left out."""
+    edited = MODULE.replace("total += b", "total = total + b")
+    listed: dict[str, str] = {}
+    for name, text in {"a": MODULE, "b": edited}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    files = [(name, tmp_path / f"{name}.py") for name in "ba"]
+    whole = list(instructions.from_files([files[1]]))
+    listed["a"] = "".join(instructions._digest(row) for row in reversed(whole))
+    assert list(instructions.from_list(files, listed)) == whole[::-1]
+    (tmp_path / "a.py").write_text(edited)
+    assert list(instructions.from_list(files, listed)) == whole[:0:-1]
+
+
+def test_a_list_has_what_all_environments_have(monkeypatch, tmp_path):
+    library, site = tmp_path / "library", tmp_path / "site"
+    for folder, text in {library: MODULE, site / "copies": MODULE.replace("total", "own")}.items():
+        folder.mkdir(parents=True)
+        (folder / "textwrap.py").write_text(text)
+    paths = {"stdlib": library, "purelib": site, "platlib": site}
+    monkeypatch.setattr(instructions.sysconfig, "get_path", lambda name: str(paths[name]))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    listed = tmp_path / "rows.json"
+    instructions.narrow(listed)
+    rows = json.loads(listed.read_text())
+    whole = instructions.prepare(listed=None)
+    assert {name: len(own) // 8 for name, own in rows.items()} == whole.rows == {"textwrap": 3}
+    assert instructions.prepare(listed=listed)[1:] == whole[1:]
+    fewer = {"textwrap": rows["textwrap"][8:]}
+    listed.write_text(json.dumps({"other": "01234567"} | fewer))
+    assert instructions.prepare(listed=listed).absent == 1
+    instructions.narrow(listed)
+    assert json.loads(listed.read_text()) == fewer
+
+
+def test_the_default_rows_are_in_every_python(installed):
+    digests = json.loads(instructions.LIST.read_text())
+    listed = {name: len(own) // 8 for name, own in digests.items()}
+    made = instructions.prepare()
+    assert made.absent + sum(made.rows.values()) == sum(listed.values()) > 8000
+    library = sum(rows for name, rows in listed.items() if name in sys.stdlib_module_names)
+    assert 0.97 * library < sum(made.rows.values()) <= library

@@ -145,6 +145,20 @@ def test_what_is_forgotten_is_kept_by_seed(whole):
     assert column[2](stored) == "+0.500 ± 0.354"
 
 
+def test_what_is_forgotten_is_drawn_against_what_is_learnt(whole):
+    found = groups(load_run(whole))
+    _, forgetting = report.rates(found)
+    (axes,) = forgetting.draw().axes
+    for of, line in zip(found, [line for line in axes.lines if line.get_lw() == 1.4], strict=True):
+        assert of.rises_by_rate.keys() == of.losses.keys() and len(of.losses) > 2
+        points = [(of.losses[rate], rise) for rate, rise in of.rises_by_rate.items()]
+        assert line.get_xydata().tolist() == list(map(list, points))
+        assert of.rises_by_rate[of.best.rate] == of.rises["0"]
+        told = of.as_json()["pretraining_rise_by_rate"]
+        assert {float(rate): rise for rate, rise in told.items()} == of.rises_by_rate
+    assert len(report.rates([dataclasses.replace(of, rises_by_rate={}) for of in found])) == 1
+
+
 def test_another_training_needs_another_folder_and_an_earlier_version_none(whole, tmp_path):
     config = command("controlled", optimizers=("adamw", MUON), out=str(tmp_path / "run"))
     shutil.copytree(whole, config.out)
@@ -354,7 +368,7 @@ def test_the_largest_effects_of_quirks_are_told_and_the_others_bounded(tmp_path)
 
 def test_each_base_has_an_axis_of_its_losses(tmp_path):
     losses = {("AdamW base", "adamw"): (4.0, 4.1, 4.2), ("Muon base", "adamw"): (3.0, 3.1, 3.2)}
-    figure = report.rates(planted(tmp_path, "mismatch", losses).groups).draw()
+    figure = report.rates(planted(tmp_path, "mismatch", losses).groups)[0].draw()
     assert write(report.report(tmp_path), tmp_path).exists()
     for axes, loss in zip(figure.axes, (4.0, 3.0), strict=True):
         low, high = axes.get_ylim()

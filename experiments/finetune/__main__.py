@@ -18,7 +18,7 @@ from rich.progress import Progress as Bar
 
 from experiments.commands import progress_bar
 from experiments.finetune import architecture as config_json
-from experiments.finetune import arms, base, data, loop, model, plan, step, weights
+from experiments.finetune import arms, base, data, instructions, loop, model, plan, step, weights
 from experiments.finetune.architecture import Architecture
 from experiments.finetune.arms import ARMS
 from experiments.finetune.command import Command, parse
@@ -46,7 +46,7 @@ def run(command: Command, stop: threading.Event, console: Console) -> int:
     """Fine-tunes, plans, compiles or runs a suite, as the command says; returns its exit code."""
     if command.model is not None:
         _check_folder(command.model)
-    if command.data is not None:
+    if command.data not in (None, instructions.INSTALLED):
         data.located(command.data)
     if command.suite:
         plan.plan_suite(command, console)

@@ -42,7 +42,8 @@ class Command(Suite, Planning, Running, Training):
     tokenizer. By default, the small model."""
     data: str | None = None
     """File of examples: .jsonl, .jsonl.gz or .parquet, each with "messages", or with "prompt" and
-    "completion". By default, functions from the installed Python packages."""
+    "completion". By default, listed functions of Python's standard library and of this project's
+    dependencies, the same on every machine; "installed" takes all functions that are here."""
     optimizers: tuple[ArmName, ...] = ("adamw", "muon_frozen1d", "muon_adamw", "muonclip")
     """Optimizers to compare. Each gets its own folder in --out."""
     base: Base = dataclasses.field(default_factory=Base)

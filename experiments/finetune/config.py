@@ -223,8 +223,8 @@ class Running(Keeping):
     log_every: Count = 1
     """Number of steps between records in metrics.jsonl."""
     data_sha256: str | None = None
-    """Digest that the examples must have, or how it begins; others are refused. It is that of a
-    run's report and of its config.json, and pins a study whatever packages are installed."""
+    """Digest that the examples must have, or how it begins; others are refused. It is that of
+    the tokens, or that of the default rows' text, which does not depend on the tokenizer."""
     pretraining_text: str | None = None
     """Text like that which the model was pretrained on, whose loss is told beside that of the
     examples, to see what is forgotten: .txt, .jsonl or .parquet, as python -m experiments.pretrain

@@ -45,8 +45,10 @@ class Report(NamedTuple):
     held_out_learnt: int  # how many of their tokens count in the loss
     lost: int  # tokens beyond the context, over all rows
     sha256: str  # of all tokens, and of which ones are trained on
-    packages: dict[str, str] | None  # packages that the default rows are from; None for a file
-    modules: dict[str, int] | None  # number of default rows of each module; None for a file
+    packages: dict[str, str] | None  # packages that functions are from; None for a file
+    modules: dict[str, int] | None  # number of functions of each module; None for a file
+    absent: int  # default rows that the installed packages lack
+    text_sha256: str | None  # of the functions' rows as text; None for a file
 
     def text(self, context: int) -> str:
         """Returns a sentence for the user."""
@@ -103,18 +105,21 @@ def read(
 
 
 def _check_digest(report: Report, pinned: str | None) -> None:
-    if report.sha256.startswith(pinned or ""):
+    known = [digest for digest in (report.text_sha256, report.sha256) if digest]
+    if any(digest.startswith(pinned or "") for digest in known):
         return
     remedy = "Give the same file, --model and --context"
     if report.packages:
         versions = ", ".join(f"{name} {version}" for name, version in report.packages.items())
         remedy = (
-            "They depend on the packages that are installed; install the versions that the "
-            f"study's summary.json names. Here are {versions}"
+            f"{report.absent:,} listed functions are not in the packages that are installed, and "
+            "--data installed takes all of their functions; install the versions that the study's "
+            f"summary.json names. Here are {versions}"
         )
+    digests = " as text, and as tokens ".join(known)
     raise ValueError(
         f"--data-sha256 is {pinned}, but the digest of the examples of {report.name} is "
-        f"{report.sha256}. {remedy}; or omit --data-sha256 for a study of its own."
+        f"{digests}. {remedy}; or omit --data-sha256 for a study of its own."
     )
 
 
@@ -133,8 +138,8 @@ def prepare(
     group in ten is held out, depending on its name, but never more than half of the rows.
 
     Args:
-        file: A .jsonl, .jsonl.gz or .parquet file, local or in gs:// or s3://. By default, the
-            instructions made from the installed packages.
+        file: A .jsonl, .jsonl.gz or .parquet file, local or in gs:// or s3://. None means the
+            listed functions of the installed packages, and "installed" all of them.
         chat: The tokenizer and chat template.
         context: The maximum number of tokens of a row, at least 2; longer rows are truncated.
         on_progress: Called repeatedly with the number of finished rows.
@@ -144,9 +149,14 @@ def prepare(
             or no rows remain to train on or to hold out.
         OSError: If the file does not exist or cannot be read.
     """
-    made = instructions.prepare(lambda: on_progress(0)) if file is None else None
+    made = None
+    if file in (None, instructions.INSTALLED):
+        chosen = {} if file is None else {"listed": None}
+        made = instructions.prepare(lambda: on_progress(0), **chosen)
     path = located(made.path if made else file)
     name = f"functions of {len(made.rows)} installed Python modules" if made else path.name
+    if made and made.absent:
+        name += f" ({made.absent:,} of the {made.absent + sum(made.rows.values()):,} listed absent)"
     kept: list[tuple[str, Encoded]] = []
     groups: set[str] = set()
     done, counts = 0, Counter(too_long=0, truncated=0, escaped=0, dropped=0, lost=0)
@@ -191,6 +201,8 @@ def prepare(
         sha256=digest.hexdigest(),
         packages=made and made.packages,
         modules=made and made.rows,
+        absent=made.absent if made else 0,
+        text_sha256=made and made.sha256,
     )
     return Prepared(train, held_out, report)
 

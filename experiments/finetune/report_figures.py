@@ -11,9 +11,13 @@ from experiments.finetune.arms import GROUPS
 from experiments.finetune.report_data import Trained
 from experiments.report.figures import (
     DASHES,
+    GROKKED_MARK,
+    POINT_MARK,
     draw_series,
+    grid_of,
     legend,
     legend_line,
+    name_axes,
     new_figure,
     optimizer_color,
     optimizer_label,
@@ -86,6 +90,43 @@ def groups_figure(arms: Arms) -> Figure:
     grid[0, 0].set_ylabel("gradient norm")
     grid[1, 0].set_ylabel("RMS of the update")
     _finish(figure, grid[1], arms)
+    return figure
+
+
+def forgetting_figure(panels: Mapping[str, Sequence[Any]]) -> Figure:
+    """Draws what is forgotten against what is learnt, a line through each group's rates.
+
+    Args:
+        panels: The `suites.results.Group`s of each panel, by its title.
+    """
+    figure, grid = grid_of(len(panels), 3, 4.6, 3.4)
+    for (title, own), axes in zip(panels.items(), grid, strict=True):
+        for group in own:
+            its = style_of(group.arm)
+            points = [(group.losses[rate], x) for rate, x in group.rises_by_rate.items()]
+            axes.plot(*zip(*points, strict=True), lw=1.4, **its)
+            for rate, point in zip(group.rises_by_rate, points, strict=True):
+                mark = GROKKED_MARK if rate == group.best.rate else POINT_MARK
+                axes.plot(*point, **mark | {"color": its["color"], "zorder": 4})
+                place = {"textcoords": "offset points", "xytext": (6, 4), "fontsize": 7}
+                box = {"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8}
+                axes.annotate(f"{rate:g}", point, color=its["color"], bbox=box, zorder=3, **place)
+        axes.set_title(title, loc="left")
+        axes.margins(0.13)
+    name_axes(grid, "final held-out loss (nats per token)", "rise on the pretraining text (nats)")
+    every = [group for own in panels.values() for group in own]
+    seeds = min(group.choosing for group in every)
+    label = "a learning rate, " + ("one seed" if seeds == 1 else f"mean over {seeds} seeds")
+    legend(
+        figure,
+        (),
+        *(
+            legend_line(optimizer_label(arm), lw=2, **style_of(arm))
+            for arm in dict.fromkeys(group.arm for group in every)
+        ),
+        legend_line(label, **POINT_MARK),
+        legend_line("best rate", **GROKKED_MARK),
+    )
     return figure
 
 

@@ -14,7 +14,7 @@ from experiments.finetune.arms import QUIRKS
 from experiments.finetune.claims import MEASURES, Contrast, Judged
 from experiments.finetune.report import POST, about
 from experiments.finetune.report_data import Trained, idle_clip
-from experiments.finetune.report_figures import pictures, style_of
+from experiments.finetune.report_figures import forgetting_figure, pictures, style_of
 from experiments.finetune.suites import answers
 from experiments.finetune.suites.config import (
     CONTROLLED,
@@ -289,15 +289,24 @@ def drawn_differences(told: Sequence[Contrast]) -> Figure:
     return finals_figure(panels, "final held-out loss, difference (nats)", ("", 0), width=7.4)
 
 
-def rates(found: Sequence[Group]) -> Picture:
+def rates(found: Sequence[Group]) -> list[Picture]:
     """Draws final loss against learning rate, a line for each arm, a panel for each variant.
 
-    The panels do not share an axis, since variants may have different bases and so other losses.
+    A second figure has the rise of the loss on the pretraining text, where it is known. The panels
+    do not share an axis, since variants may have different bases and so other losses.
     """
     panels: dict[str, list[Group]] = {}
     for of in found:
         panels.setdefault(plain(of.variant[:1].upper() + of.variant[1:]), []).append(of)
-    return arms.rates(found, panels=panels, style=style_of, shared=False, width=4.6)
+    forgetting = Picture(
+        "forgetting",
+        lambda: forgetting_figure(panels),
+        "Rise of the loss on the pretraining text against the final held-out loss, a point for "
+        "each learning rate. Lower left is better.",
+        "What is forgotten against what is learnt, a line through each optimizer's learning rates.",
+    )
+    losses = arms.rates(found, panels=panels, style=style_of, shared=False, width=4.6)
+    return [losses] + [forgetting] * all(of.rises_by_rate for of in found)
 
 
 def figures(results: Results) -> list[Picture]:
@@ -314,7 +323,7 @@ def figures(results: Results) -> list[Picture]:
     )
     return [
         *[differences] * bool(pairs),
-        *[rates(found)] * (several and any(math.isfinite(of.loss) for of in found)),
+        *(rates(found) if several and any(math.isfinite(of.loss) for of in found) else []),
         *(picture for title, own in drawn.items() for picture in pictures(own, title)),
     ]
 

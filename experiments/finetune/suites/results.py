@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,6 +37,8 @@ class Group(arms.Arm):
     # Held-out loss of the initial model; NaN if all cells diverged at once.
     before: float = math.nan
     skipped: int | None = None  # steps of the cells at the best rate
+    # The rise by rate, mean over the seeds that choose the rate.
+    rises_by_rate: Mapping[float, float] = dataclasses.field(default_factory=dict)
 
     @property
     def arm(self) -> str:
@@ -60,7 +64,10 @@ class Group(arms.Arm):
         own = {"variant": self.variant, "arm": self.arm}
         beside = ("optimizer", "spread", "difference_to_adamw", "p_holm")
         base = {key: value for key, value in super().as_json().items() if key not in beside}
-        rises = {"pretraining_rise_by_seed": self.rises} if self.rises else {}
+        rises: dict[str, Any] = {"pretraining_rise_by_seed": self.rises} if self.rises else {}
+        if self.rises_by_rate:
+            by_rate = {f"{rate:g}": x for rate, x in self.rises_by_rate.items()}
+            rises["pretraining_rise_by_rate"] = by_rate
         return own | base | {"max_logit": arms.finite(self.max_logit)} | rises
 
 
@@ -76,6 +83,9 @@ def groups(files: Files) -> list[Group]:
                 optimizer=stored["arm"],
                 max_logit=math.nan if stored["max_logit"] is None else stored["max_logit"],
                 rises=stored.get("pretraining_rise_by_seed", {}),
+                rises_by_rate={
+                    float(rate): x for rate, x in stored.get("pretraining_rise_by_rate", {}).items()
+                },
                 **arms.of_json(stored),
             )
             for stored in files.summary.get("groups", [])
@@ -103,6 +113,11 @@ def _group(files: Files, variant: str, arm: str, rows: list[Any], histories: lis
     )
     steps, warmup = files.config["steps"], files.config["warmup"]
     starts = [h[0]["validation_loss"] for h in histories if h and h[0]["step"] == 0]
+    by_rate = defaultdict(list)
+    for row, history in zip(rows, histories, strict=True):
+        rise = of_cell(arm, row["seed"], history, steps, warmup).forgot
+        if row["seed"] < files.config["sweep_seeds"] and math.isfinite(rise):
+            by_rate[row["rate"]].append(rise)
     trained = [of_cell(arm, seed, histories[place], steps, warmup) for seed, place in chosen]
     logits = [of.series["max_logit"][1] for of in trained]
     return Group(
@@ -110,6 +125,7 @@ def _group(files: Files, variant: str, arm: str, rows: list[Any], histories: lis
         optimizer=arm,
         max_logit=mean(np.nanmax(x) for x in logits if np.isfinite(x).any()),
         rises={str(of.seed): of.forgot for of in trained if math.isfinite(of.forgot)},
+        rises_by_rate={rate: statistics.fmean(by_rate[rate]) for rate in sorted(by_rate)},
         trained=trained,
         before=starts[0] if starts else math.nan,
         skipped=sum(rows[place]["skipped"] for _, place in chosen),
