@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from experiments.language.cache import home
+from experiments.cache import home
 from experiments.runs import RunError
 
 INTERRUPTED = 130

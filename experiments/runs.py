@@ -17,9 +17,8 @@ from typing import IO, Any
 import jax
 from flax.traverse_util import flatten_dict
 
-from experiments import sealed
+from experiments import manifests, sealed
 from experiments.json_files import read_json, write_json, write_text
-from experiments.language import manifests
 
 __all__ = ["Run", "RunError", "claim", "machine", "read_json", "write_json", "write_text"]
 

@@ -15,8 +15,8 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments import manifests
 from experiments.language import checkpoints as lib
-from experiments.language import manifests
 
 
 def main(port, index, folder):

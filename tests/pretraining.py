@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from experiments.language import log
+from experiments import log
 from experiments.language.data import Data
 from experiments.language.mesh import Mesh, make_mesh
 from experiments.pretrain.config import Model, Training

@@ -24,7 +24,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 from same_bits import assert_same_bits
 from waiting import run_pair
 
-from experiments.language import manifests
+from experiments import manifests
 from experiments.language.checkpoints import Checkpoints, params_sha256
 from experiments.runs import RunError
 

@@ -145,7 +145,7 @@ def test_a_wait_for_another_process_hears_signals(number, tmp_path):
     code = """
 import sys, pathlib
 from experiments.commands import guard, stop_on_signals
-from experiments.language import cache
+from experiments import cache
 stop = stop_on_signals()
 
 def wait():
@@ -160,7 +160,7 @@ def work():
 
 sys.exit(guard(work))
 """
-    from experiments.language import cache
+    from experiments import cache
 
     with cache.alone(tmp_path / "x"):
         process = python(code, tmp_path / "x")

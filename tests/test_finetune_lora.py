@@ -15,12 +15,13 @@ from pretraining import mesh_of
 from trajectories import apart
 
 import muon_jax
+from experiments import log
 from experiments.finetune import arms, lora, model, plan
 from experiments.finetune.architecture import PRESETS
 from experiments.finetune.config import Lora
 from experiments.finetune.packing import Rows
 from experiments.finetune.step import Trainer
-from experiments.language import log, planning
+from experiments.language import planning
 from experiments.language.checkpoints import Checkpoints
 from experiments.language.planning import compiled_bytes
 

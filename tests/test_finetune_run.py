@@ -26,11 +26,12 @@ from pretraining import mesh_of
 from trajectories import apart
 
 import muon_jax
+from experiments import log
 from experiments.finetune import loop, plan
 from experiments.finetune.architecture import PRESETS
 from experiments.finetune.model import LanguageModel
 from experiments.finetune.step import Trainer
-from experiments.language import log, planning
+from experiments.language import planning
 from experiments.language.checkpoints import Checkpoints
 from experiments.language.training_loop import TrainingError
 from experiments.parallel import run_in_parallel

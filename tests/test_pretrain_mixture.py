@@ -11,7 +11,8 @@ import pytest
 from etils import epath
 from pretraining import DENSE, SMALL, VOCABULARY, mesh_of, one_device, training
 
-from experiments.language import data, log, tokenizer
+from experiments import log
+from experiments.language import data, tokenizer
 from experiments.language.data import Data
 from experiments.language.windows import batches
 from experiments.pretrain import loop

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from experiments import sealed
-from experiments.language import log
+from experiments import log, sealed
 from experiments.language.checkpoints import Checkpoints
 from experiments.runs import Run, RunError, check_group, claim, known_settings
 

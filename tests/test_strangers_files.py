@@ -16,10 +16,11 @@ from pretraining import DENSE, VOCABULARY
 from pyarrow import parquet
 from safetensors.numpy import save_file
 
+from experiments import cache, manifests
 from experiments.finetune import weights
 from experiments.finetune.architecture import read as read_architecture
 from experiments.finetune.chat import Chat
-from experiments.language import cache, documents, hugging_face, manifests, tokenizer
+from experiments.language import documents, hugging_face, tokenizer
 from experiments.pretrain import export, export_config
 
 DEEP = "[" * 100_000

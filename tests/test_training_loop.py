@@ -13,7 +13,8 @@ import pytest
 from etils import epath
 from pretraining import one_device
 
-from experiments.language import clocks, log, training_loop
+from experiments import log
+from experiments.language import clocks, training_loop
 from experiments.language.checkpoints import Restored
 from experiments.language.rollback import Rollback
 from experiments.language.training_loop import Keeping, TrainingError, TrainingLoop

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import corpus
+from experiments import cache, corpus
 from experiments.finetune import data as rows_of
 from experiments.finetune import loop, model, weights
 from experiments.finetune.architecture import Architecture
@@ -22,7 +22,8 @@ from experiments.finetune.config import ArmName, Base, Optimizer, Training
 from experiments.finetune.model import Params
 from experiments.finetune.packing import Batch
 from experiments.finetune.step import State, Trainer
-from experiments.language import cache, data, documents, windows
+from experiments.json_files import digest
+from experiments.language import data, documents, windows
 from experiments.language.cell import Metrics, train_in_memory
 from experiments.language.mesh import make_mesh
 from experiments.language.training_loop import TrainingError
@@ -40,7 +41,7 @@ def prepare(base: Base, on_progress: OnProgress = lambda what, done, total: None
     """The folder of a base, which it makes if the cache has it not whole.
 
     One process of a host does the work, and others wait for it; a kill leaves nothing that is
-    taken for whole. Beside the model it has held-out text, and `meta.json` with its loss.
+    taken for whole. Beside the model it has held-out text, and `manifest.json` with its loss.
 
     Raises:
         TrainingError: The loss is no longer finite.
@@ -49,7 +50,7 @@ def prepare(base: Base, on_progress: OnProgress = lambda what, done, total: None
     text = corpus.standard_library().sha256
     named = {"hidden": base.width, **dataclasses.asdict(base)}
     del named["width"]  # which _FORMAT 2 calls hidden
-    key = cache.digest([_FORMAT, named, text])[:16]
+    key = digest([_FORMAT, named, text])[:16]
     folder = cache.home("finetune") / f"base-{key}"
 
     def write(partial: Path) -> dict[str, Any]:

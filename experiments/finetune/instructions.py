@@ -24,9 +24,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import corpus
-from experiments.json_files import read_json, write_json
-from experiments.language import cache
+from experiments import cache, corpus
+from experiments.json_files import digest, read_json, write_json
 
 FILE = "instructions.jsonl.gz"
 LIST = Path(__file__).with_name("rows.json")
@@ -79,7 +78,7 @@ def prepare(
     packages = {"Python": platform.python_version(), **dict(sorted(packages.items()))}
     digests = {} if listed is None else read_json(listed)
     limits = [_GROUP, _WORDS, _DOCSTRING, _BODY, _LINES.start, _LINES.stop, sorted(_SKIPPED)]
-    key = cache.digest([_FORMAT, packages, roots, limits, digests])[:16]
+    key = digest([_FORMAT, packages, roots, limits, digests])[:16]
     folder = cache.home("finetune") / f"instructions-{key}"
 
     def write(partial: Path) -> dict[str, Any]:
@@ -96,7 +95,7 @@ def prepare(
         with gzip.GzipFile(partial / FILE, "wb", compresslevel=5, mtime=0) as file:
             file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
         groups = Counter(row["group"] for row in rows)
-        return {"rows": dict(groups), "sha256": cache.digest(rows)}
+        return {"rows": dict(groups), "sha256": digest(rows)}
 
     with cache.alone(folder, on_wait):
         meta = cache.read(folder) or cache.make(folder, write)
@@ -163,7 +162,7 @@ def _split(digests: str) -> list[str]:
 
 
 def _digest(row: dict[str, Any]) -> str:
-    return cache.digest(row["messages"])[:_DIGITS]
+    return digest(row["messages"])[:_DIGITS]
 
 
 def _functions(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:

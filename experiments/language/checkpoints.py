@@ -20,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from experiments.language import manifests
+from experiments import manifests
 from experiments.language.processes import on_host
 from experiments.language.sharding import named_leaves
 from experiments.runs import RunError

@@ -13,7 +13,9 @@ import numpy as np
 import tokenizers
 from etils import epath
 
-from experiments.language import cache, documents, shards, tokenizer
+from experiments import cache
+from experiments.json_files import digest
+from experiments.language import documents, shards, tokenizer
 from experiments.settings import Count, Positive
 
 _FORMAT = 2  # of the cache; another one makes all texts be tokenised again
@@ -175,7 +177,7 @@ def _mixed(config: Data, given: bytes | None, on_progress: OnProgress) -> Tokens
         train=sum((tokens.train for tokens in every), ()),
         validation=sum((tokens.validation for tokens in every), ()),
         bytes_per_token=every[0].bytes_per_token if exact else None,
-        sha256=cache.digest([[name, weight, tokens.sha256] for name, weight, tokens in parts]),
+        sha256=digest([[name, weight, tokens.sha256] for name, weight, tokens in parts]),
         parts=tuple(parts),
     )
 
@@ -186,7 +188,7 @@ def _tokenizer_of(
     """Returns the cached tokenizer of several sources, trained on as much text of each."""
     settings = [[documents.fingerprint(file) for file in files] for files in sources]
     settings = [_FORMAT, "tokenizer", settings, config.vocabulary, config.end_of_text]
-    folder = config.folder() / cache.digest(settings)[:16]
+    folder = config.folder() / digest(settings)[:16]
 
     def write(partial: Path) -> dict[str, Any]:
         on_progress("training a tokenizer", 0, 1)
@@ -209,7 +211,7 @@ def _from_texts(
     sources = [documents.fingerprint(file) for file in (library.files if library else files)]
     least = config.vocabulary if given is None else 0
     settings = [least, given and given.decode(errors="replace"), config.end_of_text]
-    folder = config.folder() / cache.digest([_FORMAT, sources, settings])[:16]
+    folder = config.folder() / digest([_FORMAT, sources, settings])[:16]
 
     def load(source: bytes) -> tokenizer.Vocabulary:
         return tokenizer.load(source, config.tokenizer or _TOKENIZER, config.end_of_text, least)
@@ -361,5 +363,5 @@ def _tokens(
         bytes_per_token=table,
         tokenizer=bpe,
         end_of_text=end_of_text,
-        sha256=cache.digest([digests, size, None if table is None else table.tolist()]),
+        sha256=digest([digests, size, None if table is None else table.tolist()]),
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from experiments.language.cache import alone
+from experiments.cache import alone
 from experiments.language.documents import fingerprint
 
 SUFFIXES = (".npy", ".bin")

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments.cache import new_folder
 from experiments.json_files import write_json
 from experiments.language import hugging_face
-from experiments.language.cache import new_folder
 from experiments.language.hugging_face import CONFIG, SHARD, File
 from experiments.language.processes import on_host
 from experiments.language.sharding import named_leaves

@@ -14,10 +14,10 @@ from etils import epath
 
 from experiments.language.checkpoints import Checkpoints, Restored, params_sha256
 from experiments.language.clocks import Clock, Profiler, looks
-from experiments.language.log import Log
 from experiments.language.processes import Agreement, check_same
 from experiments.language.rollback import Watch
 from experiments.language.trainer import Metrics, Trainer
+from experiments.log import Log
 from experiments.runs import RunError, flat, machine, write_json
 from experiments.settings import Count, Positive, check
 

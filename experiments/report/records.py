@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from experiments import log
 from experiments.commands import print_warning
-from experiments.language import log
 from experiments.report.page import Report, Section, Table, together
 from experiments.runs import flat, known_settings, read_json
 

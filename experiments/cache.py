@@ -11,8 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from experiments.json_files import digest as digest
-from experiments.language import manifests
+from experiments import manifests
 
 _POLL = 0.1  # seconds
 
