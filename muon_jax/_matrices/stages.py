@@ -77,9 +77,9 @@ class Stages:
     ) -> tuple[optax.Updates, Any]:
         """Returns the average to orthogonalise at step `count`, from 1, and the new momentum."""
         beta = self.beta(count - 1) if callable(self.beta) else self.beta
-        return update_momentum(
-            updates, mu, beta=beta, nesterov=self.nesterov, kind=self.momentum, count=count
-        )
+        gpu = find_placing(self.mesh, jax.tree.leaves(updates)).platform == "gpu"
+        settings = {"nesterov": self.nesterov, "kind": self.momentum, "gpu": gpu}
+        return update_momentum(updates, mu, beta=beta, count=count, **settings)
 
     def matrices(self, tree: Any, axes: Any = None) -> "Matrices":
         """Returns the leaves of a tree as matrices with their layouts."""
