@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import pytest
 
 import muon_jax
-from experiments.compiled import measure
+from experiments.compiled import Program, measure
+from experiments.grok.config import Cell, Config
+from experiments.grok.train import compile_arm
 from experiments.language.mesh import one_device
+from experiments.roofline import estimate
 from experiments.topology import TopologyError, topology_devices
 
 
@@ -46,3 +49,25 @@ def test_an_update_of_a_toy_is_one_stack(gpu):
         program = measure(jax.jit(tx.update, out_shardings=place).lower(xs, state).compile())
     assert program.flops == muon_jax.plan(xs, mesh=gpu).total("flops")
     assert program.kernel_count <= 47
+
+
+def test_a_muon_step_of_grokking_takes_at_most_one_and_a_half_of_adamws(gpu):
+    """By the roofline, one layer and three seeds together: 0.338 and 0.228 ms, 116 and 85 kernels.
+
+    Without merging the momentum of leaves of one shape it would be 0.353 ms and 123.
+    """
+    device, config = gpu.devices.flat[0], Config(layers=1)
+
+    def step_of(optimizer):
+        program = compile_arm(config, Cell("mul", "softmax", optimizer, 0), 3, device)
+        kernels = measure(program.epoch).kernels
+        steps = [
+            dataclasses.replace(kernel, runs=kernel.runs // program.steps)
+            for kernel in kernels
+            if kernel.runs % program.steps == 0
+        ]
+        return estimate(Program(0, {}, kernels=tuple(steps)), device.device_kind)
+
+    muon, adamw = step_of("muon"), step_of("adamw")
+    assert muon.kernels <= 120
+    assert muon.seconds <= 1.5 * adamw.seconds
