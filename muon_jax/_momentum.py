@@ -152,8 +152,8 @@ def update_momentum(
 
     `count` is the number of this step, from 1. On a GPU the same numbers take fewer kernels.
     """
-    if gpu:  # XLA merges the kernels of several leaves if they share an operand
-        beta = jnp.where(count > 0, beta, 0)
+    if gpu:  # XLA merges the kernels of leaves that share an operand which is no scalar
+        beta = jax.lax.optimization_barrier(jnp.where(count > 0, jnp.full(2, beta), 0))[0]
 
     def average(g: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
         dtype = accumulator(jnp.promote_types(g.dtype, m.dtype))
