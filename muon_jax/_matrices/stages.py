@@ -78,8 +78,10 @@ class Stages:
         """Returns the average to orthogonalise at step `count`, from 1, and the new momentum."""
         beta = self.beta(count - 1) if callable(self.beta) else self.beta
         gpu = find_placing(self.mesh, jax.tree.leaves(updates)).platform == "gpu"
-        settings = {"nesterov": self.nesterov, "kind": self.momentum, "gpu": gpu}
-        return update_momentum(updates, mu, beta=beta, count=count, **settings)
+        kind, nesterov = self.momentum, self.nesterov
+        return update_momentum(
+            updates, mu, beta=beta, nesterov=nesterov, kind=kind, count=count, gpu=gpu
+        )
 
     def matrices(self, tree: Any, axes: Any = None) -> "Matrices":
         """Returns the leaves of a tree as matrices with their layouts."""
