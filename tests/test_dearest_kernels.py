@@ -6,6 +6,7 @@ import re
 import finetuning
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import muon_jax
@@ -15,6 +16,7 @@ from experiments.grok.train import compile_arm
 from experiments.language.mesh import one_device
 from experiments.roofline import estimate
 from experiments.topology import TopologyError, topology_devices
+from muon_jax._momentum import update_momentum
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,18 @@ def test_leaves_of_one_shape_share_the_kernels_of_their_momentum(gpu):
     """Three in all: of twelve leaves, of the count, and of the coefficient that the leaves read."""
     tx = muon_jax.scale_by_muon(orthogonalizer=lambda x: x, mesh=gpu)
     assert _update(gpu, tx, ((128, 128),) * 12).kernel_count == 3
+
+
+@pytest.mark.parametrize("kind", ["ema", "heavy_ball", "optax"])
+def test_the_momentum_of_a_gpu_has_the_same_numbers(kind):
+    """Also where sums overflow, and of gradients that are infinite or NaN."""
+    largest = float(jnp.finfo(jnp.float32).max)
+    numbers = jnp.array([0.0, 1e-38, -3.0, largest, -largest, jnp.inf, -jnp.inf, jnp.nan])
+    g, mu = (x.ravel() for x in jnp.meshgrid(numbers, numbers))
+    settings = {"beta": 0.95, "nesterov": True, "kind": kind, "count": jnp.int32(1)}
+    plain, merged = (update_momentum(g, mu, gpu=gpu, **settings) for gpu in (False, True))
+    for one, other in zip(plain, merged, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-6)
 
 
 def test_a_muon_step_of_grokking_takes_at_most_one_and_a_half_of_adamws(gpu):
