@@ -142,12 +142,14 @@ def as_array_tree(mu: Any) -> optax.Updates:
 
 
 def update_momentum(
-    updates: optax.Updates, mu: Any, *, beta, nesterov: bool, kind: str, count: jax.Array
+    updates: optax.Updates, mu: Any, *, beta, nesterov: bool, kind: str, count: jax.Array, gpu: bool
 ) -> tuple[optax.Updates, Any]:
     """Returns the average to orthogonalise, in the gradients' dtypes, and the new `mu`.
 
-    `count` is the number of this step, from 1.
+    `count` is the number of this step, from 1. On a GPU the same numbers take fewer kernels.
     """
+    if gpu:  # XLA merges the kernels of leaves that share an operand which is no scalar
+        beta = jax.lax.optimization_barrier(jnp.where(count > 0, jnp.full(2, beta), 0))[0]
 
     def average(g: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
         dtype = accumulator(jnp.promote_types(g.dtype, m.dtype))
@@ -155,7 +157,10 @@ def update_momentum(
         wide = g.astype(dtype)
         new = MOMENTA[kind](wide, m.astype(dtype), b)
         ahead = _look_ahead(kind, wide, new, b, nesterov, count)
-        finite = jnp.isfinite(g) & jnp.isfinite(m)
+        if gpu and g.dtype == m.dtype == dtype:
+            finite = jnp.isfinite(g / 2 + m / 2)  # infinite or NaN only if g or m is
+        else:
+            finite = jnp.isfinite(g) & jnp.isfinite(m)
         return clipped(ahead, finite, g.dtype), clipped(new, finite, dtype)
 
     gradients, tree = jax.tree.flatten(updates)

@@ -163,6 +163,7 @@ def plan(
             stack = stacks[span.stack]
             split = placing.ways(stack.in_axes + stack.out_axes)
             held.append(span.matrices * stack.fan_in * stack.fan_out // split)
+        held = held if device.on_chip else [sum(held)]  # leaves of one shape share a GPU's kernel
         # Updates that stay in on-chip memory are not written, and the step is fused with a product.
         stays = device.on_chip and not bucket.axes
         kernels = [Kernel(0, (3 if stays else 4) * numbers) for numbers in held]

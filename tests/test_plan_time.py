@@ -78,14 +78,14 @@ def test_kernels_of_panels_by_hand():
 
 
 def test_a_plan_tells_its_time_by_hand(monkeypatch):
-    """Momentum reads and writes four arrays a leaf, the step three, AdamW seven."""
+    """Momentum reads and writes four arrays of all leaves, the step three, AdamW seven."""
     monkeypatch.setitem(DEVICES, "gpu", BY_HAND)
     shapes = {"a/kernel": (4, 8), "b/kernel": (4, 8), "scale": (10,)}
     params = {name: jax.ShapeDtypeStruct(x, jnp.bfloat16) for name, x in shapes.items()}
     plan = muon_jax.plan(params, ns_steps=1, platform="gpu", mesh=AbstractMesh((1,), ("d",)))
     muon, other = plan.rows
     kernels = Form("standard").kernels(4, [(2, 8)], ((1, 2, 3),), BY_HAND)
-    ends = [Kernel(0, 4 * 32), Kernel(0, 4 * 32), Kernel(0, 3 * 64)]
+    ends = [Kernel(0, 4 * 64), Kernel(0, 3 * 64)]
     assert muon.seconds == pytest.approx(BY_HAND.seconds(kernels + ends, jnp.bfloat16))
     assert other.seconds == pytest.approx(1e-3 + 7 * 10 * 2e-6)
     assert (

@@ -78,8 +78,10 @@ class Stages:
     ) -> tuple[optax.Updates, Any]:
         """Returns the average to orthogonalise at step `count`, from 1, and the new momentum."""
         beta = self.beta(count - 1) if callable(self.beta) else self.beta
+        gpu = find_placing(self.mesh, jax.tree.leaves(updates)).platform == "gpu"
+        kind, nesterov = self.momentum, self.nesterov
         return update_momentum(
-            updates, mu, beta=beta, nesterov=self.nesterov, kind=self.momentum, count=count
+            updates, mu, beta=beta, nesterov=nesterov, kind=kind, count=count, gpu=gpu
         )
 
     def matrices(self, tree: Any, axes: Any = None) -> "Matrices":
