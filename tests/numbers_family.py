@@ -167,20 +167,20 @@ def sentences():
     yield "family", "by {:.3f} to {:.3f} nats".format(*leads)
     yield "family", f"(NorMuon {mean['muon'] - mean['normuon']:.3f})"
     rest = {name: arm["losses_by_seed"] for name, arm in arms("family", "rest").items()}
-    yield "family", f"Muon is {gap(rest['muon_rest'], new['muon'])} below itself at 0.006"
-    yield "family", f"AdamW with 0.048 {gap(rest['adamw_rest'], new['adamw'])} below its own"
+    yield "family", f"Muon's loss changes by {gap(rest['muon_rest'], new['muon'])} from"
+    yield "family", f"changes by {gap(rest['adamw_rest'], new['adamw'])} from that with a"
     told, fair = gap(rest["muon_rest"], rest["adamw_rest"]), mean["adamw"] - mean["muon"]
     yield "family", f"falls from {fair:.3f} to {told[1:6]}: {told}"
     fair = {name: arm["validation_loss"] for name, arm in arms("family", "rest_leaders").items()}
     assert [*fair] == ["aurora", "muon_eq", "muon_squared", "soap_muon", "muon"]
     gone = [1 - (fair["muon"] - fair[of]) / (mean["muon"] - mean[of]) for of in four]
     least, most = 100 * min(gone), 100 * max(gone)
-    yield "family", f"lead, by {fair['muon'] - fair['aurora']:.3f} nats at most: {least:.0f} to"
-    yield "family", f"{least:.0f} to {most:.0f} % of the leads above went with the low rate"
+    yield "family", f"lead, by {fair['muon'] - fair['aurora']:.3f} nats at most: the better rate"
+    yield "family", f"the better rate takes {least:.0f} to {most:.0f} % of the leads above"
     late = [arms("family", of)["muon"]["losses_by_seed"] for of in ("rest_long", "long")]
     yield "family", f"Muon is {gap(*late)} to itself beside 0.006"
     (own,) = arms("family", "rest_hidden").values()
-    yield "family", f"(0.012 by seed 0) give AdamW no more: {spread(own['losses_by_seed'])}"
+    yield "family", f"(0.012 by seed 0) gains AdamW nothing more: {spread(own['losses_by_seed'])}"
     packed = {name: arm["validation_loss"] for name, arm in arms("family", "int4").items()}
     yield "family", f"int8 {packed['muon_int8']:.3f}, as Muon itself; int4"
     yield "family", f"half a byte an entry, {packed['muon_int4']:.3f}."

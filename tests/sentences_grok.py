@@ -181,15 +181,15 @@ def of_grok():
             yield f"`muon_only` groks at epoch {grok['muon_only']:.0f} and is the last of the 19"
     every = [row for name in GROK for row in cells(name)]
     digests = {row["params_sha256"] for row in every}
-    yield f"{len(every)} rows are of {len(digests)} trainings"
+    yield f"{len(every)} rows of {len(digests)} trainings"
     for deviation in (0.15, 0.2):
         ratios = [f"{detectable(deviation, n):.2f}" for n in (3, 5, 10)]
         yield f"| {deviation} | {' | '.join(ratios)} |"
     pair = best_of("rates", 0.004, 1, "adamw"), best_of("rates", 0.08, 0.3, "muon")
     deviation = np.std(logs("rates", *pair, weight=cost), ddof=1)
     chances = [round(100 * power(math.log(1.25), deviation, n)) for n in (3, 10)]
-    yield f"it is {deviation:.2f}: of a true ratio of FLOPs of 1.25, three seeds had a chance of "
-    yield f"{chances[0]} %, and ten would have {chances[1]} %"
+    yield f"the deviation is {deviation:.2f}: three seeds had a chance of {chances[0]} % to show a true"
+    yield f"ratio of FLOPs of 1.25, and ten would have {chances[1]} %"
     seconds = logs("rates", *pair, weight=lambda r: r["steps_per_epoch"] / r["steps_per_second"])
     yield f"seconds ({interval(seconds)})"
     for name, settings in (("rates", ("10 of its 15", "11 of Muon's 12")), ("tuned", ("8 of",))):
