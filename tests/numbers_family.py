@@ -169,14 +169,16 @@ def sentences():
     rest = {name: arm["losses_by_seed"] for name, arm in arms("family", "rest").items()}
     yield "family", f"Muon's loss changes by {gap(rest['muon_rest'], new['muon'])} from"
     yield "family", f"changes by {gap(rest['adamw_rest'], new['adamw'])} from that with a"
-    told, fair = gap(rest["muon_rest"], rest["adamw_rest"]), mean["adamw"] - mean["muon"]
-    yield "family", f"falls from {fair:.3f} to {told[1:6]}: {told}"
+    told, ahead = gap(rest["muon_rest"], rest["adamw_rest"]), mean["adamw"] - mean["muon"]
+    yield "family", f"falls from {ahead:.3f} to {told[1:6]}: {told}"
     fair = {name: arm["validation_loss"] for name, arm in arms("family", "rest_leaders").items()}
     assert [*fair] == ["aurora", "muon_eq", "muon_squared", "soap_muon", "muon"]
     gone = [1 - (fair["muon"] - fair[of]) / (mean["muon"] - mean[of]) for of in four]
     least, most = 100 * min(gone), 100 * max(gone)
     yield "family", f"lead, by {fair['muon'] - fair['aurora']:.3f} nats at most: the better rate"
     yield "family", f"the better rate takes {least:.0f} to {most:.0f} % of the leads above"
+    slim = {name: arm["validation_loss"] for name, arm in arms("family", "narrow").items()}
+    yield "family", f"is smaller, {slim['adamw'] - slim['muon']:.3f} against {ahead:.3f}"
     late = [arms("family", of)["muon"]["losses_by_seed"] for of in ("rest_long", "long")]
     yield "family", f"Muon is {gap(*late)} to itself beside 0.006"
     (own,) = arms("family", "rest_hidden").values()
@@ -215,6 +217,7 @@ TABLES = {
     ("family", "AdamW's rate for the rest", 0): beside,
     ("family", "AdamW's rate for the rest", 1): functools.partial(beside_muon, "rest_leaders"),
     ("family", "AdamW's rate for the rest", 2): functools.partial(beside_muon, "rest_long"),
+    ("family", "A narrower model", 0): functools.partial(beside_muon, "narrow"),
     ("family", "What an update costs", 0): updates,
     ("family", "Rates and width", 1): widths,
 }

@@ -49,6 +49,21 @@ def spearman(name, setting, optimizer, unit):
     return found.statistic, found.pvalue
 
 
+def spikes():
+    """Of the gradient norm: how many a training has, and the largest over its running median."""
+    rows = {o: cells("spikes", optimizer=o) for o in ("adamw", "muon", "muon_only", "muonclip")}
+    counts = {o: [row["spikes"] for row in own] for o, own in rows.items()}
+    assert not any(sum(own) for o, own in counts.items() if o != "adamw")
+    more = np.subtract(counts["adamw"], counts["muon"])
+    low, high = stats.t.interval(0.95, 2, np.mean(more), stats.sem(more))
+    many = f"{min(counts['adamw'])} to {max(counts['adamw'])}"
+    yield f"AdamW {many}, {np.mean(more):.0f} [{low:.0f}, {high:.0f}] more than Muon"
+    base, *others = ([row["largest_spike"] for row in own] for own in rows.values())
+    ends = min(map(min, others)), max(map(max, others))
+    yield f"AdamW {min(base):,.0f} to {max(base):,.0f}, the others {ends[0]:.1f} to {ends[1]:.1f} |"
+    yield f"AdamW has {many} in 200 epochs, at up to {max(base):,.0f} times the running median"
+
+
 def of_grok():
     paper = {o: cells("paper", optimizer=o) for o in ("adamw", "muon")}
     for kind, mark in (("softmax", ""), ("stablemax", "≥ "), ("sparsemax", "≥ ")):
@@ -105,6 +120,7 @@ def of_grok():
         shares = sorted(row["clipped_share"] for row in own)
         told.append(f"{shares[0]:.0%} to {shares[-1]:.0%}".replace("%", " %"))
     yield "threshold 1 {}, clipping in {} of the steps; 4 {}, in {}".format(*told)
+    yield from spikes()
     bare = {o: cells("no_norm", optimizer=o, point="norm=none") for o in ARMS}
     normed = {o: cells("no_norm", optimizer=o, point="norm=rms") for o in ARMS}
     assert not any(row["collapse_epoch"] for rows in bare.values() for row in rows)
@@ -188,8 +204,8 @@ def of_grok():
     pair = best_of("rates", 0.004, 1, "adamw"), best_of("rates", 0.08, 0.3, "muon")
     deviation = np.std(logs("rates", *pair, weight=cost), ddof=1)
     chances = [round(100 * power(math.log(1.25), deviation, n)) for n in (3, 10)]
-    yield f"the deviation is {deviation:.2f}: three seeds had a chance of {chances[0]} % to show a true"
-    yield f"ratio of FLOPs of 1.25, and ten would have {chances[1]} %"
+    yield f"the deviation is {deviation:.2f}: three seeds had a chance of {chances[0]} % to"
+    yield f"show a true ratio of FLOPs of 1.25, and ten would have {chances[1]} %"
     seconds = logs("rates", *pair, weight=lambda r: r["steps_per_epoch"] / r["steps_per_second"])
     yield f"seconds ({interval(seconds)})"
     for name, settings in (("rates", ("10 of its 15", "11 of Muon's 12")), ("tuned", ("8 of",))):
