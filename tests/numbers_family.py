@@ -84,7 +84,7 @@ def widths():
 def claims_of_family():
     """The measured cells of its table of claims: differences to Muon's loss, and p after Holm."""
     loss, p = {}, {}
-    for file in ("default", "norms", "long", "rest_leaders"):
+    for file in ("default", "norms", "long", "rest_leaders", "narrow"):
         every = {name: arm["losses_by_seed"] for name, arm in arms("family", file).items()}
         others = [name for name in every if name != "muon"]
         found = holm([p_of(every[name], every["muon"]) for name in others])
@@ -93,17 +93,20 @@ def claims_of_family():
     def minus(file, name, base="muon"):
         return gap(loss[file][name], loss[file][base])
 
-    assert [len(p[file]) for file in p] == [18, 17, 6, 4]
+    assert [len(p[file]) for file in p] == [18, 17, 6, 4, 4]
     rest = {name: arm["losses_by_seed"] for name, arm in arms("family", "rest").items()}
     apart = gap(rest["muon_rest"], rest["adamw_rest"])
     lead = f"{minus('norms', 'muon', 'adamw')}, p {small(p['norms']['adamw'])}"
-    yield f"minus AdamW's {lead}; rest swept {apart} |"
+    slim = f"{minus('narrow', 'muon', 'adamw')}, p {small(p['narrow']['adamw'])}"
+    yield f"minus AdamW's {lead}; rest swept {apart}; at width 64 {slim} |"
     lead = minus("long", "muon", "adamw")
     yield f"in 900 steps {lead}, p = {small(p['long']['adamw'])}"
     for name in ("normuon", "muon_squared", "muon_eq", "aurora", "soap_muon"):
         files = [file for file in ("norms", "rest_leaders") if name in loss[file]]
         told = [f"{minus(file, name)}, p = {small(p[file][name])}" for file in files]
-        yield f"| {'; rest swept '.join(told)}; in 900 {minus('long', name)} |"
+        slim = f"; at width 64 {minus('narrow', name)}" if name in loss["narrow"] else ""
+        yield f"| {'; rest swept '.join(told)}; in 900 {minus('long', name)}{slim} |"
+    assert {small(p["narrow"][name]) for name in ("muon_squared", "muon_eq", "aurora")} == {"0.001"}
     assert min(p["long"][name] for name in p["long"] if name != "adamw") > 0.3
     (chance,) = {small(p["norms"][name]) for name in ("namo", "polargrad")}
     yield f"| {minus('norms', 'namo')} and {minus('norms', 'polargrad')}, p = {chance} |"
