@@ -51,17 +51,21 @@ def spearman(name, setting, optimizer, unit):
 
 def spikes():
     """Of the gradient norm: how many a training has, and the largest over its running median."""
-    rows = {o: cells("spikes", optimizer=o) for o in ("adamw", "muon", "muon_only", "muonclip")}
-    counts = {o: [row["spikes"] for row in own] for o, own in rows.items()}
-    assert not any(sum(own) for o, own in counts.items() if o != "adamw")
-    more = np.subtract(counts["adamw"], counts["muon"])
-    low, high = stats.t.interval(0.95, 2, np.mean(more), stats.sem(more))
-    many = f"{min(counts['adamw'])} to {max(counts['adamw'])}"
-    yield f"AdamW {many}, {np.mean(more):.0f} [{low:.0f}, {high:.0f}] more than Muon"
-    base, *others = ([row["largest_spike"] for row in own] for own in rows.values())
-    ends = min(map(min, others)), max(map(max, others))
-    yield f"AdamW {min(base):,.0f} to {max(base):,.0f}, the others {ends[0]:.1f} to {ends[1]:.1f} |"
-    yield f"AdamW has {many} in 200 epochs, at up to {max(base):,.0f} times the running median"
+    for name in ("spikes", "spikes_tuned"):
+        others = [row for row in cells(name) if row["optimizer"] not in ARMS]
+        rows = {o: cells(name, optimizer=o) for o in ARMS}
+        counts = {o: [row["spikes"] for row in own] for o, own in rows.items()}
+        many = {o: f"{min(own)} to {max(own)}" for o, own in counts.items()}
+        top = {o: f"{max(row['largest_spike'] for row in own):,.0f}" for o, own in rows.items()}
+        more = np.subtract(*counts.values())
+        low, high = stats.t.interval(0.95, 2, np.mean(more), stats.sem(more))
+        yield f"AdamW {many['adamw']}, {np.mean(more):.0f} [{low:.0f}, {high:.0f}] more than Muon"
+        if name == "spikes":
+            assert not any(row["spikes"] for row in [*rows["muon"], *others]) and len(others) == 6
+            yield f"AdamW has {many['adamw']} in 200 epochs, up to {top['adamw']} times the running"
+        else:
+            yield f"AdamW {many['adamw']} times, up to {top['adamw']} times the median, Muon"
+            yield f"Muon {many['muon']} times, up to {top['muon']} times."
 
 
 def of_grok():
