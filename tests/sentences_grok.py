@@ -49,6 +49,36 @@ def spearman(name, setting, optimizer, unit):
     return found.statistic, found.pvalue
 
 
+def tuned_narrow():
+    """Of width 64 with both tuned: the settings that seed 0 tried, and the others' judgement."""
+    first = {row["point"]: row[HELD] for row in cells("tuned_64")}
+    adamw = [
+        first[f"adamw.learning-rate={x} adamw.weight-decay=1"] for x in (0.008, 0.004, 0.002, 0.016)
+    ]
+    yield "AdamW groks at epoch {} at 0.008 × 1, at {} and {} with half and a quarter".format(
+        *adamw
+    )
+    assert adamw[3] is None and budget("tuned_64") == 200
+    muon = sorted(held for point, held in first.items() if point.startswith("muon"))
+    yield "Muon groks at {} at 0.08 × 0.3, at {} at 0.02 × 1, and at {} to {} at four".format(
+        *muon[:3], muon[-1]
+    )
+    settings = ("0.08 muon.weight-decay=0.3", "0.02 muon.weight-decay=1")
+    points = [f"muon.learning-rate={setting}" for setting in settings]
+    assert len(muon) == 6 and [first[point] for point in points] == muon[:2]
+    base = cells("fresh_64", optimizer="adamw")
+    p, ratios = [], []
+    for weight in (lambda row: 1, cost):
+        own = [logs("fresh_64", base, cells("fresh_64", point=x), weight=weight) for x in points]
+        own = [of[1:] for of in own]  # of seeds 1 to 5
+        ratios.append([interval(of) for of in own])
+        p.append({f"{x:.2f}" for x in holm([stats.ttest_1samp(of, 0).pvalue for of in own])})
+    ((late,), (dear,)) = p
+    yield f"ahead of both, {ratios[1][0]} and {ratios[1][1]} (p = {dear} after Holm for both)"
+    yield f"the epochs are not distinguishable (p = {late})"
+    yield f"at 64 with both tuned {ratios[0][0]}, FLOPs {ratios[1][0]}, p = {dear} |"
+
+
 def spikes():
     """Of the gradient norm: how many a training has, and the largest over its running median."""
     for name in ("spikes", "spikes_tuned"):
@@ -125,6 +155,7 @@ def of_grok():
         told.append(f"{shares[0]:.0%} to {shares[-1]:.0%}".replace("%", " %"))
     yield "threshold 1 {}, clipping in {} of the steps; 4 {}, in {}".format(*told)
     yield from spikes()
+    yield from tuned_narrow()
     bare = {o: cells("no_norm", optimizer=o, point="norm=none") for o in ARMS}
     normed = {o: cells("no_norm", optimizer=o, point="norm=rms") for o in ARMS}
     assert not any(row["collapse_epoch"] for rows in bare.values() for row in rows)
