@@ -31,10 +31,19 @@ def beside_muon(name):
     found = []
     for own, arm in every.items():
         losses = arm["losses_by_seed"]
-        assert arm["at_edge"] == name.endswith("long")  # which has one rate
+        assert arm["at_edge"] == name.endswith("long")  # of one rate
         told = ["", ""] if own == "muon" else [gap(losses, base), small(p[own])]
         found.append([f"{arm['best_rate']:g}", spread(losses), *told])
     return found
+
+
+def late_rates():
+    """At 900 steps: seed 0's losses by ascending rate, then as `beside_muon`."""
+    losses = [arm["losses_by_rate"] for arm in arms("family", "long_rates").values()]
+    tried = [", ".join(f"{own[rate]:.3f}" for rate in sorted(own, key=float)) for own in losses]
+    same = arms("family", "long")["muon"]["losses_by_seed"]  # of the same training
+    assert arms("family", "long_rates")["muon"]["losses_by_seed"] == same
+    return [[x, *row] for x, row in zip(tried, beside_muon("long_rates"), strict=True)]
 
 
 def beside():
@@ -84,7 +93,7 @@ def widths():
 def claims_of_family():
     """The measured cells of its table of claims: differences to Muon's loss, and p after Holm."""
     loss, p = {}, {}
-    for file in ("default", "norms", "long", "rest_leaders"):
+    for file in ("default", "norms", "long", "long_rates", "rest_leaders", "narrow"):
         every = {name: arm["losses_by_seed"] for name, arm in arms("family", file).items()}
         others = [name for name in every if name != "muon"]
         found = holm([p_of(every[name], every["muon"]) for name in others])
@@ -93,17 +102,21 @@ def claims_of_family():
     def minus(file, name, base="muon"):
         return gap(loss[file][name], loss[file][base])
 
-    assert [len(p[file]) for file in p] == [18, 17, 6, 4]
+    assert [len(p[file]) for file in p] == [18, 17, 6, 3, 4, 4]
     rest = {name: arm["losses_by_seed"] for name, arm in arms("family", "rest").items()}
     apart = gap(rest["muon_rest"], rest["adamw_rest"])
     lead = f"{minus('norms', 'muon', 'adamw')}, p {small(p['norms']['adamw'])}"
-    yield f"minus AdamW's {lead}; rest swept {apart} |"
+    slim = f"{minus('narrow', 'muon', 'adamw')}, p {small(p['narrow']['adamw'])}"
+    yield f"minus AdamW's {lead}; rest swept {apart}; at width 64 {slim} |"
     lead = minus("long", "muon", "adamw")
     yield f"in 900 steps {lead}, p = {small(p['long']['adamw'])}"
     for name in ("normuon", "muon_squared", "muon_eq", "aurora", "soap_muon"):
         files = [file for file in ("norms", "rest_leaders") if name in loss[file]]
         told = [f"{minus(file, name)}, p = {small(p[file][name])}" for file in files]
-        yield f"| {'; rest swept '.join(told)}; in 900 {minus('long', name)} |"
+        slim = f"; at width 64 {minus('narrow', name)}" if name in loss["narrow"] else ""
+        late = f", rate swept {minus('long_rates', name)}" if name in loss["long_rates"] else ""
+        yield f"| {'; rest swept '.join(told)}; in 900 {minus('long', name)}{late}{slim} |"
+    assert {small(p["narrow"][name]) for name in ("muon_squared", "muon_eq", "aurora")} == {"0.001"}
     assert min(p["long"][name] for name in p["long"] if name != "adamw") > 0.3
     (chance,) = {small(p["norms"][name]) for name in ("namo", "polargrad")}
     yield f"| {minus('norms', 'namo')} and {minus('norms', 'polargrad')}, p = {chance} |"
@@ -167,20 +180,28 @@ def sentences():
     yield "family", "by {:.3f} to {:.3f} nats".format(*leads)
     yield "family", f"(NorMuon {mean['muon'] - mean['normuon']:.3f})"
     rest = {name: arm["losses_by_seed"] for name, arm in arms("family", "rest").items()}
-    yield "family", f"Muon is {gap(rest['muon_rest'], new['muon'])} below itself at 0.006"
-    yield "family", f"AdamW with 0.048 {gap(rest['adamw_rest'], new['adamw'])} below its own"
-    told, fair = gap(rest["muon_rest"], rest["adamw_rest"]), mean["adamw"] - mean["muon"]
-    yield "family", f"falls from {fair:.3f} to {told[1:6]}: {told}"
+    yield "family", f"Muon's loss changes by {gap(rest['muon_rest'], new['muon'])} from"
+    yield "family", f"changes by {gap(rest['adamw_rest'], new['adamw'])} from that with a"
+    told, ahead = gap(rest["muon_rest"], rest["adamw_rest"]), mean["adamw"] - mean["muon"]
+    yield "family", f"falls from {ahead:.3f} to {told[1:6]}: {told}"
     fair = {name: arm["validation_loss"] for name, arm in arms("family", "rest_leaders").items()}
     assert [*fair] == ["aurora", "muon_eq", "muon_squared", "soap_muon", "muon"]
     gone = [1 - (fair["muon"] - fair[of]) / (mean["muon"] - mean[of]) for of in four]
     least, most = 100 * min(gone), 100 * max(gone)
-    yield "family", f"lead, by {fair['muon'] - fair['aurora']:.3f} nats at most: {least:.0f} to"
-    yield "family", f"{least:.0f} to {most:.0f} % of the leads above went with the low rate"
+    yield "family", f"lead, by {fair['muon'] - fair['aurora']:.3f} nats at most: the better rate"
+    yield "family", f"the better rate takes {least:.0f} to {most:.0f} % of the leads above"
+    slim = {name: arm["validation_loss"] for name, arm in arms("family", "narrow").items()}
+    yield "family", f"is smaller, {slim['adamw'] - slim['muon']:.3f} against {ahead:.3f}"
+    late = {name: arm["losses_by_seed"] for name, arm in arms("family", "long_rates").items()}
+    seen = [f"{found_by(late[name], late['muon']):.2f}" for name in ("muon_eq", "muon_squared")]
+    yield "family", "Muon of {} (MuonEq) and {} nats (Muon²), before Holm".format(*seen)
+    far = [min(arm["losses_by_rate"].values()) for arm in arms("family", "long_rates").values()]
+    kept = [arms("family", "long")[name]["losses_by_seed"]["0"] for name in late]
+    yield "family", f"cost at most {max(np.subtract(kept, far)):.3f} nats on seed 0"
     late = [arms("family", of)["muon"]["losses_by_seed"] for of in ("rest_long", "long")]
     yield "family", f"Muon is {gap(*late)} to itself beside 0.006"
     (own,) = arms("family", "rest_hidden").values()
-    yield "family", f"(0.012 by seed 0) give AdamW no more: {spread(own['losses_by_seed'])}"
+    yield "family", f"(0.012 by seed 0) gains AdamW nothing more: {spread(own['losses_by_seed'])}"
     packed = {name: arm["validation_loss"] for name, arm in arms("family", "int4").items()}
     yield "family", f"int8 {packed['muon_int8']:.3f}, as Muon itself; int4"
     yield "family", f"half a byte an entry, {packed['muon_int4']:.3f}."
@@ -212,9 +233,11 @@ TABLES = {
     ("family", "The family study", 0): family,
     ("family", "The variants of 2026", 0): functools.partial(beside_muon, "norms"),
     ("family", "The variants of 2026", 1): functools.partial(beside_muon, "long"),
+    ("family", "The variants of 2026", 2): late_rates,
     ("family", "AdamW's rate for the rest", 0): beside,
     ("family", "AdamW's rate for the rest", 1): functools.partial(beside_muon, "rest_leaders"),
     ("family", "AdamW's rate for the rest", 2): functools.partial(beside_muon, "rest_long"),
+    ("family", "A narrower model", 0): functools.partial(beside_muon, "narrow"),
     ("family", "What an update costs", 0): updates,
     ("family", "Rates and width", 1): widths,
 }

@@ -188,11 +188,12 @@ def tuned():
     return found
 
 
-def judged(slow, fast):
+def judged(slow, fast, first=3):
     """Ratios over the seeds that did not choose the settings."""
-    own = [[row for row in rows if row["seed"] >= 3] for rows in (slow, fast)]
+    own = [[row for row in rows if row["seed"] >= first] for rows in (slow, fast)]
     pairs = list(zip(*own, strict=True))
-    assert all(a["seed"] == b["seed"] for a, b in pairs) and len(pairs) == 10
+    assert all(a["seed"] == b["seed"] for a, b in pairs)
+    assert len(pairs) == {3: 10, 1: 5}[first]
 
     def ratio(value):
         return interval([math.log(value(a) / value(b)) for a, b in pairs])
@@ -210,7 +211,13 @@ def fresh():
         task: [cells(name, optimizer=o) for o in ("adamw", "muon")] for task, name in FRESH.items()
     }
     both["division, AdamW beside Muon at 0.004"] = [both["division"][0], cells("fresh_beside")]
-    return [[task, *judged(*pair)] for task, pair in both.items()]
+    found = [[task, *judged(*pair)] for task, pair in both.items()]
+    narrow = cells("fresh_64", optimizer="adamw")
+    for rate, decay in ((0.08, 0.3), (0.02, 1)):
+        point = f"muon.learning-rate={rate} muon.weight-decay={decay}"
+        pair = narrow, cells("fresh_64", point=point)
+        found.append([f"division, width 64, Muon at {rate} × {decay}", *judged(*pair, first=1)])
+    return found
 
 
 def pair_at(name, setting, value):

@@ -49,6 +49,58 @@ def spearman(name, setting, optimizer, unit):
     return found.statistic, found.pvalue
 
 
+def tuned_narrow():
+    """Of width 64 with both tuned: the settings that seed 0 tried, and the others' judgement."""
+    first = {row["point"]: row[HELD] for row in cells("tuned_64")}
+    adamw = [
+        first[f"adamw.learning-rate={x} adamw.weight-decay=1"] for x in (0.008, 0.004, 0.002, 0.016)
+    ]
+    yield "AdamW groks at epoch {} at 0.008 × 1, at {} and {} with half and a quarter".format(
+        *adamw
+    )
+    assert adamw[3] is None and budget("tuned_64") == 200
+    muon = sorted(held for point, held in first.items() if point.startswith("muon"))
+    yield "Muon groks at {} at 0.08 × 0.3, at {} at 0.02 × 1, and at {} to {} at four".format(
+        *muon[:3], muon[-1]
+    )
+    settings = ("0.08 muon.weight-decay=0.3", "0.02 muon.weight-decay=1")
+    points = [f"muon.learning-rate={setting}" for setting in settings]
+    assert len(muon) == 6 and [first[point] for point in points] == muon[:2]
+    base = cells("fresh_64", optimizer="adamw")
+    p, ratios = [], []
+    for weight in (lambda row: 1, cost):
+        own = [logs("fresh_64", base, cells("fresh_64", point=x), weight=weight) for x in points]
+        own = [of[1:] for of in own]  # of seeds 1 to 5
+        ratios.append([interval(of) for of in own])
+        p.append({f"{x:.2f}" for x in holm([stats.ttest_1samp(of, 0).pvalue for of in own])})
+    ((late,), (dear,)) = p
+    yield f"ahead of both, {ratios[1][0]} and {ratios[1][1]} (p = {dear} after Holm for both)"
+    seen = detectable(
+        np.std(logs("fresh_64", base, cells("fresh_64", point=points[0]))[1:], ddof=1), 5
+    )
+    yield f"distinguishable (p = {late}; five seeds find a ratio of {seen:.2f} in 80 % of studies)"
+    yield f"at 64 with both tuned {ratios[0][0]}, FLOPs {ratios[1][0]}, p = {dear} |"
+
+
+def spikes():
+    """Of the gradient norm: how many a training has, and the largest over its running median."""
+    for name in ("spikes", "spikes_tuned"):
+        others = [row for row in cells(name) if row["optimizer"] not in ARMS]
+        rows = {o: cells(name, optimizer=o) for o in ARMS}
+        counts = {o: [row["spikes"] for row in own] for o, own in rows.items()}
+        many = {o: f"{min(own)} to {max(own)}" for o, own in counts.items()}
+        top = {o: f"{max(row['largest_spike'] for row in own):,.0f}" for o, own in rows.items()}
+        more = np.subtract(*counts.values())
+        low, high = stats.t.interval(0.95, 2, np.mean(more), stats.sem(more))
+        yield f"AdamW {many['adamw']}, {np.mean(more):.0f} [{low:.0f}, {high:.0f}] more than Muon"
+        if name == "spikes":
+            assert not any(row["spikes"] for row in [*rows["muon"], *others]) and len(others) == 6
+            yield f"AdamW has {many['adamw']} in 200 epochs, up to {top['adamw']} times the running"
+        else:
+            yield f"AdamW {many['adamw']} times, up to {top['adamw']} times the median, Muon"
+            yield f"Muon {many['muon']} times, up to {top['muon']} times."
+
+
 def of_grok():
     paper = {o: cells("paper", optimizer=o) for o in ("adamw", "muon")}
     for kind, mark in (("softmax", ""), ("stablemax", "≥ "), ("sparsemax", "≥ ")):
@@ -105,6 +157,8 @@ def of_grok():
         shares = sorted(row["clipped_share"] for row in own)
         told.append(f"{shares[0]:.0%} to {shares[-1]:.0%}".replace("%", " %"))
     yield "threshold 1 {}, clipping in {} of the steps; 4 {}, in {}".format(*told)
+    yield from spikes()
+    yield from tuned_narrow()
     bare = {o: cells("no_norm", optimizer=o, point="norm=none") for o in ARMS}
     normed = {o: cells("no_norm", optimizer=o, point="norm=rms") for o in ARMS}
     assert not any(row["collapse_epoch"] for rows in bare.values() for row in rows)
@@ -181,15 +235,15 @@ def of_grok():
             yield f"`muon_only` groks at epoch {grok['muon_only']:.0f} and is the last of the 19"
     every = [row for name in GROK for row in cells(name)]
     digests = {row["params_sha256"] for row in every}
-    yield f"{len(every)} rows are of {len(digests)} trainings"
+    yield f"{len(every)} rows of {len(digests)} trainings"
     for deviation in (0.15, 0.2):
         ratios = [f"{detectable(deviation, n):.2f}" for n in (3, 5, 10)]
         yield f"| {deviation} | {' | '.join(ratios)} |"
     pair = best_of("rates", 0.004, 1, "adamw"), best_of("rates", 0.08, 0.3, "muon")
     deviation = np.std(logs("rates", *pair, weight=cost), ddof=1)
     chances = [round(100 * power(math.log(1.25), deviation, n)) for n in (3, 10)]
-    yield f"it is {deviation:.2f}: of a true ratio of FLOPs of 1.25, three seeds had a chance of "
-    yield f"{chances[0]} %, and ten would have {chances[1]} %"
+    yield f"the deviation is {deviation:.2f}: three seeds had a chance of {chances[0]} % to"
+    yield f"show a true ratio of FLOPs of 1.25, and ten would have {chances[1]} %"
     seconds = logs("rates", *pair, weight=lambda r: r["steps_per_epoch"] / r["steps_per_second"])
     yield f"seconds ({interval(seconds)})"
     for name, settings in (("rates", ("10 of its 15", "11 of Muon's 12")), ("tuned", ("8 of",))):

@@ -17,7 +17,7 @@ from waiting import wait_for
 
 from experiments.commands import INTERRUPTED
 from experiments.grok import __main__ as command
-from experiments.grok import train
+from experiments.grok import statistics, train
 from experiments.grok.config import Cell, Config
 from experiments.grok.train import Epoch, milestones
 
@@ -82,6 +82,22 @@ def test_the_files_of_a_run(whole, tmp_path):
     assert rows[0]["params_sha256"] != rows[1]["params_sha256"]
     # A cell is a pure function of its settings: more seeds around it change nothing.
     assert results(tmp_path)[0] == whole[0][:2]
+
+
+def test_gradient_norms_are_recorded_for_every_step(whole, tmp_path):
+    """Recording them does not change the trained parameters."""
+    more = ("--gradient-norms", "--seeds", 1, "--probe-every", 0)
+    assert run(*TINY, *more, out=tmp_path) == 0
+    rows, lines = results(tmp_path)
+    assert [row["params_sha256"] for row in rows] == [r["params_sha256"] for r in whole[0][:2]]
+    steps = rows[0]["steps_per_epoch"]
+    assert all(len(line["gradient_norms"]) == steps for line in lines) and steps > 1
+    for row in rows:
+        own = [line["gradient_norms"] for line in lines if line["optimizer"] == row["optimizer"]]
+        found = statistics.spikes([norm for epoch in own for norm in epoch])
+        assert found == {key: row[key] for key in ("spikes", "largest_spike")}
+    first = {line["gradient_norms"][0] for line in lines if line["epoch"] == 1}
+    assert len(first) == 1 and first.pop() > 0.01  # of the same parameters and batch
 
 
 def test_ctrl_c_keeps_finished_cells_and_the_rest_follows_bit_for_bit(whole, tmp_path, monkeypatch):

@@ -185,3 +185,15 @@ def test_every_criterion_has_its_ratio():
 def test_without_the_baseline_there_is_nothing_to_test():
     run = run_of({("add", "muon", 0): 10})
     assert report_tests.tests(run) == []
+
+
+def test_spikes_are_compared_with_the_median_of_the_steps_before():
+    """A norm that stays high is a spike until the median has followed it."""
+    rng = np.random.default_rng(0)
+    norms = rng.lognormal(size=400)
+    norms[200:] *= 10
+    ratios = [norms[i] / np.median(norms[i - 50 : i]) for i in range(50, 400)]
+    found = statistics.spikes(norms.tolist())
+    assert found["spikes"] == sum(ratio > 3 for ratio in ratios) > 20
+    assert found["largest_spike"] == pytest.approx(max(ratios))
+    assert statistics.spikes(norms[:50].tolist()) == {"spikes": 0, "largest_spike": 0.0}

@@ -111,6 +111,9 @@ class Config(Settings):
     probe_every: Whole = 10
     """Number of epochs between diagnostics of the model: spectra, norms and Fourier power. They are
     also computed at the first and the last epoch; 0 turns all of them off."""
+    gradient_norms: bool = False
+    """Record the norm of every step's gradient, and count its spikes: the steps at which it is more
+    than three times its running median."""
     together: Count | None = dataclasses.field(default=None, compare=False)
     """Number of seeds that one program trains together. By default 1 on a CPU, all elsewhere."""
     out: str | None = dataclasses.field(default=None, compare=False)

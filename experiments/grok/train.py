@@ -15,7 +15,7 @@ from flax import nnx
 
 import muon_jax
 from experiments import optimizers, schedules
-from experiments.grok import prefixes, probes, tasks
+from experiments.grok import prefixes, probes, statistics, tasks
 from experiments.grok.config import Cell, Config
 from experiments.grok.losses import LOSSES
 from experiments.grok.model import configured
@@ -41,8 +41,8 @@ class Epoch(NamedTuple):
     """The results of an epoch.
 
     `seconds` is the training time since the cell's start, without evaluation. `clipped` is the
-    share of the steps in which QK-clip acted, for optimizers that have it. `probe` holds the
-    diagnostics if they were due.
+    share of the steps in which QK-clip acted, for optimizers that have it. `gradient_norms` holds
+    one norm for each step if they are wanted, `probe` the diagnostics if they were due.
     """
 
     epoch: int
@@ -53,6 +53,7 @@ class Epoch(NamedTuple):
     validation_loss: float
     validation_accuracy: float
     clipped: float | None = None
+    gradient_norms: list[float] | None = None
     probe: dict[str, Any] | None = None
 
 
@@ -68,8 +69,8 @@ class Program(NamedTuple):
 
     Attributes:
         start: A function `seeds -> State`.
-        epoch: A function `(state, train rows, seeds, epochs) -> (state, means)`, where the
-            means over the steps have names.
+        epoch: A function `(state, train rows, seeds, epochs) -> (state, measured)`. `measured`
+            has means over the steps by name, and `gradient_norms` with one norm for each step.
         evaluate: A function `(state, rows) -> (losses, correct)`, with one entry for each row.
         probe: A function `(state, train rows) -> measures`, as `probes.measure` returns them. None
             if no diagnostics are wanted.
@@ -155,6 +156,8 @@ def compile_arm(config: Config, cell: Cell, seeds: int, device: jax.Device) -> P
         if threshold is not None:
             largest = jnp.stack([logits.max() for logits in max_logits.values()]).max()
             measured["clipped"] = (largest > threshold).astype(jnp.float32)
+        if config.gradient_norms:
+            measured["gradient_norms"] = optax.tree.norm(grads)
         return State(optax.apply_updates(state.params, updates), opt_state), measured
 
     def epoch(state, train_rows, seed, number):
@@ -163,7 +166,8 @@ def compile_arm(config: Config, cell: Cell, seeds: int, device: jax.Device) -> P
         order = jax.random.permutation(order_key, train_rows)[: steps * batch]
         scanned = order.reshape(steps, batch), jax.random.split(dropout_key, steps)
         state, measured = jax.lax.scan(step, state, scanned)
-        return state, jax.tree.map(jnp.mean, measured)
+        norms = {key: measured.pop(key) for key in ("gradient_norms",) if key in measured}
+        return state, jax.tree.map(jnp.mean, measured) | norms
 
     def evaluate(state, eval_rows):
         params = optimizers.ARMS[cell.optimizer].eval_params(state.opt_state, state.params)
@@ -271,7 +275,7 @@ def train_cells(
     for number in range(1, settings.epochs + 1):
         numbers = program.place(np.full(len(cells), number, np.int32))
         began = time.perf_counter()
-        state, means = jax.block_until_ready(program.epoch(state, train_rows, seeds, numbers))
+        state, found = jax.block_until_ready(program.epoch(state, train_rows, seeds, numbers))
         seconds += time.perf_counter() - began
         losses, correct = map(np.asarray, program.evaluate(state, eval_rows))
         due = program.probe and (number == 1 or number % settings.probe_every == 0)
@@ -281,11 +285,14 @@ def train_cells(
                 epoch=number,
                 step=number * program.steps,
                 seconds=seconds,
-                train_loss=float(means["loss"][i]),
+                train_loss=float(found["loss"][i]),
                 train_accuracy=float(correct[i, :sample].mean()),
                 validation_loss=float(losses[i, sample:].mean(dtype=np.float64)),
                 validation_accuracy=float(correct[i, sample:].mean()),
-                clipped=float(means["clipped"][i]) if "clipped" in means else None,
+                clipped=float(found["clipped"][i]) if "clipped" in found else None,
+                gradient_norms=found["gradient_norms"][i].tolist()
+                if "gradient_norms" in found
+                else None,
             )
             finite = math.isfinite(epoch.train_loss) and math.isfinite(epoch.validation_loss)
             seen = [*histories[i], epoch] if finite else histories[i]
@@ -370,6 +377,7 @@ def _row(
     positions = tasks.table(cell.task).tokens.shape[1]
     batch = min(settings.batch, len(split(settings, cell).train))
     clipped = [epoch.clipped for epoch in history if epoch.clipped is not None]
+    norms = [norm for epoch in history for norm in epoch.gradient_norms or ()]
     return {
         **cell._asdict(),
         **found,
@@ -388,6 +396,7 @@ def _row(
         "step_flops": program.step_flops,
         "parameters": program.parameters,
         **({"clipped_share": float(np.mean(clipped))} if clipped else {}),
+        **(statistics.spikes(norms) if norms else {}),
     }
 
 
