@@ -192,6 +192,12 @@ def sentences():
     yield "family", f"the better rate takes {least:.0f} to {most:.0f} % of the leads above"
     slim = {name: arm["validation_loss"] for name, arm in arms("family", "narrow").items()}
     yield "family", f"is smaller, {slim['adamw'] - slim['muon']:.3f} against {ahead:.3f}"
+    few = [slim["muon"] - slim[name] for name in ("aurora", "muon_squared")]
+    assert [*slim].index("muon") == 3
+    yield (
+        "",
+        "At width 64 three of them lead again, by {:.3f} to {:.3f} nats (5 seeds)".format(*few),
+    )
     late = {name: arm["losses_by_seed"] for name, arm in arms("family", "long_rates").items()}
     seen = [f"{found_by(late[name], late['muon']):.2f}" for name in ("muon_eq", "muon_squared")]
     yield "family", "Muon of {} (MuonEq) and {} nats (Muon²), before Holm".format(*seen)

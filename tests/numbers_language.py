@@ -346,10 +346,25 @@ def of_speed():
         yield "", f"| {median} ({low} to {high}) |"
 
 
+def of_root():
+    """Of the root README's row on fine-tuning: what is forgotten, and LoRA."""
+    rises = of_bases("forgetting", "pretraining_rise_by_seed")
+    pairs = [
+        [rises[f"{base} base", arm] for arm in ("muon_adamw", "adamw")]
+        for base in ("AdamW", "Muon")
+    ]
+    less = [gap(*pair).replace("+", "") for pair in pairs]
+    yield f"(by {less[0].replace(' [', ' nats [')} and {less[1]})"
+    adapted = of_bases("lora", "losses_by_seed")
+    ahead = gap(*(adapted["controlled", arm] for arm in ("adamw", "muon_adamw"))).replace("+", "")
+    yield f"with LoRA Muon is ahead by then ({ahead.replace(' [', ' nats [')})"
+
+
 def sentences():
     """Of these READMEs and of the root's, by the study's name or an empty one."""
     yield from (("pretrain", text) for text in claims_of_pretrain())
     yield from (("finetune", text) for text in of_forgetting())
+    yield from (("", text) for text in of_root())
     yield from (*of_pretrain(), *of_finetune(), *of_speed())
 
 
