@@ -11,12 +11,12 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments import manifests
 from experiments.language import checkpoints as lib
+from experiments.language.processes import from_every_process
 
 
 def main(port, index, folder):
@@ -47,7 +47,7 @@ def main(port, index, folder):
 
     if index == 0:
         os.truncate(f"{folder}/step_3/_CHECKPOINT_METADATA", 9)
-    process_allgather(np.zeros(()))  # the other waits for the damage
+    from_every_process(np.zeros(()))  # the other waits for the damage
     restored = checkpoints.restore(state(0))
     seen["fallback"] = [restored.step, restored.damaged]
     seen["same_fallback"] = mine(restored.state.items()) == mine(state(2).items())

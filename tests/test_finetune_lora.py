@@ -183,5 +183,5 @@ def test_the_plan_is_the_one_of_the_readme():
     own = sum(size for name, size in held.items() if "frozen" not in name)
     text = " ".join((ROOT / "experiments/finetune/README.md").read_text().split())
     assert f"{count / 1e6:.1f} M of {(count + whole) / 1e6:.0f} M parameters are trained" in text
-    assert f"has {own / 1e9:.2f} GB of params, gradients and momentum and" in text
-    assert f"and {held['frozen params, bfloat16'] / 1e9:.2f} GB of frozen ones" in text
+    assert f"the plan has {own / 1e9:.2f} GB for them, their gradients and momentum" in text
+    assert f"and {held['frozen params, bfloat16'] / 1e9:.2f} GB for the frozen ones" in text

@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental.multihost_utils import process_allgather
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from experiments import manifests
-from experiments.language.processes import on_host
+from experiments.language.processes import from_every_process, on_host
 from experiments.language.sharding import named_leaves
 from experiments.runs import RunError
 
@@ -356,7 +355,7 @@ def _errno(error: BaseException | None) -> int:
 
 
 def _in_any_process(here: bool) -> bool:
-    return bool(np.any(process_allgather(np.array(here))))
+    return bool(np.any(from_every_process(np.array(here))))
 
 
 def _in_first_process(work: Callable[[], Any]) -> Any:
@@ -370,8 +369,8 @@ def _in_first_process(work: Callable[[], Any]) -> Any:
         except Exception as caught:
             error, reason = caught, str(caught)
     text = np.frombuffer(json.dumps([answer, reason]).encode(), np.uint8)
-    size = int(process_allgather(np.array(len(text), np.int32))[0])
-    text = process_allgather(np.resize(text, size))[0]
+    size = int(from_every_process(np.array(len(text), np.int32))[0])
+    text = from_every_process(np.resize(text, size))[0]
     answer, reason = json.loads(text.tobytes())
     if reason is not None:
         raise error or RunError(reason)
