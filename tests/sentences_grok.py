@@ -209,12 +209,20 @@ def of_grok():
             )
             yield f"(p = {spearman(name, name, 'muon', cost)[1]:.2f})"
     own, whole = (cells("rank_norm", optimizer=f"low_rank{of}") for of in ("", "_whole"))
-    yield f"rank 16 is later still, {interval(logs('rank_norm', own, whole))} |"
+    yield f"rank 16 is later still, {interval(logs('rank_norm', own, whole))},"
     ends = [[f([row[HELD] for row in rows]) for f in (min, max)] for rows in (whole, own)]
     muon = [row[HELD] for row in cells("default", optimizer="muon")]
     yield "at {} to {} epochs and {} to {}, Muon at {} to {}".format(
         *ends[0], *ends[1], min(muon), max(muon)
     )
+    own, whole = (cells("rank_norm_division", optimizer=f"low_rank{o}") for o in ("", "_whole"))
+    yield f"≤ {interval(logs('rank_norm_division', own, whole))}"
+    (first, last), (second, middle), (third, soon) = (
+        (a[HELD], b[HELD]) for a, b in zip(own, whole, strict=True)
+    )
+    assert last is None and budget("rank_norm_division") == 400
+    yield f"{middle} and more than 400 epochs where they took {second} and {first}"
+    yield f"the third is not, {soon} and {third}"
     ranked = cells("rank", optimizer="low_rank")
     yield f"Spearman {signed(spearman('rank', 'variants.rank', 'low_rank', lambda row: 1)[0])}"
     assert len(ranked) == 18
