@@ -148,7 +148,9 @@ def update_momentum(
 
     `count` is the number of this step, from 1. On a GPU the same numbers take fewer kernels.
     """
-    if gpu:  # XLA merges the kernels of leaves that share an operand which is no scalar
+    if gpu:
+        # XLA merges the kernels of leaves that read one array. Scalars and constants do not count,
+        # so beta becomes an array that depends on the count.
         beta = jax.lax.optimization_barrier(jnp.where(count > 0, jnp.full(2, beta), 0))[0]
 
     def average(g: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
