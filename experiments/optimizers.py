@@ -130,6 +130,14 @@ def clip_threshold(name: str, settings: "Settings") -> float | None:
 _FAMILY: dict[str, Arm] = {
     "adamw": Arm("AdamW for all parameters", make.adamw),
     "muon": Arm("Muon for the hidden matrices", make.muon()),
+    "adamw_rest": Arm(
+        "AdamW, with the learning rate of all but the hidden matrices swept",
+        make.adamw_of("other"),
+        6e-3,
+    ),
+    "muon_rest": Arm(
+        "Muon, with the learning rate of the AdamW beside it swept", make.muon_rest, 6e-3
+    ),
     "muon_only": Arm("Muon, with all other parameters frozen", make.muon_only),
     "muon_sgd": Arm("Muon for hidden matrices, SGD for all other parameters", make.beside("sgd")),
     "muon_lion": Arm(
@@ -137,7 +145,12 @@ _FAMILY: dict[str, Arm] = {
     ),
     "muon_bf16": Arm("Muon with momentum in bfloat16", make.muon(mu_dtype=jnp.bfloat16)),
     "muon_int8": Arm("Muon with momentum in int8", make.muon(mu_dtype=jnp.int8)),
+    "muon_int4": Arm("Muon with momentum in int4", make.muon(mu_dtype=jnp.int4)),
     "muon_cautious": Arm("Muon with cautious decay", make.muon(cautious_weight_decay=True)),
+    "muon_split": Arm(
+        "Muon, with each head of queries, keys and values by itself",
+        make.muon(chosen=make.split_heads),
+    ),
     "polar": Arm(
         "Muon with the exact polar factor", make.muon(orthogonalizer=muon_jax.polar_factor)
     ),
@@ -206,11 +219,6 @@ _FAMILY: dict[str, Arm] = {
 }
 # Parts of Muon, other readings of equal settings, and baselines
 _ABLATIONS: dict[str, Arm] = {
-    "muon_split": Arm(
-        "Muon, with each head of queries, keys and values by itself",
-        make.muon(chosen=make.split_heads),
-    ),
-    "muon_int4": Arm("Muon with momentum in int4", make.muon(mu_dtype=jnp.int4)),
     "low_rank_whole": Arm(
         "Muon of the top singular triplets, at the Frobenius norm of a whole update",
         make.low_rank("svd", after=muon_jax.snap_norm()),
@@ -236,14 +244,6 @@ _ABLATIONS: dict[str, Arm] = {
     "adamw_tuned": Arm("AdamW with a high learning rate and weight decay", make.adamw_tuned, 0.01),
     "adamw_hidden": Arm(
         "AdamW, with the learning rate of the hidden matrices swept", make.adamw_of("muon"), 6e-3
-    ),
-    "adamw_rest": Arm(
-        "AdamW, with the learning rate of all but the hidden matrices swept",
-        make.adamw_of("other"),
-        6e-3,
-    ),
-    "muon_rest": Arm(
-        "Muon, with the learning rate of the AdamW beside it swept", make.muon_rest, 6e-3
     ),
     "orthogonal_gradient": Arm(
         "⊥Grad, then AdamW without weight decay, as published",

@@ -32,7 +32,7 @@ def devices_for(jobs: int) -> list[jax.Device]:
     return devices[:jobs]
 
 
-def once(keep: int) -> Callable[[Callable], Any]:
+def once(keep: int | None) -> Callable[[Callable], Any]:
     """Returns a `functools.lru_cache(keep)` in which threads wait for one that computes a value."""
 
     def decorate(f: Callable) -> Any:

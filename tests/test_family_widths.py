@@ -46,7 +46,7 @@ def test_a_run_over_depths_on_the_hyperball(tmp_path, monkeypatch):
     """A matrix keeps its norm there; its optimizer is MuonH, and layers are added."""
     trained = []
 
-    def train(config, text, optimizer, rate, seed, show):
+    def train(config, text, optimizer, rate, seed, show, device):
         trained.append((optimizer, config.layers, config.width, rate))
         loss = 2 + (np.log2(rate / 0.08) + seed * np.log2(config.layers) / 8) ** 2
         row = {"validation_loss": loss, "diverged": False, "milliseconds_per_step": 1.0}

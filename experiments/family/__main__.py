@@ -42,7 +42,10 @@ def compare(stop: threading.Event, console: Console) -> int:
             cell=Cell,
             arms={(name,): config.rate(name) for name in config.optimizers},
             training=lambda cell: training,
-            train=lambda cell, training, show, device: train_cell(training, text, *cell, show),
+            train=lambda cell, training, show, device: train_cell(
+                training, text, *cell, show, device
+            ),
+            program=lambda cells: cells[0].optimizer,
             corpus=text.origin,
             swept=config.sweep_seeds,
             costs=[Timed(names, functools.partial(cost.measure, training, names, text))],

@@ -118,10 +118,10 @@ class Config(Training):
 
     optimizers: tuple[OptimizerName, ...] = tuple(name for name, arm in ARMS.items() if arm.member)
     """Optimizers to compare. By default all variants of Muon; each is compared with AdamW."""
-    seeds: Count = 3
+    seeds: Count = 5
     """Number of random seeds. A seed sets the initial parameters and the batches. All optimizers
     use the same seeds."""
-    sweep_seeds: Count = 3
+    sweep_seeds: Count = 2
     """Number of seeds that choose the best learning rate. They are trained at every rate, the other
     seeds only at the best one. If --seeds is smaller, all seeds choose."""
     sweep: Sweep = dataclasses.field(default_factory=Sweep)

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from experiments.differences import Interval
 from experiments.family.config import BASELINE
 from experiments.optimizers import ARMS
 from experiments.report import arms
@@ -22,7 +23,7 @@ from experiments.report.figures import (
 from experiments.report.names import optimizer_color, optimizer_label
 from experiments.report.page import Column, Picture, Report, Table
 from experiments.report.series import middle, series
-from experiments.report.text import all_told, form, interval_text, number
+from experiments.report.text import all_told, form, interval_text, number, p_text, plural
 from experiments.sweep import Files, load_run
 
 
@@ -33,10 +34,13 @@ class Arm(arms.Arm):
     Attributes:
         step_ratio: The time of a training step over AdamW's, both medians over cells.
         cost: The cost of an update alone, from costs.json. None if it was not measured.
+        to_muon: The mean difference of final losses to Muon's, paired by seed, and its p after
+            Holm's correction. None if there is no Muon, or fewer than two pairs.
     """
 
     step_ratio: float | None = None
     cost: dict[str, float] | None = None
+    to_muon: tuple[Interval | None, float | None] = (None, None)
 
     def as_json(self) -> dict[str, Any]:
         return super().as_json() | {"step_ratio": self.step_ratio, "update": self.cost}
@@ -70,6 +74,11 @@ def aggregate(files: Files) -> list[Arm]:
             for (name,), own in cells.items()
         ]
     )
+    beside_muon = arms.differences(found, "muon")
+    found = [
+        dataclasses.replace(arm, to_muon=beside_muon.get(arm.optimizer, arm.to_muon))
+        for arm in found
+    ]
     return sorted(found, key=lambda arm: arm.loss)
 
 
@@ -86,6 +95,8 @@ COLUMNS: tuple[Column, ...] = (
     ("optimizer", "optimizer", lambda arm: arm.label),
     arms.RATE,
     ("final loss (nats per byte)", "loss", lambda arm: arm.loss_text()),
+    ("minus Muon's [95 % interval]", "minus Muon's", lambda arm: interval_text(arm.to_muon[0])),
+    ("p of this difference, after Holm", "p", lambda arm: p_text(arm.to_muon[1])),
     ("minus AdamW's [95 % interval]", "minus AdamW's", lambda arm: interval_text(arm.difference)),
     ("training step ÷ AdamW's", "step", lambda arm: number(arm.step_ratio)),
     ("update alone ÷ AdamW's", "update", _cost("times_baseline")),
@@ -98,13 +109,14 @@ COLUMNS: tuple[Column, ...] = (
 )
 NOTE = (
     "loss: at the best rate, mean ± deviation over seeds\n"
-    "minus AdamW's: with 95 % interval, paired by seed\n"
+    "minus Muon's, minus AdamW's: with 95 % interval, paired by seed; p: after Holm\n"
     "step, update: time ÷ AdamW's; MFLOP: of the update; bytes: of state per parameter"
 )
 CAPTION = (
     "Optimizers sorted by final validation loss, with its mean and standard deviation over seeds. "
     "The difference is paired by seed, with each optimizer at its own best rate. Its interval is "
-    "Student's t, without correction for the number of rows or for the choice of the rate. "
+    "Student's t, without correction for the number of rows or for the choice of the rate; p is "
+    "corrected for the rows by Holm's procedure. "
     "“(edge)” marks a best rate that is the highest or lowest tried."
 )
 MEASURED = {
@@ -131,13 +143,19 @@ def abstract(found: Sequence[Arm], files: Files) -> list[str]:
     if not found:
         return ["No training has finished yet."]
     sentences = [*arms.progress(files), f"{arms.lowest(found)} per byte."]
-    if gaps := [arm.difference for arm in found if arm.difference]:
-        below, above = sum(gap.high < 0 for gap in gaps), sum(gap.low > 0 for gap in gaps)
-        sentences.append(
-            f"Of {len(gaps)} {'optimizer' if len(gaps) == 1 else 'optimizers'} besides AdamW, "
-            f"the 95 % interval of the difference lies below zero for {below} and above zero for "
-            f"{above}."
-        )
+    for base, gaps in (
+        ("Muon's", [(arm, *arm.to_muon) for arm in found if arm.to_muon[0]]),
+        ("AdamW's", [(arm, arm.difference, arm.p) for arm in found if arm.difference]),
+    ):
+        if gaps:
+            sure = [(arm.label, gap.mean < 0) for arm, gap, p in gaps if p is not None and p < 0.05]
+            below = [label for label, lower in sure if lower]
+            named = f" ({', '.join(below)})" if 0 < len(below) < 9 else ""
+            sentences.append(
+                f"Of {plural(len(gaps), 'other optimizer')}, the loss of {len(below)} is below "
+                f"{base}{named} and that of {len(sure) - len(below)} above it, p < 0.05 after "
+                "Holm's correction."
+            )
     return sentences + arms.caveats(found)
 
 

@@ -18,6 +18,7 @@ from experiments.family.config import Training
 from experiments.family.model import LanguageModel
 from experiments.language.cell import Metrics, train_in_memory
 from experiments.optimizers import OptimizerName
+from experiments.parallel import once
 
 _EVALUATION_BATCH = 32
 
@@ -48,7 +49,7 @@ class Model(NamedTuple):
     parameters: int
 
 
-@functools.cache
+@once(keep=None)
 def language_model(config: Training) -> Model:
     """Returns the configured model."""
     make = functools.partial(
@@ -96,14 +97,17 @@ def start(config: Training, optimizer: OptimizerName, seed: int) -> State:
     return State(params, jax.jit(transformation(config, optimizer).init)(params))
 
 
-@functools.cache
-def compile_steps(config: Training, optimizer: OptimizerName, text_bytes: int) -> Callable:
+@once(keep=None)
+def compile_steps(
+    config: Training, optimizer: OptimizerName, text_bytes: int, device: jax.Device | None
+) -> Callable:
     """Compiles the steps between two evaluations, for all rates and seeds of an arm.
 
     Args:
         config: The settings of the model and the optimizers.
         optimizer: The optimizer.
         text_bytes: The length of the training text.
+        device: The device to run on, JAX's default one while this is called.
 
     Returns:
         A function `(state, text, rate, seed, first step) -> (state, mean loss)`.
@@ -140,12 +144,13 @@ def train_cell(
     rate: float,
     seed: int,
     on_evaluation: Callable[[Metrics], None] = lambda evaluation: None,
+    device: jax.Device | None = None,
 ) -> tuple[list[Metrics], Metrics]:
     """Trains a cell with `train_in_memory`. Returns all evaluations and the outcome.
 
-    Losses are in nats per byte.
+    Losses are in nats per byte. `device` is JAX's default device, for which programs are compiled.
     """
-    compiled = compile_steps(config, optimizer, len(text.train))
+    compiled = compile_steps(config, optimizer, len(text.train), device)
     losses, eval_params = language_model(config).evaluate, optimizers.ARMS[optimizer].eval_params
     arguments = text.train, jnp.float32(rate), jnp.int32(seed)
 

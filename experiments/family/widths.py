@@ -146,8 +146,9 @@ def compare(stop: threading.Event, console: Console) -> int:
             arms={(scale, size): RATES[scale] for scale in config.scales for size in sizes},
             training=config.of,
             train=lambda cell, training, show, device: train_cell(
-                training, text, _ARMS.get(cell.scale, "muon"), cell.rate, cell.seed, show
+                training, text, _ARMS.get(cell.scale, "muon"), cell.rate, cell.seed, show, device
             ),
+            program=lambda cells: cells[0][:2],
             corpus=text.origin,
         )
 

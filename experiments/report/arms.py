@@ -163,24 +163,29 @@ def baseline_of(found: Iterable[AnyArm], name: str = "adamw") -> AnyArm | None:
     return next((arm for arm in found if arm.optimizer == name), None)
 
 
+def differences(
+    found: Sequence[AnyArm], base: str = "adamw"
+) -> dict[str, tuple[Interval | None, float | None]]:
+    """Compares the losses of all other arms with those of a base, paired by seed.
+
+    Returns:
+        By optimizer, the mean difference with its interval and p after Holm's correction; each None
+        with fewer than two pairs. Empty if the base is missing.
+    """
+    against = baseline_of(found, base)
+    if against is None:
+        return {}
+    losses, theirs = {arm.optimizer: arm.best.losses for arm in found}, against.best.losses
+    others = {name: own for name, own in losses.items() if name != base}
+    p_values = {name: p_value(own, theirs) for name, own in others.items()}
+    corrected = holm({name: p for name, p in p_values.items() if p is not None})
+    return {name: (difference(own, theirs), corrected.get(name)) for name, own in others.items()}
+
+
 def compared(found: Sequence[AnyArm]) -> list[AnyArm]:
     """Returns the arms with `difference` and `p`, which compare them with AdamW."""
-    base = baseline_of(found)
-    if base is None:
-        return list(found)
-    others = [arm for arm in found if arm is not base]
-    p_values = {arm.optimizer: p_value(arm.best.losses, base.best.losses) for arm in others}
-    corrected = holm({name: p for name, p in p_values.items() if p is not None})
-    return [
-        arm
-        if arm is base
-        else dataclasses.replace(
-            arm,
-            difference=difference(arm.best.losses, base.best.losses),
-            p=corrected.get(arm.optimizer),
-        )
-        for arm in found
-    ]
+    against = {name: {"difference": gap, "p": p} for name, (gap, p) in differences(found).items()}
+    return [dataclasses.replace(arm, **against.get(arm.optimizer, {})) for arm in found]
 
 
 RATE: Column = (
