@@ -138,8 +138,11 @@ def test_what_is_forgotten_is_kept_by_seed(whole):
         for trained in of.trained:
             _, losses = trained.series["pretraining_loss"]
             assert of.rises[str(trained.seed)] == losses[-1] - losses[0] != 0
+        assert of.as_json()["spikes_by_seed"] == {"0": 0, "1": 0}  # in fewer than 50 steps
+    norms = np.r_[np.ones(60), np.nan, 4.0, 1.0]
+    assert trained._replace(series={"gradient_norm": (1 + np.arange(63), norms)}).spikes() == 1
     page = (whole / "report.html").read_text()
-    assert "loss on the pretraining text, rise" in page
+    assert "loss on the pretraining text, rise" in page and "spikes of the gradient norm" in page
     stored = dataclasses.replace(of, trained=(), rises={"0": 0.25, "1": 0.75})
     (column,) = (column for column in report.COLUMNS if column[1] == "forgot")
     assert column[2](stored) == "+0.500 ± 0.354"

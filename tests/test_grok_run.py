@@ -17,9 +17,10 @@ from waiting import wait_for
 
 from experiments.commands import INTERRUPTED
 from experiments.grok import __main__ as command
-from experiments.grok import statistics, train
+from experiments.grok import train
 from experiments.grok.config import Cell, Config
 from experiments.grok.train import Epoch, milestones
+from experiments.spikes import spikes
 
 ROOT = Path(__file__).parent.parent
 # Seconds a run: four cells of three epochs of a narrow model.
@@ -94,10 +95,13 @@ def test_gradient_norms_are_recorded_for_every_step(whole, tmp_path):
     assert all(len(line["gradient_norms"]) == steps for line in lines) and steps > 1
     for row in rows:
         own = [line["gradient_norms"] for line in lines if line["optimizer"] == row["optimizer"]]
-        found = statistics.spikes([norm for epoch in own for norm in epoch])
+        found = spikes([norm for epoch in own for norm in epoch])
         assert found == {key: row[key] for key in ("spikes", "largest_spike")}
     first = {line["gradient_norms"][0] for line in lines if line["epoch"] == 1}
     assert len(first) == 1 and first.pop() > 0.01  # of the same parameters and batch
+    page = re.sub(r"\s+", " ", (tmp_path / "run" / "report.html").read_text())
+    told = "; ".join(f"{o} {row['spikes']}" for o, row in zip(("AdamW", "Muon"), rows, strict=True))
+    assert f"the median of the 50 before, by training: {told}." in page
 
 
 def test_ctrl_c_keeps_finished_cells_and_the_rest_follows_bit_for_bit(whole, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from scipy import stats
 
 from experiments.grok import report_tests, statistics
 from experiments.grok.report_data import Run
+from experiments.spikes import spikes
 
 
 def test_a_ratio_is_paired_by_seed():
@@ -193,7 +194,7 @@ def test_spikes_are_compared_with_the_median_of_the_steps_before():
     norms = rng.lognormal(size=400)
     norms[200:] *= 10
     ratios = [norms[i] / np.median(norms[i - 50 : i]) for i in range(50, 400)]
-    found = statistics.spikes(norms.tolist())
+    found = spikes(norms.tolist())
     assert found["spikes"] == sum(ratio > 3 for ratio in ratios) > 20
     assert found["largest_spike"] == pytest.approx(max(ratios))
-    assert statistics.spikes(norms[:50].tolist()) == {"spikes": 0, "largest_spike": 0.0}
+    assert spikes(norms[:50].tolist()) == {"spikes": 0, "largest_spike": 0.0}

@@ -15,6 +15,7 @@ from experiments.report import records
 from experiments.report.figures import optimizer_label
 from experiments.report.series import Series, array, series
 from experiments.runs import RunError, holds_run, with_defaults
+from experiments.spikes import spikes
 
 EARLY, LATE = 0.25, 0.75  # fractions of the steps: end of "early", beginning of "late"
 _GROUPED = ("gradient_norms", "update_rms")
@@ -57,6 +58,11 @@ class Trained(NamedTuple):
         """Returns median and relative spread of the gradient norm after warm-up."""
         steps, norms = self.series["gradient_norm"]
         return steadiness(norms[steps > self.warmup].tolist())
+
+    def spikes(self) -> int:
+        """Returns the number of steps with a spike of the gradient norm."""
+        _, norms = self.series["gradient_norm"]
+        return int(spikes(norms[np.isfinite(norms)].tolist())["spikes"])
 
     def values(self) -> dict[str, float]:
         """Returns the measures of the claims, by the keys of `claims.MEASURES`; NaN if unknown."""

@@ -157,10 +157,11 @@ def abstract(run: Run) -> list[str]:
     finished = len(run.rows)
     partial = [f"{finished} of {run.total} trainings finished so far."] * (finished < run.total)
     if run.is_sweep:
-        return partial + report_sweep.sentences(run)
+        return [*partial, *report_sweep.sentences(run), *spiked(run)]
     pooled = run.pooled()
     if report_figures.many_arms(run):
-        return [*partial, *report_tests.strictly(run), *ranking(run, pooled), *losses(run)]
+        ranks = [*report_tests.strictly(run), *ranking(run, pooled)]
+        return [*partial, *ranks, *losses(run), *spiked(run)]
     # The baseline comes last, so that the sentence reads "Muon ...; AdamW ...".
     pooled.sort(key=lambda arm: arm.optimizer == BASELINE)
     reached = [f"{arm.label} {_reached(arm)}" for arm in pooled]
@@ -174,6 +175,7 @@ def abstract(run: Run) -> list[str]:
         *report_tests.sentences(run),
         f"Median training time to grok: {'; '.join(times)}.",
         *losses(run),
+        *spiked(run),
     ]
 
 
@@ -217,6 +219,17 @@ def losses(run: Run) -> list[str]:
         whose = f": {whose}" if len(run.optimizers()) > 1 else ""
         result += [f"{plural(found.total(), 'training')} {verb}{whose}."] if found else []
     return result
+
+
+def spiked(run: Run) -> list[str]:
+    """Returns a sentence on spikes of the gradient norm, where `--gradient-norms` counted them."""
+    counts: dict[str, list[int]] = {}
+    for row in run.rows:
+        if "spikes" in row:
+            counts.setdefault(optimizer_label(row["optimizer"]), []).append(row["spikes"])
+    clauses = (f"{name} {', '.join(map(str, sorted(own)))}" for name, own in counts.items())
+    told = "Steps at which the gradient norm is above three times the median of the 50 before"
+    return [f"{told}, by training: {'; '.join(clauses)}."] if counts else []
 
 
 def report(folder: Path) -> Report:

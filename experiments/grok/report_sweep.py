@@ -224,7 +224,8 @@ def sentences(run: Run) -> list[str]:
             if (ratio := found.ratio) is not None:
                 ratios.setdefault(found.arm.label, []).append(f"{ratio.text} in {unit}")
     for name, found_ratios in ratios.items():
-        of = f"AdamW over {name}, each at its best setting, with 95 % interval"
+        told = ", with 95 % interval" * any("[" in ratio for ratio in found_ratios)
+        of = f"AdamW over {name}, each at its best setting{told}"
         result.append(f"Ratio of costs, {of}: {'; '.join(found_ratios)}.")
     result += [*filter(None, [uncounted(run)]), *_edges(run)]
     for setting in dict.fromkeys(s for settings in swept(run).values() for s in settings):

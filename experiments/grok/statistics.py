@@ -19,8 +19,6 @@ _RESAMPLES = 9999
 _POWER = 0.8
 # With fewer observations, no signed-rank p value can be below 0.05.
 _FEWEST = 6
-_RUNNING = 50  # steps of a running median
-_SPIKE = 3
 
 Epochs = Mapping[int, float | None]
 """Grokking epochs by seed."""
@@ -229,27 +227,3 @@ def survival(epochs: Sequence[float | None], budget: float) -> tuple[list[float]
 def _censored(epochs: Sequence[float | None], budget: float) -> stats.CensoredData:
     times = [budget if epoch is None else epoch for epoch in epochs]
     return stats.CensoredData.right_censored(times, [epoch is None for epoch in epochs])
-
-
-def spikes(norms: Sequence[float]) -> dict[str, float]:
-    """Counts the spikes of the gradient norm over a training.
-
-    Each step's norm is compared with the median of the 50 steps before it, so the first 50 steps,
-    which include warm-up, are not compared.
-
-    Args:
-        norms: The norm at every step.
-
-    Returns:
-        `spikes`, the number of steps above three times the median, and `largest_spike`, the largest
-        norm over its median. It is 0 if there are at most 50 steps.
-
-    Example:
-        >>> spikes([1.0] * 60 + [2.0, 7.0] + [1.0] * 60)
-        {'spikes': 1, 'largest_spike': 7.0}
-    """
-    if len(norms) <= _RUNNING:
-        return {"spikes": 0, "largest_spike": 0.0}
-    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(norms, np.float64), _RUNNING)
-    compared = np.asarray(norms[_RUNNING:]) / np.median(windows[:-1], axis=1)
-    return {"spikes": int((compared > _SPIKE).sum()), "largest_spike": float(compared.max())}

@@ -15,12 +15,13 @@ from flax import nnx
 
 import muon_jax
 from experiments import optimizers, schedules
-from experiments.grok import prefixes, probes, statistics, tasks
+from experiments.grok import prefixes, probes, tasks
 from experiments.grok.config import Cell, Config
 from experiments.grok.losses import LOSSES
 from experiments.grok.model import configured
 from experiments.language.mesh import one_device
 from experiments.parallel import once
+from experiments.spikes import spikes
 
 MEMORIZED_ACCURACY = 0.99
 GROKKED_ACCURACY = 0.95
@@ -396,7 +397,7 @@ def _row(
         "step_flops": program.step_flops,
         "parameters": program.parameters,
         **({"clipped_share": float(np.mean(clipped))} if clipped else {}),
-        **(statistics.spikes(norms) if norms else {}),
+        **(spikes(norms) if norms else {}),
     }
 
 

@@ -112,6 +112,11 @@ COLUMNS: tuple[Column, ...] = (
     ("token accuracy, first quarter", "", _share("early_accuracy")),
     ("token accuracy, last quarter", "", _share("late_accuracy")),
     ("gradient norm, interquartile range ÷ median", "", _share("gradient_norm_spread")),
+    (
+        "spikes of the gradient norm, by seed",
+        "",
+        lambda of: ", ".join(str(of.spikes[seed]) for seed in sorted(of.spikes)) or "–",
+    ),
     ("largest attention logit", "logit", lambda of: number(of.max_logit)),
     ("seeds", "", lambda of: str(len(of.best.losses))),
     ("cells", "", lambda of: str(of.cells)),
@@ -121,8 +126,9 @@ COLUMNS: tuple[Column, ...] = (
 CAPTION = (
     "Held-out loss after {config[steps]} steps, mean ± standard deviation over the seeds at the "
     "best rate. Token accuracy: on the training examples, mean over the first and last quarter "
-    "of the steps. Gradient norm: before clipping, after warm-up. “(edge)”: the best rate is "
-    "the highest or lowest tried."
+    "of the steps. Gradient norm: before clipping, after warm-up. Spikes: steps at which it is "
+    "more than three times the median of the 50 steps before. “(edge)”: the best rate is the "
+    "highest or lowest tried."
 )
 MATRIX = (
     "Final held-out loss of each pretrained model (base), fine-tuned with each optimizer at its "

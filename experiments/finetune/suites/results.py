@@ -33,6 +33,7 @@ class Group(arms.Arm):
     max_logit: float  # largest attention logit of the whole training, mean over seeds
     # How much the loss on the pretraining text has risen, by seed, where it is known.
     rises: Mapping[str, float]
+    spikes: Mapping[str, int]  # of the gradient norm, by seed; empty where they were not counted
     trained: Sequence[Trained] = ()  # at the best rate; none of stored results
     # Held-out loss of the initial model; NaN if all cells diverged at once.
     before: float = math.nan
@@ -68,7 +69,8 @@ class Group(arms.Arm):
         if self.rises_by_rate:
             by_rate = {f"{rate:g}": x for rate, x in self.rises_by_rate.items()}
             rises["pretraining_rise_by_rate"] = by_rate
-        return own | base | {"max_logit": arms.finite(self.max_logit)} | rises
+        logit = {"max_logit": arms.finite(self.max_logit)}
+        return own | base | logit | {"spikes_by_seed": self.spikes} | rises
 
 
 def groups(files: Files) -> list[Group]:
@@ -83,6 +85,7 @@ def groups(files: Files) -> list[Group]:
                 optimizer=stored["arm"],
                 max_logit=math.nan if stored["max_logit"] is None else stored["max_logit"],
                 rises=stored.get("pretraining_rise_by_seed", {}),
+                spikes=stored.get("spikes_by_seed", {}),
                 rises_by_rate={
                     float(rate): x for rate, x in stored.get("pretraining_rise_by_rate", {}).items()
                 },
@@ -125,6 +128,7 @@ def _group(files: Files, variant: str, arm: str, rows: list[Any], histories: lis
         optimizer=arm,
         max_logit=mean(np.nanmax(x) for x in logits if np.isfinite(x).any()),
         rises={str(of.seed): of.forgot for of in trained if math.isfinite(of.forgot)},
+        spikes={str(of.seed): of.spikes() for of in trained},
         rises_by_rate={rate: statistics.fmean(by_rate[rate]) for rate in sorted(by_rate)},
         trained=trained,
         before=starts[0] if starts else math.nan,
