@@ -5,35 +5,53 @@ import functools
 import numpy as np
 from stored_rows import arms, found_by, gap, holm, p_of, signed, small, spread, stored
 
+# Every optimizer, 5 seeds: the study's two widths in 300 steps, and the narrower one in 900.
+WHOLE = ("default", "narrow", "narrow_long")
+
+
+@functools.cache
+def losses_of(name):
+    """By optimizer, the lowest mean first, its losses by seed."""
+    return {of: arm["losses_by_seed"] for of, arm in arms("family", name).items()}
+
+
+@functools.cache
+def p_beside_muon(name):
+    """By optimizer, p of the difference to Muon after Holm over all others."""
+    every = losses_of(name)
+    others = [own for own in every if own != "muon"]
+    corrected = holm([p_of(every[own], every["muon"]) for own in others])
+    return dict(zip(others, corrected, strict=True))
+
+
+def minus(name, optimizer, base="muon"):
+    return gap(losses_of(name)[optimizer], losses_of(name)[base])
+
+
+def marked(name, optimizer):
+    """A difference to Muon, with a star where p is below 0.05 after Holm; "" if there is none."""
+    if optimizer == "muon" or optimizer not in losses_of(name):
+        return ""
+    return minus(name, optimizer) + " ∗" * bool(p_beside_muon(name)[optimizer] < 0.05)
+
 
 def family():
-    found, every = [], arms("family", "default")
-    base = every["adamw"]["losses_by_seed"]
-    for name, arm in every.items():
-        losses, update = arm["losses_by_seed"], arm["update"]
-        times = f"{update['times_baseline']:.1f}" if name != "adamw" else "1"
-        found.append(
-            [f"{arm['best_rate']:g}", spread(losses), "" if name == "adamw" else gap(losses, base)]
-            + [times, f"{update['state_bytes_per_parameter']:.2f}"]
-        )
+    found = []
+    for name, arm in arms("family", "default").items():
         rates = arm["losses_by_rate"]
         assert min(rates, key=rates.get) == f"{arm['best_rate']:g}"
+        row = [f"{arm['best_rate']:g}", spread(arm["losses_by_seed"])]
+        found.append([*row, *(marked(of, name) for of in WHOLE)])
     return found
 
 
 def beside_muon(name):
-    """Of each optimizer but AdamW's baseline: its loss minus Muon's, and p after Holm."""
-    every = arms("family", name)
-    base = every["muon"]["losses_by_seed"]
-    others = [own for own in every if own != "muon"]
-    corrected = holm([p_of(every[o]["losses_by_seed"], base) for o in others])
-    p = dict(zip(others, corrected, strict=True))
+    """Of each optimizer but Muon: its loss minus Muon's, and p after Holm."""
     found = []
-    for own, arm in every.items():
-        losses = arm["losses_by_seed"]
+    for own, arm in arms("family", name).items():
         assert arm["at_edge"] == name.endswith("long")  # of one rate
-        told = ["", ""] if own == "muon" else [gap(losses, base), small(p[own])]
-        found.append([f"{arm['best_rate']:g}", spread(losses), *told])
+        told = ["", ""] if own == "muon" else [minus(name, own), small(p_beside_muon(name)[own])]
+        found.append([f"{arm['best_rate']:g}", spread(arm["losses_by_seed"]), *told])
     return found
 
 
@@ -46,175 +64,197 @@ def late_rates():
     return [[x, *row] for x, row in zip(tried, beside_muon("long_rates"), strict=True)]
 
 
-def beside():
-    """By AdamW's rate for the rest: the losses of Muon and of AdamW on the hidden matrices."""
-    both = [arms("family", "rest")[name] for name in ("muon_rest", "adamw_rest")]
-    found = [
-        [
-            f"{arm['losses_by_rate'][rate]:.3f}" if rate in arm["losses_by_rate"] else ""
-            for arm in both
-        ]
-        for rate in both[1]["losses_by_rate"]
-    ]
-    assert [arm["best_rate"] for arm in both] == [0.024, 0.048]
-    return [*found, [spread(arm["losses_by_seed"]) for arm in both]]
+def rest():
+    """Muon and AdamW with one rate for all other leaves, and with AdamW's rate for them swept."""
+    found = []
+    for name in WHOLE:
+        every, row = arms("family", name), []
+        for own in ("muon", "adamw"):
+            swept = every[f"{own}_rest"]
+            row += [spread(losses_of(name)[own]), f"{swept['best_rate']:g}"]
+            row.append(spread(swept["losses_by_seed"]))
+        found.append([*row, minus(name, "muon", "adamw"), minus(name, "muon_rest", "adamw_rest")])
+    return found
+
+
+COSTLY = ("adamw", "dion2", "dion", "muon", "muonh", "muon_eq", "normuon", "muon_squared")
+COSTLY += ("aurora", "muon_int8", "muon_int4", "spel", "soap_muon", "splus", "low_rank", "polar")
 
 
 def updates():
     """The quickest first."""
     costs = sorted(
-        stored("family", "costs", "costs")["costs"].values(), key=lambda cost: cost["milliseconds"]
+        (arms("family", "default")[name]["update"] for name in COSTLY),
+        key=lambda cost: cost["milliseconds"],
     )
-    base = next(cost["milliseconds"] for cost in costs if cost["times_baseline"] == 1)
     return [
-        [f"{cost['milliseconds'] / base:.1f}"]
+        [f"{cost['times_baseline']:.1f}"]
         + [f"{cost[name] / 1e6:.0f}" for name in ("flops", "decomposition_flops")]
         + [f"{cost['state_bytes_per_parameter']:.2f}"]
         for cost in costs
     ]
 
 
-def transfer():
+def transfer(name="transfer"):
     """By the shape scale, of `mup` and of the hyperball; best rates are bold in the README."""
-    return {of["scale"]: of for of in stored("family", "transfer")["scales"]}
+    return {of["scale"]: of for of in stored("family", name)["scales"]}
+
+
+def sized(name, *sizes):
+    """The losses by ascending rate, of both scales, a row for each width or depth."""
+    both = [transfer(name)[scale]["arms"] for scale in ("mup", "hyperball")]
+    losses = [[arms[size]["losses_by_rate"].values() for arms in both] for size in sizes]
+    return [[", ".join(f"{loss:.3f}" for loss in own) for own in row] for row in losses]
 
 
 def widths():
-    arms_of = [transfer()[scale]["arms"] for scale in ("mup", "hyperball")]
-    return [
-        [
-            ", ".join(f"{loss:.3f}" for loss in arms[width]["losses_by_rate"].values())
-            for arms in arms_of
-        ]
-        for width in ("32", "64", "128")
-    ]
+    return sized("transfer", "32", "64", "128")
+
+
+def depths():
+    return sized("depths", "1", "2", "4")
+
+
+def measured(*names, base="muon"):
+    """The cell of a claim: the differences in the runs that have the optimizers."""
+    found = []
+    for run, where in zip(WHOLE, ("", "; at width 64 ", "; there in 900 steps "), strict=True):
+        if names[0] in losses_of(run):
+            told = [marked(run, o) if base == "muon" else minus(run, o, base) for o in names]
+            found.append(where + ", ".join(told))
+    return "".join(found)
 
 
 def claims_of_family():
-    """The measured cells of its table of claims: differences to Muon's loss, and p after Holm."""
-    loss, p = {}, {}
-    for file in ("default", "norms", "long", "long_rates", "rest_leaders", "narrow"):
-        every = {name: arm["losses_by_seed"] for name, arm in arms("family", file).items()}
-        others = [name for name in every if name != "muon"]
-        found = holm([p_of(every[name], every["muon"]) for name in others])
-        loss[file], p[file] = every, dict(zip(others, found, strict=True))
+    """The measured cells of its table of claims."""
+    yield f"minus AdamW's {measured('muon', base='adamw')}; "
+    leads = [minus(of, "muon_rest", "adamw_rest") for of in WHOLE]
+    yield "AdamW's rate for the rest swept {}; {}; {} |".format(*leads)
+    yield f"at width 128 in 900 steps {minus('long', 'muon', 'adamw')} (`long`, 3 seeds) |"
+    for names in (
+        ("normuon",), ("muon_squared",), ("muon_eq",), ("aurora",), ("soap_muon",), ("muon_plus",),
+        ("namo", "polargrad"), ("muonh", "muon_sphere", "spel"), ("muown",), ("dion2", "dion3"),
+        ("dion",), ("adamuon",), ("muonbp",), ("scion",), ("muon_cautious",), ("muon_split",),
+        ("muon_bf16", "muon_int8"), ("polar",),
+    ):  # fmt: skip
+        yield f"| {measured(*names)} |"
+    for name in ("splus", "soap"):
+        yield f"| minus AdamW's {measured(name, base='adamw')} |"
+    same = ("muon_bf16", "muon_int8", "polar")
+    seen = [found_by(losses_of(of)[o], losses_of(of)["muon"]) for of in WHOLE[:2] for o in same]
+    yield f"of {min(seen):.3f} to {max(seen):.3f} nats"
 
-    def minus(file, name, base="muon"):
-        return gap(loss[file][name], loss[file][base])
 
-    assert [len(p[file]) for file in p] == [18, 17, 6, 3, 4, 4]
-    rest = {name: arm["losses_by_seed"] for name, arm in arms("family", "rest").items()}
-    apart = gap(rest["muon_rest"], rest["adamw_rest"])
-    lead = f"{minus('norms', 'muon', 'adamw')}, p {small(p['norms']['adamw'])}"
-    slim = f"{minus('narrow', 'muon', 'adamw')}, p {small(p['narrow']['adamw'])}"
-    yield f"minus AdamW's {lead}; rest swept {apart}; at width 64 {slim} |"
-    lead = minus("long", "muon", "adamw")
-    yield f"in 900 steps {lead}, p = {small(p['long']['adamw'])}"
-    for name in ("normuon", "muon_squared", "muon_eq", "aurora", "soap_muon"):
-        files = [file for file in ("norms", "rest_leaders") if name in loss[file]]
-        told = [f"{minus(file, name)}, p = {small(p[file][name])}" for file in files]
-        slim = f"; at width 64 {minus('narrow', name)}" if name in loss["narrow"] else ""
-        late = f", rate swept {minus('long_rates', name)}" if name in loss["long_rates"] else ""
-        yield f"| {'; rest swept '.join(told)}; in 900 {minus('long', name)}{late}{slim} |"
-    assert {small(p["narrow"][name]) for name in ("muon_squared", "muon_eq", "aurora")} == {"0.001"}
-    assert min(p["long"][name] for name in p["long"] if name != "adamw") > 0.3
-    (chance,) = {small(p["norms"][name]) for name in ("namo", "polargrad")}
-    yield f"| {minus('norms', 'namo')} and {minus('norms', 'polargrad')}, p = {chance} |"
-    yield f"| {minus('norms', 'muon_plus')}, p = {small(p['norms']['muon_plus'])} |"
-    bound = [minus("norms", name) for name in ("muonh", "muon_sphere", "spel")]
-    assert max(p["norms"][name] for name in ("muonh", "muon_sphere", "spel")) < 0.0015
-    yield f"| {bound[0]}, {bound[1]} and {bound[2]}, p ≤ 0.001 |"
-    yield f"| {minus('norms', 'dion2')}, p {small(p['norms']['dion2'])} |"
-    for name in ("dion", "adamuon", "muonbp", "scion", "muon_cautious"):
-        yield f"| {minus('default', name)}, p = {p['default'][name]:.2f} |"
-    stored_as = [minus("default", f"muon_{kind}") for kind in ("bf16", "int8")]
-    yield f"| {' and '.join(stored_as)}, p = {p['default']['muon_int8']:.2f} |"
-    yield f"| exact {minus('default', 'polar')}, p = {p['default']['polar']:.2f} |"
-    assert p["default"]["muon_bf16"] == p["default"]["muon_int8"]
-    yield f"minus AdamW's {minus('default', 'splus', 'adamw')} |"
-    yield f"minus AdamW's {minus('norms', 'soap', 'adamw')} |"
-    seen = {o: found_by(loss["default"][o], loss["default"]["muon"]) for o in p["default"]}
-    assert all(0.015 < seen[o] < 0.025 for o in ("muon_bf16", "polar"))
-    yield "one of 0.02 (int8 {:.2f}, Scion {:.2f})".format(seen["muon_int8"], seen["scion"])
+LEADERS = ("soap_muon", "muon_squared", "aurora", "muon_eq", "normuon")
+
+
+def below(name, optimizer, base):
+    """How far an optimizer ends below another, as "0.251 nats [0.218, 0.284]"."""
+    return minus(name, base, optimizer).replace("+", "").replace(" [", " nats [")
+
+
+def leads(name, *optimizers):
+    """By how much they end below Muon, from the least to the most."""
+    of = losses_of(name)
+    found = [np.mean([*of["muon"].values()]) - np.mean([*of[o].values()]) for o in optimizers]
+    return f"{min(found):.3f} to {max(found):.3f}"
+
+
+def of_leaders():
+    """Of the variants that end below Muon, and of what costs nothing."""
+    for name in WHOLE[:2]:  # these lead, and no others do
+        p = p_beside_muon(name)
+        ahead = {o for o in p if p[o] < 0.05 and minus(name, o)[0] == "−"}
+        assert ahead == {*LEADERS, "muon_rest"}
+        same = (
+            "muon_bf16",
+            "muon_int8",
+            "polar",
+            "muonclip",
+            "muon_split",
+            "muon_plus",
+            "muon_sgd",
+        )
+        assert all(p[o] > 0.3 for o in same)
+    yield (
+        "family",
+        f"by {leads('default', *LEADERS)} nats at width 128 and {leads('narrow', *LEADERS)} at 64",
+    )
+    late = [p_beside_muon("narrow_long")[o] for o in LEADERS]
+    told = f"at width 64 are {leads('narrow_long', *LEADERS)} nats and no longer certain"
+    yield "family", f"{told} (p {min(late):.2f} to {max(late):.2f} after Holm)"
+    soap = [minus(of, "soap") for of in WHOLE[1:]]
+    yield "family", "SOAP, {} to Muon in 300 steps, is among them with {}".format(*soap)
+    ratios = [
+        float(minus("narrow_long", *pair)[1:6]) / float(minus("narrow", *pair)[1:6])
+        for pair in (("muon", "adamw"), ("muon_rest", "adamw_rest"))
+    ]
+    yield "family", "shrinks to {:.1f} of that in 300 steps, and to {:.1f} with".format(*ratios)
+    rates = [{o: arm["best_rate"] for o, arm in arms("family", of).items()} for of in WHOLE[1:]]
+    assert all(rates[1][o] == rates[0][o] / 2 for o in ("muon", "muon_plus", "muonh", "namo"))
+    assert rates[1]["adamw"] == 2 * rates[0]["adamw"]
+    yield "family", f"by {below('default', 'muon', 'adamw')}, at width 64 by"
+    yield "family", f"{below('narrow', 'muon', 'adamw')} and there in 900 steps by"
+    yield "family", f"900 steps by {below('narrow_long', 'muon', 'adamw')}; with"
+    swept = [below(of, "muon_rest", "adamw_rest") for of in WHOLE]
+    yield "family", "in both, by {}, {} and {}".format(*swept)
+    yield "family", f"Lion there costs {below('default', 'muon', 'muon_lion')}"
+    bound = [float(minus("default", o)[1:6]) for o in ("muonh", "spel")]
+    yield "family", "cost** {:.2f} (MuonH) to {:.2f} nats (SPEL)".format(*bound)
+    yield "family", f"int4, half a byte an entry, costs {below('default', 'muon', 'muon_int4')}"
+    muon, adamw = ([below(of, f"{own}_rest", own) for of in WHOLE] for own in ("muon", "adamw"))
+    yield "family", f"sweeping it gains Muon {muon[0]}, more than any variant, and AdamW {adamw[0]}"
+    yield "family", f"{muon[1]} and {adamw[1]}, and in 900 steps {muon[2]} and {adamw[2]}."
+
+
+def of_root():
+    """Of the root README."""
+    yield f"end {leads('default', *LEADERS)} nats below Muon, each at its best rate"
+    yield f"(p ≤ {max(p_beside_muon('default')[o] for o in LEADERS):.3f}, 37 comparisons)"
+    yield f"at width 64 {leads('narrow', *LEADERS)}"
+    yield f"Muon ends {below('default', 'muon', 'adamw')} below AdamW"
+    late = [p_beside_muon("narrow_long")[o] for o in LEADERS]
+    told = f"are {leads('narrow_long', *LEADERS)} nats at width 64, no longer certain"
+    yield f"{told} (p {min(late):.2f} to {max(late):.2f})"
+    ahead = [minus(of, "muon", "adamw")[1:6] for of in WHOLE[1:]]
+    yield "Muon's over AdamW falls from {} to {}".format(*ahead)
+    gained = [minus(of, "muon_rest")[1:6] for of in ("default", "narrow_long")]
+    yield "in 300 steps that gained more here, {} nats, than any variant; in 900 steps".format(
+        *gained
+    )
+    yield f"it gained {gained[1]} at width 64 and nothing at 128"
+    yield f"Muon's lead is {below('default', 'muon_rest', 'adamw_rest')}"
+    fair = losses_of("rest_leaders")
+    most = np.mean([*fair["muon"].values()]) - np.mean([*fair[next(iter(fair))].values()])
+    yield f"no variant's over Muon is above {most:.3f}"
+    pair = minus("default", "muon_eq"), minus("rest_leaders", "muon_eq")
+    yield "({} to Muon's, {} with that rate swept".format(*pair)
 
 
 def sentences():
     """Of this README and of the root's, by the study's name or an empty one."""
     yield from (("family", text) for text in claims_of_family())
-    losses = {name: arm["losses_by_seed"] for name, arm in arms("family", "default").items()}
-    means = {name: np.mean([*own.values()]) for name, own in losses.items()}
-    near = [name for name in [*losses][:8] if name != "muon"]
-    assert means[near[-1]] - means[near[0]] < 0.03
-    p = holm([p_of(losses[name], losses["muon"]) for name in near])[0]
-    below = gap(losses["muon"], losses["normuon"]).replace("+", "")
-    yield "family", f"NorMuon's loss is {below} below Muon's, with p = {p:.2f} after Holm"
-    new = {name: arm["losses_by_seed"] for name, arm in arms("family", "norms").items()}
-    *four, fifth = [name for name in new if name != "muon"][:5]
-    assert four == ["muon_squared", "soap_muon", "aurora", "muon_eq"] and fifth == "normuon"
-    mean = {name: np.mean([*own.values()]) for name, own in new.items()}
-    leads = [mean["muon"] - mean[name] for name in (four[-1], four[0])]
-    p = max(holm([p_of(new[name], new["muon"]) for name in new if name != "muon"])[:4])
-    yield "", "end {:.3f} to {:.3f} nats below Muon".format(*leads) + ", each at its best rate"
-    yield "", f"(p ≤ {p:.3f}, {len(new) - 1} comparisons)"
-    lead = gap(new["adamw"], new["muon"]).replace("+", "").replace(" [", " nats [")
-    yield "", f"Muon ends {lead} below AdamW"
-    fair = {name: arm["losses_by_seed"] for name, arm in arms("family", "rest").items()}
-    ahead = gap(fair["adamw_rest"], fair["muon_rest"]).replace("+", "")
-    yield "", f"Muon's lead is {ahead.replace(' [', ' nats [')}"
-    fair = {
-        name: np.mean([*a["losses_by_seed"].values()])
-        for name, a in arms("family", "rest_leaders").items()
-    }
-    yield "", f"no variant's over Muon is above {fair['muon'] - min(fair.values()):.3f}"
-    beside = {name: a["losses_by_seed"] for name, a in arms("family", "rest_leaders").items()}
-    pairs = gap(new["muon_eq"], new["muon"]), gap(beside["muon_eq"], beside["muon"])
-    yield "", "({} to Muon's, {} with that rate swept; in longer ones none led)".format(*pairs)
-    long = {
-        name: np.mean([*a["losses_by_seed"].values()]) for name, a in arms("family", "long").items()
-    }
-    half = (long["adamw"] - long["muon"]) / (mean["adamw"] - mean["muon"])
-    assert 0.45 < half < 0.55 and min(long, key=long.get) == "soap_muon"
-    yield "", "Muon's over AdamW is halved"
-    cost = [mean[name] - mean["muon"] for name in ("muonh", "spel")]
-    yield "family", "cost {:.2f} (MuonH) to {:.2f} nats (SPEL)".format(*cost)
-    yield "family", "by {:.3f} to {:.3f} nats".format(*leads)
-    yield "family", f"(NorMuon {mean['muon'] - mean['normuon']:.3f})"
-    rest = {name: arm["losses_by_seed"] for name, arm in arms("family", "rest").items()}
-    yield "family", f"Muon's loss changes by {gap(rest['muon_rest'], new['muon'])} from"
-    yield "family", f"changes by {gap(rest['adamw_rest'], new['adamw'])} from that with a"
-    told, ahead = gap(rest["muon_rest"], rest["adamw_rest"]), mean["adamw"] - mean["muon"]
-    yield "family", f"falls from {ahead:.3f} to {told[1:6]}: {told}"
-    fair = {name: arm["validation_loss"] for name, arm in arms("family", "rest_leaders").items()}
+    yield from of_leaders()
+    yield from (("", text) for text in of_root())
+    fair, new = losses_of("rest_leaders"), losses_of("default")
     assert [*fair] == ["aurora", "muon_eq", "muon_squared", "soap_muon", "muon"]
-    gone = [1 - (fair["muon"] - fair[of]) / (mean["muon"] - mean[of]) for of in four]
-    least, most = 100 * min(gone), 100 * max(gone)
-    yield "family", f"lead, by {fair['muon'] - fair['aurora']:.3f} nats at most: the better rate"
-    yield "family", f"the better rate takes {least:.0f} to {most:.0f} % of the leads above"
-    slim = {name: arm["validation_loss"] for name, arm in arms("family", "narrow").items()}
-    yield "family", f"is smaller, {slim['adamw'] - slim['muon']:.3f} against {ahead:.3f}"
-    few = [slim["muon"] - slim[name] for name in ("aurora", "muon_squared")]
-    assert [*slim].index("muon") == 3
-    yield (
-        "",
-        "At width 64 three of them lead again, by {:.3f} to {:.3f} nats (5 seeds)".format(*few),
-    )
-    late = {name: arm["losses_by_seed"] for name, arm in arms("family", "long_rates").items()}
+    lead = [
+        {o: np.mean([*of["muon"].values()]) - np.mean([*of[o].values()]) for o in LEADERS[:4]}
+        for of in (fair, new)
+    ]
+    gone = [100 * (1 - lead[0][o] / lead[1][o]) for o in LEADERS[:4]]
+    yield "family", f"lead, by {lead[0]['aurora']:.3f} nats at most: the better rate"
+    yield "family", f"the better rate takes {min(gone):.0f} to {max(gone):.0f} % of the leads above"
+    late = losses_of("long_rates")
     seen = [f"{found_by(late[name], late['muon']):.2f}" for name in ("muon_eq", "muon_squared")]
     yield "family", "Muon of {} (MuonEq) and {} nats (Muon²), before Holm".format(*seen)
     far = [min(arm["losses_by_rate"].values()) for arm in arms("family", "long_rates").values()]
-    kept = [arms("family", "long")[name]["losses_by_seed"]["0"] for name in late]
+    kept = [losses_of("long")[name]["0"] for name in late]
     yield "family", f"cost at most {max(np.subtract(kept, far)):.3f} nats on seed 0"
-    late = [arms("family", of)["muon"]["losses_by_seed"] for of in ("rest_long", "long")]
+    late = [losses_of(of)["muon"] for of in ("rest_long", "long")]
     yield "family", f"Muon is {gap(*late)} to itself beside 0.006"
-    (own,) = arms("family", "rest_hidden").values()
-    yield "family", f"(0.012 by seed 0) gains AdamW nothing more: {spread(own['losses_by_seed'])}"
-    packed = {name: arm["validation_loss"] for name, arm in arms("family", "int4").items()}
-    yield "family", f"int8 {packed['muon_int8']:.3f}, as Muon itself; int4"
-    yield "family", f"half a byte an entry, {packed['muon_int4']:.3f}."
-    seen = [found_by(losses[name], losses["muon"]) for name in near if name[:5] != "muon_"]
-    assert all(0.002 < x < 0.055 for x in seen)
-    rest = [means[name] - means["muon"] for name in ("muon_sgd", "muon_lion")]
-    yield "family", "Muon ends {:.3f} above Muon with AdamW, with Lion {:.3f}".format(*rest)
+    (own,) = losses_of("rest_hidden").values()
+    yield "family", f"0.012 beside 0.048 gives {spread(own)}"
     mup, ball = (transfer()[scale] for scale in ("mup", "hyperball"))
     moves = [of["drift_by_seed"] for of in (mup, ball)]
     zero = dict.fromkeys(moves[0], 0.0)
@@ -237,13 +277,12 @@ def sentences():
 
 TABLES = {
     ("family", "The family study", 0): family,
-    ("family", "The variants of 2026", 0): functools.partial(beside_muon, "norms"),
-    ("family", "The variants of 2026", 1): functools.partial(beside_muon, "long"),
-    ("family", "The variants of 2026", 2): late_rates,
-    ("family", "AdamW's rate for the rest", 0): beside,
+    ("family", "Longer trainings", 0): functools.partial(beside_muon, "long"),
+    ("family", "Longer trainings", 1): late_rates,
+    ("family", "AdamW's rate for the rest", 0): rest,
     ("family", "AdamW's rate for the rest", 1): functools.partial(beside_muon, "rest_leaders"),
     ("family", "AdamW's rate for the rest", 2): functools.partial(beside_muon, "rest_long"),
-    ("family", "A narrower model", 0): functools.partial(beside_muon, "narrow"),
     ("family", "What an update costs", 0): updates,
-    ("family", "Rates and width", 1): widths,
+    ("family", "Rates, width and depth", 1): widths,
+    # depths
 }
