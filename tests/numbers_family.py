@@ -263,6 +263,15 @@ def sentences():
     )
     yield "family", f"moves by {own} powers of two for a doubling of the width under `mup`"
     yield "family", f"by {other} on the hyperball, a difference of {apart}"
+    moves = [transfer("depths")[scale]["drift_by_seed"] for scale in ("mup", "hyperball")]
+    own, other, apart = (
+        gap(*pair, 2) for pair in ((moves[0], zero), (moves[1], zero), moves[::-1])
+    )
+    yield (
+        "family",
+        f"by {own} for a doubling of the depth under `mup`, and by {other} on the hyperball",
+    )
+    yield "family", f"a difference of {apart}"
     at = [of["arms"]["128"]["losses_by_rate"] for of in (ball, mup)]
     flat, steep = at[0]["0.16"] - at[0]["0.08"], at[1]["0.08"] - at[1]["0.04"]
     yield "family", f"costs {flat:.3f} nats at width 128, and {steep:.3f} under `mup`"
@@ -284,5 +293,5 @@ TABLES = {
     ("family", "AdamW's rate for the rest", 2): functools.partial(beside_muon, "rest_long"),
     ("family", "What an update costs", 0): updates,
     ("family", "Rates, width and depth", 1): widths,
-    # depths
+    ("family", "Rates, width and depth", 2): depths,
 }
