@@ -138,8 +138,10 @@ def epochs_figure(run: Run) -> Figure:
         log=True,
     )
     for axes, own in zip(figure.axes, panels.values(), strict=False):
+        # In the title, since two names beside a panel of one row would be longer than it is high.
         if settings := grid.values(own[-1].panel.point):
-            axes.set_ylabel(", ".join(map(plain, settings)))
+            names = " and ".join(map(plain, settings))
+            axes.set_title(f"{axes.get_title(loc='left')}, by {names}", loc="left")
     return figure
 
 
