@@ -221,9 +221,14 @@ def fresh():
 
 
 def pair_at(name, setting, value):
-    """AdamW's trainings and Muon's; at width 32 Muon's are those of the longer run."""
+    """AdamW's trainings and Muon's, those that the budget cut off from the longer runs."""
     both = [cells(name, point=f"{setting}={value}", optimizer=o) for o in ("adamw", "muon")]
-    return [both[0], cells("width_32")] if (name, value) == ("width", 32) else both
+    if (name, value) == ("width", 32):
+        return [both[0], cells("width_32")]
+    if name == "batch" and value in (1024, 2048):
+        at = {"point": f"batch={value}"}
+        return [cells("batch_steps", optimizer=o, **at) for o in ("adamw", "muon")]
+    return both
 
 
 def swept(name, setting, values):

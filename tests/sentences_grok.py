@@ -38,10 +38,13 @@ def p_values(name, setting, values, weight):
 def spearman(name, setting, optimizer, unit):
     """Of a setting and the cost, by the values without a censored cell where budgets differ."""
     rows = cells(name, optimizer=optimizer)
+    if name == "batch":  # the longer runs in place of those that were cut off
+        longer = cells("batch_steps", optimizer=optimizer)
+        rows = [row for row in rows if row["point"] not in {of["point"] for of in longer}] + longer
     value = [float(row["point"].removeprefix(f"{setting}=")) for row in rows]
     costs = [unit(row) * (row[HELD] or budget(name)) for row in rows]
     budgets = {round(unit(row), -len(str(int(unit(row)))) + 3) for row in rows}
-    if len(budgets) > 1:
+    if len(budgets) > 1 or name == "batch":
         out = {x for x, row in zip(value, rows, strict=True) if row["censored"]}
         kept = [(x, y) for x, y in zip(value, costs, strict=True) if x not in out]
         value, costs = zip(*kept, strict=True)
@@ -185,9 +188,20 @@ def of_grok():
     yield f"{interval(logs('default', *learnt))} | 3 seeds"
     epochs = p_values("batch", "batch", batches, lambda row: 1)
     flops = p_values("batch", "batch", batches, cost)
-    told = ", ".join(f"{epochs[b]:.2f}" for b in (256, 512))
-    yield f"(p = {told} and {epochs[1024]:.3f} after Holm over the six batches with a ratio,"
-    yield f"(p = {flops[1024]:.3f}; {flops[512]:.2f} at 512)"
+    told = [f"{epochs[b]:.2f}" for b in (256, 512, 1024, 2048)]
+    yield "(p = {}, {}, {} and {} after Holm over the six batches".format(*told)
+    told = [f"{flops[b]:.2f}" for b in (1024, 512, 2048)]
+    yield "(p = {}; {} at 512 and {} at 2048)".format(*told)
+    late, needed = [], {}
+    for batch in batches[1:6]:
+        late.append(logs("batch", *pair_at("batch", "batch", batch)))
+        for optimizer, rows in zip(ARMS, pair_at("batch", "batch", batch), strict=True):
+            steps = np.median([row[HELD] * row["steps_per_epoch"] for row in rows])
+            needed.setdefault(optimizer, []).append(steps)
+    ends = [f"{min(own):,.0f} to {max(own):,.0f}".replace(",", " ") for own in needed.values()]
+    yield "the number of steps, {} for AdamW and {} for Muon".format(*ends)
+    means = [math.exp(np.mean(own)) for own in late[1:]]
+    yield f"it is {min(means):.2f} to {max(means):.2f} from batch 256 to 2048"
     units = {"epochs": lambda row: 1, "steps": lambda row: row["steps_per_epoch"], "FLOPs": cost}
     for name in ("width", "batch"):
         found = {
@@ -204,6 +218,9 @@ def of_grok():
         else:
             tokens = (spearman(name, name, o, lambda r: r["tokens_per_epoch"]) for o in ARMS)
             yield "tokens ({} for AdamW, {} for Muon)".format(*(signed(of[0]) for of in tokens))
+            yield "in FLOPs ({}, {}), up to batch 2048".format(*found["FLOPs"])
+            trend, chance = spearman(name, name, "adamw", units["steps"])
+            yield f"(Spearman {signed(trend)}, p = {chance:.2f}) and"
             yield "epochs {}, {}; steps {}, {}; FLOPs {}, {}".format(
                 *found["epochs"], *found["steps"], *found["FLOPs"]
             )
