@@ -146,6 +146,42 @@ def forgetting(name):
     return found
 
 
+PAIRS = ("mismatch", "bases_1", "bases_2")  # of bases, whose pretrainings have seeds 0 to 2
+
+
+def each_base(key):
+    """Muon + AdamW minus AdamW, of AdamW's and of Muon's base of each pair, where it is known."""
+    found = {"AdamW base": {}, "Muon base": {}}
+    for name in PAIRS:
+        groups = {(g["variant"], g["arm"]): g.get(key) for g in stored("finetune", name)["groups"]}
+        for base, own in found.items():
+            ours, theirs = (groups[base, arm] for arm in ("muon_adamw", "adamw"))
+            if ours:
+                own[name] = np.mean([ours[seed] - theirs[seed] for seed in ours])
+    first, second = found.values()
+    return [first, second, {name: first[name] - second[name] for name in first}]
+
+
+def three_bases():
+    losses, rises = (each_base(key) for key in ("losses_by_seed", "pretraining_rise_by_seed"))
+    rows = [[signed(of[name], 3) if name in of else "" for of in losses + rises] for name in PAIRS]
+    return [*rows, [spans([*of.values()]) for of in losses] + ["", "", ""]]
+
+
+def of_three_bases():
+    first, second, apart = (spans([*of.values()]) for of in each_base("losses_by_seed"))
+    yield f"{first} from AdamW's bases and {second} from Muon's"
+    yield f"differ by {apart}"
+    counts = [
+        n
+        for of in PAIRS[1:]
+        for own in of_bases(of, "spikes_by_seed").values()
+        for n in own.values()
+    ]
+    assert counts == [0] * 8
+    yield "no training of eight has one in 200 steps"
+
+
 def of_forgetting():
     rises, losses, rates = (
         of_bases("forgetting", key)
@@ -363,7 +399,7 @@ def of_root():
 def sentences():
     """Of these READMEs and of the root's, by the study's name or an empty one."""
     yield from (("pretrain", text) for text in claims_of_pretrain())
-    yield from (("finetune", text) for text in of_forgetting())
+    yield from (("finetune", text) for text in (*of_forgetting(), *of_three_bases()))
     yield from (("", text) for text in of_root())
     yield from (*of_pretrain(), *of_finetune(), *of_speed())
 
@@ -376,6 +412,7 @@ TABLES = {
     ("finetune", "On equal terms", 1): post_claims,
     ("finetune", "As the code was released", 0): as_released,
     ("finetune", "From models that AdamW and Muon pretrained", 0): bases,
+    ("finetune", "Three bases of each kind", 0): three_bases,
     ("finetune", "What fine-tuning forgets", 0): functools.partial(forgetting, "forgetting"),
     ("finetune", "LoRA", 0): functools.partial(forgetting, "lora"),
     ("finetune", "QK-clip", 0): clips,
