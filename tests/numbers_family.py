@@ -119,7 +119,7 @@ def measured(*names, base="muon"):
     """The cell of a claim: the differences in the runs that have the optimizers."""
     found = []
     for run, where in zip(WHOLE, ("", "; at width 64 ", "; there in 900 steps "), strict=True):
-        if names[0] in losses_of(run):
+        if losses_of(run).keys() >= {*names}:
             told = [marked(run, o) if base == "muon" else minus(run, o, base) for o in names]
             found.append(where + ", ".join(told))
     return "".join(found)
@@ -199,8 +199,9 @@ def of_leaders():
     swept = [below(of, "muon_rest", "adamw_rest") for of in WHOLE]
     yield "family", "in both, by {}, {} and {}".format(*swept)
     yield "family", f"Lion there costs {below('default', 'muon', 'muon_lion')}"
-    bound = [float(minus("default", o)[1:6]) for o in ("muonh", "spel")]
-    yield "family", "cost** {:.2f} (MuonH) to {:.2f} nats (SPEL)".format(*bound)
+    bound = [[float(minus(of, o)[1:6]) for o in ("muonh", "spel")] for of in WHOLE[::2]]
+    yield "family", "cost** {:.2f} (MuonH) to {:.2f} nats (SPEL)".format(*bound[0])
+    yield "family", "and {:.2f} to {:.2f} in 900 at width 64".format(*bound[1])
     yield "family", f"int4, half a byte an entry, costs {below('default', 'muon', 'muon_int4')}"
     muon, adamw = ([below(of, f"{own}_rest", own) for of in WHOLE] for own in ("muon", "adamw"))
     yield "family", f"sweeping it gains Muon {muon[0]}, more than any variant, and AdamW {adamw[0]}"
