@@ -232,6 +232,12 @@ def of_grok():
     yield "at {} to {} epochs and {} to {}, Muon at {} to {}".format(
         *ends[0], *ends[1], min(muon), max(muon)
     )
+    ratios = []
+    for rank in (8, 32):
+        at = {"point": f"variants.rank={rank}"}
+        own, whole = (cells("rank_norms", optimizer=f"low_rank{of}", **at) for of in ("", "_whole"))
+        ratios.append(interval(logs("rank_norms", own, whole)))
+    yield "ranks 8 and 32, {} and {}; on division".format(*ratios)
     own, whole = (cells("rank_norm_division", optimizer=f"low_rank{o}") for o in ("", "_whole"))
     yield f"≤ {interval(logs('rank_norm_division', own, whole))}"
     (first, last), (second, middle), (third, soon) = (
