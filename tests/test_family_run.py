@@ -1,5 +1,6 @@
 """A family run as a user sees it: it compares, survives, goes on, and reports again."""
 
+import html
 import json
 import math
 import re
@@ -101,6 +102,7 @@ def test_the_table_has_losses_differences_and_costs(whole):
     assert 8 <= arms["adamw"]["update"]["state_bytes_per_parameter"] < 8.01
     assert 4 < arms["muon"]["update"]["state_bytes_per_parameter"] < 8
     page = (whole / "run" / "report.html").read_text()
+    assert re.search(r"Muon's loss minus AdamW's: [+−]\d\.\d{3} \[", html.unescape(page))
     assert "difference is paired by seed" in re.sub(r"\s+", " ", page) and "AdamW" in page
 
 

@@ -23,7 +23,7 @@ from experiments.report.figures import (
 from experiments.report.names import optimizer_color, optimizer_label
 from experiments.report.page import Column, Picture, Report, Table
 from experiments.report.series import middle, series
-from experiments.report.text import all_told, form, interval_text, number, p_text, plural
+from experiments.report.text import all_told, form, interval_text, number, p_text
 from experiments.sweep import Files, load_run
 
 
@@ -147,14 +147,17 @@ def abstract(found: Sequence[Arm], files: Files) -> list[str]:
         ("Muon's", [(arm, *arm.to_muon) for arm in found if arm.to_muon[0]]),
         ("AdamW's", [(arm, arm.difference, arm.p) for arm in found if arm.difference]),
     ):
-        if gaps:
+        if len(gaps) == 1 and base == "AdamW's":
+            ((arm, gap, p),) = gaps
+            told = f"{interval_text(gap)} nats per byte, p {p_text(p)}"
+            sentences.append(f"{arm.label}'s loss minus AdamW's: {told}.")
+        if len(gaps) > 1:
             sure = [(arm.label, gap.mean < 0) for arm, gap, p in gaps if p is not None and p < 0.05]
             below = [label for label, lower in sure if lower]
             named = f" ({', '.join(below)})" if 0 < len(below) < 9 else ""
             sentences.append(
-                f"Of {plural(len(gaps), 'other optimizer')}, the loss of {len(below)} is below "
-                f"{base}{named} and that of {len(sure) - len(below)} above it, p < 0.05 after "
-                "Holm's correction."
+                f"Of {len(gaps)} other optimizers, the loss of {len(below)} is below {base}{named} "
+                f"and that of {len(sure) - len(below)} above it, p < 0.05 after Holm's correction."
             )
     return sentences + arms.caveats(found)
 
