@@ -180,6 +180,9 @@ def of_three_bases():
     ]
     assert counts == [0] * 8
     yield "no training of eight has one in 200 steps"
+    rates = [of_bases(name, "best_rate") for name in PAIRS[1:]]
+    muon, adamw = ([of["AdamW base", arm] for of in rates] for arm in ("muon_adamw", "adamw"))
+    yield "higher best rates ({:g} and {:g}; AdamW's are {:g} and {:g})".format(*muon, *adamw)
 
 
 def of_forgetting():

@@ -123,7 +123,8 @@ class Config(Training):
     Trains a transformer on the bytes of Python's standard library, for every combination of
     optimizer, learning rate and seed. Each optimizer's rate is swept around its default; the sweep
     is extended while the best rate is the highest or the lowest tried. Embedding, head and gains
-    keep AdamW's default rate. At the end the time of each optimizer's update is measured, in turns.
+    keep AdamW's default rate unless an optimizer sweeps it or has no AdamW beside it. At the end
+    the time of each optimizer's update is measured, in turns.
 
     Finished trainings are kept: after Ctrl-C the same command continues, and more optimizers, seeds
     or rates can be added to the run. Trainings run on all cores at once. On two, all defaults take
@@ -131,7 +132,8 @@ class Config(Training):
     """
 
     optimizers: tuple[OptimizerName, ...] = tuple(name for name, arm in ARMS.items() if arm.member)
-    """Optimizers to compare. By default all variants of Muon; each is compared with AdamW."""
+    """Optimizers to compare. By default all variants of Muon; each is compared with AdamW and with
+    Muon."""
     seeds: Count = 5
     """Number of random seeds. A seed sets the initial parameters and the batches. All optimizers
     use the same seeds."""
